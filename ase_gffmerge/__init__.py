@@ -1,0 +1,35 @@
+"""Merge specialist graph-neural-network force fields in closed form and run them in ASE.
+
+The public names are imported on first use, so that ``import ase_gffmerge`` stays instant (it does not import torch).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ase_gffmerge.calculator import GFFMergeCalculator as GFFMergeCalculator
+    from ase_gffmerge.merging.merge import merge as merge
+    from ase_gffmerge.merging.recipe import Recipe as Recipe
+    from ase_gffmerge.specialist import Specialist as Specialist
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GFFMergeCalculator": "ase_gffmerge.calculator",
+    "Recipe": "ase_gffmerge.merging.recipe",
+    "Specialist": "ase_gffmerge.specialist",
+    "merge": "ase_gffmerge.merging.merge",
+}
+__all__ = ["GFFMergeCalculator", "Recipe", "Specialist", "__version__", "merge"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'ase_gffmerge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Public names."""
+    return __all__

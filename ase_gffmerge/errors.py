@@ -1,0 +1,50 @@
+"""Exceptions: every message says what happened, why, and what to do.
+
+All user-facing errors derive from :class:`GFFMergeError`; the command line turns them into one line and exit
+code 2. Errors that reach ASE through the calculator derive from ASE's own classes as well (see
+:mod:`ase_gffmerge.calculator`).
+"""
+
+
+class GFFMergeError(Exception):
+    """Base class of every error that a user's input or machine can cause."""
+
+
+class FileFormatError(GFFMergeError):
+    """A specialist, merged or frame file cannot be read: truncated, altered, or of an unknown version."""
+
+
+class FramesError(GFFMergeError):
+    """Frames are missing, lack labels, or do not fit the model that should read them."""
+
+
+class StructureError(GFFMergeError):
+    """A structure cannot be evaluated: empty, not finite, without a needed cell vector, unsupported element."""
+
+
+class IncompatibleSpecialistsError(GFFMergeError):
+    """Specialists that must not be merged: different architecture, units, theory, or no common base."""
+
+
+class RecipeError(GFFMergeError):
+    """A recipe or configuration has an unknown key or an impossible value."""
+
+
+class DeviceError(GFFMergeError):
+    """The requested device does not exist on this machine."""
+
+
+class CacheError(GFFMergeError):
+    """The cache folder cannot be written or locked."""
+
+
+class DataError(GFFMergeError):
+    """A data manifest is invalid, or a download failed or has the wrong hash."""
+
+
+class MergeWarning(UserWarning):
+    """The merge finished, but its report's verdict is not `good`."""
+
+
+class CacheWarning(UserWarning):
+    """A cached file was unusable and is being rebuilt."""

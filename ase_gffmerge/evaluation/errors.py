@@ -1,0 +1,100 @@
+"""Errors of a potential against labelled frames."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from ase import Atoms
+
+from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.models import Potential
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Errors over all frames.
+
+    Attributes
+    ----------
+    force_mae, force_rmse
+        Over all force components, eV/Å.
+    energy_mae
+        Mean over frames of the absolute energy error per atom, eV/atom.
+    n_frames
+        Number of frames.
+    """
+
+    force_mae: float
+    force_rmse: float
+    energy_mae: float
+    n_frames: int
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain dictionary."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class FramePredictions:
+    """Energies (eV, one per frame) and forces (eV/Å, one (n_atoms, 3) array per frame)."""
+
+    energies: np.ndarray
+    forces: list[np.ndarray]
+
+
+def predict_frames(
+    potential: Potential,
+    frames: Sequence[Atoms],
+    *,
+    specialist: int = 0,
+    max_atoms: int = 2000,
+) -> FramePredictions:
+    """Evaluate frames in batches of at most ``max_atoms`` atoms (at least one frame each)."""
+    energies: list[float] = []
+    forces: list[np.ndarray] = []
+    for chunk in chunks(frames, max_atoms):
+        cutoff = potential.hyper.cutoff
+        graphs = [build_graph(atoms, cutoff, dtype=potential.dtype, specialist=specialist) for atoms in chunk]
+        prediction = predict(potential, batch_graphs(graphs).to(potential.device))
+        energies.extend(prediction.energy.double().tolist())
+        flat = prediction.forces.double().cpu().numpy()
+        forces.extend(np.split(flat, np.cumsum([len(atoms) for atoms in chunk])[:-1]))
+    return FramePredictions(np.array(energies), forces)
+
+
+def chunks(frames: Sequence[Atoms], max_atoms: int) -> Iterable[list[Atoms]]:
+    """Consecutive frames in groups of at most ``max_atoms`` atoms."""
+    group: list[Atoms] = []
+    size = 0
+    for atoms in frames:
+        if group and size + len(atoms) > max_atoms:
+            yield group
+            group, size = [], 0
+        group.append(atoms)
+        size += len(atoms)
+    if group:
+        yield group
+
+
+def labels(frames: Sequence[Atoms]) -> FramePredictions:
+    """Energies and forces attached to labelled frames."""
+    return FramePredictions(
+        np.array([atoms.get_potential_energy() for atoms in frames]), [atoms.get_forces() for atoms in frames]
+    )
+
+
+def compare(predicted: FramePredictions, reference: FramePredictions) -> Errors:
+    """Errors of one set of predictions against another."""
+    counts = np.array([len(force) for force in reference.forces])
+    difference = np.concatenate(predicted.forces) - np.concatenate(reference.forces)
+    return Errors(
+        force_mae=float(np.abs(difference).mean()),
+        force_rmse=float(np.sqrt(np.square(difference).mean())),
+        energy_mae=float((np.abs(predicted.energies - reference.energies) / counts).mean()),
+        n_frames=len(counts),
+    )
+
+
+def evaluate(potential: Potential, frames: Sequence[Atoms], *, specialist: int = 0) -> Errors:
+    """Errors of ``potential`` on labelled frames."""
+    return compare(predict_frames(potential, frames, specialist=specialist), labels(frames))

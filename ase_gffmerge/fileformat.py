@@ -1,0 +1,117 @@
+"""One safetensors file with JSON metadata and a digest: written atomically, verified on load, never unpickled."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ase_gffmerge.errors import FileFormatError
+
+FORMAT = "ase-gffmerge"
+SCHEMA = 1
+
+
+def digest(metadata: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over metadata text and every tensor's name, type, shape and bytes."""
+    sha = hashlib.sha256(metadata.encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        sha.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, flush it to disk, and move it into place.
+
+    Raises
+    ------
+    FileFormatError
+        When the folder cannot be written; nothing half-written is left behind.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise FileFormatError(f"cannot write {path}: {error.strerror}; choose a folder you may write to") from None
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except OSError as error:
+        raise FileFormatError(f"cannot write {path}: {error.strerror or error}; is the disk full?") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors and JSON-able metadata to ``path`` atomically."""
+    text = json.dumps(metadata, sort_keys=True)
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    header = {"format": FORMAT, "schema": str(SCHEMA), "metadata": text, "sha256": digest(text, plain)}
+    data = save(plain, metadata=header)
+    atomic_write(path, lambda temporary: temporary.write_bytes(data) and None)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Read the metadata alone; tensors stay on disk and are not verified."""
+    return _read(path, with_tensors=False)[0]
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read metadata and tensors and verify the digest.
+
+    Raises
+    ------
+    FileFormatError
+        When the file is missing, not safetensors, not ours, of an unknown schema version, or altered.
+    """
+    return _read(path, with_tensors=True)
+
+
+def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileFormatError(f"{path} does not exist or is not a file; give a bundled name or a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            header = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()} if with_tensors else {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, UnicodeError) as error:
+        raise FileFormatError(
+            f"{path} is not a readable safetensors file ({error}); it is truncated, altered or of another kind: "
+            "copy or download it again. Pickled checkpoints are never opened."
+        ) from None
+    if header.get("format") != FORMAT:
+        raise FileFormatError(
+            f"{path} is a safetensors file but not one of ase-gffmerge (its header has no format mark); "
+            "make one with `gffmerge train` or `gffmerge merge`"
+        )
+    if header.get("schema") != str(SCHEMA):
+        raise FileFormatError(
+            f"{path} has schema version {header.get('schema')!r}, this ase-gffmerge reads version {SCHEMA}; "
+            "install the version that wrote it, or a newer one"
+        )
+    text = header.get("metadata", "")
+    if with_tensors and digest(text, tensors) != header.get("sha256"):
+        raise FileFormatError(f"{path} was altered after it was written (its SHA-256 does not fit); copy it again")
+    try:
+        metadata = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FileFormatError(f"{path}: the metadata is not JSON ({error}); copy the file again") from None
+    if not isinstance(metadata, dict):
+        raise FileFormatError(f"{path}: the metadata is not a JSON object; copy the file again")
+    return metadata, tensors

@@ -1,0 +1,86 @@
+"""Neighbour lists from matscipy for molecules, slabs, crystals and mixed boundary conditions."""
+
+import numpy as np
+from ase import Atoms
+from ase.geometry import complete_cell
+from matscipy.neighbours import neighbour_list as matscipy_neighbour_list
+
+from ase_gffmerge.errors import StructureError
+
+
+def neighbour_list(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
+    """Directed edges between atoms closer than ``cutoff``, periodic images included.
+
+    Parameters
+    ----------
+    atoms
+        Any structure; positions need not be wrapped and are not changed.
+    cutoff
+        Radius in Å.
+
+    Returns
+    -------
+    edge_index : (2, n_edges) int64
+        Sender j in row 0 and receiver i in row 1 (torch_geometric's ``source_to_target``).
+    shifts : (n_edges, 3) int64
+        Cell shifts S such that the edge vector is ``r_j - r_i + S @ cell``.
+
+    Raises
+    ------
+    StructureError
+        When positions or cell are not finite, or a periodic direction has no cell vector.
+    """
+    check_geometry(atoms)
+    positions = atoms.get_positions()
+    if len(atoms) == 0:
+        return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3), dtype=np.int64)
+    origin, box = enclosing_box(atoms, cutoff)
+    i, j, shifts = matscipy_neighbour_list(
+        "ijS", cutoff=cutoff, positions=positions, cell=box, pbc=atoms.pbc, cell_origin=origin
+    )
+    return np.stack([j, i]).astype(np.int64), shifts.astype(np.int64)
+
+
+def enclosing_box(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
+    """Origin and cell for the search grid: real vectors where periodic, a bounding box elsewhere.
+
+    Open directions get a vector orthogonal to the periodic ones and as long as the structure, so that a molecule
+    far from the origin or in a huge vacuum costs no more than one at the origin.
+
+    Returns
+    -------
+    origin : (3,) float64
+    box : (3, 3) float64, rows are vectors
+    """
+    pbc = atoms.pbc
+    if pbc.all():
+        return np.zeros(3), np.asarray(atoms.cell.array, dtype=float)
+    periodic = np.where(pbc[:, None], atoms.cell.array, 0.0)
+    box = complete_cell(periodic)
+    unit = box[~pbc] / np.linalg.norm(box[~pbc], axis=1, keepdims=True)
+    heights = atoms.get_positions() @ unit.T
+    lower, upper = heights.min(axis=0), heights.max(axis=0)
+    margin = 0.1 * cutoff
+    box[~pbc] = unit * (upper - lower + 2 * margin)[:, None]
+    return (lower - margin) @ unit, box
+
+
+def check_geometry(atoms: Atoms) -> None:
+    """Raise :class:`StructureError` for structures that have no neighbour list."""
+    if not np.isfinite(atoms.get_positions()).all():
+        bad = np.flatnonzero(~np.isfinite(atoms.get_positions()).all(axis=1))
+        raise StructureError(
+            f"the positions of atom(s) {bad[:5].tolist()} of {atoms.get_chemical_formula()} are not finite; "
+            "look at the step before this one: a too long time step or overlapping atoms are the usual cause"
+        )
+    cell = atoms.cell.array
+    if not np.isfinite(cell).all():
+        raise StructureError(f"the cell of {atoms.get_chemical_formula()} is not finite; set atoms.cell again")
+    missing = atoms.pbc & ~cell.any(axis=1)
+    rank_deficient = np.linalg.matrix_rank(cell[atoms.pbc]) < atoms.pbc.sum() if atoms.pbc.any() else False
+    if missing.any() or rank_deficient:
+        directions = np.flatnonzero(missing).tolist() or np.flatnonzero(atoms.pbc).tolist()
+        raise StructureError(
+            f"{atoms.get_chemical_formula()} is periodic along direction(s) {directions} but has no independent "
+            "cell vector there; set atoms.cell, or atoms.pbc = False for that direction"
+        )

@@ -1,0 +1,6 @@
+"""Architectures behind one :class:`~ase_gffmerge.models.potential.Potential` interface."""
+
+from ase_gffmerge.models.potential import Potential
+from ase_gffmerge.models.registry import architectures, build_potential
+
+__all__ = ["Potential", "architectures", "build_potential"]

@@ -1,0 +1,114 @@
+r"""PaiNN, the polarisable atom interaction network (Schütt, Unke, Gastegger, arXiv 2102.03150).
+
+========================================  =======================================
+equation                                  variable
+========================================  =======================================
+scalars s_i, vectors v_i                  ``scalars`` (n, F), ``vectors`` (n, 3, F)
+φ(s) = W_2 silu(W_1 s + b_1) + b_2        ``hidden``, ``out`` of :class:`Message`
+W(r) = (W_f rbf(r) + b_f) f_c(r)          ``filters``
+Δs_i = Σ_j φ_s(s_j) W_s                   eq. 7
+Δv_i = Σ_j v_j φ_vv W_vv + φ_vs W_vs r̂    eq. 8
+Δs_i = a_ss + a_sv ⟨U v_i, V v_i⟩         eq. 9
+Δv_i = a_vv U v_i                         eq. 10
+========================================  =======================================
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from torch_geometric.data import Data
+
+from ase_gffmerge.models.potential import EdgeGeometry, HyperParameters, Potential, Stage, State
+from ase_gffmerge.models.radial import BesselBasis, polynomial_cutoff
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaiNNHyper(HyperParameters):
+    """Hyper-parameters of :class:`PaiNN`; all defaults are those of the base class."""
+
+
+class Message(Stage):
+    """Sum of messages over neighbours, linear in ``out`` and in ``filters``."""
+
+    closing = ("out",)
+    emits_scalars = False
+
+    def __init__(self, channels: int, n_radial: int):
+        super().__init__()
+        self.filters = nn.Linear(n_radial, 3 * channels)
+        self.hidden = nn.Linear(channels, channels)
+        self.out = nn.Linear(channels, 3 * channels)
+
+    def forward(self, state: State, geometry: EdgeGeometry) -> State:
+        """Add Δs (eq. 7) and Δv (eq. 8)."""
+        scalars, vectors = state
+        sender, receiver = geometry.sender, geometry.receiver
+        filters = self.filters(geometry.radial) * geometry.envelope
+        phi = self.out(silu(self.hidden(scalars)))
+        s, vv, vs = (phi.index_select(0, sender) * filters).chunk(3, dim=-1)
+        messages = vectors.index_select(0, sender) * vv[:, None] + vs[:, None] * geometry.angular[:, :, None]
+        return scalars.index_add(0, receiver, s), vectors.index_add(0, receiver, messages)
+
+
+class Update(Stage):
+    """Mixing of scalars and vectors on one atom, linear in ``out``."""
+
+    closing = ("out",)
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.U = nn.Linear(channels, channels, bias=False)
+        self.V = nn.Linear(channels, channels, bias=False)
+        self.hidden = nn.Linear(2 * channels, channels)
+        self.out = nn.Linear(channels, 3 * channels)
+
+    def forward(self, state: State, geometry: EdgeGeometry) -> State:
+        """Add Δs (eq. 9) and Δv (eq. 10)."""
+        scalars, vectors = state
+        u, v = self.U(vectors), self.V(vectors)
+        norm = (v.square().sum(dim=1) + 1e-8).sqrt()
+        a = self.out(silu(self.hidden(torch.cat([scalars, norm], dim=-1))))
+        ss, sv, vv = a.chunk(3, dim=-1)
+        return scalars + ss + sv * (u * v).sum(dim=1), vectors + vv[:, None] * u
+
+
+class PaiNN(Potential):
+    """PaiNN with a Bessel basis and a polynomial envelope.
+
+    Parameters
+    ----------
+    hyper
+        Hyper-parameters.
+    species
+        Atomic numbers.
+    """
+
+    architecture: ClassVar[str] = "painn"
+    Hyper: ClassVar[type[HyperParameters]] = PaiNNHyper
+
+    def __init__(self, hyper: PaiNNHyper, species: tuple[int, ...]):
+        super().__init__(hyper, species)
+        self.basis = BesselBasis(hyper.cutoff, hyper.n_radial)
+        for _ in range(hyper.n_blocks):
+            self.stages.append(Message(hyper.channels, hyper.n_radial))
+            self.stages.append(Update(hyper.channels))
+
+    def embed(self, graph: Data) -> State:
+        """Element embeddings and zero vectors."""
+        scalars = self.embedded(graph)
+        return scalars, scalars.new_zeros(len(scalars), 3, self.hyper.channels)
+
+    def geometry(self, graph: Data) -> EdgeGeometry:
+        """Radial functions and unit vectors."""
+        vectors = graph.edge_vectors
+        lengths = vectors.square().sum(dim=-1).sqrt()
+        envelope = polynomial_cutoff(lengths, self.hyper.cutoff)[:, None]
+        sender, receiver = graph.edge_index
+        return EdgeGeometry(sender, receiver, self.basis(lengths), envelope, vectors / lengths[:, None])
+
+    def scalars(self, state: State) -> Tensor:
+        """The scalars s (n_atoms, channels)."""
+        return state[0]

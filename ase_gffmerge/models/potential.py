@@ -1,0 +1,179 @@
+r"""The interface every architecture implements.
+
+A potential is a chain of *stages*. A stage maps the node features of all atoms to new ones, and its output is linear
+in each of its *closing* affine maps:
+
+.. math:: X^{(0)} = \mathrm{embed}(z),\qquad X^{(t)} = \mathrm{stage}_t(X^{(t-1)}),\qquad
+          e_i = \mathrm{readout}(x_{1,i},\dots,x_{L,i}) + e^{\rm ref}_{z_i}
+
+where :math:`x_l` are the invariant scalars after interaction block l. The merge needs nothing else from a model.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from ase_gffmerge.models.readout import MLPReadout, WidenedReadout
+
+State = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyperParameters:
+    """Hyper-parameters that every architecture has.
+
+    Attributes
+    ----------
+    cutoff
+        Neighbour radius in Å.
+    channels
+        Scalar features per atom.
+    n_blocks
+        Interaction blocks.
+    n_radial
+        Radial basis functions.
+    readout_width, readout_blocks
+        Size of the widened readout; width 0 means the plain two-layer readout.
+    n_embeddings
+        Embedding tables: 1, or one per merged specialist.
+    """
+
+    cutoff: float = 5.0
+    channels: int = 64
+    n_blocks: int = 3
+    n_radial: int = 20
+    readout_width: int = 0
+    readout_blocks: int = 1
+    n_embeddings: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary for a file header."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class EdgeGeometry:
+    """What a stage may know about the edges.
+
+    Attributes
+    ----------
+    sender, receiver : (n_edges,)
+    radial : (n_edges, n_radial)
+        Radial basis times envelope.
+    envelope : (n_edges, 1)
+    angular : (n_edges, ...)
+        Unit vectors or spherical harmonics.
+    """
+
+    sender: Tensor
+    receiver: Tensor
+    radial: Tensor
+    envelope: Tensor
+    angular: Tensor
+
+
+class Stage(nn.Module):
+    """One link of the chain: ``forward(state, geometry) -> state``.
+
+    Attributes
+    ----------
+    closing
+        Names of the affine layers in which the stage's output is linear.
+    emits_scalars
+        Whether the readout sees the scalars after this stage.
+    """
+
+    closing: ClassVar[tuple[str, ...]]
+    emits_scalars: bool = True
+
+
+class Potential(nn.Module):
+    """Base class: per-atom energies (n_atoms,) in eV, float64, from a graph with edge vectors.
+
+    Parameters
+    ----------
+    hyper
+        The architecture's hyper-parameters.
+    species
+        Atomic numbers the model knows, ascending.
+    """
+
+    architecture: ClassVar[str]
+    Hyper: ClassVar[type[HyperParameters]]
+    species_row: Tensor
+    references: Tensor
+
+    def __init__(self, hyper: HyperParameters, species: tuple[int, ...]):
+        super().__init__()
+        self.hyper = hyper
+        self.species = tuple(sorted(species))
+        rows = torch.full((119,), -1)
+        rows[list(self.species)] = torch.arange(len(self.species))
+        self.register_buffer("species_row", rows, persistent=False)
+        self.register_buffer("references", torch.zeros(len(self.species), dtype=torch.float64))
+        self.embedding = nn.Parameter(torch.randn(hyper.n_embeddings, len(self.species), hyper.channels))
+        self.stages = nn.ModuleList()
+        self.readout: MLPReadout | WidenedReadout = (
+            WidenedReadout(
+                hyper.channels, len(self.species), width=hyper.readout_width, blocks=hyper.readout_blocks
+            )
+            if hyper.readout_width
+            else MLPReadout(hyper.channels)
+        )
+
+    def embed(self, graph: Data) -> State:
+        """Initial node features from elements (and specialist indices)."""
+        raise NotImplementedError
+
+    def geometry(self, graph: Data) -> EdgeGeometry:
+        """Radial and angular functions of ``graph.edge_vectors``."""
+        raise NotImplementedError
+
+    def scalars(self, state: State) -> Tensor:
+        """Invariant features (n_atoms, channels) of a state."""
+        raise NotImplementedError
+
+    def embedded(self, graph: Data) -> Tensor:
+        """Rows of the embedding table (n_atoms, channels)."""
+        table = graph.specialist if self.hyper.n_embeddings > 1 else torch.zeros_like(graph.specialist)
+        return self.embedding[table, self.species_row[graph.atomic_numbers]]
+
+    def features(self, graph: Data) -> list[Tensor]:
+        """Scalars (n_atoms, channels) after every interaction block."""
+        state, geometry, scalars = self.embed(graph), self.geometry(graph), []
+        for stage in self.stages:
+            state = stage(state, geometry)
+            if stage.emits_scalars:
+                scalars.append(self.scalars(state))
+        return scalars
+
+    def forward(self, graph: Data) -> Tensor:
+        """Per-atom energies (n_atoms,) in eV, summed with their references in float64."""
+        species = self.species_row[graph.atomic_numbers]
+        return self.readout(self.features(graph), species).double() + self.references[species]
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
+        """Move and cast everything but the reference energies, which stay float64."""
+        references = self.references
+        super()._apply(fn, recurse)
+        self.references = references.to(self.references.device)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.embedding.device
+
+    def named_stages(self) -> Iterator[tuple[str, Stage]]:
+        """Stages with their qualified names, in execution order."""
+        for name, stage in self.stages.named_children():
+            yield f"stages.{name}", stage  # type: ignore[misc]

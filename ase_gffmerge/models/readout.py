@@ -1,0 +1,60 @@
+r"""From node features to per-atom energies.
+
+Both readouts take the scalar features :math:`x_1,\dots,x_L` that the L interaction blocks leave on each atom.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+
+class MLPReadout(nn.Module):
+    r"""Energy :math:`e_i = w_2\cdot\mathrm{silu}(W_1 x_{L,i} + b_1) + b_2` from the last block's scalars."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.hidden = nn.Linear(channels, channels // 2)
+        self.out = nn.Linear(channels // 2, 1)
+
+    def forward(self, scalars: Sequence[Tensor], species: Tensor) -> Tensor:
+        """Map L tensors (n_atoms, channels) to energies (n_atoms,) in eV."""
+        return self.out(silu(self.hidden(scalars[-1]))).squeeze(-1)
+
+
+class WidenedReadout(nn.Module):
+    r"""Energy :math:`e_i = e^{\rm MLP}_i + \theta\cdot\phi_i + c_{z_i}`, linear in :math:`(\theta, c)`.
+
+    The features are :math:`\phi_i = \mathrm{silu}(A[x_{B,i};\dots;x_{L,i}] + b)`: random projections of the scalars
+    after several blocks. Because energies and forces are linear in :math:`(\theta, c)`, a merge finds them in closed
+    form (random-feature readouts: "franken", arXiv 2505.05652).
+
+    Parameters
+    ----------
+    channels
+        Scalars per block.
+    n_species
+        Number of elements, for the constants c.
+    width
+        Number of features :math:`\phi`.
+    blocks
+        How many of the last blocks' scalars enter.
+    """
+
+    def __init__(self, channels: int, n_species: int, *, width: int, blocks: int):
+        super().__init__()
+        self.blocks = blocks
+        self.mlp = MLPReadout(channels)
+        self.lift = nn.Linear(blocks * channels, width)
+        self.theta = nn.Parameter(torch.zeros(width))
+        self.constants = nn.Parameter(torch.zeros(n_species))
+
+    def lifted(self, scalars: Sequence[Tensor]) -> Tensor:
+        """Inputs of the projection, [x_B; ...; x_L] (n_atoms, blocks · channels)."""
+        return torch.cat(list(scalars[-self.blocks :]), dim=-1)
+
+    def forward(self, scalars: Sequence[Tensor], species: Tensor) -> Tensor:
+        """Map L tensors (n_atoms, channels) and element rows (n_atoms,) to energies (n_atoms,) in eV."""
+        features = silu(self.lift(self.lifted(scalars)))
+        return self.mlp(scalars, species) + features @ self.theta + self.constants[species]

@@ -1,0 +1,43 @@
+"""Architectures by name."""
+
+from typing import Any
+
+from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.models.painn import PaiNN
+from ase_gffmerge.models.potential import Potential
+
+_ARCHITECTURES: dict[str, type[Potential]] = {cls.architecture: cls for cls in (PaiNN,)}
+
+
+def architectures() -> tuple[str, ...]:
+    """Names of the known architectures."""
+    return tuple(_ARCHITECTURES)
+
+
+def build_potential(architecture: str, hyper: dict[str, Any], species: tuple[int, ...]) -> Potential:
+    """Build a potential with fresh random weights.
+
+    Parameters
+    ----------
+    architecture
+        One of :func:`architectures`.
+    hyper
+        Hyper-parameters by name; missing ones take their defaults.
+    species
+        Atomic numbers.
+
+    Raises
+    ------
+    FileFormatError
+        For an unknown architecture or hyper-parameter.
+    """
+    if architecture not in _ARCHITECTURES:
+        raise FileFormatError(
+            f"unknown architecture {architecture!r}; this version knows {', '.join(_ARCHITECTURES)}. "
+            "A newer file may need a newer ase-gffmerge."
+        )
+    cls = _ARCHITECTURES[architecture]
+    try:
+        return cls(cls.Hyper(**hyper), species)
+    except TypeError as error:
+        raise FileFormatError(f"hyper-parameters do not fit architecture {architecture!r}: {error}") from None

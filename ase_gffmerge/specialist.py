@@ -1,0 +1,254 @@
+"""A force field with everything a merge needs, in one file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.data import chemical_symbols
+from torch import Tensor
+
+from ase_gffmerge.errors import FileFormatError, StructureError
+from ase_gffmerge.fileformat import digest, read_file, write_file
+from ase_gffmerge.models import Potential, build_potential
+
+UNITS = {"energy": "eV", "length": "Å"}
+BUNDLED = ("rmd17-base", "rmd17-ethanol", "rmd17-malonaldehyde")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a specialist comes from.
+
+    Attributes
+    ----------
+    data_set, data_hash
+        Name and SHA-256 of the training frames.
+    n_train, epochs, seed
+        Size and length of the training.
+    lineage
+        Fingerprints of the ancestors, root first.
+    errors
+        Measured errors on its own test frames: ``force_mae``, ``force_rmse`` (eV/Å), ``energy_mae`` (eV/atom).
+    """
+
+    data_set: str = "unknown"
+    data_hash: str = ""
+    n_train: int = 0
+    epochs: int = 0
+    seed: int = 0
+    lineage: tuple[str, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRecord:
+    """How a merged potential was made.
+
+    Attributes
+    ----------
+    parents
+        Names of the specialists, in the order of their indices.
+    fingerprints
+        Their SHA-256 fingerprints.
+    recipe
+        The complete recipe.
+    report
+        The merge report as JSON-able dictionary.
+    """
+
+    parents: tuple[str, ...]
+    fingerprints: tuple[str, ...]
+    recipe: Mapping[str, Any]
+    report: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specialist:
+    """A potential, its calibration frames and its history.
+
+    Attributes
+    ----------
+    name
+        Short name; the key for per-specialist conditioning and in reports.
+    potential
+        Weights and architecture, in evaluation mode.
+    calibration
+        Unlabelled frames typical of what the specialist knows.
+    level_of_theory
+        For example ``PBE/def2-SVP``.
+    provenance
+        Training history.
+    merged
+        Present when this force field is itself the result of a merge.
+    """
+
+    name: str
+    potential: Potential
+    calibration: tuple[Atoms, ...] = ()
+    level_of_theory: str = "unknown"
+    provenance: Provenance = field(default_factory=Provenance)
+    merged: MergeRecord | None = None
+
+    @property
+    def cutoff(self) -> float:
+        """Neighbour radius in Å."""
+        return self.potential.hyper.cutoff
+
+    @property
+    def species(self) -> tuple[int, ...]:
+        """Atomic numbers the potential knows."""
+        return self.potential.species
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of architecture and weights, whatever device they are on."""
+        return digest(f"{self.potential.architecture}{self.potential.hyper}", self.potential.state_dict())
+
+    def check_species(self, atoms: Atoms) -> None:
+        """Raise :class:`StructureError` when ``atoms`` holds elements that the potential does not know."""
+        unknown = sorted(set(atoms.numbers.tolist()) - set(self.species))
+        if unknown:
+            raise StructureError(
+                f"{atoms.get_chemical_formula()} contains {symbols(unknown)}, which {self.name!r} does not know "
+                f"(it knows {symbols(self.species)}); use a model that was trained on these elements"
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write one ``.safetensors`` file atomically; weights keep their floating-point type."""
+        tensors = {f"potential.{name}": value for name, value in self.potential.state_dict().items()}
+        tensors |= pack_frames(self.calibration)
+        metadata: dict[str, Any] = {
+            "name": self.name,
+            "architecture": self.potential.architecture,
+            "hyper": self.potential.hyper.to_dict(),
+            "species": list(self.species),
+            "units": UNITS,
+            "level_of_theory": self.level_of_theory,
+            "provenance": vars(self.provenance),
+            "merged": vars(self.merged) if self.merged else None,
+        }
+        write_file(Path(path), metadata, tensors)
+        return Path(path)
+
+    @classmethod
+    def load(cls, source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Self:
+        """Load a specialist or merged file, or a bundled specialist by name.
+
+        Parameters
+        ----------
+        source
+            Path of a ``.safetensors`` file or one of the bundled names.
+        dtype
+            Floating-point type of the weights; default: as stored.
+        device
+            Where to put them.
+
+        Raises
+        ------
+        FileFormatError
+            When the file is missing, truncated, altered, of an unknown version, or does not hold what it says.
+        """
+        path = bundled_path(source)
+        metadata, tensors = read_file(path)
+        try:
+            potential = build_potential(metadata["architecture"], metadata["hyper"], tuple(metadata["species"]))
+            provenance = dict(metadata["provenance"])
+            provenance["lineage"] = tuple(provenance["lineage"])
+            merged = metadata["merged"]
+            specialist = cls(
+                name=metadata["name"],
+                potential=potential,
+                calibration=unpack_frames(tensors),
+                level_of_theory=metadata["level_of_theory"],
+                provenance=Provenance(**provenance),
+                merged=_merge_record(merged) if merged else None,
+            )
+            units = metadata["units"]
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise FileFormatError(f"{path}: metadata lack or garble {error}; write the file again") from None
+        if units != UNITS:
+            raise FileFormatError(f"{path} is in units {units}, not {UNITS}; convert the model before saving it")
+        _load_weights(potential, tensors, path)
+        potential.to(device=device, dtype=dtype or tensors["potential.embedding"].dtype).eval().requires_grad_(False)
+        return specialist
+
+    def to(self, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Self:
+        """Cast and move the weights in place; returns self."""
+        self.potential.to(device=device, dtype=dtype)
+        return self
+
+    def with_calibration(self, frames: Sequence[Atoms]) -> Self:
+        """Return a copy with other calibration frames (weights are shared)."""
+        return replace(self, calibration=tuple(frames))
+
+
+def symbols(numbers: Sequence[int]) -> str:
+    """Element symbols of atomic numbers, comma-separated."""
+    return ", ".join(chemical_symbols[number] for number in numbers)
+
+
+def bundled_path(source: str | Path) -> Path:
+    """Path of a bundled specialist, or the path itself."""
+    if str(source) in BUNDLED and not Path(source).exists():
+        return Path(str(files("ase_gffmerge") / "bundled" / f"{source}.safetensors"))
+    return Path(source)
+
+
+def pack_frames(frames: Sequence[Atoms]) -> dict[str, Tensor]:
+    """Flatten frames into tensors: atom counts, numbers, positions (float64), cells, periodicity."""
+    if not frames:
+        return {}
+    return {
+        "calibration.n_atoms": torch.tensor([len(atoms) for atoms in frames]),
+        "calibration.numbers": torch.as_tensor(np.concatenate([atoms.numbers for atoms in frames])),
+        "calibration.positions": torch.as_tensor(np.concatenate([atoms.positions for atoms in frames])),
+        "calibration.cells": torch.as_tensor(np.stack([atoms.cell.array for atoms in frames])),
+        "calibration.pbc": torch.as_tensor(np.stack([atoms.pbc for atoms in frames])),
+    }
+
+
+def unpack_frames(tensors: Mapping[str, Tensor]) -> tuple[Atoms, ...]:
+    """Inverse of :func:`pack_frames`."""
+    if "calibration.n_atoms" not in tensors:
+        return ()
+    array = {key: tensors[f"calibration.{key}"].numpy() for key in ("n_atoms", "numbers", "positions", "cells", "pbc")}
+    splits = np.cumsum(array["n_atoms"])[:-1]
+    numbers, positions = np.split(array["numbers"], splits), np.split(array["positions"], splits)
+    return tuple(
+        Atoms(z, positions=r, cell=cell, pbc=pbc)
+        for z, r, cell, pbc in zip(numbers, positions, array["cells"], array["pbc"], strict=True)
+    )
+
+
+def _merge_record(data: Mapping[str, Any]) -> MergeRecord:
+    return MergeRecord(
+        parents=tuple(data["parents"]),
+        fingerprints=tuple(data["fingerprints"]),
+        recipe=data["recipe"],
+        report=data["report"],
+    )
+
+
+def _load_weights(potential: Potential, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy weights after checking names, shapes and values."""
+    expected = potential.state_dict()
+    for name, value in expected.items():
+        stored = tensors.get(f"potential.{name}")
+        if stored is None:
+            raise FileFormatError(f"{path} lacks the tensor {name!r}; write the file again")
+        if stored.shape != value.shape:
+            raise FileFormatError(
+                f"{path}: tensor {name!r} has shape {tuple(stored.shape)}, the architecture needs "
+                f"{tuple(value.shape)}; the hyper-parameters in the file do not belong to these weights"
+            )
+        if not torch.isfinite(stored).all():
+            raise FileFormatError(f"{path}: tensor {name!r} contains NaN or infinity; the training diverged")
+    extra = {name for name in tensors if name.startswith("potential.")} - {f"potential.{name}" for name in expected}
+    if extra:
+        raise FileFormatError(f"{path} has unexpected tensors {sorted(extra)[:3]}; write the file again")
+    potential.load_state_dict({name: tensors[f"potential.{name}"] for name in expected})

@@ -1,0 +1,69 @@
+"""Training options, validated."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ase_gffmerge.errors import RecipeError
+from ase_gffmerge.validation import explain
+
+
+class TrainConfig(BaseModel):
+    """Everything that decides the outcome of a training, besides the frames.
+
+    Attributes
+    ----------
+    model, hyper
+        Architecture and its hyper-parameters.
+    epochs, batch_size, learning_rate
+        Length, frames per step, and the peak of the one-cycle schedule.
+    energy_weight, force_weight, stress_weight
+        Weights of the mean absolute errors: eV/atom, eV/Å (norm of the force error), and eV/Å^3.
+    ema_decay
+        Decay of the exponential moving average of the weights, the average being what is saved.
+    validation
+        Frames held out of training for the loss curve.
+    seed
+        Seed of initial weights, split and shuffling.
+    level_of_theory
+        Recorded in the file; ``None`` takes the parent's.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = "painn"
+    hyper: dict[str, Any] = {}
+    epochs: int = Field(default=100, ge=1)
+    batch_size: int = Field(default=10, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    energy_weight: float = Field(default=1.0, ge=0)
+    force_weight: float = Field(default=1.0, ge=0)
+    stress_weight: float = Field(default=1.0, ge=0)
+    ema_decay: float = Field(default=0.995, ge=0, lt=1)
+    gradient_clip: float = Field(default=10.0, gt=0)
+    validation: int = Field(default=50, ge=0)
+    seed: int = 0
+    level_of_theory: str | None = None
+
+
+def load_config(path: Path | None, **overrides: Any) -> TrainConfig:
+    """Read a YAML file (or nothing) and apply the overrides that are not ``None``.
+
+    Raises
+    ------
+    RecipeError
+        For unknown keys or impossible values, with a suggestion.
+    """
+    try:
+        data = yaml.safe_load(path.read_text()) if path else {}
+    except (OSError, yaml.YAMLError) as error:
+        raise RecipeError(f"cannot read the configuration {path}: {error}") from None
+    if not isinstance(data or {}, dict):
+        raise RecipeError(f"{path} must be a YAML mapping of options, got {type(data).__name__}")
+    merged = {**(data or {}), **{key: value for key, value in overrides.items() if value is not None}}
+    try:
+        return TrainConfig(**merged)
+    except ValidationError as error:
+        raise RecipeError(explain(error, TrainConfig, source=str(path or "training options"))) from None

@@ -1,0 +1,35 @@
+"""Per-element reference energies: one table shared by a base and all specialists that descend from it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+from ase.data import atomic_numbers, chemical_symbols
+
+from ase_gffmerge.errors import FramesError
+
+
+def composition(frames: Sequence[Atoms], species: Sequence[int]) -> np.ndarray:
+    """Count of each element in each frame, (n_frames, n_species)."""
+    return np.array([[np.count_nonzero(atoms.numbers == z) for z in species] for atoms in frames], dtype=float)
+
+
+def fit_references(frames: Sequence[Atoms], species: Sequence[int]) -> dict[int, float]:
+    """Least-squares energies per element in eV (minimum norm where compositions are degenerate)."""
+    energies = np.array([atoms.get_potential_energy() for atoms in frames])
+    solution = np.linalg.lstsq(composition(frames, species), energies, rcond=1e-10)[0]
+    return {int(z): float(energy) for z, energy in zip(species, solution, strict=True)}
+
+
+def load_references(path: Path) -> dict[int, float]:
+    """Read ``{"H": -13.6, ...}`` (eV) from a JSON file."""
+    try:
+        table = json.loads(path.read_text())
+        return {atomic_numbers[symbol]: float(energy) for symbol, energy in table.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise FramesError(
+            f"cannot read reference energies from {path} ({error!r}); write a JSON object of element symbols and "
+            f'energies in eV, for example {{"{chemical_symbols[1]}": -13.6}}'
+        ) from None
