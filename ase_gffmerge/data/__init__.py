@@ -1,0 +1,1 @@
+"""Data sets and frame files: manifests, downloads, readers, splits (nothing here imports torch)."""
