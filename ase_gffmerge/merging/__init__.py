@@ -1,0 +1,1 @@
+"""Closed-form merging of specialist force fields."""

@@ -1,0 +1,64 @@
+"""The mean of the specialists: first baseline, and the anchor of every solve."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.models import Potential, build_potential
+from ase_gffmerge.specialist import Specialist
+
+
+def mean_potential(specialists: Sequence[Specialist], recipe: Recipe) -> Potential:
+    """Weighted mean of all weights, on the device and in the type of the first specialist.
+
+    Embeddings are averaged per element over the specialists that know it; with ``recipe.normalise`` an element's row
+    follows the specialists in proportion to how often it occurs in their calibration frames. Under per-specialist
+    conditioning table k keeps the rows of specialist k.
+    """
+    first = specialists[0].potential
+    weights = torch.tensor(recipe.weights or [1.0] * len(specialists), dtype=torch.float64)
+    share = weights / weights.sum()
+    species = tuple(sorted({z for specialist in specialists for z in specialist.species}))
+    n_tables = len(specialists) if recipe.conditioning == "per-specialist" else 1
+    hyper = replace(first.hyper, n_embeddings=n_tables)
+    merged = build_potential(first.architecture, hyper.to_dict(), species).to(dtype=first.dtype, device=first.device)
+    named = [dict(specialist.potential.named_parameters()) for specialist in specialists]
+    with torch.no_grad():
+        for name, parameter in merged.named_parameters():
+            if name != "embedding":
+                parameter.copy_(sum(float(a) * p[name].double() for a, p in zip(share, named, strict=True)))
+        known = torch.stack([_by_element(s, torch.ones(len(s.species)), species) for s in specialists])
+        counts = known * share[:, None]
+        if recipe.normalise:
+            counts = counts * _occurrences(specialists, species)
+        tables = torch.stack([_by_element(s, s.potential.embedding[0].cpu(), species) for s in specialists])
+        references = torch.stack([_by_element(s, s.potential.references.cpu(), species) for s in specialists])
+        mean = (counts[:, :, None] * tables).sum(0) / counts.sum(0)[:, None]
+        if n_tables > 1:
+            mean = torch.where(known[:, :, None] > 0, tables, mean)
+        merged.embedding.copy_(mean.reshape(merged.embedding.shape))
+        table_share = known * share[:, None]
+        merged.references.copy_((table_share * references).sum(0) / table_share.sum(0))
+    return merged.eval().requires_grad_(False)
+
+
+def _by_element(specialist: Specialist, values: Tensor, species: Sequence[int]) -> Tensor:
+    """Spread per-element values of one specialist over the union of the elements; zero where unknown."""
+    out = torch.zeros(len(species), *values.shape[1:], dtype=torch.float64)
+    out[[species.index(z) for z in specialist.species]] = values.double()
+    return out
+
+
+def _occurrences(specialists: Sequence[Specialist], species: Sequence[int]) -> Tensor:
+    """Fraction of each element among the calibration atoms, (n_specialists, n_species); ones where nobody has it."""
+    counts = torch.zeros(len(specialists), len(species), dtype=torch.float64)
+    for k, specialist in enumerate(specialists):
+        for atoms in specialist.calibration:
+            for z in atoms.numbers:
+                counts[k, species.index(int(z))] += 1
+        counts[k] /= max(float(counts[k].sum()), 1.0)
+    counts[:, counts.sum(0) == 0] = 1.0
+    return counts

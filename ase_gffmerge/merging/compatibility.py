@@ -1,0 +1,100 @@
+"""Which specialists may be merged, and why not."""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+
+from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, RecipeError
+from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.specialist import Specialist
+
+
+def check_compatible(specialists: Sequence[Specialist], recipe: Recipe) -> None:
+    """Refuse what cannot be merged.
+
+    Raises
+    ------
+    IncompatibleSpecialistsError
+        Fewer than two, the same one twice, already merged, of different architecture, hyper-parameters, cutoff, level
+        of theory, or without a common base.
+    FramesError
+        Calibration frames are missing.
+    RecipeError
+        The number of weights is not the number of specialists, or a weight is not positive.
+    """
+    if len(specialists) < 2:
+        raise IncompatibleSpecialistsError(
+            f"a merge needs at least two specialists, got {len(specialists)}; to use a single force field give it to "
+            "GFFMergeCalculator as it is"
+        )
+    for specialist in specialists:
+        _check_alone(specialist, recipe)
+    for first, second in combinations(specialists, 2):
+        _check_pair(first, second, recipe)
+    weights = recipe.weights
+    if weights is not None and (len(weights) != len(specialists) or min(weights) <= 0):
+        raise RecipeError(f"weights {list(weights)} must be {len(specialists)} positive numbers, one per specialist")
+
+
+def _check_alone(specialist: Specialist, recipe: Recipe) -> None:
+    if specialist.merged or specialist.potential.hyper.readout_width:
+        raise IncompatibleSpecialistsError(
+            f"{specialist.name!r} is itself a merged potential; merge its parents and the new specialist in one go"
+        )
+    if not specialist.calibration and recipe.method != "mean":
+        raise FramesError(
+            f"{specialist.name!r} carries no calibration frames, without which a merge cannot see what it knows; add "
+            "some with Specialist.with_calibration(frames), or train with --calibration N"
+        )
+
+
+def _check_pair(first: Specialist, second: Specialist, recipe: Recipe) -> None:
+    pair = f"{first.name!r} and {second.name!r}"
+    if first.potential.architecture != second.potential.architecture:
+        raise IncompatibleSpecialistsError(
+            f"{pair} have different architectures ({first.potential.architecture}, {second.potential.architecture}); "
+            "their weights do not correspond: fine-tune both from one base"
+        )
+    ours, theirs = first.potential.hyper.to_dict(), second.potential.hyper.to_dict()
+    different = [f"{key} {ours[key]} / {theirs[key]}" for key in ours if ours[key] != theirs[key]]
+    if different:
+        raise IncompatibleSpecialistsError(
+            f"{pair} differ in hyper-parameters ({'; '.join(different)}); fine-tune both from one base"
+        )
+    if first.level_of_theory != second.level_of_theory and not recipe.allow_mixed_theory:
+        raise IncompatibleSpecialistsError(
+            f"{pair} were trained on different levels of theory ({first.level_of_theory!r}, "
+            f"{second.level_of_theory!r}); one energy surface cannot follow both. If that is intended, set "
+            "allow_mixed_theory in the recipe"
+        )
+    if first.fingerprint == second.fingerprint and not recipe.allow_identical:
+        raise IncompatibleSpecialistsError(
+            f"{pair} have identical weights: the same specialist was given twice; give different ones"
+        )
+    if not recipe.allow_unrelated and not related(first, second):
+        raise IncompatibleSpecialistsError(
+            f"{pair} do not descend from a common base (no shared ancestor on record, and their weights are "
+            f"{weight_distance(first, second):.2f} times their own size apart), so a closed-form merge of them is "
+            "useless; fine-tune both from one base, or pass allow_unrelated to see for yourself"
+        )
+
+
+def related(first: Specialist, second: Specialist) -> bool:
+    """Whether two specialists share an ancestor on record, or are closer to each other than to zero."""
+    ancestors = {*first.provenance.lineage, first.fingerprint} & {*second.provenance.lineage, second.fingerprint}
+    return bool(ancestors) or weight_distance(first, second) < 1.0
+
+
+def weight_distance(first: Specialist, second: Specialist) -> float:
+    r"""Distance of the weights in units of their size, :math:`\|w_a-w_b\| / \sqrt{\|w_a\|\,\|w_b\|}`.
+
+    About 1.4 for independent initialisations, well below 1 for fine-tuned relatives. Embeddings are left out.
+    """
+    pairs = [
+        (a.flatten(), b.flatten())
+        for (name, a), b in zip(first.potential.named_parameters(), second.potential.parameters(), strict=True)
+        if name != "embedding" and a.shape == b.shape
+    ]
+    a, b = (torch.cat([pair[i].detach().cpu().double() for pair in pairs]) for i in (0, 1))
+    return float((a - b).norm() / (a.norm() * b.norm()).sqrt())

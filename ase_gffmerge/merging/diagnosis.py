@@ -1,0 +1,53 @@
+"""How the mean, the merged model and the other specialists differ from each specialist on its calibration frames."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ase_gffmerge.evaluation.errors import FramePredictions, compare, predict_frames
+from ase_gffmerge.merging.report import Disagreement, Parity
+from ase_gffmerge.models import Potential
+from ase_gffmerge.specialist import Specialist
+
+PARITY_SAMPLE = 600
+
+
+def diagnose(
+    specialists: Sequence[Specialist], mean: Potential, merged: Potential
+) -> tuple[tuple[Disagreement, ...], tuple[Parity, ...]]:
+    """Evaluate all models on every specialist's calibration frames."""
+    rows: list[Disagreement] = []
+    parity: list[Parity] = []
+    for k, specialist in enumerate(specialists):
+        frames = specialist.calibration
+        if not frames:
+            continue
+        reference = predict_frames(specialist.potential, frames)
+        models = {"mean": mean, "merged": merged}
+        predictions = {name: predict_frames(model, frames, specialist=k) for name, model in models.items()}
+        elements = {int(z) for atoms in frames for z in atoms.numbers}
+        for other in specialists:
+            if other is not specialist and elements <= set(other.species):
+                predictions[other.name] = predict_frames(other.potential, frames)
+        rows += [_disagreement(specialist.name, name, p, reference) for name, p in predictions.items()]
+        parity.append(_parity(specialist.name, reference, predictions["mean"], predictions["merged"]))
+    return tuple(rows), tuple(parity)
+
+
+def _disagreement(specialist: str, model: str, predicted: FramePredictions, reference: FramePredictions) -> Disagreement:
+    errors = compare(predicted, reference)
+    return Disagreement(
+        specialist=specialist,
+        model=model,
+        force_mae=errors.force_mae,
+        force_rmse=errors.force_rmse,
+        energy_mae=errors.energy_mae,
+        force_rms=float(np.sqrt(np.square(np.concatenate(reference.forces)).mean())),
+    )
+
+
+def _parity(name: str, reference: FramePredictions, mean: FramePredictions, merged: FramePredictions) -> Parity:
+    flat = [np.concatenate(p.forces).ravel() for p in (reference, mean, merged)]
+    chosen = np.linspace(0, len(flat[0]) - 1, min(PARITY_SAMPLE, len(flat[0]))).astype(int)
+    values = [tuple(float(round(v, 4)) for v in array[chosen]) for array in flat]
+    return Parity(specialist=name, reference=values[0], mean=values[1], merged=values[2])

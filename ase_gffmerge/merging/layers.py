@@ -1,0 +1,145 @@
+r"""Affine layers as least-squares problems.
+
+Every supported layer maps rows linearly, :math:`y = [x\ 1]\,\Theta`, once its input is cut into rows of the right
+kind. A :class:`Problem` is one such map:
+
+* ``nn.Linear`` (and torch_geometric's ``Linear``): rows are all leading dimensions, so the Cartesian components of a
+  vector feature (n_atoms, 3, channels) are extra rows; a bias adds a column of ones.
+* ``e3nn.o3.Linear``: one problem per output irrep over all inputs of that irrep; the 2l+1 components are extra rows, and
+  Θ includes e3nn's path weight, Θ = path_weight · W. Equivariance holds by construction.
+* the layers of ``e3nn.nn.FullyConnectedNet``: bias-free, Θ = factor · W; the target is the value before the activation.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from e3nn.nn import FullyConnectedNet
+from e3nn.o3 import Linear as EquivariantLinear
+from torch import Tensor, nn
+from torch_geometric.nn import Linear as GeometricLinear
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One affine map Θ (d_in [+ 1], d_out) inside a layer.
+
+    Attributes
+    ----------
+    name
+        Unique within the potential.
+    module
+        The layer.
+    has_bias
+        Whether the last row of Θ is a bias.
+    rows
+        Cuts the layer's input into rows (n_rows, d_in), without the column of ones.
+    read
+        Get Θ.
+    parameters
+        The layer's parameters by name, as differentiable functions of Θ.
+    """
+
+    name: str
+    module: nn.Module
+    has_bias: bool
+    rows: Callable[[Tensor], Tensor]
+    read: Callable[[], Tensor]
+    parameters: Callable[[Tensor], dict[str, Tensor]]
+
+    def design(self, inputs: Tensor) -> Tensor:
+        """Rows [x 1] (n_rows, d_in [+ 1]) for a layer input."""
+        rows = self.rows(inputs)
+        return with_ones(rows) if self.has_bias else rows
+
+    @torch.no_grad()
+    def write(self, theta: Tensor) -> None:
+        """Set Θ in place."""
+        for name, value in self.parameters(theta).items():
+            self.module.get_parameter(name).copy_(value)
+
+
+def with_ones(rows: Tensor) -> Tensor:
+    """Append a column of ones."""
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+
+
+def is_affine(module: nn.Module) -> bool:
+    """Whether the merge can treat a module as one or more :class:`Problem`."""
+    return isinstance(module, nn.Linear | GeometricLinear | EquivariantLinear) or _is_radial_layer(module)
+
+
+def problems(name: str, module: nn.Module) -> Iterator[Problem]:
+    """The affine maps of one layer."""
+    if isinstance(module, EquivariantLinear):
+        yield from _equivariant_problems(name, module)
+    elif _is_radial_layer(module):
+        yield _radial_problem(name, module)
+    else:
+        yield _linear_problem(name, module)  # type: ignore[arg-type]
+
+
+def _flat_rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _linear_problem(name: str, layer: nn.Linear) -> Problem:
+    has_bias = layer.bias is not None
+
+    def read() -> Tensor:
+        weight = layer.weight.detach().T
+        return torch.cat([weight, layer.bias.detach()[None]]) if has_bias else weight
+
+    def parameters(theta: Tensor) -> dict[str, Tensor]:
+        weight = {"weight": theta[: layer.weight.shape[1]].T}
+        return weight | {"bias": theta[-1]} if has_bias else weight
+
+    return Problem(name, layer, has_bias, _flat_rows, read, parameters)
+
+
+def _is_radial_layer(module: nn.Module) -> bool:
+    return type(module).__module__ == FullyConnectedNet.__module__ and type(module).__name__ == "_Layer"
+
+
+def _radial_problem(name: str, layer: nn.Module) -> Problem:
+    width_in, var_in, var_out = float(layer.h_in), float(layer.var_in), float(layer.var_out)  # type: ignore[arg-type]
+    scale = (width_in * var_in) ** -0.5 * (1.0 if layer.act is not None else var_out**0.5)
+    weight = layer.get_parameter("weight")
+    return Problem(
+        name, layer, False, _flat_rows, lambda: weight.detach() * scale, lambda theta: {"weight": theta / scale}
+    )
+
+
+def _equivariant_problems(name: str, layer: EquivariantLinear) -> Iterator[Problem]:
+    """One problem per output irrep; e3nn stores the weights of its instructions one after the other."""
+    if any(instruction.i_in < 0 for instruction in layer.instructions):
+        raise NotImplementedError(f"{name}: an o3.Linear with biases cannot be aligned; build it with biases=False")
+    for i_out, (_, irrep) in enumerate(layer.irreps_out):
+        paths = [i for i, instruction in enumerate(layer.instructions) if instruction.i_out == i_out]
+        if paths:
+            yield _equivariant_problem(f"{name}[{irrep}]", layer, paths, irrep.dim)
+
+
+def _equivariant_problem(name: str, layer: EquivariantLinear, paths: list[int], dim: int) -> Problem:
+    inputs = [layer.instructions[i].i_in for i in paths]
+    slices = layer.irreps_in.slices()
+
+    def rows(x: Tensor) -> Tensor:
+        parts = [x[..., slices[i]].reshape(-1, layer.irreps_in[i].mul, dim) for i in inputs]
+        return torch.cat(parts, dim=1).transpose(1, 2).flatten(0, 1)
+
+    def read() -> Tensor:
+        views = [layer.weight_view_for_instruction(i).detach() * layer.instructions[i].path_weight for i in paths]
+        return torch.cat(views)
+
+    def parameters(theta: Tensor) -> dict[str, Tensor]:
+        pieces, start = [], 0
+        for i, instruction in enumerate(layer.instructions):
+            piece = layer.weight_view_for_instruction(i).detach()
+            if i in paths:
+                piece = theta[start : start + len(piece)] / instruction.path_weight
+                start += len(piece)
+            pieces.append(piece.flatten())
+        return {"weight": torch.cat(pieces)}
+
+    return Problem(name, layer, False, rows, read, parameters)

@@ -1,0 +1,191 @@
+"""The story: specialists in, one merged potential and a report out.
+
+specialists -> graphs of their calibration frames -> for every stage: inputs of the merged model as built so far, outputs
+of each specialist, Gram statistics, ridge solves -> stage output matched again -> readout matched to energies and forces.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ase_gffmerge.device import resolve_device
+from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.merging.align import align_layers, align_messages
+from ase_gffmerge.merging.average import mean_potential
+from ase_gffmerge.merging.compatibility import check_compatible
+from ase_gffmerge.merging.diagnosis import diagnose
+from ase_gffmerge.merging.force_matching import match_forces
+from ase_gffmerge.merging.recipe import Recipe, load_recipe
+from ase_gffmerge.merging.references import align_references
+from ase_gffmerge.merging.report import LayerReport, MergeReport
+from ase_gffmerge.merging.territory import Territory, survey
+from ase_gffmerge.models import Potential
+from ase_gffmerge.models.potential import Stage
+from ase_gffmerge.specialist import MergeRecord, Provenance, Specialist
+
+MERGE_VERSION = 1
+"""Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""
+
+Progress = Callable[[float, str], None]
+
+
+def merge(
+    specialists: Sequence[Specialist],
+    recipe: str | Recipe | dict[str, Any] = "gffmerge",
+    *,
+    device: str | torch.device = "auto",
+    progress: Progress | None = None,
+) -> tuple[Specialist, MergeReport]:
+    """Merge specialists into one potential by solving least-squares problems.
+
+    Parameters
+    ----------
+    specialists
+        At least two, with calibration frames, fine-tuned from a common base. They are not changed.
+    recipe
+        ``gffmerge`` (default), ``paper``, ``mean``, a YAML file, a mapping or a :class:`Recipe`.
+    device
+        Where statistics and solves run.
+    progress
+        Called with a fraction (0 to 1) and a description.
+
+    Returns
+    -------
+    merged : Specialist
+        A force field with ``merged`` set; save it with :meth:`Specialist.save`.
+    report : MergeReport
+
+    Raises
+    ------
+    IncompatibleSpecialistsError, FramesError, RecipeError, DeviceError
+        With the reason and the remedy.
+    """
+    recipe = load_recipe(recipe)
+    check_compatible(specialists, recipe)
+    tell = progress or (lambda fraction, text: None)
+    clock = _Clock()
+    target = resolve_device(device)
+    parents = [replace(s, potential=deepcopy(s.potential).to(device=target)) for s in specialists]
+    with torch.no_grad(), clock("mean"):
+        shifts = align_references(parents)
+        potential = mean_potential(parents, recipe)
+        mean = deepcopy(potential)
+    layers: list[LayerReport] = []
+    held_out = None
+    if recipe.method != "mean":
+        weights = recipe.weights or (1.0,) * len(parents)
+        with torch.no_grad(), clock("layers"):
+            tell(0.05, "graphs")
+            territories = survey(parents, potential, weights, max_atoms=2000)
+            layers += _align_stages(potential, parents, territories, recipe, tell)
+            layers += _align_readout(potential, parents, territories, recipe)
+        if recipe.readout is not None:
+            tell(0.6, "force-matched readout")
+            with clock("readout"):
+                potential, rows, held_out = match_forces(potential, territories, recipe.readout)
+                layers += rows
+    tell(0.95, "report")
+    with clock("report"):
+        disagreements, parity = diagnose(parents, mean, potential)
+    report = MergeReport(
+        specialists=tuple(s.name for s in parents),
+        layers=tuple(layers),
+        disagreements=disagreements,
+        held_out=held_out,
+        energy_shifts=shifts,
+        seconds=clock.seconds,
+        parity=parity,
+    )
+    tell(1.0, report.verdict)
+    if recipe.method != "mean" and report.verdict != "good":
+        warnings.warn(_verdict_message(report), MergeWarning, stacklevel=2)
+    return _as_specialist(specialists, potential, recipe, report), report
+
+
+class _Clock:
+    """Wall time per phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def _run_stage(stage: nn.Module, territory: Territory, scene_index: int, merged: bool) -> Any:
+    scene = territory.scenes[scene_index]
+    return stage(scene.merged if merged else scene.target, scene.geometry)
+
+
+def _align_stages(
+    merged: Potential, parents: Sequence[Specialist], territories: Sequence[Territory], recipe: Recipe, tell: Progress
+) -> list[LayerReport]:
+    """Steps 1-4 for every stage, advancing the states of merged model and specialists together."""
+    reports: list[LayerReport] = []
+    for i, (name, stage) in enumerate(merged.named_stages()):
+        tell(0.1 + 0.5 * i / len(merged.stages), name)
+        originals: list[Stage] = [parent.potential.get_submodule(name) for parent in parents]  # type: ignore[misc]
+        reports += align_layers(name, stage, originals, territories, _run_stage, recipe)
+        if recipe.messages:
+            reports += align_messages(name, stage, originals, territories, recipe)
+        for original, parent, territory in zip(originals, parents, territories, strict=True):
+            for scene in territory.scenes:
+                scene.target = original(scene.target, scene.geometry)
+                scene.merged = stage(scene.merged, scene.geometry)
+                if stage.emits_scalars:
+                    scene.target_scalars.append(parent.potential.scalars(scene.target))
+                    scene.merged_scalars.append(merged.scalars(scene.merged))
+    return reports
+
+
+def _align_readout(
+    merged: Potential, parents: Sequence[Specialist], territories: Sequence[Territory], recipe: Recipe
+) -> list[LayerReport]:
+    """The plain readout, treated like any other layers."""
+
+    def run(readout: nn.Module, territory: Territory, scene_index: int, of_merged: bool) -> Any:
+        scene = territory.scenes[scene_index]
+        scalars = scene.merged_scalars if of_merged else scene.target_scalars
+        return readout(scalars, merged.species_row[scene.graph.atomic_numbers])
+
+    originals = [parent.potential.readout for parent in parents]
+    return align_layers("readout", merged.readout, originals, territories, run, recipe)
+
+
+def _verdict_message(report: MergeReport) -> str:
+    worst = 100 * report.relative_disagreement
+    advice = (
+        "distil it on the specialists' own predictions before relying on it"
+        if report.verdict != "failed"
+        else "do not use it; do the specialists share a base, and do the calibration frames cover what they know?"
+    )
+    return f"the merged potential is {report.verdict}: it misses a specialist's forces by {worst:.0f} %; {advice}"
+
+
+def _as_specialist(
+    specialists: Sequence[Specialist], potential: Potential, recipe: Recipe, report: MergeReport
+) -> Specialist:
+    theories = dict.fromkeys(s.level_of_theory for s in specialists)
+    record = MergeRecord(
+        parents=tuple(s.name for s in specialists),
+        fingerprints=tuple(s.fingerprint for s in specialists),
+        recipe=recipe.model_dump(mode="json"),
+        report=report.to_dict(),
+    )
+    return Specialist(
+        name="+".join(record.parents),
+        potential=potential.requires_grad_(False).eval(),
+        level_of_theory=" + ".join(theories),
+        provenance=Provenance(data_set="merged", lineage=record.fingerprints),
+        merged=record,
+    )

@@ -1,0 +1,178 @@
+"""What a merge did, layer by layer, and how far the result can be trusted."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+Verdict = Literal["good", "usable after distillation", "failed"]
+
+GOOD, USABLE = 0.12, 0.30
+"""Thresholds of the verdict on the relative force disagreement (see :meth:`MergeReport.relative_disagreement`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One least-squares problem.
+
+    Attributes
+    ----------
+    name, kind
+        Qualified name; ``layer``, ``message`` or ``readout``.
+    rows, size
+        Rows of the problem and columns of its design.
+    residual_before, residual_after
+        Relative squared residual of the mean of the weights (of the layer-wise solution, for messages), and after.
+    effective_rank
+        Degrees of freedom that the rows determine.
+    ridge
+        Absolute ridge used.
+    """
+
+    name: str
+    kind: str
+    rows: int
+    size: int
+    residual_before: float
+    residual_after: float
+    effective_rank: float
+    ridge: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disagreement:
+    """How a potential differs from one specialist on that specialist's calibration frames.
+
+    Attributes
+    ----------
+    specialist
+        Whose frames and predictions.
+    model
+        ``mean``, ``merged``, or the name of another specialist.
+    force_mae, force_rmse
+        eV/Å.
+    energy_mae
+        eV/atom.
+    force_rms
+        Root mean square of the specialist's own forces, eV/Å.
+    """
+
+    specialist: str
+    model: str
+    force_mae: float
+    force_rmse: float
+    energy_mae: float
+    force_rms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """A sample of force components (eV/Å) of one specialist and of the mean and merged models on its frames."""
+
+    specialist: str
+    reference: tuple[float, ...]
+    mean: tuple[float, ...]
+    merged: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """Diagnosis of a merge.
+
+    Attributes
+    ----------
+    specialists
+        Names, in the order of the specialist index.
+    layers
+        Least-squares problems in the order they were solved.
+    disagreements
+        For every specialist: mean, merged model, every other specialist.
+    held_out
+        Relative squared residual of energies and forces on held-out calibration frames, when the readout was fitted.
+    energy_shifts
+        Per specialist, the shift per element (eV) that put its energies on the common scale.
+    seconds
+        Wall time per phase.
+    parity
+        Sample for the parity plot.
+    untreated
+        Parameters that were averaged because no affine view exists for them.
+    """
+
+    specialists: tuple[str, ...]
+    layers: tuple[LayerReport, ...]
+    disagreements: tuple[Disagreement, ...]
+    held_out: float | None
+    energy_shifts: Mapping[str, Mapping[str, float]]
+    seconds: Mapping[str, float]
+    parity: tuple[Parity, ...] = ()
+    untreated: tuple[str, ...] = field(default=())
+
+    @property
+    def relative_disagreement(self) -> float:
+        """Largest force RMSE of the merged model against a specialist over that specialist's force RMS.
+
+        A readout fitted on the same frames is judged by its held-out residual instead, if that is larger.
+        """
+        values = [d.force_rmse / max(d.force_rms, 1e-12) for d in self.disagreements if d.model == "merged"]
+        return max(values, default=0.0)
+
+    @property
+    def verdict(self) -> Verdict:
+        """`good` below 12 % relative force disagreement, `usable after distillation` below 30 %, else `failed`."""
+        value = self.relative_disagreement
+        return "good" if value < GOOD else "usable after distillation" if value < USABLE else "failed"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able dictionary, verdict included."""
+        return {**asdict(self), "verdict": self.verdict, "relative_disagreement": self.relative_disagreement}
+
+    def to_json(self) -> str:
+        """One JSON document."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Inverse of :meth:`to_dict`."""
+        values = {key: value for key, value in data.items() if key not in ("verdict", "relative_disagreement")}
+        return cls(
+            **{
+                **values,
+                "specialists": tuple(values["specialists"]),
+                "layers": tuple(LayerReport(**row) for row in values["layers"]),
+                "disagreements": tuple(Disagreement(**row) for row in values["disagreements"]),
+                "parity": tuple(
+                    Parity(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+                    for row in values["parity"]
+                ),
+                "untreated": tuple(values["untreated"]),
+            }
+        )
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        lines = [f"merge of {', '.join(self.specialists)}: {self.verdict}"]
+        lines.append(f"  relative force disagreement {100 * self.relative_disagreement:.1f} %")
+        for row in self.disagreements:
+            lines.append(
+                f"  {row.specialist}: {row.model} differs by {1000 * row.force_mae:.1f} meV/Å, "
+                f"{1000 * row.energy_mae:.2f} meV/atom"
+            )
+        lines.append("  " + ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items()))
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> Path:
+        """Write parity plots and per-layer residuals as PNG, SVG or PDF."""
+        from ase_gffmerge.merging.report_plot import report_figure
+
+        figure = report_figure(self)
+        figure.savefig(path, dpi=130, bbox_inches="tight")
+        return Path(path)
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write one self-contained HTML page."""
+        from ase_gffmerge.merging.report_plot import report_html
+
+        Path(path).write_text(report_html(self), encoding="utf-8")
+        return Path(path)

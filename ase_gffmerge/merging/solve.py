@@ -1,0 +1,88 @@
+r"""Ridge regression from Gram statistics, anchored at a prior.
+
+.. math::
+
+   \min_\Theta\ \|X\Theta-Y\|^2 + \mu\,\|\Theta-\Theta_0\|^2
+   \quad\Longrightarrow\quad (G+\mu I)\,(\Theta-\Theta_0) = C - G\,\Theta_0 ,
+
+solved by a Cholesky factorisation in float64. With the relative ridge, :math:`\mu=\lambda\,\mathrm{tr}\,G/d`, the
+solution does not depend on the units of the features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ase_gffmerge.merging.statistics import Gram
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solution and its diagnosis.
+
+    Attributes
+    ----------
+    theta : (d, m)
+        The minimiser, float64.
+    residual_before, residual_after
+        Relative squared residuals of the prior and of the solution.
+    effective_rank
+        :math:`\\mathrm{tr}\\,G(G+\\mu I)^{-1}`, the degrees of freedom that the rows determine.
+    ridge
+        The absolute ridge μ that was used.
+    n_rows
+        Rows that entered.
+    """
+
+    theta: Tensor
+    residual_before: float
+    residual_after: float
+    effective_rank: float
+    ridge: float
+    n_rows: int
+
+
+def ridge_solve(gram: Gram, prior: Tensor, *, ridge: float, relative: bool = True) -> Solution:
+    """Solve the anchored ridge problem.
+
+    Parameters
+    ----------
+    gram
+        Statistics of the rows, (d, d) and (d, m).
+    prior : (d, m)
+        The anchor :math:`\\Theta_0`; the solution tends to it as the ridge grows.
+    ridge
+        λ (``relative``) or μ itself. Must not be negative; zero needs rows of full rank.
+    relative
+        Whether the ridge is in units of the mean eigenvalue of G.
+
+    Raises
+    ------
+    ValueError
+        When G + μI is not positive definite even after the ridge was raised a thousandfold from round-off.
+    """
+    prior = prior.to(gram.xx)
+    identity = torch.eye(len(gram.xx), dtype=gram.xx.dtype, device=gram.xx.device)
+    scale = float(gram.xx.diagonal().mean())
+    mu = ridge * scale if relative else ridge
+    factor, mu = _factorise(gram.xx, identity, mu, scale)
+    theta = prior + torch.cholesky_solve(gram.xy - gram.xx @ prior, factor)
+    return Solution(
+        theta=theta,
+        residual_before=gram.residual(prior),
+        residual_after=gram.residual(theta),
+        effective_rank=len(identity) - mu * float(torch.cholesky_inverse(factor).diagonal().sum()),
+        ridge=mu,
+        n_rows=int(gram.n_rows),
+    )
+
+
+def _factorise(matrix: Tensor, identity: Tensor, mu: float, scale: float) -> tuple[Tensor, float]:
+    """Cholesky factor of ``matrix + mu``; a singular matrix gets the smallest ridge that round-off asks for."""
+    floor = torch.finfo(matrix.dtype).eps * max(scale, torch.finfo(matrix.dtype).tiny) * len(matrix)
+    for attempt in (mu, max(mu, floor), max(mu, 30 * floor), max(mu, 1000 * floor)):
+        factor, failed = torch.linalg.cholesky_ex(matrix + attempt * identity)
+        if not failed:
+            return factor, attempt
+    raise ValueError("the Gram matrix is not positive definite; are the features finite?")

@@ -1,0 +1,85 @@
+r"""Gram statistics: everything a linear least-squares problem needs to know about its rows.
+
+For rows X (n, d) and targets Y (n, m) the loss :math:`\|X\Theta-Y\|^2` depends on them only through
+
+.. math:: G = X^\top X,\qquad C = X^\top Y,\qquad s = \|Y\|^2,
+
+which add up over batches, processes and machines.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Sufficient statistics in float64.
+
+    Attributes
+    ----------
+    xx : (d, d)
+        G.
+    xy : (d, m)
+        C.
+    yy
+        s, the sum of squared targets.
+    n_rows
+        Number of rows.
+    """
+
+    xx: Tensor
+    xy: Tensor
+    yy: float
+    n_rows: float
+
+    @classmethod
+    def of(cls, rows: Tensor, targets: Tensor) -> Self:
+        """Statistics of rows (n, d) and targets (n, m)."""
+        x, y = rows.double(), targets.double()
+        return cls(x.T @ x, x.T @ y, float(y.square().sum()), float(len(x)))
+
+    @classmethod
+    def zero(cls, d: int, m: int, *, device: torch.device | str = "cpu") -> Self:
+        """Statistics of no rows."""
+        options = {"dtype": torch.float64, "device": device}
+        return cls(torch.zeros(d, d, **options), torch.zeros(d, m, **options), 0.0, 0.0)  # type: ignore[call-overload]
+
+    def __add__(self, other: Self) -> Self:
+        """Statistics of the union of the rows."""
+        return type(self)(
+            self.xx + other.xx, self.xy + other.xy, self.yy + other.yy, self.n_rows + other.n_rows
+        )
+
+    def __mul__(self, weight: float) -> Self:
+        """Statistics of rows that count ``weight`` times; ``n_rows`` keeps the true number."""
+        return type(self)(self.xx * weight, self.xy * weight, self.yy * weight, self.n_rows)
+
+    @property
+    def mean_square_target(self) -> float:
+        """Mean squared target per row and output; 1 when the targets vanish."""
+        value = self.yy / max(self.n_rows * self.xy.shape[1], 1)
+        return value if value > 0 else 1.0
+
+    def residual(self, theta: Tensor) -> float:
+        r"""Relative residual :math:`\|X\Theta-Y\|^2/\|Y\|^2` of a solution."""
+        value = self.yy + float((theta * (self.xx @ theta - 2 * self.xy)).sum())
+        return max(value, 0.0) / self.yy if self.yy else 0.0
+
+
+def normalised_sum(grams: list[Gram], weights: list[float]) -> Gram:
+    r"""Weighted sum :math:`\sum_k \frac{a_k}{n_k s_k}\,\mathrm{Gram}_k` with mean squared targets s_k.
+
+    Every specialist counts the same, however many frames it brings and however large its targets are.
+    """
+    terms = [
+        gram * (weight / (gram.n_rows * gram.mean_square_target))
+        for gram, weight in zip(grams, weights, strict=True)
+        if gram.n_rows
+    ]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
