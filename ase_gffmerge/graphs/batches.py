@@ -11,7 +11,9 @@ from torch_geometric.data import Batch, Data
 from ase_gffmerge.graphs.neighbours import neighbour_list
 
 
-def build_graph(atoms: Atoms, cutoff: float, *, dtype: torch.dtype = torch.float64, specialist: int = 0) -> Data:
+def build_graph(
+    atoms: Atoms, cutoff: float, *, dtype: torch.dtype = torch.float64, specialist: int = 0
+) -> Data:
     """Build the graph of one structure.
 
     Parameters
@@ -23,14 +25,14 @@ def build_graph(atoms: Atoms, cutoff: float, *, dtype: torch.dtype = torch.float
     dtype
         Floating-point type of positions and cell. The neighbour list itself is always found in float64.
     specialist
-        Index of the specialist every atom belongs to (used by per-specialist embeddings); overridden per atom by an
-        integer array ``atoms.arrays["specialist"]``.
+        Index of the specialist every atom belongs to (used by per-specialist embeddings); overridden per atom
+        by an integer array ``atoms.arrays["specialist"]``.
 
     Returns
     -------
     torch_geometric.data.Data
-        ``pos`` (n_atoms, 3) Å, ``atomic_numbers`` (n_atoms,), ``specialist`` (n_atoms,), ``cell`` (1, 3, 3) Å,
-        ``edge_index`` (2, n_edges) sender and receiver, ``shifts`` (n_edges, 3).
+        ``pos`` (n_atoms, 3) Å, ``atomic_numbers`` (n_atoms,), ``specialist`` (n_atoms,), ``cell`` (1, 3, 3)
+        Å, ``edge_index`` (2, n_edges) sender and receiver, ``shifts`` (n_edges, 3).
     """
     edge_index, shifts = neighbour_list(atoms, cutoff)
     index = atoms.arrays.get("specialist", np.full(len(atoms), specialist))

@@ -1,7 +1,8 @@
 r"""Energies, forces and stress of a batch from one reverse pass.
 
-Geometry enters a potential only through the edge vectors :math:`\mathbf d_e = \mathbf r_j - \mathbf r_i + S\,h`, so the
-one gradient :math:`\mathbf g_e = \partial E/\partial\mathbf d_e` holds every first derivative:
+Geometry enters a potential only through the edge vectors
+:math:`\mathbf d_e = \mathbf r_j - \mathbf r_i + S\,h`, so the one gradient
+:math:`\mathbf g_e = \partial E/\partial\mathbf d_e` holds every first derivative:
 
 .. math::
 

@@ -44,8 +44,8 @@ def neighbour_list(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]
 def enclosing_box(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
     """Origin and cell for the search grid: real vectors where periodic, a bounding box elsewhere.
 
-    Open directions get a vector orthogonal to the periodic ones and as long as the structure, so that a molecule
-    far from the origin or in a huge vacuum costs no more than one at the origin.
+    Open directions get a vector orthogonal to the periodic ones and as long as the structure, so that a
+    molecule far from the origin or in a huge vacuum costs no more than one at the origin.
 
     Returns
     -------
@@ -75,12 +75,13 @@ def check_geometry(atoms: Atoms) -> None:
         )
     cell = atoms.cell.array
     if not np.isfinite(cell).all():
-        raise StructureError(f"the cell of {atoms.get_chemical_formula()} is not finite; set atoms.cell again")
+        formula = atoms.get_chemical_formula()
+        raise StructureError(f"the cell of {formula} is not finite; set atoms.cell again")
     missing = atoms.pbc & ~cell.any(axis=1)
     rank_deficient = np.linalg.matrix_rank(cell[atoms.pbc]) < atoms.pbc.sum() if atoms.pbc.any() else False
     if missing.any() or rank_deficient:
         directions = np.flatnonzero(missing).tolist() or np.flatnonzero(atoms.pbc).tolist()
         raise StructureError(
-            f"{atoms.get_chemical_formula()} is periodic along direction(s) {directions} but has no independent "
-            "cell vector there; set atoms.cell, or atoms.pbc = False for that direction"
+            f"{atoms.get_chemical_formula()} is periodic along direction(s) {directions} but has no "
+            "independent cell vector there; set atoms.cell, or atoms.pbc = False for that direction"
         )

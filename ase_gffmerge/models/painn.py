@@ -110,5 +110,5 @@ class PaiNN(Potential):
         return EdgeGeometry(sender, receiver, self.basis(lengths), envelope, vectors / lengths[:, None])
 
     def scalars(self, state: State) -> Tensor:
-        """The scalars s (n_atoms, channels)."""
+        """Return the scalars s (n_atoms, channels)."""
         return state[0]

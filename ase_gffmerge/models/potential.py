@@ -1,22 +1,24 @@
 r"""The interface every architecture implements.
 
-A potential is a chain of *stages*. A stage maps the node features of all atoms to new ones, and its output is linear
-in each of its *closing* affine maps:
+A potential is a chain of *stages*. A stage maps the node features of all atoms to new ones, and its output is
+linear in each of its *closing* affine maps:
 
 .. math:: X^{(0)} = \mathrm{embed}(z),\qquad X^{(t)} = \mathrm{stage}_t(X^{(t-1)}),\qquad
           e_i = \mathrm{readout}(x_{1,i},\dots,x_{L,i}) + e^{\rm ref}_{z_i}
 
-where :math:`x_l` are the invariant scalars after interaction block l. The merge needs nothing else from a model.
+where :math:`x_l` are the invariant scalars after interaction block l. The merge needs nothing else from a
+model.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
+from ase_gffmerge.models.exact import ExactBuffers
 from ase_gffmerge.models.readout import MLPReadout, WidenedReadout
 
 State = tuple[Tensor, ...]
@@ -63,8 +65,9 @@ class EdgeGeometry:
     ----------
     sender, receiver : (n_edges,)
     radial : (n_edges, n_radial)
-        Radial basis times envelope.
+        Radial basis, without envelope.
     envelope : (n_edges, 1)
+        Factor that takes every message to zero at the cutoff.
     angular : (n_edges, ...)
         Unit vectors or spherical harmonics.
     """
@@ -91,8 +94,10 @@ class Stage(nn.Module):
     emits_scalars: bool = True
 
 
-class Potential(nn.Module):
+class Potential(ExactBuffers):
     """Base class: per-atom energies (n_atoms,) in eV, float64, from a graph with edge vectors.
+
+    Casts and moves apply to everything but the reference energies, which stay float64.
 
     Parameters
     ----------
@@ -126,7 +131,7 @@ class Potential(nn.Module):
         )
 
     def embed(self, graph: Data) -> State:
-        """Initial node features from elements (and specialist indices)."""
+        """Make initial node features from elements (and specialist indices)."""
         raise NotImplementedError
 
     def geometry(self, graph: Data) -> EdgeGeometry:
@@ -155,13 +160,6 @@ class Potential(nn.Module):
         """Per-atom energies (n_atoms,) in eV, summed with their references in float64."""
         species = self.species_row[graph.atomic_numbers]
         return self.readout(self.features(graph), species).double() + self.references[species]
-
-    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
-        """Move and cast everything but the reference energies, which stay float64."""
-        references = self.references
-        super()._apply(fn, recurse)
-        self.references = references.to(self.references.device)
-        return self
 
     @property
     def dtype(self) -> torch.dtype:

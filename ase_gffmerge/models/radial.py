@@ -3,11 +3,13 @@ r"""Radial basis and cutoff, smooth enough that energy, force and stress vanish 
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ase_gffmerge.models.exact import ExactBuffers
 
 
 def polynomial_cutoff(lengths: Tensor, cutoff: float) -> Tensor:
-    r"""Envelope :math:`1-10x^3+15x^4-6x^5` with :math:`x=r/r_c`; value and two derivatives vanish at the cutoff.
+    r"""Envelope :math:`1-10x^3+15x^4-6x^5` with :math:`x=r/r_c`; it vanishes to third order at the cutoff.
 
     Parameters
     ----------
@@ -19,8 +21,8 @@ def polynomial_cutoff(lengths: Tensor, cutoff: float) -> Tensor:
     return 1 + x**3 * (-10 + x * (15 - 6 * x))
 
 
-class BesselBasis(nn.Module):
-    r"""Bessel functions :math:`\sqrt{2/r_c}\,\sin(n\pi r/r_c)/r`, n = 1..n_radial (DimeNet, arXiv 2003.03123, eq. 7).
+class BesselBasis(ExactBuffers):
+    r"""Bessel functions :math:`\sqrt{2/r_c}\,\sin(n\pi r/r_c)/r` (DimeNet, arXiv 2003.03123, eq. 7).
 
     Parameters
     ----------

@@ -26,9 +26,9 @@ class MLPReadout(nn.Module):
 class WidenedReadout(nn.Module):
     r"""Energy :math:`e_i = e^{\rm MLP}_i + \theta\cdot\phi_i + c_{z_i}`, linear in :math:`(\theta, c)`.
 
-    The features are :math:`\phi_i = \mathrm{silu}(A[x_{B,i};\dots;x_{L,i}] + b)`: random projections of the scalars
-    after several blocks. Because energies and forces are linear in :math:`(\theta, c)`, a merge finds them in closed
-    form (random-feature readouts: "franken", arXiv 2505.05652).
+    The features are :math:`\phi_i = \mathrm{silu}(A[x_{B,i};\dots;x_{L,i}] + b)`: random projections of the
+    scalars after several blocks. Because energies and forces are linear in :math:`(\theta, c)`, a merge finds
+    them in closed form (random-feature readouts: "franken", arXiv 2505.05652).
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ class WidenedReadout(nn.Module):
         self.constants = nn.Parameter(torch.zeros(n_species))
 
     def lifted(self, scalars: Sequence[Tensor]) -> Tensor:
-        """Inputs of the projection, [x_B; ...; x_L] (n_atoms, blocks · channels)."""
+        """Return the inputs of the projection, [x_B; ...; x_L] (n_atoms, blocks · channels)."""
         return torch.cat(list(scalars[-self.blocks :]), dim=-1)
 
     def forward(self, scalars: Sequence[Tensor], species: Tensor) -> Tensor:

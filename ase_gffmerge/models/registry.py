@@ -3,10 +3,11 @@
 from typing import Any
 
 from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.models.nequip import NequIP
 from ase_gffmerge.models.painn import PaiNN
 from ase_gffmerge.models.potential import Potential
 
-_ARCHITECTURES: dict[str, type[Potential]] = {cls.architecture: cls for cls in (PaiNN,)}
+_ARCHITECTURES: dict[str, type[Potential]] = {cls.architecture: cls for cls in (PaiNN, NequIP)}
 
 
 def architectures() -> tuple[str, ...]:

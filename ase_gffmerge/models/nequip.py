@@ -1,0 +1,155 @@
+r"""NequIP, an E(3)-equivariant interatomic potential (Batzner et al., arXiv 2101.03164), on e3nn.
+
+One stage maps the *pre-gate* features :math:`y` of a block to those of the next; its output is linear in its
+closing maps :math:`W_{\rm down}` and :math:`W_{\rm skip}`:
+
+.. math::
+
+   h_i = \mathrm{gate}(y_i),\qquad
+   m_i = \frac{1}{\sqrt{\bar n}} \sum_j f_c(r_{ij})\, R(r_{ij})
+         \odot \big(W_{\rm up} h_j \otimes Y(\hat{\mathbf r}_{ij})\big),\qquad
+   y'_i = W_{\rm down} m_i + W_{\rm skip} h_i .
+
+================================================  ======================================
+equation                                          variable
+================================================  ======================================
+y (n_atoms, irreps.dim)                           ``state[0]``, laid out by :class:`.Gate`
+W_up, W_down, W_skip                              ``linear_up``, ``linear_down``, ``skip`` (``o3.Linear``)
+R(r), one weight per path and channel             ``radial`` (``FullyConnectedNet`` without bias)
+f_c(r)                                            ``geometry.envelope``
+x ⊗ Y, per path                                   ``geometry.angular``, see :mod:`.coupling`
+n̄, mean number of neighbours                      ``avg_num_neighbors``
+================================================  ======================================
+
+Order l has parity (-1)^l throughout. The self-connection W_skip is shared by all elements; the last block
+makes scalars only. The radial networks are told the mean square 1/cutoff^2 of their input (the Bessel basis
+at distances between 1 Å and the cutoff), so that initial weights are of order one.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from e3nn import o3
+from e3nn.nn import FullyConnectedNet
+from torch import Tensor
+from torch.nn.functional import silu
+from torch_geometric.data import Data
+
+from ase_gffmerge.models.coupling import Convolution, CoupledHarmonics, natural
+from ase_gffmerge.models.e3nn_mode import eager_e3nn
+from ase_gffmerge.models.gate import SILU_SCALE, Gate
+from ase_gffmerge.models.potential import EdgeGeometry, HyperParameters, Potential, Stage, State
+from ase_gffmerge.models.radial import BesselBasis, polynomial_cutoff
+
+
+@dataclass(frozen=True, kw_only=True)
+class NequIPHyper(HyperParameters):
+    """Hyper-parameters of :class:`NequIP`.
+
+    Attributes
+    ----------
+    n_radial
+        Radial basis functions.
+    l_max
+        Largest order of features and spherical harmonics.
+    tensor_channels
+        Features per atom of every order l > 0.
+    radial_hidden, radial_layers
+        Width and number of hidden layers of the radial networks.
+    avg_num_neighbors
+        Neighbours within the cutoff that normalise the sum of messages.
+    """
+
+    n_radial: int = 8
+    l_max: int = 2
+    tensor_channels: int = 32
+    radial_hidden: int = 64
+    radial_layers: int = 2
+    avg_num_neighbors: float = 10.0
+
+
+class Interaction(Stage):
+    """One interaction block, from pre-gate to pre-gate features.
+
+    Parameters
+    ----------
+    hyper
+        Hyper-parameters.
+    gate
+        Gate of the features of the block before; ``None`` for the first block, which takes the embedding.
+    channels_out
+        Gated features of every order that the next block takes.
+    """
+
+    closing = ("linear_down", "skip")
+
+    def __init__(self, hyper: NequIPHyper, *, gate: Gate | None, channels_out: tuple[int, ...]):
+        super().__init__()
+        self.gate = gate
+        channels = gate.channels if gate else (hyper.channels,)
+        irreps, irreps_out = natural(channels), Gate(channels_out).irreps_in
+        self.convolution = Convolution(channels, l_max=hyper.l_max, l_out=len(channels_out) - 1)
+        hidden, n_weights = hyper.radial_layers * [hyper.radial_hidden], sum(self.convolution.weight_channels)
+        widths = [hyper.n_radial, *hidden, n_weights]
+        self.radial = FullyConnectedNet(widths, silu, variance_in=hyper.cutoff**-2)
+        self.linear_up = o3.Linear(irreps, irreps)
+        self.linear_down = o3.Linear(self.convolution.irreps_out, irreps_out)
+        self.skip = o3.Linear(irreps, irreps_out)
+        self.normalisation = hyper.avg_num_neighbors**-0.5
+
+    def forward(self, state: State, geometry: EdgeGeometry) -> State:
+        """Map pre-gate features (n_atoms, dim) of one block to those of the next."""
+        features = self.gate(state[0]) if self.gate else state[0]
+        messages = self.messages(self.linear_up(features), geometry)
+        zeros = messages.new_zeros(len(features), messages.shape[1])
+        summed = self.normalisation * zeros.index_add(0, geometry.receiver, messages)
+        return (self.linear_down(summed) + self.skip(features),)
+
+    def messages(self, features: Tensor, geometry: EdgeGeometry) -> Tensor:
+        """Messages on edges (n_edges, irreps.dim)."""
+        weights = self.radial(geometry.radial) * geometry.envelope
+        return self.convolution(features.index_select(0, geometry.sender), geometry.angular, weights)
+
+
+class NequIP(Potential):
+    """NequIP with a Bessel basis and a polynomial envelope.
+
+    Parameters
+    ----------
+    hyper
+        Hyper-parameters.
+    species
+        Atomic numbers.
+    """
+
+    architecture: ClassVar[str] = "nequip"
+    Hyper: ClassVar[type[HyperParameters]] = NequIPHyper
+
+    def __init__(self, hyper: NequIPHyper, species: tuple[int, ...]):
+        super().__init__(hyper, species)
+        self.basis = BesselBasis(hyper.cutoff, hyper.n_radial)
+        hidden = (hyper.channels, *hyper.l_max * (hyper.tensor_channels,))
+        gate = None
+        with eager_e3nn():
+            self.coupled_harmonics = CoupledHarmonics(hyper.l_max)
+            for block in range(hyper.n_blocks):
+                channels_out = hidden if block < hyper.n_blocks - 1 else hidden[:1]
+                self.stages.append(Interaction(hyper, gate=gate, channels_out=channels_out))
+                gate = Gate(channels_out)
+
+    def embed(self, graph: Data) -> State:
+        """Element embeddings."""
+        return (self.embedded(graph),)
+
+    def geometry(self, graph: Data) -> EdgeGeometry:
+        """Radial functions and coupled spherical harmonics."""
+        vectors = graph.edge_vectors
+        lengths = vectors.square().sum(dim=-1).sqrt()
+        envelope = polynomial_cutoff(lengths, self.hyper.cutoff)[:, None]
+        angular = self.coupled_harmonics(vectors / lengths[:, None])
+        sender, receiver = graph.edge_index
+        return EdgeGeometry(sender, receiver, self.basis(lengths), envelope, angular)
+
+    def scalars(self, state: State) -> Tensor:
+        """Scalars after the gate (n_atoms, channels)."""
+        return SILU_SCALE * silu(state[0][:, : self.hyper.channels])
