@@ -6,7 +6,7 @@ closing maps :math:`W_{\rm down}` and :math:`W_{\rm skip}`:
 .. math::
 
    h_i = \mathrm{gate}(y_i),\qquad
-   m_i = \frac{1}{\sqrt{\bar n}} \sum_j f_c(r_{ij})\, R(r_{ij})
+   m_i = \frac{1}{\bar n} \sum_j f_c(r_{ij})\, R(r_{ij})
          \odot \big(W_{\rm up} h_j \otimes Y(\hat{\mathbf r}_{ij})\big),\qquad
    y'_i = W_{\rm down} m_i + W_{\rm skip} h_i .
 
@@ -22,8 +22,9 @@ n̄, mean number of neighbours                      ``avg_num_neighbors``
 ================================================  ======================================
 
 Order l has parity (-1)^l throughout. The self-connection W_skip is shared by all elements; the last block
-makes scalars only. The radial networks are told the mean square 1/cutoff^2 of their input (the Bessel basis
-at distances between 1 Å and the cutoff), so that initial weights are of order one.
+makes scalars only. Two choices keep features and initial forces of order one. Sums of messages, which are not
+independent, are divided by n̄, as in MACE (arXiv 2206.07697), and not by its square root. The radial networks
+are told the mean square 1/cutoff^2 of their input, the Bessel basis at distances between 1 Å and the cutoff.
 """
 
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class Interaction(Stage):
         self.linear_up = o3.Linear(irreps, irreps)
         self.linear_down = o3.Linear(self.convolution.irreps_out, irreps_out)
         self.skip = o3.Linear(irreps, irreps_out)
-        self.normalisation = hyper.avg_num_neighbors**-0.5
+        self.normalisation = 1 / hyper.avg_num_neighbors
 
     def forward(self, state: State, geometry: EdgeGeometry) -> State:
         """Map pre-gate features (n_atoms, dim) of one block to those of the next."""
