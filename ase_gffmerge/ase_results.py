@@ -1,0 +1,60 @@
+"""From a prediction to ASE's results, with the checks before and after."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.stress import full_3x3_to_voigt_6_stress
+from torch import Tensor
+
+from ase_gffmerge.ase_errors import EvaluationFailed, SetupError
+from ase_gffmerge.graphs import Prediction
+
+
+def require_structure(atoms: Atoms | None) -> Atoms:
+    """Raise for structures that hold nothing, or something that is no number."""
+    if atoms is None or len(atoms) == 0:
+        raise SetupError("there is no structure to calculate: the Atoms object is empty; add atoms to it")
+    for name, values in (("positions", atoms.positions), ("cell vectors", atoms.cell.array)):
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        if bad.size:
+            raise EvaluationFailed(
+                f"{name} {bad[:5].tolist()} of {atoms.get_chemical_formula()} contain NaN or infinity; look "
+                "at the step before this one: a too long time step or overlapping atoms are the usual cause"
+            )
+    return atoms
+
+
+def ase_results(prediction: Prediction, atoms: Atoms) -> dict[str, Any]:
+    """ASE's results: new float64 arrays, the energy a float and exactly the sum of the energies."""
+    energies = _array(prediction.energies)
+    energy = float(energies.sum())
+    results: dict[str, Any] = {"energy": energy, "free_energy": energy, "energies": energies}
+    results["forces"] = _array(prediction.forces)
+    if has_volume(atoms):
+        stress = _array(prediction.strain_derivative)[0] / atoms.cell.volume
+        results["stress"] = full_3x3_to_voigt_6_stress(stress)
+    return results
+
+
+def has_volume(atoms: Atoms) -> bool:
+    """Whether the cell has three independent vectors (one that is not finite is reported elsewhere)."""
+    return not np.isfinite(atoms.cell.array).all() or atoms.cell.rank == 3
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().to(device="cpu", dtype=torch.float64).numpy().copy()
+
+
+def require_finite(results: Mapping[str, Any], atoms: Atoms) -> None:
+    """Raise :class:`EvaluationFailed` naming the first result that is not finite, and where."""
+    for name in ("energies", "forces"):
+        finite = np.isfinite(results[name]).reshape(len(atoms), -1).all(axis=1)
+        if not finite.all():
+            raise EvaluationFailed(
+                f"the {name} of {atoms.get_chemical_formula()} contain NaN or infinity at atom(s) "
+                f"{np.flatnonzero(~finite)[:5].tolist()}; overlapping atoms, or a structure far from "
+                "anything the force field knows, are the usual cause: look at the step before this one"
+            )

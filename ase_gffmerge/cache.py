@@ -1,0 +1,241 @@
+"""Content-addressed store of merged potentials: no merge is computed twice, nor by two processes at once."""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import platformdirs
+from filelock import FileLock
+
+from ase_gffmerge.data.fingerprints import hash_frames
+from ase_gffmerge.errors import CacheError, CacheWarning, FileFormatError
+from ase_gffmerge.fileformat import read_metadata
+from ase_gffmerge.specialist import Specialist
+
+if TYPE_CHECKING:
+    from ase_gffmerge.merging.recipe import Recipe
+
+ENVIRONMENT_VARIABLE = "GFFMERGE_CACHE"
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheEntry:
+    """One merged potential in the store.
+
+    Attributes
+    ----------
+    path
+        The file, a complete merged force field.
+    key
+        SHA-256 of everything the merge depends on.
+    name, parents
+        Name of the merged potential and of its specialists; empty when the file cannot be read.
+    size
+        In bytes.
+    modified
+        When it was written (UTC).
+    """
+
+    path: Path
+    key: str
+    name: str
+    parents: tuple[str, ...]
+    size: int
+    modified: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheCheck:
+    """Whether an entry is intact; ``problem`` says in one line what is wrong with it."""
+
+    entry: CacheEntry
+    problem: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """True for an intact entry."""
+        return self.problem is None
+
+
+def cache_key(specialists: Sequence[Specialist], recipe: "Recipe") -> str:
+    """SHA-256 over all that decides a merge's outcome, including whether it is refused.
+
+    Covers every specialist's weights, species, calibration frames, name, level of theory and lineage in the
+    order given, the complete recipe, and the version of the merge code, but neither devices nor folders.
+    """
+    from ase_gffmerge.merging.merge import MERGE_VERSION
+
+    document = {
+        "version": MERGE_VERSION,
+        "recipe": recipe.model_dump(mode="json"),
+        "specialists": [_identity(specialist) for specialist in specialists],
+    }
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(specialist: Specialist) -> dict[str, object]:
+    return {
+        "name": specialist.name,
+        "weights": specialist.fingerprint,
+        "species": list(specialist.species),
+        "calibration": hash_frames(specialist.calibration),
+        "level_of_theory": specialist.level_of_theory,
+        "lineage": list(specialist.provenance.lineage),
+    }
+
+
+class MergeCache:
+    """Merged potentials in one folder, a file per merge, named by :func:`cache_key`.
+
+    Parameters
+    ----------
+    directory
+        The folder; default: the environment variable ``GFFMERGE_CACHE``, else the user's cache folder.
+    """
+
+    def __init__(self, directory: str | Path | None = None):
+        default = (
+            os.environ.get(ENVIRONMENT_VARIABLE) or platformdirs.user_cache_path("ase-gffmerge") / "merged"
+        )
+        self.directory = Path(directory or default).expanduser().absolute()
+
+    def path(self, key: str) -> Path:
+        """File of the entry ``key``, whether it exists or not."""
+        return self.directory / f"{key}{SUFFIX}"
+
+    def get_or_build(
+        self, specialists: Sequence[Specialist], recipe: "Recipe", build: Callable[[], Specialist]
+    ) -> tuple[Specialist, bool]:
+        """Load the merge of ``specialists`` by ``recipe``, or build and store it while other processes wait.
+
+        Parameters
+        ----------
+        specialists
+            The force fields to merge.
+        recipe
+            How.
+        build
+            Makes the merged force field; called at most once, and only after the folder proved writable.
+
+        Returns
+        -------
+        merged : Specialist
+            Read from the stored file in either case, so that a hit equals a miss to the last bit.
+        hit : bool
+            Whether it had been there.
+
+        Raises
+        ------
+        CacheError
+            When the folder cannot be written or locked.
+        """
+        key = cache_key(specialists, recipe)
+        path, fingerprints = self.path(key), [specialist.fingerprint for specialist in specialists]
+        if path.is_file() and (found := _load(path, fingerprints, warn=False)):
+            return found, True
+        with self._locked(key):
+            if path.is_file() and (found := _load(path, fingerprints, warn=True)):
+                return found, True
+            return _store(build(), path), False
+
+    @contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        """Hold the lock of ``key`` in a folder that was just written to."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.directory):
+                lock = FileLock(self.directory / f".{key}.lock")
+                lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CacheError(
+                f"cannot write to the cache folder {self.directory} ({reason}); choose another one with "
+                f"cache_dir=... or the environment variable {ENVIRONMENT_VARIABLE}"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def entries(self) -> list[CacheEntry]:
+        """All entries, oldest first; weights are neither read nor verified."""
+        found = [
+            _describe(path) for path in self.directory.glob(f"*{SUFFIX}") if not path.name.startswith(".")
+        ]
+        return sorted(found, key=lambda entry: (entry.modified, entry.key))
+
+    def verify(self) -> list[CacheCheck]:
+        """Read every entry completely and compare its digest."""
+        return [CacheCheck(entry=entry, problem=_problem(entry.path)) for entry in self.entries()]
+
+    def clear(self) -> list[CacheEntry]:
+        """Delete all entries and what killed processes left behind; returns the deleted entries.
+
+        Raises
+        ------
+        CacheError
+            When a file cannot be deleted.
+        """
+        entries = self.entries()
+        leftovers = [*self.directory.glob(f".*{SUFFIX}.*.tmp"), *self.directory.glob(".*.lock")]
+        for path in [*(entry.path for entry in entries), *leftovers]:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise CacheError(
+                    f"cannot delete {path} ({error.strerror}); check the folder's permissions"
+                ) from None
+        return entries
+
+
+def _load(path: Path, fingerprints: Sequence[str], *, warn: bool) -> Specialist | None:
+    """Read and verify an entry; ``None`` if it is corrupt or belongs to other specialists."""
+    try:
+        merged = Specialist.load(path)
+        if merged.merged is None or sorted(merged.merged.fingerprints) != sorted(fingerprints):
+            raise FileFormatError(f"{path} does not hold the merge that its name stands for")
+    except FileFormatError as error:
+        if warn:
+            warnings.warn(f"cache entry is unusable and is built again: {error}", CacheWarning, stacklevel=4)
+        return None
+    return merged
+
+
+def _store(merged: Specialist, path: Path) -> Specialist:
+    """Write an entry and read it back; a full disk costs the entry, not the merge."""
+    try:
+        merged.save(path)
+    except FileFormatError as error:
+        warnings.warn(f"the merge is done but could not be cached: {error}", CacheWarning, stacklevel=4)
+        return merged
+    return Specialist.load(path)
+
+
+def _describe(path: Path) -> CacheEntry:
+    status = path.stat()
+    try:
+        metadata = read_metadata(path)
+        name, parents = str(metadata["name"]), tuple(metadata["merged"]["parents"])
+    except (FileFormatError, KeyError, TypeError):
+        name, parents = "", ()
+    modified = datetime.fromtimestamp(status.st_mtime, tz=UTC)
+    return CacheEntry(
+        path=path, key=path.stem, name=name, parents=parents, size=status.st_size, modified=modified
+    )
+
+
+def _problem(path: Path) -> str | None:
+    try:
+        Specialist.load(path)
+    except FileFormatError as error:
+        return str(error)
+    return None

@@ -1,0 +1,303 @@
+"""The ASE calculator: the contract between a force field and ASE, nothing else."""
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from torch import Tensor
+from torch_geometric.data import Data
+
+from ase_gffmerge.ase_errors import SetupError, as_setup_errors
+from ase_gffmerge.ase_results import ase_results, has_volume, require_finite, require_structure
+from ase_gffmerge.conditioning import KEY, same_choice, specialist_indices
+from ase_gffmerge.device import resolve_device
+from ase_gffmerge.graphs import build_graph, predict
+from ase_gffmerge.sources import MergeOptions, Source, resolve
+from ase_gffmerge.specialist import Specialist
+
+if TYPE_CHECKING:
+    from ase_gffmerge.merging.recipe import Recipe
+    from ase_gffmerge.merging.report import MergeReport
+
+PROPERTIES = ("energy", "free_energy", "energies", "forces", "stress")
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class GFFMergeCalculator(Calculator):
+    """Serve one force field, or several merged into one, to ASE.
+
+    Energies in eV, forces in eV/Å, stress in eV/Å^3 (Voigt order, positive under tension), all from one
+    forward and one backward pass.
+
+    Parameters
+    ----------
+    specialists
+        One or several of: bundled name, path of a ``.safetensors`` file, :class:`~ase_gffmerge.Specialist`.
+        Several are merged, and the merged potential is kept in the cache; a single one, merged or not, is
+        served as it is.
+    recipe
+        How to merge: ``gffmerge``, ``paper``, ``mean``, the path of a YAML file, a mapping, or a recipe.
+    conditioning
+        ``shared``: one potential energy surface; ``per-specialist``: every atom carries the index or name of
+        its specialist. Default: what the recipe or the file says.
+    device
+        ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    dtype
+        ``float32`` or ``float64``, of the network; geometry and results are always float64.
+    cache_dir
+        Folder of merged potentials; default: ``GFFMERGE_CACHE``, else the user's cache folder.
+    weights
+        How much each specialist counts in the merge.
+    allow_unrelated
+        Merge specialists although they do not descend from a common base.
+    specialist
+        With per-specialist conditioning, name or index for structures that say nothing in
+        ``atoms.arrays["specialist"]`` or ``atoms.info["specialist"]``.
+    progress
+        Called by the merge with a fraction (0 to 1) and a description.
+
+    Attributes
+    ----------
+    force_field : Specialist
+        What is served (without calibration frames).
+    extras : dict
+        About the last calculation: ``n_edges`` and ``seconds``.
+
+    Raises
+    ------
+    ase.calculators.calculator.CalculatorSetupError
+        For bad input; also a :class:`~ase_gffmerge.errors.GFFMergeError` of the fitting kind.
+    """
+
+    implemented_properties: ClassVar[list[str]] = list(PROPERTIES)  # type: ignore[misc]
+    ignored_changes: ClassVar[set[str]] = {"initial_charges", "initial_magmoms"}  # type: ignore[misc]
+    discard_results_on_any_change = True
+    nolabel = True
+
+    def __init__(
+        self,
+        specialists: Source | Iterable[Source],
+        *,
+        recipe: "str | Path | Mapping[str, Any] | Recipe" = "gffmerge",
+        conditioning: Literal["shared", "per-specialist"] | None = None,
+        device: str | torch.device = "auto",
+        dtype: Literal["float32", "float64"] | torch.dtype = "float32",
+        cache_dir: str | Path | None = None,
+        weights: Sequence[float] | None = None,
+        allow_unrelated: bool = False,
+        specialist: str | int | None = None,
+        progress: Callable[[float, str], None] | None = None,
+    ):
+        super().__init__()
+        vars(self).pop("get_spin_polarized", None)  # a reference cycle that would keep the weights alive
+        self.implemented_properties = list(PROPERTIES)  # type: ignore[misc]
+        self.extras: dict[str, Any] = {}
+        self._lock = threading.RLock()
+        precision = _dtype(dtype)
+        options = MergeOptions(
+            recipe=recipe,
+            conditioning=conditioning,
+            weights=_weights(weights),
+            allow_unrelated=allow_unrelated,
+            cache_dir=cache_dir,
+        )
+        with as_setup_errors(), _isolated_torch():
+            target = resolve_device(device)
+            resolved = resolve(specialists, options, device=target, progress=progress)
+            self.force_field = _served(resolved.force_field, target, DTYPES[precision])
+        self._check_choice(specialist)
+        self.parameters.update(
+            resolved.arguments,
+            conditioning=conditioning,
+            device=str(device),
+            dtype=precision,
+            cache_dir=str(Path(cache_dir).absolute()) if cache_dir is not None else None,
+            allow_unrelated=allow_unrelated,
+            specialist=None if specialist is None else np.asarray(specialist).item(),
+        )
+
+    # -- what is served --
+
+    @property
+    def specialist_names(self) -> tuple[str, ...]:
+        """Names of the specialists, in the order of their indices."""
+        merged = self.force_field.merged
+        return merged.parents if merged else (self.force_field.name,)
+
+    @property
+    def report(self) -> "MergeReport | None":
+        """Report of the merge; ``None`` for a single specialist."""
+        if self.force_field.merged is None:
+            return None
+        from ase_gffmerge.merging.report import MergeReport
+
+        return MergeReport.from_dict(self.force_field.merged.report)
+
+    @property
+    def _conditioned(self) -> bool:
+        """Whether atoms must say which specialist they belong to."""
+        return self.force_field.potential.hyper.n_embeddings > 1
+
+    def _check_choice(self, specialist: str | int | None) -> None:
+        """Refuse a ``specialist=`` that does not exist or would have no effect."""
+        if specialist is None:
+            return
+        if not self._conditioned:
+            raise SetupError(
+                f"specialist={specialist!r} has no effect: {self.force_field.name!r} has one embedding for "
+                "all; leave it out, or merge with conditioning='per-specialist'"
+            )
+        with as_setup_errors():
+            specialist_indices(Atoms("X"), self.specialist_names, default=specialist)
+
+    # -- what ASE calls --
+
+    def _get_name(self) -> str:
+        return "gffmerge"
+
+    def set(self, **kwargs: Any) -> dict[str, Any]:
+        """Change ``specialist``; everything else needs a new calculator."""
+        fixed = sorted(set(kwargs) - {KEY})
+        if fixed:
+            raise SetupError(f"{', '.join(fixed)} cannot be changed by set(); make a new GFFMergeCalculator")
+        if KEY in kwargs:
+            self._check_choice(kwargs[KEY])
+        return super().set(**kwargs)
+
+    def set_atoms(self, atoms: Atoms) -> None:
+        """Check the elements when ASE attaches the calculator (``atoms.calc = calc``)."""
+        with as_setup_errors():
+            self.force_field.check_species(atoms)
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """List what changed since the last calculation, including the choice of specialists if it matters."""
+        changes = super().check_state(atoms, tol=tol)
+        if self._conditioned and self.atoms is not None and not same_choice(self.atoms, atoms):
+            changes.append(KEY)
+        return changes
+
+    def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
+        """Return a property; safe to call from several threads.
+
+        Raises
+        ------
+        PropertyNotImplementedError
+            For what the calculator does not serve, and for the stress without three cell vectors.
+        """
+        structure = self.atoms if atoms is None else atoms
+        if name == "stress" and structure is not None and not has_volume(structure):
+            raise PropertyNotImplementedError(
+                f"{structure.get_chemical_formula()} has no volume and so no stress: only "
+                f"{structure.cell.rank} of three cell vectors are independent; set atoms.cell"
+            )
+        with self._lock:
+            return super().get_property(name, atoms, allow_calculation)
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] | None = None,
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """Compute everything the calculator serves, whatever ``properties`` asks for.
+
+        Raises
+        ------
+        ase.calculators.calculator.CalculatorSetupError
+            For an empty structure, an unknown element or specialist, a missing cell vector.
+        ase.calculators.calculator.CalculationFailed
+            When positions, cell, energies or forces are not finite.
+        """
+        started = time.perf_counter()
+        self.results, self.extras = {}, {}
+        super().calculate(atoms, properties, system_changes)
+        structure = require_structure(self.atoms)
+        with torch.inference_mode(False):
+            graph = self._graph(structure)
+            prediction = predict(self._energies, graph.to(self.force_field.potential.device))
+        results = ase_results(prediction, structure)
+        require_finite(results, structure)
+        self.results = results
+        self.extras = {"n_edges": graph.edge_index.shape[1], "seconds": time.perf_counter() - started}
+
+    def _graph(self, atoms: Atoms) -> Data:
+        """Graph in float64, with specialist indices if the potential reads them."""
+        with as_setup_errors():
+            self.force_field.check_species(atoms)
+            if not self._conditioned and KEY not in atoms.arrays:
+                return build_graph(atoms, self.force_field.cutoff)
+            bare = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+            if self._conditioned:
+                default = self.parameters.get(KEY)
+                bare.arrays[KEY] = specialist_indices(atoms, self.specialist_names, default=default)
+            return build_graph(bare, self.force_field.cutoff)
+
+    def _energies(self, graph: Data) -> Tensor:
+        """Per-atom energies (n_atoms,) in eV; geometry is float64 up to here, whatever type the weights have.
+
+        Edge vectors far from the origin thereby keep their digits, and forces sum to zero, also in float32.
+        """
+        graph.edge_vectors = graph.edge_vectors.to(self.force_field.potential.dtype)
+        return self.force_field.potential(graph)
+
+    # -- copies --
+
+    def spawn(self) -> Self:
+        """Return a calculator with the same weights and results of its own, for example one per NEB image."""
+        twin = copy.copy(self)
+        twin.reset()
+        twin.extras = {}
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.implemented_properties = list(PROPERTIES)  # type: ignore[misc]
+        self.parameters = copy.deepcopy(self.parameters)
+        self._lock = threading.RLock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the state, share the weights."""
+        twin = memo[id(self)] = self.spawn()
+        for name in ("atoms", "results", "extras"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        return twin
+
+
+def _dtype(dtype: str | torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise SetupError(f"dtype={dtype!r} is not supported; use 'float32' or 'float64'")
+    return name
+
+
+def _weights(weights: Sequence[float] | None) -> tuple[float, ...] | None:
+    try:
+        return None if weights is None else tuple(float(weight) for weight in weights)
+    except (TypeError, ValueError):
+        raise SetupError(f"weights={weights!r} is not a list of numbers, one per specialist") from None
+
+
+def _served(force_field: Specialist, device: torch.device, dtype: torch.dtype) -> Specialist:
+    """Copy the force field to the device, frozen; the caller's object stays as it is."""
+    own = copy.deepcopy(force_field.potential).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return replace(force_field, potential=own, calibration=())
+
+
+@contextmanager
+def _isolated_torch() -> Iterator[None]:
+    """Leave inference mode, and restore torch's random state: building modules draws initial weights."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False):
+        yield

@@ -1,0 +1,199 @@
+"""From names, files or objects to the one force field that is served; several are merged."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ase_gffmerge.ase_errors import FileSetupError, SetupError
+from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.specialist import BUNDLED, Specialist, bundled_path
+
+if TYPE_CHECKING:
+    from ase_gffmerge.merging.recipe import Recipe
+
+Source = str | Path | Specialist
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """How several specialists become one; see :class:`~ase_gffmerge.calculator.GFFMergeCalculator`."""
+
+    recipe: "str | Path | Mapping[str, Any] | Recipe" = "gffmerge"
+    conditioning: str | None = None
+    weights: tuple[float, ...] | None = None
+    allow_unrelated: bool = False
+    cache_dir: str | Path | None = None
+
+    def load_recipe(self) -> "Recipe":
+        """Load the recipe and work the other options in."""
+        from ase_gffmerge.merging.recipe import load_recipe
+
+        return load_recipe(
+            self.recipe,
+            conditioning=self.conditioning,
+            weights=self.weights,
+            allow_unrelated=self.allow_unrelated or None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """The force field to serve, with JSON-able constructor arguments that lead to it again."""
+
+    force_field: Specialist
+    arguments: Mapping[str, Any]
+
+
+def resolve(
+    sources: Source | Iterable[Source],
+    options: MergeOptions,
+    *,
+    device: torch.device,
+    progress: Callable[[float, str], None] | None = None,
+) -> Resolved:
+    """Load the sources and, if there are several, merge them through the cache.
+
+    Parameters
+    ----------
+    sources
+        One or several of: bundled name, path of a ``.safetensors`` file, :class:`Specialist`.
+    options
+        Used for several sources; for a single one they are only checked against what it is.
+    device
+        Where the merge is computed.
+    progress
+        Handed to :func:`~ase_gffmerge.merging.merge.merge`.
+    """
+    items = as_list(sources)
+    loaded = [load(item) for item in items]
+    if len(loaded) > 1:
+        return _merged(items, loaded, options, device=device, progress=progress)
+    check_single(loaded[0], options)
+    return Resolved(
+        force_field=loaded[0],
+        arguments={"specialists": [describe(items[0])], "recipe": "gffmerge", "weights": None},
+    )
+
+
+def as_list(sources: Source | Iterable[Source]) -> list[Source]:
+    """One source or several as a list.
+
+    Raises
+    ------
+    SetupError
+        For an empty list, or something that is no source.
+    """
+    single = isinstance(sources, str | Path | Specialist | Mapping) or not isinstance(sources, Iterable)
+    items: list[Any] = [sources] if single else list(sources)  # type: ignore[arg-type]
+    if not items:
+        raise SetupError(
+            f"no specialists were given; name at least one of {', '.join(BUNDLED)}, or give the path of a "
+            ".safetensors file"
+        )
+    for item in items:
+        if isinstance(item, Mapping) and "fingerprint" in item:
+            raise SetupError(
+                f"specialist {item.get('name')!r} was given to the calculator as an object in memory, which "
+                "its parameters cannot bring back; save it with Specialist.save and give the path"
+            )
+        if not isinstance(item, str | Path | Specialist):
+            raise SetupError(
+                f"{item!r} ({type(item).__name__}) is no specialist; give a bundled name, a path or a "
+                "Specialist"
+            )
+    return items
+
+
+def load(source: Source) -> Specialist:
+    """Load a source with its weights as stored; objects are returned as they are.
+
+    Raises
+    ------
+    FileFormatError
+        For names that do not exist, with the nearest one that does, and for unusable files.
+    """
+    if isinstance(source, Specialist):
+        return source
+    if not bundled_path(source).exists():
+        close = get_close_matches(str(source), BUNDLED, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the bundled names are {', '.join(BUNDLED)}"
+        raise FileSetupError(f"there is no specialist {str(source)!r}, neither bundled nor as a file; {hint}")
+    return Specialist.load(source)
+
+
+def describe(source: Source) -> str | dict[str, str]:
+    """Describe a source as JSON: its bundled name, its absolute path, or what the object in memory is."""
+    if isinstance(source, Specialist):
+        return {"name": source.name, "fingerprint": source.fingerprint}
+    return str(source) if bundled_path(source) != Path(source) else str(Path(source).absolute())
+
+
+def check_single(force_field: Specialist, options: MergeOptions) -> None:
+    """Raise :class:`SetupError` for options that a single force field does not follow."""
+    if options.weights is not None:
+        raise SetupError(
+            "weights say how much each of several specialists counts, but only one force field was given; "
+            "leave them out"
+        )
+    served = "per-specialist" if force_field.potential.hyper.n_embeddings > 1 else "shared"
+    if options.conditioning not in (None, served):
+        made = f"was merged with conditioning={served!r}" if force_field.merged else "is a single specialist"
+        raise SetupError(
+            f"conditioning={options.conditioning!r} was asked for, but {force_field.name!r} {made}; merge "
+            "the specialists again with the conditioning you want, or leave the argument out"
+        )
+
+
+def _warn_again(force_field: Specialist, recipe: "Recipe") -> None:
+    """Say about a cached merge what was said when it was made."""
+    from ase_gffmerge.merging.report import MergeReport
+
+    record = force_field.merged
+    report = MergeReport.from_dict(record.report) if record else None
+    if report and recipe.method != "mean" and report.verdict != "good":
+        warnings.warn(
+            f"the merged potential (from the cache) is {report.verdict}: it misses a specialist's forces by "
+            f"{100 * report.relative_disagreement:.0f} %; see calc.report, and do not rely on it untested",
+            MergeWarning,
+            stacklevel=4,
+        )
+
+
+def _merged(
+    items: Sequence[Source],
+    loaded: Sequence[Specialist],
+    options: MergeOptions,
+    *,
+    device: torch.device,
+    progress: Callable[[float, str], None] | None,
+) -> Resolved:
+    from ase_gffmerge.cache import MergeCache, cache_key
+    from ase_gffmerge.merging.merge import merge
+
+    recipe = options.load_recipe()
+    cache = MergeCache(options.cache_dir)
+    force_field, hit = cache.get_or_build(
+        loaded, recipe, lambda: merge(loaded, recipe, device=device, progress=progress)[0]
+    )
+    if hit:
+        _warn_again(force_field, recipe)
+    if any(isinstance(item, Specialist) for item in items):  # objects have no path, but their merge has one
+        again: dict[str, Any] = {
+            "specialists": [str(cache.path(cache_key(loaded, recipe)))],
+            "recipe": "gffmerge",
+        }
+        return Resolved(force_field=force_field, arguments={**again, "weights": None})
+    named = options.recipe if isinstance(options.recipe, str) and not Path(options.recipe).suffix else None
+    return Resolved(
+        force_field=force_field,
+        arguments={
+            "specialists": [describe(item) for item in items],
+            "recipe": named or recipe.model_dump(mode="json"),
+            "weights": list(options.weights) if options.weights is not None else None,
+        },
+    )

@@ -1,0 +1,46 @@
+"""Fixtures of the calculator's tests."""
+
+import pytest
+from ase import Atoms
+from toys import STRUCTURES, random_force_field, relative
+
+from ase_gffmerge import GFFMergeCalculator, Specialist
+from ase_gffmerge.merging.merge import merge
+from ase_gffmerge.models import architectures
+
+
+@pytest.fixture(params=architectures())
+def architecture(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def force_field(architecture) -> Specialist:
+    return random_force_field(architecture)
+
+
+@pytest.fixture
+def calc(force_field) -> GFFMergeCalculator:
+    return GFFMergeCalculator(force_field, dtype="float64", device="cpu")
+
+
+@pytest.fixture
+def painn_calc() -> GFFMergeCalculator:
+    return GFFMergeCalculator(random_force_field("painn"), dtype="float64", device="cpu")
+
+
+@pytest.fixture
+def relatives() -> list[Specialist]:
+    base = random_force_field("painn")
+    return [relative(base, "ethanol", "CH3CH2OH", seed=1), relative(base, "methanol", "CH3OH", seed=2)]
+
+
+@pytest.fixture
+def conditioned(relatives) -> Specialist:
+    """A merged force field with one embedding table per specialist."""
+    return merge(relatives, {"preset": "mean", "conditioning": "per-specialist"}, device="cpu")[0]
+
+
+@pytest.fixture(params=STRUCTURES)
+def atoms(request) -> Atoms:
+    return STRUCTURES[request.param]()

@@ -1,0 +1,150 @@
+"""What ASE does with a calculator: dynamics, relaxation, files, composition."""
+
+import io
+
+import numpy as np
+import pytest
+from ase import units
+from ase.build import bulk
+from ase.calculators.fd import FiniteDifferenceCalculator
+from ase.calculators.loggingcalc import LoggingCalculator
+from ase.calculators.mixing import SumCalculator
+from ase.constraints import FixCom
+from ase.db import connect
+from ase.filters import FrechetCellFilter
+from ase.io import Trajectory, read, write
+from ase.md import MTKNPT, Langevin, VelocityVerlet, thermalize_momenta
+from ase.mep import NEB
+from ase.optimize import BFGS, FIRE
+from toys import cluster, crystal
+
+
+@pytest.fixture
+def evaluations(calc, monkeypatch):
+    """A list that grows with every evaluation of ``calc`` and of what is spawned from it."""
+    counted = []
+    plain = calc.force_field.potential.forward
+    monkeypatch.setattr(
+        calc.force_field.potential, "forward", lambda graph: counted.append(1) or plain(graph)
+    )
+    return counted
+
+
+def total_energies(atoms, dt, steps):
+    dynamics = VelocityVerlet(atoms, timestep=dt * units.fs)
+    energies = []
+    dynamics.attach(lambda: energies.append(atoms.get_total_energy()), interval=1)
+    dynamics.run(steps)
+    return np.array(energies)
+
+
+def test_16_nve_conserves_energy_over_200_steps(calc):
+    atoms = crystal() * (2, 1, 1)
+    atoms.calc = calc
+    thermalize_momenta(atoms, temperature_K=300, rng=np.random.default_rng(0))
+    energies = total_energies(atoms, 2.0, 200)
+    assert np.abs(energies - energies[0]).max() / len(atoms) < 1e-3
+
+
+def test_16_energy_error_falls_with_the_square_of_the_time_step(calc):
+    errors = []
+    for dt in (4.0, 2.0):
+        atoms = crystal()
+        atoms.calc = calc
+        thermalize_momenta(atoms, temperature_K=300, rng=np.random.default_rng(0))
+        errors.append(total_energies(atoms, dt, round(200 / dt)).std())
+    assert 3.5 < errors[0] / errors[1] < 4.5
+
+
+def test_17_one_evaluation_per_step(calc, evaluations):
+    atoms = crystal() * (2, 1, 1)
+    atoms.calc = calc
+    thermalize_momenta(atoms, temperature_K=300, rng=np.random.default_rng(0))
+    VelocityVerlet(atoms, timestep=units.fs).run(10)
+    assert len(evaluations) == 11
+    evaluations.clear()
+    MTKNPT(atoms, timestep=units.fs, temperature_K=300, pressure_au=0, tdamp=50, pdamp=500).run(10)
+    assert len(evaluations) <= 11
+    evaluations.clear()
+    FIRE(FrechetCellFilter(atoms), logfile=None).run(fmax=0, steps=5)
+    assert len(evaluations) <= 6
+
+
+def test_langevin_is_reproducible(calc):
+    final = []
+    for _ in range(2):
+        atoms = cluster()
+        atoms.calc = calc
+        atoms.set_constraint(FixCom())
+        thermalize_momenta(atoms, temperature_K=300, rng=np.random.default_rng(0))
+        rng = np.random.default_rng(1)
+        Langevin(atoms, units.fs, temperature_K=300, friction=0.02, fixcm=False, rng=rng).run(10)
+        final.append(atoms.get_positions())
+    assert np.array_equal(*final)
+
+
+def test_bfgs_and_cell_relaxation_go_downhill(calc):
+    for atoms, build in ((cluster(), lambda a: a), (crystal(), FrechetCellFilter)):
+        atoms.calc = calc
+        start = atoms.get_potential_energy()
+        BFGS(build(atoms), logfile=None, maxstep=0.05).run(fmax=1e-4, steps=5)
+        assert atoms.get_potential_energy() < start
+
+
+def test_neb_with_spawned_calculators(calc, evaluations):
+    images = [cluster() for _ in range(5)]
+    images[-1].positions[1, 0] += 0.3
+    for image in images:
+        image.calc = calc.spawn()
+    neb = NEB(images, method="improvedtangent")
+    neb.interpolate()
+    FIRE(neb, logfile=None).run(fmax=0, steps=3)
+    assert len(evaluations) <= 2 + 3 * 4
+
+
+def test_18_trajectory_round_trip(calc, atoms, tmp_path):
+    path = tmp_path / "run.traj"
+    atoms.calc = calc
+    with Trajectory(path, "w", atoms) as trajectory:
+        trajectory.write()
+        energy = atoms.get_potential_energy()
+        trajectory.write()
+    last = read(path)
+    assert last.calc.name == "gffmerge"
+    assert last.get_potential_energy() == energy
+    assert np.array_equal(last.get_forces(), atoms.get_forces())
+
+
+def test_18_extxyz_and_database_round_trip(calc, atoms, tmp_path):
+    atoms.calc = calc
+    energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+    write(tmp_path / "a.xyz", atoms, format="extxyz")
+    assert np.abs(read(tmp_path / "a.xyz").get_forces() - forces).max() < 1e-7
+    with connect(tmp_path / "a.db") as database:
+        row = database.get(database.write(atoms))
+    assert row.energy == energy
+    assert row.calculator == "gffmerge"
+    assert np.array_equal(row.forces, forces)
+
+
+def test_18_sum_logging_and_finite_difference_calculators(calc):
+    atoms = crystal()
+    atoms.calc = calc
+    energy, stress, forces = atoms.get_potential_energy(), atoms.get_stress(), atoms.get_forces()
+    atoms.calc = SumCalculator([calc, calc.spawn()])
+    assert atoms.get_potential_energy() == pytest.approx(2 * energy)
+    assert np.allclose(atoms.get_stress(), 2 * stress)
+    atoms.calc = LoggingCalculator(calc)
+    assert atoms.get_potential_energy() == energy
+    atoms.calc = FiniteDifferenceCalculator(calc, eps_disp=1e-4, eps_strain=1e-4)
+    assert np.abs(atoms.get_forces() - forces).max() < 1e-7
+    assert np.abs(atoms.get_stress() - stress).max() < 1e-8
+
+
+def test_results_reach_the_log(calc):
+    atoms = bulk("Al", cubic=True)
+    atoms.rattle(0.05, seed=0)
+    atoms.calc = calc
+    log = io.StringIO()
+    BFGS(atoms, logfile=log).run(fmax=0, steps=1)
+    assert "BFGS" in log.getvalue()
