@@ -1,4 +1,4 @@
-"""One safetensors file with JSON metadata and a digest: written atomically, verified on load, never unpickled."""
+"""One safetensors file with JSON metadata and a digest: written atomically, verified, never unpickled."""
 
 import hashlib
 import json
@@ -37,13 +37,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     FileFormatError
         When the folder cannot be written; nothing half-written is left behind.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise FileFormatError(f"cannot write {path}: {error.strerror}; choose a folder you may write to") from None
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = _temporary(path)
     try:
         write(temporary)
         with temporary.open("rb") as handle:
@@ -58,13 +52,45 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def require_writable(path: Path) -> None:
+    """Raise :class:`FileFormatError` when ``path`` cannot be written: before long work, not after it."""
+    _temporary(path).unlink()
+
+
+def _temporary(path: Path) -> Path:
+    """Make an empty temporary file beside ``path``, and the folder where it is missing."""
+    if path.is_dir():
+        raise FileFormatError(f"cannot write {path}: it is a folder; give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise FileFormatError(
+            f"cannot write {path}: {error.strerror}; choose a folder you may write to"
+        ) from None
+    os.close(descriptor)
+    return Path(name)
+
+
 def write_file(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write tensors and JSON-able metadata to ``path`` atomically."""
     text = json.dumps(metadata, sort_keys=True)
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     header = {"format": FORMAT, "schema": str(SCHEMA), "metadata": text, "sha256": digest(text, plain)}
-    data = save(plain, metadata=header)
-    atomic_write(path, lambda temporary: temporary.write_bytes(data) and None)
+    data = _canonical(save(plain, metadata=header))
+    atomic_write(path, lambda temporary: _write_bytes(temporary, data))
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _canonical(data: bytes) -> bytes:
+    """Sort the keys of the safetensors header, whose order is random: equal content gives equal bytes."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -85,15 +111,18 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
-        raise FileFormatError(f"{path} does not exist or is not a file; give a bundled name or a .safetensors file")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileFormatError(
+            f"{path} {what}; give the name of a bundled model or the path of a .safetensors file"
+        )
     try:
         with safe_open(path, framework="pt") as handle:
             header = handle.metadata() or {}
             tensors = {name: handle.get_tensor(name) for name in handle.keys()} if with_tensors else {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, UnicodeError) as error:
         raise FileFormatError(
-            f"{path} is not a readable safetensors file ({error}); it is truncated, altered or of another kind: "
-            "copy or download it again. Pickled checkpoints are never opened."
+            f"{path} is not a readable safetensors file ({error}); it is truncated, altered or of another "
+            "kind: copy or download it again. Pickled checkpoints are never opened."
         ) from None
     if header.get("format") != FORMAT:
         raise FileFormatError(
@@ -107,7 +136,7 @@ def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, 
         )
     text = header.get("metadata", "")
     if with_tensors and digest(text, tensors) != header.get("sha256"):
-        raise FileFormatError(f"{path} was altered after it was written (its SHA-256 does not fit); copy it again")
+        raise FileFormatError(f"{path} was altered after writing (its SHA-256 is wrong); copy it again")
     try:
         metadata = json.loads(text)
     except json.JSONDecodeError as error:

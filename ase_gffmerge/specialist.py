@@ -33,7 +33,7 @@ class Provenance:
     lineage
         Fingerprints of the ancestors, root first.
     errors
-        Measured errors on its own test frames: ``force_mae``, ``force_rmse`` (eV/Å), ``energy_mae`` (eV/atom).
+        Errors on its own test frames: ``force_mae``, ``force_rmse`` (eV/Å), ``energy_mae`` (eV/atom).
     """
 
     data_set: str = "unknown"
@@ -114,8 +114,8 @@ class Specialist:
         unknown = sorted(set(atoms.numbers.tolist()) - set(self.species))
         if unknown:
             raise StructureError(
-                f"{atoms.get_chemical_formula()} contains {symbols(unknown)}, which {self.name!r} does not know "
-                f"(it knows {symbols(self.species)}); use a model that was trained on these elements"
+                f"{atoms.get_chemical_formula()} contains {symbols(unknown)}, which {self.name!r} does not "
+                f"know (it knows {symbols(self.species)}); use a model that was trained on these elements"
             )
 
     def save(self, path: str | Path) -> Path:
@@ -136,7 +136,9 @@ class Specialist:
         return Path(path)
 
     @classmethod
-    def load(cls, source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Self:
+    def load(
+        cls, source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    ) -> Self:
         """Load a specialist or merged file, or a bundled specialist by name.
 
         Parameters
@@ -151,12 +153,20 @@ class Specialist:
         Raises
         ------
         FileFormatError
-            When the file is missing, truncated, altered, of an unknown version, or does not hold what it says.
+            When the file is missing, truncated, altered, of an unknown version, or not what it says.
         """
         path = bundled_path(source)
         metadata, tensors = read_file(path)
+        if "checkpoint" in metadata:
+            raise FileFormatError(
+                f"{path} is the checkpoint of an unfinished training, not a model; run the same "
+                "`gffmerge train` command again to finish it"
+            )
         try:
-            potential = build_potential(metadata["architecture"], metadata["hyper"], tuple(metadata["species"]))
+            with torch.random.fork_rng(devices=[]):
+                potential = build_potential(
+                    metadata["architecture"], metadata["hyper"], tuple(metadata["species"])
+                )
             provenance = dict(metadata["provenance"])
             provenance["lineage"] = tuple(provenance["lineage"])
             merged = metadata["merged"]
@@ -169,12 +179,18 @@ class Specialist:
                 merged=_merge_record(merged) if merged else None,
             )
             units = metadata["units"]
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except FileFormatError as error:
+            raise FileFormatError(f"{path}: {error}") from None
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             raise FileFormatError(f"{path}: metadata lack or garble {error}; write the file again") from None
         if units != UNITS:
-            raise FileFormatError(f"{path} is in units {units}, not {UNITS}; convert the model before saving it")
+            raise FileFormatError(
+                f"{path} is in units {units}, not {UNITS}; convert the model before saving it"
+            )
         _load_weights(potential, tensors, path)
-        potential.to(device=device, dtype=dtype or tensors["potential.embedding"].dtype).eval().requires_grad_(False)
+        potential.to(
+            device=device, dtype=dtype or tensors["potential.embedding"].dtype
+        ).eval().requires_grad_(False)
         return specialist
 
     def to(self, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Self:
@@ -216,7 +232,13 @@ def unpack_frames(tensors: Mapping[str, Tensor]) -> tuple[Atoms, ...]:
     """Inverse of :func:`pack_frames`."""
     if "calibration.n_atoms" not in tensors:
         return ()
-    array = {key: tensors[f"calibration.{key}"].numpy() for key in ("n_atoms", "numbers", "positions", "cells", "pbc")}
+    array = {
+        key: tensors[f"calibration.{key}"].numpy()
+        for key in ("n_atoms", "numbers", "positions", "cells", "pbc")
+    }
+    lengths = {len(array["numbers"]), len(array["positions"]), int(array["n_atoms"].sum())}
+    if len(lengths) > 1 or (array["n_atoms"] < 1).any() or not np.isfinite(array["positions"]).all():
+        raise ValueError("calibration frames (their arrays do not fit each other or are not finite)")
     splits = np.cumsum(array["n_atoms"])[:-1]
     numbers, positions = np.split(array["numbers"], splits), np.split(array["positions"], splits)
     return tuple(
@@ -246,9 +268,15 @@ def _load_weights(potential: Potential, tensors: Mapping[str, Tensor], path: Pat
                 f"{path}: tensor {name!r} has shape {tuple(stored.shape)}, the architecture needs "
                 f"{tuple(value.shape)}; the hyper-parameters in the file do not belong to these weights"
             )
+        if not stored.dtype.is_floating_point:
+            raise FileFormatError(
+                f"{path}: tensor {name!r} holds {stored.dtype}, not real numbers; write it again"
+            )
         if not torch.isfinite(stored).all():
             raise FileFormatError(f"{path}: tensor {name!r} contains NaN or infinity; the training diverged")
-    extra = {name for name in tensors if name.startswith("potential.")} - {f"potential.{name}" for name in expected}
+    extra = {name for name in tensors if name.startswith("potential.")} - {
+        f"potential.{name}" for name in expected
+    }
     if extra:
         raise FileFormatError(f"{path} has unexpected tensors {sorted(extra)[:3]}; write the file again")
     potential.load_state_dict({name: tensors[f"potential.{name}"] for name in expected})

@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from ase import Atoms
+from ase.data import chemical_symbols
 
+from ase_gffmerge.errors import FramesError
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.models import Potential
 
@@ -49,7 +51,14 @@ def predict_frames(
     specialist: int = 0,
     max_atoms: int = 2000,
 ) -> FramePredictions:
-    """Evaluate frames in batches of at most ``max_atoms`` atoms (at least one frame each)."""
+    """Evaluate frames in batches of at most ``max_atoms`` atoms (at least one frame each).
+
+    Raises
+    ------
+    FramesError
+        When there are no frames, or one holds an element that the potential does not know.
+    """
+    check_frames(potential, frames)
     energies: list[float] = []
     forces: list[np.ndarray] = []
     for chunk in chunks(frames, max_atoms):
@@ -60,6 +69,23 @@ def predict_frames(
         flat = prediction.forces.double().cpu().numpy()
         forces.extend(np.split(flat, np.cumsum([len(atoms) for atoms in chunk])[:-1]))
     return FramePredictions(np.array(energies), forces)
+
+
+def check_frames(potential: Potential, frames: Sequence[Atoms]) -> None:
+    """Raise :class:`FramesError` for no frames, or elements that the potential does not know."""
+    if not frames:
+        raise FramesError("there are no frames to evaluate; give a file with at least one")
+    for index, atoms in enumerate(frames):
+        unknown = sorted(set(atoms.numbers.tolist()) - set(potential.species))
+        if unknown:
+            raise FramesError(
+                f"frame {index} ({atoms.get_chemical_formula()}) contains {_symbols(unknown)}, which the "
+                f"model does not know (it knows {_symbols(potential.species)}); use frames of these elements"
+            )
+
+
+def _symbols(numbers: Sequence[int]) -> str:
+    return ", ".join(chemical_symbols[number] for number in numbers)
 
 
 def chunks(frames: Sequence[Atoms], max_atoms: int) -> Iterable[list[Atoms]]:

@@ -1,6 +1,8 @@
 """Training state on disk as safetensors, written atomically after every epoch."""
 
 import json
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.fileformat import read_file, read_metadata, write_file
+from ase_gffmerge.fileformat import read_file, write_file
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint of another training, or an unreadable one, was set aside."""
+
+
+def checkpoint_path(out: Path) -> Path:
+    """Where the checkpoint of the specialist file ``out`` lies: beside it."""
+    return out.with_name(f"{out.name.removesuffix('.safetensors')}.checkpoint.safetensors")
 
 
 def save_checkpoint(
@@ -35,7 +46,11 @@ def load_checkpoint(
     try:
         for prefix, module in (("model.", model), ("average.", average)):
             module.load_state_dict(
-                {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+                {
+                    name.removeprefix(prefix): value
+                    for name, value in tensors.items()
+                    if name.startswith(prefix)
+                }
             )
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
@@ -46,13 +61,52 @@ def load_checkpoint(
         return metadata["checkpoint"]
     except (RuntimeError, KeyError, ValueError) as error:
         raise FileFormatError(
-            f"{path} does not belong to this training ({str(error).splitlines()[0]}); delete it to start afresh"
+            f"{path} does not belong to this training ({str(error).splitlines()[0]}); delete it"
         ) from None
 
 
-def belongs_to(path: Path, run: dict[str, Any]) -> bool:
-    """Whether ``path`` is a checkpoint of a run with exactly these options and frames."""
+def can_resume(path: Path, run: Mapping[str, Any]) -> bool:
+    """Whether ``path`` is an intact checkpoint of a run with exactly these options and frames.
+
+    A checkpoint of another run, or a damaged one, is renamed to ``*.old.safetensors`` with a
+    :class:`CheckpointWarning` that says what differs: it is neither continued nor lost.
+    """
     if not path.exists():
         return False
-    saved = read_metadata(path).get("checkpoint", {}).get("run")
-    return json.dumps(saved, sort_keys=True) == json.dumps(run, sort_keys=True)
+    try:
+        saved = read_file(path)[0]["checkpoint"]["run"]
+        difference = differences(saved, run)
+    except (FileFormatError, KeyError, TypeError) as error:
+        difference = f"it cannot be read ({error})"
+    if not difference:
+        return True
+    old = path.with_name(f"{path.name.removesuffix('.safetensors')}.old.safetensors")
+    path.replace(old)
+    warnings.warn(
+        f"{path} is not continued: {difference}. Training starts afresh; it is kept as {old.name}",
+        CheckpointWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def differences(saved: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """Which options of two run identities differ, as text; empty when none does."""
+    before, now = _flat(saved), _flat(run)
+    changed = [
+        f"{key} was {before.get(key, 'not set')}, is {now.get(key, 'not set')}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, ...) != now.get(key, ...)
+    ]
+    return "; ".join(text if len(text) < 120 else f"{text.split(' was ')[0]} differs" for text in changed)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as one level of dotted keys with JSON values."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True)
+    return flat

@@ -16,11 +16,13 @@ class TrainConfig(BaseModel):
     Attributes
     ----------
     model, hyper
-        Architecture and its hyper-parameters.
+        Architecture and its hyper-parameters; default: those of the parent, else PaiNN's.
     epochs, batch_size, learning_rate
         Length, frames per step, and the peak of the one-cycle schedule.
     energy_weight, force_weight, stress_weight
         Weights of the mean absolute errors: eV/atom, eV/Å (norm of the force error), and eV/Å^3.
+    gradient_clip
+        Largest norm of the gradient.
     ema_decay
         Decay of the exponential moving average of the weights, the average being what is saved.
     validation
@@ -33,7 +35,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = "painn"
+    model: str | None = None
     hyper: dict[str, Any] = {}
     epochs: int = Field(default=100, ge=1)
     batch_size: int = Field(default=10, ge=1)
@@ -62,7 +64,10 @@ def load_config(path: Path | None, **overrides: Any) -> TrainConfig:
         raise RecipeError(f"cannot read the configuration {path}: {error}") from None
     if not isinstance(data or {}, dict):
         raise RecipeError(f"{path} must be a YAML mapping of options, got {type(data).__name__}")
-    merged = {**(data or {}), **{key: value for key, value in overrides.items() if value is not None}}
+    merged = {
+        **{str(key): value for key, value in (data or {}).items()},
+        **{key: value for key, value in overrides.items() if value is not None},
+    }
     try:
         return TrainConfig(**merged)
     except ValidationError as error:

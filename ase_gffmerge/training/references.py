@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 from ase import Atoms
-from ase.data import atomic_numbers, chemical_symbols
+from ase.data import atomic_numbers
 
 from ase_gffmerge.errors import FramesError
 
 
 def composition(frames: Sequence[Atoms], species: Sequence[int]) -> np.ndarray:
     """Count of each element in each frame, (n_frames, n_species)."""
-    return np.array([[np.count_nonzero(atoms.numbers == z) for z in species] for atoms in frames], dtype=float)
+    return np.array(
+        [[np.count_nonzero(atoms.numbers == z) for z in species] for atoms in frames], dtype=float
+    )
 
 
 def fit_references(frames: Sequence[Atoms], species: Sequence[int]) -> dict[int, float]:
@@ -26,10 +28,12 @@ def fit_references(frames: Sequence[Atoms], species: Sequence[int]) -> dict[int,
 def load_references(path: Path) -> dict[int, float]:
     """Read ``{"H": -13.6, ...}`` (eV) from a JSON file."""
     try:
-        table = json.loads(path.read_text())
-        return {atomic_numbers[symbol]: float(energy) for symbol, energy in table.items()}
+        table = {atomic_numbers[key]: float(value) for key, value in json.loads(path.read_text()).items()}
+        if not table or not np.isfinite(list(table.values())).all():
+            raise ValueError("no energies, or energies that are not finite")
+        return table
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise FramesError(
-            f"cannot read reference energies from {path} ({error!r}); write a JSON object of element symbols and "
-            f'energies in eV, for example {{"{chemical_symbols[1]}": -13.6}}'
+            f"cannot read reference energies from {path} ({type(error).__name__}: {error}); write a JSON "
+            'object of element symbols and energies in eV, for example {"H": -13.6}'
         ) from None

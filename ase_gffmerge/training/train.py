@@ -1,23 +1,24 @@
 """From labelled frames to a specialist file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
 from ase import Atoms
 
-from ase_gffmerge.data.readers import hash_frames, read_frames, require_labels
+from ase_gffmerge.data.readers import hash_frames
 from ase_gffmerge.data.splits import calibration_frames
 from ase_gffmerge.device import resolve_device
-from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
+from ase_gffmerge.errors import FramesError
 from ase_gffmerge.evaluation.errors import Errors, evaluate
-from ase_gffmerge.models import build_potential
+from ase_gffmerge.fileformat import require_writable
 from ase_gffmerge.specialist import Provenance, Specialist
+from ase_gffmerge.training.checkpoint import checkpoint_path
 from ase_gffmerge.training.config import TrainConfig
+from ase_gffmerge.training.frames import bare, hash_labelled, labelled_frames, split_frames
+from ase_gffmerge.training.initial import initial_specialist
 from ase_gffmerge.training.loop import Callback, History, fit
-from ase_gffmerge.training.references import fit_references
 
 
 def train(
@@ -27,7 +28,7 @@ def train(
     *,
     name: str | None = None,
     init: Specialist | None = None,
-    references: dict[int, float] | None = None,
+    references: Mapping[int, float] | None = None,
     n_calibration: int = 100,
     test: Sequence[Path] = (),
     device: str = "auto",
@@ -46,7 +47,7 @@ def train(
     name
         Name of the specialist; default: the stem of ``out``.
     init
-        Start from these weights (same architecture; its reference energies are kept).
+        Start from a copy of these weights (its reference energies are kept unless ``references`` are given).
     references
         Energies per element in eV; default: those of ``init``, else a least-squares fit.
     n_calibration
@@ -56,89 +57,87 @@ def train(
     device
         ``auto``, ``cpu``, ``cuda``.
     callback
-        Called after every epoch.
+        Called after every epoch with its number and losses.
+
+    Returns
+    -------
+    specialist, history, errors
+        ``errors`` is None without ``test``.
+
+    Raises
+    ------
+    FramesError, IncompatibleSpecialistsError, DeviceError, FileFormatError
+        For bad input, before the first epoch and before anything is written.
+    TrainingError
+        When the loss is no longer finite.
     """
     target = resolve_device(device)
     training, validation = split_frames(sources, config)
-    test_frames = [atoms for path in test for atoms in require_labels(read_frames(path), path)]
-    base = initial_specialist(training, config, init=init, references=references)
-    lineage = (*init.provenance.lineage, init.fingerprint) if init else ()
-    data_hash = hash_frames(training)
-    run = {"config": config.model_dump(), "lineage": lineage, "data": data_hash}
-    checkpoint = out.with_suffix(".checkpoint.safetensors")
-    base.potential.to(device=target).train().requires_grad_(True)
+    test_frames = [atoms for path in test for atoms in labelled_frames(path)]
+    start = initial_specialist(training, config, init=init, references=references)
+    for atoms in (*validation, *test_frames):
+        start.check_species(atoms)
+    if n_calibration < 1:
+        raise FramesError(f"{n_calibration} calibration frames are too few for merging; store at least one")
+    require_writable(out)
+    run = run_identity(config, start, init=init, frames=[*training, *validation])
+    potential = start.potential.to(device=target).train().requires_grad_(True)
+    checkpoint = checkpoint_path(out)
     potential, history = fit(
-        base.potential, training, validation, config, checkpoint=checkpoint, run=run, callback=callback
+        potential, training, validation, config, checkpoint=checkpoint, run=run, callback=callback
     )
     errors = evaluate(potential, test_frames) if test_frames else None
-    provenance = Provenance(
-        data_set=", ".join(path.stem for path in sources),
-        data_hash=data_hash,
-        n_train=len(training),
-        epochs=config.epochs,
-        seed=config.seed,
-        lineage=lineage,
-        errors=errors.to_dict() if errors else {},
-    )
-    frames = calibration_frames(training, min(n_calibration, len(training)), seed=config.seed)
     specialist = replace(
-        base,
+        start,
         name=name or out.name.removesuffix(".safetensors"),
         potential=potential.to(device="cpu"),
-        calibration=tuple(bare(atoms) for atoms in frames),
-        provenance=provenance,
+        calibration=stored_frames(training, n_calibration, seed=config.seed),
+        provenance=provenance(sources, training, config, lineage=lineage(init), errors=errors),
     )
     specialist.save(out)
     checkpoint.unlink(missing_ok=True)
     return specialist, history, errors
 
 
-def split_frames(sources: Sequence[Path], config: TrainConfig) -> tuple[list[Atoms], list[Atoms]]:
-    """Hold ``config.validation`` frames of every file out of training, chosen by the seed."""
-    training: list[Atoms] = []
-    validation: list[Atoms] = []
-    for path in sources:
-        frames = require_labels(read_frames(path), path)
-        if len(frames) <= config.validation:
-            raise FramesError(
-                f"{path} has {len(frames)} frames, which leaves none beside {config.validation} for validation; "
-                "give more frames or set `validation` lower in the configuration"
-            )
-        order = np.random.default_rng(config.seed).permutation(len(frames))
-        held_out = set(order[: config.validation].tolist())
-        training += [atoms for i, atoms in enumerate(frames) if i not in held_out]
-        validation += [atoms for i, atoms in enumerate(frames) if i in held_out]
-    return training, validation
+def run_identity(
+    config: TrainConfig, start: Specialist, *, init: Specialist | None, frames: Sequence[Atoms]
+) -> dict[str, Any]:
+    """Everything that decides the outcome, JSON-able: only a checkpoint of the same identity is continued."""
+    return {
+        "config": config.model_dump(),
+        "architecture": start.potential.architecture,
+        "hyper": start.potential.hyper.to_dict(),
+        "references": start.potential.references.tolist(),
+        "lineage": list(lineage(init)),
+        "frames": hash_labelled(frames),
+    }
 
 
-def initial_specialist(
-    frames: Sequence[Atoms],
+def lineage(init: Specialist | None) -> tuple[str, ...]:
+    """Fingerprints of the ancestors of a child of ``init``, root first."""
+    return (*init.provenance.lineage, init.fingerprint) if init else ()
+
+
+def stored_frames(training: Sequence[Atoms], n: int, *, seed: int) -> tuple[Atoms, ...]:
+    """At most ``n`` training frames without labels, for merging."""
+    return tuple(bare(atoms) for atoms in calibration_frames(training, min(n, len(training)), seed=seed))
+
+
+def provenance(
+    sources: Sequence[Path],
+    training: Sequence[Atoms],
     config: TrainConfig,
     *,
-    init: Specialist | None,
-    references: dict[int, float] | None,
-) -> Specialist:
-    """Weights to start from: those of ``init``, or random ones with fitted references."""
-    elements = sorted({int(z) for atoms in frames for z in atoms.numbers})
-    theory = config.level_of_theory or (init.level_of_theory if init else "unknown")
-    if init is None:
-        torch.manual_seed(config.seed)
-        potential = build_potential(config.model, config.hyper, tuple(elements))
-        table = references or fit_references(frames, elements)
-    else:
-        unknown = set(elements) - set(init.species)
-        if unknown or init.potential.architecture != config.model:
-            raise IncompatibleSpecialistsError(
-                f"{init.name!r} ({init.potential.architecture}, elements {init.species}) cannot start a "
-                f"{config.model} for elements {elements}; train a base that knows all of them"
-            )
-        potential, table = init.potential, references or {}
-    for z, energy in table.items():
-        if z in potential.species:
-            potential.references[potential.species.index(z)] = energy
-    return Specialist(name="", potential=potential, level_of_theory=theory)
-
-
-def bare(atoms: Atoms) -> Atoms:
-    """Species, positions, cell and periodicity alone."""
-    return Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    lineage: tuple[str, ...],
+    errors: Errors | None,
+) -> Provenance:
+    """Record of the training for the file."""
+    return Provenance(
+        data_set=", ".join(path.stem for path in sources),
+        data_hash=hash_frames(training),
+        n_train=len(training),
+        epochs=config.epochs,
+        seed=config.seed,
+        lineage=lineage,
+        errors=errors.to_dict() if errors else {},
+    )

@@ -1,0 +1,76 @@
+"""``gffmerge cache``: merged potentials on disk."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ase_gffmerge.cli.options import JsonOption
+from ase_gffmerge.cli.output import print_json
+
+if TYPE_CHECKING:
+    from ase_gffmerge.cache import CacheEntry
+
+app = typer.Typer(help="List, verify and clear the cache of merged potentials.", no_args_is_help=True)
+DirOption = Annotated[
+    Path | None, typer.Option("--dir", help="The folder [default: $GFFMERGE_CACHE, else the user's cache].")
+]
+
+
+@app.command("list")
+def list_entries(directory: DirOption = None, as_json: JsonOption = False) -> None:
+    """List merged potentials, oldest first."""
+    from ase_gffmerge.cache import MergeCache
+
+    cache = MergeCache(directory)
+    entries = [describe(entry) for entry in cache.entries()]
+    if as_json:
+        print_json({"directory": str(cache.directory), "entries": entries})
+        return
+    for entry in entries:
+        parents = " + ".join(entry["parents"]) or "?"
+        typer.echo(f"{entry['key'][:12]}  {entry['size'] / 1e6:7.2f} MB  {entry['modified'][:19]}  {parents}")
+    typer.echo(f"{len(entries)} merged potential(s) in {cache.directory}", err=True)
+
+
+@app.command("verify")
+def verify(directory: DirOption = None, as_json: JsonOption = False) -> None:
+    """Read every entry and compare its digest; exit code 1 when one is corrupt."""
+    from ase_gffmerge.cache import MergeCache
+
+    cache = MergeCache(directory)
+    checks = [{**describe(check.entry), "ok": check.ok, "problem": check.problem} for check in cache.verify()]
+    if as_json:
+        print_json({"directory": str(cache.directory), "entries": checks})
+    else:
+        for check in checks:
+            typer.echo(f"{check['key'][:12]}  {'ok' if check['ok'] else check['problem']}")
+        intact = sum(check["ok"] for check in checks)
+        typer.echo(f"{intact} of {len(checks)} intact in {cache.directory}", err=True)
+    if not all(check["ok"] for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command("clear")
+def clear(directory: DirOption = None, as_json: JsonOption = False) -> None:
+    """Delete all entries."""
+    from ase_gffmerge.cache import MergeCache
+
+    cache = MergeCache(directory)
+    deleted = [describe(entry) for entry in cache.clear()]
+    if as_json:
+        print_json({"directory": str(cache.directory), "deleted": deleted})
+        return
+    typer.echo(f"deleted {len(deleted)} merged potential(s) from {cache.directory}")
+
+
+def describe(entry: "CacheEntry") -> dict[str, Any]:
+    """Describe an entry, JSON-able; ``modified`` is ISO 8601 in UTC, ``size`` in bytes."""
+    return {
+        "key": entry.key,
+        "path": str(entry.path),
+        "name": entry.name,
+        "parents": list(entry.parents),
+        "size": entry.size,
+        "modified": entry.modified.isoformat(),
+    }

@@ -1,0 +1,88 @@
+"""``gffmerge info``: what is in a specialist or merged file."""
+
+from typing import TYPE_CHECKING, Any
+
+from ase_gffmerge.cli.options import JsonOption, ModelArgument
+from ase_gffmerge.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from ase_gffmerge.specialist import Specialist
+
+
+def info(model: ModelArgument, as_json: JsonOption = False) -> None:
+    """Show architecture, elements, level of theory, training, errors, and how a merged file was made."""
+    from ase_gffmerge.sources import load
+    from ase_gffmerge.specialist import bundled_path
+
+    document = {"path": str(bundled_path(model)), **describe(load(model))}
+    if as_json:
+        print_json(document)
+    else:
+        print_table(readable(document))
+
+
+def describe(force_field: "Specialist") -> dict[str, Any]:
+    """Everything but weights and frames, JSON-able."""
+    from ase.data import chemical_symbols
+
+    from ase_gffmerge.specialist import UNITS
+
+    potential = force_field.potential
+    elements = [chemical_symbols[number] for number in potential.species]
+    return {
+        "name": force_field.name,
+        "kind": "merged" if force_field.merged else "specialist",
+        "architecture": potential.architecture,
+        "hyper": potential.hyper.to_dict(),
+        "species": elements,
+        "cutoff": force_field.cutoff,
+        "n_parameters": sum(value.numel() for value in potential.parameters()),
+        "dtype": str(potential.dtype).removeprefix("torch."),
+        "units": UNITS,
+        "level_of_theory": force_field.level_of_theory,
+        "references": dict(zip(elements, potential.references.tolist(), strict=True)),
+        "calibration_frames": len(force_field.calibration),
+        "provenance": vars(force_field.provenance),
+        "fingerprint": force_field.fingerprint,
+        "merged": merge_record(force_field),
+    }
+
+
+def merge_record(force_field: "Specialist") -> dict[str, Any] | None:
+    """How a merged file was made; ``None`` for a specialist."""
+    merged = force_field.merged
+    if merged is None:
+        return None
+    return {
+        "parents": list(merged.parents),
+        "fingerprints": list(merged.fingerprints),
+        "recipe": merged.recipe,
+        "verdict": merged.report.get("verdict"),
+        "report": merged.report,
+    }
+
+
+def readable(document: dict[str, Any]) -> dict[str, Any]:
+    """Turn the document into a table for people."""
+    training, merged = document["provenance"], document["merged"]
+    rows = {key: document[key] for key in ("name", "path", "kind", "architecture")}
+    rows["hyper-parameters"] = _pairs(document["hyper"])
+    rows |= {"elements": " ".join(document["species"]), "cutoff": f"{document['cutoff']:g} Å"}
+    rows["parameters"] = f"{document['n_parameters']} ({document['dtype']})"
+    rows["level of theory"] = document["level_of_theory"]
+    rows["references"] = _pairs(document["references"]) + " (eV)"
+    rows["calibration frames"] = document["calibration_frames"]
+    if merged:
+        rows["merged from"] = ", ".join(merged["parents"])
+        rows |= {"recipe": _pairs(merged["recipe"]), "verdict": merged["verdict"]}
+    else:
+        size = f"{training['n_train']} frames, {training['epochs']} epochs"
+        rows["trained on"] = f"{training['data_set']} ({size})"
+        rows["test errors"] = _pairs(training["errors"]) or "not measured"
+        rows["ancestors"] = ", ".join(key[:12] for key in training["lineage"]) or "none"
+    rows["fingerprint"] = document["fingerprint"]
+    return rows
+
+
+def _pairs(mapping: Any) -> str:
+    return ", ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in mapping.items())

@@ -1,0 +1,104 @@
+"""``gffmerge md``: molecular dynamics with ASE's integrators."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ase_gffmerge.cli.options import (
+    DeviceOption,
+    DType,
+    JsonOption,
+    ModelArgument,
+    SpecialistOption,
+    StructureArgument,
+)
+from ase_gffmerge.cli.output import note, print_json, print_table, progress_bar
+
+if TYPE_CHECKING:
+    from ase_gffmerge.evaluation.mdresult import Sample
+
+
+class Ensemble(StrEnum):
+    """Thermodynamic ensembles."""
+
+    nve = "nve"
+    nvt = "nvt"
+    npt = "npt"
+
+
+def md(
+    model: ModelArgument,
+    structure: StructureArgument,
+    ensemble: Annotated[Ensemble, typer.Option(help="Kind of dynamics.", show_default=False)],
+    temperature: Annotated[float, typer.Option(help="K.", show_default=False)],
+    steps: Annotated[int, typer.Option(help="Number of steps.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Trajectory (.traj, .xyz, .extxyz).", show_default=False)],
+    timestep: Annotated[float, typer.Option(help="fs.")] = 0.5,
+    friction: Annotated[float, typer.Option(help="Of Langevin dynamics, 1/fs.")] = 0.01,
+    pressure: Annotated[float, typer.Option(help="External pressure for npt, GPa.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of velocities and thermostat.")] = 0,
+    interval: Annotated[int, typer.Option(help="Steps between frames of the trajectory.")] = 10,
+    dtype: Annotated[DType, typer.Option(help="Of the network.")] = DType.float32,
+    device: DeviceOption = "auto",
+    specialist: SpecialistOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run molecular dynamics from fresh velocities and write a trajectory with energies and forces.
+
+    nve: velocity Verlet; nvt: Langevin; npt: Martyna-Tobias-Klein with a flexible cell.
+    """
+    from ase_gffmerge.cli.structures import prepared
+    from ase_gffmerge.evaluation.dynamics import run_md
+
+    atoms = prepared(model, structure, device=device, dtype=dtype.value, specialist=specialist)
+    with progress_bar(f"{ensemble.value} at {temperature:g} K") as progress:
+        last: list[Sample] = []
+
+        def watch(sample: "Sample") -> None:
+            last[:] = [sample]
+            progress(sample.step / steps, describe(sample, steps))
+
+        try:
+            result = run_md(
+                atoms,
+                ensemble=ensemble.value,
+                temperature=temperature,
+                steps=steps,
+                timestep=timestep,
+                friction=friction,
+                pressure=pressure,
+                seed=seed,
+                interval=interval,
+                trajectory=out,
+                on_sample=watch,
+            )
+        except KeyboardInterrupt:
+            done = f"{out} holds {last[0].step} of {steps} steps" if last else "nothing was written"
+            raise KeyboardInterrupt(f"interrupted; {done}") from None
+    document = {**result.to_dict(), "trajectory": str(out)}
+    if as_json:
+        print_json(document)
+        return
+    document["broken_bonds"] = len(result.broken_bonds)
+    print_table({LABELS.get(key, key): value for key, value in document.items()})
+    if result.broken_bonds:
+        note(
+            f"{len(result.broken_bonds)} bond(s) were at some time longer than 1.5 times their initial length"
+        )
+
+
+LABELS = {
+    "timestep": "timestep (fs)",
+    "temperature_mean": "mean temperature (K)",
+    "potential_energy": "potential energy (eV)",
+    "total_energy": "total energy (eV)",
+    "drift_per_atom": "energy drift (eV/atom)",
+    "drift_slope_per_atom": "energy slope (eV/atom/ps)",
+}
+
+
+def describe(sample: "Sample", steps: int) -> str:
+    """Describe a moment of the run in one line."""
+    return f"step {sample.step}/{steps}  T {sample.temperature:6.1f} K  E {sample.total_energy:.5f} eV"

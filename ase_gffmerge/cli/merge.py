@@ -1,0 +1,63 @@
+"""``gffmerge merge``: several specialists become one potential."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ase_gffmerge.cli.options import Conditioning, DeviceOption, JsonOption
+from ase_gffmerge.cli.output import note, print_json, progress_bar
+
+
+def merge(
+    specialists: Annotated[list[str], typer.Argument(help="Files or bundled names.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Merged file to write (.safetensors).", show_default=False)],
+    recipe: Annotated[str, typer.Option(help="gffmerge, paper, mean, or a YAML file.")] = "gffmerge",
+    conditioning: Annotated[
+        Conditioning | None, typer.Option(help="One surface, or one per specialist [default: of the recipe].")
+    ] = None,
+    device: DeviceOption = "auto",
+    allow_unrelated: Annotated[
+        bool, typer.Option("--allow-unrelated", help="Merge specialists without a common base.")
+    ] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="Say of each specialist, in order: 1,2 [default: equal].")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write the report as a web page (HTML).")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge specialists by least squares and write one potential with its report."""
+    from ase_gffmerge.fileformat import require_writable
+    from ase_gffmerge.merging.merge import merge as merge_specialists
+    from ase_gffmerge.merging.recipe import load_recipe
+    from ase_gffmerge.sources import load
+
+    chosen = load_recipe(
+        recipe,
+        conditioning=conditioning.value if conditioning else None,
+        weights=parse_weights(weights),
+        allow_unrelated=allow_unrelated or None,
+    )
+    loaded = [load(source) for source in specialists]
+    for path in filter(None, (out, report)):
+        require_writable(path)
+    with progress_bar("merging") as progress:
+        merged, result = merge_specialists(loaded, chosen, device=device, progress=progress)
+    merged.save(out)
+    if report:
+        result.save_html(report)
+    if as_json:
+        print_json({"out": str(out), **result.to_dict()})
+        return
+    typer.echo(result.summary())
+    note(f"written: {', '.join(str(path) for path in (out, report) if path)}")
+
+
+def parse_weights(text: str | None) -> tuple[float, ...] | None:
+    """Numbers separated by commas."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"weights {text!r} are not numbers with commas, such as 1,2.") from None

@@ -1,0 +1,34 @@
+"""Options that several verbs share."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class DType(StrEnum):
+    """Floating-point types of a network."""
+
+    float32 = "float32"
+    float64 = "float64"
+
+
+class Conditioning(StrEnum):
+    """How a merged potential tells specialists apart."""
+
+    shared = "shared"
+    per_specialist = "per-specialist"
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="Specialist or merged file, or a bundled name.", show_default=False)
+]
+StructureArgument = Annotated[
+    Path, typer.Argument(help="Structure: any file ASE reads, or frames (the first one).", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+SpecialistOption = Annotated[
+    str | None, typer.Option(help="Which specialist the structure belongs to (per-specialist conditioning).")
+]

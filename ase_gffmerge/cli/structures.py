@@ -1,0 +1,27 @@
+"""Reading the structure that a verb works on, with a calculator attached."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+
+def read_structure(path: Path) -> "Atoms":
+    """First frame of any file ASE reads, or of an npz archive, without its labels."""
+    from ase_gffmerge.data.readers import read_frames
+    from ase_gffmerge.errors import FramesError
+
+    atoms = read_frames(path, index=0)[0].copy()
+    if len(atoms) == 0:
+        raise FramesError(f"{path} holds a structure without atoms; give one with at least one")
+    return atoms
+
+
+def prepared(model: str, structure: Path, *, device: str, dtype: str, specialist: str | None) -> "Atoms":
+    """Read the structure and attach the model as its calculator; unknown elements are refused here."""
+    from ase_gffmerge.calculator import GFFMergeCalculator
+
+    atoms = read_structure(structure)
+    atoms.calc = GFFMergeCalculator([model], device=device, dtype=dtype, specialist=specialist)  # type: ignore[arg-type]
+    return atoms

@@ -1,0 +1,124 @@
+"""``gffmerge train``: from labelled frames to a specialist."""
+
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ase_gffmerge.cli.options import DeviceOption, JsonOption
+from ase_gffmerge.cli.output import Progress, note, print_json, print_table, progress_bar
+
+if TYPE_CHECKING:
+    from ase_gffmerge.evaluation.errors import Errors
+    from ase_gffmerge.specialist import Specialist
+    from ase_gffmerge.training.loop import History
+
+FRAMES_HELP = "Labelled frames: extxyz or another file ASE reads, rMD17 or MD17 npz, DeePMD folder."
+
+
+def train(
+    frames: Annotated[list[Path], typer.Argument(help=FRAMES_HELP, show_default=False)],
+    out: Annotated[Path, typer.Option(help="Specialist file to write (.safetensors).", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="painn or nequip [default: of --init, else painn].")
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Start from this specialist (file or bundled name).")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the frames [default: 100].")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with further options.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of initial weights, split and order [default: 0].")
+    ] = None,
+    device: DeviceOption = "auto",
+    calibration: Annotated[int, typer.Option(help="Training frames kept, unlabelled, for merging.")] = 100,
+    test: Annotated[list[Path] | None, typer.Option(help="Labelled frames to test on; repeatable.")] = None,
+    references: Annotated[
+        str,
+        typer.Option(help="Energies per element: a JSON file (eV), or auto: those of --init, else a fit."),
+    ] = "auto",
+    name: Annotated[str | None, typer.Option(help="Name of the specialist [default: name of --out].")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a specialist; a killed training continues when the same command is run again."""
+    from ase_gffmerge.evaluation.plots import plot_history
+    from ase_gffmerge.sources import load
+    from ase_gffmerge.training import train as training
+    from ase_gffmerge.training.config import load_config
+    from ase_gffmerge.training.references import load_references
+
+    options = load_config(config, model=model, epochs=epochs, seed=seed)
+    started = perf_counter()
+    with progress_bar("training") as progress:
+        watch = EpochWatch(options.epochs, progress)
+        try:
+            trained = training.train(
+                frames,
+                out,
+                options,
+                name=name,
+                init=load(init) if init else None,
+                references=None if references == "auto" else load_references(Path(references)),
+                n_calibration=calibration,
+                test=test or (),
+                device=device,
+                callback=watch,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(watch.farewell()) from None
+    curve = plot_history(trained[1], out.with_name(f"{out.name.removesuffix('.safetensors')}.png"))
+    report(summary(trained, out, curve, perf_counter() - started), as_json)
+
+
+class EpochWatch:
+    """Shows every epoch: on the bar of a terminal, else as a line on stderr."""
+
+    def __init__(self, epochs: int, progress: Progress):
+        self.epochs, self.progress, self.done = epochs, progress, 0
+
+    def __call__(self, epoch: int, losses: dict[str, float]) -> None:
+        """Show the losses of ``epoch`` (from 1)."""
+        if self.done == 0 and epoch > 1:
+            note(f"continued after epoch {epoch - 1} of an interrupted run")
+        self.done = epoch
+        text = f"epoch {epoch}/{self.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in losses.items())
+        if sys.stderr.isatty():
+            self.progress(epoch / self.epochs, text)
+        else:
+            note(text)
+
+    def farewell(self) -> str:
+        """Say what to do after Ctrl-C."""
+        if not self.done:
+            return "interrupted before an epoch of this run was complete; run the same command again"
+        return f"interrupted; epoch {self.done} of {self.epochs} is saved; the same command continues"
+
+
+def summary(
+    trained: "tuple[Specialist, History, Errors | None]", out: Path, curve: Path, seconds: float
+) -> dict[str, Any]:
+    """Describe the result as one JSON-able document."""
+    specialist, history, errors = trained
+    return {
+        "out": str(out),
+        "loss_curve": str(curve),
+        "name": specialist.name,
+        "fingerprint": specialist.fingerprint,
+        "n_train": specialist.provenance.n_train,
+        "epochs": len(history.rows),
+        "seconds": seconds,
+        "last_epoch": history.rows[-1],
+        "test_errors": errors.to_dict() if errors else None,
+    }
+
+
+def report(document: dict[str, Any], as_json: bool) -> None:
+    """Print the result."""
+    if as_json:
+        print_json(document)
+        return
+    rows = {key: document[key] for key in ("out", "loss_curve", "epochs", "seconds")} | document["last_epoch"]
+    rows |= {f"test {key}": value for key, value in (document["test_errors"] or {}).items()}
+    print_table(rows)

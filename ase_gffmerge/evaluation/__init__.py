@@ -1,0 +1,1 @@
+"""Errors against labels, molecular dynamics, plots."""

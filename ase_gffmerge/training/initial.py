@@ -1,0 +1,77 @@
+"""Weights and reference energies that a training starts from."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+
+import torch
+from ase import Atoms
+
+from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
+from ase_gffmerge.models import Potential, build_potential
+from ase_gffmerge.specialist import Specialist, symbols
+from ase_gffmerge.training.config import TrainConfig
+from ase_gffmerge.training.references import fit_references
+
+
+def initial_specialist(
+    frames: Sequence[Atoms],
+    config: TrainConfig,
+    *,
+    init: Specialist | None,
+    references: Mapping[int, float] | None,
+) -> Specialist:
+    """Weights to start from: a copy of those of ``init``, or random ones with fitted references.
+
+    Raises
+    ------
+    IncompatibleSpecialistsError
+        When ``init`` lacks an element or has another architecture or other hyper-parameters than ``config``.
+    FramesError
+        When ``references`` lack an element of the frames.
+    """
+    elements = sorted({int(z) for atoms in frames for z in atoms.numbers})
+    if references is not None and (missing := set(elements) - set(references)):
+        raise FramesError(
+            f"the reference energies lack {symbols(sorted(missing))}, which the frames contain; add them (eV)"
+        )
+    theory = config.level_of_theory or (init.level_of_theory if init else "unknown")
+    if init is None:
+        potential = random_potential(config, tuple(elements))
+        table = fit_references(frames, elements) if references is None else references
+    else:
+        check_parent(init, elements, config)
+        potential, table = deepcopy(init.potential), references or {}
+    for z, energy in table.items():
+        if z in potential.species:
+            potential.references[potential.species.index(z)] = energy
+    return Specialist(name="", potential=potential, level_of_theory=theory)
+
+
+def random_potential(config: TrainConfig, species: tuple[int, ...]) -> Potential:
+    """Weights drawn with ``config.seed``; the global random state of torch is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        return build_potential(config.model or "painn", config.hyper, species)
+
+
+def check_parent(init: Specialist, elements: Sequence[int], config: TrainConfig) -> None:
+    """Raise :class:`IncompatibleSpecialistsError` when ``init`` cannot start this training."""
+    unknown = sorted(set(elements) - set(init.species))
+    if unknown:
+        raise IncompatibleSpecialistsError(
+            f"{init.name!r} knows {symbols(init.species)}, but the frames also contain {symbols(unknown)}; "
+            "train a base that knows all elements first"
+        )
+    architecture, hyper = init.potential.architecture, init.potential.hyper.to_dict()
+    if config.model not in (None, architecture):
+        raise IncompatibleSpecialistsError(
+            f"{init.name!r} is a {architecture} model and cannot start a {config.model}; leave the "
+            f"model out, or train a {config.model} base first"
+        )
+    other = {key: value for key, value in config.hyper.items() if hyper.get(key) != value}
+    if other:
+        had = {key: hyper.get(key) for key in other}
+        raise IncompatibleSpecialistsError(
+            f"{init.name!r} has hyper-parameters {had}, the configuration asks for {other}; leave `hyper` "
+            "out, it comes with the parent"
+        )

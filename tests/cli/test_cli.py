@@ -1,0 +1,475 @@
+"""Every verb on tiny models; bad input gives one line, exit code 2, and leaves nothing behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.io import read, write
+
+from ase_gffmerge.specialist import Specialist
+
+
+def entries(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_help_is_light() -> None:
+    script = (
+        "import sys; from ase_gffmerge.cli import app\n"
+        "for arguments in (['--help'], ['md', '--help'], ['cache', '--help']):\n"
+        "    try: app(arguments, prog_name='gffmerge')\n"
+        "    except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'ase', 'numpy', 'matplotlib', 'scipy', 'pooch'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for verb in ("train", "merge", "evaluate", "info", "md", "relax", "cache", "data"):
+        assert verb in done.stdout
+
+
+def test_main_is_the_entry_point() -> None:
+    script = (
+        "import sys; sys.argv = ['gffmerge', 'info', 'nothing']; from ase_gffmerge.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("gffmerge: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+# -- the verbs --
+
+
+def test_train(gffmerge, files: Path) -> None:
+    document = gffmerge(
+        "train", "methanol.xyz", "water.xyz", "--out", "new.safetensors", "--config", "tiny.yaml",
+        "--calibration", 3, "--test", "water.xyz", "--seed", 5, "--name", "both", "--json",
+    ).json()  # fmt: skip
+    specialist = Specialist.load("new.safetensors")
+    assert document["fingerprint"] == specialist.fingerprint
+    assert document["name"] == specialist.name == "both"
+    assert document["epochs"] == 2
+    assert document["n_train"] == 8
+    assert set(document["last_epoch"]) == {"loss", "force_mae", "energy_mae"}
+    assert set(document["test_errors"]) == {"force_mae", "force_rmse", "energy_mae", "n_frames"}
+    assert specialist.provenance.seed == 5
+    assert len(specialist.calibration) == 3
+    assert Path(document["loss_curve"]).read_bytes().startswith(b"\x89PNG")
+    assert document["loss_curve"] == "new.png"
+
+
+def test_train_from_a_parent_with_references(gffmerge, files: Path) -> None:
+    (files / "references.json").write_text('{"H": -1.0, "C": -2.0, "O": -3.0}')
+    shown = gffmerge(
+        "train", "methanol.xyz", "--out", "child.safetensors", "--init", "base.safetensors", "--epochs", 1,
+        "--config", "tiny-child.yaml", "--references", "references.json",
+    )  # fmt: skip
+    assert "cannot read the configuration tiny-child.yaml" in shown.error()
+    (files / "tiny-child.yaml").write_text("validation: 2\n")
+    shown = gffmerge(
+        "train", "methanol.xyz", "--out", "child.safetensors", "--init", "base.safetensors", "--epochs", 1,
+        "--config", "tiny-child.yaml", "--references", "references.json",
+    )  # fmt: skip
+    assert shown.code == 0, shown.err
+    assert "epoch 1/1" in shown.err
+    assert "force_mae" in shown.out
+    child, base = Specialist.load("child.safetensors"), Specialist.load("base.safetensors")
+    assert child.provenance.lineage == (base.fingerprint,)
+    assert child.potential.references.tolist() == [-1, -2, -3]
+
+
+def test_train_interrupted_and_continued(gffmerge, files: Path, monkeypatch) -> None:
+    from ase_gffmerge.training import loop
+
+    command = ["train", "methanol.xyz", "--out", "new.safetensors", "--config", "tiny.yaml", "--epochs", 3]
+    original, count = loop._train_epoch, 0
+
+    def interrupted(*args: object) -> dict[str, float]:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(loop, "_train_epoch", interrupted)
+    stopped = gffmerge(*command)
+    monkeypatch.undo()
+    assert stopped.code == 130
+    assert stopped.err.splitlines()[-1] == (
+        "gffmerge: interrupted; epoch 2 of 3 is saved; the same command continues"
+    )
+    assert not (files / "new.safetensors").exists()
+    monkeypatch.chdir(files)
+    resumed = gffmerge(*command)
+    assert resumed.code == 0
+    assert "continued after epoch 2" in resumed.err
+    assert "epoch 1/3" not in resumed.err
+    other = gffmerge(*command[:3], "other.safetensors", *command[4:], "--json").json()
+    assert other["fingerprint"] == Specialist.load("new.safetensors").fingerprint
+
+
+def test_train_warns_about_another_checkpoint(gffmerge, files: Path) -> None:
+    command = ["train", "methanol.xyz", "--out", "new.safetensors", "--config", "tiny.yaml"]
+    assert gffmerge(*command).code == 0
+    (files / "new.checkpoint.safetensors").write_bytes(b"x" * 20)
+    again = gffmerge(*command)
+    assert again.code == 0
+    assert "gffmerge: warning: new.checkpoint.safetensors is not continued" in again.err
+    assert (files / "new.checkpoint.old.safetensors").exists()
+
+
+@pytest.fixture
+def merged(gffmerge, files: Path) -> Path:
+    done = gffmerge(
+        "merge",
+        "methanol.safetensors",
+        "water.safetensors",
+        "--out",
+        "merged.safetensors",
+        "--recipe",
+        "fast.yaml",
+    )
+    assert done.code == 0, done.err
+    return files / "merged.safetensors"
+
+
+def test_merge(gffmerge, files: Path) -> None:
+    command = [
+        "merge",
+        "methanol.safetensors",
+        "water.safetensors",
+        "--recipe",
+        "fast.yaml",
+        "--device",
+        "cpu",
+    ]
+    document = gffmerge(*command, "--out", "m.safetensors", "--report", "m.html", "--json").json()
+    assert document["verdict"] in ("good", "usable after distillation", "failed")
+    assert document["seconds"]
+    assert "<html" in (files / "m.html").read_text().lower()
+    model = Specialist.load("m.safetensors")
+    assert model.merged is not None
+    assert model.merged.parents == ("methanol", "water")
+    text = gffmerge(*command, "--out", "again.safetensors", "--weights", "1,2")
+    assert text.code == 0, text.err
+    assert "methanol" in text.out
+    assert Specialist.load("again.safetensors").merged.recipe["weights"] == [1, 2]
+    assert "weights" in gffmerge(*command, "--out", "x.safetensors", "--weights", "one,2").error()
+
+
+def test_merge_mean_and_conditioning(gffmerge, files: Path) -> None:
+    pair = ["methanol.safetensors", "water.safetensors"]
+    assert gffmerge("merge", *pair, "--recipe", "mean", "--out", "mean.safetensors").code == 0
+    done = gffmerge(
+        "merge",
+        *pair,
+        "--recipe",
+        "fast.yaml",
+        "--conditioning",
+        "per-specialist",
+        "--out",
+        "per.safetensors",
+    )
+    assert done.code == 0, done.err
+    missing = gffmerge("evaluate", "per.safetensors", "water.xyz").error()
+    assert "--specialist is missing" in missing
+    assert "methanol, water" in missing
+    assert (
+        "no specialist 'ice'"
+        in gffmerge("evaluate", "per.safetensors", "water.xyz", "--specialist", "ice").error()
+    )
+    results = [
+        gffmerge("evaluate", "per.safetensors", "water.xyz", "--specialist", name, "--json").json()
+        for name in ("methanol", "water")
+    ]
+    assert results[0]["force_mae"] != results[1]["force_mae"]
+    run = [
+        "md",
+        "per.safetensors",
+        "water.xyz",
+        "--ensemble",
+        "nve",
+        "--temperature",
+        100,
+        "--steps",
+        2,
+        "--json",
+    ]
+    assert gffmerge(*run, "--out", "w.traj", "--specialist", "water").json()["steps"] == 2
+    assert "water" in gffmerge(*run, "--out", "v.traj").error()
+    assert not (files / "v.traj").exists()
+
+
+def test_evaluate(gffmerge, merged: Path) -> None:
+    for model in ("merged.safetensors", "methanol.safetensors"):
+        document = gffmerge("evaluate", model, "methanol.xyz", "--json").json()
+        assert set(document) == {"force_mae", "force_rmse", "energy_mae", "n_frames"}
+        assert document["n_frames"] == 6
+        assert 0 < document["force_mae"] <= document["force_rmse"]
+    shown = gffmerge("evaluate", "methanol.safetensors", "methanol.xyz").out
+    for key in ("force_mae (eV/Å)", "force_rmse (eV/Å)", "energy_mae (eV/atom)", "n_frames"):
+        assert key in shown
+    assert "no effect" in gffmerge("evaluate", merged, "water.xyz", "--specialist", "water").error()
+
+
+def test_info(gffmerge, merged: Path) -> None:
+    document = gffmerge("info", "methanol.safetensors", "--json").json()
+    model = Specialist.load("methanol.safetensors")
+    assert document["kind"] == "specialist"
+    assert document["species"] == ["H", "C", "O"]
+    assert document["cutoff"] == 4.0
+    assert document["hyper"]["channels"] == 8
+    assert document["calibration_frames"] == 6
+    assert document["fingerprint"] == model.fingerprint
+    assert document["level_of_theory"] == "EMT"
+    assert document["n_parameters"] == sum(p.numel() for p in model.potential.parameters())
+    assert document["provenance"]["lineage"] == list(model.provenance.lineage)
+    assert document["provenance"]["errors"] == {"force_mae": 0.1}
+    assert document["merged"] is None
+    both = gffmerge("info", merged, "--json").json()
+    assert both["kind"] == "merged"
+    assert both["merged"]["parents"] == ["methanol", "water"]
+    assert both["merged"]["verdict"]
+    assert both["merged"]["recipe"]["readout"]["width"] == 16
+    text = gffmerge("info", merged).out
+    assert "methanol, water" in text
+    assert "verdict" in text
+    assert "test errors" in gffmerge("info", "methanol.safetensors").out
+
+
+def test_md(gffmerge, files: Path) -> None:
+    run = [
+        "md",
+        "methanol.safetensors",
+        "methanol.xyz",
+        "--temperature",
+        50,
+        "--steps",
+        20,
+        "--timestep",
+        0.2,
+    ]
+    nve = gffmerge(*run, "--ensemble", "nve", "--out", "nve.traj", "--dtype", "float64", "--json").json()
+    assert {"steps", "steps_per_second", "temperature_mean", "drift_per_atom", "drift_slope_per_atom"} <= set(
+        nve
+    )
+    assert abs(nve["drift_per_atom"]) < 1e-4
+    frames = read("nve.traj", ":")
+    assert len(frames) == 3
+    assert frames[-1].get_potential_energy() == pytest.approx(nve["potential_energy"])
+    nvt = gffmerge(*run, "--ensemble", "nvt", "--out", "nvt.xyz", "--friction", 0.1, "--interval", 5)
+    assert nvt.code == 0, nvt.err
+    assert "mean temperature (K)" in nvt.out
+    assert "energy drift" not in nvt.out
+    assert len(read("nvt.xyz", ":")) == 5
+
+
+def test_md_npt_of_a_crystal(gffmerge, files: Path) -> None:
+    run = ["md", "base.safetensors", "diamond.cif", "--ensemble", "npt", "--temperature", 10, "--steps", 5]
+    npt = gffmerge(*run, "--out", "npt.traj", "--pressure", 1, "--interval", 1, "--json").json()
+    assert npt["n_atoms"] == 8
+    volumes = [atoms.cell.volume for atoms in read("npt.traj", ":")]
+    assert len(set(volumes)) > 1
+
+
+def test_md_from_an_npz_archive(gffmerge, files: Path) -> None:
+    atoms = read("water.xyz", 0)
+    np.savez(
+        "water.npz",
+        nuclear_charges=atoms.numbers, coords=atoms.positions[None], energies=[0], forces=np.zeros((1, 3, 3)),
+    )  # fmt: skip
+    run = ["md", "water.safetensors", "water.npz", "--ensemble", "nve", "--temperature", 10, "--steps", 1]
+    assert gffmerge(*run, "--out", "w.traj", "--json").json()["n_atoms"] == 3
+
+
+def test_relax(gffmerge, files: Path) -> None:
+    done = gffmerge(
+        "relax", "methanol.safetensors", "methanol.xyz", "--out", "r.xyz", "--fmax", 0.5, "--json"
+    )
+    document = done.json()
+    assert document["converged"] is True
+    assert document["energy_gain"] >= 0
+    assert document["max_force"] <= 0.5
+    assert read("r.xyz").get_potential_energy() == pytest.approx(document["energy"], abs=1e-5)
+    short = gffmerge(
+        "relax", "methanol.safetensors", "methanol.xyz", "--out", "s.xyz", "--fmax", 1e-9, "--steps", 1
+    )
+    assert short.code == 1
+    assert "not converged" in short.err
+    assert (files / "s.xyz").exists()
+
+
+def test_relax_with_the_cell(gffmerge, files: Path) -> None:
+    done = gffmerge(
+        "relax", "base.safetensors", "diamond.cif", "--out", "d.cif", "--cell", "--steps", 3, "--fmax", 1e-4,
+        "--optimizer", "fire", "--json",
+    )  # fmt: skip
+    assert done.code in (0, 1)
+    assert json.loads(done.out)["volume"] != pytest.approx(3.6**3, abs=1e-9)
+    assert len(read("d.cif")) == 8
+
+
+def test_cache(gffmerge, merged: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    assert gffmerge("cache", "list", "--dir", folder, "--json").json()["entries"] == []
+    folder.mkdir(exist_ok=True)
+    key = "0" * 64
+    (folder / f"{key}.safetensors").write_bytes(merged.read_bytes())
+    (listed,) = gffmerge("cache", "list", "--dir", folder, "--json").json()["entries"]
+    assert (listed["key"], listed["parents"]) == (key, ["methanol", "water"])
+    assert listed["size"] == merged.stat().st_size
+    assert "methanol + water" in gffmerge("cache", "list", "--dir", folder).out
+    assert gffmerge("cache", "verify", "--dir", folder, "--json").json()["entries"][0]["ok"] is True
+    data = bytearray(merged.read_bytes())
+    data[-1] ^= 1
+    (folder / f"{key}.safetensors").write_bytes(data)
+    broken = gffmerge("cache", "verify", "--dir", folder)
+    assert broken.code == 1
+    assert "altered" in broken.out
+    assert len(gffmerge("cache", "clear", "--dir", folder, "--json").json()["deleted"]) == 1
+    assert gffmerge("cache", "list", "--dir", folder).out == ""
+
+
+# -- bad input --
+
+MD = ["--ensemble", "nve", "--temperature", "300", "--steps", "5", "--out", "out.traj"]
+BAD = [
+    (["info", "nothing.safetensors"], "nothing.safetensors"),
+    (["info", "rmd17-ethanl"], "did you mean 'rmd17-ethanol'"),
+    (["info", "water.xyz"], "water.xyz is not a readable safetensors file"),
+    (["info", "."], "is a folder"),
+    (["evaluate", "nothing.safetensors", "water.xyz"], "nothing.safetensors"),
+    (["evaluate", "water.safetensors", "nothing.xyz"], "nothing.xyz does not exist"),
+    (["evaluate", "water.safetensors", "ammonia.xyz"], "contains N"),
+    (["evaluate", "water.safetensors", "no-forces.xyz"], "lack forces"),
+    (["evaluate", "water.safetensors", "no-energy.xyz"], "lack energy"),
+    (["evaluate", "water.safetensors", "empty.xyz"], "empty.xyz is empty"),
+    (["train", "no-forces.xyz", "--out", "out.safetensors", "--config", "tiny.yaml"], "lack forces"),
+    (["train", "no-energy.xyz", "--out", "out.safetensors", "--config", "tiny.yaml"], "lack energy"),
+    (["train", "water.xyz", "--out", "out.safetensors"], "leaves none beside 50"),
+    (["train", "water.xyz", "--out", "out.safetensors", "--config", "bad.yaml"], "did you mean 'epochs'"),
+    (["train", "water.xyz", "--out", "out.safetensors", "--config", "tiny.yaml", "--epochs", "0"], "epochs"),
+    (
+        ["train", "water.xyz", "--out", "out.safetensors", "--config", "tiny.yaml", "--model", "schnet"],
+        "schnet",
+    ),
+    (["train", "water.xyz", "--out", "file/out.safetensors", "--config", "tiny.yaml"], "cannot write"),
+    (
+        [
+            "train",
+            "ammonia.xyz",
+            "--out",
+            "o.safetensors",
+            "--config",
+            "tiny.yaml",
+            "--init",
+            "base.safetensors",
+        ],
+        "N",
+    ),
+    (
+        ["train", "water.xyz", "--out", "o.safetensors", "--config", "tiny.yaml", "--references", "no.json"],
+        "no.json",
+    ),
+    (["merge", "water.safetensors", "--out", "out.safetensors"], "gffmerge: error"),
+    (["merge", "water.safetensors", "water.safetensors", "--out", "out.safetensors"], "gffmerge: error"),
+    (["merge", "water.safetensors", "base.safetensors", "--out", "out.safetensors"], "calibration"),
+    (
+        ["merge", "water.safetensors", "methanol.safetensors", "--out", "o.safetensors", "--recipe", "magic"],
+        "magic",
+    ),
+    (["merge", "water.safetensors", "methanol.safetensors", "--out", "file/o.safetensors"], "cannot write"),
+    (
+        ["merge", "water.safetensors", "methanol.safetensors", "--out", "o.safetensors", "--weights", "1"],
+        "weights",
+    ),
+    (["md", "water.safetensors", "ammonia.xyz", *MD], "contains N"),
+    (["md", "water.safetensors", "nothing.xyz", *MD], "nothing.xyz does not exist"),
+    (["md", "water.safetensors", "nan.xyz", *MD], "not finite"),
+    (["md", "water.safetensors", "water.xyz", *MD[:-1], "out.pdf"], "must end in"),
+    (["md", "water.safetensors", "water.xyz", *MD[:-1], "file/out.traj"], "cannot write"),
+    (["md", "water.safetensors", "water.xyz", *MD, "--timestep", "-1"], "time step"),
+    (["md", "water.safetensors", "water.xyz", *MD, "--specialist", "water"], "no effect"),
+    (["md", "water.safetensors", "water.xyz", "--ensemble", "npt", *MD[2:]], "not periodic"),
+    (["md", "water.safetensors", "water.xyz", "--ensemble", "nph", *MD[2:]], "nph"),
+    (["md", "water.safetensors", "water.xyz"], "Missing option"),
+    (["relax", "water.safetensors", "water.xyz", "--out", "out.banana"], "cannot write"),
+    (["relax", "water.safetensors", "water.xyz", "--out", "file/out.xyz"], "cannot write"),
+    (
+        ["relax", "water.safetensors", "water.xyz", "--out", "out.xyz", "--cell"],
+        "periodic in three directions",
+    ),
+    (["relax", "water.safetensors", "ammonia.xyz", "--out", "out.xyz"], "contains N"),
+    (["melt"], "melt"),
+    (["info"], "Missing argument"),
+    (["info", "water.safetensors", "--jsn"], "--jsn"),
+]
+
+
+@pytest.fixture
+def bad_files(files: Path) -> Path:
+    frames = read(files / "water.xyz", ":")
+    bare = [Atoms(atoms.numbers, atoms.positions) for atoms in frames]
+    for atoms in frames:
+        del atoms.calc.results["forces"]
+    write(files / "no-forces.xyz", frames, format="extxyz")
+    for atoms, original in zip(bare, read(files / "water.xyz", ":"), strict=True):
+        atoms.arrays["forces"] = original.get_forces()
+    write(files / "no-energy.xyz", bare, format="extxyz")
+    bare[0].positions[0, 0] = np.nan
+    write(files / "nan.xyz", bare[:1], format="extxyz")
+    (files / "empty.xyz").write_text("")
+    (files / "bad.yaml").write_text("epoch: 3\n")
+    (files / "file").write_text("")
+    return files
+
+
+@pytest.mark.parametrize(("arguments", "pattern"), BAD, ids=[f"{i}-{row[0][0]}" for i, row in enumerate(BAD)])
+def test_bad_input(gffmerge, bad_files: Path, arguments: list[str], pattern: str) -> None:
+    before = entries(bad_files)
+    assert pattern in gffmerge(*arguments).error()
+    assert entries(bad_files) == before
+    with_json = gffmerge(*arguments, "--json") if arguments != ["melt"] else None
+    assert with_json is None or with_json.error()
+    assert entries(bad_files) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "water.safetensors", "water.xyz"],
+        ["train", "water.xyz", "--out", "o.safetensors", "--config", "tiny.yaml"],
+        ["merge", "water.safetensors", "methanol.safetensors", "--out", "o.safetensors"],
+        ["md", "water.safetensors", "water.xyz", *MD],
+        ["relax", "water.safetensors", "water.xyz", "--out", "o.xyz"],
+    ],
+)
+def test_no_cuda(gffmerge, files: Path, arguments: list[str]) -> None:
+    before = entries(files)
+    for device in ("cuda", "cuda:3"):
+        assert "CUDA" in gffmerge(*arguments, "--device", device).error()
+    assert "is not a device" in gffmerge(*arguments, "--device", "toaster").error()
+    assert entries(files) == before
+
+
+def test_md_interrupted(gffmerge, files: Path, monkeypatch) -> None:
+    from ase_gffmerge.cli import md
+
+    def interrupt(sample: object, steps: int) -> str:
+        if sample.step >= 2:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr(md, "describe", interrupt)
+    stopped = gffmerge("md", "water.safetensors", "water.xyz", *MD, "--interval", 1)
+    assert stopped.code == 130
+    assert stopped.err.strip() == "gffmerge: interrupted; out.traj holds 2 of 5 steps"
+    assert len(read("out.traj", ":")) == 3
