@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ase_gffmerge.merging.duals import Dual, Tensors, differentiable_push, push
 from ase_gffmerge.merging.layers import Problem, is_affine, problems, with_ones
 from ase_gffmerge.merging.messages import MessageSolution, MessageTerm, solve_messages
 from ase_gffmerge.merging.recipe import Recipe
@@ -26,7 +27,7 @@ def layer_input(module: nn.Module, run: Callable[[], Any]) -> Tensor:
     caught: list[Tensor] = []
 
     def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        caught.append(inputs[0].detach())
+        caught.append(inputs[0])
         raise _Reached
 
     handle = module.register_forward_pre_hook(stop)
@@ -55,8 +56,11 @@ def affine_layers(root: nn.Module, run: Callable[[], Any]) -> list[str]:
     return list(dict.fromkeys(order))
 
 
-Runner = Callable[[nn.Module, Territory, int, bool], Any]
-"""``run(root, territory, scene index, merged?)`` evaluates the module under alignment."""
+Runner = Callable[[nn.Module, Scene, Tensors], Any]
+"""``run(module, scene, tensors)`` evaluates the module under alignment on the tensors of :data:`Inputs`."""
+
+Inputs = Callable[[Scene, bool], Dual]
+"""What enters the module in a scene: in the merged model (``True``) or in the specialist."""
 
 
 def align_layers(
@@ -64,8 +68,10 @@ def align_layers(
     merged: nn.Module,
     originals: Sequence[nn.Module],
     territories: Sequence[Territory],
-    run: Runner,
     recipe: Recipe,
+    *,
+    run: Runner,
+    inputs: Inputs,
 ) -> list[LayerReport]:
     """Solve every affine layer of a module in execution order.
 
@@ -79,18 +85,24 @@ def align_layers(
         The same module of every specialist.
     territories
         Calibration scenes, in the order of ``originals``.
-    run
-        Evaluates a module on a scene, with the merged model's or the specialist's state as input.
     recipe
         Options.
+    run, inputs
+        How to evaluate the module on a scene.
     """
     reports = []
-    for name in affine_layers(merged, lambda: run(merged, territories[0], 0, True)):
+    first = territories[0].scenes[0]
+    for name in affine_layers(merged, lambda: run(merged, first, inputs(first, True).value)):
         ours = list(problems(name, merged.get_submodule(name)))
         theirs = [list(problems(name, original.get_submodule(name))) for original in originals]
+
+        def entering(module: nn.Module, scene: Scene, of_merged: bool, name: str = name) -> Dual:
+            layer = module.get_submodule(name)
+            return push(lambda *x: layer_input(layer, lambda: run(module, scene, x)), inputs(scene, of_merged))
+
         grams = [
-            _layer_grams(name, merged, original, ours, problem_k, territory, run, recipe)
-            for original, problem_k, territory in zip(originals, theirs, territories, strict=True)
+            _layer_grams(territory, ours, their, recipe, entering=entering, merged=merged, original=original)
+            for original, their, territory in zip(originals, theirs, territories, strict=True)
         ]
         for i, problem in enumerate(ours):
             reports.append(_solve_layer(prefix, problem, [gram[i] for gram in grams], territories, recipe))
@@ -98,28 +110,36 @@ def align_layers(
 
 
 def _layer_grams(
-    name: str,
-    merged: nn.Module,
-    original: nn.Module,
+    territory: Territory,
     ours: Sequence[Problem],
     theirs: Sequence[Problem],
-    territory: Territory,
-    run: Runner,
     recipe: Recipe,
+    *,
+    entering: Callable[[nn.Module, Scene, bool], Dual],
+    merged: nn.Module,
+    original: nn.Module,
 ) -> list[Gram]:
-    """Gram statistics of one specialist: rows of the merged (or its own) input, targets of its own output."""
-    totals: list[Gram] = []
-    for i in range(len(territory.scenes)):
-        own = layer_input(original.get_submodule(name), lambda i=i: run(original, territory, i, False))
-        x = own
-        if recipe.inputs == "merged":
-            x = layer_input(merged.get_submodule(name), lambda i=i: run(merged, territory, i, True))
-        grams = []
-        for problem, their in zip(ours, theirs, strict=True):
-            design = problem.design(x) if recipe.ones == "biased" else with_ones(problem.rows(x))
-            grams.append(Gram.of(design, their.design(own) @ their.read()))
-        totals = [a + b for a, b in zip(totals, grams, strict=True)] if totals else grams
-    return totals
+    """Statistics of one specialist: rows of the merged (or its own) input, targets of its own output."""
+    values = [Gram.zero(*_size(problem, recipe)) for problem in ours]
+    slopes = list(values)
+    for scene in territory.scenes:
+        own = entering(original, scene, False)
+        x = entering(merged, scene, True) if recipe.inputs == "merged" else own
+        for i, (problem, their) in enumerate(zip(ours, theirs, strict=True)):
+            theta = their.read()
+            design = problem.design(x.value[0]) if recipe.ones == "biased" else with_ones(problem.rows(x.value[0]))
+            values[i] = values[i] + Gram.of(design, their.design(own.value[0]) @ theta)
+            if x.tangent:
+                rows, target = problem.rows(x.tangent[0]), their.rows(own.tangent[0])
+                design = torch.cat([rows, rows.new_zeros(len(rows), values[i].xx.shape[0] - rows.shape[1])], dim=1)
+                slopes[i] = slopes[i] + Gram.of(design, target @ theta[: target.shape[1]])
+    return [value.balanced(slope, recipe.slope_weight) for value, slope in zip(values, slopes, strict=True)]
+
+
+def _size(problem: Problem, recipe: Recipe) -> tuple[int, int]:
+    """Shape of the unknowns, with the reference recipe's extra row for layers without bias."""
+    d, m = problem.read().shape
+    return d + (recipe.ones == "all" and not problem.has_bias), m
 
 
 def combine(grams: Sequence[Gram], territories: Sequence[Territory], recipe: Recipe) -> Gram:
@@ -172,57 +192,79 @@ def align_messages(
         Options.
     """
     targets = [
-        [original(scene.target, scene.geometry) for scene in territory.scenes]
+        [push(_stage_output(original, scene), scene.target + scene.geometry) for scene in territory.scenes]
         for original, territory in zip(originals, territories, strict=True)
     ]
-    scales = [_part_scales(states, territory) for states, territory in zip(targets, territories, strict=True)]
+    scales = [_part_scales(duals, t, recipe) for duals, t in zip(targets, territories, strict=True)]
     reports = []
     for layer in merged.closing:
         for problem in problems(layer, merged.get_submodule(layer)):
             terms = [
-                MessageTerm(_output_of(merged, layer, problem, scene), target, scale)
-                for territory, states, scale in zip(territories, targets, scales, strict=True)
-                for scene, target in zip(territory.scenes, states, strict=True)
+                MessageTerm(_output_of(merged, layer, problem, scene), dual.value + dual.tangent, scale)
+                for territory, duals, scale in zip(territories, targets, scales, strict=True)
+                for scene, dual in zip(territory.scenes, duals, strict=True)
             ]
-            metric = _closing_metric(merged, layer, problem, territories, recipe)
+            metric = _closing_metric(merged, layer, problem, territories)
             solution = solve_messages(terms, problem.read(), metric=metric, ridge=recipe.ridge)
             problem.write(solution.theta)
             reports.append(_message_report(f"{name}.{problem.name}", problem, solution, terms))
     return reports
 
 
+def _stage_output(stage: Stage, scene: Scene) -> Callable[..., State]:
+    """The stage as a function of its state and the geometry."""
+    return lambda *x: tuple(stage(x[:-3], scene.edge_geometry(x[-3:])))
+
+
+def run_stage(stage: nn.Module, scene: Scene, tensors: Tensors) -> Any:
+    """Evaluate a stage on the tensors of :func:`stage_inputs`."""
+    return stage(tensors[:-3], scene.edge_geometry(tensors[-3:]))
+
+
+def stage_inputs(scene: Scene, of_merged: bool) -> Dual:
+    """State before the stage, and geometry."""
+    return (scene.merged if of_merged else scene.target) + scene.geometry
+
+
+def advance(stage: Stage, state: Dual, scene: Scene) -> Dual:
+    """State after the stage."""
+    return push(_stage_output(stage, scene), state + scene.geometry)
+
+
 def _output_of(stage: Stage, layer: str, problem: Problem, scene: Scene) -> Callable[[Tensor], State]:
-    """Stage output as a function of the closing map, on the merged model's state."""
+    """Stage output and its slopes as a function of the closing map, on the merged model's state."""
+    inputs = scene.merged + scene.geometry
 
     def output(theta: Tensor) -> State:
         parameters = {f"{layer}.{key}": value for key, value in problem.parameters(theta).items()}
-        return functional_call(stage, parameters, (scene.merged, scene.geometry))
+
+        def stage_of(*x: Tensor) -> State:
+            return tuple(functional_call(stage, parameters, (x[:-3], scene.edge_geometry(x[-3:]))))
+
+        return differentiable_push(stage_of, inputs)
 
     return output
 
 
-def _part_scales(states: Sequence[State], territory: Territory) -> tuple[float, ...]:
-    """Weights a_k / (N_k s_kc) of the parts of a state: number of entries and mean square of each."""
+def _part_scales(states: Sequence[Dual], territory: Territory, recipe: Recipe) -> tuple[float, ...]:
+    """Weights a_k / (N_k s_kc) of the parts of a state and of their slopes."""
     scales = []
-    for parts in zip(*states, strict=True):
-        total = sum(float(part.double().square().sum()) for part in parts)
-        scales.append(territory.weight / total if total > 0 else 0.0)
+    for parts, weight in ((zip(*(s.value for s in states)), 1.0), (zip(*(s.tangent for s in states)), recipe.slope_weight)):
+        for part in parts:
+            total = sum(float(tensor.double().square().sum()) for tensor in part)
+            scales.append(weight * territory.weight / total if total > 0 else 0.0)
     return tuple(scales)
 
 
-def _closing_metric(
-    stage: Stage, layer: str, problem: Problem, territories: Sequence[Territory], recipe: Recipe
-) -> Tensor:
+def _closing_metric(stage: Stage, layer: str, problem: Problem, territories: Sequence[Territory]) -> Tensor:
     """Gram matrix of the closing layer's inputs, for the preconditioner."""
-    total: Tensor | None = None
-    for territory in territories:
-        for scene in territory.scenes:
-            x = layer_input(stage.get_submodule(layer), lambda scene=scene: stage(scene.merged, scene.geometry))
-            design = problem.design(x)
-            gram = design.T @ design
-            total = gram if total is None else total + gram
-    if total is None:
-        raise ValueError("no calibration scenes")
+    grams = []
+    for scene in (scene for territory in territories for scene in territory.scenes):
+        inputs = scene.merged + scene.geometry
+        x = layer_input(stage.get_submodule(layer), lambda: _stage_output(stage, scene)(*inputs.value))  # noqa: B023
+        design = problem.design(x)
+        grams.append(design.T @ design)
+    total = torch.stack(grams).sum(0)
     return total + 1e-6 * total.diagonal().mean() * torch.eye(len(total)).to(total)
 
 

@@ -50,7 +50,7 @@ def match_forces(
     """
     merged = widen(potential, options)
     readout: WidenedReadout = merged.readout  # type: ignore[assignment]
-    scalars = [readout.lifted(scene.merged_scalars) for t in territories for scene in t.scenes]
+    scalars = [readout.lifted([scalars.value[0] for scalars in scene.merged_scalars]) for t in territories for scene in t.scenes]
     random_lift(readout, scalars, seed=options.seed)
     fitting, held_out = (_total_gram(merged, territories, options, held_out=flag) for flag in (False, True))
     prior = torch.zeros(len(fitting.xx), 1, dtype=torch.float64, device=fitting.xx.device)

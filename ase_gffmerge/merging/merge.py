@@ -13,19 +13,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ase_gffmerge.device import resolve_device
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.merging.align import align_layers, align_messages
+from ase_gffmerge.merging.align import advance, align_layers, align_messages, run_stage, stage_inputs
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.compatibility import check_compatible
 from ase_gffmerge.merging.diagnosis import diagnose
+from ase_gffmerge.merging.duals import Dual, Tensors, push
 from ase_gffmerge.merging.force_matching import match_forces
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.merging.references import align_references
 from ase_gffmerge.merging.report import LayerReport, MergeReport
-from ase_gffmerge.merging.territory import Territory, survey
+from ase_gffmerge.merging.territory import Scene, Territory, survey
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.potential import Stage
 from ase_gffmerge.specialist import MergeRecord, Provenance, Specialist
@@ -83,7 +84,7 @@ def merge(
         weights = recipe.weights or (1.0,) * len(parents)
         with torch.no_grad(), clock("layers"):
             tell(0.05, "graphs")
-            territories = survey(parents, potential, weights, max_atoms=2000)
+            territories = survey(parents, potential, weights, probes=recipe.probes)
             layers += _align_stages(potential, parents, territories, recipe, tell)
             layers += _align_readout(potential, parents, territories, recipe)
         if recipe.readout is not None:
@@ -122,11 +123,6 @@ class _Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def _run_stage(stage: nn.Module, territory: Territory, scene_index: int, merged: bool) -> Any:
-    scene = territory.scenes[scene_index]
-    return stage(scene.merged if merged else scene.target, scene.geometry)
-
-
 def _align_stages(
     merged: Potential, parents: Sequence[Specialist], territories: Sequence[Territory], recipe: Recipe, tell: Progress
 ) -> list[LayerReport]:
@@ -135,16 +131,18 @@ def _align_stages(
     for i, (name, stage) in enumerate(merged.named_stages()):
         tell(0.1 + 0.5 * i / len(merged.stages), name)
         originals: list[Stage] = [parent.potential.get_submodule(name) for parent in parents]  # type: ignore[misc]
-        reports += align_layers(name, stage, originals, territories, _run_stage, recipe)
+        reports += align_layers(
+            name, stage, originals, territories, recipe, run=run_stage, inputs=stage_inputs
+        )
         if recipe.messages:
             reports += align_messages(name, stage, originals, territories, recipe)
-        for original, parent, territory in zip(originals, parents, territories, strict=True):
+        for original, territory in zip(originals, territories, strict=True):
             for scene in territory.scenes:
-                scene.target = original(scene.target, scene.geometry)
-                scene.merged = stage(scene.merged, scene.geometry)
+                scene.target = advance(original, scene.target, scene)
+                scene.merged = advance(stage, scene.merged, scene)
                 if stage.emits_scalars:
-                    scene.target_scalars.append(parent.potential.scalars(scene.target))
-                    scene.merged_scalars.append(merged.scalars(scene.merged))
+                    scene.target_scalars.append(push(lambda *x: merged.scalars(x), scene.target))
+                    scene.merged_scalars.append(push(lambda *x: merged.scalars(x), scene.merged))
     return reports
 
 
@@ -153,13 +151,14 @@ def _align_readout(
 ) -> list[LayerReport]:
     """The plain readout, treated like any other layers."""
 
-    def run(readout: nn.Module, territory: Territory, scene_index: int, of_merged: bool) -> Any:
-        scene = territory.scenes[scene_index]
-        scalars = scene.merged_scalars if of_merged else scene.target_scalars
+    def run(readout: nn.Module, scene: Scene, scalars: Tensors) -> Tensor:
         return readout(scalars, merged.species_row[scene.graph.atomic_numbers])
 
+    def inputs(scene: Scene, of_merged: bool) -> Dual:
+        return sum(scene.merged_scalars if of_merged else scene.target_scalars, start=Dual((), ()))
+
     originals = [parent.potential.readout for parent in parents]
-    return align_layers("readout", merged.readout, originals, territories, run, recipe)
+    return align_layers("readout", merged.readout, originals, territories, recipe, run=run, inputs=inputs)
 
 
 def _verdict_message(report: MergeReport) -> str:

@@ -54,6 +54,8 @@ class Recipe(BaseModel):
         Strength of the ridge, its unit (the mean eigenvalue of the Gram matrix, or 1), and where it pulls to.
     ones
         Add a column of ones to ``biased`` layers only, or to ``all`` (a fitted bias without a home is dropped).
+    probes, slope_weight
+        Random displacements along which layers must agree in slope too, and how much slopes weigh against values.
     messages
         Solve every stage's closing map again on the stage's output.
     readout
@@ -75,6 +77,8 @@ class Recipe(BaseModel):
     ridge_scale: Literal["relative", "absolute"] = "relative"
     anchor: Literal["mean", "zero"] = "mean"
     ones: Literal["biased", "all"] = "biased"
+    probes: int = Field(default=4, ge=0)
+    slope_weight: float = Field(default=1.0, ge=0)
     messages: bool = True
     readout: ReadoutOptions | None = ReadoutOptions()
     conditioning: Literal["shared", "per-specialist"] = "shared"
@@ -93,6 +97,7 @@ PRESETS: dict[str, Recipe] = {
         ridge_scale="absolute",
         anchor="zero",
         ones="all",
+        probes=0,
         messages=False,
         readout=None,
     ),

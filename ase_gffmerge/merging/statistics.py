@@ -57,6 +57,13 @@ class Gram:
         """Statistics of rows that count ``weight`` times; ``n_rows`` keeps the true number."""
         return type(self)(self.xx * weight, self.xy * weight, self.yy * weight, self.n_rows)
 
+    def balanced(self, other: Self, weight: float) -> Self:
+        """Add rows of another kind, scaled so that their targets weigh ``weight`` times those of these rows."""
+        if not other.n_rows or not other.yy or not self.yy:
+            return self
+        total = self + other * (weight * self.yy / other.yy)
+        return type(self)(total.xx, total.xy, total.yy, self.n_rows)
+
     @property
     def mean_square_target(self) -> float:
         """Mean squared target per row and output; 1 when the targets vanish."""

@@ -1,15 +1,18 @@
 """A specialist's calibration frames in batches, with its own node states and those of the growing merged model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+import torch
+from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Batch
 
 from ase_gffmerge.evaluation.errors import chunks
 from ase_gffmerge.graphs import batch_graphs, build_graph
 from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.models.potential import EdgeGeometry, Potential, State
+from ase_gffmerge.merging.duals import Dual, Tensors, push
+from ase_gffmerge.models.potential import EdgeGeometry, Potential
 from ase_gffmerge.specialist import Specialist
 
 
@@ -20,9 +23,11 @@ class Scene:
     Attributes
     ----------
     graph
-        The batch, with ``edge_vectors``.
+        The batch.
+    edges
+        Edge indices; its functions of the geometry are replaced by those in ``geometry``.
     geometry
-        Radial and angular functions (the same for all models).
+        Radial functions, envelope and angular functions (the same for all models).
     merged, target
         States of the merged model and of the specialist before the current stage.
     merged_scalars, target_scalars
@@ -30,11 +35,17 @@ class Scene:
     """
 
     graph: Batch
-    geometry: EdgeGeometry
-    merged: State
-    target: State
-    merged_scalars: list[Tensor]
-    target_scalars: list[Tensor]
+    edges: EdgeGeometry
+    geometry: Dual
+    merged: Dual
+    target: Dual
+    merged_scalars: list[Dual] = field(default_factory=list)
+    target_scalars: list[Dual] = field(default_factory=list)
+
+    def edge_geometry(self, parts: Tensors) -> EdgeGeometry:
+        """Edge geometry with the given radial functions, envelope and angular functions."""
+        radial, envelope, angular = parts
+        return replace(self.edges, radial=radial, envelope=envelope, angular=angular)
 
 
 @dataclass
@@ -48,20 +59,48 @@ class Territory:
 
 
 def survey(
-    specialists: Sequence[Specialist], merged: Potential, weights: Sequence[float], *, max_atoms: int
+    specialists: Sequence[Specialist],
+    merged: Potential,
+    weights: Sequence[float],
+    *,
+    probes: int,
+    max_atoms: int = 500,
 ) -> list[Territory]:
-    """Build graphs of all calibration frames and embed them in both models."""
-    return [
-        Territory(specialist, k, weight, [_scene(specialist, k, merged, frames) for frames in chunks(specialist.calibration, max_atoms)])
-        for k, (specialist, weight) in enumerate(zip(specialists, weights, strict=True))
-    ]
+    """Build graphs of all calibration frames, in batches of ``max_atoms`` atoms, and embed them in both models."""
+    territories = []
+    for k, (specialist, weight) in enumerate(zip(specialists, weights, strict=True)):
+        groups = list(chunks(specialist.calibration, max_atoms))
+        scenes = [_scene(specialist, k, merged, frames, probes=probes) for frames in groups]
+        territories.append(Territory(specialist, k, weight, scenes))
+    return territories
 
 
-def _scene(specialist: Specialist, index: int, merged: Potential, frames: Sequence) -> Scene:
+def _scene(specialist: Specialist, index: int, merged: Potential, frames: Sequence[Atoms], *, probes: int) -> Scene:
     potential = specialist.potential
-    graphs = [build_graph(atoms, specialist.cutoff, dtype=potential.dtype, specialist=index) for atoms in frames]
+    graphs = [build_graph(atoms, specialist.cutoff, dtype=potential.dtype) for atoms in frames]
     for graph in graphs:
         graph.specialist.fill_(index)
-    graph = batch_graphs(graphs).to(potential.device)
-    graph.edge_vectors = edge_vectors(graph)
-    return Scene(graph, potential.geometry(graph), merged.embed(graph), potential.embed(graph), [], [])
+    batch = batch_graphs(graphs).to(potential.device)
+    positions = Dual((batch.pos,), (_displacements(batch.pos, probes, seed=index),) if probes else ())
+
+    def parts(positions: Tensor) -> Tensors:
+        batch.edge_vectors = edge_vectors(batch, positions)
+        geometry = potential.geometry(batch)
+        return geometry.radial, geometry.envelope, geometry.angular
+
+    geometry = push(parts, positions)
+    batch.edge_vectors = edge_vectors(batch)
+    edges = potential.geometry(batch)
+    ours, theirs = (_constant(model.embed(batch), probes) for model in (merged, potential))
+    return Scene(batch, edges, geometry, ours, theirs)
+
+
+def _displacements(positions: Tensor, probes: int, *, seed: int) -> Tensor:
+    """Random displacements of all atoms (probes, n_atoms, 3), unit normal."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(probes, *positions.shape, generator=generator, dtype=torch.float64).to(positions)
+
+
+def _constant(state: Tensors, probes: int) -> Dual:
+    """A state that does not depend on the positions."""
+    return Dual(tuple(state), tuple(x.new_zeros(probes, *x.shape) for x in state) if probes else ())

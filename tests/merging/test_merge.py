@@ -1,0 +1,237 @@
+import json
+from copy import deepcopy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ase_gffmerge import Specialist, merge
+from ase_gffmerge.errors import (
+    DeviceError,
+    FramesError,
+    IncompatibleSpecialistsError,
+    MergeWarning,
+    RecipeError,
+)
+from ase_gffmerge.evaluation.errors import predict_frames
+from ase_gffmerge.merging.recipe import PRESETS, Recipe, load_recipe
+from ase_gffmerge.merging.report import MergeReport
+
+pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
+
+SMALL_READOUT = {"readout": {"width": 24, "blocks": 2}}
+
+
+def forces(specialist: Specialist, frames, index: int = 0) -> np.ndarray:
+    return np.concatenate(predict_frames(specialist.potential, frames, specialist=index).forces)
+
+
+def recipe(name: str, **options) -> Recipe:
+    small = SMALL_READOUT if name == "gffmerge" else {}
+    return load_recipe({"preset": name, **small, **options})
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("gffmerge", 1e-10), ("mean", 1e-10), ("paper", 1e-4)])
+def test_merging_copies_returns_the_specialist(family, architecture, name, tolerance) -> None:
+    """The paper preset's absolute ridge pulls to zero, so it is exact only up to that ridge."""
+    original = family(architecture, 1)[0]
+    copies = [replace(original, name=f"copy{i}") for i in range(3)]
+    merged, _ = merge(copies, recipe(name, allow_identical=True))
+    np.testing.assert_allclose(
+        forces(merged, original.calibration), forces(original, original.calibration), atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("conditioning", ["shared", "per-specialist"])
+def test_order_of_specialists_is_irrelevant(family, architecture, name, conditioning) -> None:
+    specialists = family(architecture, 3)
+    frames = specialists[0].calibration
+    ahead, _ = merge(specialists, recipe(name, conditioning=conditioning))
+    back, _ = merge(specialists[::-1], recipe(name, conditioning=conditioning))
+    index = (0, 2) if conditioning == "per-specialist" else (0, 0)
+    np.testing.assert_allclose(forces(ahead, frames, index[0]), forces(back, frames, index[1]), atol=1e-6)
+
+
+def test_default_is_closer_to_the_specialists_than_the_paper_preset_and_the_mean(family, architecture) -> None:
+    specialists = family(architecture, 2, frames=20)
+    reports = {name: merge(specialists, recipe(name))[1] for name in PRESETS}
+    mae = {
+        name: np.mean([d.force_mae for d in report.disagreements if d.model == "merged"])
+        for name, report in reports.items()
+    }
+    assert mae["gffmerge"] < mae["paper"] < mae["mean"]
+
+
+def test_merged_potential_is_equivariant(family, architecture) -> None:
+    specialists = family(architecture, 2)
+    merged, _ = merge(specialists, recipe("gffmerge"))
+    atoms = specialists[0].calibration[0]
+    rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]
+    turned = atoms.copy()
+    turned.positions = atoms.positions @ rotation.T
+    straight, rotated = (predict_frames(merged.potential, [a]) for a in (atoms, turned))
+    assert rotated.energies[0] == pytest.approx(straight.energies[0], abs=1e-10)
+    np.testing.assert_allclose(rotated.forces[0], straight.forces[0] @ rotation.T, atol=1e-10)
+
+
+def test_specialists_are_not_changed_and_merging_is_reproducible(family, architecture) -> None:
+    specialists = family(architecture, 2)
+    before = [deepcopy(s.potential.state_dict()) for s in specialists]
+    first, second = (merge(specialists, recipe("gffmerge"))[0] for _ in range(2))
+    for specialist, state in zip(specialists, before):
+        for name, value in specialist.potential.state_dict().items():
+            assert torch.equal(value, state[name])
+    assert first.fingerprint == second.fingerprint
+
+
+def test_per_specialist_conditioning_keeps_every_table(family, architecture) -> None:
+    specialists = family(architecture, 3)
+    merged, _ = merge(specialists, recipe("gffmerge", conditioning="per-specialist"))
+    assert merged.potential.hyper.n_embeddings == 3
+    for k, specialist in enumerate(specialists):
+        assert torch.equal(merged.potential.embedding[k], specialist.potential.embedding[0])
+
+
+def test_weights_pull_towards_the_heavier_specialist(family, architecture) -> None:
+    specialists = family(architecture, 2, size=0.2)
+    light, heavy = (
+        merge(specialists, recipe("gffmerge", weights=weights, readout=None))[1] for weights in ((1, 1), (1000, 1))
+    )
+    mae = [
+        next(d.force_mae for d in report.disagreements if d.model == "merged" and d.specialist == "s0")
+        for report in (light, heavy)
+    ]
+    assert mae[1] < mae[0]
+
+
+def test_an_element_only_one_specialist_knows_keeps_its_row(family) -> None:
+    first, second = family("painn", 2)
+    from ase_gffmerge.models import build_potential
+
+    wider = build_potential("painn", first.potential.hyper.to_dict(), (1, 6, 7, 8)).double()
+    state = {k: v for k, v in second.potential.state_dict().items() if k not in ("embedding", "references")}
+    wider.load_state_dict(wider.state_dict() | state)
+    with torch.no_grad():
+        wider.embedding[0, [0, 1, 3]] = second.potential.embedding[0]
+    second = replace(second, potential=wider.eval().requires_grad_(False))
+    merged, _ = merge([first, second], recipe("gffmerge"))
+    assert merged.species == (1, 6, 7, 8)
+    torch.testing.assert_close(merged.potential.embedding[0, 2], wider.embedding[0, 2])
+
+
+def test_different_zeros_of_energy_are_aligned_and_reported(family, architecture) -> None:
+    specialists = family(architecture, 2)
+    specialists[1].potential.references.add_(torch.tensor([10.0, 1000.0, 2000.0], dtype=torch.float64))
+    merged, report = merge(specialists, recipe("gffmerge"))
+    assert set(report.energy_shifts) == {"s1"}
+    energies = predict_frames(merged.potential, specialists[0].calibration).energies
+    own = predict_frames(specialists[0].potential, specialists[0].calibration).energies
+    np.testing.assert_allclose(energies, own, atol=1.0)
+
+
+def test_report_is_complete_round_trips_and_shows(family, architecture, tmp_path) -> None:
+    _, report = merge(family(architecture, 2), recipe("gffmerge"))
+    assert MergeReport.from_dict(json.loads(report.to_json())) == report
+    assert {(d.specialist, d.model) for d in report.disagreements} == {
+        ("s0", "mean"), ("s0", "merged"), ("s0", "s1"), ("s1", "mean"), ("s1", "merged"), ("s1", "s0")
+    }
+    assert all(row.residual_after <= row.residual_before * (1 + 1e-6) + 1e-12 for row in report.layers)
+    assert {row.kind for row in report.layers} == {"layer", "message", "readout"}
+    assert set(report.seconds) == {"mean", "layers", "readout", "report"}
+    page = report.save_html(tmp_path / "report.html").read_text()
+    assert report.verdict in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert report.plot(tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bad_merge_warns(family) -> None:
+    with pytest.warns(MergeWarning, match="failed|usable after distillation"):
+        merge(family("painn", 2, size=0.5), recipe("paper"))
+
+
+def bad(family, change):
+    specialists = family("painn", 2)
+    return change(specialists)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda s: s[:1], IncompatibleSpecialistsError, "at least two"),
+        (lambda s: [s[0], s[0]], IncompatibleSpecialistsError, "given twice"),
+        (lambda s: [s[0], replace(s[1], level_of_theory="other")], IncompatibleSpecialistsError, "levels of theory"),
+        (lambda s: [s[0], replace(s[1], calibration=())], FramesError, "'s1' carries no calibration frames"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_with_the_reason(family, change, error, message) -> None:
+    with pytest.raises(error, match=message):
+        merge(change(family("painn", 2)), recipe("gffmerge"))
+
+
+def test_different_architecture_cutoff_and_units_are_refused(family) -> None:
+    from ase_gffmerge.models import build_potential
+
+    first, second = family("painn", 2)
+    other = build_potential("painn", {**second.potential.hyper.to_dict(), "cutoff": 5.0}, second.species).double()
+    with pytest.raises(IncompatibleSpecialistsError, match=r"cutoff 4\.0 / 5\.0"):
+        merge([first, replace(second, potential=other)], recipe("gffmerge"))
+    with pytest.raises(IncompatibleSpecialistsError, match="architectures"):
+        merge([first, family("nequip", 2)[1]], recipe("gffmerge"))
+
+
+def test_unrelated_specialists_are_refused_unless_allowed(family, architecture) -> None:
+    first, second = family(architecture, 2)
+    torch.manual_seed(99)
+    from ase_gffmerge.models import build_potential
+
+    stranger = build_potential(architecture, second.potential.hyper.to_dict(), second.species).double()
+    stranger.eval().requires_grad_(False)
+    second = replace(second, potential=stranger, provenance=replace(second.provenance, lineage=("another root",)))
+    with pytest.raises(IncompatibleSpecialistsError, match="common base"):
+        merge([first, second], recipe("gffmerge"))
+    merge([first, second], recipe("gffmerge", allow_unrelated=True))
+
+
+def test_a_merged_potential_is_not_a_specialist(family) -> None:
+    specialists = family("painn", 2)
+    merged, _ = merge(specialists, recipe("gffmerge"))
+    with pytest.raises(IncompatibleSpecialistsError, match="itself a merged potential"):
+        merge([merged, specialists[0]], recipe("gffmerge"))
+
+
+def test_cuda_that_is_not_there_is_refused(family, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="cuda"):
+        merge(family("painn", 2), recipe("gffmerge"), device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"rigde": 1.0}, "did you mean 'ridge'"),
+        ({"readout": {"widht": 3}}, "did you mean 'width'"),
+        ({"ridge": -1}, "ridge"),
+        ({"preset": "best"}, "unknown preset"),
+        ("nonsense", "neither a recipe file nor one of the recipes"),
+        ({"weights": "heavy"}, "weights"),
+    ],
+)
+def test_bad_recipes_say_what_is_wrong(source, message) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(source)
+
+
+def test_wrong_number_of_weights_is_refused(family) -> None:
+    with pytest.raises(RecipeError, match="one per specialist"):
+        merge(family("painn", 2), recipe("gffmerge", weights=(1.0,)))
+
+
+def test_recipe_from_yaml(tmp_path) -> None:
+    path = tmp_path / "my recipe.yaml"
+    path.write_text("preset: paper\nridge: 0.5\n")
+    assert load_recipe(path) == PRESETS["paper"].model_copy(update={"ridge": 0.5})
+    path.write_text("- not\n- a mapping\n")
+    with pytest.raises(RecipeError, match="mapping"):
+        load_recipe(path)
