@@ -69,6 +69,8 @@ class GFFMergeCalculator(Calculator):
     ----------
     force_field : Specialist
         What is served (without calibration frames).
+    cache_hit : bool or None
+        Whether the merge was found in the cache; ``None`` when nothing was to be merged.
     extras : dict
         About the last calculation: ``n_edges`` and ``seconds``.
 
@@ -114,6 +116,7 @@ class GFFMergeCalculator(Calculator):
             target = resolve_device(device)
             resolved = resolve(specialists, options, device=target, progress=progress)
             self.force_field = _served(resolved.force_field, target, DTYPES[precision])
+        self.cache_hit = resolved.cache_hit
         self._check_choice(specialist)
         self.parameters.update(
             resolved.arguments,

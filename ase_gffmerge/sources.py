@@ -43,10 +43,14 @@ class MergeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """The force field to serve, with JSON-able constructor arguments that lead to it again."""
+    """The force field to serve, with JSON-able constructor arguments that lead to it again.
+
+    ``cache_hit`` says whether its merge was found in the cache; ``None`` when nothing was to be merged.
+    """
 
     force_field: Specialist
     arguments: Mapping[str, Any]
+    cache_hit: bool | None = None
 
 
 def resolve(
@@ -187,7 +191,7 @@ def _merged(
             "specialists": [str(cache.path(cache_key(loaded, recipe)))],
             "recipe": "gffmerge",
         }
-        return Resolved(force_field=force_field, arguments={**again, "weights": None})
+        return Resolved(force_field=force_field, arguments={**again, "weights": None}, cache_hit=hit)
     named = options.recipe if isinstance(options.recipe, str) and not Path(options.recipe).suffix else None
     return Resolved(
         force_field=force_field,
@@ -196,4 +200,5 @@ def _merged(
             "recipe": named or recipe.model_dump(mode="json"),
             "weights": list(options.weights) if options.weights is not None else None,
         },
+        cache_hit=hit,
     )
