@@ -18,7 +18,7 @@ from ase_gffmerge.merging.territory import Scene, Territory
 from ase_gffmerge.models.potential import Stage, State
 
 
-class _Reached(Exception):  # noqa: N818
+class _Reached(Exception):
     """Raised by a hook to stop a forward pass at the layer of interest."""
 
 
@@ -98,7 +98,9 @@ def align_layers(
 
         def entering(module: nn.Module, scene: Scene, of_merged: bool, name: str = name) -> Dual:
             layer = module.get_submodule(name)
-            return push(lambda *x: layer_input(layer, lambda: run(module, scene, x)), inputs(scene, of_merged))
+            return push(
+                lambda *x: layer_input(layer, lambda: run(module, scene, x)), inputs(scene, of_merged)
+            )
 
         grams = [
             _layer_grams(territory, ours, their, recipe, entering=entering, merged=merged, original=original)
@@ -127,11 +129,15 @@ def _layer_grams(
         x = entering(merged, scene, True) if recipe.inputs == "merged" else own
         for i, (problem, their) in enumerate(zip(ours, theirs, strict=True)):
             theta = their.read()
-            design = problem.design(x.value[0]) if recipe.ones == "biased" else with_ones(problem.rows(x.value[0]))
+            design = (
+                problem.design(x.value[0]) if recipe.ones == "biased" else with_ones(problem.rows(x.value[0]))
+            )
             values[i] = values[i] + Gram.of(design, their.design(own.value[0]) @ theta)
             if x.tangent:
                 rows, target = problem.rows(x.tangent[0]), their.rows(own.tangent[0])
-                design = torch.cat([rows, rows.new_zeros(len(rows), values[i].xx.shape[0] - rows.shape[1])], dim=1)
+                design = torch.cat(
+                    [rows, rows.new_zeros(len(rows), values[i].xx.shape[0] - rows.shape[1])], dim=1
+                )
                 slopes[i] = slopes[i] + Gram.of(design, target @ theta[: target.shape[1]])
     return [value.balanced(slope, recipe.slope_weight) for value, slope in zip(values, slopes, strict=True)]
 
@@ -163,22 +169,15 @@ def _solve_layer(
     prior = mean if recipe.anchor == "mean" else torch.zeros_like(mean)
     solution = ridge_solve(gram, prior, ridge=recipe.ridge, relative=recipe.ridge_scale == "relative")
     problem.write(solution.theta[: len(problem.read())].to(problem.read().dtype))
-    return LayerReport(
-        name=f"{prefix}.{problem.name}",
-        kind="layer",
-        rows=solution.n_rows,
-        residual_before=gram.residual(mean),
-        residual_after=solution.residual_after,
-        effective_rank=solution.effective_rank,
-        size=len(mean),
-        ridge=solution.ridge,
-    )
+    return LayerReport.of(f"{prefix}.{problem.name}", "layer", solution, before=gram.residual(mean))
 
 
 def align_messages(
     name: str, merged: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
 ) -> list[LayerReport]:
     """Solve the closing maps of a stage again so that its output matches every specialist's stage output.
+
+    One batch of frames per specialist is used: it already has far more rows than the map has coefficients.
 
     Parameters
     ----------
@@ -191,20 +190,19 @@ def align_messages(
     recipe
         Options.
     """
+    scenes = [territory.scenes[0] for territory in territories]
     targets = [
-        [push(_stage_output(original, scene), scene.target + scene.geometry) for scene in territory.scenes]
-        for original, territory in zip(originals, territories, strict=True)
+        advance(original, scene.target, scene) for original, scene in zip(originals, scenes, strict=True)
     ]
-    scales = [_part_scales(duals, t, recipe) for duals, t in zip(targets, territories, strict=True)]
+    scales = [_part_scales(dual, t.weight, recipe) for dual, t in zip(targets, territories, strict=True)]
     reports = []
     for layer in merged.closing:
         for problem in problems(layer, merged.get_submodule(layer)):
             terms = [
                 MessageTerm(_output_of(merged, layer, problem, scene), dual.value + dual.tangent, scale)
-                for territory, duals, scale in zip(territories, targets, scales, strict=True)
-                for scene, dual in zip(territory.scenes, duals, strict=True)
+                for scene, dual, scale in zip(scenes, targets, scales, strict=True)
             ]
-            metric = _closing_metric(merged, layer, problem, territories)
+            metric = _closing_metric(merged, layer, problem, scenes)
             solution = solve_messages(terms, problem.read(), metric=metric, ridge=recipe.ridge)
             problem.write(solution.theta)
             reports.append(_message_report(f"{name}.{problem.name}", problem, solution, terms))
@@ -246,25 +244,21 @@ def _output_of(stage: Stage, layer: str, problem: Problem, scene: Scene) -> Call
     return output
 
 
-def _part_scales(states: Sequence[Dual], territory: Territory, recipe: Recipe) -> tuple[float, ...]:
+def _part_scales(state: Dual, weight: float, recipe: Recipe) -> tuple[float, ...]:
     """Weights a_k / (N_k s_kc) of the parts of a state and of their slopes."""
-    scales = []
-    for parts, weight in ((zip(*(s.value for s in states)), 1.0), (zip(*(s.tangent for s in states)), recipe.slope_weight)):
-        for part in parts:
-            total = sum(float(tensor.double().square().sum()) for tensor in part)
-            scales.append(weight * territory.weight / total if total > 0 else 0.0)
-    return tuple(scales)
+    squares = [float(part.double().square().sum()) for part in state.value + state.tangent]
+    weights = [weight] * len(state.value) + [weight * recipe.slope_weight] * len(state.tangent)
+    return tuple(w / square if square > 0 else 0.0 for w, square in zip(weights, squares, strict=True))
 
 
-def _closing_metric(stage: Stage, layer: str, problem: Problem, territories: Sequence[Territory]) -> Tensor:
+def _closing_metric(stage: Stage, layer: str, problem: Problem, scenes: Sequence[Scene]) -> Tensor:
     """Gram matrix of the closing layer's inputs, for the preconditioner."""
-    grams = []
-    for scene in (scene for territory in territories for scene in territory.scenes):
-        inputs = scene.merged + scene.geometry
-        x = layer_input(stage.get_submodule(layer), lambda: _stage_output(stage, scene)(*inputs.value))  # noqa: B023
+    total = torch.zeros((), device=scenes[0].graph.pos.device)
+    for scene in scenes:
+        values = (scene.merged + scene.geometry).value
+        x = layer_input(stage.get_submodule(layer), lambda: _stage_output(stage, scene)(*values))  # noqa: B023
         design = problem.design(x)
-        grams.append(design.T @ design)
-    total = torch.stack(grams).sum(0)
+        total = total + design.T @ design
     return total + 1e-6 * total.diagonal().mean() * torch.eye(len(total)).to(total)
 
 

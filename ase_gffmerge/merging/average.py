@@ -24,12 +24,18 @@ def mean_potential(specialists: Sequence[Specialist], recipe: Recipe) -> Potenti
     species = tuple(sorted({z for specialist in specialists for z in specialist.species}))
     n_tables = len(specialists) if recipe.conditioning == "per-specialist" else 1
     hyper = replace(first.hyper, n_embeddings=n_tables)
-    merged = build_potential(first.architecture, hyper.to_dict(), species).to(dtype=first.dtype, device=first.device)
+    merged = build_potential(first.architecture, hyper.to_dict(), species).to(
+        dtype=first.dtype, device=first.device
+    )
     named = [dict(specialist.potential.named_parameters()) for specialist in specialists]
     with torch.no_grad():
         for name, parameter in merged.named_parameters():
             if name != "embedding":
-                parameter.copy_(sum(float(a) * p[name].double() for a, p in zip(share, named, strict=True)))
+                parameter.copy_(
+                    torch.stack([float(a) * p[name].double() for a, p in zip(share, named, strict=True)]).sum(
+                        0
+                    )
+                )
         known = torch.stack([_by_element(s, torch.ones(len(s.species)), species) for s in specialists])
         counts = known * share[:, None]
         if recipe.normalise:

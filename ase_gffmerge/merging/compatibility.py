@@ -34,7 +34,9 @@ def check_compatible(specialists: Sequence[Specialist], recipe: Recipe) -> None:
         _check_pair(first, second, recipe)
     weights = recipe.weights
     if weights is not None and (len(weights) != len(specialists) or min(weights) <= 0):
-        raise RecipeError(f"weights {list(weights)} must be {len(specialists)} positive numbers, one per specialist")
+        raise RecipeError(
+            f"weights {list(weights)} must be {len(specialists)} positive numbers, one per specialist"
+        )
 
 
 def _check_alone(specialist: Specialist, recipe: Recipe) -> None:
@@ -82,7 +84,10 @@ def _check_pair(first: Specialist, second: Specialist, recipe: Recipe) -> None:
 
 def related(first: Specialist, second: Specialist) -> bool:
     """Whether two specialists share an ancestor on record, or are closer to each other than to zero."""
-    ancestors = {*first.provenance.lineage, first.fingerprint} & {*second.provenance.lineage, second.fingerprint}
+    ancestors = {*first.provenance.lineage, first.fingerprint} & {
+        *second.provenance.lineage,
+        second.fingerprint,
+    }
     return bool(ancestors) or weight_distance(first, second) < 1.0
 
 
@@ -93,7 +98,9 @@ def weight_distance(first: Specialist, second: Specialist) -> float:
     """
     pairs = [
         (a.flatten(), b.flatten())
-        for (name, a), b in zip(first.potential.named_parameters(), second.potential.parameters(), strict=True)
+        for (name, a), b in zip(
+            first.potential.named_parameters(), second.potential.parameters(), strict=True
+        )
         if name != "embedding" and a.shape == b.shape
     ]
     a, b = (torch.cat([pair[i].detach().cpu().double() for pair in pairs]) for i in (0, 1))

@@ -34,7 +34,9 @@ def diagnose(
     return tuple(rows), tuple(parity)
 
 
-def _disagreement(specialist: str, model: str, predicted: FramePredictions, reference: FramePredictions) -> Disagreement:
+def _disagreement(
+    specialist: str, model: str, predicted: FramePredictions, reference: FramePredictions
+) -> Disagreement:
     errors = compare(predicted, reference)
     return Disagreement(
         specialist=specialist,
@@ -46,7 +48,9 @@ def _disagreement(specialist: str, model: str, predicted: FramePredictions, refe
     )
 
 
-def _parity(name: str, reference: FramePredictions, mean: FramePredictions, merged: FramePredictions) -> Parity:
+def _parity(
+    name: str, reference: FramePredictions, mean: FramePredictions, merged: FramePredictions
+) -> Parity:
     flat = [np.concatenate(p.forces).ravel() for p in (reference, mean, merged)]
     chosen = np.linspace(0, len(flat[0]) - 1, min(PARITY_SAMPLE, len(flat[0]))).astype(int)
     values = [tuple(float(round(v, 4)) for v in array[chosen]) for array in flat]

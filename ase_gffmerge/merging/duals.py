@@ -56,7 +56,6 @@ def differentiable_push(function: Callable[..., Any], inputs: Dual) -> Tensors:
 
     if not inputs.tangent:
         return as_tuple(*inputs.value)
-    values, tangents = vmap(
-        lambda *t: jvp(as_tuple, inputs.value, t), out_dims=(None, 0)
-    )(*inputs.tangent)
+    values_and_tangents = vmap(lambda *t: jvp(as_tuple, inputs.value, t), out_dims=(None, 0))  # type: ignore[arg-type]
+    values, tangents = values_and_tangents(*inputs.tangent)  # type: ignore[misc]
     return values + tangents

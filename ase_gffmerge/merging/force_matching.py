@@ -1,23 +1,30 @@
-"""Step 5 applied: widen the readout of a merged potential and fit it on every specialist's energies and forces."""
+"""Step 5 applied: widen the readout of a merged potential and fit it on every specialist's energies and forces.
 
-from collections.abc import Sequence
+Specialists label anything for free. Beside each calibration frame a few copies with slightly displaced atoms enter, which
+tell the readout how energies and forces change around the frame; without them its many coefficients would overfit.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch_geometric.data import Batch
+from ase import Atoms
 
-from ase_gffmerge.graphs import predict
-from ase_gffmerge.merging.readout import fit_readout, random_lift, readout_gram
+from ase_gffmerge.evaluation.errors import chunks
+from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.merging.readout import fit_readout, random_lift, readout_gram, widened
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.statistics import Gram
 from ase_gffmerge.merging.territory import Territory
 from ase_gffmerge.models import Potential, build_potential
-from ase_gffmerge.models.readout import MLPReadout, WidenedReadout
 
 HELD_OUT = 5
-"""Every fifth frame chooses the ridge."""
+"""Every fifth frame (with its copies) chooses the ridge."""
+
+MAX_ATOMS = 180
+"""Atoms per batch; larger batches leave the processor's cache and are slower."""
 
 
 def widen(potential: Potential, options: ReadoutOptions) -> Potential:
@@ -34,65 +41,93 @@ def widen(potential: Potential, options: ReadoutOptions) -> Potential:
     return wide.eval().requires_grad_(False)
 
 
+@torch.no_grad()
 def match_forces(
-    potential: Potential, territories: Sequence[Territory], options: ReadoutOptions
-) -> tuple[Potential, list[LayerReport], float]:
+    potential: Potential,
+    territories: Sequence[Territory],
+    options: ReadoutOptions,
+    *,
+    progress: Callable[[float], None],
+) -> tuple[Potential, LayerReport, float]:
     """Widen the readout and solve it on energies and forces of all specialists.
 
     Returns
     -------
     potential
         The merged potential with its new readout.
-    reports
+    report
         Diagnosis of the solve.
     held_out
         Relative squared residual on held-out frames.
     """
     merged = widen(potential, options)
-    readout: WidenedReadout = merged.readout  # type: ignore[assignment]
-    scalars = [readout.lifted([scalars.value[0] for scalars in scene.merged_scalars]) for t in territories for scene in t.scenes]
-    random_lift(readout, scalars, seed=options.seed)
-    fitting, held_out = (_total_gram(merged, territories, options, held_out=flag) for flag in (False, True))
-    prior = torch.zeros(len(fitting.xx), 1, dtype=torch.float64, device=fitting.xx.device)
-    fit = fit_readout(fitting, held_out, prior)
-    with torch.no_grad():
-        readout.theta.copy_(fit.solution.theta[: options.width, 0])
-        readout.constants.copy_(fit.solution.theta[options.width :, 0])
-    row = LayerReport(
-        name="readout.theta",
-        kind="readout",
-        rows=fit.solution.n_rows,
-        size=len(prior),
-        residual_before=fit.solution.residual_before,
-        residual_after=fit.solution.residual_after,
-        effective_rank=fit.solution.effective_rank,
-        ridge=fit.solution.ridge,
+    readout = widened(merged)
+    scenes = [scene for territory in territories for scene in territory.scenes]
+    rows = torch.cat(
+        [readout.lifted([scalars.value[0] for scalars in scene.merged_scalars]) for scene in scenes]
     )
-    return merged, [row], fit.held_out
+    random_lift(readout, rows, seed=options.seed)
+    frames = [atoms for territory in territories for atoms in territory.specialist.calibration]
+    numbers = torch.as_tensor(
+        np.unique(np.concatenate([atoms.numbers for atoms in frames])), device=merged.device
+    )
+    elements = merged.species_row[numbers]
+    size = len(elements) * (options.width + 1)
+    grams = [Gram.zero(size, 1, device=merged.device) for _ in range(2)]
+    for k, territory in enumerate(territories):
+        for held_out, group in enumerate(_split(territory.specialist.calibration)):
+            grams[held_out] += _territory_gram(merged, territory, group, options, elements)
+            progress((2 * k + held_out + 1) / (2 * len(territories)))
+    fit = fit_readout(*grams)
+    theta, constants = fit.solution.theta[:, 0].split([len(elements) * options.width, len(elements)])
+    readout.theta[elements] = theta.view(len(elements), -1).to(merged.dtype)
+    readout.constants[elements] = constants.to(merged.dtype)
+    return merged, LayerReport.of("readout.theta", "readout", fit.solution), fit.held_out
 
 
-def _total_gram(
-    merged: Potential, territories: Sequence[Territory], options: ReadoutOptions, *, held_out: bool
+def _split(frames: Sequence[Atoms]) -> tuple[list[Atoms], list[Atoms]]:
+    """Frames to fit, and frames to choose the ridge."""
+    held_out = [atoms for i, atoms in enumerate(frames) if i % HELD_OUT == HELD_OUT - 1]
+    return [atoms for i, atoms in enumerate(frames) if i % HELD_OUT != HELD_OUT - 1], held_out
+
+
+def displaced(frames: Sequence[Atoms], options: ReadoutOptions) -> list[Atoms]:
+    """Copies with normally distributed displacements of every atom."""
+    rng = np.random.default_rng(options.seed)
+    copies = [atoms.copy() for _ in range(options.copies) for atoms in frames]
+    for atoms in copies:
+        atoms.positions += options.displacement * rng.standard_normal(atoms.positions.shape)
+    return copies
+
+
+def _territory_gram(
+    merged: Potential,
+    territory: Territory,
+    frames: Sequence[Atoms],
+    options: ReadoutOptions,
+    elements: torch.Tensor,
 ) -> Gram:
-    """Sum of all specialists' statistics over the fitting or the held-out frames."""
-    total: Gram | None = None
-    for territory in territories:
-        for scene in territory.scenes:
-            graphs = [g for i, g in enumerate(scene.graph.to_data_list()) if (i % HELD_OUT == HELD_OUT - 1) == held_out]
-            if graphs:
-                gram = _scene_gram(merged, territory, Batch.from_data_list(graphs), options)
-                total = gram if total is None else total + gram
-    if total is None:
-        width = options.width + len(merged.species)
-        return Gram.zero(width, 1, device=merged.device)
+    """Statistics of frames and their copies; a specialist weighs a_k / (N_k s_k) per force component."""
+    specialist = territory.specialist
+    total = Gram.zero(len(elements) * (options.width + 1), 1, device=merged.device)
+    everything = [*frames, *displaced(frames, options)]
+    for i, chunk in enumerate(chunks(everything, MAX_ATOMS)):
+        graphs = [build_graph(atoms, specialist.cutoff, dtype=merged.dtype) for atoms in chunk]
+        for graph in graphs:
+            graph.specialist.fill_(territory.index)
+        batch = batch_graphs(graphs).to(merged.device)
+        target = predict(specialist.potential, batch)
+        n_frames = len(specialist.calibration) * (1 + options.copies)
+        n_atoms = torch.bincount(batch.batch).to(merged.dtype)
+        total += readout_gram(
+            merged,
+            batch,
+            target.energy,
+            target.forces,
+            elements=elements,
+            frame_weights=territory.weight / (n_frames * n_atoms * territory.mean_square_force),
+            energy_weight=options.energy_weight,
+            probes=options.probes,
+            seed=options.seed + i,
+        )
     return total
-
-
-def _scene_gram(merged: Potential, territory: Territory, graph: Batch, options: ReadoutOptions) -> Gram:
-    """Statistics of one batch; every specialist weighs a_k / (N_k s_k) per force component."""
-    target = predict(territory.specialist.potential, graph)
-    n_frames = sum(scene.graph.num_graphs for scene in territory.scenes)
-    mean_square = float(target.forces.double().square().sum(dim=1).mean())
-    n_atoms = torch.bincount(graph.batch).to(merged.dtype)
-    weights: Tensor = territory.weight / (n_frames * n_atoms * mean_square)
-    return readout_gram(merged, graph, target.energy, target.forces, options, weights)

@@ -106,14 +106,21 @@ def _radial_problem(name: str, layer: nn.Module) -> Problem:
     scale = (width_in * var_in) ** -0.5 * (1.0 if layer.act is not None else var_out**0.5)
     weight = layer.get_parameter("weight")
     return Problem(
-        name, layer, False, _flat_rows, lambda: weight.detach() * scale, lambda theta: {"weight": theta / scale}
+        name,
+        layer,
+        False,
+        _flat_rows,
+        lambda: weight.detach() * scale,
+        lambda theta: {"weight": theta / scale},
     )
 
 
 def _equivariant_problems(name: str, layer: EquivariantLinear) -> Iterator[Problem]:
     """One problem per output irrep; e3nn stores the weights of its instructions one after the other."""
     if any(instruction.i_in < 0 for instruction in layer.instructions):
-        raise NotImplementedError(f"{name}: an o3.Linear with biases cannot be aligned; build it with biases=False")
+        raise NotImplementedError(
+            f"{name}: an o3.Linear with biases cannot be aligned; build it with biases=False"
+        )
     for i_out, (_, irrep) in enumerate(layer.irreps_out):
         paths = [i for i, instruction in enumerate(layer.instructions) if instruction.i_out == i_out]
         if paths:
@@ -129,7 +136,9 @@ def _equivariant_problem(name: str, layer: EquivariantLinear, paths: list[int], 
         return torch.cat(parts, dim=1).transpose(1, 2).flatten(0, 1)
 
     def read() -> Tensor:
-        views = [layer.weight_view_for_instruction(i).detach() * layer.instructions[i].path_weight for i in paths]
+        views = [
+            layer.weight_view_for_instruction(i).detach() * layer.instructions[i].path_weight for i in paths
+        ]
         return torch.cat(views)
 
     def parameters(theta: Tensor) -> dict[str, Tensor]:

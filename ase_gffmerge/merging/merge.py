@@ -90,8 +90,10 @@ def merge(
         if recipe.readout is not None:
             tell(0.6, "force-matched readout")
             with clock("readout"):
-                potential, rows, held_out = match_forces(potential, territories, recipe.readout)
-                layers += rows
+                potential, row, held_out = match_forces(
+                    potential, territories, recipe.readout, progress=lambda x: tell(0.6 + 0.35 * x, "readout")
+                )
+                layers.append(row)
     tell(0.95, "report")
     with clock("report"):
         disagreements, parity = diagnose(parents, mean, potential)
@@ -124,7 +126,11 @@ class _Clock:
 
 
 def _align_stages(
-    merged: Potential, parents: Sequence[Specialist], territories: Sequence[Territory], recipe: Recipe, tell: Progress
+    merged: Potential,
+    parents: Sequence[Specialist],
+    territories: Sequence[Territory],
+    recipe: Recipe,
+    tell: Progress,
 ) -> list[LayerReport]:
     """Steps 1-4 for every stage, advancing the states of merged model and specialists together."""
     reports: list[LayerReport] = []

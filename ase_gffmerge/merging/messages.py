@@ -70,7 +70,7 @@ def solve_messages(
     *,
     metric: Tensor,
     ridge: float,
-    iterations: int = 30,
+    iterations: int = 10,
     tolerance: float = 1e-3,
 ) -> MessageSolution:
     """Minimise the mismatch of the stage output over its closing map.
@@ -94,7 +94,9 @@ def solve_messages(
     gradient = jacobian.transpose(mismatch)
     curvature = jacobian.curvature_along(gradient, metric)
     mu = ridge * curvature * float(metric.diagonal().mean())
-    factor = torch.linalg.cholesky(curvature * metric + max(mu, 1e-12 * curvature) * torch.eye(len(metric)).to(metric))
+    factor = torch.linalg.cholesky(
+        curvature * metric + max(mu, 1e-12 * curvature) * torch.eye(len(metric)).to(metric)
+    )
     step = torch.zeros_like(prior)
     r = -gradient
     z = torch.cholesky_solve(r, factor)
@@ -125,7 +127,9 @@ class _Jacobian:
 
     @staticmethod
     def _weighted(term: MessageTerm, state: tuple[Tensor, ...]) -> Tensor:
-        return torch.cat([(part * scale**0.5).flatten() for part, scale in zip(state, term.scales, strict=True)])
+        return torch.cat(
+            [(part * scale**0.5).flatten() for part, scale in zip(state, term.scales, strict=True)]
+        )
 
     @staticmethod
     def squared(vectors: Sequence[Tensor]) -> float:

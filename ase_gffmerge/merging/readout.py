@@ -4,33 +4,30 @@ With the node features fixed, energy and forces are linear in the readout's last
 
 .. math::
 
-   E = E^0 + \sum_i \theta\cdot\phi(z_i) + c_{Z_i},\qquad
-   \mathbf F = \mathbf F^0 - \theta\cdot\sum_i \frac{\partial\phi(z_i)}{\partial\mathbf r},\qquad
+   E = E^0 + \sum_i \theta_{Z_i}\cdot\phi(z_i) + c_{Z_i},\qquad
+   \mathbf F = \mathbf F^0 - \sum_i \theta_{Z_i}\cdot\frac{\partial\phi(z_i)}{\partial\mathbf r},\qquad
    \phi(z)=\mathrm{silu}(A z+b),\quad z=[x_B;\dots;x_L] ,
 
-where E⁰, F⁰ are the merged model's energy and forces at θ = c = 0. Rows are energies per atom (times ``energy_weight``) and
-directional derivatives along probes v: all 3n coordinates of a small frame, or random directions of a large one
-(:math:`\mathbb E\,vv^\top = 1/P`, an unbiased sketch of the same normal equations). The derivatives
+where E⁰, F⁰ are the merged model's energy and forces at θ = c = 0. Rows are energies per root of the number of atoms
+(times ``energy_weight``) and directional derivatives along probes v: all 3n coordinates of a small frame, or random
+directions (:math:`\mathbb E\sum_p v_p v_p^\top = 1`, an unbiased sketch of the same normal equations). The derivatives
 :math:`\partial z/\partial\mathbf r\cdot v` come from forward-mode differentiation, many probes in one pass.
-
-The ridge is chosen on calibration frames that were held out of the solve; then all frames enter.
 
 Sources: random-feature readouts ("franken", arXiv 2505.05652), linear ACE (Drautz, doi:10.1103/PhysRevB.99.014104).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
-from torch.nn.functional import silu
+from torch.nn.functional import one_hot, silu
 from torch_geometric.data import Batch
 
 from ase_gffmerge.graphs import predict
 from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.merging.recipe import ReadoutOptions
+from ase_gffmerge.merging.duals import Dual, push
 from ase_gffmerge.merging.solve import Solution, ridge_solve
 from ase_gffmerge.merging.statistics import Gram
 from ase_gffmerge.models import Potential
@@ -58,17 +55,20 @@ class ReadoutFit:
     held_out: float
 
 
-def random_lift(readout: WidenedReadout, features: Sequence[Tensor], *, seed: int) -> None:
-    r"""Draw A and b so that :math:`A z + b` has unit variance on the calibration features (n_atoms, d)."""
-    rows = torch.cat(list(features)).double()
-    mean, deviation = rows.mean(0), rows.std(0).clamp(min=1e-6)
+def random_lift(readout: WidenedReadout, rows: Tensor, *, seed: int, spread: float = 0.5) -> None:
+    r"""Draw A and b so that :math:`A z + b` has zero mean and standard deviation ``spread`` over rows z (n_atoms, d)."""
+    mean, deviation = rows.double().mean(0), rows.double().std(0).clamp(min=1e-6)
     generator = torch.Generator().manual_seed(seed)
     width, d = readout.lift.weight.shape
-    a = torch.randn(width, d, generator=generator, dtype=torch.float64).to(rows.device) / math.sqrt(d) / deviation
-    b = torch.randn(width, generator=generator, dtype=torch.float64).to(rows.device) - a @ mean
+    a = (
+        torch.randn(width, d, generator=generator, dtype=torch.float64).to(rows.device)
+        / math.sqrt(d)
+        / deviation
+    )
+    b = torch.randn(width, generator=generator, dtype=torch.float64).to(rows.device)
     with torch.no_grad():
-        readout.lift.weight.copy_(a)
-        readout.lift.bias.copy_(b)
+        readout.lift.weight.copy_(spread * a)
+        readout.lift.bias.copy_(spread * (b - a @ mean))
 
 
 def probe_directions(graph: Batch, probes: int, *, seed: int) -> Tensor:
@@ -83,34 +83,40 @@ def probe_directions(graph: Batch, probes: int, *, seed: int) -> Tensor:
         if 3 * n <= n_rows:
             block[: 3 * n] = torch.eye(3 * n).view(3 * n, n, 3)
         else:
-            block[:] = torch.randn(n_rows, n, 3, generator=generator) / math.sqrt(n_rows)
+            block[:] = torch.randn(n_rows, n, 3, generator=generator, dtype=torch.float64) / math.sqrt(n_rows)
         start += n
     return directions.to(graph.pos.device)
 
 
 def lifted_derivatives(potential: Potential, graph: Batch, directions: Tensor) -> tuple[Tensor, Tensor]:
     """Readout inputs z (n_atoms, d) and their derivatives (n_probes, n_atoms, d) along ``directions``."""
-    readout = potential.readout
-    if not isinstance(readout, WidenedReadout):
-        raise TypeError("force matching needs a widened readout")
+    readout = widened(potential)
 
     def inputs(positions: Tensor) -> Tensor:
         graph.edge_vectors = edge_vectors(graph, positions)
         return readout.lifted(potential.features(graph))
 
-    derivatives = vmap(lambda v: jvp(inputs, (graph.pos,), (v,))[1])(directions)
-    return inputs(graph.pos).detach(), derivatives.detach()
+    z = push(inputs, Dual((graph.pos,), (directions,)))
+    return z.value[0], z.tangent[0]
 
 
-def force_rows(readout: WidenedReadout, z: Tensor, dz: Tensor, batch: Tensor) -> Iterator[Tensor]:
-    r"""Rows :math:`-\sum_i \partial\phi(z_i)\cdot v` for each probe, (n_frames, width)."""
+def widened(potential: Potential) -> WidenedReadout:
+    """The potential's readout, which must be a widened one."""
+    if not isinstance(potential.readout, WidenedReadout):
+        raise TypeError("force matching needs a widened readout")
+    return potential.readout
+
+
+def force_rows(
+    readout: WidenedReadout, z: Tensor, dz: Tensor, cell: Tensor, n_cells: int
+) -> Iterator[Tensor]:
+    r"""Rows :math:`-\sum_i \partial\phi(z_i)\cdot v` for each probe, summed over the atoms of a cell (n_cells, width)."""
     a = readout.lift(z)
     sigmoid = torch.sigmoid(a)
     slope = sigmoid * (1 + a * (1 - sigmoid))
-    n_frames = int(batch.max()) + 1
     for derivative in dz:
         rows = slope * (derivative @ readout.lift.weight.T)
-        yield -rows.new_zeros(n_frames, rows.shape[1]).index_add(0, batch, rows)
+        yield -rows.new_zeros(n_cells, rows.shape[1]).index_add(0, cell, rows)
 
 
 def readout_gram(
@@ -118,10 +124,14 @@ def readout_gram(
     graph: Batch,
     target_energy: Tensor,
     target_forces: Tensor,
-    options: ReadoutOptions,
+    *,
+    elements: Tensor,
     frame_weights: Tensor,
+    energy_weight: float,
+    probes: int,
+    seed: int,
 ) -> Gram:
-    """Gram statistics of one batch for [θ; c].
+    """Gram statistics of one batch for [θ of the first element; ...; c].
 
     Parameters
     ----------
@@ -131,37 +141,45 @@ def readout_gram(
         Batch of frames.
     target_energy, target_forces
         The specialist's energies (n_frames,) in eV and forces (n_atoms, 3) in eV/Å.
-    options
-        Recipe of the readout.
+    elements
+        Rows (n_elements,) of the species table that the frames contain; only these are solved for.
     frame_weights
         Weight of each frame (n_frames,).
+    energy_weight, probes, seed
+        See :class:`~ase_gffmerge.merging.recipe.ReadoutOptions`.
     """
-    readout: WidenedReadout = potential.readout  # type: ignore[assignment]
-    base = predict(potential, graph)
-    directions = probe_directions(graph, options.probes, seed=options.seed)
+    readout, base = widened(potential), predict(potential, graph)
+    directions = probe_directions(graph, probes, seed=seed)
     z, dz = lifted_derivatives(potential, graph, directions)
-    difference = target_forces - base.forces
-    n_species = len(readout.constants)
+    element = torch.searchsorted(elements, potential.species_row[graph.atomic_numbers])
+    n_frames, n_elements = len(frame_weights), len(elements)
+    cell = graph.batch * n_elements + element
     scale = frame_weights.sqrt()[:, None]
-    blocks, targets = [], []
-    for rows, direction in zip(force_rows(readout, z, dz, graph.batch), directions, strict=True):
-        work = (difference * direction).sum(dim=1)
-        target = work.new_zeros(len(scale)).index_add(0, graph.batch, work)
-        blocks.append(torch.cat([rows, rows.new_zeros(len(rows), n_species)], dim=1) * scale)
-        targets.append(target[:, None] * scale)
+    work = torch.zeros(len(directions), n_frames).to(z)
+    work.index_add_(1, graph.batch, ((target_forces - base.forces) * directions).sum(-1))
+    rows = force_rows(readout, z, dz, cell, n_frames * n_elements)
+    blocks = [row.view(n_frames, -1) * scale for row in rows]
+    forces = torch.cat(blocks)
     phi = silu(readout.lift(z))
-    composition = torch.nn.functional.one_hot(potential.species_row[graph.atomic_numbers], n_species).to(phi)
-    per_atom = torch.cat([phi, composition], dim=1)
-    n_atoms = torch.bincount(graph.batch).to(phi)[:, None]
-    energies = per_atom.new_zeros(len(scale), per_atom.shape[1]).index_add(0, graph.batch, per_atom)
-    weight = options.energy_weight * scale * n_atoms.rsqrt()
-    blocks.append(energies * weight)
-    targets.append((target_energy - base.energy)[:, None].to(phi) * weight)
-    return Gram.of(torch.cat(blocks), torch.cat(targets))
+    sums = phi.new_zeros(n_frames * n_elements, phi.shape[1]).index_add(0, cell, phi).view(n_frames, -1)
+    counts = phi.new_zeros(n_frames, n_elements).index_add(
+        0, graph.batch, one_hot(element, n_elements).to(phi)
+    )
+    weight = energy_weight * scale * counts.sum(1, keepdim=True).rsqrt()
+    energies = torch.cat([sums, counts], dim=1) * weight
+    forces = torch.cat([forces, forces.new_zeros(len(forces), n_elements)], dim=1)
+    targets = torch.cat(
+        [(work * scale.T).reshape(-1, 1), (target_energy - base.energy)[:, None].to(phi) * weight]
+    )
+    return Gram.of(torch.cat([forces, energies]), targets)
 
 
-def fit_readout(fitting: Gram, held_out: Gram, prior: Tensor) -> ReadoutFit:
-    """Choose the ridge on held-out frames, then solve on all frames."""
+def fit_readout(fitting: Gram, held_out: Gram) -> ReadoutFit:
+    """Choose the ridge on held-out frames, then solve on all frames; the anchor is zero."""
+    prior = torch.zeros_like(fitting.xy)
+    if not held_out.n_rows:
+        solution = ridge_solve(fitting, prior, ridge=1e-6)
+        return ReadoutFit(solution, 1e-6, solution.residual_after)
     trials = [(held_out.residual(ridge_solve(fitting, prior, ridge=r).theta), r) for r in RIDGES]
     best, ridge = min(trials)
     return ReadoutFit(ridge_solve(fitting + held_out, prior, ridge=ridge), ridge, best)

@@ -19,23 +19,27 @@ class ReadoutOptions(BaseModel):
     Attributes
     ----------
     width
-        Random features; 0 refits the plain readout's last layer only.
+        Random features.
     blocks
         How many of the last blocks' scalars feed the features.
     energy_weight
         Weight of one energy per atom (eV) against one force component (eV/Å).
+    copies, displacement
+        Copies of every calibration frame with randomly displaced atoms, and the standard deviation in Å.
     probes
         Directional derivatives per frame; frames with fewer coordinates use all of them.
     seed
-        Seed of the random projection.
+        Seed of projection, displacements and probes.
     """
 
     model_config = _STRICT
 
-    width: int = Field(default=2048, ge=0)
+    width: int = Field(default=1024, ge=1)
     blocks: int = Field(default=3, ge=1)
-    energy_weight: float = Field(default=1.0, ge=0)
-    probes: int = Field(default=96, ge=1)
+    energy_weight: float = Field(default=10.0, ge=0)
+    copies: int = Field(default=8, ge=0)
+    displacement: float = Field(default=0.02, gt=0)
+    probes: int = Field(default=9, ge=1)
     seed: int = 0
 
 

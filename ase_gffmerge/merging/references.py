@@ -37,14 +37,19 @@ def align_references(specialists: Sequence[Specialist]) -> dict[str, dict[str, f
             continue
         sizes = np.array([len(atoms) for atoms in shared])
         difference = (
-            predict_frames(specialist.potential, shared).energies - predict_frames(first.potential, shared).energies
+            predict_frames(specialist.potential, shared).energies
+            - predict_frames(first.potential, shared).energies
         )
         if abs(np.mean(difference / sizes)) < ZERO_TOLERANCE:
             continue
         elements = sorted({int(z) for atoms in shared for z in atoms.numbers})
-        counts = np.array([[np.count_nonzero(atoms.numbers == z) for z in elements] for atoms in shared], dtype=float)
+        counts = np.array(
+            [[np.count_nonzero(atoms.numbers == z) for z in elements] for atoms in shared], dtype=float
+        )
         delta = np.linalg.lstsq(counts, difference, rcond=1e-10)[0]
         for z, shift in zip(elements, delta, strict=True):
             specialist.potential.references[specialist.species.index(z)] -= float(shift)
-        shifts[specialist.name] = {chemical_symbols[z]: float(d) for z, d in zip(elements, delta, strict=True)}
+        shifts[specialist.name] = {
+            chemical_symbols[z]: float(d) for z, d in zip(elements, delta, strict=True)
+        }
     return shifts

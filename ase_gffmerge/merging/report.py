@@ -4,7 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+if TYPE_CHECKING:
+    from ase_gffmerge.merging.solve import Solution
 
 Verdict = Literal["good", "usable after distillation", "failed"]
 
@@ -38,6 +41,20 @@ class LayerReport:
     residual_after: float
     effective_rank: float
     ridge: float
+
+    @classmethod
+    def of(cls, name: str, kind: str, solution: "Solution", *, before: float | None = None) -> Self:
+        """Report of a ridge solution; ``before`` replaces the residual of its anchor."""
+        return cls(
+            name=name,
+            kind=kind,
+            rows=solution.n_rows,
+            size=len(solution.theta),
+            residual_before=solution.residual_before if before is None else before,
+            residual_after=solution.residual_after,
+            effective_rank=solution.effective_rank,
+            ridge=solution.ridge,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +152,9 @@ class MergeReport:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of :meth:`to_dict`."""
-        values = {key: value for key, value in data.items() if key not in ("verdict", "relative_disagreement")}
+        values = {
+            key: value for key, value in data.items() if key not in ("verdict", "relative_disagreement")
+        }
         return cls(
             **{
                 **values,
@@ -143,7 +162,12 @@ class MergeReport:
                 "layers": tuple(LayerReport(**row) for row in values["layers"]),
                 "disagreements": tuple(Disagreement(**row) for row in values["disagreements"]),
                 "parity": tuple(
-                    Parity(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+                    Parity(
+                        specialist=row["specialist"],
+                        reference=tuple(row["reference"]),
+                        mean=tuple(row["mean"]),
+                        merged=tuple(row["merged"]),
+                    )
                     for row in values["parity"]
                 ),
                 "untreated": tuple(values["untreated"]),

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ase_gffmerge.merging.report import GOOD, USABLE, MergeReport
+from ase_gffmerge.merging.report import GOOD, USABLE, LayerReport, MergeReport
 
 COLOURS = {"mean": "#b8b8b8", "merged": "#1f6f8b", "message": "#d1793b", "readout": "#7a5195"}
 
@@ -71,10 +71,18 @@ def report_html(report: MergeReport) -> str:
         ],
     )
     layers = _table(
-        ("problem", "kind", "rows", "columns", "effective rank", "ridge", "residual before", "residual after"),
+        (
+            "problem",
+            "kind",
+            "rows",
+            "columns",
+            "effective rank",
+            "ridge",
+            "residual before",
+            "residual after",
+        ),
         [
-            (r.name, r.kind, r.rows, r.size, f"{r.effective_rank:.1f}", f"{r.ridge:.2e}")
-            + (f"{r.residual_before:.2e}", f"{r.residual_after:.2e}")
+            (r.name, r.kind, r.rows, r.size, f"{r.effective_rank:.1f}", f"{r.ridge:.2e}", *_residuals(r))
             for r in report.layers
         ],
     )
@@ -92,6 +100,10 @@ _STYLE = (
     "img{max-width:100%}table{border-collapse:collapse;margin:.5rem 0}td,th{padding:.25rem .7rem;text-align:right;"
     "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}.verdict{font-size:1.4rem;font-weight:600}"
 )
+
+
+def _residuals(row: LayerReport) -> tuple[str, str]:
+    return f"{row.residual_before:.2e}", f"{row.residual_after:.2e}"
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

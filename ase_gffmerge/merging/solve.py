@@ -19,7 +19,7 @@ from ase_gffmerge.merging.statistics import Gram
 
 @dataclass(frozen=True)
 class Solution:
-    """A solution and its diagnosis.
+    r"""A solution and its diagnosis.
 
     Attributes
     ----------
@@ -28,7 +28,7 @@ class Solution:
     residual_before, residual_after
         Relative squared residuals of the prior and of the solution.
     effective_rank
-        :math:`\\mathrm{tr}\\,G(G+\\mu I)^{-1}`, the degrees of freedom that the rows determine.
+        :math:`\mathrm{tr}\,G(G+\mu I)^{-1}`, the degrees of freedom that the rows determine.
     ridge
         The absolute ridge μ that was used.
     n_rows
@@ -44,14 +44,14 @@ class Solution:
 
 
 def ridge_solve(gram: Gram, prior: Tensor, *, ridge: float, relative: bool = True) -> Solution:
-    """Solve the anchored ridge problem.
+    r"""Solve the anchored ridge problem.
 
     Parameters
     ----------
     gram
         Statistics of the rows, (d, d) and (d, m).
     prior : (d, m)
-        The anchor :math:`\\Theta_0`; the solution tends to it as the ridge grows.
+        The anchor :math:`\Theta_0`; the solution tends to it as the ridge grows.
     ridge
         λ (``relative``) or μ itself. Must not be negative; zero needs rows of full rank.
     relative

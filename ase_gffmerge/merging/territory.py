@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Batch
 
 from ase_gffmerge.evaluation.errors import chunks
-from ase_gffmerge.graphs import batch_graphs, build_graph
+from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.batches import edge_vectors
 from ase_gffmerge.merging.duals import Dual, Tensors, push
 from ase_gffmerge.models.potential import EdgeGeometry, Potential
@@ -50,12 +52,26 @@ class Scene:
 
 @dataclass
 class Territory:
-    """What one specialist knows: its potential and its scenes."""
+    """What one specialist knows.
+
+    Attributes
+    ----------
+    specialist, index, weight
+        Whose territory, its specialist index, and how much it counts.
+    scenes
+        Its calibration frames in batches.
+    """
 
     specialist: Specialist
     index: int
     weight: float
     scenes: list[Scene]
+
+    @cached_property
+    def mean_square_force(self) -> float:
+        """Mean square of the specialist's force components on its frames, (eV/Å)^2."""
+        forces = [predict(self.specialist.potential, scene.graph).forces for scene in self.scenes]
+        return max(float(torch.cat(forces).double().square().mean()), 1e-12)
 
 
 def survey(
@@ -66,22 +82,25 @@ def survey(
     probes: int,
     max_atoms: int = 500,
 ) -> list[Territory]:
-    """Build graphs of all calibration frames, in batches of ``max_atoms`` atoms, and embed them in both models."""
+    """Build graphs of all calibration frames, in shuffled batches of ``max_atoms`` atoms, and embed them in both models."""
     territories = []
     for k, (specialist, weight) in enumerate(zip(specialists, weights, strict=True)):
-        groups = list(chunks(specialist.calibration, max_atoms))
+        order = np.random.default_rng(0).permutation(len(specialist.calibration))
+        groups = list(chunks([specialist.calibration[i] for i in order], max_atoms))
         scenes = [_scene(specialist, k, merged, frames, probes=probes) for frames in groups]
         territories.append(Territory(specialist, k, weight, scenes))
     return territories
 
 
-def _scene(specialist: Specialist, index: int, merged: Potential, frames: Sequence[Atoms], *, probes: int) -> Scene:
+def _scene(
+    specialist: Specialist, index: int, merged: Potential, frames: Sequence[Atoms], *, probes: int
+) -> Scene:
     potential = specialist.potential
     graphs = [build_graph(atoms, specialist.cutoff, dtype=potential.dtype) for atoms in frames]
     for graph in graphs:
         graph.specialist.fill_(index)
     batch = batch_graphs(graphs).to(potential.device)
-    positions = Dual((batch.pos,), (_displacements(batch.pos, probes, seed=index),) if probes else ())
+    positions = Dual((batch.pos,), (_displacements(batch.pos, probes),) if probes else ())
 
     def parts(positions: Tensor) -> Tensors:
         batch.edge_vectors = edge_vectors(batch, positions)
@@ -95,9 +114,9 @@ def _scene(specialist: Specialist, index: int, merged: Potential, frames: Sequen
     return Scene(batch, edges, geometry, ours, theirs)
 
 
-def _displacements(positions: Tensor, probes: int, *, seed: int) -> Tensor:
-    """Random displacements of all atoms (probes, n_atoms, 3), unit normal."""
-    generator = torch.Generator().manual_seed(seed)
+def _displacements(positions: Tensor, probes: int) -> Tensor:
+    """Random displacements of all atoms (probes, n_atoms, 3), unit normal, the same whatever the order of specialists."""
+    generator = torch.Generator().manual_seed(0)
     return torch.randn(probes, *positions.shape, generator=generator, dtype=torch.float64).to(positions)
 
 

@@ -24,18 +24,18 @@ class MLPReadout(nn.Module):
 
 
 class WidenedReadout(nn.Module):
-    r"""Energy :math:`e_i = e^{\rm MLP}_i + \theta\cdot\phi_i + c_{z_i}`, linear in :math:`(\theta, c)`.
+    r"""Energy :math:`e_i = e^{\rm MLP}_i + \theta_{Z_i}\cdot\phi_i + c_{Z_i}`, linear in :math:`(\theta, c)`.
 
-    The features are :math:`\phi_i = \mathrm{silu}(A[x_{B,i};\dots;x_{L,i}] + b)`: random projections of the
-    scalars after several blocks. Because energies and forces are linear in :math:`(\theta, c)`, a merge finds
-    them in closed form (random-feature readouts: "franken", arXiv 2505.05652).
+    The features are :math:`\phi_i = \mathrm{silu}(A[x_{B,i};\dots;x_{L,i}] + b)`: random projections of the scalars
+    after several blocks; each element weighs them on its own. Because energies and forces are linear in
+    :math:`(\theta, c)`, a merge finds them in closed form (random-feature readouts: "franken", arXiv 2505.05652).
 
     Parameters
     ----------
     channels
         Scalars per block.
     n_species
-        Number of elements, for the constants c.
+        Number of elements.
     width
         Number of features :math:`\phi`.
     blocks
@@ -47,14 +47,14 @@ class WidenedReadout(nn.Module):
         self.blocks = blocks
         self.mlp = MLPReadout(channels)
         self.lift = nn.Linear(blocks * channels, width)
-        self.theta = nn.Parameter(torch.zeros(width))
+        self.theta = nn.Parameter(torch.zeros(n_species, width))
         self.constants = nn.Parameter(torch.zeros(n_species))
 
     def lifted(self, scalars: Sequence[Tensor]) -> Tensor:
-        """Return the inputs of the projection, [x_B; ...; x_L] (n_atoms, blocks · channels)."""
+        """Inputs of the projection, [x_B; ...; x_L] (n_atoms, blocks · channels)."""
         return torch.cat(list(scalars[-self.blocks :]), dim=-1)
 
     def forward(self, scalars: Sequence[Tensor], species: Tensor) -> Tensor:
         """Map L tensors (n_atoms, channels) and element rows (n_atoms,) to energies (n_atoms,) in eV."""
         features = silu(self.lift(self.lifted(scalars)))
-        return self.mlp(scalars, species) + features @ self.theta + self.constants[species]
+        return self.mlp(scalars, species) + (features * self.theta[species]).sum(-1) + self.constants[species]

@@ -29,7 +29,9 @@ def rattled(name: str, n: int, seed: int) -> tuple[Atoms, ...]:
     return tuple(frames)
 
 
-def perturbed(specialist: Specialist, *, seed: int, size: float, name: str, frames: tuple[Atoms, ...]) -> Specialist:
+def perturbed(
+    specialist: Specialist, *, seed: int, size: float, name: str, frames: tuple[Atoms, ...]
+) -> Specialist:
     """A 'fine-tuned' copy: every weight moved by a random fraction of its tensor's size."""
     potential = deepcopy(specialist.potential)
     generator = torch.Generator().manual_seed(seed)
@@ -55,11 +57,18 @@ def family() -> Family:
 
     def make(architecture: str, k: int = 2, *, size: float = 0.05, frames: int = 6) -> list[Specialist]:
         torch.manual_seed(0)
-        potential = build_potential(architecture, SMALL[architecture], (1, 6, 8)).double().eval().requires_grad_(False)
+        potential = (
+            build_potential(architecture, SMALL[architecture], (1, 6, 8))
+            .double()
+            .eval()
+            .requires_grad_(False)
+        )
         base = Specialist(name="base", potential=potential, level_of_theory="toy")
         molecules = ("CH3CH2OH", "CH3CHO", "CH3OCH3", "HCOOH")
         return [
-            perturbed(base, seed=i + 1, size=size, name=f"s{i}", frames=rattled(molecules[i % 4], frames, seed=i))
+            perturbed(
+                base, seed=i + 1, size=size, name=f"s{i}", frames=rattled(molecules[i % 4], frames, seed=i)
+            )
             for i in range(k)
         ]
 

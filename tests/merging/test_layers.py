@@ -34,7 +34,7 @@ def test_radial_layers_are_their_problems_before_the_activation() -> None:
     (first,), (second,) = (list(problems("l", layer)) for layer in layers)
     hidden = layer_input(layers[1], lambda: net(x))
     act = layers[0].act
-    torch.testing.assert_close(act(first.design(x) @ first.read()) * layers[0].var_out**0.5, hidden)
+    torch.testing.assert_close(act(first.design(x) @ first.read()) * layers[0].var_out ** 0.5, hidden)
     torch.testing.assert_close(second.design(hidden) @ second.read(), net(x))
 
 
@@ -47,7 +47,9 @@ def test_equivariant_linear_is_one_problem_per_output_irrep_with_path_weights() 
         torch.testing.assert_close(problem.design(x) @ problem.read(), expected)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 3), lambda: equivariant()[0], lambda: nn.Linear(4, 3, bias=False)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(4, 3), lambda: equivariant()[0], lambda: nn.Linear(4, 3, bias=False)]
+)
 def test_writing_what_was_read_changes_nothing_and_writing_theta_sets_it(make) -> None:
     layer = make().double()
     before = [p.clone() for p in layer.parameters()]

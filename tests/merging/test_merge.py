@@ -20,7 +20,7 @@ from ase_gffmerge.merging.report import MergeReport
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 
-SMALL_READOUT = {"readout": {"width": 24, "blocks": 2}}
+SMALL_READOUT = {"readout": {"width": 24, "blocks": 2, "copies": 1}, "probes": 2}
 
 
 def forces(specialist: Specialist, frames, index: int = 0) -> np.ndarray:
@@ -32,14 +32,15 @@ def recipe(name: str, **options) -> Recipe:
     return load_recipe({"preset": name, **small, **options})
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("gffmerge", 1e-10), ("mean", 1e-10), ("paper", 1e-4)])
-def test_merging_copies_returns_the_specialist(family, architecture, name, tolerance) -> None:
-    """The paper preset's absolute ridge pulls to zero, so it is exact only up to that ridge."""
+@pytest.mark.parametrize("name", ["gffmerge", "mean"])
+def test_merging_copies_returns_the_specialist(family, architecture, name) -> None:
+    """The paper preset is left out: its absolute ridge pulls rank-deficient layers to zero."""
     original = family(architecture, 1)[0]
     copies = [replace(original, name=f"copy{i}") for i in range(3)]
-    merged, _ = merge(copies, recipe(name, allow_identical=True))
+    merged, report = merge(copies, recipe(name, allow_identical=True))
+    assert report.verdict == "good"
     np.testing.assert_allclose(
-        forces(merged, original.calibration), forces(original, original.calibration), atol=tolerance
+        forces(merged, original.calibration), forces(original, original.calibration), atol=1e-10
     )
 
 
@@ -51,17 +52,10 @@ def test_order_of_specialists_is_irrelevant(family, architecture, name, conditio
     ahead, _ = merge(specialists, recipe(name, conditioning=conditioning))
     back, _ = merge(specialists[::-1], recipe(name, conditioning=conditioning))
     index = (0, 2) if conditioning == "per-specialist" else (0, 0)
-    np.testing.assert_allclose(forces(ahead, frames, index[0]), forces(back, frames, index[1]), atol=1e-6)
-
-
-def test_default_is_closer_to_the_specialists_than_the_paper_preset_and_the_mean(family, architecture) -> None:
-    specialists = family(architecture, 2, frames=20)
-    reports = {name: merge(specialists, recipe(name))[1] for name in PRESETS}
-    mae = {
-        name: np.mean([d.force_mae for d in report.disagreements if d.model == "merged"])
-        for name, report in reports.items()
-    }
-    assert mae["gffmerge"] < mae["paper"] < mae["mean"]
+    scale = np.abs(forces(specialists[0], frames)).max()
+    np.testing.assert_allclose(
+        forces(ahead, frames, index[0]), forces(back, frames, index[1]), atol=1e-6 * scale
+    )
 
 
 def test_merged_potential_is_equivariant(family, architecture) -> None:
@@ -97,7 +91,8 @@ def test_per_specialist_conditioning_keeps_every_table(family, architecture) -> 
 def test_weights_pull_towards_the_heavier_specialist(family, architecture) -> None:
     specialists = family(architecture, 2, size=0.2)
     light, heavy = (
-        merge(specialists, recipe("gffmerge", weights=weights, readout=None))[1] for weights in ((1, 1), (1000, 1))
+        merge(specialists, recipe("gffmerge", weights=weights, readout=None))[1]
+        for weights in ((1, 1), (1000, 1))
     )
     mae = [
         next(d.force_mae for d in report.disagreements if d.model == "merged" and d.specialist == "s0")
@@ -135,7 +130,12 @@ def test_report_is_complete_round_trips_and_shows(family, architecture, tmp_path
     _, report = merge(family(architecture, 2), recipe("gffmerge"))
     assert MergeReport.from_dict(json.loads(report.to_json())) == report
     assert {(d.specialist, d.model) for d in report.disagreements} == {
-        ("s0", "mean"), ("s0", "merged"), ("s0", "s1"), ("s1", "mean"), ("s1", "merged"), ("s1", "s0")
+        ("s0", "mean"),
+        ("s0", "merged"),
+        ("s0", "s1"),
+        ("s1", "mean"),
+        ("s1", "merged"),
+        ("s1", "s0"),
     }
     assert all(row.residual_after <= row.residual_before * (1 + 1e-6) + 1e-12 for row in report.layers)
     assert {row.kind for row in report.layers} == {"layer", "message", "readout"}
@@ -151,17 +151,16 @@ def test_a_bad_merge_warns(family) -> None:
         merge(family("painn", 2, size=0.5), recipe("paper"))
 
 
-def bad(family, change):
-    specialists = family("painn", 2)
-    return change(specialists)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (lambda s: s[:1], IncompatibleSpecialistsError, "at least two"),
         (lambda s: [s[0], s[0]], IncompatibleSpecialistsError, "given twice"),
-        (lambda s: [s[0], replace(s[1], level_of_theory="other")], IncompatibleSpecialistsError, "levels of theory"),
+        (
+            lambda s: [s[0], replace(s[1], level_of_theory="other")],
+            IncompatibleSpecialistsError,
+            "levels of theory",
+        ),
         (lambda s: [s[0], replace(s[1], calibration=())], FramesError, "'s1' carries no calibration frames"),
     ],
 )
@@ -174,7 +173,9 @@ def test_different_architecture_cutoff_and_units_are_refused(family) -> None:
     from ase_gffmerge.models import build_potential
 
     first, second = family("painn", 2)
-    other = build_potential("painn", {**second.potential.hyper.to_dict(), "cutoff": 5.0}, second.species).double()
+    other = build_potential(
+        "painn", {**second.potential.hyper.to_dict(), "cutoff": 5.0}, second.species
+    ).double()
     with pytest.raises(IncompatibleSpecialistsError, match=r"cutoff 4\.0 / 5\.0"):
         merge([first, replace(second, potential=other)], recipe("gffmerge"))
     with pytest.raises(IncompatibleSpecialistsError, match="architectures"):
@@ -188,7 +189,9 @@ def test_unrelated_specialists_are_refused_unless_allowed(family, architecture) 
 
     stranger = build_potential(architecture, second.potential.hyper.to_dict(), second.species).double()
     stranger.eval().requires_grad_(False)
-    second = replace(second, potential=stranger, provenance=replace(second.provenance, lineage=("another root",)))
+    second = replace(
+        second, potential=stranger, provenance=replace(second.provenance, lineage=("another root",))
+    )
     with pytest.raises(IncompatibleSpecialistsError, match="common base"):
         merge([first, second], recipe("gffmerge"))
     merge([first, second], recipe("gffmerge", allow_unrelated=True))

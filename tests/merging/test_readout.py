@@ -1,49 +1,75 @@
+from copy import deepcopy
+
+import numpy as np
 import pytest
 import torch
 
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.merging.force_matching import widen
-from ase_gffmerge.merging.readout import fit_readout, lifted_derivatives, probe_directions, random_lift, readout_gram
+from ase_gffmerge.merging.force_matching import displaced, widen
+from ase_gffmerge.merging.readout import (
+    fit_readout,
+    lifted_derivatives,
+    probe_directions,
+    random_lift,
+    readout_gram,
+)
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.merging.statistics import Gram
 
-OPTIONS = ReadoutOptions(width=12, blocks=2, probes=200)
+OPTIONS = ReadoutOptions(width=12, blocks=2)
+ELEMENTS = torch.tensor([0, 1, 2])
 
 
+@pytest.fixture
 def prepared(family, architecture):
-    specialist = family(architecture, 2)[0]
-    wide = widen(specialist.potential, OPTIONS)
-    graphs = [build_graph(atoms, specialist.cutoff) for atoms in specialist.calibration[:3]]
-    graphs.append(build_graph(family(architecture, 2)[1].calibration[0], specialist.cutoff))
-    batch = batch_graphs(graphs)
-    graph = predict(wide, batch.clone()), batch
-    with torch.no_grad():
-        derivatives = lifted_derivatives(wide, batch.clone(), probe_directions(batch, 200, seed=0))
-    random_lift(wide.readout, [derivatives[0]], seed=0)
-    return specialist, wide, graph[1]
+    """A specialist, its widened copy with a random lift, and a batch with two different molecules."""
+    first, second = family(architecture, 2)
+    wide = widen(first.potential, OPTIONS)
+    frames = [*first.calibration[:3], second.calibration[0]]
+    batch = batch_graphs([build_graph(atoms, first.cutoff) for atoms in frames])
+    z, _ = lifted_derivatives(wide, batch.clone(), probe_directions(batch, 2, seed=0))
+    random_lift(wide.readout, z, seed=0)
+    return first, wide, batch
 
 
-def test_widening_changes_nothing_until_theta_does(family, architecture) -> None:
-    specialist, wide, batch = prepared(family, architecture)
+def gram(wide, batch, target, probes: int) -> Gram:
+    return readout_gram(
+        wide,
+        batch.clone(),
+        target.energy,
+        target.forces,
+        elements=ELEMENTS,
+        frame_weights=torch.ones(batch.num_graphs, dtype=torch.float64),
+        energy_weight=1.0,
+        probes=probes,
+        seed=0,
+    )
+
+
+def test_widening_changes_nothing_until_theta_does(prepared) -> None:
+    specialist, wide, batch = prepared
     before, after = predict(specialist.potential, batch.clone()), predict(wide, batch.clone())
     torch.testing.assert_close(after.energy, before.energy, rtol=0, atol=1e-12)
     torch.testing.assert_close(after.forces, before.forces, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("probes", [200, 5])
-def test_gram_is_the_normal_equation_of_energies_and_forces(family, architecture, probes) -> None:
-    """With targets made by known coefficients the residual at those coefficients vanishes, and the solve finds them."""
-    _, wide, batch = prepared(family, architecture)
+def test_gram_is_the_normal_equation_of_energies_and_forces(prepared, probes) -> None:
+    """Targets made by known coefficients leave no residual there, and the solve reproduces them."""
+    _, wide, batch = prepared
     generator = torch.Generator().manual_seed(3)
-    theta = torch.randn(12 + len(wide.species), generator=generator, dtype=torch.float64)
-    goal = widen_with(wide, theta)
-    target = predict(goal, batch.clone())
-    options = OPTIONS.model_copy(update={"probes": probes})
-    gram = readout_gram(wide, batch.clone(), target.energy, target.forces, options, torch.ones(4, dtype=torch.float64))
-    assert gram.residual(theta[:, None]) < 1e-12
-    assert gram.residual(torch.zeros_like(theta)[:, None]) == 1.0
-    fit = fit_readout(gram, gram, torch.zeros_like(theta)[:, None])
-    assert fit.solution.residual_after < 1e-7
+    theta = torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    constants = torch.randn(3, generator=generator, dtype=torch.float64)
+    goal = deepcopy(wide)
+    with torch.no_grad():
+        goal.readout.theta.copy_(theta)
+        goal.readout.constants.copy_(constants)
+    statistics = gram(wide, batch, predict(goal, batch.clone()), probes)
+    coefficients = torch.cat([theta.flatten(), constants])[:, None]
+    assert statistics.residual(coefficients) < 1e-12
+    assert statistics.residual(torch.zeros_like(coefficients)) == 1.0
+    fit = fit_readout(statistics, statistics)
+    assert fit.solution.residual_after < 1e-6
 
 
 def test_fit_prefers_the_ridge_that_generalises() -> None:
@@ -55,18 +81,19 @@ def test_fit_prefers_the_ridge_that_generalises() -> None:
         x = torch.randn(n, 40, generator=generator, dtype=torch.float64)
         return Gram.of(x, x @ true + 2.0 * torch.randn(n, 1, generator=generator, dtype=torch.float64))
 
-    fit = fit_readout(noisy(45), noisy(400), torch.zeros(40, 1, dtype=torch.float64))
-    assert fit.ridge == 1e-3
+    assert fit_readout(noisy(45), noisy(400)).ridge == 1e-3
 
 
-def widen_with(wide, theta):
-    from copy import deepcopy
-
-    goal = deepcopy(wide)
-    with torch.no_grad():
-        goal.readout.theta.copy_(theta[:12])
-        goal.readout.constants.copy_(theta[12:])
-    return goal
+def test_displaced_copies_leave_the_frames_alone(family) -> None:
+    frames = family("painn", 1)[0].calibration
+    before = [atoms.positions.copy() for atoms in frames]
+    copies = displaced(frames, ReadoutOptions(copies=30, displacement=0.05))
+    assert len(copies) == 30 * len(frames)
+    shifts = np.concatenate(
+        [copy.positions - frames[i % len(frames)].positions for i, copy in enumerate(copies)]
+    )
+    assert shifts.std() == pytest.approx(0.05, rel=0.05)
+    assert all(np.array_equal(atoms.positions, old) for atoms, old in zip(frames, before))
 
 
 def test_probes_of_small_frames_are_unit_vectors_and_of_large_ones_average_to_the_identity(family) -> None:

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from ase_gffmerge.merging.solve import ridge_solve
 from ase_gffmerge.merging.statistics import Gram, normalised_sum
 
-sizes = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 6), st.integers(1, 4), st.integers(0, 2**31))
+sizes = st.tuples(
+    st.integers(1, 40), st.integers(1, 40), st.integers(1, 6), st.integers(1, 4), st.integers(0, 2**31)
+)
 
 
 def rows(n: int, d: int, m: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +58,9 @@ def test_ridge_equals_numpy_lstsq_on_stacked_rows(
     np.testing.assert_allclose(solution.theta.numpy(), expected, rtol=1e-6, atol=1e-8)
     assert solution.ridge == pytest.approx(mu)
     singular = np.linalg.svd(x.numpy(), compute_uv=False) ** 2
-    assert solution.effective_rank == pytest.approx(float((singular / (singular + mu)).sum()), rel=1e-6, abs=1e-6)
+    assert solution.effective_rank == pytest.approx(
+        float((singular / (singular + mu)).sum()), rel=1e-6, abs=1e-6
+    )
 
 
 def test_ridge_to_infinity_returns_the_prior() -> None:

@@ -1,0 +1,146 @@
+"""Measure what the README claims: errors of the merge on all rMD17 test frames, seconds, and stable dynamics.
+
+    python md_examples/benchmark_merge.py DATA_FOLDER [--json] [--md] [--nequip FOLDER]
+
+DATA_FOLDER holds the rMD17 files ``rmd17_<molecule>_{train,test}_01.npz``. Without ``--md`` and ``--nequip`` it takes about
+two minutes on two cores; ``--md`` adds 10 ps of NVE (float64) and five times 10 ps of NVT at 500 K per molecule (about
+20 minutes); ``--nequip`` trains a small NequIP base and two specialists in FOLDER (resumable) and compares merges of them.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase import Atoms
+
+from ase_gffmerge import GFFMergeCalculator, Specialist, merge
+from ase_gffmerge.data.readers import read_frames
+from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.evaluation.dynamics import run_md
+from ase_gffmerge.evaluation.errors import evaluate
+from ase_gffmerge.training.config import TrainConfig
+from ase_gffmerge.training.train import train
+
+MOLECULES = ("ethanol", "malonaldehyde")
+NAMES = tuple(f"rmd17-{molecule}" for molecule in MOLECULES)
+RECIPES = ("mean", "paper", "gffmerge")
+NEQUIP = {"channels": 32, "tensor_channels": 16, "n_blocks": 2, "l_max": 1, "cutoff": 4.0}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def force_maes(specialists: list[Specialist], tests: list[list[Atoms]]) -> dict[str, Any]:
+    """Force MAE (eV/Å) and energy MAE (eV/atom) of specialists and merges, and seconds of every merge."""
+    names = [specialist.name for specialist in specialists]
+    result: dict[str, Any] = {"force_mae": {}, "energy_mae": {}, "merge_seconds": {}, "phases": {}}
+
+    def add(label: str, potentials: list[Any]) -> None:
+        errors = [evaluate(p, test, specialist=k) for k, (p, test) in enumerate(zip(potentials, tests))]
+        result["force_mae"][label] = {name: e.force_mae for name, e in zip(names, errors)}
+        result["energy_mae"][label] = {name: e.energy_mae for name, e in zip(names, errors)}
+        say(f"{label:10s} " + "  ".join(f"{n} {1000 * e.force_mae:.1f} meV/Å" for n, e in zip(names, errors)))
+
+    add("specialist", [specialist.potential for specialist in specialists])
+    for recipe in RECIPES:
+        start = time.perf_counter()
+        merged, report = merge(specialists, recipe, device="cpu")
+        result["merge_seconds"][recipe] = time.perf_counter() - start
+        result["phases"][recipe] = dict(report.seconds)
+        add(recipe, [merged.potential] * len(names))
+    return result
+
+
+def cache_seconds() -> dict[str, float]:
+    """Seconds to build the calculator without and with a cached merge, imports excluded."""
+    with tempfile.TemporaryDirectory() as folder:
+        times = []
+        for _ in range(2):
+            start = time.perf_counter()
+            GFFMergeCalculator(NAMES, cache_dir=folder, device="cpu")
+            times.append(time.perf_counter() - start)
+    return {"miss": times[0], "hit": times[1]}
+
+
+def dynamics(tests: list[list[Atoms]]) -> dict[str, Any]:
+    """NVE of 10 ps in float64 at 300 K, and five NVT runs of 10 ps at 500 K, with the merged potential."""
+    result: dict[str, Any] = {"nve": {}, "nvt": {}}
+    for name, test in zip(NAMES, tests):
+        atoms = test[0].copy()
+        atoms.calc = GFFMergeCalculator(NAMES, dtype="float64", device="cpu")
+        run = run_md(atoms, ensemble="nve", temperature=300, steps=20_000, timestep=0.5)
+        result["nve"][name] = {
+            "drift_per_atom": run.drift_per_atom,
+            "slope_per_atom_per_ps": run.drift_slope_per_atom,
+            "broken_bonds": len(run.broken_bonds),
+            "steps_per_second": run.steps_per_second,
+        }
+        say(f"NVE {name}: {result['nve'][name]}")
+        result["nvt"][name] = []
+        for seed in range(5):
+            atoms = test[0].copy()
+            atoms.calc = GFFMergeCalculator(NAMES, device="cpu")
+            run = run_md(atoms, ensemble="nvt", temperature=500, steps=20_000, timestep=0.5, seed=seed)
+            held = {"broken_bonds": len(run.broken_bonds), "mean_temperature": run.mean_temperature}
+            result["nvt"][name].append(held)
+            say(f"NVT {name} seed {seed}: {held}")
+    return result
+
+
+def nequip_pair(data: Path, folder: Path) -> list[Specialist]:
+    """Train (or load) a small NequIP base and its two specialists."""
+
+    def trained(
+        name: str, molecules: tuple[str, ...], epochs: int, rate: float, init: Specialist | None
+    ) -> Specialist:
+        out = folder / f"{name}.safetensors"
+        if not out.exists():
+            say(f"training {out}")
+            config = TrainConfig(
+                model="nequip",
+                hyper=NEQUIP,
+                epochs=epochs,
+                learning_rate=rate,
+                batch_size=5,
+                level_of_theory="PBE/def2-SVP",
+            )
+            if init is not None:
+                config = config.model_copy(update={"model": None, "hyper": {}})
+            train([data / f"rmd17_{m}_train_01.npz" for m in molecules], out, config, init=init, device="cpu")
+        return Specialist.load(out)
+
+    base = trained("nequip-base", ("toluene", "uracil", "salicylic"), 8, 5e-3, None)
+    return [trained(f"nequip-{molecule}", (molecule,), 20, 2e-3, base) for molecule in MOLECULES]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--md", action="store_true")
+    parser.add_argument("--nequip", type=Path)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore", MergeWarning)
+    tests = [read_frames(arguments.data / f"rmd17_{molecule}_test_01.npz") for molecule in MOLECULES]
+    result: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    result["painn"] = force_maes([Specialist.load(name) for name in NAMES], tests)
+    result["calculator_seconds"] = cache_seconds()
+    if arguments.nequip:
+        result["nequip"] = force_maes(nequip_pair(arguments.data, arguments.nequip), tests)
+    if arguments.md:
+        result["dynamics"] = dynamics(tests)
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
