@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ase_gffmerge.cli import cache, evaluate, info, md, merge, relax, train
+from ase_gffmerge.cli import cache, demo, evaluate, info, md, merge, relax, train
 from ase_gffmerge.errors import GFFMergeError
 
 
@@ -49,6 +49,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)
 app.command("evaluate")(evaluate.evaluate)

@@ -1,0 +1,105 @@
+"""``gffmerge demo``: merge the bundled specialists, compare, run dynamics, write what came out."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ase_gffmerge.cli.options import DeviceOption, DType, JsonOption
+from ase_gffmerge.cli.output import Progress, note, plain, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from ase_gffmerge.calculator import GFFMergeCalculator
+    from ase_gffmerge.evaluation.demo import DemoResult
+
+NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for table, plot and trajectories.")] = Path(
+        "gffmerge-demo"
+    ),
+    nvt_ps: Annotated[float, typer.Option(min=0.001, help="Length of NVT at 500 K, ps.")] = 2.0,
+    nve_ps: Annotated[float, typer.Option(min=0.001, help="Length of NVE at 300 K, ps.")] = 1.0,
+    dtype: Annotated[DType, typer.Option(help="Of the merged network.")] = DType.float32,
+    device: DeviceOption = "auto",
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Of merged potentials [default: $GFFMERGE_CACHE, else the user's].")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge the bundled specialists, compare with the baselines, run both molecules with one calculator."""
+    from ase_gffmerge.evaluation.demo import DemoResult, compare_models, run_dynamics
+    from ase_gffmerge.fileformat import require_writable
+    from ase_gffmerge.sources import load
+
+    require_writable(out / "demo.json")
+    with progress_bar("merging") as progress:
+        calc, seconds = merged_calculator(
+            dtype=dtype, device=device, cache_dir=cache_dir, progress=section(progress, 0.0, 0.3)
+        )
+        progress(0.3, "comparing with mean and paper")
+        target = calc.force_field.potential.device
+        comparison = compare_models([load(name) for name in NAMES], calc.force_field, seconds, device=target)
+        lengths = {"nvt": nvt_ps, "nve": nve_ps}
+        runs = run_dynamics(calc, NAMES, lengths, out, progress=section(progress, 0.4, 1.0))
+    result = DemoResult(comparison=comparison, cache_hit=bool(calc.cache_hit), runs=runs)
+    write_results(result, out)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print_result(result)
+    note(f"written: {out} (demo.md, demo.json, parity.png and {2 * len(NAMES)} trajectories)")
+
+
+def section(progress: Progress, start: float, end: float) -> Progress:
+    """Give a part of a progress bar to a step that counts from 0 to 1."""
+    return lambda fraction, text: progress(start + (end - start) * fraction, text)
+
+
+def merged_calculator(
+    *, dtype: DType, device: str, cache_dir: Path | None, progress: Progress
+) -> "tuple[GFFMergeCalculator, float]":
+    """Merge through the cache; returns the seconds of merging or loading as well, without imports."""
+    from time import perf_counter
+
+    from ase_gffmerge.calculator import GFFMergeCalculator
+
+    start = perf_counter()
+    calc = GFFMergeCalculator(NAMES, dtype=dtype.value, device=device, cache_dir=cache_dir, progress=progress)
+    return calc, perf_counter() - start
+
+
+def write_results(result: "DemoResult", out: Path) -> None:
+    """Write the table (Markdown and JSON) and the parity plot."""
+    from ase_gffmerge.evaluation.demo_table import markdown
+    from ase_gffmerge.evaluation.parity import plot_parity
+    from ase_gffmerge.fileformat import atomic_write
+
+    texts = {
+        "demo.md": markdown(result),
+        "demo.json": json.dumps(plain(result.to_dict()), indent=1, allow_nan=False) + "\n",
+    }
+    for name, text in texts.items():
+        atomic_write(out / name, lambda path, text=text: path.write_bytes(text.encode()))  # type: ignore[misc]
+    plot_parity(result.comparison.reference, result.comparison.predicted, out / "parity.png")
+
+
+def print_result(result: "DemoResult") -> None:
+    """Print the table for people."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    from ase_gffmerge.evaluation.demo_table import conditions, header, rows
+
+    first, *others = header(result)
+    table = Table(first, title=f"Merge of {' and '.join(result.names)}", box=SIMPLE)
+    for title in others:
+        table.add_column(title, justify="right", overflow="fold")
+    for row in rows(result):
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print(conditions(result), highlight=False)
