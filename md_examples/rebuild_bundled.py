@@ -25,8 +25,8 @@ from ase_gffmerge.training.train import train
 BASE = "rmd17-base"
 PLANS = {
     BASE: Plan(molecules=("aspirin", "salicylic", "toluene", "uracil"), epochs=32, learning_rate=2e-3),
-    "rmd17-ethanol": Plan(molecules=("ethanol",), epochs=40, learning_rate=2e-4, parent=BASE),
-    "rmd17-malonaldehyde": Plan(molecules=("malonaldehyde",), epochs=40, learning_rate=2e-4, parent=BASE),
+    "rmd17-ethanol": Plan(molecules=("ethanol",), epochs=70, learning_rate=2e-4, parent=BASE),
+    "rmd17-malonaldehyde": Plan(molecules=("malonaldehyde",), epochs=70, learning_rate=2e-4, parent=BASE),
 }
 STAGES = {"base": (BASE,), "specialists": ("rmd17-ethanol", "rmd17-malonaldehyde"), "cards": ()}
 N_CALIBRATION = 100

@@ -1,5 +1,8 @@
 """Structures and potentials that several test folders use."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,13 @@ HYPER = {
     "painn": {"cutoff": 4.0, "channels": 8, "n_blocks": 2, "n_radial": 6},
     "nequip": {"cutoff": 4.0, "channels": 8, "tensor_channels": 4, "n_blocks": 2, "n_radial": 6},
 }
+
+
+@pytest.fixture(scope="session")
+def merge_cache(tmp_path_factory) -> Path:
+    """One cache for all workers of a session: the merge of the bundled specialists is paid once."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "merge-cache"
 
 
 @pytest.fixture

@@ -97,7 +97,8 @@ def print_result(result: "DemoResult") -> None:
     first, *others = header(result)
     table = Table(first, title=f"Merge of {' and '.join(result.names)}", box=SIMPLE)
     for title in others:
-        table.add_column(title, justify="right", overflow="fold")
+        longest = max(map(len, title.split()))
+        table.add_column(title, justify="right", min_width=longest)
     for row in rows(result):
         table.add_row(*row)
     console = Console()

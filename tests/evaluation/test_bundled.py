@@ -1,0 +1,59 @@
+"""The bundled specialists, their test frames and their cards belong together."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from ase_gffmerge import Specialist
+from ase_gffmerge.errors import FramesError
+from ase_gffmerge.evaluation.bundled import bundled_test_frames
+from ase_gffmerge.evaluation.errors import evaluate
+from ase_gffmerge.specialist import BUNDLED, bundled_path
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def rebuild(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "md_examples")
+    return importlib.import_module("rebuild_bundled")
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_specialist_and_test_frames(name: str) -> None:
+    specialist, frames = Specialist.load(name), bundled_test_frames(name)
+    assert specialist.name == name
+    assert specialist.level_of_theory == "PBE/def2-SVP"
+    assert len(frames) == 50
+    assert len(specialist.calibration) == 100
+    assert evaluate(specialist.potential, frames).force_mae < 0.030
+    assert specialist.provenance.errors["force_mae"] < 0.030
+    for frame in frames:
+        same = [c for c in specialist.calibration if c.numbers.tolist() == frame.numbers.tolist()]
+        assert not any(np.allclose(c.positions, frame.positions, atol=1e-6) for c in same)
+
+
+def test_both_descend_from_the_base() -> None:
+    base = Specialist.load("rmd17-base").fingerprint
+    for name in ("rmd17-ethanol", "rmd17-malonaldehyde"):
+        assert Specialist.load(name).provenance.lineage == (base,)
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_card_is_up_to_date(name: str, rebuild: ModuleType) -> None:
+    card = bundled_path(name).with_suffix(".md").read_text(encoding="utf-8")
+    specialist, plan = Specialist.load(name), rebuild.PLANS[name]
+    errors = evaluate(specialist.potential, bundled_test_frames(name))
+    file_hash = rebuild.sha256(bundled_path(name))
+    expected = rebuild.model_card(
+        specialist, plan, {"the 50 bundled test frames": errors}, file_hash=file_hash
+    )
+    assert [line for line in expected.splitlines() if line not in card.splitlines()] == []
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(FramesError, match="choose one of rmd17-base"):
+        bundled_test_frames("rmd17-water")
