@@ -23,7 +23,7 @@ from ase_gffmerge.models import Potential, build_potential
 HELD_OUT = 5
 """Every fifth frame (with its copies) chooses the ridge."""
 
-MAX_ATOMS = 180
+MAX_ATOMS = 90
 """Atoms per batch; larger batches leave the processor's cache and are slower."""
 
 
@@ -58,7 +58,8 @@ def match_forces(
     report
         Diagnosis of the solve.
     held_out
-        Relative squared residual on held-out frames.
+        Root mean square force error (with the weighted energy error) on held-out frames, relative to the specialists'
+        root mean square force.
     """
     merged = widen(potential, options)
     readout = widened(merged)
@@ -82,7 +83,13 @@ def match_forces(
     theta, constants = fit.solution.theta[:, 0].split([len(elements) * options.width, len(elements)])
     readout.theta[elements] = theta.view(len(elements), -1).to(merged.dtype)
     readout.constants[elements] = constants.to(merged.dtype)
-    return merged, LayerReport.of("readout.theta", "readout", fit.solution), fit.held_out
+    held_out = fit.held_out * grams[1].yy / (3 * sum(t.weight * _held_out_share(t) for t in territories) or 1.0)
+    return merged, LayerReport.of("readout.theta", "readout", fit.solution), held_out**0.5
+
+
+def _held_out_share(territory: Territory) -> float:
+    frames = territory.specialist.calibration
+    return len(_split(frames)[1]) / len(frames)
 
 
 def _split(frames: Sequence[Atoms]) -> tuple[list[Atoms], list[Atoms]]:

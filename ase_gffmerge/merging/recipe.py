@@ -39,7 +39,7 @@ class ReadoutOptions(BaseModel):
     energy_weight: float = Field(default=10.0, ge=0)
     copies: int = Field(default=8, ge=0)
     displacement: float = Field(default=0.02, gt=0)
-    probes: int = Field(default=9, ge=1)
+    probes: int = Field(default=6, ge=1)
     seed: int = 0
 
 
@@ -81,7 +81,7 @@ class Recipe(BaseModel):
     ridge_scale: Literal["relative", "absolute"] = "relative"
     anchor: Literal["mean", "zero"] = "mean"
     ones: Literal["biased", "all"] = "biased"
-    probes: int = Field(default=4, ge=0)
+    probes: int = Field(default=3, ge=0)
     slope_weight: float = Field(default=1.0, ge=0)
     messages: bool = True
     readout: ReadoutOptions | None = ReadoutOptions()

@@ -106,7 +106,7 @@ class MergeReport:
     disagreements
         For every specialist: mean, merged model, every other specialist.
     held_out
-        Relative squared residual of energies and forces on held-out calibration frames, when the readout was fitted.
+        Relative force error on held-out calibration frames, when a readout was fitted and so saw the others.
     energy_shifts
         Per specialist, the shift per element (eV) that put its energies on the common scale.
     seconds
@@ -130,10 +130,10 @@ class MergeReport:
     def relative_disagreement(self) -> float:
         """Largest force RMSE of the merged model against a specialist over that specialist's force RMS.
 
-        A readout fitted on the same frames is judged by its held-out residual instead, if that is larger.
+        A readout fitted on the same frames is judged by its error on held-out frames, if that is larger.
         """
         values = [d.force_rmse / max(d.force_rms, 1e-12) for d in self.disagreements if d.model == "merged"]
-        return max(values, default=0.0)
+        return max([*values, self.held_out or 0.0])
 
     @property
     def verdict(self) -> Verdict:
