@@ -100,7 +100,7 @@ def print_result(result: "DemoResult") -> None:
         longest = max(map(len, title.split()))
         table.add_column(title, justify="right", min_width=longest)
     for row in rows(result):
-        table.add_row(*row)
+        table.add_row(*(cell.replace(" / ", "\n") for cell in row))
     console = Console()
     console.print(table)
     console.print(conditions(result), highlight=False)
