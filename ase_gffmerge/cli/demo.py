@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -97,8 +98,7 @@ def print_result(result: "DemoResult") -> None:
     first, *others = header(result)
     table = Table(first, title=f"Merge of {' and '.join(result.names)}", box=SIMPLE)
     for title in others:
-        longest = max(map(len, title.split()))
-        table.add_column(title, justify="right", min_width=longest)
+        table.add_column(fill(title, 13), justify="right")
     for row in rows(result):
         table.add_row(*(cell.replace(" / ", "\n") for cell in row))
     console = Console()
