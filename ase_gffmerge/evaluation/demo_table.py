@@ -6,7 +6,7 @@ from ase_gffmerge.evaluation.demo import DEFAULT, TEMPERATURES, TIMESTEP, DemoRe
 def header(result: DemoResult) -> list[str]:
     """Column titles with units."""
     errors = [f"{name.removeprefix('rmd17-')} force MAE (meV/Å)" for name in result.names]
-    return ["model", *errors, "seconds to merge", "NVE drift (meV/atom)", "MD steps per s"]
+    return ["model", *errors, "seconds to merge", "NVE drift (meV/atom)", "steps/s"]
 
 
 def rows(result: DemoResult) -> list[list[str]]:
