@@ -98,7 +98,7 @@ def print_result(result: "DemoResult") -> None:
     first, *others = header(result)
     table = Table(first, title=f"Merge of {' and '.join(result.names)}", box=SIMPLE)
     for title in others:
-        table.add_column(fill(title, 13), justify="right")
+        table.add_column(fill(title, 10, break_long_words=False), justify="right")
     for row in rows(result):
         table.add_row(*(cell.replace(" / ", "\n") for cell in row))
     console = Console()
