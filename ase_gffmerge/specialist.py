@@ -188,9 +188,7 @@ class Specialist:
                 f"{path} is in units {units}, not {UNITS}; convert the model before saving it"
             )
         _load_weights(potential, tensors, path)
-        potential.to(
-            device=device, dtype=dtype or tensors["potential.embedding"].dtype
-        ).eval().requires_grad_(False)
+        potential.to(device=device, dtype=dtype).eval().requires_grad_(False)
         return specialist
 
     def to(self, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Self:
@@ -279,4 +277,5 @@ def _load_weights(potential: Potential, tensors: Mapping[str, Tensor], path: Pat
     }
     if extra:
         raise FileFormatError(f"{path} has unexpected tensors {sorted(extra)[:3]}; write the file again")
+    potential.to(dtype=tensors["potential.embedding"].dtype)
     potential.load_state_dict({name: tensors[f"potential.{name}"] for name in expected})

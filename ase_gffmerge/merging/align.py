@@ -122,7 +122,8 @@ def _layer_grams(
     original: nn.Module,
 ) -> list[Gram]:
     """Statistics of one specialist: rows of the merged (or its own) input, targets of its own output."""
-    values = [Gram.zero(*_size(problem, recipe)) for problem in ours]
+    device = territory.scenes[0].graph.pos.device
+    values = [Gram.zero(*_size(problem, recipe), device=device) for problem in ours]
     slopes = list(values)
     for scene in territory.scenes:
         own = entering(original, scene, False)
@@ -271,7 +272,7 @@ def _message_report(
         rows=sum(part.numel() for term in terms for part in term.target),
         residual_before=solution.residual_before,
         residual_after=solution.residual_after,
-        effective_rank=float(solution.theta.shape[0]),
+        effective_rank=None,
         size=solution.theta.shape[0],
         ridge=solution.ridge,
     )

@@ -13,7 +13,7 @@ from ase import Atoms
 
 from ase_gffmerge.evaluation.errors import chunks
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.merging.readout import fit_readout, random_lift, readout_gram, widened
+from ase_gffmerge.merging.readout import fit_readout, random_lift, readout_rows, widened
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.statistics import Gram
@@ -23,8 +23,11 @@ from ase_gffmerge.models import Potential, build_potential
 HELD_OUT = 5
 """Every fifth frame (with its copies) chooses the ridge."""
 
-MAX_ATOMS = 90
-"""Atoms per batch; larger batches leave the processor's cache and are slower."""
+MAX_ATOMS = 180
+"""Atoms per batch; much larger batches leave the processor's cache and are slower."""
+
+MAX_ROWS = 4096
+"""Rows that are collected before their Gram matrix is taken; each one costs a pass over the whole matrix."""
 
 
 def widen(potential: Potential, options: ReadoutOptions) -> Potential:
@@ -83,7 +86,9 @@ def match_forces(
     theta, constants = fit.solution.theta[:, 0].split([len(elements) * options.width, len(elements)])
     readout.theta[elements] = theta.view(len(elements), -1).to(merged.dtype)
     readout.constants[elements] = constants.to(merged.dtype)
-    held_out = fit.held_out * grams[1].yy / (3 * sum(t.weight * _held_out_share(t) for t in territories) or 1.0)
+    held_out = (
+        fit.held_out * grams[1].yy / (3 * sum(t.weight * _held_out_share(t) for t in territories) or 1.0)
+    )
     return merged, LayerReport.of("readout.theta", "readout", fit.solution), held_out**0.5
 
 
@@ -115,26 +120,47 @@ def _territory_gram(
     elements: torch.Tensor,
 ) -> Gram:
     """Statistics of frames and their copies; a specialist weighs a_k / (N_k s_k) per force component."""
-    specialist = territory.specialist
-    total = Gram.zero(len(elements) * (options.width + 1), 1, device=merged.device)
-    everything = [*frames, *displaced(frames, options)]
-    for i, chunk in enumerate(chunks(everything, MAX_ATOMS)):
-        graphs = [build_graph(atoms, specialist.cutoff, dtype=merged.dtype) for atoms in chunk]
-        for graph in graphs:
-            graph.specialist.fill_(territory.index)
-        batch = batch_graphs(graphs).to(merged.device)
-        target = predict(specialist.potential, batch)
-        n_frames = len(specialist.calibration) * (1 + options.copies)
-        n_atoms = torch.bincount(batch.batch).to(merged.dtype)
-        total += readout_gram(
-            merged,
-            batch,
-            target.energy,
-            target.forces,
-            elements=elements,
-            frame_weights=territory.weight / (n_frames * n_atoms * territory.mean_square_force),
-            energy_weight=options.energy_weight,
-            probes=options.probes,
-            seed=options.seed + i,
-        )
+    size = len(elements) * (options.width + 1)
+    total = Gram.zero(size, 1, device=merged.device)
+    rows: list[torch.Tensor] = []
+    targets: list[torch.Tensor] = []
+    batches = list(chunks([*frames, *displaced(frames, options)], MAX_ATOMS))
+    for i, chunk in enumerate(batches):
+        row, target = _batch_rows(merged, territory, chunk, options, elements, seed=options.seed + i)
+        rows.append(row)
+        targets.append(target)
+        if sum(map(len, rows)) >= MAX_ROWS or i == len(batches) - 1:
+            total += Gram.of(torch.cat(rows), torch.cat(targets))
+            rows, targets = [], []
     return total
+
+
+def _batch_rows(
+    merged: Potential,
+    territory: Territory,
+    frames: Sequence[Atoms],
+    options: ReadoutOptions,
+    elements: torch.Tensor,
+    *,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and targets of one batch, labelled by the specialist."""
+    specialist = territory.specialist
+    graphs = [build_graph(atoms, specialist.cutoff, dtype=merged.dtype) for atoms in frames]
+    for graph in graphs:
+        graph.specialist.fill_(territory.index)
+    batch = batch_graphs(graphs).to(merged.device)
+    target = predict(specialist.potential, batch)
+    n_frames = len(specialist.calibration) * (1 + options.copies)
+    n_atoms = torch.bincount(batch.batch).to(merged.dtype)
+    return readout_rows(
+        merged,
+        batch,
+        target.energy,
+        target.forces,
+        elements=elements,
+        frame_weights=territory.weight / (n_frames * n_atoms * territory.mean_square_force),
+        energy_weight=options.energy_weight,
+        probes=options.probes,
+        seed=seed,
+    )

@@ -73,7 +73,10 @@ def merge(
     tell = progress or (lambda fraction, text: None)
     clock = _Clock()
     target = resolve_device(device)
-    parents = [replace(s, potential=deepcopy(s.potential).to(device=target)) for s in specialists]
+    dtype = max((s.potential.dtype for s in specialists), key=lambda kind: torch.finfo(kind).bits)
+    parents = [
+        replace(s, potential=deepcopy(s.potential).to(device=target, dtype=dtype)) for s in specialists
+    ]
     with torch.no_grad(), clock("mean"):
         shifts = align_references(parents)
         potential = mean_potential(parents, recipe)

@@ -70,7 +70,7 @@ def solve_messages(
     *,
     metric: Tensor,
     ridge: float,
-    iterations: int = 10,
+    iterations: int = 6,
     tolerance: float = 1e-3,
 ) -> MessageSolution:
     """Minimise the mismatch of the stage output over its closing map.

@@ -28,12 +28,12 @@ from torch_geometric.data import Batch
 from ase_gffmerge.graphs import predict
 from ase_gffmerge.graphs.batches import edge_vectors
 from ase_gffmerge.merging.duals import Dual, push
-from ase_gffmerge.merging.solve import Solution, ridge_solve
+from ase_gffmerge.merging.solve import Solution, regularised_factor, ridge_solve
 from ase_gffmerge.merging.statistics import Gram
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.readout import WidenedReadout
 
-RIDGES = tuple(10.0**-exponent for exponent in range(3, 12))
+RIDGES = tuple(10.0**-exponent for exponent in range(3, 9))
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def force_rows(
         yield -rows.new_zeros(n_cells, rows.shape[1]).index_add(0, cell, rows)
 
 
-def readout_gram(
+def readout_rows(
     potential: Potential,
     graph: Batch,
     target_energy: Tensor,
@@ -130,8 +130,8 @@ def readout_gram(
     energy_weight: float,
     probes: int,
     seed: int,
-) -> Gram:
-    """Gram statistics of one batch for [θ of the first element; ...; c].
+) -> tuple[Tensor, Tensor]:
+    """Rows (n_rows, n_unknowns) and targets (n_rows, 1) of one batch, for the unknowns [θ of the first element; ...; c].
 
     Parameters
     ----------
@@ -171,7 +171,7 @@ def readout_gram(
     targets = torch.cat(
         [(work * scale.T).reshape(-1, 1), (target_energy - base.energy)[:, None].to(phi) * weight]
     )
-    return Gram.of(torch.cat([forces, energies]), targets)
+    return torch.cat([forces, energies]), targets
 
 
 def fit_readout(fitting: Gram, held_out: Gram) -> ReadoutFit:
@@ -180,6 +180,9 @@ def fit_readout(fitting: Gram, held_out: Gram) -> ReadoutFit:
     if not held_out.n_rows:
         solution = ridge_solve(fitting, prior, ridge=1e-6)
         return ReadoutFit(solution, 1e-6, solution.residual_after)
-    trials = [(held_out.residual(ridge_solve(fitting, prior, ridge=r).theta), r) for r in RIDGES]
+    trials = []
+    for ridge in RIDGES:
+        factor, _ = regularised_factor(fitting, ridge=ridge)
+        trials.append((held_out.residual(torch.cholesky_solve(fitting.xy, factor)), ridge))
     best, ridge = min(trials)
     return ReadoutFit(ridge_solve(fitting + held_out, prior, ridge=ridge), ridge, best)

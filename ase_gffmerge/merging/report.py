@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -28,7 +28,7 @@ class LayerReport:
     residual_before, residual_after
         Relative squared residual of the mean of the weights (of the layer-wise solution, for messages), and after.
     effective_rank
-        Degrees of freedom that the rows determine.
+        Degrees of freedom that the rows determine; not known for messages, which are solved iteratively.
     ridge
         Absolute ridge used.
     """
@@ -39,7 +39,7 @@ class LayerReport:
     size: int
     residual_before: float
     residual_after: float
-    effective_rank: float
+    effective_rank: float | None
     ridge: float
 
     @classmethod
@@ -113,8 +113,6 @@ class MergeReport:
         Wall time per phase.
     parity
         Sample for the parity plot.
-    untreated
-        Parameters that were averaged because no affine view exists for them.
     """
 
     specialists: tuple[str, ...]
@@ -124,7 +122,6 @@ class MergeReport:
     energy_shifts: Mapping[str, Mapping[str, float]]
     seconds: Mapping[str, float]
     parity: tuple[Parity, ...] = ()
-    untreated: tuple[str, ...] = field(default=())
 
     @property
     def relative_disagreement(self) -> float:
@@ -170,7 +167,6 @@ class MergeReport:
                     )
                     for row in values["parity"]
                 ),
-                "untreated": tuple(values["untreated"]),
             }
         )
 

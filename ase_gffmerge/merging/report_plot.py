@@ -81,10 +81,7 @@ def report_html(report: MergeReport) -> str:
             "residual before",
             "residual after",
         ),
-        [
-            (r.name, r.kind, r.rows, r.size, f"{r.effective_rank:.1f}", f"{r.ridge:.2e}", *_residuals(r))
-            for r in report.layers
-        ],
+        [(r.name, r.kind, r.rows, r.size, _rank(r), f"{r.ridge:.2e}", *_residuals(r)) for r in report.layers],
     )
     seconds = _table(("phase", "seconds"), [(k, f"{v:.2f}") for k, v in report.seconds.items()])
     return (
@@ -100,6 +97,10 @@ _STYLE = (
     "img{max-width:100%}table{border-collapse:collapse;margin:.5rem 0}td,th{padding:.25rem .7rem;text-align:right;"
     "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}.verdict{font-size:1.4rem;font-weight:600}"
 )
+
+
+def _rank(row: LayerReport) -> str:
+    return "" if row.effective_rank is None else f"{row.effective_rank:.1f}"
 
 
 def _residuals(row: LayerReport) -> tuple[str, str]:

@@ -63,23 +63,24 @@ def ridge_solve(gram: Gram, prior: Tensor, *, ridge: float, relative: bool = Tru
         When G + μI is not positive definite even after the ridge was raised a thousandfold from round-off.
     """
     prior = prior.to(gram.xx)
-    identity = torch.eye(len(gram.xx), dtype=gram.xx.dtype, device=gram.xx.device)
-    scale = float(gram.xx.diagonal().mean())
-    mu = ridge * scale if relative else ridge
-    factor, mu = _factorise(gram.xx, identity, mu, scale)
+    factor, mu = regularised_factor(gram, ridge=ridge, relative=relative)
     theta = prior + torch.cholesky_solve(gram.xy - gram.xx @ prior, factor)
     return Solution(
         theta=theta,
         residual_before=gram.residual(prior),
         residual_after=gram.residual(theta),
-        effective_rank=len(identity) - mu * float(torch.cholesky_inverse(factor).diagonal().sum()),
+        effective_rank=len(theta) - mu * float(torch.cholesky_inverse(factor).diagonal().sum()),
         ridge=mu,
         n_rows=int(gram.n_rows),
     )
 
 
-def _factorise(matrix: Tensor, identity: Tensor, mu: float, scale: float) -> tuple[Tensor, float]:
-    """Cholesky factor of ``matrix + mu``; a singular matrix gets the smallest ridge that round-off asks for."""
+def regularised_factor(gram: Gram, *, ridge: float, relative: bool = True) -> tuple[Tensor, float]:
+    """Cholesky factor of G + μI, and μ; a singular matrix gets the smallest ridge that round-off asks for."""
+    matrix = gram.xx
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    scale = float(matrix.diagonal().mean())
+    mu = ridge * scale if relative else ridge
     floor = torch.finfo(matrix.dtype).eps * max(scale, torch.finfo(matrix.dtype).tiny) * len(matrix)
     for attempt in (mu, max(mu, floor), max(mu, 30 * floor), max(mu, 1000 * floor)):
         factor, failed = torch.linalg.cholesky_ex(matrix + attempt * identity)

@@ -11,7 +11,7 @@ from ase_gffmerge.merging.readout import (
     lifted_derivatives,
     probe_directions,
     random_lift,
-    readout_gram,
+    readout_rows,
 )
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.merging.statistics import Gram
@@ -33,7 +33,7 @@ def prepared(family, architecture):
 
 
 def gram(wide, batch, target, probes: int) -> Gram:
-    return readout_gram(
+    rows = readout_rows(
         wide,
         batch.clone(),
         target.energy,
@@ -44,6 +44,7 @@ def gram(wide, batch, target, probes: int) -> Gram:
         probes=probes,
         seed=0,
     )
+    return Gram.of(*rows)
 
 
 def test_widening_changes_nothing_until_theta_does(prepared) -> None:
