@@ -304,3 +304,12 @@ def test_written_file_has_ordinary_permissions(path: Path) -> None:
     assert path.stat().st_mode == (path.parent / "plain").stat().st_mode
     with safe_open(path, framework="pt") as handle:
         assert handle.metadata()["schema"] == "1"
+
+
+def test_float64_weights_survive_a_round_trip_bitwise(tmp_path) -> None:
+    torch.manual_seed(0)
+    potential = build_potential("painn", {"channels": 4, "n_blocks": 1}, (1, 8)).double()
+    saved = Specialist(name="exact", potential=potential)
+    loaded = Specialist.load(saved.save(tmp_path / "exact.safetensors"))
+    assert loaded.potential.dtype == torch.float64
+    assert loaded.fingerprint == saved.fingerprint

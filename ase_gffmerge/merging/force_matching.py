@@ -86,10 +86,9 @@ def match_forces(
     theta, constants = fit.solution.theta[:, 0].split([len(elements) * options.width, len(elements)])
     readout.theta[elements] = theta.view(len(elements), -1).to(merged.dtype)
     readout.constants[elements] = constants.to(merged.dtype)
-    held_out = (
-        fit.held_out * grams[1].yy / (3 * sum(t.weight * _held_out_share(t) for t in territories) or 1.0)
-    )
-    return merged, LayerReport.of("readout.theta", "readout", fit.solution), held_out**0.5
+    share = sum(territory.weight * _held_out_share(territory) for territory in territories)
+    relative_square = fit.held_out * grams[1].yy / (3 * share) if share else fit.held_out
+    return merged, LayerReport.of("readout.theta", "readout", fit.solution), relative_square**0.5
 
 
 def _held_out_share(territory: Territory) -> float:
