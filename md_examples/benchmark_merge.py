@@ -116,8 +116,8 @@ def nequip_pair(data: Path, folder: Path) -> list[Specialist]:
             train([data / f"rmd17_{m}_train_01.npz" for m in molecules], out, config, init=init, device="cpu")
         return Specialist.load(out)
 
-    base = trained("nequip-base", ("toluene", "uracil", "salicylic"), 8, 5e-3, None)
-    return [trained(f"nequip-{molecule}", (molecule,), 20, 2e-3, base) for molecule in MOLECULES]
+    base = trained("nequip-base", ("toluene", "uracil", "salicylic"), 14, 1e-2, None)
+    return [trained(f"nequip-{molecule}", (molecule,), 30, 2e-3, base) for molecule in MOLECULES]
 
 
 def main() -> None:

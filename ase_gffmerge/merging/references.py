@@ -1,24 +1,27 @@
 r"""Step 6: one zero of energy for all specialists.
 
-Specialists of one theory may carry different tables of reference energies and still mean the same total energies; then
-nothing needs to be done. If their energies differ by whole electronvolts per atom, they count from different zeros (for
-example atomisation against total energies): the difference is fitted per element on all calibration frames,
+Relatives that carry the same table of reference energies count from the same zero. Tables may differ for two reasons:
+each was fitted to its own data while all energies mean the same totals (the networks make up for the difference), or the
+data count from different zeros, for example atomisation against total energies. The frames of both tell which: with
+:math:`\delta_z = e_{k,z} - e_{1,z}`, the smaller of
 
-.. math:: \delta_k = \arg\min_\delta \sum_f \bigl(E_k(f) - E_1(f) - \sum_z n_{fz}\,\delta_z\bigr)^2 ,
+.. math::
 
-and taken out of specialist k's references.
+   \sum_f \bigl(E_k(f) - E_1(f)\bigr)^2 \qquad\text{and}\qquad
+   \sum_f \bigl(E_k(f) - E_1(f) - \sum_z n_{fz}\,\delta_z\bigr)^2
+
+decides, and in the second case δ is taken out of specialist k's references. The shift is that of the tables, not a fit to
+the energies: a specialist's energies far from what it knows are not worth fitting.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+from ase import Atoms
 from ase.data import chemical_symbols
 
 from ase_gffmerge.evaluation.errors import predict_frames
 from ase_gffmerge.specialist import Specialist
-
-ZERO_TOLERANCE = 1.0
-"""Mean energy difference in eV per atom above which two specialists count from different zeros."""
 
 
 def align_references(specialists: Sequence[Specialist]) -> dict[str, dict[str, float]]:
@@ -32,24 +35,25 @@ def align_references(specialists: Sequence[Specialist]) -> dict[str, dict[str, f
     first, shifts = specialists[0], {}
     frames = [atoms for specialist in specialists for atoms in specialist.calibration]
     for specialist in specialists[1:]:
-        shared = [a for a in frames if set(a.numbers) <= set(first.species) & set(specialist.species)]
-        if not shared:
-            continue
-        sizes = np.array([len(atoms) for atoms in shared])
-        difference = (
-            predict_frames(specialist.potential, shared).energies
-            - predict_frames(first.potential, shared).energies
-        )
-        if abs(np.mean(difference / sizes)) < ZERO_TOLERANCE:
-            continue
-        elements = sorted({int(z) for atoms in shared for z in atoms.numbers})
-        counts = np.array(
-            [[np.count_nonzero(atoms.numbers == z) for z in elements] for atoms in shared], dtype=float
-        )
-        delta = np.linalg.lstsq(counts, difference, rcond=1e-10)[0]
-        for z, shift in zip(elements, delta, strict=True):
-            specialist.potential.references[specialist.species.index(z)] -= float(shift)
-        shifts[specialist.name] = {
-            chemical_symbols[z]: float(d) for z, d in zip(elements, delta, strict=True)
-        }
+        delta = _table_difference(first, specialist)
+        shared = [atoms for atoms in frames if set(atoms.numbers.tolist()) <= set(delta)]
+        if shared and any(delta.values()) and _counts_from_another_zero(first, specialist, shared, delta):
+            for z, shift in delta.items():
+                specialist.potential.references[specialist.species.index(z)] -= shift
+            shifts[specialist.name] = {chemical_symbols[z]: shift for z, shift in delta.items()}
     return shifts
+
+
+def _table_difference(first: Specialist, other: Specialist) -> dict[int, float]:
+    """Difference of the reference energies (eV) of the elements that both know."""
+    ours, theirs = (dict(zip(s.species, s.potential.references.tolist())) for s in (first, other))
+    return {z: theirs[z] - ours[z] for z in ours if z in theirs}
+
+
+def _counts_from_another_zero(
+    first: Specialist, other: Specialist, frames: Sequence[Atoms], delta: dict[int, float]
+) -> bool:
+    energies = [predict_frames(specialist.potential, frames).energies for specialist in (first, other)]
+    difference = energies[1] - energies[0]
+    shift = np.array([sum(delta[z] for z in atoms.numbers.tolist()) for atoms in frames])
+    return bool(np.square(difference - shift).sum() < np.square(difference).sum())

@@ -116,14 +116,28 @@ def test_an_element_only_one_specialist_knows_keeps_its_row(family) -> None:
     torch.testing.assert_close(merged.potential.embedding[0, 2], wider.embedding[0, 2])
 
 
+TABLE = torch.tensor([10.0, 1000.0, 2000.0], dtype=torch.float64)
+
+
 def test_different_zeros_of_energy_are_aligned_and_reported(family, architecture) -> None:
     specialists = family(architecture, 2)
-    specialists[1].potential.references.add_(torch.tensor([10.0, 1000.0, 2000.0], dtype=torch.float64))
+    specialists[1].potential.references.add_(TABLE)
     merged, report = merge(specialists, recipe("gffmerge"))
-    assert set(report.energy_shifts) == {"s1"}
-    energies = predict_frames(merged.potential, specialists[0].calibration).energies
-    own = predict_frames(specialists[0].potential, specialists[0].calibration).energies
-    np.testing.assert_allclose(energies, own, atol=1.0)
+    assert report.energy_shifts == {"s1": pytest.approx({"H": 10.0, "C": 1000.0, "O": 2000.0})}
+    for specialist, shift in zip(specialists, (0.0, 2 * 1000 + 4 * 10 + 2000)):
+        frames = specialist.calibration
+        energies = predict_frames(merged.potential, frames).energies
+        own = predict_frames(specialist.potential, frames).energies
+        np.testing.assert_allclose(energies, own - shift, atol=1.0)
+
+
+def test_tables_that_differ_while_the_energies_agree_are_left_alone(family) -> None:
+    """The network makes up for its table: a constant per element in the readout's last bias."""
+    specialists = family("painn", 2)
+    for table, bias in ((5.0, -5.0),):
+        specialists[1].potential.references.add_(table)
+        specialists[1].potential.readout.out.bias.add_(bias)
+    assert not merge(specialists, recipe("gffmerge"))[1].energy_shifts
 
 
 def test_report_is_complete_round_trips_and_shows(family, architecture, tmp_path) -> None:
