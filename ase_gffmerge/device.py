@@ -19,7 +19,9 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise DeviceError(f"{name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
         raise DeviceError(
             f"device {name!r} was asked for but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
             "device(s); use device='cpu' or 'auto', or install a CUDA build of torch"

@@ -9,6 +9,7 @@ two minutes on two cores; ``--md`` adds 10 ps of NVE (float64) and five times 10
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.dynamics import run_md
 from ase_gffmerge.evaluation.errors import evaluate
+from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
 
@@ -67,6 +69,32 @@ def cache_seconds() -> dict[str, float]:
             GFFMergeCalculator(NAMES, cache_dir=folder, device="cpu")
             times.append(time.perf_counter() - start)
     return {"miss": times[0], "hit": times[1]}
+
+
+def evaluation_cost(test: list[Atoms]) -> dict[str, float]:
+    """Milliseconds per calculator call for ethanol, specialist and merged in turn, and their ratio (medians)."""
+    calculators = {
+        "specialist": GFFMergeCalculator(NAMES[0], device="cpu"),
+        "merged": GFFMergeCalculator(NAMES, device="cpu"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in calculators}
+    for frame in test[:200]:
+        for name, calculator in calculators.items():
+            start = time.perf_counter()
+            calculator.calculate(frame.copy())
+            times[name].append(1000 * (time.perf_counter() - start))
+    median = {name: statistics.median(values[20:]) for name, values in times.items()}
+    return {**median, "ratio": median["merged"] / median["specialist"]}
+
+
+def per_specialist(specialists: list[Specialist], tests: list[list[Atoms]]) -> dict[str, float]:
+    """Force MAE (eV/Å) of the default recipe with per-specialist conditioning."""
+    recipe = load_recipe("gffmerge", conditioning="per-specialist")
+    merged, _ = merge(specialists, recipe, device="cpu")
+    return {
+        s.name: evaluate(merged.potential, test, specialist=k).force_mae
+        for k, (s, test) in enumerate(zip(specialists, tests))
+    }
 
 
 def dynamics(tests: list[list[Atoms]]) -> dict[str, Any]:
@@ -132,8 +160,11 @@ def main() -> None:
     warnings.simplefilter("ignore", MergeWarning)
     tests = [read_frames(arguments.data / f"rmd17_{molecule}_test_01.npz") for molecule in MOLECULES]
     result: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    result["painn"] = force_maes([Specialist.load(name) for name in NAMES], tests)
+    specialists = [Specialist.load(name) for name in NAMES]
+    result["painn"] = force_maes(specialists, tests)
+    result["painn"]["force_mae"]["gffmerge, per-specialist"] = per_specialist(specialists, tests)
     result["calculator_seconds"] = cache_seconds()
+    result["milliseconds_per_call"] = evaluation_cost(tests[0])
     if arguments.nequip:
         result["nequip"] = force_maes(nequip_pair(arguments.data, arguments.nequip), tests)
     if arguments.md:
