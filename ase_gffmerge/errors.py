@@ -46,5 +46,9 @@ class MergeWarning(UserWarning):
     """The merge finished, but its report's verdict is not `good`."""
 
 
+class ReferenceWarning(UserWarning):
+    """Reference energies that do not fit the frames of a training."""
+
+
 class CacheWarning(UserWarning):
     """A cached file was unusable and is being rebuilt."""

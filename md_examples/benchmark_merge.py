@@ -123,7 +123,9 @@ def dynamics(tests: list[list[Atoms]]) -> dict[str, Any]:
 
 
 def nequip_pair(data: Path, folder: Path) -> list[Specialist]:
-    """Train (or load) a small NequIP base and its two specialists."""
+    """Train (or load) a small NequIP base and its two specialists, on the reference energies of the bundled base."""
+    bundled = Specialist.load("rmd17-base")
+    references = dict(zip(bundled.species, bundled.potential.references.tolist()))
 
     def trained(
         name: str, molecules: tuple[str, ...], epochs: int, rate: float, init: Specialist | None
@@ -141,7 +143,14 @@ def nequip_pair(data: Path, folder: Path) -> list[Specialist]:
             )
             if init is not None:
                 config = config.model_copy(update={"model": None, "hyper": {}})
-            train([data / f"rmd17_{m}_train_01.npz" for m in molecules], out, config, init=init, device="cpu")
+            train(
+                [data / f"rmd17_{m}_train_01.npz" for m in molecules],
+                out,
+                config,
+                init=init,
+                references=references,
+                device="cpu",
+            )
         return Specialist.load(out)
 
     base = trained("nequip-base", ("toluene", "uracil", "salicylic"), 14, 1e-2, None)

@@ -10,7 +10,7 @@ from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.models import Potential, build_potential
 from ase_gffmerge.specialist import Specialist, symbols
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.references import fit_references
+from ase_gffmerge.training.references import fit_references, warn_of_offset
 
 
 def initial_specialist(
@@ -41,6 +41,8 @@ def initial_specialist(
     else:
         check_parent(init, elements, config)
         potential, table = deepcopy(init.potential), references or {}
+        kept = dict(zip(init.species, init.potential.references.tolist())) | dict(table)
+        warn_of_offset(frames, kept)
     for z, energy in table.items():
         if z in potential.species:
             potential.references[potential.species.index(z)] = energy

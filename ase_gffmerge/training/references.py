@@ -1,14 +1,17 @@
 """Per-element reference energies: one table shared by a base and all specialists that descend from it."""
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from ase import Atoms
 from ase.data import atomic_numbers
 
-from ase_gffmerge.errors import FramesError
+from ase_gffmerge.errors import FramesError, ReferenceWarning
+
+OFFSET_TOLERANCE = 1.0
 
 
 def composition(frames: Sequence[Atoms], species: Sequence[int]) -> np.ndarray:
@@ -23,6 +26,27 @@ def fit_references(frames: Sequence[Atoms], species: Sequence[int]) -> dict[int,
     energies = np.array([atoms.get_potential_energy() for atoms in frames])
     solution = np.linalg.lstsq(composition(frames, species), energies, rcond=1e-10)[0]
     return {int(z): float(energy) for z, energy in zip(species, solution, strict=True)}
+
+
+def warn_of_offset(frames: Sequence[Atoms], references: Mapping[int, float]) -> None:
+    """Warn when energies lie further than 1 eV per atom from the references a specialist inherits.
+
+    A table fitted to too few compositions is not unique and may be far off for the next molecule; a training that has to
+    learn such an offset drifts far from its base.
+    """
+    offsets = [
+        (atoms.get_potential_energy() - sum(references[z] for z in atoms.numbers.tolist())) / len(atoms)
+        for atoms in frames
+    ]
+    mean = float(np.mean(offsets))
+    if abs(mean) > OFFSET_TOLERANCE:
+        warnings.warn(
+            f"the energies lie {mean:.1f} eV per atom from the base's reference energies, which the training must learn "
+            "as an offset; train the base on more different compositions, or give both trainings one table with "
+            "--references FILE",
+            ReferenceWarning,
+            stacklevel=2,
+        )
 
 
 def load_references(path: Path) -> dict[int, float]:

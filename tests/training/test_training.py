@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ase.build import molecule
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from ase_gffmerge.errors import (
@@ -17,6 +18,7 @@ from ase_gffmerge.errors import (
     GFFMergeError,
     IncompatibleSpecialistsError,
     RecipeError,
+    ReferenceWarning,
     StructureError,
 )
 from ase_gffmerge.fileformat import read_file
@@ -25,7 +27,7 @@ from ase_gffmerge.training.checkpoint import CheckpointWarning, checkpoint_path,
 from ase_gffmerge.training.config import TrainConfig, load_config
 from ase_gffmerge.training.loop import TrainingError, one_cycle
 from ase_gffmerge.training.losses import labelled_graph, loss_terms
-from ase_gffmerge.training.references import fit_references, load_references
+from ase_gffmerge.training.references import fit_references, load_references, warn_of_offset
 from ase_gffmerge.training.train import train
 
 TINY = {"channels": 8, "n_blocks": 1, "n_radial": 6}
@@ -259,12 +261,18 @@ def test_references_are_fitted_or_given(frame_file, tmp_path: Path) -> None:
 
 def test_fitted_references_reproduce_additive_energies() -> None:
     frames = [molecule(name) for name in ("H2O", "CH4", "CH3OH", "CO2")]
-    from ase.calculators.singlepoint import SinglePointCalculator
-
     truth = {1: -13.0, 6: -1000.0, 8: -2000.0}
     for atoms in frames:
         atoms.calc = SinglePointCalculator(atoms, energy=sum(truth[z] for z in atoms.numbers))
     assert fit_references(frames, [1, 6, 8]) == pytest.approx(truth)
+
+
+def test_inherited_references_that_do_not_fit_are_pointed_out() -> None:
+    frames = [molecule("CH3OH")]
+    frames[0].calc = SinglePointCalculator(frames[0], energy=-3052.0)
+    warn_of_offset(frames, {1: -13.0, 6: -1000.0, 8: -2000.0})
+    with pytest.warns(ReferenceWarning, match=r"16\.7 eV per atom.*--references"):
+        warn_of_offset(frames, {1: -13.0, 6: -1100.2, 8: -2000.0})
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"Qq": 1}', '{"H": "x"}', '{"H": NaN}', '{"H": null}'])
@@ -293,13 +301,14 @@ def test_child_keeps_references_and_records_its_lineage(frame_file, tmp_path: Pa
     assert child.species == base.species
     assert child.provenance.lineage == (before,)
     assert child.fingerprint != before
-    other = train(
-        [frame_file("H2O", seed=4)],
-        tmp_path / "other.safetensors",
-        config(hyper={}, epochs=1),
-        init=child,
-        references={1: -1.0, 8: -2.0},
-    )[0]
+    with pytest.warns(ReferenceWarning, match="eV per atom"):
+        other = train(
+            [frame_file("H2O", seed=4)],
+            tmp_path / "other.safetensors",
+            config(hyper={}, epochs=1),
+            init=child,
+            references={1: -1.0, 8: -2.0},
+        )[0]
     assert other.provenance.lineage == (before, child.fingerprint)
     assert table(other) == {**table(base), 1: -1.0, 8: -2.0}
 
