@@ -6,6 +6,7 @@ of each specialist, Gram statistics, ridge solves -> stage output matched again 
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -72,37 +73,17 @@ def merge(
     check_compatible(specialists, recipe)
     tell = progress or (lambda fraction, text: None)
     clock = _Clock()
-    target = resolve_device(device)
-    dtype = max((s.potential.dtype for s in specialists), key=lambda kind: torch.finfo(kind).bits)
-    parents = [
-        replace(s, potential=deepcopy(s.potential).to(device=target, dtype=dtype)) for s in specialists
-    ]
+    parents = _working_copies(specialists, resolve_device(device))
     with torch.no_grad(), clock("mean"):
         shifts = align_references(parents)
-        potential = mean_potential(parents, recipe)
-        mean = deepcopy(potential)
-    layers: list[LayerReport] = []
-    held_out = None
-    if recipe.method != "mean":
-        weights = recipe.weights or (1.0,) * len(parents)
-        with torch.no_grad(), clock("layers"):
-            tell(0.05, "graphs")
-            territories = survey(parents, potential, weights, probes=recipe.probes)
-            layers += _align_stages(potential, parents, territories, recipe, tell)
-            layers += _align_readout(potential, parents, territories, recipe)
-        if recipe.readout is not None:
-            tell(0.6, "force-matched readout")
-            with clock("readout"):
-                potential, row, held_out = match_forces(
-                    potential, territories, recipe.readout, progress=lambda x: tell(0.6 + 0.35 * x, "readout")
-                )
-                layers.append(row)
+        mean = mean_potential(parents, recipe)
+    potential, layers, held_out = _solve(mean, parents, recipe, clock, tell)
     tell(0.95, "report")
     with clock("report"):
         disagreements, parity = diagnose(parents, mean, potential)
     report = MergeReport(
         specialists=tuple(s.name for s in parents),
-        layers=tuple(layers),
+        layers=layers,
         disagreements=disagreements,
         held_out=held_out,
         energy_shifts=shifts,
@@ -113,6 +94,40 @@ def merge(
     if recipe.method != "mean" and report.verdict != "good":
         warnings.warn(_verdict_message(report), MergeWarning, stacklevel=2)
     return _as_specialist(specialists, potential, recipe, report), report
+
+
+def _working_copies(specialists: Sequence[Specialist], device: torch.device) -> list[Specialist]:
+    """Copies on one device, in the highest of their precisions, with distinct names."""
+    dtype = max((s.potential.dtype for s in specialists), key=lambda kind: torch.finfo(kind).bits)
+    seen: Counter[str] = Counter()
+    copies = []
+    for s in specialists:
+        seen[s.name] += 1
+        name = s.name if seen[s.name] == 1 else f"{s.name}-{seen[s.name]}"
+        copies.append(replace(s, name=name, potential=deepcopy(s.potential).to(device=device, dtype=dtype)))
+    return copies
+
+
+def _solve(
+    mean: Potential, parents: Sequence[Specialist], recipe: Recipe, clock: "_Clock", tell: Progress
+) -> tuple[Potential, tuple[LayerReport, ...], float | None]:
+    """Build the merged potential from the mean: layers, plain readout, force-matched readout."""
+    potential = deepcopy(mean)
+    if recipe.method == "mean":
+        return potential, (), None
+    weights = recipe.weights or (1.0,) * len(parents)
+    with torch.no_grad(), clock("layers"):
+        tell(0.05, "graphs")
+        territories = survey(parents, potential, weights, probes=recipe.probes)
+        layers = _align_stages(potential, parents, territories, recipe, tell)
+        layers += _align_readout(potential, parents, territories, recipe)
+    if recipe.readout is None:
+        return potential, tuple(layers), None
+    with clock("readout"):
+        potential, row, held_out = match_forces(
+            potential, territories, recipe.readout, progress=lambda x: tell(0.6 + 0.35 * x, "readout")
+        )
+    return potential, (*layers, row), held_out
 
 
 class _Clock:
@@ -185,7 +200,7 @@ def _as_specialist(
 ) -> Specialist:
     theories = dict.fromkeys(s.level_of_theory for s in specialists)
     record = MergeRecord(
-        parents=tuple(s.name for s in specialists),
+        parents=report.specialists,
         fingerprints=tuple(s.fingerprint for s in specialists),
         recipe=recipe.model_dump(mode="json"),
         report=report.to_dict(),

@@ -134,9 +134,8 @@ def test_different_zeros_of_energy_are_aligned_and_reported(family, architecture
 def test_tables_that_differ_while_the_energies_agree_are_left_alone(family) -> None:
     """The network makes up for its table: a constant per element in the readout's last bias."""
     specialists = family("painn", 2)
-    for table, bias in ((5.0, -5.0),):
-        specialists[1].potential.references.add_(table)
-        specialists[1].potential.readout.out.bias.add_(bias)
+    specialists[1].potential.references.add_(5.0)
+    specialists[1].potential.readout.out.bias.add_(-5.0)
     assert not merge(specialists, recipe("gffmerge"))[1].energy_shifts
 
 
@@ -158,6 +157,12 @@ def test_report_is_complete_round_trips_and_shows(family, architecture, tmp_path
     assert report.verdict in page
     assert "http" not in page.replace("http-equiv", "")
     assert report.plot(tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_namesakes_get_distinct_names(family) -> None:
+    specialists = [replace(s, name="model") for s in family("painn", 3)]
+    merged, report = merge(specialists, recipe("mean"))
+    assert report.specialists == merged.merged.parents == ("model", "model-2", "model-3")
 
 
 def test_a_bad_merge_warns(family) -> None:
