@@ -87,9 +87,9 @@ def evaluation_cost(test: list[Atoms]) -> dict[str, float]:
     return {**median, "ratio": median["merged"] / median["specialist"]}
 
 
-def per_specialist(specialists: list[Specialist], tests: list[list[Atoms]]) -> dict[str, float]:
-    """Force MAE (eV/Å) of the default recipe with per-specialist conditioning."""
-    recipe = load_recipe("gffmerge", conditioning="per-specialist")
+def per_specialist(name: str, specialists: list[Specialist], tests: list[list[Atoms]]) -> dict[str, float]:
+    """Force MAE (eV/Å) of a recipe with per-specialist conditioning."""
+    recipe = load_recipe(name, conditioning="per-specialist")
     merged, _ = merge(specialists, recipe, device="cpu")
     return {
         s.name: evaluate(merged.potential, test, specialist=k).force_mae
@@ -171,7 +171,8 @@ def main() -> None:
     result: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     specialists = [Specialist.load(name) for name in NAMES]
     result["painn"] = force_maes(specialists, tests)
-    result["painn"]["force_mae"]["gffmerge, per-specialist"] = per_specialist(specialists, tests)
+    for name in ("paper", "gffmerge"):
+        result["painn"]["force_mae"][f"{name}, per-specialist"] = per_specialist(name, specialists, tests)
     result["calculator_seconds"] = cache_seconds()
     result["milliseconds_per_call"] = evaluation_cost(tests[0])
     if arguments.nequip:
