@@ -1,6 +1,7 @@
 """Recipes: what a merge does, validated, named, and stored verbatim in the merged file."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,7 +147,11 @@ def load_recipe(source: "str | Path | Mapping[str, Any] | Recipe" = "gffmerge", 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise RecipeError(f"{path} is neither a recipe file nor one of the recipes {', '.join(PRESETS)}")
+        close = get_close_matches(str(path), PRESETS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise RecipeError(
+            f"{path} is neither a recipe file nor one of the recipes {', '.join(PRESETS)}{hint}"
+        )
     try:
         data = yaml.safe_load(path.read_text())
     except (OSError, UnicodeError, yaml.YAMLError) as error:

@@ -237,6 +237,7 @@ def test_cuda_that_is_not_there_is_refused(family, monkeypatch) -> None:
         ({"ridge": -1}, "ridge"),
         ({"preset": "best"}, "unknown preset"),
         ("nonsense", "neither a recipe file nor one of the recipes"),
+        ("papr", "did you mean 'paper'"),
         ({"weights": "heavy"}, "weights"),
     ],
 )
