@@ -13,6 +13,7 @@ from ase import Atoms
 
 from ase_gffmerge.evaluation.errors import chunks
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.merging.probes import Probes
 from ase_gffmerge.merging.readout import fit_readout, random_lift, readout_rows, widened
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.merging.report import LayerReport
@@ -155,11 +156,9 @@ def _batch_rows(
     return readout_rows(
         merged,
         batch,
-        target.energy,
-        target.forces,
+        target,
+        Probes.draw(batch, options.probes, stress_weight=options.stress_weight, seed=seed),
         elements=elements,
         frame_weights=territory.weight / (n_frames * n_atoms * territory.mean_square_force),
         energy_weight=options.energy_weight,
-        probes=options.probes,
-        seed=seed,
     )

@@ -8,10 +8,9 @@ With the node features fixed, energy and forces are linear in the readout's last
    \mathbf F = \mathbf F^0 - \sum_i \theta_{Z_i}\cdot\frac{\partial\phi(z_i)}{\partial\mathbf r},\qquad
    \phi(z)=\mathrm{silu}(A z+b),\quad z=[x_B;\dots;x_L] ,
 
-where E⁰, F⁰ are the merged model's energy and forces at θ = c = 0. Rows are energies per root of the number of atoms
-(times ``energy_weight``) and directional derivatives along probes v: all 3n coordinates of a small frame, or random
-directions (:math:`\mathbb E\sum_p v_p v_p^\top = 1`, an unbiased sketch of the same normal equations). The derivatives
-:math:`\partial z/\partial\mathbf r\cdot v` come from forward-mode differentiation, many probes in one pass.
+where E⁰, F⁰ are the merged model's energy and forces at θ = c = 0. Rows are energies per root of the number
+of atoms (times ``energy_weight``) and derivatives along probes, displacements of the atoms and strains of the cell
+(:mod:`.probes`); the derivatives :math:`\dot z` come from forward-mode differentiation, many probes in one pass.
 
 Sources: random-feature readouts ("franken", arXiv 2505.05652), linear ACE (Drautz, doi:10.1103/PhysRevB.99.014104).
 """
@@ -25,9 +24,10 @@ from torch import Tensor
 from torch.nn.functional import one_hot, silu
 from torch_geometric.data import Batch
 
-from ase_gffmerge.graphs import predict
+from ase_gffmerge.graphs import Prediction, predict
 from ase_gffmerge.graphs.batches import edge_vectors
 from ase_gffmerge.merging.duals import Dual, push
+from ase_gffmerge.merging.probes import Probes
 from ase_gffmerge.merging.solve import Solution, regularised_factor, ridge_solve
 from ase_gffmerge.merging.statistics import Gram
 from ase_gffmerge.models import Potential
@@ -71,32 +71,16 @@ def random_lift(readout: WidenedReadout, rows: Tensor, *, seed: int, spread: flo
         readout.lift.bias.copy_(spread * (b - a @ mean))
 
 
-def probe_directions(graph: Batch, probes: int, *, seed: int) -> Tensor:
-    """Displacement directions (n_probes, n_atoms, 3): unit vectors, or Gaussian ones for frames with 3n > probes."""
-    counts = torch.bincount(graph.batch).tolist()
-    n_rows = min(probes, 3 * max(counts))
-    directions = torch.zeros(n_rows, len(graph.pos), 3, dtype=graph.pos.dtype)
-    generator = torch.Generator().manual_seed(seed)
-    start = 0
-    for n in counts:
-        block = directions[:, start : start + n].view(n_rows, n, 3)
-        if 3 * n <= n_rows:
-            block[: 3 * n] = torch.eye(3 * n).view(3 * n, n, 3)
-        else:
-            block[:] = torch.randn(n_rows, n, 3, generator=generator, dtype=torch.float64) / math.sqrt(n_rows)
-        start += n
-    return directions.to(graph.pos.device)
-
-
-def lifted_derivatives(potential: Potential, graph: Batch, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Readout inputs z (n_atoms, d) and their derivatives (n_probes, n_atoms, d) along ``directions``."""
+def lifted_derivatives(potential: Potential, graph: Batch, probes: Probes) -> tuple[Tensor, Tensor]:
+    """Readout inputs z (n_atoms, d) and their derivatives (n_probes, n_atoms, d) along the probes."""
     readout = widened(potential)
 
-    def inputs(positions: Tensor) -> Tensor:
-        graph.edge_vectors = edge_vectors(graph, positions)
+    def inputs(vectors: Tensor) -> Tensor:
+        graph.edge_vectors = vectors
         return readout.lifted(potential.features(graph))
 
-    z = push(inputs, Dual((graph.pos,), (directions,)))
+    vectors = edge_vectors(graph)
+    z = push(inputs, Dual((vectors,), (probes.tangents(graph, vectors),)))
     return z.value[0], z.tangent[0]
 
 
@@ -107,29 +91,30 @@ def widened(potential: Potential) -> WidenedReadout:
     return potential.readout
 
 
-def force_rows(
+def slope_rows(
     readout: WidenedReadout, z: Tensor, dz: Tensor, cell: Tensor, n_cells: int
 ) -> Iterator[Tensor]:
-    r"""Rows :math:`-\sum_i \partial\phi(z_i)\cdot v` for each probe, summed over the atoms of a cell (n_cells, width)."""
+    r"""Rows :math:`\sum_i \partial\phi(z_i)\cdot\dot z_i` for each probe, summed over the atoms of a cell.
+
+    Yields one tensor (n_cells, width) per probe; a cell is one element of one frame.
+    """
     a = readout.lift(z)
     sigmoid = torch.sigmoid(a)
     slope = sigmoid * (1 + a * (1 - sigmoid))
     for derivative in dz:
         rows = slope * (derivative @ readout.lift.weight.T)
-        yield -rows.new_zeros(n_cells, rows.shape[1]).index_add(0, cell, rows)
+        yield rows.new_zeros(n_cells, rows.shape[1]).index_add(0, cell, rows)
 
 
 def readout_rows(
     potential: Potential,
     graph: Batch,
-    target_energy: Tensor,
-    target_forces: Tensor,
+    target: Prediction,
+    probes: Probes,
     *,
     elements: Tensor,
     frame_weights: Tensor,
     energy_weight: float,
-    probes: int,
-    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Rows (n_rows, n_unknowns) and targets (n_rows, 1) of one batch, for the unknowns [θ of the first element; ...; c].
 
@@ -139,39 +124,36 @@ def readout_rows(
         Merged potential with a widened readout at θ = c = 0.
     graph
         Batch of frames.
-    target_energy, target_forces
-        The specialist's energies (n_frames,) in eV and forces (n_atoms, 3) in eV/Å.
+    target
+        What the specialist says about them.
+    probes
+        Directions of the derivatives.
     elements
         Rows (n_elements,) of the species table that the frames contain; only these are solved for.
     frame_weights
         Weight of each frame (n_frames,).
-    energy_weight, probes, seed
+    energy_weight
         See :class:`~ase_gffmerge.merging.recipe.ReadoutOptions`.
     """
     readout, base = widened(potential), predict(potential, graph)
-    directions = probe_directions(graph, probes, seed=seed)
-    z, dz = lifted_derivatives(potential, graph, directions)
+    z, dz = lifted_derivatives(potential, graph, probes)
     element = torch.searchsorted(elements, potential.species_row[graph.atomic_numbers])
     n_frames, n_elements = len(frame_weights), len(elements)
     cell = graph.batch * n_elements + element
     scale = frame_weights.sqrt()[:, None]
-    work = torch.zeros(len(directions), n_frames).to(z)
-    work.index_add_(1, graph.batch, ((target_forces - base.forces) * directions).sum(-1))
-    rows = force_rows(readout, z, dz, cell, n_frames * n_elements)
-    blocks = [row.view(n_frames, -1) * scale for row in rows]
-    forces = torch.cat(blocks)
+    slopes = torch.cat(
+        [rows.view(n_frames, -1) * scale for rows in slope_rows(readout, z, dz, cell, n_frames * n_elements)]
+    )
+    slopes = torch.cat([slopes, slopes.new_zeros(len(slopes), n_elements)], dim=1)
+    work = (probes.work(graph, target) - probes.work(graph, base)) * scale.T
     phi = silu(readout.lift(z))
     sums = phi.new_zeros(n_frames * n_elements, phi.shape[1]).index_add(0, cell, phi).view(n_frames, -1)
-    counts = phi.new_zeros(n_frames, n_elements).index_add(
-        0, graph.batch, one_hot(element, n_elements).to(phi)
-    )
+    ones = one_hot(element, n_elements).to(phi)
+    counts = phi.new_zeros(n_frames, n_elements).index_add(0, graph.batch, ones)
     weight = energy_weight * scale * counts.sum(1, keepdim=True).rsqrt()
     energies = torch.cat([sums, counts], dim=1) * weight
-    forces = torch.cat([forces, forces.new_zeros(len(forces), n_elements)], dim=1)
-    targets = torch.cat(
-        [(work * scale.T).reshape(-1, 1), (target_energy - base.energy)[:, None].to(phi) * weight]
-    )
-    return torch.cat([forces, energies]), targets
+    energy_targets = (target.energy - base.energy)[:, None].to(phi) * weight
+    return torch.cat([slopes, energies]), torch.cat([work.reshape(-1, 1), energy_targets])
 
 
 def fit_readout(fitting: Gram, held_out: Gram) -> ReadoutFit:

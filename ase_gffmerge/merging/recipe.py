@@ -25,6 +25,8 @@ class ReadoutOptions(BaseModel):
         How many of the last blocks' scalars feed the features.
     energy_weight
         Weight of one energy per atom (eV) against one force component (eV/Å).
+    stress_weight
+        Weight of the strain derivative (eV) of structures with a volume against one force component (eV/Å).
     copies, displacement
         Copies of every calibration frame with randomly displaced atoms, and the standard deviation in Å.
     probes
@@ -38,6 +40,7 @@ class ReadoutOptions(BaseModel):
     width: int = Field(default=1024, ge=1)
     blocks: int = Field(default=3, ge=1)
     energy_weight: float = Field(default=10.0, ge=0)
+    stress_weight: float = Field(default=0.3, ge=0)
     copies: int = Field(default=8, ge=0)
     displacement: float = Field(default=0.02, gt=0)
     probes: int = Field(default=6, ge=1)

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
+from ase.build import bulk
 
 from ase_gffmerge import Specialist, merge
 from ase_gffmerge.errors import (
@@ -15,6 +17,7 @@ from ase_gffmerge.errors import (
     RecipeError,
 )
 from ase_gffmerge.evaluation.errors import predict_frames
+from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.merging.recipe import PRESETS, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 
@@ -258,3 +261,32 @@ def test_recipe_from_yaml(tmp_path) -> None:
     path.write_text("- not\n- a mapping\n")
     with pytest.raises(RecipeError, match="mapping"):
         load_recipe(path)
+
+
+def strained_crystals(n: int, seed: int) -> list[Atoms]:
+    rng = np.random.default_rng(seed)
+    frames = []
+    for _ in range(n):
+        atoms = bulk("C", "diamond", a=3.6, cubic=True)
+        atoms.numbers[::2] = 8
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + 0.03 * rng.standard_normal((3, 3))), scale_atoms=True)
+        atoms.positions += 0.08 * rng.standard_normal(atoms.positions.shape)
+        frames.append(atoms)
+    return frames
+
+
+def test_stress_of_crystals_is_matched_with_energies_and_forces(family, architecture) -> None:
+    specialists = [
+        s.with_calibration(strained_crystals(10, seed=k))
+        for k, s in enumerate(family(architecture, 2, size=0.1))
+    ]
+    frames = strained_crystals(6, seed=9)
+    graphs = batch_graphs([build_graph(atoms, specialists[0].cutoff) for atoms in frames])
+    target = predict(specialists[0].potential, graphs.clone()).strain_derivative
+    errors = []
+    for weight in (0.0, 1.0):
+        readout = {"width": 24, "blocks": 2, "copies": 2, "stress_weight": weight}
+        merged, _ = merge(specialists, recipe("gffmerge", readout=readout, weights=(1000.0, 1.0)))
+        found = predict(merged.potential, graphs.clone()).strain_derivative
+        errors.append(float((found - target).square().mean().sqrt()))
+    assert errors[1] < 0.9 * errors[0]

@@ -3,16 +3,13 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.graphs.batches import edge_vectors
 from ase_gffmerge.merging.force_matching import displaced, widen
-from ase_gffmerge.merging.readout import (
-    fit_readout,
-    lifted_derivatives,
-    probe_directions,
-    random_lift,
-    readout_rows,
-)
+from ase_gffmerge.merging.probes import Probes, displacement_directions
+from ase_gffmerge.merging.readout import fit_readout, lifted_derivatives, random_lift, readout_rows
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.merging.statistics import Gram
 
@@ -22,27 +19,27 @@ ELEMENTS = torch.tensor([0, 1, 2])
 
 @pytest.fixture
 def prepared(family, architecture):
-    """A specialist, its widened copy with a random lift, and a batch with two different molecules."""
+    """A specialist, its widened copy with a random lift, and a batch of two molecules and a skewed crystal."""
     first, second = family(architecture, 2)
     wide = widen(first.potential, OPTIONS)
-    frames = [*first.calibration[:3], second.calibration[0]]
+    crystal = Atoms("CHO", positions=[[0, 0, 0], [1.1, 0.2, 0], [0, 1.3, 1.0]], pbc=True)
+    crystal.set_cell([[3.0, 0.1, 0], [0.4, 3.2, 0], [0, 0.3, 2.9]])
+    frames = [*first.calibration[:3], second.calibration[0], crystal]
     batch = batch_graphs([build_graph(atoms, first.cutoff) for atoms in frames])
-    z, _ = lifted_derivatives(wide, batch.clone(), probe_directions(batch, 2, seed=0))
-    random_lift(wide.readout, z, seed=0)
+    probes = Probes.draw(batch, 2, stress_weight=0.0, seed=0)
+    random_lift(wide.readout, lifted_derivatives(wide, batch.clone(), probes)[0], seed=0)
     return first, wide, batch
 
 
-def gram(wide, batch, target, probes: int) -> Gram:
+def gram(wide, batch, target, n_displacements: int) -> Gram:
     rows = readout_rows(
         wide,
         batch.clone(),
-        target.energy,
-        target.forces,
+        target,
+        Probes.draw(batch, n_displacements, stress_weight=0.5, seed=0),
         elements=ELEMENTS,
         frame_weights=torch.ones(batch.num_graphs, dtype=torch.float64),
         energy_weight=1.0,
-        probes=probes,
-        seed=0,
     )
     return Gram.of(*rows)
 
@@ -55,7 +52,7 @@ def test_widening_changes_nothing_until_theta_does(prepared) -> None:
 
 
 @pytest.mark.parametrize("probes", [200, 5])
-def test_gram_is_the_normal_equation_of_energies_and_forces(prepared, probes) -> None:
+def test_gram_is_the_normal_equation_of_energies_forces_and_stresses(prepared, probes) -> None:
     """Targets made by known coefficients leave no residual there, and the solve reproduces them."""
     _, wide, batch = prepared
     generator = torch.Generator().manual_seed(3)
@@ -97,15 +94,43 @@ def test_displaced_copies_leave_the_frames_alone(family) -> None:
     assert all(np.array_equal(atoms.positions, old) for atoms, old in zip(frames, before))
 
 
-def test_probes_of_small_frames_are_unit_vectors_and_of_large_ones_average_to_the_identity(family) -> None:
+def test_displacements_of_small_frames_are_unit_vectors_and_of_large_ones_average_to_the_identity(
+    family,
+) -> None:
     specialist = family("painn", 1)[0]
     batch = batch_graphs([build_graph(atoms, 4.0) for atoms in specialist.calibration[:2]])
-    directions = probe_directions(batch, 1000, seed=0)
+    directions = displacement_directions(batch, 1000, seed=0)
     n = len(specialist.calibration[0])
     assert directions.shape == (3 * n, 2 * n, 3)
     torch.testing.assert_close(directions[:, :n].reshape(3 * n, -1), torch.eye(3 * n, dtype=torch.float64))
     mean = sum(
         d[:, :n].reshape(len(d), -1).T @ d[:, :n].reshape(len(d), -1)
-        for d in (probe_directions(batch, 10, seed=s) for s in range(400))
+        for d in (displacement_directions(batch, 10, seed=s) for s in range(400))
     )
     torch.testing.assert_close(mean / 400, torch.eye(3 * n, dtype=torch.float64), atol=0.1, rtol=0)
+
+
+def test_work_is_the_change_of_energy_along_the_tangents(prepared) -> None:
+    """Central differences of the energy along every displacement and strain; molecules have no strain."""
+    _, wide, batch = prepared
+    probes = Probes.draw(batch, 3, stress_weight=0.7, seed=0)
+    work = probes.work(batch, predict(wide, batch.clone()))
+    vectors = edge_vectors(batch)
+    tangents = probes.tangents(batch, vectors)
+    assert work.shape == (3 + 6, batch.num_graphs)
+    assert not work[3:, :-1].any()
+    assert work[3:, -1].abs().min() > 0
+    step = 1e-5
+    for tangent, expected in zip(tangents, work):
+        energies = []
+        for sign in (1, -1):
+            graph = batch.clone()
+            graph.edge_vectors = vectors + sign * step * tangent
+            per_atom = wide(graph)
+            energies.append(per_atom.new_zeros(batch.num_graphs).index_add(0, batch.batch, per_atom))
+        torch.testing.assert_close((energies[0] - energies[1]) / (2 * step), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_batches_of_molecules_have_no_strains(family) -> None:
+    batch = batch_graphs([build_graph(atoms, 4.0) for atoms in family("painn", 1)[0].calibration[:2]])
+    assert len(Probes.draw(batch, 3, stress_weight=1.0, seed=0).strains) == 0

@@ -1,0 +1,98 @@
+r"""Directions along which a readout must reproduce the derivative of the specialists' energies.
+
+Geometry enters a potential through its edge vectors :math:`\mathbf d_e`, so a direction is a tangent of these:
+
+* a displacement v of the atoms, :math:`\dot{\mathbf d}_e = v_j - v_i`; the energy changes by
+  :math:`-\sum_i\mathbf F_i\cdot v_i`;
+* a strain ε of a structure with three cell vectors, :math:`\dot{\mathbf d}_e = \mathbf d_e\,\varepsilon`; the energy
+  changes by :math:`\sum_{ab}(\partial E/\partial\varepsilon)_{ab}\,\varepsilon_{ab}`, volume times stress.
+
+Displacements are the unit vectors of a small structure, or random ones with :math:`\mathbb E\sum_p v_p v_p^\top = 1`, an
+unbiased sketch of the same normal equations. Strains are an orthonormal basis of the symmetric matrices times a weight.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch
+
+from ase_gffmerge.graphs import Prediction
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Directions for all structures of a batch at once.
+
+    Attributes
+    ----------
+    displacements : (n_displacements, n_atoms, 3)
+    strains : (n_strains, n_structures, 3, 3)
+        Zero for structures without volume; no strains at all if none has one.
+    """
+
+    displacements: Tensor
+    strains: Tensor
+
+    @classmethod
+    def draw(cls, graph: Batch, n_displacements: int, *, stress_weight: float, seed: int) -> Self:
+        """Choose directions for a batch.
+
+        Parameters
+        ----------
+        graph
+            The batch.
+        n_displacements
+            Displacements per structure; structures with fewer coordinates use all of them.
+        stress_weight
+            Length of the strains; 0 leaves them out.
+        seed
+            Of the random displacements.
+        """
+        solid = torch.linalg.matrix_rank(graph.cell.double()) == 3
+        strains = graph.pos.new_zeros(0, len(graph.cell), 3, 3)
+        if stress_weight and solid.any():
+            basis = stress_weight * symmetric_basis().to(graph.pos)
+            strains = basis[:, None] * solid.to(graph.pos)[:, None, None]
+        return cls(displacement_directions(graph, n_displacements, seed=seed), strains)
+
+    def tangents(self, graph: Batch, edge_vectors: Tensor) -> Tensor:
+        """Tangents (n_probes, n_edges, 3) of the edge vectors (n_edges, 3)."""
+        sender, receiver = graph.edge_index
+        moved = self.displacements[:, sender] - self.displacements[:, receiver]
+        strained = torch.einsum("ea,peab->peb", edge_vectors, self.strains[:, graph.batch[receiver]])
+        return torch.cat([moved, strained])
+
+    def work(self, graph: Batch, prediction: Prediction) -> Tensor:
+        """Change of the energy (n_probes, n_structures) along every direction."""
+        power = -(prediction.forces * self.displacements).sum(-1)
+        moved = power.new_zeros(len(power), len(graph.cell)).index_add(1, graph.batch, power)
+        strained = (prediction.strain_derivative * self.strains).sum(dim=(-2, -1))
+        return torch.cat([moved, strained])
+
+
+def symmetric_basis() -> Tensor:
+    """Orthonormal basis (6, 3, 3) of the symmetric matrices."""
+    basis = torch.zeros(6, 3, 3, dtype=torch.float64)
+    for p, (a, b) in enumerate([(0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1)]):
+        basis[p, a, b] = basis[p, b, a] = 1.0 if a == b else math.sqrt(0.5)
+    return basis
+
+
+def displacement_directions(graph: Batch, n_displacements: int, *, seed: int) -> Tensor:
+    """Unit vectors, or Gaussian ones for structures with more coordinates, (n_displacements, n_atoms, 3)."""
+    counts = torch.bincount(graph.batch).tolist()
+    n_rows = min(n_displacements, 3 * max(counts))
+    directions = torch.zeros(n_rows, len(graph.pos), 3, dtype=graph.pos.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    start = 0
+    for n in counts:
+        block = directions[:, start : start + n].view(n_rows, n, 3)
+        if 3 * n <= n_rows:
+            block[: 3 * n] = torch.eye(3 * n).view(3 * n, n, 3)
+        else:
+            block[:] = torch.randn(n_rows, n, 3, generator=generator, dtype=torch.float64) / math.sqrt(n_rows)
+        start += n
+    return directions.to(graph.pos.device)
