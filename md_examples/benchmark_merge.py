@@ -21,10 +21,10 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge import GFFMergeCalculator, Specialist, merge
+from ase_gffmerge.accuracy import evaluate
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.dynamics import run_md
-from ase_gffmerge.evaluation.errors import evaluate
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
+from ase_gffmerge.accuracy import Errors
 from ase_gffmerge.data.manifest import load_manifest
-from ase_gffmerge.evaluation.errors import Errors
 from ase_gffmerge.specialist import Specialist
 
 

@@ -16,8 +16,8 @@ from ase.io import write
 from model_card import Plan, model_card, published_hash, sha256
 
 import ase_gffmerge
+from ase_gffmerge.accuracy import evaluate
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.evaluation.errors import evaluate
 from ase_gffmerge.specialist import Specialist
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train

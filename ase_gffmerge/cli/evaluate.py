@@ -22,9 +22,9 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Print force MAE and RMSE (eV/Å), energy MAE (eV/atom) and the number of frames."""
+    from ase_gffmerge.accuracy import evaluate as errors_of
     from ase_gffmerge.data.readers import read_frames, require_labels
     from ase_gffmerge.device import resolve_device
-    from ase_gffmerge.evaluation.errors import evaluate as errors_of
     from ase_gffmerge.sources import load
 
     target = resolve_device(device)

@@ -11,7 +11,7 @@ from ase_gffmerge.cli.options import DeviceOption, JsonOption
 from ase_gffmerge.cli.output import Progress, note, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
-    from ase_gffmerge.evaluation.errors import Errors
+    from ase_gffmerge.accuracy import Errors
     from ase_gffmerge.specialist import Specialist
     from ase_gffmerge.training.loop import History
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from ase.calculators.calculator import Calculator
 
+from ase_gffmerge.accuracy import labels, predict_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.bundled import bundled_test_frames
 from ase_gffmerge.evaluation.dynamics import run_md
-from ase_gffmerge.evaluation.errors import labels, predict_frames
 from ase_gffmerge.evaluation.mdresult import MDResult, Sample
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.models import Potential

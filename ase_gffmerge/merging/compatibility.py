@@ -7,7 +7,7 @@ import torch
 
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, RecipeError
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.specialist import Specialist, symbols
 
 
 def check_compatible(specialists: Sequence[Specialist], recipe: Recipe) -> None:
@@ -19,7 +19,7 @@ def check_compatible(specialists: Sequence[Specialist], recipe: Recipe) -> None:
         Fewer than two, the same one twice, already merged, of different architecture, hyper-parameters, cutoff, level
         of theory, or without a common base.
     FramesError
-        Calibration frames are missing.
+        Calibration frames are missing, empty, or hold an element that the specialist does not know.
     RecipeError
         The number of weights is not the number of specialists, or a weight is not positive.
     """
@@ -49,6 +49,11 @@ def _check_alone(specialist: Specialist, recipe: Recipe) -> None:
             f"{specialist.name!r} carries no calibration frames, without which a merge cannot see what it knows; add "
             "some with Specialist.with_calibration(frames), or train with --calibration N"
         )
+    for i, atoms in enumerate(specialist.calibration):
+        unknown = sorted(set(atoms.numbers.tolist()) - set(specialist.species))
+        if unknown or not len(atoms):
+            what = f"contains {symbols(unknown)}, which it does not know" if unknown else "is empty"
+            raise FramesError(f"calibration frame {i} of {specialist.name!r} {what}; leave that frame out")
 
 
 def _check_pair(first: Specialist, second: Specialist, recipe: Recipe) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ase_gffmerge.evaluation.errors import FramePredictions, compare, predict_frames
+from ase_gffmerge.accuracy import FramePredictions, compare, predict_frames
 from ase_gffmerge.merging.report import Disagreement, Parity
 from ase_gffmerge.models import Potential
 from ase_gffmerge.specialist import Specialist

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from ase_gffmerge.evaluation.errors import chunks
+from ase_gffmerge.accuracy import chunks
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.merging.probes import Probes
 from ase_gffmerge.merging.readout import fit_readout, random_lift, readout_rows, widened

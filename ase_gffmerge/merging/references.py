@@ -20,7 +20,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from ase_gffmerge.evaluation.errors import predict_frames
+from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.specialist import Specialist
 
 

@@ -10,7 +10,7 @@ from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from ase_gffmerge.evaluation.errors import chunks
+from ase_gffmerge.accuracy import chunks
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.batches import edge_vectors
 from ase_gffmerge.merging.duals import Dual, Tensors, push

@@ -40,7 +40,6 @@ from ase_gffmerge.models.coupling import Convolution, CoupledHarmonics, natural
 from ase_gffmerge.models.e3nn_mode import eager_e3nn
 from ase_gffmerge.models.gate import SILU_SCALE, Gate
 from ase_gffmerge.models.potential import EdgeGeometry, HyperParameters, Potential, Stage, State
-from ase_gffmerge.models.radial import BesselBasis, polynomial_cutoff
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +127,6 @@ class NequIP(Potential):
 
     def __init__(self, hyper: NequIPHyper, species: tuple[int, ...]):
         super().__init__(hyper, species)
-        self.basis = BesselBasis(hyper.cutoff, hyper.n_radial)
         hidden = (hyper.channels, *hyper.l_max * (hyper.tensor_channels,))
         gate = None
         with eager_e3nn():
@@ -142,14 +140,9 @@ class NequIP(Potential):
         """Element embeddings."""
         return (self.embedded(graph),)
 
-    def geometry(self, graph: Data) -> EdgeGeometry:
-        """Radial functions and coupled spherical harmonics."""
-        vectors = graph.edge_vectors
-        lengths = vectors.square().sum(dim=-1).sqrt()
-        envelope = polynomial_cutoff(lengths, self.hyper.cutoff)[:, None]
-        angular = self.coupled_harmonics(vectors / lengths[:, None])
-        sender, receiver = graph.edge_index
-        return EdgeGeometry(sender, receiver, self.basis(lengths), envelope, angular)
+    def angular(self, directions: Tensor) -> Tensor:
+        """Coupled spherical harmonics."""
+        return self.coupled_harmonics(directions)
 
     def scalars(self, state: State) -> Tensor:
         """Scalars after the gate (n_atoms, channels)."""

@@ -22,7 +22,6 @@ from torch.nn.functional import silu
 from torch_geometric.data import Data
 
 from ase_gffmerge.models.potential import EdgeGeometry, HyperParameters, Potential, Stage, State
-from ase_gffmerge.models.radial import BesselBasis, polynomial_cutoff
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,6 @@ class PaiNN(Potential):
 
     def __init__(self, hyper: PaiNNHyper, species: tuple[int, ...]):
         super().__init__(hyper, species)
-        self.basis = BesselBasis(hyper.cutoff, hyper.n_radial)
         for _ in range(hyper.n_blocks):
             self.stages.append(Message(hyper.channels, hyper.n_radial))
             self.stages.append(Update(hyper.channels))
@@ -101,13 +99,9 @@ class PaiNN(Potential):
         scalars = self.embedded(graph)
         return scalars, scalars.new_zeros(len(scalars), 3, self.hyper.channels)
 
-    def geometry(self, graph: Data) -> EdgeGeometry:
-        """Radial functions and unit vectors."""
-        vectors = graph.edge_vectors
-        lengths = vectors.square().sum(dim=-1).sqrt()
-        envelope = polynomial_cutoff(lengths, self.hyper.cutoff)[:, None]
-        sender, receiver = graph.edge_index
-        return EdgeGeometry(sender, receiver, self.basis(lengths), envelope, vectors / lengths[:, None])
+    def angular(self, directions: Tensor) -> Tensor:
+        """Unit vectors as they are."""
+        return directions
 
     def scalars(self, state: State) -> Tensor:
         """Return the scalars s (n_atoms, channels)."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from ase_gffmerge.models.exact import ExactBuffers
+from ase_gffmerge.models.radial import BesselBasis, polynomial_cutoff
 from ase_gffmerge.models.readout import MLPReadout, WidenedReadout
 
 State = tuple[Tensor, ...]
@@ -121,6 +122,7 @@ class Potential(ExactBuffers):
         self.register_buffer("species_row", rows, persistent=False)
         self.register_buffer("references", torch.zeros(len(self.species), dtype=torch.float64))
         self.embedding = nn.Parameter(torch.randn(hyper.n_embeddings, len(self.species), hyper.channels))
+        self.basis = BesselBasis(hyper.cutoff, hyper.n_radial)
         self.stages = nn.ModuleList()
         self.readout: MLPReadout | WidenedReadout = (
             WidenedReadout(
@@ -134,9 +136,18 @@ class Potential(ExactBuffers):
         """Make initial node features from elements (and specialist indices)."""
         raise NotImplementedError
 
+    def angular(self, directions: Tensor) -> Tensor:
+        """Functions of the unit vectors (n_edges, 3) from receiver to sender."""
+        raise NotImplementedError
+
     def geometry(self, graph: Data) -> EdgeGeometry:
         """Radial and angular functions of ``graph.edge_vectors``."""
-        raise NotImplementedError
+        vectors = graph.edge_vectors
+        lengths = vectors.square().sum(dim=-1).sqrt()
+        envelope = polynomial_cutoff(lengths, self.hyper.cutoff)[:, None]
+        sender, receiver = graph.edge_index
+        angular = self.angular(vectors / lengths[:, None])
+        return EdgeGeometry(sender, receiver, self.basis(lengths), envelope, angular)
 
     def scalars(self, state: State) -> Tensor:
         """Invariant features (n_atoms, channels) of a state."""

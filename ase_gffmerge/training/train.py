@@ -7,11 +7,11 @@ from typing import Any
 
 from ase import Atoms
 
+from ase_gffmerge.accuracy import Errors, evaluate
 from ase_gffmerge.data.readers import hash_frames
 from ase_gffmerge.data.splits import calibration_frames
 from ase_gffmerge.device import resolve_device
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.evaluation.errors import Errors, evaluate
 from ase_gffmerge.fileformat import require_writable
 from ase_gffmerge.specialist import Provenance, Specialist
 from ase_gffmerge.training.checkpoint import checkpoint_path

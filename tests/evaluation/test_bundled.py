@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ase_gffmerge import Specialist
+from ase_gffmerge.accuracy import evaluate
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.evaluation.bundled import bundled_test_frames
-from ase_gffmerge.evaluation.errors import evaluate
 from ase_gffmerge.specialist import BUNDLED, bundled_path
 
 ROOT = Path(__file__).parents[2]

@@ -9,6 +9,7 @@ from ase import Atoms
 from ase.build import bulk
 
 from ase_gffmerge import Specialist, merge
+from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.errors import (
     DeviceError,
     FramesError,
@@ -16,7 +17,6 @@ from ase_gffmerge.errors import (
     MergeWarning,
     RecipeError,
 )
-from ase_gffmerge.evaluation.errors import predict_frames
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.merging.recipe import PRESETS, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
@@ -184,6 +184,12 @@ def test_a_bad_merge_warns(family) -> None:
             "levels of theory",
         ),
         (lambda s: [s[0], replace(s[1], calibration=())], FramesError, "'s1' carries no calibration frames"),
+        (
+            lambda s: [s[0], s[1].with_calibration([*s[1].calibration, Atoms("Xe")])],
+            FramesError,
+            "calibration frame 6 of 's1' contains Xe",
+        ),
+        (lambda s: [s[0].with_calibration([Atoms()]), s[1]], FramesError, "frame 0 of 's0' is empty"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_with_the_reason(family, change, error, message) -> None:

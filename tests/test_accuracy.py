@@ -7,8 +7,8 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from ase_gffmerge.accuracy import FramePredictions, chunks, compare, evaluate, labels, predict_frames
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.evaluation.errors import FramePredictions, chunks, compare, evaluate, labels, predict_frames
 from ase_gffmerge.models import Potential, build_potential
 
 
