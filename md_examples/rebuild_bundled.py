@@ -2,7 +2,8 @@
 
 Run ``gffmerge data fetch rmd17 --file "*_01.npz" --dir DATA`` and then ``python rebuild_bundled.py DATA``. A killed run
 continues from its last epoch; finished models are kept (delete a file to train it again).
-``--stage cards`` writes test frames and cards from the models as they are.
+``--stage cards`` writes test frames and cards from the models as they are; ``--stage more --out FOLDER`` trains specialists
+of the other molecules, which benchmarks of larger mixtures need and which are not bundled.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from model_card import Plan, model_card, published_hash, sha256
 import ase_gffmerge
 from ase_gffmerge.accuracy import evaluate
 from ase_gffmerge.data.readers import read_frames
+from ase_gffmerge.sources import load
 from ase_gffmerge.specialist import Specialist
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
@@ -27,8 +29,18 @@ PLANS = {
     BASE: Plan(molecules=("aspirin", "salicylic", "toluene", "uracil"), epochs=32, learning_rate=2e-3),
     "rmd17-ethanol": Plan(molecules=("ethanol",), epochs=70, learning_rate=2e-4, parent=BASE),
     "rmd17-malonaldehyde": Plan(molecules=("malonaldehyde",), epochs=70, learning_rate=2e-4, parent=BASE),
+    "rmd17-aspirin": Plan(molecules=("aspirin",), epochs=30, learning_rate=2e-4, parent=BASE),
+    "rmd17-toluene": Plan(molecules=("toluene",), epochs=30, learning_rate=2e-4, parent=BASE),
+    "rmd17-uracil": Plan(molecules=("uracil",), epochs=30, learning_rate=2e-4, parent=BASE),
+    "rmd17-salicylic": Plan(molecules=("salicylic",), epochs=30, learning_rate=2e-4, parent=BASE),
 }
-STAGES = {"base": (BASE,), "specialists": ("rmd17-ethanol", "rmd17-malonaldehyde"), "cards": ()}
+STAGES = {
+    "base": (BASE,),
+    "specialists": ("rmd17-ethanol", "rmd17-malonaldehyde"),
+    "cards": (),
+    "more": ("rmd17-aspirin", "rmd17-toluene", "rmd17-uracil", "rmd17-salicylic"),
+}
+BUNDLED = ("base", "specialists", "cards")
 N_CALIBRATION = 100
 N_TEST_FRAMES = 50
 LEVEL_OF_THEORY = "PBE/def2-SVP"
@@ -38,11 +50,11 @@ def main() -> None:
     """Train what is missing, then write test frames and cards."""
     options = arguments()
     torch.set_num_threads(options.threads)
-    for stage in [options.stage] if options.stage else STAGES:
+    for stage in [options.stage] if options.stage else BUNDLED:
         for name in STAGES[stage]:
             train_model(name, options.data, options.out)
         if stage == "cards":
-            for name in PLANS:
+            for name in (*STAGES["base"], *STAGES["specialists"]):
                 write_card(name, options.data, options.out)
 
 
@@ -83,11 +95,19 @@ def train_model(name: str, data: Path, out: Path) -> None:
             level_of_theory=LEVEL_OF_THEORY,
         ),
         name=name,
-        init=Specialist.load(out / f"{plan.parent}.safetensors") if plan.parent else None,
+        init=parent_of(plan, out),
         n_calibration=N_CALIBRATION,
         test=[data_file(data, molecule, "test") for molecule in plan.molecules],
         callback=lambda epoch, losses: print(name, epoch, losses, flush=True),
     )
+
+
+def parent_of(plan: Plan, out: Path) -> Specialist | None:
+    """The model a plan starts from: the one in ``out``, else the bundled one."""
+    if plan.parent is None:
+        return None
+    own = out / f"{plan.parent}.safetensors"
+    return load(own if own.exists() else plan.parent)
 
 
 def load_named(name: str, out: Path) -> Specialist:
@@ -116,11 +136,11 @@ def write_test_frames(name: str, data: Path, out: Path) -> list[Atoms]:
 def write_card(name: str, data: Path, out: Path) -> None:
     """Measure the model on its test frames and write its card; refuses a model that was made in another way."""
     plan, specialist = PLANS[name], load_named(name, out)
-    parent = Specialist.load(out / f"{plan.parent}.safetensors").fingerprint if plan.parent else None
+    parent = parent_of(plan, out)
     origin = specialist.provenance
     made, planned = (
         (origin.epochs, origin.seed, origin.lineage),
-        (plan.epochs, plan.seed, (parent,) if parent else ()),
+        (plan.epochs, plan.seed, (parent.fingerprint,) if parent else ()),
     )
     if made != planned:
         raise SystemExit(f"{name} was made with (epochs, seed, ancestors) {made}, the plan says {planned}")

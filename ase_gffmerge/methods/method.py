@@ -1,0 +1,154 @@
+"""What a method is: one typed function from a mixture of specialists to potentials, with its name, source and needs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from enum import StrEnum
+
+import torch
+from ase import Atoms
+
+from ase_gffmerge.errors import RecipeError
+from ase_gffmerge.models import Potential
+from ase_gffmerge.specialist import Specialist
+
+Progress = Callable[[float, str], None]
+
+
+class Need(StrEnum):
+    """What a method needs beside the specialists' weights."""
+
+    FRAMES = "frames"
+    """Unlabelled calibration frames of every specialist."""
+    BASE = "base"
+    """The common ancestor's weights."""
+    LABELS = "labels"
+    """Labelled training frames of every specialist."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """What every method is given.
+
+    Attributes
+    ----------
+    specialists
+        Compatible specialists with calibration frames, of one conditioning, never changed by a method.
+    base
+        Their common ancestor, if it is at hand.
+    labelled
+        Labelled training frames, one sequence per specialist, if they are at hand.
+    device
+        Where to compute.
+    """
+
+    specialists: tuple[Specialist, ...]
+    base: Specialist | None = None
+    labelled: tuple[Sequence[Atoms], ...] | None = None
+    device: torch.device = torch.device("cpu")
+
+    def provides(self, need: Need) -> bool:
+        """Whether the mixture holds what a method needs."""
+        held = {
+            Need.FRAMES: all(s.calibration for s in self.specialists),
+            Need.BASE: self.base is not None,
+            Need.LABELS: self.labelled is not None,
+        }
+        return held[need]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a method makes of a mixture.
+
+    Attributes
+    ----------
+    potentials
+        One potential for all structures, or one per specialist (in their order) for methods that must be told whose
+        territory a structure belongs to.
+    settings
+        Hyper-parameters that were chosen, with their values, for the report.
+    """
+
+    potentials: tuple[Potential, ...]
+    settings: Mapping[str, float | str] = field(default_factory=dict)
+
+    def potential(self, specialist: int) -> Potential:
+        """The potential that serves the territory of a specialist."""
+        return self.potentials[specialist if len(self.potentials) > 1 else 0]
+
+
+MethodFunction = Callable[[Mixture, Progress], Outcome]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to use several specialists together.
+
+    Attributes
+    ----------
+    name, citation
+        Short name, and where the method comes from.
+    needs
+        What it cannot do without.
+    trains
+        Whether it trains by gradient descent (left out of a comparison unless it is asked for).
+    tells_specialists_apart
+        Whether it must be told whose territory a structure belongs to: not one potential energy surface.
+    run
+        The method itself.
+    """
+
+    name: str
+    citation: str
+    needs: frozenset[Need]
+    trains: bool
+    tells_specialists_apart: bool
+    run: MethodFunction
+
+    def missing(self, mixture: Mixture) -> tuple[Need, ...]:
+        """What the method needs and the mixture lacks."""
+        return tuple(sorted(need for need in self.needs if not mixture.provides(need)))
+
+
+METHODS: dict[str, Method] = {}
+"""All methods by name, in the order in which tables show them; filled by :mod:`ase_gffmerge.methods`."""
+
+
+def register(
+    name: str,
+    *,
+    citation: str,
+    needs: Sequence[Need] = (),
+    trains: bool = False,
+    tells_specialists_apart: bool = False,
+) -> Callable[[MethodFunction], MethodFunction]:
+    """Enter a function into :data:`METHODS`."""
+
+    def enter(run: MethodFunction) -> MethodFunction:
+        METHODS[name] = Method(
+            name=name,
+            citation=citation,
+            needs=frozenset(needs),
+            trains=trains,
+            tells_specialists_apart=tells_specialists_apart,
+            run=run,
+        )
+        return run
+
+    return enter
+
+
+def get_method(name: str) -> Method:
+    """Look a method up.
+
+    Raises
+    ------
+    RecipeError
+        For an unknown name, with a suggestion.
+    """
+    if name not in METHODS:
+        close = get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise RecipeError(f"there is no method {name!r}{hint} (known: {', '.join(METHODS)})")
+    return METHODS[name]
