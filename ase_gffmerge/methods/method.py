@@ -45,7 +45,7 @@ class Mixture:
     specialists: tuple[Specialist, ...]
     base: Specialist | None = None
     labelled: tuple[Sequence[Atoms], ...] | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def provides(self, need: Need) -> bool:
         """Whether the mixture holds what a method needs."""
