@@ -18,15 +18,11 @@ def mean_potential(specialists: Sequence[Specialist], recipe: Recipe) -> Potenti
     follows the specialists in proportion to how often it occurs in their calibration frames. Under per-specialist
     conditioning table k keeps the rows of specialist k.
     """
-    first = specialists[0].potential
     weights = torch.tensor(recipe.weights or [1.0] * len(specialists), dtype=torch.float64)
     share = weights / weights.sum()
-    species = tuple(sorted({z for specialist in specialists for z in specialist.species}))
     n_tables = len(specialists) if recipe.conditioning == "per-specialist" else 1
-    hyper = replace(first.hyper, n_embeddings=n_tables)
-    merged = build_potential(first.architecture, hyper.to_dict(), species).to(
-        dtype=first.dtype, device=first.device
-    )
+    merged = blank_potential(specialists, n_tables=n_tables)
+    species = merged.species
     named = [dict(specialist.potential.named_parameters()) for specialist in specialists]
     with torch.no_grad():
         for name, parameter in merged.named_parameters():
@@ -36,22 +32,49 @@ def mean_potential(specialists: Sequence[Specialist], recipe: Recipe) -> Potenti
                         0
                     )
                 )
-        known = torch.stack([_by_element(s, torch.ones(len(s.species)), species) for s in specialists])
+        known = known_elements(specialists, species)
         counts = known * share[:, None]
         if recipe.normalise:
             counts = counts * _occurrences(specialists, species)
-        tables = torch.stack([_by_element(s, s.potential.embedding[0].cpu(), species) for s in specialists])
-        references = torch.stack([_by_element(s, s.potential.references.cpu(), species) for s in specialists])
+        tables = torch.stack([by_element(s, s.potential.embedding[0].cpu(), species) for s in specialists])
         mean = (counts[:, :, None] * tables).sum(0) / counts.sum(0)[:, None]
         if n_tables > 1:
             mean = torch.where(known[:, :, None] > 0, tables, mean)
         merged.embedding.copy_(mean.reshape(merged.embedding.shape))
-        table_share = known * share[:, None]
-        merged.references.copy_((table_share * references).sum(0) / table_share.sum(0))
-    return merged.eval().requires_grad_(False)
+        merged.references.copy_(mean_references(specialists, species, share))
+    return merged
 
 
-def _by_element(specialist: Specialist, values: Tensor, species: Sequence[int]) -> Tensor:
+def blank_potential(specialists: Sequence[Specialist], *, n_tables: int = 1) -> Potential:
+    """A frozen potential of the specialists' kind for all their elements, its weights still random.
+
+    Parameters
+    ----------
+    specialists
+        The first one tells device and floating-point type.
+    n_tables
+        Embedding tables.
+    """
+    first = specialists[0].potential
+    species = tuple(sorted({z for specialist in specialists for z in specialist.species}))
+    hyper = replace(first.hyper, n_embeddings=n_tables)
+    potential = build_potential(first.architecture, hyper.to_dict(), species)
+    return potential.to(dtype=first.dtype, device=first.device).eval().requires_grad_(False)
+
+
+def known_elements(specialists: Sequence[Specialist], species: Sequence[int]) -> Tensor:
+    """Ones where a specialist knows an element, else zeros (n_specialists, n_species)."""
+    return torch.stack([by_element(s, torch.ones(len(s.species)), species) for s in specialists])
+
+
+def mean_references(specialists: Sequence[Specialist], species: Sequence[int], share: Tensor) -> Tensor:
+    """Reference energies (n_species,) in eV, averaged with weights (n_specialists,) over those that know an element."""
+    tables = torch.stack([by_element(s, s.potential.references.cpu(), species) for s in specialists])
+    weights = known_elements(specialists, species) * share[:, None]
+    return (weights * tables).sum(0) / weights.sum(0)
+
+
+def by_element(specialist: Specialist, values: Tensor, species: Sequence[int]) -> Tensor:
     """Spread per-element values of one specialist over the union of the elements; zero where unknown."""
     out = torch.zeros(len(species), *values.shape[1:], dtype=torch.float64)
     out[[species.index(z) for z in specialist.species]] = values.double()

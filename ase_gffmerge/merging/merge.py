@@ -74,7 +74,7 @@ def merge(
     check_compatible(specialists, recipe)
     tell = progress or (lambda fraction, text: None)
     clock = _Clock()
-    parents = _working_copies(specialists, resolve_device(device))
+    parents = working_copies(specialists, resolve_device(device))
     with torch.no_grad(), clock("mean"):
         shifts = align_references(parents)
         mean = mean_potential(parents, recipe)
@@ -97,7 +97,7 @@ def merge(
     return _as_specialist(specialists, potential, recipe, report), report
 
 
-def _working_copies(specialists: Sequence[Specialist], device: torch.device) -> list[Specialist]:
+def working_copies(specialists: Sequence[Specialist], device: torch.device) -> list[Specialist]:
     """Copies on one device, in the highest of their precisions, with distinct names."""
     dtype = max((s.potential.dtype for s in specialists), key=lambda kind: torch.finfo(kind).bits)
     seen: Counter[str] = Counter()
@@ -210,6 +210,10 @@ def _as_specialist(
         name="+".join(record.parents),
         potential=potential.requires_grad_(False).eval(),
         level_of_theory=" + ".join(theories),
-        provenance=Provenance(data_set="merged", lineage=record.fingerprints),
+        provenance=Provenance(
+            data_set="merged",
+            lineage=record.fingerprints,
+            seen_frames=tuple(sorted({key for s in specialists for key in s.provenance.seen_frames})),
+        ),
         merged=record,
     )
