@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from ase_gffmerge.evaluation.observables.conservation import energy_slope
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -78,7 +80,7 @@ class MDResult:
     @property
     def drift_slope_per_atom(self) -> float:
         """Slope of the straight line fitted to the total energy, eV/atom/ps."""
-        return float(np.polyfit(self.times / 1000, self.total_energies, 1)[0]) / self.n_atoms
+        return energy_slope(self.times / 1000, self.total_energies, n_atoms=self.n_atoms)
 
     def to_dict(self) -> dict[str, Any]:
         """Summary for JSON: plain numbers, no time series; drift for ``nve`` alone."""

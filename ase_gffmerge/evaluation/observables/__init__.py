@@ -1,0 +1,39 @@
+"""Observables of trajectories: pure functions on arrays (positions in Å, times in ps unless said otherwise)."""
+
+from ase_gffmerge.evaluation.observables.conservation import energy_slope
+from ase_gffmerge.evaluation.observables.diffusion import (
+    Diffusion,
+    diffusion_coefficient,
+    mean_squared_displacement,
+    without_drift,
+)
+from ase_gffmerge.evaluation.observables.distances import (
+    Distribution,
+    distance_distribution,
+    distribution_mae,
+    pair_distances,
+)
+from ase_gffmerge.evaluation.observables.radial import radial_distributions
+from ase_gffmerge.evaluation.observables.vibrations import (
+    Spectrum,
+    spectral_overlap,
+    velocity_autocorrelation,
+    vibrational_spectrum,
+)
+
+__all__ = [
+    "Diffusion",
+    "Distribution",
+    "Spectrum",
+    "diffusion_coefficient",
+    "distance_distribution",
+    "distribution_mae",
+    "energy_slope",
+    "mean_squared_displacement",
+    "pair_distances",
+    "radial_distributions",
+    "spectral_overlap",
+    "velocity_autocorrelation",
+    "vibrational_spectrum",
+    "without_drift",
+]

@@ -1,0 +1,94 @@
+r"""Distribution of interatomic distances, and how far two distributions are apart.
+
+After Fu et al., "Forces are not enough", arXiv 2210.07237:
+
+.. math:: h(r) = \Big\langle \frac{1}{n(n-1)} \sum_i \sum_{j\neq i} \delta(r - |x_i - x_j|) \Big\rangle ,\qquad
+          \mathrm{MAE}(h, \hat h) = \int_0^\infty |h(r) - \hat h(r)|\,dr .
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from ase.geometry import find_mic
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A function of a distance, constant within bins.
+
+    Attributes
+    ----------
+    edges : (n_bins + 1,)
+        Å, equally spaced.
+    values : (n_bins,)
+        Mean of the function in each bin: 1/Å for h(r), no unit for g(r).
+    """
+
+    edges: np.ndarray
+    values: np.ndarray
+
+    @property
+    def centres(self) -> np.ndarray:
+        """Middles of the bins (n_bins,) in Å."""
+        return 0.5 * (self.edges[1:] + self.edges[:-1])
+
+
+def bin_edges(r_max: float, width: float) -> np.ndarray:
+    """Edges (n_bins + 1,) from 0 to ``r_max`` in steps of ``width`` Å; the last bin may reach beyond."""
+    return width * np.arange(int(np.ceil(round(r_max / width, 9))) + 1)
+
+
+def distance_distribution(
+    positions: np.ndarray,
+    *,
+    r_max: float,
+    width: float = 0.05,
+    cell: np.ndarray | None = None,
+    pbc: np.ndarray | bool = False,
+) -> Distribution:
+    """h(r) of all pairs of atoms, averaged over frames.
+
+    Parameters
+    ----------
+    positions : (n_frames, n_atoms, 3)
+        Å; at least two atoms.
+    r_max, width
+        Range and width of the bins in Å. Distances beyond the range are counted in the norm, not in a bin.
+    cell : (3, 3)
+        Å; with ``pbc``, distances are those of the nearest images.
+    pbc
+        Periodic directions.
+
+    Returns
+    -------
+    Distribution
+        In 1/Å; integrates to 1 when ``r_max`` is beyond the largest distance.
+    """
+    pairs = np.stack(np.triu_indices(positions.shape[1], k=1), axis=1)
+    distances = pair_distances(positions, pairs, cell=cell, pbc=pbc)
+    edges = bin_edges(r_max, width)
+    counts, _ = np.histogram(distances, edges)
+    return Distribution(edges, counts / (distances.size * width))
+
+
+def pair_distances(
+    positions: np.ndarray,
+    pairs: np.ndarray,
+    *,
+    cell: np.ndarray | None = None,
+    pbc: np.ndarray | bool = False,
+) -> np.ndarray:
+    """Distances (n_frames, n_pairs) in Å of given pairs (n_pairs, 2), of nearest images where periodic."""
+    vectors = positions[:, pairs[:, 1]] - positions[:, pairs[:, 0]]
+    if cell is None or not np.any(pbc):
+        return np.linalg.norm(vectors, axis=-1)
+    return find_mic(vectors.reshape(-1, 3), cell, pbc)[1].reshape(vectors.shape[:2])
+
+
+def distribution_mae(first: Distribution, second: Distribution) -> float:
+    """Integral of the absolute difference: no unit (0 to 2) for h(r), Å for g(r).
+
+    The bins of both must be the same; wider bins average out noise and give smaller values.
+    """
+    assert np.array_equal(first.edges, second.edges)
+    return float(np.abs(first.values - second.values) @ np.diff(first.edges))
