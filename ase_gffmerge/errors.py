@@ -26,6 +26,10 @@ class IncompatibleSpecialistsError(GFFMergeError):
     """Specialists that must not be merged: different architecture, units, theory, or no common base."""
 
 
+class DynamicsError(GFFMergeError):
+    """A run of molecular dynamics cannot start, or its energy is no longer finite."""
+
+
 class RecipeError(GFFMergeError):
     """A recipe or configuration has an unknown key or an impossible value."""
 

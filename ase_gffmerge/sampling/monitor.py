@@ -1,0 +1,192 @@
+"""When a replica is no longer worth following."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from ase import Atoms, units
+from ase.data import chemical_symbols, covalent_radii
+from ase.geometry import find_mic
+from torch import Tensor
+from torch_geometric.data import Data
+
+from ase_gffmerge.graphs.batches import edge_vectors
+from ase_gffmerge.sampling.bonds import find_bonds
+from ase_gffmerge.sampling.swarm import Swarm
+
+Grade = Callable[[Data], Tensor]
+"""A batch graph in, an extrapolation grade per atom (n_atoms,) out; 1 is the edge of what the model knows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Monitor:
+    """What stops a replica; ``None`` switches a criterion off. Energies that are not finite always stop it.
+
+    Attributes
+    ----------
+    stretch
+        A bond of the initial structure is broken when it is longer than this multiple of its initial length.
+    mobile
+        Elements whose neighbours are no bonds: ions that hop.
+    contact
+        Two atoms are too close below this fraction of the sum of their covalent radii.
+    heat
+        The replica is too hot above this multiple of the temperature asked for. The instantaneous temperature of
+        three atoms exceeds five times its mean about once in a million samples, that of more atoms never.
+    grade, max_grade
+        Extrapolation grade per atom, looked at whenever a frame is recorded, and its largest acceptable value.
+    """
+
+    stretch: float | None = 1.5
+    mobile: tuple[str, ...] = ("Li", "Na", "K", "Rb", "Cs")
+    contact: float | None = 0.5
+    heat: float | None = 5.0
+    grade: Grade | None = None
+    max_grade: float = 2.0
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a replica was stopped: a ``reason`` to count by, and the ``detail``."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class WatchedBonds:
+    """Bonds of one replica: ``pairs`` (n, 2), image ``offsets`` (n, 3) in Å, largest ``limits`` (n,) in Å."""
+
+    pairs: np.ndarray
+    offsets: np.ndarray
+    limits: np.ndarray
+
+    @classmethod
+    def of(cls, atoms: Atoms, monitor: Monitor) -> "WatchedBonds":
+        """Bonds of the structure as it is now, without those of mobile elements."""
+        bonds = find_bonds(atoms)
+        hops = np.isin(atoms.numbers, [chemical_symbols.index(symbol) for symbol in monitor.mobile])
+        held = ~hops[bonds.pairs].any(axis=1)
+        pairs = bonds.pairs[held]
+        vectors = atoms.positions[pairs[:, 1]] - atoms.positions[pairs[:, 0]]
+        nearest = find_mic(vectors, atoms.cell, atoms.pbc)[0] if len(pairs) else vectors
+        return cls(pairs, nearest - vectors, (monitor.stretch or np.inf) * bonds.lengths[held])
+
+
+class Watch:
+    """A monitor at work on a swarm.
+
+    Parameters
+    ----------
+    monitor
+        The criteria.
+    swarm
+        What to look at.
+    structures
+        The initial structures.
+    freedom
+        Degrees of freedom (n_replicas,) that carry kinetic energy.
+    """
+
+    def __init__(
+        self, monitor: Monitor, swarm: Swarm, structures: Sequence[Atoms], *, freedom: Sequence[int]
+    ):
+        self.monitor, self.swarm = monitor, swarm
+        self.freedom = torch.as_tensor(freedom, dtype=torch.float64, device=swarm.device)
+        self.radii = torch.as_tensor(covalent_radii, dtype=torch.float64, device=swarm.device)
+        self._bonds = [WatchedBonds.of(atoms, monitor) for atoms in structures]
+        self._join()
+
+    def _join(self) -> None:
+        starts = [part.start for part in self.swarm.slices]
+        device = self.swarm.device
+        self.pairs = torch.as_tensor(
+            np.concatenate([b.pairs + start for b, start in zip(self._bonds, starts, strict=True)]),
+            device=device,
+        )
+        self.offsets = torch.as_tensor(np.concatenate([b.offsets for b in self._bonds]), device=device)
+        self.limits = torch.as_tensor(np.concatenate([b.limits for b in self._bonds]), device=device)
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Go on with the replicas of these indices, after the swarm has."""
+        self.freedom = self.freedom[list(kept)]
+        self._bonds = [self._bonds[k] for k in kept]
+        self._join()
+
+    def temperatures(self) -> Tensor:
+        """Instantaneous temperature (n_replicas,) in K."""
+        return 2 * self.swarm.kinetic_energies() / (self.freedom * units.kB)
+
+    def stops(self, *, recording: bool) -> dict[int, Stop]:
+        """Replicas to stop now; ``recording``: a frame is about to be recorded, so look at the grade too."""
+        found: dict[int, Stop] = {}
+        for k, stop in self._all(recording):
+            found.setdefault(k, stop)
+        return found
+
+    def _all(self, recording: bool) -> Iterator[tuple[int, Stop]]:
+        yield from self._not_finite()
+        if self.monitor.stretch is not None:
+            yield from self._broken()
+        if self.monitor.contact is not None:
+            yield from self._too_close(self.monitor.contact)
+        if self.monitor.heat is not None:
+            yield from self._too_hot(self.monitor.heat)
+        if recording and self.monitor.grade is not None:
+            yield from self._unknown(self.monitor.grade)
+
+    def _not_finite(self) -> Iterator[tuple[int, Stop]]:
+        total = self.swarm.energies + self.swarm.kinetic_energies()
+        for k in _where(~torch.isfinite(total)):
+            yield k, Stop("not finite", "energy or momenta are not finite")
+        for k in _where(self.swarm.leapt):
+            yield k, Stop("not finite", "an atom moved further than the cutoff in one step")
+
+    def _broken(self) -> Iterator[tuple[int, Stop]]:
+        i, j = self.pairs.T
+        lengths = (self.swarm.positions[j] - self.swarm.positions[i] + self.offsets).norm(dim=1)
+        for n in _where(~(lengths <= self.limits)):
+            yield (
+                self._replica(i[n]),
+                Stop(
+                    "bond broken", f"{self._pair(i[n], j[n])} are bonded and {float(lengths[n]):.2f} Å apart"
+                ),
+            )
+
+    def _too_close(self, contact: float) -> Iterator[tuple[int, Stop]]:
+        graph = self.swarm.graph
+        radii = self.radii[graph.atomic_numbers]
+        j, i = graph.edge_index
+        lengths = edge_vectors(graph).norm(dim=1)
+        for n in _where(lengths < contact * (radii[i] + radii[j])):
+            yield (
+                self._replica(i[n]),
+                Stop("atoms too close", f"{self._pair(i[n], j[n])} are {float(lengths[n]):.2f} Å apart"),
+            )
+
+    def _too_hot(self, heat: float) -> Iterator[tuple[int, Stop]]:
+        now, target = self.temperatures(), self.swarm.temperatures
+        for k in _where((now > heat * target) & (target > 0)):
+            yield k, Stop("too hot", f"{float(now[k]):.0f} K, {float(target[k]):g} K were asked for")
+
+    def _unknown(self, grade: Grade) -> Iterator[tuple[int, Stop]]:
+        grades = grade(self.swarm.graph)
+        for n in _where(~(grades <= self.monitor.max_grade)):
+            detail = f"atom {self._label(n)} has an extrapolation grade of {float(grades[n]):.2f}"
+            yield self._replica(n), Stop("extrapolation", detail)
+
+    def _replica(self, atom: Tensor | int) -> int:
+        return int(self.swarm.structure_index[atom])
+
+    def _label(self, atom: Tensor | int) -> str:
+        """Element and index within the replica."""
+        symbol = chemical_symbols[int(self.swarm.graph.atomic_numbers[atom])]
+        return f"{symbol}{int(atom) - self.swarm.slices[self._replica(atom)].start}"
+
+    def _pair(self, i: Tensor, j: Tensor) -> str:
+        return f"{self._label(i)} and {self._label(j)}"
+
+
+def _where(flags: Tensor) -> list[int]:
+    return flags.nonzero()[:, 0].tolist() if flags.any() else []
