@@ -16,7 +16,19 @@ from torch import Tensor
 from ase_gffmerge.errors import FileFormatError
 
 FORMAT = "ase-gffmerge"
-SCHEMA = 1
+
+
+def _count_seen_frames(metadata: dict[str, Any]) -> dict[str, Any]:
+    """1 to 2: files of schema 1 do not say which frames the training saw."""
+    provenance = metadata.get("provenance")
+    if not isinstance(provenance, dict):
+        return metadata
+    return {**metadata, "provenance": {**provenance, "seen_frames": 0}}
+
+
+MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_count_seen_frames,)
+"""Pure functions of the metadata, the first of which leads from schema 1 to schema 2."""
+SCHEMA = 1 + len(MIGRATIONS)
 
 
 def digest(metadata: str, tensors: Mapping[str, Tensor]) -> str:
@@ -129,9 +141,10 @@ def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, 
             f"{path} is a safetensors file but not one of ase-gffmerge (its header has no format mark); "
             "make one with `gffmerge train` or `gffmerge merge`"
         )
-    if header.get("schema") != str(SCHEMA):
+    schema = header.get("schema", "")
+    if schema not in map(str, range(1, SCHEMA + 1)):
         raise FileFormatError(
-            f"{path} has schema version {header.get('schema')!r}, this ase-gffmerge reads version {SCHEMA}; "
+            f"{path} has schema version {schema!r}, this ase-gffmerge reads versions up to {SCHEMA}; "
             "install the version that wrote it, or a newer one"
         )
     text = header.get("metadata", "")
@@ -143,4 +156,6 @@ def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, 
         raise FileFormatError(f"{path}: the metadata is not JSON ({error}); copy the file again") from None
     if not isinstance(metadata, dict):
         raise FileFormatError(f"{path}: the metadata is not a JSON object; copy the file again")
+    for migrate in MIGRATIONS[int(schema) - 1 :]:
+        metadata = migrate(metadata)
     return metadata, tensors

@@ -15,56 +15,16 @@ from torch import Tensor
 from ase_gffmerge.errors import FileFormatError, StructureError
 from ase_gffmerge.fileformat import digest, read_file, write_file
 from ase_gffmerge.models import Potential, build_potential
+from ase_gffmerge.provenance import (
+    MergeRecord,
+    Provenance,
+    pack_seen,
+    unpack_merge_record,
+    unpack_provenance,
+)
 
 UNITS = {"energy": "eV", "length": "Å"}
 BUNDLED = ("rmd17-base", "rmd17-ethanol", "rmd17-malonaldehyde")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Provenance:
-    """Where a specialist comes from.
-
-    Attributes
-    ----------
-    data_set, data_hash
-        Name and SHA-256 of the training frames.
-    n_train, epochs, seed
-        Size and length of the training.
-    lineage
-        Fingerprints of the ancestors, root first.
-    errors
-        Errors on its own test frames: ``force_mae``, ``force_rmse`` (eV/Å), ``energy_mae`` (eV/atom).
-    """
-
-    data_set: str = "unknown"
-    data_hash: str = ""
-    n_train: int = 0
-    epochs: int = 0
-    seed: int = 0
-    lineage: tuple[str, ...] = ()
-    errors: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeRecord:
-    """How a merged potential was made.
-
-    Attributes
-    ----------
-    parents
-        Names of the specialists, in the order of their indices.
-    fingerprints
-        Their SHA-256 fingerprints.
-    recipe
-        The complete recipe.
-    report
-        The merge report as JSON-able dictionary.
-    """
-
-    parents: tuple[str, ...]
-    fingerprints: tuple[str, ...]
-    recipe: Mapping[str, Any]
-    report: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +81,7 @@ class Specialist:
     def save(self, path: str | Path) -> Path:
         """Write one ``.safetensors`` file atomically; weights keep their floating-point type."""
         tensors = {f"potential.{name}": value for name, value in self.potential.state_dict().items()}
-        tensors |= pack_frames(self.calibration)
+        tensors |= pack_frames(self.calibration) | pack_seen(self.provenance)
         metadata: dict[str, Any] = {
             "name": self.name,
             "architecture": self.potential.architecture,
@@ -129,7 +89,7 @@ class Specialist:
             "species": list(self.species),
             "units": UNITS,
             "level_of_theory": self.level_of_theory,
-            "provenance": vars(self.provenance),
+            "provenance": self.provenance.to_dict(),
             "merged": vars(self.merged) if self.merged else None,
         }
         write_file(Path(path), metadata, tensors)
@@ -167,16 +127,14 @@ class Specialist:
                 potential = build_potential(
                     metadata["architecture"], metadata["hyper"], tuple(metadata["species"])
                 )
-            provenance = dict(metadata["provenance"])
-            provenance["lineage"] = tuple(provenance["lineage"])
             merged = metadata["merged"]
             specialist = cls(
                 name=metadata["name"],
                 potential=potential,
                 calibration=unpack_frames(tensors),
                 level_of_theory=metadata["level_of_theory"],
-                provenance=Provenance(**provenance),
-                merged=_merge_record(merged) if merged else None,
+                provenance=unpack_provenance(metadata["provenance"], tensors),
+                merged=unpack_merge_record(merged) if merged else None,
             )
             units = metadata["units"]
         except FileFormatError as error:
@@ -242,15 +200,6 @@ def unpack_frames(tensors: Mapping[str, Tensor]) -> tuple[Atoms, ...]:
     return tuple(
         Atoms(z, positions=r, cell=cell, pbc=pbc)
         for z, r, cell, pbc in zip(numbers, positions, array["cells"], array["pbc"], strict=True)
-    )
-
-
-def _merge_record(data: Mapping[str, Any]) -> MergeRecord:
-    return MergeRecord(
-        parents=tuple(data["parents"]),
-        fingerprints=tuple(data["fingerprints"]),
-        recipe=data["recipe"],
-        report=data["report"],
     )
 
 

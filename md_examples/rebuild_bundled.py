@@ -3,7 +3,8 @@
 Run ``gffmerge data fetch rmd17 --file "*_01.npz" --dir DATA`` and then ``python rebuild_bundled.py DATA``. A killed run
 continues from its last epoch; finished models are kept (delete a file to train it again).
 ``--stage cards`` writes test frames and cards from the models as they are; ``--stage more --out FOLDER`` trains specialists
-of the other molecules, which benchmarks of larger mixtures need and which are not bundled.
+of the other molecules, which benchmarks of larger mixtures need and which are not bundled; ``--stage seen`` enters into the
+models in FOLDER the frames that their trainings saw, for models made before the files kept them (weights stay as they are).
 """
 
 import argparse
@@ -18,11 +19,12 @@ from model_card import Plan, model_card, published_hash, sha256
 
 import ase_gffmerge
 from ase_gffmerge.accuracy import evaluate
-from ase_gffmerge.data.readers import read_frames
+from ase_gffmerge.data.readers import hash_frames, read_frames
 from ase_gffmerge.sources import load
 from ase_gffmerge.specialist import Specialist
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.train import train
+from ase_gffmerge.training.frames import split_frames
+from ase_gffmerge.training.train import seen_frames, train
 
 BASE = "rmd17-base"
 PLANS = {
@@ -38,6 +40,7 @@ STAGES = {
     "base": (BASE,),
     "specialists": ("rmd17-ethanol", "rmd17-malonaldehyde"),
     "cards": (),
+    "seen": (),
     "more": ("rmd17-aspirin", "rmd17-toluene", "rmd17-uracil", "rmd17-salicylic"),
 }
 BUNDLED = ("base", "specialists", "cards")
@@ -53,6 +56,9 @@ def main() -> None:
     for stage in [options.stage] if options.stage else BUNDLED:
         for name in STAGES[stage]:
             train_model(name, options.data, options.out)
+        if stage == "seen":
+            for name in filter(lambda name: (options.out / f"{name}.safetensors").exists(), PLANS):
+                enter_seen_frames(name, options.data, options.out)
         if stage == "cards":
             for name in (*STAGES["base"], *STAGES["specialists"]):
                 write_card(name, options.data, options.out)
@@ -86,20 +92,39 @@ def train_model(name: str, data: Path, out: Path) -> None:
     train(
         [data_file(data, molecule, "train") for molecule in plan.molecules],
         path,
-        TrainConfig(
-            epochs=plan.epochs,
-            batch_size=plan.batch_size,
-            learning_rate=plan.learning_rate,
-            validation=plan.validation,
-            seed=plan.seed,
-            level_of_theory=LEVEL_OF_THEORY,
-        ),
+        config_of(plan),
         name=name,
         init=parent_of(plan, out),
         n_calibration=N_CALIBRATION,
         test=[data_file(data, molecule, "test") for molecule in plan.molecules],
         callback=lambda epoch, losses: print(name, epoch, losses, flush=True),
     )
+
+
+def config_of(plan: Plan) -> TrainConfig:
+    """Training options of a plan."""
+    return TrainConfig(
+        epochs=plan.epochs,
+        batch_size=plan.batch_size,
+        learning_rate=plan.learning_rate,
+        validation=plan.validation,
+        seed=plan.seed,
+        level_of_theory=LEVEL_OF_THEORY,
+    )
+
+
+def enter_seen_frames(name: str, data: Path, out: Path) -> None:
+    """Record the frames of a finished training and of its ancestors' in the file; refuses frames of another training."""
+    plan, path = PLANS[name], out / f"{name}.safetensors"
+    specialist = Specialist.load(path)
+    training, validation = split_frames(
+        [data_file(data, molecule, "train") for molecule in plan.molecules], config_of(plan)
+    )
+    if hash_frames(training) != specialist.provenance.data_hash:
+        raise SystemExit(f"{path} was trained on other frames than the plan says; train it again")
+    seen = seen_frames([*training, *validation], init=parent_of(plan, out))
+    replace(specialist, provenance=replace(specialist.provenance, seen_frames=seen)).save(path)
+    print(f"{path} has seen {len(seen)} frames, its ancestors' among them")
 
 
 def parent_of(plan: Plan, out: Path) -> Specialist | None:

@@ -34,7 +34,14 @@ def make(dtype: torch.dtype = torch.float32) -> Specialist:
         bulk("C", "diamond", a=3.57),
         Atoms("H", pbc=[1, 0, 1], cell=[4, 0, 5]),
     )
-    provenance = Provenance(data_set="toy", n_train=3, seed=7, lineage=("abc",), errors={"force_mae": 0.01})
+    provenance = Provenance(
+        data_set="toy",
+        n_train=3,
+        seed=7,
+        lineage=("abc",),
+        errors={"force_mae": 0.01},
+        seen_frames=("00ff00ff00ff00ff", "0123456789abcdef"),
+    )
     return Specialist(
         name="toy", potential=potential, calibration=frames, level_of_theory="PBE", provenance=provenance
     )
@@ -174,7 +181,7 @@ def rewrite(path: Path, *, metadata: object = None, tensors: dict | None = None,
     text = json.dumps(old_metadata if metadata is None else metadata, sort_keys=True)
     text = metadata if isinstance(metadata, str) else text
     tensors = old_tensors if tensors is None else tensors
-    standard = {"format": "ase-gffmerge", "schema": "1", "metadata": text, "sha256": digest(text, tensors)}
+    standard = {"format": "ase-gffmerge", "schema": "2", "metadata": text, "sha256": digest(text, tensors)}
     save_file(tensors, path, metadata={**standard, **header})
 
 
@@ -188,10 +195,26 @@ def test_foreign_safetensors(path: Path) -> None:
     refused(path, "not one of ase-gffmerge")
 
 
-@pytest.mark.parametrize("version", ["2", "0", "banana"])
+@pytest.mark.parametrize("version", ["3", "0", "banana"])
 def test_unknown_schema(path: Path, version: str) -> None:
     rewrite(path, schema=version)
     refused(path, f"schema version '{version}'.*install the version")
+
+
+def test_files_of_schema_1_know_no_frames_seen(path: Path) -> None:
+    metadata, tensors = read_file(path)
+    del metadata["provenance"]["seen_frames"]
+    del tensors["provenance.seen_frames"]
+    rewrite(path, metadata=metadata, tensors=tensors, schema="1")
+    assert read_metadata(path)["provenance"]["seen_frames"] == 0
+    loaded = Specialist.load(path)
+    assert loaded.provenance == replace(make().provenance, seen_frames=())
+    assert loaded.fingerprint == make().fingerprint
+
+
+def test_checkpoint_of_schema_1_can_be_read(path: Path) -> None:
+    rewrite(path, metadata={"checkpoint": {"epoch": 3}}, schema="1")
+    assert read_metadata(path) == {"checkpoint": {"epoch": 3}}
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "null", ""])
@@ -223,7 +246,7 @@ def test_missing_metadata(path: Path, key: str) -> None:
         ("species", [1, 6, 999], "write the file again"),
         ("species", None, "write the file again"),
         ("units", {"energy": "Ha", "length": "Å"}, "units"),
-        ("provenance", {"lineage": [], "mood": "good"}, "mood"),
+        ("provenance", {"lineage": [], "seen_frames": 2, "mood": "good"}, "mood"),
         ("provenance", None, "write the file again"),
         ("merged", {"parents": ["a"]}, "write the file again"),
     ],
@@ -243,6 +266,9 @@ def test_wrong_metadata(path: Path, key: str, value: object, pattern: str) -> No
         ("potential.readout.out.bias", torch.tensor([torch.inf]), "NaN or infinity"),
         ("potential.embedding", torch.zeros(1, 3, 8, dtype=torch.int64), "not real numbers"),
         ("potential.extra", torch.zeros(1), "unexpected tensors"),
+        ("provenance.seen_frames", None, "seen_frames"),
+        ("provenance.seen_frames", torch.zeros(3, 8, dtype=torch.uint8), "seen_frames"),
+        ("provenance.seen_frames", torch.zeros(2, 8), "seen_frames"),
         ("calibration.numbers", None, "calibration.numbers"),
         ("calibration.numbers", torch.ones(3, dtype=torch.int64), "calibration frames"),
         ("calibration.n_atoms", torch.tensor([1, 1]), "calibration frames"),
@@ -303,7 +329,7 @@ def test_written_file_has_ordinary_permissions(path: Path) -> None:
     (path.parent / "plain").write_text("x")
     assert path.stat().st_mode == (path.parent / "plain").stat().st_mode
     with safe_open(path, framework="pt") as handle:
-        assert handle.metadata()["schema"] == "1"
+        assert handle.metadata()["schema"] == "2"
 
 
 def test_float64_weights_survive_a_round_trip_bitwise(tmp_path) -> None:

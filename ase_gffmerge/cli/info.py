@@ -42,7 +42,7 @@ def describe(force_field: "Specialist") -> dict[str, Any]:
         "level_of_theory": force_field.level_of_theory,
         "references": dict(zip(elements, potential.references.tolist(), strict=True)),
         "calibration_frames": len(force_field.calibration),
-        "provenance": vars(force_field.provenance),
+        "provenance": force_field.provenance.to_dict(),
         "fingerprint": force_field.fingerprint,
         "merged": merge_record(force_field),
     }
@@ -78,6 +78,7 @@ def readable(document: dict[str, Any]) -> dict[str, Any]:
     else:
         size = f"{training['n_train']} frames, {training['epochs']} epochs"
         rows["trained on"] = f"{training['data_set']} ({size})"
+        rows["frames seen"] = training["seen_frames"] or "not recorded"
         rows["test errors"] = _pairs(training["errors"]) or "not measured"
         rows["ancestors"] = ", ".join(key[:12] for key in training["lineage"]) or "none"
     rows["fingerprint"] = document["fingerprint"]

@@ -8,6 +8,7 @@ from typing import Any
 from ase import Atoms
 
 from ase_gffmerge.accuracy import Errors, evaluate
+from ase_gffmerge.data.fingerprints import geometry_keys
 from ase_gffmerge.data.readers import hash_frames
 from ase_gffmerge.data.splits import calibration_frames
 from ase_gffmerge.device import resolve_device
@@ -92,7 +93,14 @@ def train(
         name=name or out.name.removesuffix(".safetensors"),
         potential=potential.to(device="cpu"),
         calibration=stored_frames(training, n_calibration, seed=config.seed),
-        provenance=provenance(sources, training, config, lineage=lineage(init), errors=errors),
+        provenance=provenance(
+            sources,
+            training,
+            config,
+            lineage=lineage(init),
+            seen=seen_frames([*training, *validation], init=init),
+            errors=errors,
+        ),
     )
     specialist.save(out)
     checkpoint.unlink(missing_ok=True)
@@ -118,6 +126,12 @@ def lineage(init: Specialist | None) -> tuple[str, ...]:
     return (*init.provenance.lineage, init.fingerprint) if init else ()
 
 
+def seen_frames(frames: Sequence[Atoms], *, init: Specialist | None) -> tuple[str, ...]:
+    """Keys of the frames that a child of ``init`` and its ancestors have seen, ascending."""
+    inherited = init.provenance.seen_frames if init else ()
+    return tuple(sorted({*inherited, *geometry_keys(frames)}))
+
+
 def stored_frames(training: Sequence[Atoms], n: int, *, seed: int) -> tuple[Atoms, ...]:
     """At most ``n`` training frames without labels, for merging."""
     return tuple(bare(atoms) for atoms in calibration_frames(training, min(n, len(training)), seed=seed))
@@ -129,6 +143,7 @@ def provenance(
     config: TrainConfig,
     *,
     lineage: tuple[str, ...],
+    seen: tuple[str, ...],
     errors: Errors | None,
 ) -> Provenance:
     """Record of the training for the file."""
@@ -140,4 +155,5 @@ def provenance(
         seed=config.seed,
         lineage=lineage,
         errors=errors.to_dict() if errors else {},
+        seen_frames=seen,
     )

@@ -11,6 +11,8 @@ from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
+from ase_gffmerge.data.fingerprints import geometry_keys
+from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import (
     DeviceError,
     FileFormatError,
@@ -301,6 +303,9 @@ def test_child_keeps_references_and_records_its_lineage(frame_file, tmp_path: Pa
     assert child.species == base.species
     assert child.provenance.lineage == (before,)
     assert child.fingerprint != before
+    seen = [read_frames(frame_file(*of)) for of in (("CH3OH",), ("H2O",), ("H2O", 12, 4))]
+    assert base.provenance.seen_frames == geometry_keys(seen[0] + seen[1])
+    assert child.provenance.seen_frames == geometry_keys(seen[0] + seen[1] + seen[2])
     with pytest.warns(ReferenceWarning, match="eV per atom"):
         other = train(
             [frame_file("H2O", seed=4)],

@@ -1,0 +1,94 @@
+"""Where a force field comes from, and how that is kept in its file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SEEN_FRAMES = "provenance.seen_frames"
+_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a specialist comes from.
+
+    Attributes
+    ----------
+    data_set, data_hash
+        Name and SHA-256 of the training frames.
+    n_train, epochs, seed
+        Size and length of the training.
+    lineage
+        Fingerprints of the ancestors, root first.
+    errors
+        Errors on its own test frames: ``force_mae``, ``force_rmse`` (eV/Å), ``energy_mae`` (eV/atom).
+    seen_frames
+        Keys (:func:`~ase_gffmerge.data.fingerprints.geometry_key`) of all training and validation frames, those of the
+        ancestors among them, ascending: no test frame may be one of these. Empty when nothing is known.
+    """
+
+    data_set: str = "unknown"
+    data_hash: str = ""
+    n_train: int = 0
+    epochs: int = 0
+    seed: int = 0
+    lineage: tuple[str, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
+    seen_frames: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Metadata for a file or a printout: of the frames seen only the number."""
+        return {**vars(self), "seen_frames": len(self.seen_frames)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRecord:
+    """How a merged potential was made.
+
+    Attributes
+    ----------
+    parents
+        Names of the specialists, in the order of their indices.
+    fingerprints
+        Their SHA-256 fingerprints.
+    recipe
+        The complete recipe.
+    report
+        The merge report as JSON-able dictionary.
+    """
+
+    parents: tuple[str, ...]
+    fingerprints: tuple[str, ...]
+    recipe: Mapping[str, Any]
+    report: Mapping[str, Any]
+
+
+def pack_seen(provenance: Provenance) -> dict[str, Tensor]:
+    """Keys of the frames seen as one tensor (n_frames, 8) of bytes; nothing when there are none."""
+    if not provenance.seen_frames:
+        return {}
+    content = bytes.fromhex("".join(provenance.seen_frames))
+    return {SEEN_FRAMES: torch.as_tensor(np.frombuffer(content, dtype=np.uint8).reshape(-1, _BYTES).copy())}
+
+
+def unpack_provenance(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Provenance:
+    """Inverse of :meth:`Provenance.to_dict` and :func:`pack_seen`."""
+    keys = tensors.get(SEEN_FRAMES, torch.empty((0, _BYTES), dtype=torch.uint8))
+    if keys.dtype != torch.uint8 or keys.shape != (metadata["seen_frames"], _BYTES):
+        raise ValueError(f"seen_frames ({metadata['seen_frames']} are announced, the tensor does not fit)")
+    seen = tuple(row.tobytes().hex() for row in keys.numpy())
+    return Provenance(**{**metadata, "lineage": tuple(metadata["lineage"]), "seen_frames": seen})
+
+
+def unpack_merge_record(metadata: Mapping[str, Any]) -> MergeRecord:
+    """Inverse of ``vars``."""
+    return MergeRecord(
+        parents=tuple(metadata["parents"]),
+        fingerprints=tuple(metadata["fingerprints"]),
+        recipe=metadata["recipe"],
+        report=metadata["report"],
+    )
