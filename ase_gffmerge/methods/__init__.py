@@ -3,6 +3,22 @@
 Importing this package fills :data:`METHODS`, one module per method or family.
 """
 
+from importlib import import_module
+
 from ase_gffmerge.methods.method import METHODS, Method, Mixture, Need, Outcome, get_method, register
 
 __all__ = ["METHODS", "Method", "Mixture", "Need", "Outcome", "get_method", "register"]
+
+_IN_TABLE_ORDER = (
+    "references",
+    "mean",
+    "task_arithmetic",
+    "ties",
+    "dare",
+    "fisher",
+    "emr",
+    "closed_form",
+)
+
+for _module in _IN_TABLE_ORDER:
+    import_module(f"{__name__}.{_module}")

@@ -1,0 +1,28 @@
+"""The mean of the weights: the simplest merge, and the anchor of the closed-form solves."""
+
+import warnings
+from typing import Any
+
+from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.merging.merge import merge
+from ase_gffmerge.methods.method import Mixture, Outcome, Progress, register
+
+
+def merge_by_recipe(mixture: Mixture, preset: str, *, progress: Progress) -> Outcome:
+    """Merge with one of :data:`~ase_gffmerge.merging.recipe.PRESETS`, silently: a comparison tells how good it is."""
+    recipe: dict[str, Any] = {
+        "preset": preset,
+        "allow_unrelated": True,
+        "allow_mixed_theory": True,
+        "allow_identical": True,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergeWarning)
+        merged, _ = merge(mixture.specialists, recipe, device=mixture.device, progress=progress)
+    return Outcome(potentials=(merged.potential,))
+
+
+@register("mean", citation="Wortsman et al. (model soups), arXiv 2203.05482")
+def mean(mixture: Mixture, progress: Progress) -> Outcome:
+    """Mean of the weights, embedding rows in proportion to how often each specialist's frames have the element."""
+    return merge_by_recipe(mixture, "mean", progress=progress)

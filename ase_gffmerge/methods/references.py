@@ -1,0 +1,109 @@
+"""What needs no merging: the best single specialist, and the mean of all specialists' outputs."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
+from ase_gffmerge.graphs.batches import structure_index
+from ase_gffmerge.methods.method import Mixture, Need, Outcome, Progress, register
+from ase_gffmerge.methods.tuning import Yardstick
+from ase_gffmerge.methods.weights import aligned_copies
+from ase_gffmerge.models import Potential
+from ase_gffmerge.specialist import symbols
+
+
+@register("best_single", citation="the one specialist closest to all", needs=(Need.FRAMES,))
+def best_single(mixture: Mixture, progress: Progress) -> Outcome:
+    """Choose the specialist whose forces on everybody's calibration frames differ least from their owners'.
+
+    Raises
+    ------
+    IncompatibleSpecialistsError
+        When no specialist knows all elements of all frames.
+    """
+    specialists = aligned_copies(mixture)
+    elements = {int(z) for s in specialists for atoms in s.calibration for z in atoms.numbers}
+    able = [s for s in specialists if elements <= set(s.species)]
+    if not able:
+        raise IncompatibleSpecialistsError(
+            f"no specialist knows all elements of the calibration frames ({symbols(sorted(elements))}), so none can stand "
+            "for all; leave best_single out of this comparison"
+        )
+    yardstick = Yardstick.of(specialists)
+    disagreements = []
+    for i, specialist in enumerate(able):
+        progress(i / len(able), specialist.name)
+        disagreements.append(yardstick.disagreement(specialist.potential))
+    best = able[disagreements.index(min(disagreements))]
+    return Outcome(potentials=(best.potential,), settings={"specialist": best.name})
+
+
+class Ensemble(nn.Module):
+    """Mean of the energies, and with them of the forces, of several potentials.
+
+    A structure is the business of the members that know all its elements: all of its atoms get the mean over these
+    members, so that every structure has one smooth energy. The cost is that of all members.
+
+    Parameters
+    ----------
+    members
+        Potentials of one architecture, cutoff, device, precision and zero of energy.
+    """
+
+    def __init__(self, members: Sequence[Potential]):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.architecture, self.hyper = members[0].architecture, members[0].hyper
+        self.species = tuple(sorted({z for member in members for z in member.species}))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the members' weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the members' weights."""
+        return next(self.parameters()).device
+
+    def forward(self, graph: Data) -> Tensor:
+        """Per-atom energies (n_atoms,) in eV.
+
+        Raises
+        ------
+        FramesError
+            When no member knows all elements of a structure.
+        """
+        structure = structure_index(graph)
+        total = torch.zeros(len(graph.pos), dtype=torch.float64, device=graph.pos.device)
+        count = torch.zeros_like(total)
+        for member in self.members:
+            able = self._knows(member, graph, structure)  # type: ignore[arg-type]
+            if able.any():
+                total = total + torch.where(able, member(graph), 0.0)
+                count = count + able
+        if not count.all():
+            raise FramesError(
+                "no specialist knows all elements of one of the structures, so there are no outputs to average; a merged "
+                "potential covers them"
+            )
+        return total / count
+
+    @staticmethod
+    def _knows(member: Potential, graph: Data, structure: Tensor) -> Tensor:
+        """Whether a member knows all elements of the structure that an atom belongs to (n_atoms,)."""
+        foreign = member.species_row[graph.atomic_numbers] < 0
+        counts = torch.zeros(len(graph.cell), device=foreign.device).index_add(0, structure, foreign.float())
+        return counts[structure] == 0
+
+
+@register("ensemble", citation="mean of the specialists' outputs")
+def ensemble(mixture: Mixture, progress: Progress) -> Outcome:
+    """All specialists at once, K times the cost: the mean of their energies and forces."""
+    progress(0.0, "references")
+    members = Ensemble([s.potential for s in aligned_copies(mixture)])
+    return Outcome(potentials=(cast("Potential", members),))

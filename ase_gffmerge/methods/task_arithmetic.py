@@ -1,0 +1,36 @@
+r"""Task arithmetic: the base plus a multiple of the sum of the task vectors.
+
+.. math:: w = w_0 + \lambda \sum_k \tau_k
+
+(Ilharco et al., "Editing models with task arithmetic", arXiv 2212.04089). At :math:`\lambda = 1/K` this is the mean.
+"""
+
+import torch
+from torch import Tensor
+
+from ase_gffmerge.methods.method import Mixture, Need, Outcome, Progress, register
+from ase_gffmerge.methods.tuning import Yardstick, grid_of, tune
+from ase_gffmerge.methods.weights import WeightSpace
+from ase_gffmerge.models import Potential
+
+SHARES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+"""Values of K λ that are tried."""
+
+
+def add_task_vectors(base: Tensor, task_vectors: Tensor, *, scale: float) -> Tensor:
+    """Weights (P,) from those of the base (P,) and the task vectors (K, P), with λ = ``scale``."""
+    return base + scale * task_vectors.sum(0)
+
+
+@register("task_arithmetic", citation="Ilharco et al., arXiv 2212.04089", needs=(Need.FRAMES, Need.BASE))
+def task_arithmetic(mixture: Mixture, progress: Progress) -> Outcome:
+    """Task arithmetic with λ of least disagreement."""
+    space = WeightSpace.of(mixture)
+    scales = [share / len(space.specialists) for share in SHARES]
+
+    def build(scale: float) -> Potential:
+        return space.potential(add_task_vectors(space.origin, space.task_vectors, scale=scale))
+
+    with torch.no_grad():
+        yardstick = Yardstick.of(space.specialists)
+        return tune(build, grid_of(scale=scales), yardstick, progress=progress).outcome()
