@@ -1,42 +1,105 @@
-"""``gffmerge evaluate``: errors of a force field on labelled frames."""
+"""``gffmerge evaluate``: errors of force fields on labelled frames, and how well their dynamics hold."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ase_gffmerge.cli.options import DeviceOption, JsonOption, ModelArgument, SpecialistOption
+from ase_gffmerge.cli.options import DeviceOption, DType, JsonOption, SpecialistOption
 from ase_gffmerge.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
+    from ase_gffmerge.evaluation.md_runs import Contestant
     from ase_gffmerge.specialist import Specialist
 
 UNITS = {"force_mae": "eV/Å", "force_rmse": "eV/Å", "energy_mae": "eV/atom"}
+MD = "Dynamics (--md)"
 
 
 def evaluate(
-    model: ModelArgument,
+    models: Annotated[
+        list[str], typer.Argument(help="Files or bundled names, one or several.", show_default=False)
+    ],
     frames: Annotated[Path, typer.Argument(help="Labelled frames: extxyz, npz, ...", show_default=False)],
     specialist: SpecialistOption = None,
     device: DeviceOption = "auto",
+    md: Annotated[
+        bool, typer.Option("--md", help="Run dynamics with every model and compare.", rich_help_panel=MD)
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="K.", rich_help_panel=MD)] = 500.0,
+    time: Annotated[
+        float, typer.Option(help="Of every NVT run, ps; NVE runs are half as long.", rich_help_panel=MD)
+    ] = 10.0,
+    timestep: Annotated[float, typer.Option(help="fs.", rich_help_panel=MD)] = 0.5,
+    seeds: Annotated[int, typer.Option(help="Runs of every model.", rich_help_panel=MD)] = 3,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Frames of the true ensemble [default: FRAMES].", rich_help_panel=MD),
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help="Of the networks.", rich_help_panel=MD)] = DType.float32,
+    out: Annotated[
+        Path, typer.Option(help="Folder for plot, table and finished runs.", rich_help_panel=MD)
+    ] = Path("gffmerge-md"),
     as_json: JsonOption = False,
 ) -> None:
-    """Print force MAE and RMSE (eV/Å), energy MAE (eV/atom) and the number of frames."""
+    """Print force MAE and RMSE (eV/Å), energy MAE (eV/atom) and the number of frames.
+
+    With --md, run dynamics from the frames with every model and show side by side how long they stay stable, how far
+    distances of atoms are from those of the reference, vibrations, and conservation of energy.
+    """
     from ase_gffmerge.accuracy import evaluate as errors_of
     from ase_gffmerge.data.readers import read_frames, require_labels
     from ase_gffmerge.device import resolve_device
-    from ase_gffmerge.sources import load
 
     target = resolve_device(device)
-    force_field = load(model).to(device=target)
+    contestants = load_models(models, specialist)
+    for contestant in contestants:
+        contestant.force_field.to(device=target)
+    if md:
+        from ase_gffmerge.cli.evaluate_md import evaluate_md
+        from ase_gffmerge.evaluation.md_protocol import Protocol
+
+        protocol = Protocol(temperature=temperature, picoseconds=time, timestep=timestep, seeds=seeds)
+        evaluate_md(contestants, frames, protocol, reference=reference, dtype=dtype, out=out, as_json=as_json)
+        return
     labelled = read_frames(frames)
     require_labels(labelled, frames)
-    index = specialist_index(force_field, specialist)
-    errors = errors_of(force_field.potential, labelled, specialist=index).to_dict()
+    errors = {
+        c.label: errors_of(c.force_field.potential, labelled, specialist=c.specialist).to_dict()
+        for c in contestants
+    }
+    print_errors(errors, as_json=as_json)
+
+
+def print_errors(errors: Mapping[str, Mapping[str, Any]], *, as_json: bool) -> None:
+    """Errors of one model as they are, of several by model."""
     if as_json:
-        print_json(errors)
+        print_json(next(iter(errors.values())) if len(errors) == 1 else {"models": errors})
         return
-    print_table({f"{key} ({UNITS[key]})" if key in UNITS else key: value for key, value in errors.items()})
+    for label, values in errors.items():
+        named = {f"{key} ({UNITS[key]})" if key in UNITS else key: value for key, value in values.items()}
+        print_table(named if len(errors) == 1 else {"model": label, **named})
+
+
+def load_models(sources: Sequence[str], specialist: str | None) -> "list[Contestant]":
+    """Load every source; ``specialist`` concerns those with one surface per specialist."""
+    from ase_gffmerge.evaluation.md_runs import Contestant
+    from ase_gffmerge.sources import load
+
+    loaded = [load(source) for source in sources]
+    names = [force_field.name for force_field in loaded]
+    several = [force_field for force_field in loaded if force_field.potential.hyper.n_embeddings > 1]
+    return [
+        Contestant(
+            label=name if names.count(name) == 1 else source,
+            force_field=force_field,
+            specialist=0
+            if several and force_field not in several
+            else specialist_index(force_field, specialist),
+        )
+        for source, name, force_field in zip(sources, names, loaded, strict=True)
+    ]
 
 
 def specialist_index(force_field: "Specialist", name: str | None) -> int:

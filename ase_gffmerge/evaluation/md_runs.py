@@ -1,0 +1,159 @@
+"""The runs behind an evaluation: one batch of replicas per model and ensemble, kept on disk once finished."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+
+from ase import Atoms
+
+from ase_gffmerge.evaluation.md_protocol import Protocol
+from ase_gffmerge.evaluation.md_trajectory import MDTrajectory, load_trajectories, save_trajectories
+from ase_gffmerge.sampling.replicas import Ensemble, run_replicas
+from ase_gffmerge.specialist import Specialist
+
+Progress = Callable[[float, str], None]
+TRIAL_STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """A model under evaluation.
+
+    Attributes
+    ----------
+    label
+        What it is called in tables and plots.
+    force_field
+        On its device, in its type.
+    specialist
+        Index for per-specialist conditioning.
+    """
+
+    label: str
+    force_field: Specialist
+    specialist: int = 0
+
+
+def run_models(
+    models: Sequence[Contestant],
+    starts: Sequence[Atoms],
+    protocol: Protocol,
+    *,
+    folder: Path | None = None,
+    progress: Progress = lambda fraction, text: None,
+) -> dict[str, dict[Ensemble, list[MDTrajectory]]]:
+    """Run every model from the same structures with the same seeds.
+
+    An NVE run begins at the middle frame of the NVT run of its seed, with new velocities.
+
+    Parameters
+    ----------
+    starts
+        One structure per seed.
+    folder
+        Finished batches are kept there, and found again by the content of model, protocol and structures.
+    progress
+        Called with a fraction (0 to 1) and a description.
+
+    Returns
+    -------
+    dict
+        By label and ensemble, one trajectory per seed.
+    """
+    runs: dict[str, dict[Ensemble, list[MDTrajectory]]] = {}
+    for k, model in enumerate(models):
+
+        def tell(fraction: float, text: str, before: int = k, label: str = model.label) -> None:
+            progress((before + fraction) / len(models), f"{label} {text}")
+
+        nvt = _batch(model, starts, protocol, "nvt", folder, lambda f, text: tell(2 / 3 * f, f"NVT {text}"))
+        middles = [
+            run.structure(len(run.times) // 2) if len(run.times) else start
+            for run, start in zip(nvt, starts, strict=True)
+        ]
+        nve = _batch(
+            model, middles, protocol, "nve", folder, lambda f, text: tell((2 + f) / 3, f"NVE {text}")
+        )
+        runs[model.label] = {"nvt": nvt, "nve": nve}
+    return runs
+
+
+def _batch(
+    model: Contestant,
+    starts: Sequence[Atoms],
+    protocol: Protocol,
+    ensemble: Ensemble,
+    folder: Path | None,
+    progress: Progress,
+) -> list[MDTrajectory]:
+    path = folder / f"{ensemble}-{_key(model, starts, protocol, ensemble)[:20]}.npz" if folder else None
+    finished = load_trajectories(path) if path else None
+    if finished is None:
+        finished = _run(model, starts, protocol, ensemble, progress)
+        if path:
+            save_trajectories(finished, path)
+    progress(1.0, "finished")
+    return finished
+
+
+def _run(
+    model: Contestant, starts: Sequence[Atoms], protocol: Protocol, ensemble: Ensemble, progress: Progress
+) -> list[MDTrajectory]:
+    runs = run_replicas(
+        model.force_field.potential,
+        starts,
+        ensemble=ensemble,
+        temperature=protocol.temperature,
+        timestep=protocol.timestep,
+        steps=protocol.steps(ensemble),
+        every=protocol.every(ensemble),
+        friction=protocol.friction,
+        seed=0 if ensemble == "nvt" else 1,
+        specialist=model.specialist,
+        on_progress=progress,
+    )
+    length = protocol.length(ensemble)
+    return [MDTrajectory.of(run, start, length=length) for run, start in zip(runs, starts, strict=True)]
+
+
+def _key(model: Contestant, starts: Sequence[Atoms], protocol: Protocol, ensemble: Ensemble) -> str:
+    """SHA-256 of all that the result depends on."""
+    settings = {name: value for name, value in asdict(protocol).items() if name not in ANALYSIS}
+    potential = model.force_field.potential
+    said = (model.force_field.fingerprint, str(potential.dtype), model.specialist, ensemble, settings)
+    sha = hashlib.sha256(repr(said).encode())
+    for atoms in starts:
+        for array in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, atoms.get_masses()):
+            sha.update(array.tobytes())
+    return sha.hexdigest()
+
+
+ANALYSIS = ("equilibration", "correlation_time")
+"""What of a protocol matters only after the runs."""
+
+
+def estimated_seconds(models: Sequence[Contestant], starts: Sequence[Atoms], protocol: Protocol) -> float:
+    """Seconds that :func:`run_models` will take without finished runs, from a few trial steps of every model."""
+    n_steps = protocol.steps("nvt") + protocol.steps("nve")
+    return sum(n_steps * _seconds_per_step(model, starts, protocol) for model in models)
+
+
+def _seconds_per_step(model: Contestant, starts: Sequence[Atoms], protocol: Protocol) -> float:
+    def run(steps: int) -> float:
+        start = perf_counter()
+        run_replicas(
+            model.force_field.potential,
+            starts,
+            ensemble="nvt",
+            temperature=protocol.temperature,
+            timestep=protocol.timestep,
+            steps=steps,
+            every=steps,
+            specialist=model.specialist,
+        )
+        return perf_counter() - start
+
+    run(1)
+    return run(TRIAL_STEPS) / TRIAL_STEPS
