@@ -13,7 +13,7 @@ from ase_gffmerge.cli.output import Progress, note, print_json, print_table, pro
 if TYPE_CHECKING:
     from ase_gffmerge.accuracy import Errors
     from ase_gffmerge.specialist import Specialist
-    from ase_gffmerge.training.loop import History
+    from ase_gffmerge.training.state import History
 
 FRAMES_HELP = "Labelled frames: extxyz or another file ASE reads, rMD17 or MD17 npz, DeePMD folder."
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from ase_gffmerge.fileformat import atomic_write
 
 if TYPE_CHECKING:
-    from ase_gffmerge.training.loop import History
+    from ase_gffmerge.training.state import History
 
 CURVES = {
     "loss": "training loss",

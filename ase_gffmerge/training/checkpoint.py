@@ -25,26 +25,29 @@ def checkpoint_path(out: Path) -> Path:
 def save_checkpoint(
     path: Path,
     *,
-    model: nn.Module,
-    average: nn.Module,
+    modules: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     metadata: dict[str, Any],
 ) -> None:
-    """Write weights, their moving average, the optimiser's moments and JSON-able ``metadata``."""
-    tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"average.{name}": value.clone() for name, value in average.state_dict().items()}
+    """Write the weights of several modules by name, the optimiser's moments and JSON-able ``metadata``."""
+    tensors: dict[str, Tensor] = {
+        f"{kind}.{name}": value.clone()
+        for kind, module in modules.items()
+        for name, value in module.state_dict().items()
+    }
     state = optimizer.state_dict()["state"]
     tensors |= {f"optimizer.{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
     write_file(path, {"checkpoint": metadata}, tensors)
 
 
 def load_checkpoint(
-    path: Path, *, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path, *, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """Restore what :func:`save_checkpoint` wrote and return its metadata."""
     metadata, tensors = read_file(path)
     try:
-        for prefix, module in (("model.", model), ("average.", average)):
+        for kind, module in modules.items():
+            prefix = f"{kind}."
             module.load_state_dict(
                 {
                     name.removeprefix(prefix): value

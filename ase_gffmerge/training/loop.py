@@ -1,40 +1,39 @@
-"""Training of one specialist on energies, forces and (where present) stresses."""
+"""The loop of every training: one-cycle Adam, moving average, checkpoints, early stop."""
 
-from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ase import Atoms
+from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from ase_gffmerge.errors import GFFMergeError
 from ase_gffmerge.graphs import batch_graphs
 from ase_gffmerge.models import Potential
-from ase_gffmerge.training.checkpoint import can_resume, load_checkpoint, save_checkpoint
+from ase_gffmerge.training.checkpoint import can_resume
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.losses import labelled_graph, loss_terms, validate
+from ase_gffmerge.training.losses import loss_terms, validate
+from ase_gffmerge.training.state import History, TrainingState, stale
 
 Callback = Callable[[int, dict[str, float]], None]
+Loss = Callable[[Potential, Batch], Tensor]
 
 
 class TrainingError(GFFMergeError):
     """A training cannot go on: its loss or gradient is not finite."""
 
 
-@dataclass
-class History:
-    """Losses of every epoch: ``loss`` (training), ``force_mae`` and ``energy_mae`` (validation)."""
-
-    rows: list[dict[str, float]] = field(default_factory=list)
-
-
 def shuffled_batches(graphs: Sequence[Data], config: TrainConfig, epoch: int) -> Iterator[Batch]:
-    """Batches in an order that depends on seed and epoch alone, so that a resumed run repeats it."""
-    order = np.random.default_rng([config.seed, epoch]).permutation(len(graphs))
+    """Batches with every specialist's share of graphs, in an order that depends on seed and epoch alone."""
+    rng = np.random.default_rng([config.seed, epoch])
+    owner = np.array([int(graph.specialist[0]) for graph in graphs])
+    place = np.empty(len(graphs))
+    for k in np.unique(owner):
+        (own,) = np.nonzero(owner == k)
+        place[own[rng.permutation(len(own))]] = (np.arange(len(own)) + 0.5) / len(own)
+    order = np.argsort(place, kind="stable")
     for start in range(0, len(order), config.batch_size):
         yield batch_graphs([graphs[i] for i in order[start : start + config.batch_size]])
 
@@ -48,12 +47,14 @@ def update_average(average: Potential, potential: Potential, decay: float) -> No
 
 def fit(
     potential: Potential,
-    frames: Sequence[Atoms],
-    validation: Sequence[Atoms],
+    training: Sequence[Data],
+    validation: Sequence[Data],
     config: TrainConfig,
     *,
+    loss: Loss | None = None,
+    patience: int | None = None,
     checkpoint: Path | None = None,
-    run: dict[str, Any] | None = None,
+    run: Mapping[str, Any] | None = None,
     callback: Callback | None = None,
 ) -> tuple[Potential, History]:
     """Train ``potential`` and return the moving average of its weights.
@@ -62,10 +63,15 @@ def fit(
     ----------
     potential
         Trained in place; on its own device.
-    frames, validation
-        Labelled structures.
+    training, validation
+        Graphs with targets, see :func:`~ase_gffmerge.training.losses.labelled_graph`.
     config
         Options.
+    loss
+        Scalar loss of a batch; default: :func:`~ase_gffmerge.training.losses.loss_terms`.
+    patience
+        Return the average with the least validation error, the start included, and stop when that many epochs in a
+        row did not lower it; default: all epochs, and the last average.
     checkpoint
         File rewritten after every epoch; an existing one of the same ``run`` is continued.
     run
@@ -79,54 +85,43 @@ def fit(
     TrainingError
         When loss or gradient become NaN or infinite; the last good checkpoint stays.
     """
-    references = potential.references.cpu().numpy()
-    graphs = [labelled_graph(atoms, potential, references) for atoms in frames]
-    held_out = [labelled_graph(atoms, potential, references) for atoms in validation]
-    average = deepcopy(potential)
-    optimizer = torch.optim.Adam(potential.parameters(), lr=config.learning_rate)
-    steps = -(-len(graphs) // config.batch_size)
-    history, start = History(), 0
+    loss = loss or (lambda model, batch: loss_terms(model, batch, config))
+    state = TrainingState.begin(potential, config, keep_best=patience is not None)
+    history = state.history
     if checkpoint and can_resume(checkpoint, run or {}):
-        saved = load_checkpoint(checkpoint, model=potential, average=average, optimizer=optimizer)
-        history, start = History(saved["history"]), saved["epoch"]
-    for epoch in range(start, config.epochs):
-        row = _train_epoch(potential, average, optimizer, graphs, config, epoch, steps)
-        if held_out:
-            row |= validate(average, held_out, config.batch_size)
-        history.rows.append(row)
+        state.load(checkpoint)
+    elif patience is not None:
+        history.start.update(validate(potential, validation, config.batch_size))
+    while len(history.rows) < config.epochs and not (patience and stale(history, config, patience)):
+        row = _train_epoch(state, training, loss, config, epoch=len(history.rows))
+        if validation:
+            row |= validate(state.average, validation, config.batch_size)
+        state.add(row, config)
         if checkpoint:
-            metadata = {"run": run or {}, "history": history.rows, "epoch": epoch + 1}
-            save_checkpoint(
-                checkpoint, model=potential, average=average, optimizer=optimizer, metadata=metadata
-            )
+            state.save(checkpoint, run or {})
         if callback:
-            callback(epoch + 1, row)
-    return average.eval().requires_grad_(False), history
+            callback(len(history.rows), row)
+    return state.result, history
 
 
 def _train_epoch(
-    potential: Potential,
-    average: Potential,
-    optimizer: torch.optim.Optimizer,
-    graphs: Sequence[Data],
-    config: TrainConfig,
-    epoch: int,
-    steps: int,
+    state: TrainingState, graphs: Sequence[Data], loss: Loss, config: TrainConfig, *, epoch: int
 ) -> dict[str, float]:
-    losses = []
+    potential, optimizer = state.potential, state.optimizer
+    steps, losses = -(-len(graphs) // config.batch_size), []
     for step, batch in enumerate(shuffled_batches(graphs, config, epoch)):
-        for group in optimizer.param_groups:
-            group["lr"] = one_cycle((epoch * steps + step) / (config.epochs * steps), config.learning_rate)
-        loss = loss_terms(potential, batch.to(potential.device), config)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(potential.parameters(), config.gradient_clip)
-        if not torch.isfinite(loss.detach() + norm):
-            raise diverged(epoch + 1, float(loss.detach()), config)
-        optimizer.step()
         done = epoch * steps + step
-        update_average(average, potential, min(config.ema_decay, (1 + done) / (10 + done)))
-        losses.append(float(loss.detach()))
+        for group in optimizer.param_groups:
+            group["lr"] = one_cycle(done / (config.epochs * steps), config.learning_rate)
+        value = loss(potential, batch.to(potential.device))
+        optimizer.zero_grad()
+        value.backward()
+        norm = torch.nn.utils.clip_grad_norm_(potential.parameters(), config.gradient_clip)
+        if not torch.isfinite(value.detach() + norm):
+            raise diverged(epoch + 1, float(value.detach()), config)
+        optimizer.step()
+        update_average(state.average, potential, min(config.ema_decay, (1 + done) / (10 + done)))
+        losses.append(float(value.detach()))
     return {"loss": float(np.mean(losses))}
 
 

@@ -19,7 +19,9 @@ from ase_gffmerge.training.checkpoint import checkpoint_path
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.frames import bare, hash_labelled, labelled_frames, split_frames
 from ase_gffmerge.training.initial import initial_specialist
-from ase_gffmerge.training.loop import Callback, History, fit
+from ase_gffmerge.training.loop import Callback, fit
+from ase_gffmerge.training.losses import labelled_graphs
+from ase_gffmerge.training.state import History
 
 
 def train(
@@ -85,7 +87,13 @@ def train(
     potential = start.potential.to(device=target).train().requires_grad_(True)
     checkpoint = checkpoint_path(out)
     potential, history = fit(
-        potential, training, validation, config, checkpoint=checkpoint, run=run, callback=callback
+        potential,
+        labelled_graphs(training, potential),
+        labelled_graphs(validation, potential),
+        config,
+        checkpoint=checkpoint,
+        run=run,
+        callback=callback,
     )
     errors = evaluate(potential, test_frames) if test_frames else None
     specialist = replace(
