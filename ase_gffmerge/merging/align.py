@@ -37,11 +37,11 @@ def layer_input(module: nn.Module, run: Callable[[], Any]) -> Tensor:
     return caught[0]
 
 
-def affine_layers(root: nn.Module, run: Callable[[], Any]) -> list[str]:
-    """Names of the affine layers of ``root`` in the order in which ``run`` executes them."""
-    order: list[str] = []
+def layer_inputs(root: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
+    """What enters every affine layer of ``root`` while ``run`` evaluates it, by name, in execution order."""
+    caught: dict[str, Tensor] = {}
     handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+        module.register_forward_pre_hook(lambda _, inputs, name=name: caught.update({name: inputs[0]}))
         for name, module in root.named_modules()
         if is_affine(module)
     ]
@@ -50,7 +50,12 @@ def affine_layers(root: nn.Module, run: Callable[[], Any]) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    return list(dict.fromkeys(order))
+    return caught
+
+
+def affine_layers(root: nn.Module, run: Callable[[], Any]) -> list[str]:
+    """Names of the affine layers of ``root`` in the order in which ``run`` executes them."""
+    return list(layer_inputs(root, run))
 
 
 Runner = Callable[[nn.Module, Scene, Tensors], Any]

@@ -79,6 +79,12 @@ def problems(name: str, module: nn.Module) -> Iterator[Problem]:
         yield _linear_problem(name, module)  # type: ignore[arg-type]
 
 
+def affine_maps(root: nn.Module) -> dict[str, Problem]:
+    """All affine maps inside a module, by name."""
+    layers = [(name, module) for name, module in root.named_modules() if is_affine(module)]
+    return {problem.name: problem for name, module in layers for problem in problems(name, module)}
+
+
 def _flat_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 

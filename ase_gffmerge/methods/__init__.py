@@ -16,6 +16,9 @@ _IN_TABLE_ORDER = (
     "ties",
     "dare",
     "fisher",
+    "regmean",
+    "procrustes",
+    "git_rebasin",
     "emr",
     "closed_form",
 )

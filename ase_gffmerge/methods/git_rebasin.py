@@ -1,0 +1,133 @@
+r"""Git Re-Basin by activation matching (Ainsworth, Hayase, Srinivasa, arXiv 2209.04836, section 3.1).
+
+Networks that compute the same may differ by the order of their hidden channels, and then their mean is no good. For
+every group of channels that may change places (:mod:`.permutations`) the order of each specialist is chosen such that
+its activations resemble those of a reference specialist on the calibration frames of all:
+
+.. math:: P_k = \arg\max_P \sum_l \bigl\langle P,\ S^{(l)}_{{\rm ref},k}\bigr\rangle ,
+
+a linear assignment, summed over all layers l that the group enters. The similarity S (:mod:`.channel_similarity`) goes
+with an exponent p from covariances, the paper's least-squares matching, to correlations; p is chosen by the disagreement
+with the specialists on their calibration frames. The permuted specialists have the same energies and forces as before;
+their mean is the merged potential. The reference is the specialist that all others resemble most, so the order in which
+specialists are given does not matter.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch_geometric.data import Batch
+
+from ase_gffmerge.accuracy import chunks
+from ase_gffmerge.errors import IncompatibleSpecialistsError
+from ase_gffmerge.graphs import batch_graphs, build_graph
+from ase_gffmerge.graphs.batches import edge_vectors
+from ase_gffmerge.merging.average import mean_potential
+from ase_gffmerge.merging.recipe import PRESETS
+from ase_gffmerge.methods.channel_similarity import Similarities, channel_moments, similarities
+from ase_gffmerge.methods.method import Mixture, Need, Outcome, Progress, register
+from ase_gffmerge.methods.permutations import permuted
+from ase_gffmerge.methods.tuning import Yardstick, grid_of, tune
+from ase_gffmerge.methods.weights import aligned_copies
+from ase_gffmerge.models import Potential
+from ase_gffmerge.specialist import Specialist, symbols
+
+TIE = 1e-9
+"""Bonus for a channel that stays where it is, where 1 is the similarity of a channel to itself."""
+
+POWERS = (0.0, 0.5, 1.0)
+"""Values of p that are tried."""
+
+MAX_ATOMS = 500
+
+
+@register("git_rebasin", citation="Ainsworth et al., arXiv 2209.04836", needs=(Need.FRAMES,))
+@torch.no_grad()
+def git_rebasin(mixture: Mixture, progress: Progress) -> Outcome:
+    """Mean of the specialists after their hidden channels were brought into one order."""
+    parents = aligned_copies(mixture)
+    progress(0.0, "activations on the frames of all specialists")
+    graphs = [graph for parent in _with_common_frames(parents) for graph in _batches(parent)]
+    moments = channel_moments([parent.potential for parent in parents], graphs)
+
+    def build(power: float) -> Potential:
+        _, orders = matched_orders(similarities(moments, len(parents), power=power))
+        moved = [
+            replace(parent, potential=permuted(parent.potential, order))
+            for parent, order in zip(parents, orders, strict=True)
+        ]
+        return mean_potential(moved, PRESETS["mean"])
+
+    yardstick = Yardstick.of(parents)
+    trial = tune(
+        build, grid_of(power=POWERS), yardstick, progress=lambda x, text: progress(0.5 + 0.5 * x, text)
+    )
+    reference, orders = matched_orders(similarities(moments, len(parents), **trial.settings))
+    found: dict[str, float | str] = {"reference": parents[reference].name, "moved": _fraction_moved(orders)}
+    return Outcome(potentials=(trial.potential,), settings=found | dict(trial.settings))
+
+
+def matched_orders(similarity: Similarities) -> tuple[int, list[dict[str, Tensor]]]:
+    """Reference specialist, and the order of channels that makes each specialist resemble it.
+
+    Returns
+    -------
+    reference
+        The one whose channels find the best partners in all others.
+    orders
+        Per specialist and group the old place of each new channel.
+    """
+    n = len(next(iter(similarity.values())))
+    candidates = [_orders_for(reference, similarity, n) for reference in range(n)]
+    reference = max(range(n), key=lambda r: round(candidates[r][0], 6))
+    return reference, candidates[reference][1]
+
+
+def _orders_for(reference: int, similarity: Similarities, n: int) -> tuple[float, list[dict[str, Tensor]]]:
+    """Summed similarity of all matched channels, and the orders that match them to a reference."""
+    score = 0.0
+    orders: list[dict[str, Tensor]] = [{} for _ in range(n)]
+    for group, blocks in similarity.items():
+        for k in range(n):
+            matrix = blocks[reference, k].cpu()
+            stay = TIE * torch.eye(len(matrix), dtype=matrix.dtype)
+            rows, columns = linear_sum_assignment((matrix + stay).numpy(), maximize=True)
+            orders[k][group] = torch.as_tensor(columns)
+            score += float(matrix[rows, columns].sum())
+    return score, orders
+
+
+def _fraction_moved(orders: Sequence[Mapping[str, Tensor]]) -> float:
+    """Fraction of all channels that are not where they were."""
+    moved = torch.cat([order != torch.arange(len(order)) for groups in orders for order in groups.values()])
+    return float(moved.double().mean())
+
+
+def _batches(specialist: Specialist) -> Iterator[Batch]:
+    """Calibration frames in batches with edge vectors."""
+    potential = specialist.potential
+    for frames in chunks(specialist.calibration, MAX_ATOMS):
+        graphs = [build_graph(atoms, specialist.cutoff, dtype=potential.dtype) for atoms in frames]
+        batch = batch_graphs(graphs).to(potential.device)
+        batch.edge_vectors = edge_vectors(batch)
+        yield batch
+
+
+def _with_common_frames(specialists: Sequence[Specialist]) -> list[Specialist]:
+    """Specialists with their calibration frames, cut down to the elements that all of them know."""
+    common = set.intersection(*(set(s.species) for s in specialists))
+    trimmed = []
+    for specialist in specialists:
+        kept = [atoms[np.isin(atoms.numbers, list(common))] for atoms in specialist.calibration]
+        trimmed.append(specialist.with_calibration([atoms for atoms in kept if len(atoms)]))
+    if not any(specialist.calibration for specialist in trimmed):
+        names = "; ".join(f"{s.name} knows {symbols(s.species)}" for s in specialists)
+        raise IncompatibleSpecialistsError(
+            f"git_rebasin compares the specialists on the same atoms, but they share no element ({names}); "
+            "use a method that does not compare them"
+        )
+    return trimmed

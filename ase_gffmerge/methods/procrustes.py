@@ -1,0 +1,89 @@
+r"""Orthogonal Procrustes: the hidden basis of every layer is turned before weights are averaged.
+
+For two specialists, layer by layer with weights (d_out, d_in),
+
+.. math:: W = a\,W_A P + (1-a)\,W_B ,\qquad P = U V^\top ,\qquad U S V^\top = \mathrm{svd}(W_A^\top W_B) ,
+
+where P is the orthogonal matrix that takes :math:`W_A P` closest to :math:`W_B` (Schönemann, doi:10.1007/BF02289451).
+More specialists are all turned to one reference, :math:`W = (1-a) W_{\rm ref} + \frac{a}{K-1}\sum_k W_k P_k`. The
+reference and a are chosen by the disagreement with the specialists on their calibration frames.
+
+The alignment is local to a layer, and not a change of basis of the network: a rotation of hidden channels would have to
+be undone in the layer before, and the activations, gates and elementwise products of message passing networks commute
+with permutations of channels (see :mod:`.git_rebasin`) but with no other rotation. Equivariance is kept, for in an
+``o3.Linear`` P acts on the multiplicity index of one irrep. Layers that take the radial basis, which is no hidden basis
+but the same in all specialists, and all biases and embeddings are averaged.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+
+from ase_gffmerge.merging.average import mean_potential
+from ase_gffmerge.merging.layers import affine_maps
+from ase_gffmerge.merging.recipe import PRESETS
+from ase_gffmerge.methods.method import Mixture, Need, Outcome, Progress, register
+from ase_gffmerge.methods.permutations import channel_groups
+from ase_gffmerge.methods.tuning import Yardstick, grid_of, tune
+from ase_gffmerge.methods.weights import aligned_copies
+from ase_gffmerge.models import Potential
+
+SHARES = (0.25, 0.5, 0.75)
+"""Values of a that are tried, beside the one that gives all specialists the same say."""
+
+
+def turned(theta: Tensor, reference: Tensor) -> Tensor:
+    r"""Turn the input basis of a map towards a reference.
+
+    Parameters
+    ----------
+    theta, reference : (d_in, d_out)
+        :math:`W_A^\top` and :math:`W_B^\top`.
+
+    Returns
+    -------
+    Tensor
+        :math:`(W_A P)^\top` (d_in, d_out), float64.
+    """
+    theta = theta.double()
+    u, _, vt = torch.linalg.svd(theta @ reference.double().T)
+    return (u @ vt).T @ theta
+
+
+@register("procrustes", citation="Schönemann, doi:10.1007/BF02289451", needs=(Need.FRAMES,))
+@torch.no_grad()
+def procrustes(mixture: Mixture, progress: Progress) -> Outcome:
+    """Mean of weights whose input bases were turned, layer by layer, towards those of one specialist."""
+    parents = aligned_copies(mixture)
+    mean = mean_potential(parents, PRESETS["mean"])
+
+    def build(reference: float, share: float) -> Potential:
+        return merge_turned(mean, [p.potential for p in parents], reference=int(reference), share=share)
+
+    equal_say = (len(parents) - 1) / len(parents)
+    grid = grid_of(reference=range(len(parents)), share=sorted({*SHARES, equal_say}))
+    trial = tune(build, grid, Yardstick.of(parents), progress=progress)
+    name = parents[int(trial.settings["reference"])].name
+    return Outcome(potentials=(trial.potential,), settings=dict(trial.settings) | {"reference": name})
+
+
+def merge_turned(
+    mean: Potential, potentials: Sequence[Potential], *, reference: int, share: float
+) -> Potential:
+    """The merged potential for one reference and one share a of the others."""
+    merged = deepcopy(mean)
+    ends = channel_groups(potentials[0]).maps
+    maps = [affine_maps(potential) for potential in potentials]
+    for name, problem in affine_maps(merged).items():
+        if all(channels.group is None for channels in ends[name].inputs):
+            continue
+        theta = problem.read()
+        d = len(theta) - problem.has_bias
+        weights = [their[name].read()[:d].double() for their in maps]
+        target = weights.pop(reference)
+        others = torch.stack([turned(weight, target) for weight in weights]).mean(0)
+        weight = share * others + (1 - share) * target
+        problem.write(torch.cat([weight.to(theta), theta[d:]]))
+    return merged

@@ -1,0 +1,194 @@
+r"""RegMean and RegMean++: every affine map solves the regression that its own Gram matrices pose.
+
+RegMean (Jin et al., arXiv 2212.09849, eq. 2) merges the weights of K specialists, layer by layer, into
+
+.. math::
+
+   W = \Bigl(\sum_k \tilde G_k\Bigr)^{-1} \sum_k \tilde G_k W_k ,\qquad
+   \tilde G_k = \alpha\,G_k + (1-\alpha)\,\mathrm{diag}\,G_k ,\qquad
+   G_k = \frac{1}{n_k} X_k^\top X_k ,
+
+where X_k are the rows that enter the layer in specialist k on its own calibration frames. Biases, embeddings and
+reference energies are averaged. RegMean++ (arXiv 2508.03121) takes the rows that enter a *block* from the merged model
+as built so far, and passes them through the specialist's own block to reach the layers inside.
+
+α is chosen by the disagreement with the specialists on their calibration frames. Directions in which no specialist has
+any input (at α = 1) keep the mean.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ase_gffmerge.merging.align import layer_inputs, run_stage
+from ase_gffmerge.merging.align_output import advance
+from ase_gffmerge.merging.average import mean_potential
+from ase_gffmerge.merging.duals import push
+from ase_gffmerge.merging.layers import affine_maps, problems
+from ase_gffmerge.merging.recipe import PRESETS
+from ase_gffmerge.merging.solve import ridge_solve
+from ase_gffmerge.merging.statistics import Gram
+from ase_gffmerge.merging.territory import Scene, Territory, survey
+from ase_gffmerge.methods.method import Mixture, Need, Outcome, Progress, register
+from ase_gffmerge.methods.tuning import Yardstick, grid_of, tune
+from ase_gffmerge.methods.weights import aligned_copies
+from ase_gffmerge.models import Potential
+from ase_gffmerge.specialist import Specialist
+
+ALPHAS = (0.0, 0.1, 0.5, 0.9, 1.0)
+"""Values of α that are tried."""
+
+RIDGE = 1e-10
+"""Relative ridge towards the mean: decides only where the inputs do not."""
+
+Grams = Mapping[str, Tensor]
+"""Gram matrix per row (d_in, d_in) of the inputs of every affine map, by the name of its problem."""
+
+
+def regression_mean(grams: Sequence[Tensor], weights: Sequence[Tensor], *, alpha: float) -> Tensor:
+    """Merge the weights (d_in, d_out) of one affine map.
+
+    Parameters
+    ----------
+    grams
+        G_k (d_in, d_in), float64, one per specialist.
+    weights
+        W_k (d_in, d_out).
+    alpha
+        Factor of the off-diagonal elements.
+
+    Returns
+    -------
+    Tensor
+        W (d_in, d_out), float64.
+    """
+    mean = torch.stack([weight.double() for weight in weights]).mean(0)
+    shrunk = [alpha * gram + (1 - alpha) * torch.diag(gram.diagonal()) for gram in grams]
+    total = torch.stack(shrunk).sum(0)
+    offsets = [gram @ (weight - mean) for gram, weight in zip(shrunk, weights, strict=True)]
+    gram = Gram(total, torch.stack(offsets).sum(0), yy=0.0, n_rows=0.0)
+    return mean + ridge_solve(gram, torch.zeros_like(mean), ridge=RIDGE).theta
+
+
+def input_grams(root: nn.Module, runs: Sequence[Callable[[], Any]]) -> Grams:
+    """Gram matrices of what enters the affine maps of ``root`` over several evaluations."""
+    total: dict[str, Gram] = {}
+    for run in runs:
+        for name, x in layer_inputs(root, run).items():
+            for problem in problems(name, root.get_submodule(name)):
+                rows = problem.rows(x)
+                gram = Gram.of(rows, rows[:, :0])
+                total[problem.name] = total[problem.name] + gram if problem.name in total else gram
+    return {name: gram.xx / max(gram.n_rows, 1.0) for name, gram in total.items()}
+
+
+@torch.no_grad()
+def solve_maps(
+    merged: nn.Module, originals: Sequence[nn.Module], grams: Sequence[Grams], *, alpha: float
+) -> None:
+    """Write the regression mean into all affine maps of ``merged``, which holds the mean; biases stay."""
+    theirs = [affine_maps(original) for original in originals]
+    for name, problem in affine_maps(merged).items():
+        theta, d = problem.read(), len(grams[0][name])
+        weights = [maps[name].read()[:d] for maps in theirs]
+        solution = regression_mean([gram[name] for gram in grams], weights, alpha=alpha)
+        problem.write(torch.cat([solution.to(theta), theta[d:]]))
+
+
+@register("regmean", citation="Jin et al., arXiv 2212.09849", needs=(Need.FRAMES,))
+@torch.no_grad()
+def regmean(mixture: Mixture, progress: Progress) -> Outcome:
+    """Regression mean with the Gram matrices of every specialist's own activations."""
+    parents = aligned_copies(mixture)
+    mean = mean_potential(parents, PRESETS["mean"])
+    grams: list[Grams] = []
+    for parent, territory in zip(parents, _survey(parents, mean), strict=True):
+        progress(0.5 * len(grams) / len(parents), f"inputs of {parent.name}")
+        runs = [partial(parent.potential, scene.graph) for scene in territory.scenes]
+        grams.append(input_grams(parent.potential, runs))
+
+    def build(alpha: float) -> Potential:
+        merged = deepcopy(mean)
+        solve_maps(merged, [parent.potential for parent in parents], grams, alpha=alpha)
+        return merged
+
+    grid = grid_of(alpha=ALPHAS)
+    trial = tune(build, grid, Yardstick.of(parents), progress=lambda x, text: progress(0.5 + 0.5 * x, text))
+    return trial.outcome()
+
+
+@register("regmean++", citation="Nguyen et al., arXiv 2508.03121", needs=(Need.FRAMES,))
+@torch.no_grad()
+def regmean_plus_plus(mixture: Mixture, progress: Progress) -> Outcome:
+    """Regression mean with what the merged model as built so far sends into every block."""
+    parents = aligned_copies(mixture)
+    mean = mean_potential(parents, PRESETS["mean"])
+    territories = _survey(parents, mean)
+
+    def build(alpha: float) -> Potential:
+        return merge_blockwise(mean, parents, territories, alpha=alpha)
+
+    return tune(build, grid_of(alpha=ALPHAS), Yardstick.of(parents), progress=progress).outcome()
+
+
+def _survey(parents: Sequence[Specialist], mean: Potential) -> list[Territory]:
+    return survey(parents, mean, len(parents) * [1.0], probes=0)
+
+
+def merge_blockwise(
+    mean: Potential, parents: Sequence[Specialist], territories: Sequence[Territory], *, alpha: float
+) -> Potential:
+    """Merge block after block on the merged model's own states.
+
+    Parameters
+    ----------
+    mean
+        The mean of the specialists, which gives everything that is not an affine map.
+    parents, territories
+        Specialists and their calibration frames, embedded by ``mean``.
+    alpha
+        Factor of the off-diagonal elements of the Gram matrices.
+    """
+    merged = deepcopy(mean)
+    scenes = [[replace(scene, merged_scalars=[]) for scene in territory.scenes] for territory in territories]
+
+    def run_readout(readout: nn.Module, scene: Scene) -> Tensor:
+        scalars = [dual.value[0] for dual in scene.merged_scalars]
+        return readout(scalars, merged.species_row[scene.graph.atomic_numbers])
+
+    for name, stage in merged.named_stages():
+        originals = [parent.potential.get_submodule(name) for parent in parents]
+        _merge_block(stage, originals, scenes, run=_run_stage, alpha=alpha)
+        for scene in chain.from_iterable(scenes):
+            scene.merged = advance(stage, scene.merged, scene)
+            if stage.emits_scalars:
+                scene.merged_scalars.append(push(lambda *x: merged.scalars(x), scene.merged))
+    readouts = [parent.potential.readout for parent in parents]
+    _merge_block(merged.readout, readouts, scenes, run=run_readout, alpha=alpha)
+    return merged
+
+
+def _run_stage(stage: nn.Module, scene: Scene) -> Any:
+    return run_stage(stage, scene, (scene.merged + scene.geometry).value)
+
+
+def _merge_block(
+    merged: nn.Module,
+    originals: Sequence[nn.Module],
+    scenes: Sequence[Sequence[Scene]],
+    *,
+    run: Callable[[nn.Module, Scene], Any],
+    alpha: float,
+) -> None:
+    """Merge the affine maps of one block, with inputs from each specialist's block on the merged model's state."""
+    grams = [
+        input_grams(original, [partial(run, original, scene) for scene in group])
+        for original, group in zip(originals, scenes, strict=True)
+    ]
+    solve_maps(merged, originals, grams, alpha=alpha)
