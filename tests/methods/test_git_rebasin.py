@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.merging.layers import affine_maps
-from ase_gffmerge.methods import get_method
+from ase_gffmerge.methods import Mixture, get_method
 from ase_gffmerge.methods.git_rebasin import matched_orders
 from ase_gffmerge.methods.permutations import channel_groups, permuted
 from ase_gffmerge.models import architectures, build_potential
+from ase_gffmerge.specialist import Specialist
 
 NEQUIP = {
     "channels": 5,
@@ -105,6 +106,20 @@ def test_shuffled_copies_merge_to_the_original(make_mixture, architecture, k) ->
     mean = get_method("mean").run(mixture, silent).potentials[0]
     assert largest_difference(mean, original) > 0.1 * scale
     assert outcome.settings["moved"] > 0.3
+
+
+def test_a_shuffled_copy_of_a_bundled_specialist_finds_its_way_back() -> None:
+    original = Specialist.load("rmd17-ethanol", dtype=torch.float64)
+    original = original.with_calibration(original.calibration[:10])
+    copy = replace(original, name="copy", potential=shuffled(original.potential, 1))
+    mixture = Mixture(specialists=(original, copy))
+    merged, mean = (get_method(name).run(mixture, silent).potentials[0] for name in ("git_rebasin", "mean"))
+    own, found, averaged = (
+        np.concatenate(predict_frames(potential, original.calibration).forces)
+        for potential in (original.potential, merged, mean)
+    )
+    np.testing.assert_allclose(found, own, atol=1e-8)
+    assert np.abs(averaged - own).mean() > 0.5
 
 
 def test_a_shuffled_relative_merges_as_well_as_the_relative_itself(make_mixture, architecture) -> None:
