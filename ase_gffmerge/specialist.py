@@ -15,6 +15,7 @@ from torch import Tensor
 from ase_gffmerge.errors import FileFormatError, StructureError
 from ase_gffmerge.fileformat import digest, read_file, write_file
 from ase_gffmerge.models import Potential, build_potential
+from ase_gffmerge.models.leverage import LeverageGauge
 from ase_gffmerge.provenance import (
     MergeRecord,
     Provenance,
@@ -45,6 +46,8 @@ class Specialist:
         Training history.
     merged
         Present when this force field is itself the result of a merge.
+    gauge
+        Tells how far atoms are from the calibration frames; it belongs to these weights.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Specialist:
     level_of_theory: str = "unknown"
     provenance: Provenance = field(default_factory=Provenance)
     merged: MergeRecord | None = None
+    gauge: LeverageGauge | None = None
 
     @property
     def cutoff(self) -> float:
@@ -82,6 +86,8 @@ class Specialist:
         """Write one ``.safetensors`` file atomically; weights keep their floating-point type."""
         tensors = {f"potential.{name}": value for name, value in self.potential.state_dict().items()}
         tensors |= pack_frames(self.calibration) | pack_seen(self.provenance)
+        if self.gauge is not None:
+            tensors |= {f"gauge.{name}": value for name, value in self.gauge.state_dict().items()}
         metadata: dict[str, Any] = {
             "name": self.name,
             "architecture": self.potential.architecture,
@@ -135,6 +141,7 @@ class Specialist:
                 level_of_theory=metadata["level_of_theory"],
                 provenance=unpack_provenance(metadata["provenance"], tensors),
                 merged=unpack_merge_record(merged) if merged else None,
+                gauge=_unpack_gauge(tensors),
             )
             units = metadata["units"]
         except FileFormatError as error:
@@ -146,12 +153,14 @@ class Specialist:
                 f"{path} is in units {units}, not {UNITS}; convert the model before saving it"
             )
         _load_weights(potential, tensors, path)
-        potential.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        return specialist
+        potential.eval().requires_grad_(False)
+        return specialist.to(device=device, dtype=dtype)
 
     def to(self, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Self:
         """Cast and move the weights in place; returns self."""
         self.potential.to(device=device, dtype=dtype)
+        if self.gauge is not None:
+            self.gauge.to(device=device, dtype=dtype)
         return self
 
     def with_calibration(self, frames: Sequence[Atoms]) -> Self:
@@ -201,6 +210,18 @@ def unpack_frames(tensors: Mapping[str, Tensor]) -> tuple[Atoms, ...]:
         Atoms(z, positions=r, cell=cell, pbc=pbc)
         for z, r, cell, pbc in zip(numbers, positions, array["cells"], array["pbc"], strict=True)
     )
+
+
+def _unpack_gauge(tensors: Mapping[str, Tensor]) -> LeverageGauge | None:
+    """The gauge of a file; files of older merges, and of most specialists, have none."""
+    if "gauge.species" not in tensors:
+        return None
+    species, whitening = tensors["gauge.species"], tensors["gauge.whitening"]
+    if whitening.shape != (len(species), whitening.shape[-1], whitening.shape[-1]) or not bool(
+        whitening.isfinite().all()
+    ):
+        raise ValueError("the extrapolation gauge (its matrices do not fit its elements or are not finite)")
+    return LeverageGauge(species, whitening)
 
 
 def _load_weights(potential: Potential, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -24,6 +24,7 @@ from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.compatibility import check_compatible
 from ase_gffmerge.merging.diagnosis import diagnose
 from ase_gffmerge.merging.duals import Dual, Tensors, push
+from ase_gffmerge.merging.extrapolation import extrapolation_gauge
 from ase_gffmerge.merging.force_matching import match_forces
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.merging.references import align_references
@@ -33,7 +34,7 @@ from ase_gffmerge.models import Potential
 from ase_gffmerge.models.potential import Stage
 from ase_gffmerge.specialist import MergeRecord, Provenance, Specialist
 
-MERGE_VERSION = 2
+MERGE_VERSION = 3
 """Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""
 
 Progress = Callable[[float, str], None]
@@ -82,6 +83,8 @@ def merge(
     tell(0.95, "report")
     with clock("report"):
         disagreements, parity = diagnose(parents, mean, potential)
+    with clock("extrapolation"):
+        gauge = extrapolation_gauge(potential, parents)
     report = MergeReport(
         specialists=tuple(s.name for s in parents),
         layers=layers,
@@ -94,7 +97,7 @@ def merge(
     tell(1.0, report.verdict)
     if recipe.method != "mean" and report.verdict != "good":
         warnings.warn(_verdict_message(report), MergeWarning, stacklevel=2)
-    return _as_specialist(specialists, potential, recipe, report), report
+    return replace(_as_specialist(specialists, potential, recipe, report), gauge=gauge), report
 
 
 def working_copies(specialists: Sequence[Specialist], device: torch.device) -> list[Specialist]:

@@ -10,7 +10,7 @@ where :math:`x_l` are the invariant scalars after interaction block l. The merge
 model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -169,8 +169,12 @@ class Potential(ExactBuffers):
 
     def forward(self, graph: Data) -> Tensor:
         """Per-atom energies (n_atoms,) in eV, summed with their references in float64."""
+        return self.energies(self.features(graph), graph)
+
+    def energies(self, scalars: Sequence[Tensor], graph: Data) -> Tensor:
+        """Per-atom energies (n_atoms,) in eV from the scalars that :meth:`features` gives."""
         species = self.species_row[graph.atomic_numbers]
-        return self.readout(self.features(graph), species).double() + self.references[species]
+        return self.readout(scalars, species).double() + self.references[species]
 
     @property
     def dtype(self) -> torch.dtype:

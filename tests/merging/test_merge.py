@@ -155,7 +155,7 @@ def test_report_is_complete_round_trips_and_shows(family, architecture, tmp_path
     }
     assert all(row.residual_after <= row.residual_before * (1 + 1e-6) + 1e-12 for row in report.layers)
     assert {row.kind for row in report.layers} == {"layer", "message", "readout"}
-    assert set(report.seconds) == {"mean", "layers", "readout", "report"}
+    assert set(report.seconds) == {"mean", "layers", "readout", "report", "extrapolation"}
     page = report.save_html(tmp_path / "report.html").read_text()
     assert report.verdict in page
     assert "http" not in page.replace("http-equiv", "")
