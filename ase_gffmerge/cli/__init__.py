@@ -7,7 +7,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ase_gffmerge.cli import cache, demo, evaluate, info, md, merge, relax, train
+from ase_gffmerge.cli import cache, compare, demo, evaluate, info, md, merge, relax, train
+from ase_gffmerge.cli.variadic import VariadicCommand
 from ase_gffmerge.errors import GFFMergeError
 
 
@@ -52,6 +53,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)
+app.command("compare", cls=VariadicCommand)(compare.compare)
 app.command("evaluate")(evaluate.evaluate)
 app.command("info")(info.info)
 app.command("md")(md.md)

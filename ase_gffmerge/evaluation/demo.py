@@ -1,10 +1,8 @@
 """What ``gffmerge demo`` measures: force errors of specialists and merges, and dynamics with the merged potential."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -12,11 +10,11 @@ import torch
 from ase.calculators.calculator import Calculator
 
 from ase_gffmerge.accuracy import labels, predict_frames
-from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.bundled import bundled_test_frames
 from ase_gffmerge.evaluation.dynamics import run_md
 from ase_gffmerge.evaluation.mdresult import MDResult, Sample
-from ase_gffmerge.merging.merge import merge
+from ase_gffmerge.evaluation.measurement import run_timed
+from ase_gffmerge.methods import Mixture, get_method
 from ase_gffmerge.models import Potential
 from ase_gffmerge.specialist import Specialist
 
@@ -32,7 +30,7 @@ Progress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class ForceComparison:
     """Forces of several models on the same test frames.
 
     Attributes
@@ -64,7 +62,7 @@ class Comparison:
 class DemoResult:
     """All that the demo measured; ``runs[ensemble][name]`` are the dynamics."""
 
-    comparison: Comparison
+    comparison: ForceComparison
     cache_hit: bool
     runs: Mapping[str, Mapping[str, MDResult]]
 
@@ -92,7 +90,7 @@ class DemoResult:
 
 def compare_models(
     specialists: Sequence[Specialist], merged: Specialist, seconds: float, *, device: torch.device
-) -> Comparison:
+) -> ForceComparison:
     """Evaluate specialists, baselines (merged here) and ``merged`` on the bundled test frames.
 
     Parameters
@@ -105,12 +103,14 @@ def compare_models(
         What that merge took.
     """
     names = [specialist.name for specialist in specialists]
+    mixture = Mixture(specialists=tuple(specialists), device=device)
     models, taken = {}, {}
-    for recipe in BASELINES:
-        models[recipe], taken[recipe] = _baseline(specialists, recipe, device=device)
+    for baseline in BASELINES:
+        outcome, taken[baseline] = run_timed(get_method(baseline), mixture)
+        models[baseline] = outcome.potential(0)
     models[DEFAULT], taken[DEFAULT] = merged.potential, seconds
     own = {s.name: _forces(s.to(device=device).potential, s.name) for s in specialists}
-    return Comparison(
+    return ForceComparison(
         reference={name: np.concatenate(labels(bundled_test_frames(name)).forces).ravel() for name in names},
         predicted={
             "specialist": own,
@@ -121,17 +121,6 @@ def compare_models(
         },
         seconds=taken,
     )
-
-
-def _baseline(
-    specialists: Sequence[Specialist], recipe: str, *, device: torch.device
-) -> tuple[Potential, float]:
-    """Merge without the cache, without a word about a bad verdict: that is what the demo shows."""
-    start = perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MergeWarning)
-        merged = merge(specialists, recipe, device=device)[0]
-    return merged.to(device=device).potential, perf_counter() - start
 
 
 def _forces(potential: Potential, name: str) -> np.ndarray:

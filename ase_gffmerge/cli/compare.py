@@ -1,0 +1,151 @@
+"""``gffmerge compare``: all methods side by side."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ase_gffmerge.cli.options import DeviceOption, JsonOption
+from ase_gffmerge.cli.output import Progress, note, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ase_gffmerge.evaluation.comparison import Comparison
+    from ase_gffmerge.evaluation.comparison_inputs import LabelledSet
+    from ase_gffmerge.evaluation.comparison_store import RowStore
+    from ase_gffmerge.evaluation.comparison_table import ErrorTable
+    from ase_gffmerge.methods import Mixture
+
+FRAMES_HELP = "one file per specialist, in order; several values, or repeat the option"
+
+
+def compare(
+    specialists: Annotated[list[str], typer.Argument(help="Files or bundled names.", show_default=False)],
+    test: Annotated[
+        list[Path] | None,
+        typer.Option(help=f"Labelled frames to test on: {FRAMES_HELP} [default: the bundled ones]."),
+    ] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option(help="Only these, also with commas [default: all without training].")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Common ancestor, file or bundled name [default: found if bundled].")
+    ] = None,
+    labels: Annotated[
+        list[Path] | None,
+        typer.Option(help=f"Labelled frames for methods that train on labels: {FRAMES_HELP}."),
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the force errors (PNG).")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder that keeps finished methods [default: in the cache folder].")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is already finished.")] = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Compare all ways to use specialists together on frames that none of them has seen."""
+    from ase_gffmerge.evaluation.comparison_inputs import make_mixture, read_labelled, read_tests
+    from ase_gffmerge.evaluation.comparison_store import RowStore, default_folder
+    from ase_gffmerge.fileformat import require_writable
+    from ase_gffmerge.sources import load
+
+    for path in filter(None, (markdown, plot)):
+        require_writable(path)
+    tests = read_tests(specialists, test or ())
+    labelled = read_labelled(labels, specialists, option="--labels") if labels else ()
+    mixture = make_mixture(
+        [load(source) for source in specialists],
+        base=load(base) if base else None,
+        labelled=labelled,
+        device=device,
+    )
+    store = RowStore(resume or default_folder(), mixture, tests, fresh=fresh)
+    with progress_bar("comparing") as progress:
+        comparison = watched(mixture, tests, split_names(methods), labelled, store, progress)
+    write_files(comparison, markdown, plot)
+    if as_json:
+        print_json(comparison.to_dict())
+    else:
+        print_comparison(comparison)
+    written = [str(path) for path in (markdown, plot) if path]
+    if written:
+        note(f"written: {', '.join(written)}")
+
+
+def split_names(methods: list[str] | None) -> list[str] | None:
+    """Names given one by one or with commas."""
+    return [name for entry in methods or () for name in entry.split(",") if name] or None
+
+
+def watched(
+    mixture: "Mixture",
+    tests: "tuple[LabelledSet, ...]",
+    methods: list[str] | None,
+    labelled: "tuple[LabelledSet, ...]",
+    store: "RowStore",
+    progress: Progress,
+) -> "Comparison":
+    """Compare; after Ctrl-C say how to go on."""
+    from ase_gffmerge.evaluation.comparison import compare_methods
+
+    try:
+        return compare_methods(
+            mixture,
+            tests,
+            methods,
+            labelled=labelled,
+            store=store,
+            progress=progress,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "interrupted; finished methods are kept, and the same command (without --fresh) goes on with the next"
+        ) from None
+
+
+def write_files(comparison: "Comparison", markdown: Path | None, plot: Path | None) -> None:
+    """Write the Markdown file and the plot, where asked for."""
+    from ase_gffmerge.evaluation.comparison_plot import plot_comparison
+    from ase_gffmerge.evaluation.comparison_table import markdown as tables
+    from ase_gffmerge.fileformat import atomic_write
+
+    if markdown:
+        text = tables(comparison).encode()
+        atomic_write(markdown, lambda path: (path.write_bytes(text), None)[1])
+    if plot:
+        plot_comparison(comparison, plot)
+
+
+def print_comparison(comparison: "Comparison") -> None:
+    """Print all tables for people, as wide as they are where the output is no terminal."""
+    from rich.console import Console
+
+    from ase_gffmerge.evaluation.comparison_table import error_tables, footnotes
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 160))
+    for table in error_tables(comparison):
+        console.print(terminal_table(table))
+    console.print("* best of its column", *footnotes(comparison), sep="\n", highlight=False, markup=False)
+
+
+def terminal_table(table: "ErrorTable") -> "Table":
+    """Numbers aligned to the right, the best of a column bold and with a star."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=table.title, box=SIMPLE, title_justify="left")
+    for title in table.header:
+        words = title in ("method", "settings")
+        drawn.add_column(
+            Text(title), justify="left" if words else "right", overflow="fold", no_wrap=title == "method"
+        )
+    for row in table.rows:
+        drawn.add_row(
+            *(Text(f"* {cell.text}", style="bold green") if cell.best else Text(cell.text) for cell in row)
+        )
+    return drawn

@@ -1,0 +1,207 @@
+"""All methods side by side on the same specialists and the same test frames."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from ase_gffmerge.errors import GFFMergeError
+from ase_gffmerge.evaluation.comparison_inputs import LabelledSet, check_elements
+from ase_gffmerge.evaluation.comparison_store import RowStore
+from ase_gffmerge.evaluation.leaks import check_leaks, frames_seen, unrecorded
+from ase_gffmerge.evaluation.measurement import Measurement, measure, measure_specialists
+from ase_gffmerge.merging.compatibility import related
+from ase_gffmerge.methods import METHODS, Method, Mixture, Need, get_method
+from ase_gffmerge.methods.method import Progress
+
+SPECIALIST = "specialist"
+UNITS = {
+    "force_mae": "eV/Å",
+    "force_rmse": "eV/Å",
+    "energy_mae": "eV/atom",
+    "worst_ratio": "force MAE of the specialist",
+    "seconds": "s",
+    "parameters": "1",
+    "cost": "time of the specialist",
+}
+REMEDIES = {
+    Need.FRAMES: "needs calibration frames of every specialist; train with --calibration N",
+    Need.BASE: "needs the common base, which is not bundled; give its file with --base",
+    Need.LABELS: "needs labelled training frames; give them with --labels, once per specialist",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What was measured of every method.
+
+    Attributes
+    ----------
+    names
+        Of the specialists, in order.
+    rows
+        By method; the first, ``specialist``, has every specialist on its own test frames.
+    skipped
+        Why a method has no row.
+    told_apart
+        Methods that must be told whose territory a structure belongs to.
+    frames
+        Number of test frames by specialist.
+    base
+        Name of the common ancestor, if it was at hand.
+    notes
+        What a reader should know about the numbers.
+    """
+
+    names: tuple[str, ...]
+    rows: Mapping[str, Measurement]
+    skipped: Mapping[str, str]
+    told_apart: tuple[str, ...] = ()
+    frames: Mapping[str, int]
+    base: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def errors(self, kind: str) -> dict[str, dict[str, float]]:
+        """``force_mae``, ``force_rmse`` (eV/Å) or ``energy_mae`` (eV/atom) by method and specialist."""
+        return {
+            model: {name: getattr(e, kind) for name, e in zip(self.names, row.errors, strict=True)}
+            for model, row in self.rows.items()
+        }
+
+    def worst_ratio(self, model: str) -> float:
+        """Force MAE of a method over the specialist's own, on the territory where it does worst."""
+        own = self.rows[SPECIALIST].errors
+        pairs = zip(self.rows[model].errors, own, strict=True)
+        return max(mine.force_mae / max(theirs.force_mae, 1e-12) for mine, theirs in pairs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able document; ``seconds`` has no entry for the specialists themselves."""
+        return {
+            **{kind: self.errors(kind) for kind in ("force_mae", "force_rmse", "energy_mae")},
+            "worst_ratio": {model: self.worst_ratio(model) for model in self.rows},
+            "seconds": {model: row.seconds for model, row in self.rows.items() if row.seconds is not None},
+            "parameters": {model: row.parameters for model, row in self.rows.items()},
+            "cost": {model: row.cost for model, row in self.rows.items()},
+            "settings": {model: dict(row.settings) for model, row in self.rows.items() if row.settings},
+            "skipped": dict(self.skipped),
+            "told_apart": list(self.told_apart),
+            "frames": dict(self.frames),
+            "base": self.base,
+            "notes": list(self.notes),
+            "units": UNITS,
+        }
+
+
+def compare_methods(
+    mixture: Mixture,
+    tests: Sequence[LabelledSet],
+    methods: Sequence[str] | None = None,
+    *,
+    labelled: Sequence[LabelledSet] = (),
+    store: RowStore | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Run methods and measure them on test frames that nobody has seen.
+
+    Parameters
+    ----------
+    mixture
+        The specialists, see :func:`~ase_gffmerge.evaluation.comparison_inputs.make_mixture`.
+    tests
+        Labelled frames, one set per specialist, in order.
+    methods
+        Names; default: all that need no training by gradient descent and whose needs are met.
+    labelled
+        Where the labelled frames of the mixture come from, so that leaks from them are named.
+    store
+        Finished rows are taken from here, and kept here as soon as they are measured.
+    progress
+        Called with a fraction (0 to 1) and a description.
+
+    Raises
+    ------
+    RecipeError
+        For an unknown method.
+    FramesError
+        For test frames that specialists, base or labels contain, or with elements that a specialist does not know.
+    """
+    chosen, skipped = choose(mixture, methods)
+    check_elements(mixture, tests)
+    check_leaks(tests, frames_seen(mixture, labelled))
+    tell = progress or (lambda fraction, text: None)
+    rows = {SPECIALIST: _specialist_row(mixture, tests, store)}
+    for done, method in enumerate(chosen):
+        try:
+            rows[method.name] = _row(
+                method, mixture, tests, store, _section(tell, done, len(chosen), method.name)
+            )
+        except GFFMergeError as error:
+            skipped[method.name] = " ".join(str(error).split())
+    names = tuple(specialist.name for specialist in mixture.specialists)
+    return Comparison(
+        names=names,
+        rows=rows,
+        skipped=skipped,
+        told_apart=tuple(method.name for method in chosen if method.tells_specialists_apart),
+        frames={name: len(test.frames) for name, test in zip(names, tests, strict=True)},
+        base=mixture.base.name if mixture.base else None,
+        notes=_notes(mixture),
+    )
+
+
+def choose(mixture: Mixture, names: Sequence[str] | None) -> tuple[list[Method], dict[str, str]]:
+    """Methods to run, and why others are not: all that train unless asked for by name, and those that lack something."""
+    methods = [get_method(name) for name in dict.fromkeys(names)] if names else list(METHODS.values())
+    chosen, skipped = [], {}
+    for method in methods:
+        if method.trains and not names:
+            skipped[method.name] = f"trains by gradient descent; ask for it with --methods {method.name}"
+        elif missing := method.missing(mixture):
+            skipped[method.name] = "; ".join(REMEDIES[need] for need in missing)
+        else:
+            chosen.append(method)
+    return chosen, skipped
+
+
+def _specialist_row(mixture: Mixture, tests: Sequence[LabelledSet], store: RowStore | None) -> Measurement:
+    row = store.find(SPECIALIST) if store else None
+    if row is None:
+        row = measure_specialists(mixture, tests)
+        if store:
+            store.keep(row, SPECIALIST)
+    return row
+
+
+def _row(
+    method: Method,
+    mixture: Mixture,
+    tests: Sequence[LabelledSet],
+    store: RowStore | None,
+    progress: Progress,
+) -> Measurement:
+    """A finished row, or a new one, kept at once."""
+    row = store.find(method.name, method.needs) if store else None
+    if row is None:
+        progress(0.0, "")
+        row = measure(method, mixture, tests, progress)
+        if store:
+            store.keep(row, method.name, method.needs)
+    return row
+
+
+def _section(progress: Progress, done: int, total: int, name: str) -> Progress:
+    return lambda fraction, text: progress((done + fraction) / total, f"{name}  {text}")
+
+
+def _notes(mixture: Mixture) -> tuple[str, ...]:
+    notes = []
+    if unknown := unrecorded(mixture):
+        notes.append(
+            f"nothing says which frames the training of {', '.join(unknown)} saw (files of earlier versions do not), so "
+            "test frames could be compared with calibration frames only"
+        )
+    strangers = [pair for pair in combinations(mixture.specialists, 2) if not related(*pair)]
+    if strangers:
+        pairs = "; ".join(f"{first.name} and {second.name}" for first, second in strangers)
+        notes.append(f"no common base is on record: {pairs}; merging by weights cannot work for them")
+    return tuple(notes)

@@ -1,0 +1,147 @@
+"""What a comparison of methods needs: a mixture of specialists, and labelled frames for each of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ase import Atoms
+
+from ase_gffmerge.accuracy import check_frames
+from ase_gffmerge.data.readers import read_frames, require_labels
+from ase_gffmerge.device import resolve_device
+from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
+from ase_gffmerge.evaluation.bundled import bundled_test_frames
+from ase_gffmerge.merging.compatibility import check_compatible
+from ase_gffmerge.merging.merge import working_copies
+from ase_gffmerge.merging.recipe import load_recipe
+from ase_gffmerge.methods import Mixture
+from ase_gffmerge.specialist import BUNDLED, Specialist, bundled_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledSet:
+    """Frames with energies (eV) and forces (eV/Å), and where they come from, for messages."""
+
+    source: str
+    frames: tuple[Atoms, ...]
+
+
+def make_mixture(
+    specialists: Sequence[Specialist],
+    *,
+    base: Specialist | None = None,
+    labelled: Sequence[LabelledSet] | None = None,
+    device: str | torch.device = "auto",
+) -> Mixture:
+    """Copies of the specialists on one device with distinct names, and their common ancestor.
+
+    Parameters
+    ----------
+    specialists
+        At least two of one architecture and level of theory; whether they are related is left to the methods.
+    base
+        Their common ancestor; default: the bundled model that their lineages name, if there is one.
+    labelled
+        Labelled training frames of every specialist, in order.
+    device
+        Where to compute.
+
+    Raises
+    ------
+    IncompatibleSpecialistsError
+        When no method at all can use the specialists together, or ``base`` is no ancestor of them.
+    """
+    check_compatible(specialists, load_recipe("mean", allow_unrelated=True))
+    if base is None:
+        base = bundled_ancestor(specialists)
+    else:
+        check_ancestor(base, specialists)
+    target = resolve_device(device)
+    copies = working_copies(specialists, target)
+    return Mixture(
+        specialists=tuple(copies),
+        base=base.to(device=target, dtype=copies[0].potential.dtype) if base else None,
+        labelled=tuple(known.frames for known in labelled) if labelled else None,
+        device=target,
+    )
+
+
+def common_ancestors(specialists: Sequence[Specialist]) -> tuple[str, ...]:
+    """Fingerprints of the models that all descend from (or are), root first."""
+    lines = [(*s.provenance.lineage, s.fingerprint) for s in specialists]
+    return tuple(key for key in lines[0] if all(key in line for line in lines))
+
+
+def bundled_ancestor(specialists: Sequence[Specialist]) -> Specialist | None:
+    """Youngest common ancestor among the bundled models, recognised by its fingerprint."""
+    common = common_ancestors(specialists)
+    bundled = {model.fingerprint: model for model in map(Specialist.load, BUNDLED)} if common else {}
+    return next((bundled[key] for key in reversed(common) if key in bundled), None)
+
+
+def check_ancestor(base: Specialist, specialists: Sequence[Specialist]) -> None:
+    """Raise :class:`IncompatibleSpecialistsError` when ``base`` is not recorded as ancestor of every specialist."""
+    strangers = [
+        s.name for s in specialists if base.fingerprint not in (*s.provenance.lineage, s.fingerprint)
+    ]
+    if strangers:
+        raise IncompatibleSpecialistsError(
+            f"{base.name!r} is not the base of {', '.join(strangers)}: its fingerprint is not in their lineage; give the "
+            "file that they were fine-tuned from, unchanged, or leave --base out"
+        )
+
+
+def read_tests(sources: Sequence[str | Path], files: Sequence[Path] = ()) -> tuple[LabelledSet, ...]:
+    """Test frames of every specialist, in order.
+
+    Parameters
+    ----------
+    sources
+        What the specialists were loaded from.
+    files
+        One file of labelled frames per specialist; without any, those that come with bundled specialists.
+
+    Raises
+    ------
+    FramesError
+        When their number is not that of the specialists, or files are missing, empty or lack labels.
+    """
+    if files:
+        return read_labelled(files, sources, option="--test")
+    strangers = [str(source) for source in sources if bundled_path(source) == Path(source)]
+    if strangers:
+        raise FramesError(
+            f"there are no test frames for {', '.join(strangers)}: they come only with the bundled specialists; give one "
+            f"file of labelled frames per specialist, in order (--test FILE, {len(sources)} times)"
+        )
+    return tuple(
+        LabelledSet(source=f"the bundled test frames of {name}", frames=tuple(bundled_test_frames(str(name))))
+        for name in sources
+    )
+
+
+def read_labelled(
+    files: Sequence[Path], sources: Sequence[str | Path], *, option: str
+) -> tuple[LabelledSet, ...]:
+    """One file of labelled frames per specialist, in order."""
+    if len(files) != len(sources):
+        raise FramesError(
+            f"{option} was given {len(files)} file(s) for {len(sources)} specialists; give one per specialist, in the order "
+            f"of the specialists ({', '.join(map(str, sources))})"
+        )
+    sets = []
+    for file in files:
+        frames = read_frames(file)
+        require_labels(frames, file)
+        sets.append(LabelledSet(source=str(file), frames=tuple(frames)))
+    return tuple(sets)
+
+
+def check_elements(mixture: Mixture, sets: Sequence[LabelledSet]) -> None:
+    """Raise :class:`FramesError` for frames with elements that their specialist does not know."""
+    for specialist, known in zip(mixture.specialists, sets, strict=True):
+        try:
+            check_frames(specialist.potential, known.frames)
+        except FramesError as error:
+            raise FramesError(f"{known.source} cannot be used for {specialist.name!r}: {error}") from None

@@ -1,0 +1,91 @@
+"""Finished rows of comparisons on disk, one small JSON file each, so that an interrupted comparison goes on."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ase_gffmerge import __version__
+from ase_gffmerge.cache import MergeCache
+from ase_gffmerge.data.fingerprints import hash_frames
+from ase_gffmerge.evaluation.comparison_inputs import LabelledSet
+from ase_gffmerge.evaluation.measurement import Measurement
+from ase_gffmerge.fileformat import atomic_write, require_writable
+from ase_gffmerge.merging.merge import MERGE_VERSION
+from ase_gffmerge.methods import Mixture, Need
+from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.training.frames import hash_labelled
+
+
+def default_folder() -> Path:
+    """Where rows are kept unless a folder is named: beside the cached merges."""
+    return MergeCache().directory / "comparisons"
+
+
+class RowStore:
+    """Rows of one comparison in a folder that may hold those of others.
+
+    Parameters
+    ----------
+    folder
+        Made when it does not exist.
+    mixture, tests
+        What is compared: a row of other weights, frames, device or version is not found.
+    fresh
+        Find nothing: every row is measured again and replaces the old one.
+
+    Raises
+    ------
+    FileFormatError
+        When the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, mixture: Mixture, tests: Sequence[LabelledSet], *, fresh: bool = False):
+        self.folder, self.fresh = folder.expanduser(), fresh
+        self._parts = _parts(mixture, tests)
+        require_writable(self.folder / "row.json")
+
+    def path(self, model: str, needs: frozenset[Need] = frozenset()) -> Path:
+        """File of a row; base and labels count only for methods that declare to need them."""
+        parts = [self._parts["always"], *(self._parts[need] for need in sorted(needs)), model]
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{model}-{key[:24]}.json"
+
+    def find(self, model: str, needs: frozenset[Need] = frozenset()) -> Measurement | None:
+        """A finished row; ``None`` when there is none, or it cannot be read."""
+        path = self.path(model, needs)
+        if self.fresh or not path.is_file():
+            return None
+        try:
+            return Measurement.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep(self, row: Measurement, model: str, needs: frozenset[Need] = frozenset()) -> None:
+        """Write a finished row at once and atomically."""
+        text = json.dumps(row.to_dict(), indent=1)
+        atomic_write(self.path(model, needs), lambda path: _write(path, text))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _parts(mixture: Mixture, tests: Sequence[LabelledSet]) -> dict[str, Any]:
+    """What a row depends on: always, and through each need."""
+    return {
+        "always": {
+            "version": [__version__, MERGE_VERSION],
+            "device": str(mixture.device),
+            "specialists": [_identity(specialist) for specialist in mixture.specialists],
+            "tests": [hash_labelled(test.frames) for test in tests],
+        },
+        Need.FRAMES: [hash_frames(specialist.calibration) for specialist in mixture.specialists],
+        Need.BASE: mixture.base.fingerprint if mixture.base else None,
+        Need.LABELS: [hash_labelled(frames) for frames in mixture.labelled or ()],
+    }
+
+
+def _identity(specialist: Specialist) -> list[Any]:
+    return [specialist.name, specialist.fingerprint, list(specialist.species), specialist.level_of_theory]

@@ -1,0 +1,147 @@
+"""What is measured of one method: errors on every specialist's test frames, seconds, size and cost."""
+
+import statistics
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from ase import Atoms
+from torch_geometric.data import Data
+
+from ase_gffmerge.accuracy import Errors, evaluate
+from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.evaluation.comparison_inputs import LabelledSet
+from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.methods import Method, Mixture, Outcome
+from ase_gffmerge.methods.method import Progress
+from ase_gffmerge.models import Potential
+
+WARM_UP, REPEATS = 3, 21
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One row of a comparison.
+
+    Attributes
+    ----------
+    errors
+        Against the labels of every specialist's test frames, in the order of the specialists.
+    seconds
+        Wall time from the specialists to the potential, tuning of hyper-parameters included; ``None`` for the
+        specialists themselves.
+    parameters
+        Numbers that must be stored to serve all territories.
+    cost
+        Time for energy and forces of one frame in units of the specialist's own, mean over the specialists.
+    settings
+        Hyper-parameters that the method chose.
+    """
+
+    errors: tuple[Errors, ...]
+    seconds: float | None
+    parameters: int
+    cost: float
+    settings: Mapping[str, float | str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able dictionary."""
+        return {
+            **vars(self),
+            "errors": [errors.to_dict() for errors in self.errors],
+            "settings": dict(self.settings),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Measurement":
+        """Inverse of :meth:`to_dict`."""
+        return cls(**{**data, "errors": tuple(Errors(**errors) for errors in data["errors"])})
+
+
+def run_timed(method: Method, mixture: Mixture, progress: Progress | None = None) -> tuple[Outcome, float]:
+    """Run a method and return the seconds it took; a comparison shows a bad merge, so nothing warns of one."""
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergeWarning)
+        outcome = method.run(mixture, progress or (lambda fraction, text: None))
+    if mixture.device.type == "cuda":
+        torch.cuda.synchronize(mixture.device)
+    return outcome, time.perf_counter() - start
+
+
+def measure(
+    method: Method, mixture: Mixture, tests: Sequence[LabelledSet], progress: Progress
+) -> Measurement:
+    """Run a method and measure what comes out."""
+    outcome, seconds = run_timed(method, mixture, lambda fraction, text: progress(0.8 * fraction, text))
+    progress(0.8, "errors on the test frames")
+    return measure_outcome(outcome, mixture, tests, seconds=seconds)
+
+
+def measure_specialists(mixture: Mixture, tests: Sequence[LabelledSet]) -> Measurement:
+    """Every specialist on its own test frames; the number of parameters is that of one."""
+    return Measurement(
+        errors=tuple(
+            evaluate(s.potential, t.frames) for s, t in zip(mixture.specialists, tests, strict=True)
+        ),
+        seconds=None,
+        parameters=n_parameters([mixture.specialists[0].potential]),
+        cost=1.0,
+    )
+
+
+def measure_outcome(
+    outcome: Outcome, mixture: Mixture, tests: Sequence[LabelledSet], *, seconds: float
+) -> Measurement:
+    """Errors, size and cost of potentials that took ``seconds`` to make."""
+    potentials = [outcome.potential(k) for k in range(len(tests))]
+    own = [specialist.potential for specialist in mixture.specialists]
+    return Measurement(
+        errors=tuple(
+            evaluate(potential, test.frames, specialist=k)
+            for k, (potential, test) in enumerate(zip(potentials, tests, strict=True))
+        ),
+        seconds=seconds,
+        parameters=n_parameters(outcome.potentials),
+        cost=statistics.fmean(
+            relative_cost(potential, alone, test.frames[0], specialist=k)
+            for k, (potential, alone, test) in enumerate(zip(potentials, own, tests, strict=True))
+        ),
+        settings=dict(outcome.settings),
+    )
+
+
+def n_parameters(potentials: Sequence[Potential]) -> int:
+    """Number of parameters, those that several potentials share counted once."""
+    shared = {parameter.data_ptr(): parameter for p in potentials for parameter in p.parameters()}
+    return sum(parameter.numel() for parameter in shared.values())
+
+
+def relative_cost(model: Potential, own: Potential, atoms: Atoms, *, specialist: int = 0) -> float:
+    """Time for energy and forces of ``atoms`` by ``model`` over that by ``own``: medians, measured in turns.
+
+    On a CPU its time in this process counts, so that other processes do not. The neighbour list is made beforehand: it is
+    the same for both.
+    """
+    pair = [(model, _graph(model, atoms, specialist)), (own, _graph(own, atoms, 0))]
+    seconds: list[list[float]] = [[], []]
+    for turn in range(WARM_UP + REPEATS):
+        for i in (0, 1) if turn % 2 else (1, 0):
+            seconds[i].append(_seconds(*pair[i]))
+    return statistics.median(seconds[0][WARM_UP:]) / statistics.median(seconds[1][WARM_UP:])
+
+
+def _graph(potential: Potential, atoms: Atoms, specialist: int) -> Data:
+    graph = build_graph(atoms, potential.hyper.cutoff, dtype=potential.dtype, specialist=specialist)
+    return batch_graphs([graph]).to(potential.device)
+
+
+def _seconds(potential: Potential, graph: Data) -> float:
+    clock = time.perf_counter if potential.device.type == "cuda" else time.process_time
+    start = clock()
+    prediction = predict(potential, graph)
+    prediction.forces.cpu()  # waits for the device
+    return clock() - start
