@@ -19,9 +19,12 @@ MD = "Dynamics (--md)"
 
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(help="Files or bundled names, one or several.", show_default=False)
+        list[str],
+        typer.Argument(help="Files or bundled names, one or several.", metavar="MODELS", show_default=False),
     ],
-    frames: Annotated[Path, typer.Argument(help="Labelled frames: extxyz, npz, ...", show_default=False)],
+    frames: Annotated[
+        Path, typer.Argument(help="Labelled frames: extxyz, npz, ...", metavar="FRAMES", show_default=False)
+    ],
     specialist: SpecialistOption = None,
     device: DeviceOption = "auto",
     md: Annotated[

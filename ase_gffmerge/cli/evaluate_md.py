@@ -33,12 +33,12 @@ def evaluate_md(
     import torch
 
     from ase_gffmerge.data.readers import read_frames
-    from ase_gffmerge.evaluation.md_evaluation import evaluate_dynamics, starting_structures
+    from ase_gffmerge.evaluation.md_evaluation import evaluate_dynamics, matching_frames, starting_structures
     from ase_gffmerge.evaluation.md_runs import estimated_seconds
     from ase_gffmerge.fileformat import require_writable
 
     starts = read_frames(frames)
-    truth = read_frames(reference) if reference else None
+    truth = matching_frames(read_frames(reference) if reference else starts, starts[0])
     for model in models:
         model.force_field.to(dtype=getattr(torch, dtype.value))
         model.force_field.check_species(starts[0])

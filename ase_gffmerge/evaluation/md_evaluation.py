@@ -140,7 +140,7 @@ def evaluate_dynamics(
         raise FramesError("there are no frames to start from; give a file with at least one")
     for model in models:
         model.force_field.check_species(frames[0])
-    truth = _alike(reference or frames, frames[0])
+    truth = matching_frames(reference or frames, frames[0])
     runs = run_models(
         models, starting_structures(frames, protocol.seeds), protocol, folder=folder, progress=progress
     )
@@ -162,12 +162,13 @@ def evaluate_dynamics(
 
 def starting_structures(frames: Sequence[Atoms], n: int) -> list[Atoms]:
     """Give ``n`` frames with the atoms of the first one, evenly spread, repeated where there are fewer."""
-    alike = _alike(frames, frames[0])
+    alike = matching_frames(frames, frames[0])
     chosen = [alike[int(k)] for k in np.arange(n) * max(len(alike) / n, 1) % len(alike)]
     return [Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc) for atoms in chosen]
 
 
-def _alike(frames: Sequence[Atoms], first: Atoms) -> list[Atoms]:
+def matching_frames(frames: Sequence[Atoms], first: Atoms) -> list[Atoms]:
+    """Frames with the atoms of ``first``, in its order and periodicity; :class:`FramesError` when there are none."""
     found = [
         a for a in frames if np.array_equal(a.numbers, first.numbers) and np.array_equal(a.pbc, first.pbc)
     ]

@@ -41,7 +41,7 @@ class ModelDynamics:
     nvt, nve
         One trajectory per seed.
     temperature
-        Mean of the NVT runs after equilibration, K; NaN when none lasted so long.
+        Mean of the NVT runs after equilibration, K; ``None`` when none lasted so long.
     distributions
         h(r), or g(r) by pair, of the NVT runs after equilibration; empty when none lasted so long.
     spectrum
@@ -57,7 +57,7 @@ class ModelDynamics:
     label: str
     nvt: tuple[MDTrajectory, ...]
     nve: tuple[MDTrajectory, ...]
-    temperature: float
+    temperature: float | None
     distributions: Distributions
     spectrum: Spectrum | None
     spectral_noise: float | None
@@ -121,7 +121,7 @@ def observe(
         label=label,
         nvt=tuple(nvt),
         nve=tuple(nve),
-        temperature=float(temperatures.mean()) if len(temperatures) else float("nan"),
+        temperature=float(temperatures.mean()) if len(temperatures) else None,
         distributions=_equilibrated(nvt, begin, r_max=r_max),
         spectrum=_spectrum(nve, protocol),
         spectral_noise=_overlap_of_halves(nve, protocol),

@@ -25,7 +25,7 @@ def rows(evaluation: MDEvaluation) -> list[Row]:
         *_errors(evaluation),
         ["stable time of seeds, mean (ps)", *(f"{np.mean(m.stability_times):.2f}" for m in models)],
         ["seeds that held", *(f"{sum(run.held for run in m.nvt)} of {len(m.nvt)}" for m in models)],
-        ["mean temperature (K)", *(f"{m.temperature:.0f}" for m in models)],
+        ["mean temperature (K)", *(f"{m.temperature:.0f}" if m.temperature else "-" for m in models)],
         *_distributions(evaluation),
         ["vibrations: overlap with the first", *(_overlap(m, models[0]) for m in models)],
         ["NVE drift (meV/atom/ps)", *(_drift(m) for m in models)],

@@ -102,7 +102,7 @@ def _write(path: Path, content: bytes) -> None:
 def load_trajectories(path: Path) -> list[MDTrajectory] | None:
     """Read a batch back bit for bit; ``None`` when the file is missing or damaged (it is then run again)."""
     try:
-        with np.load(path) as archive:
+        with path.open("rb") as handle, np.load(handle) as archive:
             count = 1 + max(int(name.split(".")[0]) for name in archive.files)
             return [_trajectory(archive, k) for k in range(count)]
     except (OSError, ValueError, KeyError, BadZipFile):

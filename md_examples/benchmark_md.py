@@ -1,0 +1,96 @@
+"""Is the dynamics of the merged potential as stable and as true as the specialists'? Side by side, at 500 K.
+
+    python md_examples/benchmark_md.py [DATA_FOLDER] [--json] [--ps 20 --seeds 5 --temperature 500] [--out FOLDER]
+
+For ethanol and malonaldehyde: the bundled specialist and the default merge of both, from the same structures with the same
+seeds. NVT (Langevin) of ``--ps`` each, then NVE of half that time; float32 networks. Reference of the distances of atoms are
+the bundled test frames, or all frames of ``rmd17_<molecule>_test_01.npz`` in DATA_FOLDER. The full length takes about an
+hour on one core; interrupted, it goes on from the finished batches in FOLDER.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from ase_gffmerge import GFFMergeCalculator, Specialist
+from ase_gffmerge.accuracy import evaluate
+from ase_gffmerge.data.readers import read_frames
+from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.evaluation.bundled import bundled_test_frames
+from ase_gffmerge.evaluation.md_evaluation import MDEvaluation, evaluate_dynamics
+from ase_gffmerge.evaluation.md_plots import plot_dynamics
+from ase_gffmerge.evaluation.md_protocol import Protocol
+from ase_gffmerge.evaluation.md_runs import Contestant
+from ase_gffmerge.evaluation.md_table import conditions, header, rows
+
+MOLECULES = ("ethanol", "malonaldehyde")
+NAMES = tuple(f"rmd17-{molecule}" for molecule in MOLECULES)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def compare_dynamics(
+    molecule: str, merged: Specialist, *, protocol: Protocol, data: Path | None, out: Path
+) -> MDEvaluation:
+    """Specialist and merged potential on one molecule."""
+    frames = bundled_test_frames(f"rmd17-{molecule}")
+    reference = read_frames(data / f"rmd17_{molecule}_test_01.npz") if data else frames
+    specialist = Specialist.load(f"rmd17-{molecule}", dtype=torch.float32)
+    models = [
+        Contestant(label="specialist", force_field=specialist),
+        Contestant(label="merged", force_field=merged),
+    ]
+    told = [0]
+
+    def progress(fraction: float, text: str) -> None:
+        if int(20 * fraction) > told[0]:
+            told[0] = int(20 * fraction)
+            say(f"{molecule} {100 * fraction:3.0f} %  {text}")
+
+    return evaluate_dynamics(
+        models,
+        frames,
+        protocol=protocol,
+        reference=reference,
+        errors={m.label: evaluate(m.force_field.potential, reference) for m in models},
+        folder=out / "runs",
+        progress=progress,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--ps", type=float, default=20.0)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--temperature", type=float, default=500.0)
+    parser.add_argument("--out", type=Path, default=Path("benchmark-md"))
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore", MergeWarning)
+    protocol = Protocol(temperature=arguments.temperature, picoseconds=arguments.ps, seeds=arguments.seeds)
+    merged = GFFMergeCalculator(NAMES, device="cpu", dtype="float32").force_field
+    result = {}
+    for molecule in MOLECULES:
+        evaluation = compare_dynamics(
+            molecule, merged, protocol=protocol, data=arguments.data, out=arguments.out
+        )
+        for row in [header(evaluation), *rows(evaluation)]:
+            say(f"{row[0]:40s}" + "".join(f"{cell:>20s}" for cell in row[1:]))
+        say(conditions(evaluation))
+        plot_dynamics(evaluation, arguments.out / f"{molecule}.png")
+        result[molecule] = evaluation.to_dict()
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
