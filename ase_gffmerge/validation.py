@@ -1,9 +1,28 @@
 """Pydantic's findings as one line that teaches."""
 
+from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
+
+from ase_gffmerge.errors import RecipeError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validated(model: type[Model], data: Mapping[str, Any], *, source: str) -> Model:
+    """Make options of ``data``.
+
+    Raises
+    ------
+    RecipeError
+        For an unknown key, with a suggestion, or an impossible value; ``source`` begins the message.
+    """
+    try:
+        return model(**data)
+    except ValidationError as error:
+        raise RecipeError(explain(error, model, source=source)) from None
 
 
 def explain(error: ValidationError, model: type[BaseModel], *, source: str) -> str:

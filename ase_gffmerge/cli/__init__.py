@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ase_gffmerge.cli import cache, compare, demo, evaluate, info, md, merge, relax, train
+from ase_gffmerge.cli import cache, compare, demo, evaluate, info, md, merge, relax, sample, train
 from ase_gffmerge.cli.variadic import VariadicCommand
 from ase_gffmerge.errors import GFFMergeError
 
@@ -58,6 +58,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("info")(info.info)
 app.command("md")(md.md)
 app.command("relax")(relax.relax)
+app.command("sample", cls=VariadicCommand)(sample.sample)
 app.add_typer(cache.app, name="cache")
 
 

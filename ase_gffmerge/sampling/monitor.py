@@ -26,7 +26,7 @@ class Monitor:
     Attributes
     ----------
     stretch
-        A bond of the initial structure is broken when it is longer than this multiple of its initial length.
+        A bond of the reference structure is broken when it is longer than this multiple of its length there.
     mobile
         Elements whose neighbours are no bonds: ions that hop.
     contact
@@ -83,19 +83,19 @@ class Watch:
         The criteria.
     swarm
         What to look at.
-    structures
-        The initial structures.
+    references
+        Intact structures, one per replica.
     freedom
         Degrees of freedom (n_replicas,) that carry kinetic energy.
     """
 
     def __init__(
-        self, monitor: Monitor, swarm: Swarm, structures: Sequence[Atoms], *, freedom: Sequence[int]
+        self, monitor: Monitor, swarm: Swarm, references: Sequence[Atoms], *, freedom: Sequence[int]
     ):
         self.monitor, self.swarm = monitor, swarm
         self.freedom = torch.as_tensor(freedom, dtype=torch.float64, device=swarm.device)
         self.radii = torch.as_tensor(covalent_radii, dtype=torch.float64, device=swarm.device)
-        self._bonds = [WatchedBonds.of(atoms, monitor) for atoms in structures]
+        self._bonds = [WatchedBonds.of(atoms, monitor) for atoms in references]
         self._join()
 
     def _join(self) -> None:

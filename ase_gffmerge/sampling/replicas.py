@@ -66,8 +66,9 @@ def run_replicas(
     steps: int,
     every: int = 10,
     friction: float = 0.01,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int | Sequence[int]] = 0,
     thermalize: bool = True,
+    references: Sequence[Atoms] | None = None,
     specialist: int | Sequence[int] = 0,
     skin: float = 1.0,
     monitor: Monitor | None = None,
@@ -97,6 +98,8 @@ def run_replicas(
         Of velocities and noise; one number for all (replica k then uses the pair seed, k) or one for each.
     thermalize
         Draw new velocities, without overall motion and, for molecules, rotation; else keep the structures' momenta.
+    references
+        One intact structure per replica, whose bonds must hold; default: the structures.
     specialist
         Specialist index for potentials with per-specialist embeddings, for all or for each.
     skin
@@ -143,7 +146,8 @@ def run_replicas(
     )
     at_rest = thermalize and ensemble == "nve"
     freedom = [degrees_of_freedom(atoms, at_rest=at_rest) for atoms in starts]
-    watch = Watch(monitor or Monitor(), swarm, starts, freedom=freedom)
+    intact = starts if references is None else _each(list(references), n, "references")
+    watch = Watch(monitor or Monitor(), swarm, intact, freedom=freedom)
     records = [_Record(atoms, t) for atoms, t in zip(starts, temperatures, strict=True)]
     tell = on_progress or (lambda fraction, text: None)
     friction = friction if ensemble == "nvt" else 0.0
@@ -243,7 +247,7 @@ def _start(atoms: Atoms, temperature: float, generator: np.random.Generator, the
 
 def _each(value: Any, n: int, what: str) -> list[Any]:
     """One value per replica."""
-    if np.ndim(value) == 0:
+    if isinstance(value, int | float | np.number):
         return [value] * n
     if len(value) != n:
         raise DynamicsError(f"{len(value)} {what} were given for {n} structures; give one, or one for each")

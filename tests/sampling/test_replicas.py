@@ -1,7 +1,5 @@
 """Replicas: the right integrators, whatever else is in the batch and however neighbours are found."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,7 @@ from ase import Atoms, units
 from ase.build import molecule
 from ase.constraints import FixAtoms
 from ase.md import VelocityVerlet
-from torch_geometric.data import Data
+from springs import Springs
 
 from ase_gffmerge import GFFMergeCalculator, Specialist
 from ase_gffmerge.errors import DynamicsError, FramesError, StructureError
@@ -19,21 +17,6 @@ from ase_gffmerge.sampling.monitor import Monitor
 from ase_gffmerge.sampling.replicas import ReplicaRun, run_replicas
 
 OFF = Monitor(stretch=None, contact=None, heat=None)
-
-
-class Springs:
-    """Every pair within the cutoff is a spring of length ``length`` Å and stiffness ``stiffness`` eV/Å²."""
-
-    dtype, device, species = torch.float64, torch.device("cpu"), (1, 6, 8)
-    hyper = SimpleNamespace(cutoff=6.0)
-
-    def __init__(self, *, stiffness: float = 20.0, length: float = 1.0):
-        self.stiffness, self.length = stiffness, length
-
-    def __call__(self, graph: Data) -> torch.Tensor:
-        stretch = graph.edge_vectors.norm(dim=1) - self.length
-        per_edge = 0.25 * self.stiffness * stretch**2  # half of a pair's energy: two edges per pair
-        return per_edge.new_zeros(len(graph.pos)).index_add(0, graph.edge_index[1], per_edge)
 
 
 def positions(run: ReplicaRun) -> np.ndarray:

@@ -1,0 +1,111 @@
+"""``gffmerge sample``: calibration frames from a specialist and a few structures."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ase_gffmerge.cli.options import DeviceOption, JsonOption
+from ase_gffmerge.cli.output import note, print_json, print_table, progress_bar
+
+if TYPE_CHECKING:
+    from ase_gffmerge.sampling.sample import SampleResult
+
+
+def sample(
+    specialist: Annotated[str, typer.Argument(help="File or bundled name.", show_default=False)],
+    structures: Annotated[
+        list[Path], typer.Argument(help="Files ASE reads; all their frames are starts.", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="Frames to write (.extxyz).", show_default=False)] = None,
+    attach: Annotated[
+        Path | None, typer.Option(help="Specialist to write with these calibration frames (.safetensors).")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", help="Frames wanted.")] = 100,
+    temperatures: Annotated[
+        list[float] | None, typer.Option(help="Ladder in K; several values [default: 300 500 700].")
+    ] = None,
+    time: Annotated[float, typer.Option(help="Longest time of a replica, ps.")] = 5.0,
+    copies: Annotated[int, typer.Option(help="Replicas per structure and temperature.")] = 2,
+    relax: Annotated[
+        bool, typer.Option("--relax/--no-relax", help="Cool the structures to rest first.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of velocities, thermostat and displacements.")] = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Sample calibration frames by molecular dynamics with the specialist itself; no data set is needed.
+
+    Broken, overlapping or overheated structures are refused and counted; a fifth of the frames are displaced copies.
+    """
+    from ase_gffmerge.data.readers import read_frames
+    from ase_gffmerge.device import resolve_device
+    from ase_gffmerge.sampling.sample import SampleOptions, sample_frames
+    from ase_gffmerge.sources import load
+    from ase_gffmerge.validation import validated
+
+    given: dict[str, Any] = {"n": n, "time": time, "copies": copies, "relax": relax, "seed": seed}
+    if temperatures:
+        given["temperatures"] = temperatures
+    options = validated(SampleOptions, given, source="gffmerge sample")
+    check_outputs(out, attach)
+    force_field = load(specialist).to(device=resolve_device(device))
+    starts = [atoms for path in structures for atoms in read_frames(path)]
+    with progress_bar("sampling") as progress:
+        try:
+            result = sample_frames(force_field, starts, options, progress=progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "interrupted; nothing was written; the same command begins again"
+            ) from None
+    if out:
+        write_extxyz(out, result)
+    if attach:
+        force_field.with_calibration(result.frames).save(attach)
+    report(result, {"out": out, "attached": attach}, as_json=as_json)
+
+
+def check_outputs(out: Path | None, attach: Path | None) -> None:
+    """Refuse a run whose result would be lost."""
+    from ase_gffmerge.errors import FileFormatError
+    from ase_gffmerge.fileformat import require_writable
+
+    if out is None and attach is None:
+        raise FileFormatError(
+            "the frames have nowhere to go: give --out frames.extxyz or --attach file.safetensors"
+        )
+    for path, suffixes in ((out, (".xyz", ".extxyz")), (attach, (".safetensors",))):
+        if path is None:
+            continue
+        if path.suffix not in suffixes:
+            raise FileFormatError(f"cannot write {path}: its name must end in {' or '.join(suffixes)}")
+        require_writable(path)
+
+
+def write_extxyz(out: Path, result: "SampleResult") -> None:
+    """Write all frames atomically."""
+    from ase.io import write
+
+    from ase_gffmerge.fileformat import atomic_write
+
+    atomic_write(out, lambda temporary: write(temporary, list(result.frames), format="extxyz"))
+
+
+def report(result: "SampleResult", written: dict[str, Path | None], *, as_json: bool) -> None:
+    """Print what was found."""
+    document = {**result.to_dict(), **{key: str(path) for key, path in written.items() if path}}
+    if as_json:
+        print_json(document)
+        return
+    for key in ("sources", "rejected"):
+        document[key] = ", ".join(f"{count} {name}" for name, count in document[key].items()) or "none"
+    print_table({LABELS.get(key, key): value for key, value in document.items()})
+    if len(result.frames) < result.wanted:
+        note(f"only {len(result.frames)} of {result.wanted} frames: allow a longer --time, or more --copies")
+
+
+LABELS = {
+    "decorrelation_fs": "decorrelation time (fs)",
+    "simulated_ps": "simulated (ps)",
+    "n_frames": "frames",
+}

@@ -1,0 +1,196 @@
+"""Decorrelated frames from molecular dynamics on a ladder of temperatures."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Annotated
+
+import numpy as np
+from ase import Atoms
+from pydantic import BaseModel, ConfigDict, Field
+
+from ase_gffmerge.models import Potential
+from ase_gffmerge.sampling.decorrelation import decorrelation_time
+from ase_gffmerge.sampling.monitor import Monitor
+from ase_gffmerge.sampling.replicas import ReplicaRun, run_replicas
+
+INTERVAL, SEGMENT = 10.0, 1000.0
+"""Time in fs between candidate frames, and between two looks at whether there are enough."""
+
+
+class LadderOptions(BaseModel):
+    """Molecular dynamics at several temperatures.
+
+    Attributes
+    ----------
+    temperatures
+        The ladder, K: every structure runs at each.
+    copies
+        Replicas per structure and temperature.
+    time
+        Longest time of a replica in ps; it ends earlier when there are enough frames.
+    equilibration
+        Time at the start of every replica that gives no frames, ps.
+    timestep, friction
+        fs and 1/fs.
+    seed
+        The same seed gives the same frames.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperatures: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        default=(300.0, 500.0, 700.0), min_length=1
+    )
+    copies: int = Field(default=2, ge=1)
+    time: float = Field(default=5.0, gt=0)
+    equilibration: float = Field(default=0.2, ge=0)
+    timestep: float = Field(default=0.5, gt=0)
+    friction: float = Field(default=0.02, gt=0)
+    seed: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """Frames of a ladder.
+
+    Attributes
+    ----------
+    frames
+        Bare structures; ``info`` holds ``source`` (``md``) and ``temperature`` (K).
+    references
+        Per frame, the structure that its replica started from.
+    stopped
+        Number of replicas that broke, per reason.
+    decorrelation_fs
+        The frames of one replica are at least this far apart.
+    simulated_ps
+        Time of all replicas together.
+    """
+
+    frames: tuple[Atoms, ...]
+    references: tuple[Atoms, ...]
+    stopped: Counter[str]
+    decorrelation_fs: float
+    simulated_ps: float
+
+
+@dataclass
+class _Rung:
+    """One replica: where it started, where it is, its candidate frames."""
+
+    start: Atoms
+    temperature: float
+    now: Atoms
+    candidates: list[Atoms] = field(default_factory=list)
+    stopped: str | None = None
+    time: float = 0.0
+
+    def extend(self, run: ReplicaRun, *, equilibration: float) -> None:
+        """Take in another stretch of the trajectory; the last frame before a break is dropped."""
+        frames = run.frames[1:] if run.stopped is None else run.frames[1:-1]
+        times = self.time + run.times_fs[1:]
+        self.candidates += [atoms for atoms, time in zip(frames, times, strict=False) if time > equilibration]
+        self.stopped = run.stopped
+        self.time += float(run.times_fs[-1]) if len(run.times_fs) else 0.0
+        self.now = run.frames[-1] if run.frames else self.now
+
+
+def climb(
+    potential: Potential,
+    structures: Sequence[Atoms],
+    options: LadderOptions,
+    *,
+    n: int,
+    monitor: Monitor,
+    progress: Callable[[float, str], None],
+) -> Ladder:
+    """Run every structure at every temperature until there are ``n`` decorrelated frames, or time is over.
+
+    Parameters
+    ----------
+    potential, structures
+        What moves, and from where.
+    options
+        How hot and how long.
+    n
+        Frames wanted; when there are more they are thinned out evenly.
+    monitor
+        What stops a replica; bonds are compared with those of its structure.
+    progress
+        Called with a fraction (0 to 1) and a description.
+    """
+    rungs = [
+        _Rung(atoms, temperature, atoms)
+        for atoms, temperature, _ in product(structures, options.temperatures, range(options.copies))
+    ]
+    decorrelation, chosen, segment = INTERVAL, list[tuple[_Rung, Atoms]](), 0
+    while len(chosen) < n and segment * SEGMENT < 1000 * options.time:
+        moving = [rung for rung in rungs if rung.stopped is None]
+        if not moving:
+            break
+        _segment(potential, moving, options, segment=segment, monitor=monitor, progress=progress)
+        decorrelation = decorrelation_time([rung.candidates for rung in rungs], INTERVAL)
+        stride = math.ceil(decorrelation / INTERVAL)
+        chosen = [(rung, atoms) for rung in rungs for atoms in rung.candidates[::stride]]
+        segment += 1
+    progress(1.0, f"{min(len(chosen), n)} of {n} frames")
+    kept = [chosen[k] for k in _evenly(len(chosen), n)]
+    return Ladder(
+        frames=tuple(_bare(atoms, rung.temperature) for rung, atoms in kept),
+        references=tuple(rung.start for rung, _ in kept),
+        stopped=Counter(rung.stopped for rung in rungs if rung.stopped),
+        decorrelation_fs=decorrelation,
+        simulated_ps=sum(rung.time for rung in rungs) / 1000,
+    )
+
+
+def _segment(
+    potential: Potential,
+    moving: Sequence[_Rung],
+    options: LadderOptions,
+    *,
+    segment: int,
+    monitor: Monitor,
+    progress: Callable[[float, str], None],
+) -> None:
+    every = max(1, round(INTERVAL / options.timestep))
+    done = segment * SEGMENT / (1000 * options.time)
+    length = min(SEGMENT, 1000 * options.time * (1 - done))
+    runs = run_replicas(
+        potential,
+        [rung.now for rung in moving],
+        ensemble="nvt",
+        temperature=[rung.temperature for rung in moving],
+        timestep=options.timestep,
+        steps=every * max(1, round(length / INTERVAL)),
+        every=every,
+        friction=options.friction,
+        seed=[(options.seed, segment, k) for k in range(len(moving))],
+        thermalize=segment == 0,
+        references=[rung.start for rung in moving],
+        monitor=monitor,
+        on_progress=lambda fraction, text: progress(done + fraction * length / (1000 * options.time), text),
+    )
+    for rung, run in zip(moving, runs, strict=True):
+        rung.extend(run, equilibration=1000 * options.equilibration)
+
+
+def _evenly(available: int, n: int) -> list[int]:
+    """At most ``n`` indices spread evenly over those available."""
+    return (
+        np.unique(np.linspace(0, available - 1, min(n, available)).round().astype(int)).tolist()
+        if available
+        else []
+    )
+
+
+def _bare(atoms: Atoms, temperature: float) -> Atoms:
+    """A copy without momenta and results, wrapped into its cell."""
+    bare = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    if atoms.pbc.any():
+        bare.wrap()
+    bare.info |= {"source": "md", "temperature": temperature}
+    return bare
