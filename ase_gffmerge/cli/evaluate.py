@@ -38,7 +38,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="Runs of every model.", rich_help_panel=MD)] = 3,
     reference: Annotated[
         Path | None,
-        typer.Option(help="Frames of the true ensemble [default: FRAMES].", rich_help_panel=MD),
+        typer.Option(help="Frames of the true ensemble (default: FRAMES).", rich_help_panel=MD),
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Of the networks.", rich_help_panel=MD)] = DType.float32,
     out: Annotated[
@@ -48,8 +48,7 @@ def evaluate(
 ) -> None:
     """Print force MAE and RMSE (eV/Å), energy MAE (eV/atom) and the number of frames.
 
-    With --md, run dynamics from the frames with every model and show side by side how long they stay stable, how far
-    distances of atoms are from those of the reference, vibrations, and conservation of energy.
+    With --md: run dynamics with every model, compare stability, distances of atoms, vibrations, energy conservation.
     """
     from ase_gffmerge.accuracy import evaluate as errors_of
     from ase_gffmerge.data.readers import read_frames, require_labels

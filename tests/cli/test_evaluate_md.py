@@ -29,6 +29,19 @@ def test_models_of_one_name_are_told_apart_by_their_source(gffmerge, files: Path
     assert list(both["models"]) == ["copy.safetensors", "water.safetensors"]
 
 
+def test_a_specialist_beside_a_merge_with_one_surface_per_specialist(gffmerge, files: Path) -> None:
+    pair = ["methanol.safetensors", "water.safetensors"]
+    options = ["--recipe", "fast.yaml", "--conditioning", "per-specialist", "--out", "per.safetensors"]
+    assert gffmerge("merge", *pair, *options).code == 0
+    command = ["evaluate", "water.safetensors", "per.safetensors", "water.xyz"]
+    assert "--specialist is missing" in gffmerge(*command).error()
+    both = gffmerge(*command, "--specialist", "water", "--json").json()["models"]
+    assert both["water"] == gffmerge("evaluate", "water.safetensors", "water.xyz", "--json").json()
+    alone = gffmerge("evaluate", "per.safetensors", "water.xyz", "--specialist", "water", "--json").json()
+    assert both["methanol+water"] == alone
+    assert "no effect" in gffmerge("evaluate", *pair, "water.xyz", "--specialist", "water").error()
+
+
 def test_dynamics(gffmerge, files: Path) -> None:
     arguments = ["evaluate", "methanol.safetensors", "water.safetensors", "methanol.xyz", *SHORT]
     result = gffmerge(*arguments, "--json", "--out", "runs-of-mine")
