@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ase_gffmerge.calculator import GFFMergeCalculator as GFFMergeCalculator
+    from ase_gffmerge.evaluation.extrapolation import ExtrapolationMonitor as ExtrapolationMonitor
+    from ase_gffmerge.merging.extrapolation import gauged as gauged
     from ase_gffmerge.merging.merge import merge as merge
     from ase_gffmerge.merging.recipe import Recipe as Recipe
     from ase_gffmerge.specialist import Specialist as Specialist
@@ -15,12 +17,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ExtrapolationMonitor": "ase_gffmerge.evaluation.extrapolation",
     "GFFMergeCalculator": "ase_gffmerge.calculator",
     "Recipe": "ase_gffmerge.merging.recipe",
     "Specialist": "ase_gffmerge.specialist",
+    "gauged": "ase_gffmerge.merging.extrapolation",
     "merge": "ase_gffmerge.merging.merge",
 }
-__all__ = ["GFFMergeCalculator", "Recipe", "Specialist", "__version__", "merge"]
+__all__ = [
+    "ExtrapolationMonitor",
+    "GFFMergeCalculator",
+    "Recipe",
+    "Specialist",
+    "__version__",
+    "gauged",
+    "merge",
+]
 
 
 def __getattr__(name: str) -> Any:

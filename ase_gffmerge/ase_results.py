@@ -29,12 +29,12 @@ def require_structure(atoms: Atoms | None) -> Atoms:
 
 def ase_results(prediction: Prediction, atoms: Atoms) -> dict[str, Any]:
     """ASE's results: new float64 arrays, the energy a float and exactly the sum of the energies."""
-    energies = _array(prediction.energies)
+    energies = as_array(prediction.energies)
     energy = float(energies.sum())
     results: dict[str, Any] = {"energy": energy, "free_energy": energy, "energies": energies}
-    results["forces"] = _array(prediction.forces)
+    results["forces"] = as_array(prediction.forces)
     if has_volume(atoms):
-        stress = _array(prediction.strain_derivative)[0] / atoms.cell.volume
+        stress = as_array(prediction.strain_derivative)[0] / atoms.cell.volume
         results["stress"] = full_3x3_to_voigt_6_stress(stress)
     return results
 
@@ -44,7 +44,8 @@ def has_volume(atoms: Atoms) -> bool:
     return not np.isfinite(atoms.cell.array).all() or atoms.cell.rank == 3
 
 
-def _array(tensor: Tensor) -> np.ndarray:
+def as_array(tensor: Tensor) -> np.ndarray:
+    """Copy of a tensor as a float64 array of its own."""
     return tensor.detach().to(device="cpu", dtype=torch.float64).numpy().copy()
 
 

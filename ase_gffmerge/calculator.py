@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
-from torch import Tensor
 from torch_geometric.data import Data
 
 from ase_gffmerge.ase_errors import SetupError, as_setup_errors
-from ase_gffmerge.ase_results import ase_results, has_volume, require_finite, require_structure
+from ase_gffmerge.ase_results import as_array, ase_results, has_volume, require_finite, require_structure
 from ase_gffmerge.conditioning import KEY, same_choice, specialist_indices
 from ase_gffmerge.device import resolve_device
-from ase_gffmerge.graphs import build_graph, predict
+from ase_gffmerge.disagreement import force_disagreement
+from ase_gffmerge.extrapolation import predict_graded
+from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.sources import MergeOptions, Source, resolve
 from ase_gffmerge.specialist import Specialist
 
@@ -72,7 +73,8 @@ class GFFMergeCalculator(Calculator):
     cache_hit : bool or None
         Whether the merge was found in the cache; ``None`` when nothing was to be merged.
     extras : dict
-        About the last calculation: ``n_edges`` and ``seconds``.
+        About the last calculation: ``n_edges``, ``seconds`` and, if the force field has a gauge, ``extrapolation``: a grade
+        per atom (n_atoms,), where 1 is the edge of the calibration frames and infinity an element they do not contain.
 
     Raises
     ------
@@ -116,6 +118,7 @@ class GFFMergeCalculator(Calculator):
             target = resolve_device(device)
             resolved = resolve(specialists, options, device=target, progress=progress)
             self.force_field = _served(resolved.force_field, target, DTYPES[precision])
+            self._specialists = resolved.specialists
         self.cache_hit = resolved.cache_hit
         self._check_choice(specialist)
         self.parameters.update(
@@ -226,11 +229,13 @@ class GFFMergeCalculator(Calculator):
         structure = require_structure(self.atoms)
         with torch.inference_mode(False):
             graph = self._graph(structure)
-            prediction = predict(self._energies, graph.to(self.force_field.potential.device))
+            prediction, grades = predict_graded(self.force_field, graph.to(self.force_field.potential.device))
         results = ase_results(prediction, structure)
         require_finite(results, structure)
         self.results = results
-        self.extras = {"n_edges": graph.edge_index.shape[1], "seconds": time.perf_counter() - started}
+        if grades is not None:
+            self.extras["extrapolation"] = as_array(grades)
+        self.extras |= {"n_edges": graph.edge_index.shape[1], "seconds": time.perf_counter() - started}
 
     def _graph(self, atoms: Atoms) -> Data:
         """Graph in float64, with specialist indices if the potential reads them."""
@@ -244,13 +249,21 @@ class GFFMergeCalculator(Calculator):
                 bare.arrays[KEY] = specialist_indices(atoms, self.specialist_names, default=default)
             return build_graph(bare, self.force_field.cutoff)
 
-    def _energies(self, graph: Data) -> Tensor:
-        """Per-atom energies (n_atoms,) in eV; geometry is float64 up to here, whatever type the weights have.
+    def disagreement(self, atoms: Atoms) -> np.ndarray:
+        """Standard deviation of the specialists' forces per atom, (n_atoms,) in eV/Å; costs one evaluation of each.
 
-        Edge vectors far from the origin thereby keep their digits, and forces sum to zero, also in float32.
+        Raises
+        ------
+        ase.calculators.calculator.CalculatorSetupError
+            When the calculator was not made from several specialists, or fewer than two know all elements.
         """
-        graph.edge_vectors = graph.edge_vectors.to(self.force_field.potential.dtype)
-        return self.force_field.potential(graph)
+        if not self._specialists:
+            raise SetupError(
+                f"{self.force_field.name!r} was given without the specialists it came from, so nobody can disagree; make "
+                "the calculator from the specialists (their merge is found in the cache)"
+            )
+        with as_setup_errors(), torch.inference_mode(False), self._lock:
+            return force_disagreement(self._specialists, require_structure(atoms))
 
     # -- copies --
 
@@ -294,8 +307,13 @@ def _weights(weights: Sequence[float] | None) -> tuple[float, ...] | None:
 
 def _served(force_field: Specialist, device: torch.device, dtype: torch.dtype) -> Specialist:
     """Copy the force field to the device, frozen; the caller's object stays as it is."""
-    own = copy.deepcopy(force_field.potential).to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return replace(force_field, potential=own, calibration=())
+    own = replace(
+        force_field,
+        potential=copy.deepcopy(force_field.potential).eval().requires_grad_(False),
+        gauge=copy.deepcopy(force_field.gauge),
+        calibration=(),
+    )
+    return own.to(device=device, dtype=dtype)
 
 
 @contextmanager

@@ -46,6 +46,30 @@ class DataError(GFFMergeError):
     """A data manifest is invalid, or a download failed or has the wrong hash."""
 
 
+class UngaugedError(GFFMergeError):
+    """A force field has no extrapolation gauge, so nothing can tell where it extrapolates."""
+
+
+class ExtrapolationError(GFFMergeError):
+    """A structure is beyond what the force field was calibrated on.
+
+    Attributes
+    ----------
+    atom
+        Index of the atom that is furthest out.
+    grade
+        Its extrapolation grade.
+    """
+
+    def __init__(self, message: str, *, atom: int, grade: float):
+        super().__init__(message)
+        self.atom, self.grade = atom, grade
+
+
+class ExtrapolationWarning(UserWarning):
+    """A structure is beyond what the force field was calibrated on."""
+
+
 class MergeWarning(UserWarning):
     """The merge finished, but its report's verdict is not `good`."""
 

@@ -45,11 +45,13 @@ class MergeOptions:
 class Resolved:
     """The force field to serve, with JSON-able constructor arguments that lead to it again.
 
-    ``cache_hit`` says whether its merge was found in the cache; ``None`` when nothing was to be merged.
+    ``specialists`` are what it was merged from, without frames, and ``cache_hit`` says whether the merge was found in the
+    cache; empty and ``None`` when nothing was to be merged.
     """
 
     force_field: Specialist
     arguments: Mapping[str, Any]
+    specialists: tuple[Specialist, ...] = ()
     cache_hit: bool | None = None
 
 
@@ -186,12 +188,18 @@ def _merged(
     )
     if hit:
         _warn_again(force_field, recipe)
+    bare = tuple(specialist.with_calibration(()) for specialist in loaded)
     if any(isinstance(item, Specialist) for item in items):  # objects have no path, but their merge has one
         again: dict[str, Any] = {
             "specialists": [str(cache.path(cache_key(loaded, recipe)))],
             "recipe": "gffmerge",
         }
-        return Resolved(force_field=force_field, arguments={**again, "weights": None}, cache_hit=hit)
+        return Resolved(
+            force_field=force_field,
+            arguments={**again, "weights": None},
+            specialists=bare,
+            cache_hit=hit,
+        )
     named = options.recipe if isinstance(options.recipe, str) and not Path(options.recipe).suffix else None
     return Resolved(
         force_field=force_field,
@@ -200,5 +208,6 @@ def _merged(
             "recipe": named or recipe.model_dump(mode="json"),
             "weights": list(options.weights) if options.weights is not None else None,
         },
+        specialists=bare,
         cache_hit=hit,
     )

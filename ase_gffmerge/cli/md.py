@@ -17,6 +17,9 @@ from ase_gffmerge.cli.options import (
 from ase_gffmerge.cli.output import note, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
+    from ase import Atoms
+
+    from ase_gffmerge.evaluation.extrapolation import ExtrapolationMonitor
     from ase_gffmerge.evaluation.mdresult import Sample
 
 
@@ -26,6 +29,15 @@ class Ensemble(StrEnum):
     nve = "nve"
     nvt = "nvt"
     npt = "npt"
+
+
+class Extrapolation(StrEnum):
+    """What to do about structures beyond the calibration frames."""
+
+    warn = "warn"
+    stop = "stop"
+    record = "record"
+    off = "off"
 
 
 def md(
@@ -43,6 +55,15 @@ def md(
     dtype: Annotated[DType, typer.Option(help="Of the network.")] = DType.float32,
     device: DeviceOption = "auto",
     specialist: SpecialistOption = None,
+    extrapolation: Annotated[
+        Extrapolation | None,
+        typer.Option(
+            help="When a sampled structure is beyond the calibration frames; record writes it beside the trajectory. "
+            "Default: warn, where the model can tell.",
+            show_default=False,
+        ),
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Extrapolation grade to act on; 1 is the edge.")] = 2.0,
     as_json: JsonOption = False,
 ) -> None:
     """Run molecular dynamics from fresh velocities and write a trajectory with energies and forces.
@@ -53,12 +74,15 @@ def md(
     from ase_gffmerge.evaluation.dynamics import run_md
 
     atoms = prepared(model, structure, device=device, dtype=dtype.value, specialist=specialist)
+    monitor = extrapolation_monitor(atoms, extrapolation, threshold=threshold, trajectory=out)
     with progress_bar(f"{ensemble.value} at {temperature:g} K") as progress:
         last: list[Sample] = []
 
         def watch(sample: "Sample") -> None:
             last[:] = [sample]
             progress(sample.step / steps, describe(sample, steps))
+            if monitor is not None:
+                monitor()
 
         try:
             result = run_md(
@@ -78,6 +102,8 @@ def md(
             done = f"{out} holds {last[0].step} of {steps} steps" if last else "nothing was written"
             raise KeyboardInterrupt(f"interrupted; {done}") from None
     document = {**result.to_dict(), "trajectory": str(out)}
+    if monitor is not None:
+        document |= {"extrapolation_largest": monitor.largest, "extrapolation_beyond": monitor.n_beyond}
     if as_json:
         print_json(document)
         return
@@ -96,9 +122,24 @@ LABELS = {
     "total_energy": "total energy (eV)",
     "drift_per_atom": "energy drift (eV/atom)",
     "drift_slope_per_atom": "energy slope (eV/atom/ps)",
+    "extrapolation_largest": "largest extrapolation grade",
+    "extrapolation_beyond": "samples above the threshold",
 }
 
 
 def describe(sample: "Sample", steps: int) -> str:
     """Describe a moment of the run in one line."""
     return f"step {sample.step}/{steps}  T {sample.temperature:6.1f} K  E {sample.total_energy:.5f} eV"
+
+
+def extrapolation_monitor(
+    atoms: "Atoms", choice: Extrapolation | None, *, threshold: float, trajectory: Path
+) -> "ExtrapolationMonitor | None":
+    """Watch the run as asked for; by default warn where the model has a gauge."""
+    from ase_gffmerge.evaluation.extrapolation import ExtrapolationMonitor
+
+    if choice is Extrapolation.off or (choice is None and atoms.calc.force_field.gauge is None):
+        return None
+    action = (choice or Extrapolation.warn).value
+    file = trajectory.with_name(f"{trajectory.stem}-extrapolation.extxyz") if action == "record" else None
+    return ExtrapolationMonitor(atoms, action=action, threshold=threshold, file=file)  # type: ignore[arg-type]
