@@ -10,13 +10,8 @@ from ase import Atoms
 
 from ase_gffmerge.accuracy import Errors
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.evaluation.md_observation import (
-    Distributions,
-    ModelDynamics,
-    distribution_range,
-    frames_distributions,
-    observe,
-)
+from ase_gffmerge.evaluation.md_distributions import Distributions, distribution_range, frames_distributions
+from ase_gffmerge.evaluation.md_observation import ModelDynamics, observe
 from ase_gffmerge.evaluation.md_protocol import Protocol
 from ase_gffmerge.evaluation.md_runs import Contestant, Progress, run_models
 from ase_gffmerge.evaluation.observables import distribution_mae, spectral_overlap

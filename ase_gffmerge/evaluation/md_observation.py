@@ -5,19 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
 
+from ase_gffmerge.evaluation.md_distributions import Distributions, distributions
 from ase_gffmerge.evaluation.md_protocol import Protocol
 from ase_gffmerge.evaluation.md_trajectory import MDTrajectory
 from ase_gffmerge.evaluation.observables import (
     Diffusion,
-    Distribution,
     Spectrum,
     diffusion_coefficient,
-    distance_distribution,
     energy_slope,
-    radial_distributions,
     spectral_overlap,
     velocity_autocorrelation,
     vibrational_spectrum,
@@ -25,8 +22,6 @@ from ase_gffmerge.evaluation.observables import (
 )
 from ase_gffmerge.sampling.monitor import Monitor
 
-Distributions = Mapping[str, Distribution]
-CRYSTAL_RANGE = 6.0
 MIN_DIFFUSION_FRAMES = 100
 
 
@@ -113,7 +108,7 @@ def observe(
     Parameters
     ----------
     r_max
-        Range of the distributions in Å, see :func:`distribution_range`.
+        Range of the distributions in Å, see :func:`~ase_gffmerge.evaluation.md_distributions.distribution_range`.
     """
     begin = protocol.equilibration * protocol.length("nvt")
     temperatures = np.concatenate([run.temperatures[run.times >= begin] for run in nvt])
@@ -132,42 +127,7 @@ def observe(
     )
 
 
-def distribution_range(frames: Sequence[Atoms]) -> float:
-    """Range in Å that holds all distances of molecules, with 1 Å to spare; fixed for crystals."""
-    if frames[0].pbc.all():
-        return CRYSTAL_RANGE
-    return float(np.ceil(max(atoms.get_all_distances(mic=True).max() for atoms in frames) + 1))
-
-
-def distributions(
-    positions: np.ndarray, numbers: np.ndarray, cells: np.ndarray, pbc: np.ndarray, *, r_max: float
-) -> dict[str, Distribution]:
-    """h(r) of molecules and slabs as ``h``; g(r) by pair of elements of structures periodic in three directions.
-
-    Parameters
-    ----------
-    positions : (n_frames, n_atoms, 3)
-        Å; without frames, or with a single atom that is not periodic, there is no distribution.
-    numbers : (n_atoms,)
-    cells : (n_frames, 3, 3)
-        Å; slabs have that of the first frame.
-    pbc : (3,)
-    """
-    if len(positions) and pbc.all():
-        return radial_distributions(positions, numbers, cells, r_max=r_max)
-    if len(positions) == 0 or len(numbers) < 2:
-        return {}
-    return {"h": distance_distribution(positions, r_max=r_max, cell=cells[0], pbc=pbc)}
-
-
-def frames_distributions(frames: Sequence[Atoms], *, r_max: float) -> dict[str, Distribution]:
-    """Distributions of frames with the same atoms."""
-    positions = np.stack([atoms.positions for atoms in frames])
-    cells = np.stack([atoms.cell.array for atoms in frames])
-    return distributions(positions, frames[0].numbers, cells, frames[0].pbc, r_max=r_max)
-
-
-def _equilibrated(runs: Sequence[MDTrajectory], begin: float, *, r_max: float) -> dict[str, Distribution]:
+def _equilibrated(runs: Sequence[MDTrajectory], begin: float, *, r_max: float) -> Distributions:
     positions = np.concatenate([run.after(begin) for run in runs])
     cells = np.broadcast_to(runs[0].cell, (len(positions), 3, 3))
     return distributions(positions, runs[0].numbers, cells, runs[0].pbc, r_max=r_max)

@@ -14,13 +14,9 @@ from ase_gffmerge.accuracy import evaluate
 from ase_gffmerge.errors import DynamicsError, FramesError, StructureError
 from ase_gffmerge.evaluation import md_runs
 from ase_gffmerge.evaluation.bundled import bundled_test_frames
+from ase_gffmerge.evaluation.md_distributions import distribution_range, frames_distributions
 from ase_gffmerge.evaluation.md_evaluation import MDEvaluation, evaluate_dynamics, starting_structures
-from ase_gffmerge.evaluation.md_observation import (
-    distribution_range,
-    frames_distributions,
-    mean_diffusion,
-    observe,
-)
+from ase_gffmerge.evaluation.md_observation import mean_diffusion, observe
 from ase_gffmerge.evaluation.md_plots import plot_dynamics
 from ase_gffmerge.evaluation.md_protocol import Protocol
 from ase_gffmerge.evaluation.md_runs import Contestant, estimated_seconds, run_models
