@@ -103,9 +103,10 @@ def chunks(frames: Sequence[Atoms], max_atoms: int) -> Iterable[list[Atoms]]:
 
 
 def labels(frames: Sequence[Atoms]) -> FramePredictions:
-    """Energies and forces attached to labelled frames."""
+    """Energies and forces attached to labelled frames; constraints that a frame carries are no part of its label."""
     return FramePredictions(
-        np.array([atoms.get_potential_energy() for atoms in frames]), [atoms.get_forces() for atoms in frames]
+        np.array([atoms.get_potential_energy() for atoms in frames]),
+        [atoms.get_forces(apply_constraint=False) for atoms in frames],
     )
 
 

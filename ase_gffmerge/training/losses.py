@@ -19,7 +19,7 @@ def labelled_graph(atoms: Atoms, potential: Potential, references: np.ndarray) -
     rows = potential.species_row.cpu().numpy()[atoms.numbers]
     energy = atoms.get_potential_energy() - references[rows].sum()
     graph.energy = torch.tensor([energy], dtype=potential.dtype)
-    graph.forces = torch.as_tensor(atoms.get_forces(), dtype=potential.dtype)
+    graph.forces = torch.as_tensor(atoms.get_forces(apply_constraint=False), dtype=potential.dtype)
     has_stress = atoms.cell.rank == 3 and atoms.calc is not None and "stress" in atoms.calc.results
     stress = atoms.get_stress(voigt=False) if has_stress else np.full((3, 3), np.nan)
     graph.stress = torch.as_tensor(stress, dtype=potential.dtype)[None]
