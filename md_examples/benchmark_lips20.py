@@ -1,0 +1,192 @@
+"""Crystals: specialists for beta- and gamma-Li3PS4 from a base of Li7P3S11 and Li4P2S6, merged and compared.
+
+    python md_examples/benchmark_lips20.py DATA --out FOLDER [--json] [--stage models|virials|table|md] [--small]
+
+DATA holds LiPS20's ``<system>.npz``. Nothing of the data or of the models trained on it may be passed on (no licence is
+stated): keep FOLDER to yourself. Every model in FOLDER is trained once and kept, and a killed training continues.
+
+The frames are one trajectory per system, and neighbours in time are alike: they are split into blocks of time with a gap
+(:func:`ase_gffmerge.data.splits.time_block_split`); training and calibration frames come from the training blocks, and all
+errors are measured on the test blocks.
+
+On CUDA, models are PaiNN with 64 channels, 3 blocks and 5 Å, on all frames of the training blocks. On a CPU, or with
+``--small``, they have 32 channels, 3 blocks and 4.5 Å and see 200 frames per system (about 40 minutes on one core).
+
+The base learns energies and forces alone, so that its stress tests the virial labels (stage ``virials``); the specialists
+learn the stress as well.
+"""
+
+import argparse
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms, units
+from crystal_dynamics import side_by_side
+from lips20_models import BASE, BASE_SYSTEMS, FULL, SMALL, SYSTEMS, frame_file, make_frames, models
+from method_table import Column, default_methods, method_results, table
+from stress_accuracy import stress_mae, virial_check
+from training_plan import model_path, say
+
+from ase_gffmerge import Specialist, merge
+from ase_gffmerge.accuracy import evaluate
+from ase_gffmerge.data.readers import read_frames
+from ase_gffmerge.device import resolve_device
+from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.evaluation.comparison_inputs import make_mixture
+from ase_gffmerge.methods import METHODS, Outcome
+
+STAGES = ("models", "virials", "table", "md")
+
+
+def measured(outcome: Outcome, tests: Sequence[Sequence[Atoms]]) -> dict[str, Any]:
+    """Errors on the test frames of every crystal: forces, energy per atom, and stress (eV/Å^3)."""
+    return {
+        name: {
+            **evaluate(outcome.potential(k), test, specialist=k).to_dict(),
+            "stress_mae": stress_mae(outcome.potential(k), test, specialist=k),
+        }
+        for k, (name, test) in enumerate(zip(SYSTEMS, tests, strict=True))
+    }
+
+
+def test_frames(out: Path, system: str) -> list[Atoms]:
+    """Frames of the test blocks."""
+    return read_frames(frame_file(out, system, "test"))
+
+
+def compared(
+    out: Path, specialists: list[Specialist], methods: Sequence[str] | None, device: str
+) -> dict[str, Any]:
+    """Errors of the specialists and of all methods, and where the default merge spends its time."""
+    mixture = make_mixture(specialists, base=Specialist.load(model_path(out, BASE)), device=device)
+    tests = [test_frames(out, name) for name in SYSTEMS]
+    results = method_results(
+        mixture,
+        lambda outcome: measured(outcome, tests),
+        out / "methods",
+        methods=methods or default_methods(mixture),
+    )
+    return {"methods": results, "phases": merge_phases(merged(out, specialists, device))}
+
+
+def merged(out: Path, specialists: list[Specialist], device: str) -> Specialist:
+    """The default merge, made once."""
+    path = model_path(out, "merged")
+    if path.exists():
+        old = Specialist.load(path)
+        if old.merged and set(old.merged.fingerprints) == {s.fingerprint for s in specialists}:
+            return old
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergeWarning)
+        new, _ = merge(specialists, device=device)
+    new.save(path)
+    return new
+
+
+def merge_phases(specialist: Specialist) -> dict[str, float]:
+    """Seconds of every phase of a merge."""
+    assert specialist.merged is not None
+    return dict(specialist.merged.report["seconds"])
+
+
+def dynamics(
+    data: Path, out: Path, specialists: list[Specialist], device: str, *, steps: int
+) -> dict[str, Any]:
+    """Runs of every crystal with its specialist and with the merged potential, from its first frame."""
+    target = resolve_device(device)
+    shared = merged(out, specialists, device).potential.to(device=target)
+    result: dict[str, Any] = {}
+    for system, specialist in zip(SYSTEMS, specialists, strict=True):
+        say(f"dynamics of {system}")
+        start = read_frames(data / f"{system}.npz", index="0")[0]
+        own = specialist.potential.to(device=target)
+        result[system] = side_by_side(start, specialist=own, merged=shared, steps=steps)
+    return result
+
+
+def columns() -> dict[str, Column]:
+    """Columns of the table."""
+
+    def column(system: str, key: str, unit: float) -> Column:
+        return lambda result: unit * result[system][key]
+
+    keys = {
+        "force MAE": ("force_mae", 1000),
+        "RMSE": ("force_rmse", 1000),
+        "energy": ("energy_mae", 1000),
+        "stress": ("stress_mae", 1 / units.GPa),
+    }
+    every = {
+        f"{system.split('-')[0]} {title}": column(system, *key)
+        for system in SYSTEMS
+        for title, key in keys.items()
+    }
+    return {**every, "seconds": lambda result: result.get("seconds")}
+
+
+def shown(result: dict[str, Any]) -> str:
+    """Everything that was measured, in Markdown."""
+    lines = ["Virials: labels against the base, which never saw one"]
+    lines += [f"* {system}: {rounded(check)}" for system, check in result["virials"].items()]
+    if "table" in result:
+        phases = rounded(result["table"]["phases"])
+        lines += [
+            "",
+            table(result["table"]["methods"], columns()),
+            "",
+            "forces meV/Å, energy meV/atom, stress GPa",
+        ]
+        lines += [f"the default merge spends seconds on: {phases}"]
+    for crystal, runs in result.get("dynamics", {}).items():
+        lines += [f"* {crystal}, {temperature}: {rounded(run)}" for temperature, run in runs.items()]
+    return "\n".join(lines)
+
+
+def rounded(value: Any) -> Any:
+    """Nested numbers with three digits, for reading."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    """Do what is missing, then show the table."""
+    arguments = parsed()
+    out, device = arguments.out, arguments.device
+    size = SMALL if arguments.small or resolve_device(device).type == "cpu" else FULL
+    make_frames(arguments.data, out, size)
+    specialists = models(out, size, device)
+    base = Specialist.load(model_path(out, BASE)).potential
+    stages = STAGES[: STAGES.index(arguments.stage) + 1] if arguments.stage else STAGES
+    result: dict[str, Any] = {"hyper": size.hyper}
+    if "virials" in stages:
+        result["virials"] = {
+            system: virial_check(base, test_frames(out, system)) for system in (*BASE_SYSTEMS, *SYSTEMS)
+        }
+    if "table" in stages:
+        result["table"] = compared(out, specialists, arguments.methods, device)
+    if "md" in stages:
+        result["dynamics"] = dynamics(arguments.data, out, specialists, device, steps=size.steps)
+    print(json.dumps(result, indent=1) if arguments.json else shown(result))
+
+
+def parsed() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, help="folder of LiPS20's npz files")
+    parser.add_argument("--out", type=Path, required=True, help="folder of frames, models and results")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--stage", choices=STAGES, help="stop after this stage")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--small", action="store_true", help="the small models, also on CUDA")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Every method of the registry on one mixture: run once, measured, remembered, and shown as a table."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training_plan import say
+
+from ase_gffmerge.evaluation.measurement import run_timed
+from ase_gffmerge.merging.merge import MERGE_VERSION
+from ase_gffmerge.methods import METHODS, Mixture, Outcome, get_method
+
+Results = dict[str, dict[str, Any]]
+Column = Callable[[dict[str, Any]], float | None]
+
+
+def default_methods(mixture: Mixture) -> list[str]:
+    """Methods that need no training and nothing that the mixture lacks."""
+    return [name for name, method in METHODS.items() if not method.trains and not method.missing(mixture)]
+
+
+def references(mixture: Mixture) -> Iterator[tuple[str, Outcome]]:
+    """Every specialist on its own territory, and each of them everywhere."""
+    yield "specialist", Outcome(potentials=tuple(s.potential for s in mixture.specialists))
+    for specialist in mixture.specialists:
+        yield f"{specialist.name} alone", Outcome(potentials=(specialist.potential,))
+
+
+def method_results(
+    mixture: Mixture, measure: Callable[[Outcome], dict[str, Any]], folder: Path, *, methods: Sequence[str]
+) -> Results:
+    """Measure the specialists and every method; what ``folder`` remembers of the same weights is not run again.
+
+    Parameters
+    ----------
+    mixture
+        What the methods are given.
+    measure
+        Errors of an outcome, JSON-able.
+    folder
+        Where one JSON file per method is kept.
+    methods
+        Names in the registry.
+    """
+    results = {name: measure(outcome) for name, outcome in references(mixture)}
+    for name in methods:
+        results[name] = _remembered(name, mixture, measure, folder / f"{name}.json")
+        say(f"{name}: {results[name]['seconds']:.1f} s")
+    return results
+
+
+def _remembered(
+    name: str, mixture: Mixture, measure: Callable[[Outcome], dict[str, Any]], path: Path
+) -> dict[str, Any]:
+    identity = {
+        "merge_version": MERGE_VERSION,
+        "specialists": [[s.fingerprint, len(s.calibration)] for s in mixture.specialists],
+    }
+    if path.exists() and (saved := json.loads(path.read_text()))["identity"] == identity:
+        return saved["result"]
+    say(f"{name} ...")
+    outcome, seconds = run_timed(get_method(name), mixture)
+    result = {**measure(outcome), "seconds": seconds, "settings": dict(outcome.settings)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"identity": identity, "result": result}, indent=1))
+    return result
+
+
+def table(results: Results, columns: Mapping[str, Column]) -> str:
+    """Markdown table: a row per method, a column per number; what does not apply is a dash."""
+    rows = [["method", *columns], ["---"] + ["---:"] * len(columns)]
+    for name, result in results.items():
+        values = [column(result) for column in columns.values()]
+        rows.append([name, *("–" if value is None else f"{value:.4g}" for value in values)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows)
