@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ase_gffmerge.evaluation.comparison import Comparison
     from ase_gffmerge.evaluation.comparison_inputs import LabelledSet
     from ase_gffmerge.evaluation.comparison_store import RowStore
-    from ase_gffmerge.evaluation.comparison_table import ErrorTable
+    from ase_gffmerge.evaluation.comparison_table import MethodTable
     from ase_gffmerge.methods import Mixture
 
 FRAMES_HELP = "one file per specialist, in order; several values, or repeat the option"
@@ -122,28 +122,26 @@ def print_comparison(comparison: "Comparison") -> None:
     """Print all tables for people, as wide as they are where the output is no terminal."""
     from rich.console import Console
 
-    from ase_gffmerge.evaluation.comparison_table import error_tables, footnotes
+    from ase_gffmerge.evaluation.comparison_table import footnotes, method_tables
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, 160))
-    for table in error_tables(comparison):
+    for table in method_tables(comparison):
         console.print(terminal_table(table))
     console.print("* best of its column", *footnotes(comparison), sep="\n", highlight=False, markup=False)
 
 
-def terminal_table(table: "ErrorTable") -> "Table":
+def terminal_table(table: "MethodTable") -> "Table":
     """Numbers aligned to the right, the best of a column bold and with a star."""
     from rich.box import SIMPLE
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(title=table.title, box=SIMPLE, title_justify="left")
+    drawn = Table(title=table.title, box=SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
     for title in table.header:
-        words = title in ("method", "settings")
-        drawn.add_column(
-            Text(title), justify="left" if words else "right", overflow="fold", no_wrap=title == "method"
-        )
+        heading = Text(title.replace("-", "-\n").replace(" ", "\n"))
+        drawn.add_column(heading, justify="left" if title in table.words else "right", overflow="fold")
     for row in table.rows:
         drawn.add_row(
             *(Text(f"* {cell.text}", style="bold green") if cell.best else Text(cell.text) for cell in row)

@@ -1,5 +1,6 @@
 """A comparison as tables: cells for the terminal, Markdown for a file."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ TITLES = {
     "force_rmse": "Force RMSE (meV/Å)",
     "energy_mae": "Energy MAE (meV/atom)",
 }
+EFFORT = ("worst ratio", "seconds", "size", "cost")
 TOLD_APART = "†"
 
 
@@ -21,80 +23,73 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ErrorTable:
-    """One kind of error: a column per specialist; the first table has what else was measured as well."""
+class MethodTable:
+    """A row per method; the columns named in ``words`` hold words, all others numbers."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    words: tuple[str, ...] = ("method",)
 
 
-def error_tables(comparison: Comparison) -> tuple[ErrorTable, ...]:
-    """Force MAE with seconds, size, cost, settings and reasons for skipping; then force RMSE and energy MAE."""
+def method_tables(comparison: Comparison) -> tuple[MethodTable, ...]:
+    """Force MAE with effort; settings, and why methods were skipped; force RMSE; energy MAE."""
     first, *others = (_error_table(comparison, kind) for kind in TITLES)
-    blank = (Cell(""),) * (len(comparison.names) + 4)
-    skipped = [
-        (Cell(model), *blank, Cell(f"skipped: {reason}")) for model, reason in comparison.skipped.items()
-    ]
-    full = ErrorTable(
-        title=first.title,
-        header=(*first.header, "worst ratio", "seconds", "parameters", "cost", "settings"),
-        rows=(
-            *((*cells, *_effort(comparison, model)) for cells, model in zip(first.rows, comparison.rows)),
-            *skipped,
-        ),
+    rows = (
+        *((*cells, *_effort(comparison, model)) for cells, model in zip(first.rows, comparison.rows)),
+        *_skipped(comparison),
     )
-    return full, *others
+    full = MethodTable(title=first.title, header=(*first.header, *EFFORT), rows=rows)
+    return full, *_settings_table(comparison), *others
 
 
-def _error_table(comparison: Comparison, kind: str) -> ErrorTable:
-    errors = comparison.errors(kind)
+def _error_table(comparison: Comparison, kind: str) -> MethodTable:
+    errors, digits = comparison.errors(kind), 2 if kind == "energy_mae" else 1
     least = {
         name: min((row[name] for model, row in errors.items() if model != SPECIALIST), default=None)
         for name in comparison.names
     }
-    return ErrorTable(
-        title=TITLES[kind],
-        header=("method", *comparison.names),
-        rows=tuple(
-            (
-                Cell(model + TOLD_APART * (model in comparison.told_apart)),
-                *(
-                    Cell(
-                        f"{1000 * row[name]:.{2 if kind == 'energy_mae' else 1}f}",
-                        _best(model, row[name], least[name]),
-                    )
-                    for name in comparison.names
-                ),
-            )
-            for model, row in errors.items()
-        ),
-    )
-
-
-def _best(model: str, error: float, least: float | None) -> bool:
-    return model != SPECIALIST and error == least
+    rows = []
+    for model, row in errors.items():
+        cells = [Cell(model + TOLD_APART * (model in comparison.told_apart))]
+        for name in comparison.names:
+            best = model != SPECIALIST and row[name] == least[name]
+            cells.append(Cell(f"{1000 * row[name]:.{digits}f}", best))
+        rows.append(tuple(cells))
+    return MethodTable(title=TITLES[kind], header=("method", *comparison.names), rows=tuple(rows))
 
 
 def _effort(comparison: Comparison, model: str) -> tuple[Cell, ...]:
     row = comparison.rows[model]
-    settings = ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in row.settings.items()
-    )
-    seconds = (
-        "" if row.seconds is None else f"{row.seconds:.3g}" if row.seconds < 100 else f"{row.seconds:.0f}"
-    )
-    ratio = comparison.worst_ratio(model)
-    least = min(
-        (comparison.worst_ratio(other) for other in comparison.rows if other != SPECIALIST), default=None
-    )
+    ratios = {other: comparison.worst_ratio(other) for other in comparison.rows}
+    least = min((ratio for other, ratio in ratios.items() if other != SPECIALIST), default=None)
     return (
-        Cell(f"{ratio:.2f}", _best(model, ratio, least)),
-        Cell(seconds),
-        Cell(str(row.parameters)),
+        Cell(f"{ratios[model]:.2f}", model != SPECIALIST and ratios[model] == least),
+        Cell("" if row.seconds is None else f"{row.seconds:.{2 if row.seconds < 10 else 0}f}"),
+        Cell(f"{row.parameters / 1000:.0f}k"),
         Cell(f"{row.cost:.2f}"),
-        Cell(settings),
+    )
+
+
+def _skipped(comparison: Comparison) -> list[tuple[Cell, ...]]:
+    said = (Cell("skipped"),) * len(comparison.names)
+    return [(Cell(model), *said, *(Cell(""),) * len(EFFORT)) for model in comparison.skipped]
+
+
+def _settings_table(comparison: Comparison) -> list[MethodTable]:
+    """One table, or none when nothing was chosen or skipped."""
+    said = {model: _settings(row.settings) for model, row in comparison.rows.items() if row.settings}
+    said |= {model: f"skipped: {reason}" for model, reason in comparison.skipped.items()}
+    rows = tuple((Cell(model), Cell(text)) for model, text in said.items())
+    header = ("method", "settings")
+    title = "Settings that methods chose, and why methods were skipped"
+    return [MethodTable(title=title, header=header, rows=rows, words=header)] if rows else []
+
+
+def _settings(chosen: Mapping[str, float | str]) -> str:
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in chosen.items()
     )
 
 
@@ -104,7 +99,7 @@ def footnotes(comparison: Comparison) -> list[str]:
     said = [
         f"Errors against the labels of the test frames ({frames}); `{SPECIALIST}` is every specialist on its own frames. "
         "Worst ratio: force MAE in units of the specialist's own, where it is largest. Seconds: from the specialists to "
-        "the potential, tuning included. Parameters: all that must be stored. Cost: time for energy and forces of one "
+        "the potential, tuning included. Size: parameters that must be stored. Cost: time for energy and forces of one "
         "frame in units of the specialist's own, measured in turn with it.",
     ]
     if comparison.told_apart:
@@ -119,9 +114,8 @@ def footnotes(comparison: Comparison) -> list[str]:
 def markdown(comparison: Comparison) -> str:
     """Write all tables and footnotes as a Markdown document; the best errors are bold."""
     parts = [f"# Methods on {', '.join(comparison.names)}"]
-    for table in error_tables(comparison):
-        numbers = len(comparison.names) + 4 if "settings" in table.header else len(comparison.names)
-        rule = ["---", *["---:"] * numbers, *["---"] * (len(table.header) - 1 - numbers)]
+    for table in method_tables(comparison):
+        rule = ["---" if title in table.words else "---:" for title in table.header]
         rows = [[f"**{cell.text}**" if cell.best else cell.text for cell in row] for row in table.rows]
         lines = [f"| {' | '.join(line)} |" for line in (table.header, rule, *map(_escaped, rows))]
         parts += [f"## {table.title}", "\n".join(lines)]

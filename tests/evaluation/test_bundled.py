@@ -1,11 +1,15 @@
 """The bundled specialists, their test frames and their cards belong together."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from ase.build import molecule
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
 
 from ase_gffmerge import Specialist
 from ase_gffmerge.accuracy import evaluate
@@ -52,6 +56,41 @@ def test_card_is_up_to_date(name: str, rebuild: ModuleType) -> None:
         specialist, plan, {"the 50 bundled test frames": errors}, file_hash=file_hash
     )
     assert [line for line in expected.splitlines() if line not in card.splitlines()] == []
+
+
+def test_seen_frames_of_an_older_file_are_entered(rebuild: ModuleType, monkeypatch, tmp_path: Path) -> None:
+    """The frames of a finished training and its ancestor's are found again; nothing else changes; others are refused."""
+    rng = np.random.default_rng(0)
+    files = {}
+    for name in ("H2O", "CH3OH"):
+        frames = []
+        for _ in range(6):
+            atoms = molecule(name)
+            atoms.rattle(0.05, rng=rng)
+            atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=0 * atoms.positions)
+            frames.append(atoms)
+        files[name] = tmp_path / f"{name}.xyz"
+        write(files[name], frames, format="extxyz")
+    plan = rebuild.Plan(molecules=("CH3OH",), epochs=1, learning_rate=1e-3, validation=2)
+    plans = {"old": plan, "child": replace(plan, molecules=("H2O",), parent="old")}
+    monkeypatch.setattr(rebuild, "PLANS", plans)
+    monkeypatch.setattr(rebuild, "data_file", lambda data, molecule, part: files[molecule])
+    complete = {}
+    for name in plans:
+        rebuild.train_model(name, tmp_path, tmp_path)
+        complete[name] = Specialist.load(tmp_path / f"{name}.safetensors")
+    assert [len(s.provenance.seen_frames) for s in complete.values()] == [6, 12]
+    for name, specialist in complete.items():
+        older = replace(specialist.provenance, seen_frames=())
+        replace(specialist, provenance=older).save(tmp_path / f"{name}.safetensors")
+    for name, specialist in complete.items():
+        rebuild.enter_seen_frames(name, tmp_path, tmp_path)
+        again = Specialist.load(tmp_path / f"{name}.safetensors")
+        assert again.provenance == specialist.provenance
+        assert again.fingerprint == specialist.fingerprint
+    monkeypatch.setattr(rebuild, "PLANS", {"old": replace(plan, seed=1)})
+    with pytest.raises(SystemExit, match="other frames"):
+        rebuild.enter_seen_frames("old", tmp_path, tmp_path)
 
 
 def test_unknown_name() -> None:

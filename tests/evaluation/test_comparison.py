@@ -29,7 +29,7 @@ from ase_gffmerge.evaluation.comparison_inputs import (
 )
 from ase_gffmerge.evaluation.comparison_plot import plot_comparison
 from ase_gffmerge.evaluation.comparison_store import RowStore
-from ase_gffmerge.evaluation.comparison_table import error_tables, footnotes, markdown
+from ase_gffmerge.evaluation.comparison_table import footnotes, markdown, method_tables
 from ase_gffmerge.evaluation.leaks import check_leaks, frames_seen
 from ase_gffmerge.evaluation.measurement import n_parameters, relative_cost
 from ase_gffmerge.methods import METHODS, Method, Mixture, Need, Outcome
@@ -382,7 +382,7 @@ def test_garbled_rows_are_measured_again(mixture: Mixture, tests, calls, tmp_pat
 
 def test_tables_mark_the_best(mixture: Mixture, tests, calls) -> None:
     comparison = compare_methods(mixture, tests)
-    force_mae, *_ = error_tables(comparison)
+    force_mae, chosen, *_ = method_tables(comparison)
     assert [cells[0].text for cells in force_mae.rows] == [
         "specialist", "first", "apart†", "rooted", "joint", "picky",
     ]  # fmt: skip
@@ -401,7 +401,8 @@ def test_tables_mark_the_best(mixture: Mixture, tests, calls) -> None:
     assert f" **{1000 * best:.1f}** |" in text
     assert "† must be told" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in table} == {len(force_mae.header) + 1, len(NAMES) + 2}
+    assert {line.count("|") for line in table} == {len(force_mae.header) + 1, len(NAMES) + 2, 3}
+    assert [cells[0].text for cells in chosen.rows] == ["first", "rooted", "joint", "picky"]
 
 
 def many(k: int) -> Comparison:
