@@ -32,11 +32,11 @@ def mean_potential(specialists: Sequence[Specialist], recipe: Recipe) -> Potenti
                         0
                     )
                 )
-        known = known_elements(specialists, species)
+        known = _known_elements(specialists, species)
         counts = known * share[:, None]
         if recipe.normalise:
             counts = counts * _occurrences(specialists, species)
-        tables = torch.stack([by_element(s, s.potential.embedding[0].cpu(), species) for s in specialists])
+        tables = torch.stack([_by_element(s, s.potential.embedding[0].cpu(), species) for s in specialists])
         mean = (counts[:, :, None] * tables).sum(0) / counts.sum(0)[:, None]
         if n_tables > 1:
             mean = torch.where(known[:, :, None] > 0, tables, mean)
@@ -62,19 +62,19 @@ def blank_potential(specialists: Sequence[Specialist], *, n_tables: int = 1) -> 
     return potential.to(dtype=first.dtype, device=first.device).eval().requires_grad_(False)
 
 
-def known_elements(specialists: Sequence[Specialist], species: Sequence[int]) -> Tensor:
+def _known_elements(specialists: Sequence[Specialist], species: Sequence[int]) -> Tensor:
     """Ones where a specialist knows an element, else zeros (n_specialists, n_species)."""
-    return torch.stack([by_element(s, torch.ones(len(s.species)), species) for s in specialists])
+    return torch.stack([_by_element(s, torch.ones(len(s.species)), species) for s in specialists])
 
 
 def mean_references(specialists: Sequence[Specialist], species: Sequence[int], share: Tensor) -> Tensor:
     """Reference energies (n_species,) in eV, averaged with weights (n_specialists,) over those that know an element."""
-    tables = torch.stack([by_element(s, s.potential.references.cpu(), species) for s in specialists])
-    weights = known_elements(specialists, species) * share[:, None]
+    tables = torch.stack([_by_element(s, s.potential.references.cpu(), species) for s in specialists])
+    weights = _known_elements(specialists, species) * share[:, None]
     return (weights * tables).sum(0) / weights.sum(0)
 
 
-def by_element(specialist: Specialist, values: Tensor, species: Sequence[int]) -> Tensor:
+def _by_element(specialist: Specialist, values: Tensor, species: Sequence[int]) -> Tensor:
     """Spread per-element values of one specialist over the union of the elements; zero where unknown."""
     out = torch.zeros(len(species), *values.shape[1:], dtype=torch.float64)
     out[[species.index(z) for z in specialist.species]] = values.double()
