@@ -1,12 +1,19 @@
 """``gffmerge merge``: several specialists become one potential."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ase_gffmerge.cli.options import Conditioning, DeviceOption, JsonOption
-from ase_gffmerge.cli.output import note, print_json, progress_bar
+from ase_gffmerge.cli.output import Progress, note, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from ase_gffmerge.merging.recipe import Recipe
+    from ase_gffmerge.merging.report import MergeReport
+    from ase_gffmerge.sampling.closed_loop import ClosedLoopResult
+    from ase_gffmerge.specialist import Specialist
 
 
 def merge(
@@ -23,12 +30,16 @@ def merge(
     weights: Annotated[
         str | None, typer.Option(help="Say of each specialist, in order: 1,2 [default: equal].")
     ] = None,
+    closed_loop: Annotated[
+        int,
+        typer.Option(help="Rounds of merging again with frames from the merged potential's own dynamics."),
+    ] = 0,
+    loop_temperature: Annotated[float, typer.Option(help="Of that dynamics, K.")] = 500.0,
     report: Annotated[Path | None, typer.Option(help="Also write the report as a web page (HTML).")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Merge specialists by least squares and write one potential with its report."""
     from ase_gffmerge.fileformat import require_writable
-    from ase_gffmerge.merging.merge import merge as merge_specialists
     from ase_gffmerge.merging.recipe import load_recipe
     from ase_gffmerge.sources import load
 
@@ -42,15 +53,42 @@ def merge(
     for path in filter(None, (out, report)):
         require_writable(path)
     with progress_bar("merging") as progress:
-        merged, result = merge_specialists(loaded, chosen, device=device, progress=progress)
+        merged, result, loop = solve(
+            loaded, chosen, rounds=closed_loop, temperature=loop_temperature, device=device, progress=progress
+        )
     merged.save(out)
     if report:
         result.save_html(report)
     if as_json:
-        print_json({"out": str(out), **result.to_dict()})
+        print_json({"out": str(out), **result.to_dict()} | ({"closed_loop": loop.to_dict()} if loop else {}))
         return
     typer.echo(result.summary())
+    if loop:
+        typer.echo(loop.summary())
     note(f"written: {', '.join(str(path) for path in (out, report) if path)}")
+
+
+def solve(
+    specialists: "Sequence[Specialist]",
+    recipe: "Recipe",
+    *,
+    rounds: int,
+    temperature: float,
+    device: str,
+    progress: Progress,
+) -> "tuple[Specialist, MergeReport, ClosedLoopResult | None]":
+    """Merge once, or in a closed loop."""
+    if not rounds:
+        from ase_gffmerge.merging.merge import merge as merge_specialists
+
+        return *merge_specialists(specialists, recipe, device=device, progress=progress), None
+    from ase_gffmerge.sampling.closed_loop import ClosedLoopOptions, closed_loop
+    from ase_gffmerge.validation import validated
+
+    given = {"rounds": rounds, "temperature": temperature}
+    options = validated(ClosedLoopOptions, given, source="gffmerge merge --closed-loop")
+    result = closed_loop(specialists, recipe, options, device=device, progress=progress)
+    return result.merged, result.report, result
 
 
 def parse_weights(text: str | None) -> tuple[float, ...] | None:

@@ -137,9 +137,9 @@ def climb(
         chosen = [(rung, atoms) for rung in rungs for atoms in rung.candidates[::stride]]
         segment += 1
     progress(1.0, f"{min(len(chosen), n)} of {n} frames")
-    kept = [chosen[k] for k in _evenly(len(chosen), n)]
+    kept = [chosen[k] for k in evenly(len(chosen), n)]
     return Ladder(
-        frames=tuple(_bare(atoms, rung.temperature) for rung, atoms in kept),
+        frames=tuple(_sampled(atoms, rung.temperature) for rung, atoms in kept),
         references=tuple(rung.start for rung, _ in kept),
         stopped=Counter(rung.stopped for rung in rungs if rung.stopped),
         decorrelation_fs=decorrelation,
@@ -178,7 +178,7 @@ def _segment(
         rung.extend(run, equilibration=1000 * options.equilibration)
 
 
-def _evenly(available: int, n: int) -> list[int]:
+def evenly(available: int, n: int) -> list[int]:
     """At most ``n`` indices spread evenly over those available."""
     return (
         np.unique(np.linspace(0, available - 1, min(n, available)).round().astype(int)).tolist()
@@ -187,10 +187,15 @@ def _evenly(available: int, n: int) -> list[int]:
     )
 
 
-def _bare(atoms: Atoms, temperature: float) -> Atoms:
+def bare(atoms: Atoms) -> Atoms:
     """A copy without momenta and results, wrapped into its cell."""
-    bare = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    copy = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
     if atoms.pbc.any():
-        bare.wrap()
-    bare.info |= {"source": "md", "temperature": temperature}
-    return bare
+        copy.wrap()
+    return copy
+
+
+def _sampled(atoms: Atoms, temperature: float) -> Atoms:
+    frame = bare(atoms)
+    frame.info |= {"source": "md", "temperature": temperature}
+    return frame

@@ -11,9 +11,11 @@ from ase.geometry import find_mic
 from torch import Tensor
 from torch_geometric.data import Data
 
+from ase_gffmerge.extrapolation import grades
 from ase_gffmerge.graphs.batches import edge_vectors
 from ase_gffmerge.sampling.bonds import find_bonds
 from ase_gffmerge.sampling.swarm import Swarm
+from ase_gffmerge.specialist import Specialist
 
 Grade = Callable[[Data], Tensor]
 """A batch graph in, an extrapolation grade per atom (n_atoms,) out; 1 is the edge of what the model knows."""
@@ -44,6 +46,19 @@ class Monitor:
     heat: float | None = 5.0
     grade: Grade | None = None
     max_grade: float = 2.0
+
+
+def standard_monitor(force_field: Specialist, *, max_grade: float | None = 2.0) -> Monitor:
+    """A monitor that also looks at the extrapolation grade, if the force field has a gauge; ``None``: it does not."""
+    if force_field.gauge is None or max_grade is None:
+        return Monitor()
+
+    def grade(graph: Data) -> Tensor:
+        found = grades(force_field, graph)
+        assert found is not None
+        return found
+
+    return Monitor(grade=grade, max_grade=max_grade)
 
 
 @dataclass(frozen=True)

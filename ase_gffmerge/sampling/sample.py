@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from pydantic import Field
-from torch import Tensor
-from torch_geometric.data import Data
 
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.extrapolation import grades
 from ase_gffmerge.models import Potential
 from ase_gffmerge.sampling.displaced import displaced
 from ase_gffmerge.sampling.judge import judge
 from ase_gffmerge.sampling.ladder import Ladder, LadderOptions, climb
-from ase_gffmerge.sampling.monitor import Monitor
+from ase_gffmerge.sampling.monitor import Monitor, standard_monitor
 from ase_gffmerge.sampling.replicas import run_replicas
 from ase_gffmerge.specialist import Specialist
 
@@ -151,19 +148,6 @@ def sample_frames(
         simulated_ps=ladder.simulated_ps,
         seconds=time.perf_counter() - began,
     )
-
-
-def standard_monitor(force_field: Specialist) -> Monitor:
-    """A monitor with the extrapolation grade of the force field, if it has a gauge."""
-    if force_field.gauge is None:
-        return Monitor()
-
-    def grade(graph: Data) -> Tensor:
-        found = grades(force_field, graph)
-        assert found is not None
-        return found
-
-    return Monitor(grade=grade)
 
 
 def _check(specialist: Specialist) -> None:

@@ -1,0 +1,164 @@
+"""How a merged potential fares on its own trajectories, started in every specialist's territory."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from pydantic import BaseModel, ConfigDict, Field
+
+from ase_gffmerge.accuracy import Errors, compare, labels, predict_frames
+from ase_gffmerge.sampling.monitor import standard_monitor
+from ase_gffmerge.sampling.replicas import ReplicaRun, run_replicas
+from ase_gffmerge.specialist import Specialist
+
+Progress = Callable[[float, str], None]
+SPACING = 20.0
+"""fs between visited frames."""
+
+
+class TrajectoryOptions(BaseModel):
+    """Short Langevin dynamics of a merged potential.
+
+    Attributes
+    ----------
+    temperature
+        K.
+    replicas
+        Per specialist, each from another of its calibration frames.
+    time
+        Of every replica, ps.
+    timestep, friction
+        fs and 1/fs.
+    max_grade
+        A replica stops when an atom's extrapolation grade passes this; ``None``: it may go anywhere.
+    seed
+        Of starts, velocities and thermostat.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float = Field(default=500.0, gt=0)
+    replicas: int = Field(default=8, ge=1)
+    time: float = Field(default=1.0, gt=0)
+    timestep: float = Field(default=1.0, gt=0)
+    friction: float = Field(default=0.02, ge=0)
+    max_grade: float | None = Field(default=3.0, gt=0)
+    seed: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTrajectory:
+    """What the merged potential did in one specialist's territory.
+
+    Attributes
+    ----------
+    specialist
+        Whose territory.
+    visited
+        The frames it went through, ``SPACING`` apart, without the starts; none after a replica broke.
+    disagreement
+        Of merged potential and specialist on them; ``None`` when there are none.
+    n_replicas
+        How many there were.
+    stopped
+        How many broke, per reason.
+    mean_time
+        How long they lasted on average, ps.
+    """
+
+    specialist: str
+    visited: tuple[Atoms, ...]
+    disagreement: Errors | None
+    n_replicas: int
+    stopped: Mapping[str, int]
+    mean_time: float
+
+    @property
+    def stable(self) -> bool:
+        """Whether all replicas ran to the end."""
+        return not self.stopped
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the frames, as JSON types."""
+        return {
+            "specialist": self.specialist,
+            "n_visited": len(self.visited),
+            "disagreement": self.disagreement.to_dict() if self.disagreement else None,
+            "n_replicas": self.n_replicas,
+            "stopped": dict(self.stopped),
+            "mean_time": self.mean_time,
+        }
+
+
+def follow(
+    merged: Specialist,
+    specialists: Sequence[Specialist],
+    options: TrajectoryOptions,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[OwnTrajectory, ...]:
+    """Run the merged potential from every specialist's calibration frames and ask the specialists what they think.
+
+    Parameters
+    ----------
+    merged
+        A merge of the specialists, on its device.
+    specialists
+        With calibration frames, in the order of their indices, on any device.
+    options
+        How many replicas, how hot, how long.
+    seed
+        Together with ``options.seed``: another number gives other starts and other noise.
+    progress
+        Called with a fraction (0 to 1) and a description.
+
+    Returns
+    -------
+    tuple of OwnTrajectory
+        One per specialist. All replicas of all specialists move in one batch.
+    """
+    starts = [_starts(s.calibration, options.replicas, seed=(options.seed, seed)) for s in specialists]
+    owner = [k for k, frames in enumerate(starts) for _ in frames]
+    every = max(1, round(SPACING / options.timestep))
+    runs = run_replicas(
+        merged.potential,
+        [atoms for frames in starts for atoms in frames],
+        ensemble="nvt",
+        temperature=options.temperature,
+        timestep=options.timestep,
+        steps=max(every, round(1000 * options.time / options.timestep)),
+        every=every,
+        friction=options.friction,
+        seed=[(options.seed, seed, k) for k in range(len(owner))],
+        specialist=owner if merged.potential.hyper.n_embeddings > 1 else 0,
+        monitor=standard_monitor(merged, max_grade=options.max_grade),
+        on_progress=progress,
+    )
+    return tuple(
+        _judged(specialist, [run for run, k in zip(runs, owner, strict=True) if k == index], options)
+        for index, specialist in enumerate(specialists)
+    )
+
+
+def _starts(frames: Sequence[Atoms], n: int, *, seed: tuple[int, int]) -> list[Atoms]:
+    """``n`` different calibration frames, or all of them over and over when there are fewer."""
+    order = np.random.default_rng(seed).permutation(len(frames))
+    return [frames[order[k % len(order)]] for k in range(n)]
+
+
+def _judged(specialist: Specialist, runs: Sequence[ReplicaRun], options: TrajectoryOptions) -> OwnTrajectory:
+    visited = tuple(atoms for run in runs for atoms in run.frames[1:])
+    predicted = predict_frames(specialist.potential, visited) if visited else None
+    times = [1000 * options.time if run.stopped_at_fs is None else run.stopped_at_fs for run in runs]
+    return OwnTrajectory(
+        specialist=specialist.name,
+        visited=visited,
+        disagreement=compare(labels(visited), predicted) if predicted else None,
+        n_replicas=len(runs),
+        stopped=Counter(run.stopped for run in runs if run.stopped is not None),
+        mean_time=float(np.mean(times)) / 1000,
+    )

@@ -1,0 +1,59 @@
+"""``gffmerge merge --closed-loop``."""
+
+import pytest
+
+from ase_gffmerge.sampling import closed_loop
+from ase_gffmerge.specialist import Specialist
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Dynamics of 20 fs, whatever was asked for; the temperatures that were asked for."""
+    follow, asked = closed_loop.follow, []
+
+    def shortened(merged, specialists, options, **keywords):
+        asked.append(options.temperature)
+        return follow(
+            merged, specialists, options.model_copy(update={"time": 0.02, "replicas": 1}), **keywords
+        )
+
+    monkeypatch.setattr(closed_loop, "follow", shortened)
+    return asked
+
+
+def test_rounds_are_reported(gffmerge, files, brief):
+    command = (
+        "merge",
+        "methanol.safetensors",
+        "water.safetensors",
+        "--recipe",
+        "fast.yaml",
+        "--closed-loop",
+        1,
+    )
+    document = gffmerge(*command, "--loop-temperature", 20, "--out", "m.safetensors", "--json").json()
+    loop = document["closed_loop"]
+    assert brief == [20.0, 20.0]
+    assert loop["rounds"][0]["n_frames"] == [6, 6]
+    assert len(loop["rounds"]) == 2
+    assert loop["rounds"][0]["trajectories"][1]["specialist"] == "water"
+    merged = Specialist.load(files / "m.safetensors").merged
+    assert merged is not None
+    assert merged.recipe["closed_loop"]["chosen"] == loop["chosen"]
+    text = gffmerge(*command, "--out", "m.safetensors").out
+    assert "on its own trajectories" in text
+    assert "round 1" in text
+
+
+def test_impossible_options_are_refused(gffmerge, files):
+    command = (
+        "merge",
+        "methanol.safetensors",
+        "water.safetensors",
+        "--out",
+        "m.safetensors",
+        "--closed-loop",
+    )
+    assert "rounds" in gffmerge(*command, -1).error()
+    assert "temperature" in gffmerge(*command, 1, "--loop-temperature", 0).error()
+    assert not (files / "m.safetensors").exists()
