@@ -1,0 +1,161 @@
+"""Every method on mixtures of 2, 4 and 6 specialists of rMD17, and on a second pair.
+
+    python md_examples/benchmark_mixtures.py DATA SPECIALISTS --out FOLDER [--json] [--test-frames 300] [--methods M ...]
+
+DATA holds the rMD17 files ``rmd17_<molecule>_test_01.npz``, SPECIALISTS the files that
+``python md_examples/rebuild_bundled.py DATA --out SPECIALISTS --stage more`` makes (ethanol and malonaldehyde are bundled).
+Rows are kept in FOLDER, so that a killed run goes on; FOLDER gets one table and one plot per mixture and a summary.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from training_plan import say
+
+from ase_gffmerge import Specialist
+from ase_gffmerge.data.readers import read_frames
+from ase_gffmerge.evaluation.comparison import SPECIALIST, Comparison, compare_methods
+from ase_gffmerge.evaluation.comparison_inputs import LabelledSet, make_mixture
+from ase_gffmerge.evaluation.comparison_plot import plot_comparison
+from ase_gffmerge.evaluation.comparison_store import RowStore
+from ase_gffmerge.evaluation.comparison_table import markdown
+from ase_gffmerge.sources import load
+from ase_gffmerge.specialist import BUNDLED
+
+MIXTURES: Mapping[str, tuple[str, ...]] = {
+    "K=2": ("ethanol", "malonaldehyde"),
+    "K=4": ("ethanol", "malonaldehyde", "aspirin", "toluene"),
+    "K=6": ("ethanol", "malonaldehyde", "aspirin", "toluene", "uracil", "salicylic"),
+    "second pair": ("aspirin", "uracil"),
+}
+DEFAULT = "gffmerge"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Where molecules' specialists and test frames come from."""
+
+    data: Path
+    specialists: Path
+    test_frames: int
+
+    def specialist(self, molecule: str) -> Specialist:
+        """The bundled specialist of a molecule, or the one in the folder."""
+        name = f"rmd17-{molecule}"
+        return load(name if name in BUNDLED else self.specialists / f"{name}.safetensors")
+
+    def tests(self, molecule: str) -> LabelledSet:
+        """Evenly spaced test frames of a molecule."""
+        path = self.data / f"rmd17_{molecule}_test_01.npz"
+        frames = read_frames(path)
+        chosen = np.linspace(0, len(frames) - 1, min(self.test_frames, len(frames))).round().astype(int)
+        return LabelledSet(source=str(path), frames=tuple(frames[i] for i in chosen))
+
+
+def main() -> None:
+    """Compare, write tables and plots, print the summary."""
+    options = arguments()
+    inputs = Inputs(data=options.data, specialists=options.specialists, test_frames=options.test_frames)
+    options.out.mkdir(parents=True, exist_ok=True)
+    compared = {
+        name: compared_mixture(name, inputs, options.out, methods=options.methods)
+        for name in options.mixtures
+    }
+    document = {name: comparison.to_dict() for name, comparison in compared.items()}
+    document["growth"] = growth(compared)
+    (options.out / "mixtures.json").write_text(json.dumps(document, indent=1))
+    plot_growth(compared, options.out / "growth.png")
+    print(json.dumps(document, indent=1) if options.json else summary(compared))
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path, help="folder of the rMD17 files of split 01")
+    parser.add_argument("specialists", type=Path, help="folder of the specialists that are not bundled")
+    parser.add_argument("--out", type=Path, required=True, help="folder for rows, tables and plots")
+    parser.add_argument("--test-frames", type=int, default=300, help="per molecule [default: 300]")
+    parser.add_argument("--mixtures", nargs="+", choices=MIXTURES, default=list(MIXTURES))
+    parser.add_argument("--methods", nargs="+", help="default: all that need no training")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser.parse_args()
+
+
+def compared_mixture(name: str, inputs: Inputs, out: Path, *, methods: Sequence[str] | None) -> Comparison:
+    """All methods on one mixture; its table and plot go to ``out``."""
+    molecules = MIXTURES[name]
+    mixture = make_mixture([inputs.specialist(molecule) for molecule in molecules], device="cpu")
+    tests = [inputs.tests(molecule) for molecule in molecules]
+    comparison = compare_methods(
+        mixture,
+        tests,
+        methods,
+        store=RowStore(out / "rows", mixture, tests),
+        progress=lambda fraction, text: say(f"{name} {100 * fraction:3.0f} %  {text}"),
+    )
+    stem = name.replace(" ", "-").replace("=", "")
+    (out / f"{stem}.md").write_text(markdown(comparison), encoding="utf-8")
+    plot_comparison(comparison, out / f"{stem}.png")
+    return comparison
+
+
+def ratios(comparison: Comparison, method: str) -> dict[str, float]:
+    """Force MAE of a method over the specialist's own, by specialist."""
+    errors = comparison.errors("force_mae")
+    return {name: errors[method][name] / errors[SPECIALIST][name] for name in comparison.names}
+
+
+def growth(compared: Mapping[str, Comparison]) -> dict[str, Any]:
+    """Mean ratio of the default merge by mixture, over all specialists and over the two that all mixtures share."""
+    result = {}
+    for name, comparison in compared.items():
+        by_name = ratios(comparison, DEFAULT)
+        shared = [
+            ratio for specialist, ratio in by_name.items() if specialist.split("-")[1] in MIXTURES["K=2"]
+        ]
+        result[name] = {
+            "mean_ratio": float(np.mean(list(by_name.values()))),
+            "mean_ratio_of_ethanol_and_malonaldehyde": float(np.mean(shared)) if shared else None,
+        }
+    return result
+
+
+def plot_growth(compared: Mapping[str, Comparison], path: Path) -> None:
+    """Plot the ratio to the specialists against the number of specialists, for every method that is one potential."""
+    sizes = {name: comparison for name, comparison in compared.items() if name.startswith("K=")}
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
+    methods = [m for m in next(iter(sizes.values())).rows if m != SPECIALIST] if sizes else []
+    for method in methods:
+        points = [
+            (len(comparison.names), float(np.mean(list(ratios(comparison, method).values()))))
+            for comparison in sizes.values()
+            if method in comparison.rows
+        ]
+        axes.plot(*zip(*points), "o-", label=method, linewidth=3 if method == DEFAULT else 1)
+    axes.set(xlabel="specialists", ylabel="force MAE / specialist's own (mean)", yscale="log")
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
+def summary(compared: Mapping[str, Comparison]) -> str:
+    """Markdown: the mean ratio to the specialists' own force MAE, a row per method and a column per mixture."""
+    methods = list(dict.fromkeys(m for c in compared.values() for m in c.rows if m != SPECIALIST))
+    lines = ["| method | " + " | ".join(compared) + " |", "|---|" + "---:|" * len(compared)]
+    for method in methods:
+        cells = [
+            f"{np.mean(list(ratios(c, method).values())):.2f}" if method in c.rows else "–"
+            for c in compared.values()
+        ]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
