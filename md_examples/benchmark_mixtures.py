@@ -115,6 +115,8 @@ def growth(compared: Mapping[str, Comparison]) -> dict[str, Any]:
     """Mean ratio of the default merge by mixture, over all specialists and over the two that all mixtures share."""
     result = {}
     for name, comparison in compared.items():
+        if DEFAULT not in comparison.rows:
+            continue
         by_name = ratios(comparison, DEFAULT)
         shared = [
             ratio for specialist, ratio in by_name.items() if specialist.split("-")[1] in MIXTURES["K=2"]
