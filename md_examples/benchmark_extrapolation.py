@@ -204,6 +204,8 @@ def plot(parts: dict[str, Part], path: Path) -> None:
             points = np.minimum(x[name], x_edge), np.minimum(y[name], y_edge)
             axes.loglog(*points, ".", color=colour, ms=4, alpha=0.6, label=None if i else kind)
     axes.axvline(1, color="0.6", lw=1, zorder=0)
+    axes.set_xticks([0.2, 0.5, 1, 2, 4], labels=["0.2", "0.5", "1", "2", "4"])
+    axes.set_xticks([], minor=True)
     axes.set(xlabel="mean extrapolation grade of the frame", ylabel="RMS force error of the frame (eV/Å)")
     axes.legend()
     figure.savefig(path, dpi=150)
