@@ -1,0 +1,110 @@
+"""Family ``trunk``: all affine maps of a stage at once, linearised around the layer-wise solution.
+
+The stage's output and its slopes, weighted as in the message-level solves, are matched by one Gauss-Newton step on all of
+the stage's parameters.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, jvp, vjp
+
+from ase_gffmerge.merging.align_output import advance
+from ase_gffmerge.merging.duals import differentiable_push
+from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.merging.territory import Scene, Territory
+from ase_gffmerge.models.potential import Stage, State
+from research.bench import Trial
+from research.least_squares import Parameters, gauss_newton_step
+from research.stages import walked
+from research.trunk import SolveStage, standard_stage
+
+
+class StageProblem:
+    """Output of a stage on the merged model's states as a function of the stage's parameters."""
+
+    def __init__(
+        self, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
+    ):
+        self.stage = stage
+        self.parameters = {name: p.detach().clone() for name, p in stage.named_parameters()}
+        self.scenes = [territory.scenes[0] for territory in territories]
+        self.targets, self.scales = [], []
+        for original, territory, scene in zip(originals, territories, self.scenes, strict=True):
+            state = advance(original, scene.target, scene)
+            parts = state.value + state.tangent
+            weights = [1.0] * len(state.value) + [recipe.slope_weight] * len(state.tangent)
+            squares = [max(float(part.square().sum()), 1e-12) for part in parts]
+            self.targets.append(parts)
+            self.scales.append(
+                [(territory.weight * w / s) ** 0.5 for w, s in zip(weights, squares, strict=True)]
+            )
+
+    def _output(self, index: int, parameters: Parameters) -> Tensor:
+        """Weighted output and slopes in one scene, flat."""
+        scene: Scene = self.scenes[index]
+
+        def stage_of(*x: Tensor) -> State:
+            geometry = scene.edge_geometry(x[-3:])
+            return tuple(functional_call(self.stage, parameters, (x[:-3], geometry)))
+
+        parts = differentiable_push(stage_of, scene.merged + scene.geometry)
+        return torch.cat([(p * s).flatten() for p, s in zip(parts, self.scales[index], strict=True)])
+
+    def residual(self) -> list[Tensor]:
+        """Weighted target minus output."""
+        return [
+            torch.cat([(p * s).flatten() for p, s in zip(target, self.scales[i], strict=True)])
+            - self._output(i, self.parameters)
+            for i, target in enumerate(self.targets)
+        ]
+
+    def forward(self, direction: Parameters) -> list[Tensor]:
+        """J v."""
+        return [
+            jvp(lambda p, i=i: self._output(i, p), (self.parameters,), (direction,))[1]
+            for i in range(len(self.scenes))
+        ]
+
+    def transpose(self, vectors: list[Tensor]) -> Parameters:
+        """Jᵀ r."""
+        total = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
+        for i, vector in enumerate(vectors):
+            _, pull = vjp(lambda p, i=i: self._output(i, p), self.parameters)
+            total = {name: total[name] + value for name, value in pull(vector)[0].items()}
+        return total
+
+
+def jointly(*, iterations: int, damping: float) -> SolveStage:
+    """The usual solves of a stage, then one step on all its maps at once; kept only where it lowers the mismatch."""
+
+    def solve(
+        name: str, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
+    ) -> Stage:
+        standard_stage(name, stage, originals, territories, recipe)
+        problem = StageProblem(stage, originals, territories, recipe)
+        before = sum(float(r.square().sum()) for r in problem.residual())
+        step = gauss_newton_step(problem, iterations=iterations, damping=damping)
+        old = problem.parameters
+        problem.parameters = {key: old[key] + step[key] for key in old}
+        after = sum(float(r.square().sum()) for r in problem.residual())
+        if after < before:
+            for key, value in problem.parameters.items():
+                stage.get_parameter(key).copy_(value)
+        return stage
+
+    return solve
+
+
+def trials() -> list[Trial]:
+    """All trials of this module."""
+    return [
+        Trial(
+            name="joint block",
+            family="trunk",
+            changes="one Gauss-Newton step (15 iterations) on all maps of a stage, after the usual solves",
+            run=walked(jointly(iterations=15, damping=1e-3)),
+            order=25,
+        )
+    ]

@@ -1,0 +1,208 @@
+r"""Families ``weights`` and ``low rank``: other ways to solve one layer from its rows.
+
+* ``sensitivity``: a row counts by how much the specialist's energy depends on the layer's output there,
+  :math:`w=|\partial E/\partial y|^2` divided by its mean, a tenth of the mean added so that no row is lost.
+* ``low rank``: every specialist gets its own correction :math:`\Theta+\Delta_k` of every layer with
+  :math:`\mathrm{rank}\,\Delta_k\le r`, by reduced-rank regression: the full correction Δ projected onto the leading r
+  eigenvectors of :math:`\Delta^\top G\,\Delta` (Izenman, doi:10.1016/0047-259X(75)90042-1). One then has to know whose
+  territory a structure is on; added to Θ beforehand, the corrections cost nothing per step.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Batch
+
+from ase_gffmerge.graphs.batches import edge_vectors
+from ase_gffmerge.merging.align import affine_layers, combine, layer_input, run_stage, stage_inputs
+from ase_gffmerge.merging.align_output import align_messages
+from ase_gffmerge.merging.duals import push
+from ase_gffmerge.merging.layers import Problem, problems
+from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.merging.solve import ridge_solve
+from ase_gffmerge.merging.statistics import Gram
+from ase_gffmerge.merging.territory import Scene, Territory, survey
+from ase_gffmerge.models import Potential
+from ase_gffmerge.models.potential import Stage
+from research.bench import Bench, Outcome, Trial
+from research.readout_fit import Setting, fit_potentials, fitted
+from research.trunk import SolveStage, build_trunk, go_on
+
+RowWeights = Callable[[Territory, int, str], Tensor | None]
+"""Weights (n_rows,) of a layer's rows in one scene of a territory, or ``None`` for ones."""
+
+Correct = Callable[[Gram, Tensor, Tensor], Tensor]
+"""``correct(gram, prior, theta)`` turns the solution of a layer into what is written."""
+
+
+def solve_layers(
+    name: str,
+    merged: Stage,
+    originals: Sequence[Stage],
+    territories: Sequence[Territory],
+    recipe: Recipe,
+    *,
+    row_weights: RowWeights = lambda territory, scene, layer: None,
+    correct: Correct = lambda gram, prior, theta: theta,
+) -> None:
+    """Solve the layers of a stage in execution order, as the product does, with weighted rows or corrected solutions."""
+    first = territories[0].scenes[0]
+    values = stage_inputs(first, True).value
+    for layer in affine_layers(merged, lambda: run_stage(merged, first, values)):
+        for i, problem in enumerate(problems(layer, merged.get_submodule(layer))):
+            grams = []
+            for original, territory in zip(originals, territories, strict=True):
+                their = list(problems(layer, original.get_submodule(layer)))[i]
+                weights = [row_weights(territory, s, f"{name}.{layer}") for s in range(len(territory.scenes))]
+                grams.append(_gram(problem, their, layer, merged, original, territory, recipe, weights))
+            gram, prior = combine(grams, territories, recipe), problem.read().double()
+            theta = ridge_solve(gram, prior, ridge=recipe.ridge).theta
+            problem.write(correct(gram, prior, theta).to(problem.read()))
+
+
+def _gram(
+    problem: Problem,
+    their: Problem,
+    layer: str,
+    merged: Stage,
+    original: Stage,
+    territory: Territory,
+    recipe: Recipe,
+    weights: Sequence[Tensor | None],
+) -> Gram:
+    """Statistics of values and slopes of one territory."""
+    theta = their.read()
+    values = slopes = Gram.zero(*problem.read().shape)
+    for scene, weight in zip(territory.scenes, weights, strict=True):
+        x, own = (_entering(stage, layer, scene, ours) for stage, ours in ((merged, True), (original, False)))
+        design = problem.design(x.value[0])
+        root = torch.ones(len(design), 1) if weight is None else weight.sqrt()[:, None]
+        values += Gram.of(design * root, (their.design(own.value[0]) @ theta) * root)
+        if x.tangent:
+            rows, target = problem.rows(x.tangent[0]), their.rows(own.tangent[0])
+            root = root.repeat(len(rows) // len(root), 1)
+            padded = torch.cat([rows, rows.new_zeros(len(rows), design.shape[1] - rows.shape[1])], dim=1)
+            slopes += Gram.of(padded * root, (target @ theta[: target.shape[1]]) * root)
+    return values.balanced(slopes, recipe.slope_weight)
+
+
+def _entering(stage: Stage, layer: str, scene: Scene, of_merged: bool):
+    module = stage.get_submodule(layer)
+    return push(
+        lambda *x: layer_input(module, lambda: run_stage(stage, scene, x)), stage_inputs(scene, of_merged)
+    )
+
+
+def sensitivities(potential: Potential, graph: Batch) -> dict[str, Tensor]:
+    """|∂E/∂y|² (n_rows,) of every ``nn.Linear`` by qualified name."""
+    added: dict[str, Tensor] = {}
+
+    def perturb(name: str) -> Callable[[nn.Module, object, Tensor], Tensor]:
+        def hook(_: nn.Module, __: object, output: Tensor) -> Tensor:
+            added[name] = torch.zeros_like(output, requires_grad=True)
+            return output + added[name]
+
+        return hook
+
+    linear = [(n, m) for n, m in potential.named_modules() if isinstance(m, nn.Linear)]
+    handles = [module.register_forward_hook(perturb(name)) for name, module in linear]
+    graph.edge_vectors = edge_vectors(graph)
+    try:
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(potential(graph).sum(), list(added.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {n: g.square().sum(-1).flatten().detach() for n, g in zip(added, gradients, strict=True)}
+
+
+def by_sensitivity() -> SolveStage:
+    """Layers with rows weighted by sensitivity, then the usual message-level solves."""
+    known: dict[tuple[int, int], dict[str, Tensor]] = {}
+
+    def weights(territory: Territory, scene: int, layer: str) -> Tensor | None:
+        key = (territory.index, scene)
+        if key not in known:
+            known[key] = sensitivities(territory.specialist.potential, territory.scenes[scene].graph)
+        square = known[key].get(layer)
+        return None if square is None else square / square.mean().clamp(min=1e-30) + 0.1
+
+    def solve(
+        name: str, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
+    ) -> Stage:
+        solve_layers(name, stage, originals, territories, recipe, row_weights=weights)
+        align_messages(name, stage, originals, territories, recipe)
+        return stage
+
+    return solve
+
+
+def truncated(rank: int) -> Correct:
+    """Reduced-rank regression of the correction."""
+
+    def correct(gram: Gram, prior: Tensor, theta: Tensor) -> Tensor:
+        full = theta - prior
+        _, vectors = torch.linalg.eigh(full.T @ gram.xx @ full)
+        leading = vectors[:, -rank:]
+        return prior + full @ leading @ leading.T
+
+    return correct
+
+
+@torch.no_grad()
+def corrected(potential: Potential, territory: Territory, recipe: Recipe, rank: int) -> Potential:
+    """Copy of the merged potential with low-rank corrections of every stage's layers for one specialist."""
+    own = deepcopy(potential)
+    parent = territory.specialist
+    alone = survey([parent], own, [1.0], probes=recipe.probes)
+    for name, stage in own.named_stages():
+        originals: list[Stage] = [parent.potential.get_submodule(name)]  # type: ignore[list-item]
+        solve_layers(name, stage, originals, alone, recipe, correct=truncated(rank))
+        go_on(own, stage, originals, alone)
+    return own
+
+
+def low_rank(rank: int) -> Callable[[Bench], Outcome]:
+    """Corrections of every specialist, then one readout for all of them."""
+
+    def run(bench: Bench) -> Outcome:
+        trunk, start = bench.trunk, time.process_time()
+        models = [corrected(trunk.potential, t, Recipe(), rank) for t in trunk.territories]
+        potentials, _ = fit_potentials(models, trunk.territories, Setting())
+        seconds = trunk.seconds + time.process_time() - start
+        stages = trunk.potential.stages
+        extra = sum(rank * sum(m.weight.shape) for m in stages.modules() if isinstance(m, nn.Linear))
+        share = extra / sum(p.numel() for p in stages.parameters())
+        return Outcome(
+            potentials=tuple(potentials),
+            seconds=seconds,
+            note=f"must know the specialist; {100 * share:.0f} % more weights per specialist",
+        )
+
+    return run
+
+
+def trials() -> list[Trial]:
+    """All trials of these families."""
+    weighted = Trial(
+        name="sensitivity",
+        family="trunk",
+        changes="rows of every layer weighted by |dE/dy|² of the specialist",
+        run=lambda bench: fitted(
+            build_trunk(bench.specialists, Recipe(), solve_stage=by_sensitivity()), Setting()
+        ),
+        order=27,
+    )
+    return [weighted] + [
+        Trial(
+            name=f"low rank {rank}",
+            family="low rank",
+            changes=f"corrections of rank {rank} in every layer for each specialist",
+            run=low_rank(rank),
+            order=order,
+        )
+        for rank, order in ((4, 26), (1, 61), (16, 61))
+    ]

@@ -1,0 +1,223 @@
+"""Step 5 with every choice open: frames, copies, features, sharing, weights, and how the ridge is chosen."""
+
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from ase import Atoms
+from torch import Tensor
+
+from ase_gffmerge.accuracy import chunks
+from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.merging.force_matching import HELD_OUT, MAX_ATOMS, MAX_ROWS, displaced
+from ase_gffmerge.merging.probes import Probes
+from ase_gffmerge.merging.readout import RIDGES, ReadoutFit, fit_readout, random_lift, widened
+from ase_gffmerge.merging.recipe import ReadoutOptions
+from ase_gffmerge.merging.solve import regularised_factor, ridge_solve
+from ase_gffmerge.merging.statistics import Gram
+from ase_gffmerge.merging.territory import Territory
+from ase_gffmerge.models import Potential
+from ase_gffmerge.models.readout import WidenedReadout
+from research.bench import Bench, Outcome, shared
+from research.features import feature_rows, lifted_inputs
+from research.trunk import Trunk
+
+CHEAP = ReadoutOptions(copies=2)
+"""The cheap reference that trials are compared with."""
+
+Copies = Callable[[Sequence[Atoms], Territory, ReadoutOptions], list[Atoms]]
+"""Further frames near the given ones of a territory."""
+
+Lift = Callable[[WidenedReadout, Tensor, Tensor], None]
+"""``lift(readout, rows, element)`` draws the projection for inputs (n_atoms, d) of elements (n_atoms,)."""
+
+
+def rattled(frames: Sequence[Atoms], territory: Territory, options: ReadoutOptions) -> list[Atoms]:
+    """The product's copies: every atom displaced on its own."""
+    return displaced(frames, options)
+
+
+def whitened(readout: WidenedReadout, rows: Tensor, element: Tensor, *, spread: float = 0.5) -> None:
+    """The product's features: random directions in inputs scaled to unit variance."""
+    random_lift(readout, rows, seed=0, spread=spread)
+
+
+def with_wide_readout(potential: Potential, options: ReadoutOptions) -> Potential:
+    """Copy with a widened readout at θ = c = 0, whatever its stages are."""
+    hyper, n_species = potential.hyper, len(potential.species)
+    blocks = min(options.blocks, hyper.n_blocks)
+    readout = WidenedReadout(hyper.channels, n_species, width=options.width, blocks=blocks)
+    readout.mlp.load_state_dict(potential.readout.state_dict())
+    wide = deepcopy(potential)
+    wide.hyper = replace(hyper, readout_width=options.width, readout_blocks=blocks)
+    wide.readout = readout.to(potential.embedding)
+    return wide.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way to fit the readout; the defaults are the product's, with two copies.
+
+    Attributes
+    ----------
+    options
+        Width, blocks, weights, copies, probes.
+    frames
+        Frames of every specialist instead of its calibration frames.
+    copies, lift, widen
+        Make the copies, draw the projection, give a potential its new readout.
+    shared_theta
+        One θ for all elements.
+    ridge
+        Chosen on held-out frames, or by generalised cross-validation on all rows.
+    frame_weights
+        How much each frame of a batch counts, (n_frames,) with mean about 1.
+    """
+
+    options: ReadoutOptions = CHEAP
+    frames: tuple[tuple[Atoms, ...], ...] | None = None
+    copies: Copies = rattled
+    lift: Lift = whitened
+    widen: Callable[[Potential, ReadoutOptions], Potential] = with_wide_readout
+    shared_theta: bool = False
+    ridge: Literal["held-out", "gcv"] = "held-out"
+    frame_weights: Callable[[Territory, Sequence[Atoms]], np.ndarray] | None = None
+
+
+@torch.no_grad()
+def fit_potentials(
+    potentials: Sequence[Potential], territories: Sequence[Territory], setting: Setting
+) -> tuple[list[Potential], ReadoutFit]:
+    """Fit one readout on all territories, with one trunk per territory (often the same).
+
+    Returns
+    -------
+    potentials
+        Copies of the given ones with the new readout; one object where the same was given.
+    fit
+        Solution and the ridge chosen.
+    """
+    given = {id(p): p for p in potentials}
+    wide = {key: setting.widen(p, setting.options) for key, p in given.items()}
+    merged = [wide[id(p)] for p in potentials]
+    scenes = [(m, scene) for m, t in zip(merged, territories, strict=True) for scene in t.scenes]
+    element = torch.cat([m.species_row[scene.graph.atomic_numbers] for m, scene in scenes])
+    first = widened(merged[0])
+    setting.lift(first, torch.cat([lifted_inputs(m, scene.graph) for m, scene in scenes]), element)
+    for model in merged[1:]:
+        model.readout = first
+    frames = setting.frames or tuple(t.specialist.calibration for t in territories)
+    elements = merged[0].species_row[
+        torch.as_tensor(np.unique(np.concatenate([a.numbers for f in frames for a in f])))
+    ]
+    size = len(elements) * (setting.options.width + 1)
+    grams = [Gram.zero(size, 1) for _ in range(2)]
+    for model, territory, own in zip(merged, territories, frames, strict=True):
+        for part, gram in enumerate(territory_grams(model, territory, own, setting, elements)):
+            grams[part] += gram
+    fit, theta = solve_readout(grams, setting, n_elements=len(elements))
+    first.theta[elements] = theta[: -len(elements)].view(len(elements), -1).to(first.theta)
+    first.constants[elements] = theta[-len(elements) :].to(first.theta)
+    return merged, fit
+
+
+def split(frames: Sequence[Atoms]) -> tuple[list[Atoms], list[Atoms]]:
+    """Frames to fit, and frames to choose the ridge."""
+    last = HELD_OUT - 1
+    return [a for i, a in enumerate(frames) if i % HELD_OUT != last], list(frames[last::HELD_OUT])
+
+
+def territory_grams(
+    merged: Potential, territory: Territory, frames: Sequence[Atoms], setting: Setting, elements: Tensor
+) -> list[Gram]:
+    """Statistics of the frames to fit and of those held out, with their copies; together they weigh a_k / s_k."""
+    groups = [[*group, *setting.copies(group, territory, setting.options)] for group in split(frames)]
+    n_frames = sum(map(len, groups))
+    size = len(elements) * (setting.options.width + 1)
+    grams = []
+    for group in groups:
+        total, rows, targets = Gram.zero(size, 1), [], []
+        batches = list(chunks(group, MAX_ATOMS))
+        for i, batch in enumerate(batches):
+            row, target = batch_rows(merged, territory, batch, setting, elements, n_frames=n_frames, seed=i)
+            rows.append(row)
+            targets.append(target)
+            if sum(map(len, rows)) >= MAX_ROWS or i == len(batches) - 1:
+                total += Gram.of(torch.cat(rows), torch.cat(targets))
+                rows, targets = [], []
+        grams.append(total)
+    return grams
+
+
+def batch_rows(
+    merged: Potential,
+    territory: Territory,
+    frames: Sequence[Atoms],
+    setting: Setting,
+    elements: Tensor,
+    *,
+    n_frames: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Rows and targets of one batch, labelled by the specialist."""
+    specialist, options = territory.specialist, setting.options
+    graphs = [build_graph(atoms, specialist.cutoff, dtype=merged.dtype) for atoms in frames]
+    batch = batch_graphs(graphs)
+    weights = territory.weight / (n_frames * torch.bincount(batch.batch) * territory.mean_square_force)
+    if setting.frame_weights is not None:
+        weights = weights * torch.as_tensor(setting.frame_weights(territory, frames))
+    return feature_rows(
+        merged,
+        batch,
+        predict(specialist.potential, batch),
+        Probes.draw(batch, options.probes, stress_weight=options.stress_weight, seed=options.seed + seed),
+        elements=elements,
+        frame_weights=weights.to(merged.dtype),
+        energy_weight=options.energy_weight,
+    )
+
+
+def solve_readout(grams: Sequence[Gram], setting: Setting, *, n_elements: int) -> tuple[ReadoutFit, Tensor]:
+    """Coefficients [θ of every element; c], float64, from the statistics to fit and those held out."""
+    expand = None
+    if setting.shared_theta:
+        width = setting.options.width
+        expand = torch.zeros(n_elements * (width + 1), width + n_elements, dtype=torch.float64)
+        expand[: n_elements * width, :width] = torch.eye(width).repeat(n_elements, 1)
+        expand[n_elements * width :, width:] = torch.eye(n_elements)
+        grams = [Gram(expand.T @ g.xx @ expand, expand.T @ g.xy, g.yy, g.n_rows) for g in grams]
+    fit = fit_readout(*grams) if setting.ridge == "held-out" else fit_by_gcv(grams[0] + grams[1])
+    theta = fit.solution.theta if expand is None else expand @ fit.solution.theta
+    return fit, theta[:, 0]
+
+
+def fit_by_gcv(gram: Gram) -> ReadoutFit:
+    r"""Choose the ridge by generalised cross-validation, :math:`n\,\mathrm{RSS}/(n-\mathrm{rank})^2` (Golub et al. 1979)."""
+    prior, scores = torch.zeros_like(gram.xy), []
+    for ridge in RIDGES:
+        factor, mu = regularised_factor(gram, ridge=ridge)
+        rank = len(factor) - mu * float(torch.cholesky_inverse(factor).diagonal().sum())
+        residual = gram.residual(torch.cholesky_solve(gram.xy, factor))
+        scores.append((residual / (1 - rank / gram.n_rows) ** 2, ridge))
+    best, ridge = min(scores)
+    return ReadoutFit(ridge_solve(gram, prior, ridge=ridge), ridge, best)
+
+
+def fitted(trunk: Trunk, setting: Setting, *, extra_seconds: float = 0.0) -> Outcome:
+    """Fit the readout of a finished trunk; ``extra_seconds`` were spent on frames or features before."""
+    start = time.process_time()
+    potentials, fit = fit_potentials(
+        shared(trunk.potential, [t.specialist for t in trunk.territories]), trunk.territories, setting
+    )
+    seconds = trunk.seconds + extra_seconds + time.process_time() - start
+    note = f"ridge {fit.ridge:.0e}, rank {fit.solution.effective_rank:.0f}"
+    return Outcome(potentials=tuple(potentials), seconds=seconds, note=note)
+
+
+def on_shared_trunk(setting: Setting) -> Callable[[Bench], Outcome]:
+    """A trial that changes only the readout."""
+    return lambda bench: fitted(bench.trunk, setting)

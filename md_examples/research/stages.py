@@ -1,0 +1,86 @@
+"""Family ``trunk``: options of steps 1-4, and other ways to walk the stages."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ase_gffmerge.merging.align import align_layers, run_stage, stage_inputs
+from ase_gffmerge.merging.align_output import align_messages
+from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.merging.territory import Territory
+from ase_gffmerge.models.potential import Stage
+from research.bench import Bench, Outcome, Trial
+from research.readout_fit import Setting, fitted
+from research.trunk import SolveStage, build_trunk, standard_stage
+
+FAMILY = "trunk"
+
+
+@contextmanager
+def closing(stage: Stage, names: tuple[str, ...]) -> Iterator[None]:
+    """Other closing maps for one stage."""
+    stage.closing = names  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        del stage.closing
+
+
+def filters_too(
+    name: str, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
+) -> Stage:
+    """Message-level solves for ``out`` and then for the filter network, in which PaiNN's messages are linear too."""
+    align_layers(name, stage, originals, territories, recipe, run=run_stage, inputs=stage_inputs)
+    names = stage.closing + ("filters",) * hasattr(stage, "filters")
+    with closing(stage, names):
+        align_messages(name, stage, originals, territories, recipe)
+    return stage
+
+
+def messages_only_in(*wanted: str) -> SolveStage:
+    """Message-level solves in the named stages only."""
+
+    def solve(
+        name: str, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
+    ) -> Stage:
+        own = recipe.model_copy(update={"messages": name in wanted})
+        return standard_stage(name, stage, originals, territories, own)
+
+    return solve
+
+
+def walked(
+    solve_stage: SolveStage = standard_stage, *, sweeps: int = 1, **options: Any
+) -> Callable[[Bench], Outcome]:
+    """A trunk of its own, then the cheap readout."""
+    recipe = Recipe(**options)
+    return lambda bench: fitted(
+        build_trunk(bench.specialists, recipe, solve_stage=solve_stage, sweeps=sweeps), Setting()
+    )
+
+
+def messages_in_last_block(bench: Bench) -> Outcome:
+    """Message-level solves in the stages of the last block only."""
+    potential = bench.specialists[0].potential
+    per_block = len(potential.stages) // potential.hyper.n_blocks
+    last = [name for name, _ in potential.named_stages()][-per_block:]
+    return walked(messages_only_in(*last))(bench)
+
+
+def trials() -> list[Trial]:
+    """All trials of this family."""
+    rows: list[tuple[str, str, Callable[[Bench], Outcome], int]] = [
+        ("filters", "filter network as a further closing map", walked(filters_too), 21),
+        ("two sweeps", "second sweep anchored at the first", walked(sweeps=2), 22),
+        ("messages none", "no message-level solves", walked(messages=False), 55),
+        ("messages last", "message-level solves in the last block only", messages_in_last_block, 56),
+        ("slopes off", "layers agree in values only", walked(probes=0), 57),
+        ("slope probes 8", "slopes along 8 displacements", walked(probes=8), 58),
+        ("slope weight 0.25", "slopes weigh a quarter of values", walked(slope_weight=0.25), 59),
+        ("slope weight 4", "slopes weigh four times values", walked(slope_weight=4.0), 51),
+    ]
+    rows += [
+        (f"ridge {ridge:.0e}", f"ridge of layers and messages {ridge:.0e}", walked(ridge=ridge), 60)
+        for ridge in (1e-2, 1e-3, 1e-5, 1e-6)
+    ]
+    return [Trial(name=n, family=FAMILY, changes=c, run=run, order=order) for n, c, run, order in rows]

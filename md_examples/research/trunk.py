@@ -1,0 +1,94 @@
+"""Steps 1-4 of the merge from its public pieces, with a hook for what happens at every stage."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ase_gffmerge.merging.align import align_layers, run_stage, stage_inputs
+from ase_gffmerge.merging.align_output import advance, align_messages
+from ase_gffmerge.merging.average import mean_potential
+from ase_gffmerge.merging.duals import Dual, Tensors, push
+from ase_gffmerge.merging.merge import working_copies
+from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.merging.references import align_references
+from ase_gffmerge.merging.territory import Scene, Territory, survey
+from ase_gffmerge.models import Potential
+from ase_gffmerge.models.potential import Stage
+from ase_gffmerge.specialist import Specialist
+
+SolveStage = Callable[[str, Stage, Sequence[Stage], Sequence[Territory], Recipe], Stage]
+"""Aligns one stage of the merged model with the specialists' and returns it, or the stage that shall take its place."""
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A merged potential whose stages are done, with the scenes that its readout will be fitted on."""
+
+    potential: Potential
+    territories: list[Territory]
+    seconds: float
+
+
+def standard_stage(
+    name: str, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
+) -> Stage:
+    """The default: every layer in turn, then the closing maps on the stage's output."""
+    align_layers(name, stage, originals, territories, recipe, run=run_stage, inputs=stage_inputs)
+    if recipe.messages:
+        align_messages(name, stage, originals, territories, recipe)
+    return stage
+
+
+@torch.no_grad()
+def build_trunk(
+    specialists: Sequence[Specialist],
+    recipe: Recipe,
+    *,
+    solve_stage: SolveStage = standard_stage,
+    sweeps: int = 1,
+) -> Trunk:
+    """Walk the stages, ``sweeps`` times; every sweep is anchored at the weights that the one before left."""
+    start = time.process_time()
+    parents = working_copies(specialists, torch.device("cpu"))
+    align_references(parents)
+    potential = mean_potential(parents, recipe)
+    weights = recipe.weights or (1.0,) * len(parents)
+    for _ in range(sweeps):
+        territories = survey(parents, potential, weights, probes=recipe.probes)
+        for i, (name, _) in enumerate(potential.named_stages()):
+            originals: list[Stage] = [p.potential.get_submodule(name) for p in parents]  # type: ignore[misc]
+            stage = solve_stage(name, potential.stages[i], originals, territories, recipe)
+            potential.stages[i] = stage
+            go_on(potential, stage, originals, territories)
+    align_plain_readout(potential, [p.potential.readout for p in parents], territories, recipe)
+    return Trunk(potential, territories, time.process_time() - start)
+
+
+def go_on(
+    merged: Potential, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory]
+) -> None:
+    """Advance all scenes by one finished stage."""
+    for original, territory in zip(originals, territories, strict=True):
+        for scene in territory.scenes:
+            scene.target = advance(original, scene.target, scene)
+            scene.merged = advance(stage, scene.merged, scene)
+            if stage.emits_scalars:
+                scene.target_scalars.append(push(lambda *x: merged.scalars(x), scene.target))
+                scene.merged_scalars.append(push(lambda *x: merged.scalars(x), scene.merged))
+
+
+def align_plain_readout(
+    merged: Potential, originals: Sequence[nn.Module], territories: Sequence[Territory], recipe: Recipe
+) -> None:
+    """Treat the two-layer readout like any other layers."""
+
+    def run(readout: nn.Module, scene: Scene, scalars: Tensors) -> Tensor:
+        return readout(scalars, merged.species_row[scene.graph.atomic_numbers])
+
+    def inputs(scene: Scene, of_merged: bool) -> Dual:
+        return sum(scene.merged_scalars if of_merged else scene.target_scalars, start=Dual((), ()))
+
+    align_layers("readout", merged.readout, originals, territories, recipe, run=run, inputs=inputs)

@@ -1,0 +1,220 @@
+"""The research script on few frames of the bundled specialists: its pieces agree with the product's, and it resumes."""
+
+import importlib
+import json
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ase_gffmerge.accuracy import evaluate, predict_frames
+from ase_gffmerge.evaluation.bundled import bundled_test_frames
+from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.merging.align import align_layers, run_stage, stage_inputs
+from ase_gffmerge.merging.force_matching import match_forces
+from ase_gffmerge.merging.probes import Probes
+from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe
+from ase_gffmerge.specialist import Specialist
+
+NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
+SMALL = ReadoutOptions(width=12, copies=1)
+
+
+@pytest.fixture(scope="module")
+def research():
+    """``research(name)`` imports a module of the research package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2] / "md_examples")
+        yield lambda name: importlib.import_module(f"research.{name}")
+
+
+@pytest.fixture(scope="module")
+def bench(research, tmp_path_factory):
+    """Five calibration frames, five further frames and three test frames of each bundled specialist, in float64."""
+    specialists = [Specialist.load(name, dtype=torch.float64) for name in NAMES]
+    return research("bench").Bench(
+        specialists=tuple(s.with_calibration(s.calibration[:5]) for s in specialists),
+        pools=tuple(s.calibration[5:10] for s in specialists),
+        tests=tuple(tuple(bundled_test_frames(name)[:3]) for name in NAMES),
+        folder=tmp_path_factory.mktemp("research"),
+    )
+
+
+def dot(a, b):
+    return sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
+
+
+def assert_adjoint(problem, generator):
+    """⟨J v, u⟩ = ⟨v, Jᵀ u⟩ for random v and u, and J v is the change of the residual."""
+    v = {k: torch.randn(p.shape, generator=generator).to(p) for k, p in problem.parameters.items()}
+    u = [torch.randn(r.shape, generator=generator).to(r) for r in problem.residual()]
+    forward, back = problem.forward(v), problem.transpose(u)
+    assert dot(forward, u) == pytest.approx(sum(float((v[k] * back[k]).sum()) for k in v), rel=1e-8)
+
+
+def test_the_open_readout_fit_is_the_products(research, bench):
+    trunk = bench.trunk
+    setting = research("readout_fit").Setting(options=SMALL)
+    ours = research("readout_fit").fitted(trunk, setting).potentials
+    product, _, _ = match_forces(trunk.potential, trunk.territories, SMALL, progress=lambda x: None)
+    frames = bench.tests[0]
+    assert ours[0] is ours[1]
+    found, expected = (predict_frames(p, frames) for p in (ours[0], product))
+    np.testing.assert_allclose(np.concatenate(found.forces), np.concatenate(expected.forces), atol=1e-6)
+
+
+def test_features_differentiated_forward_give_the_products_rows(research, bench):
+    features, fit = research("features"), research("readout_fit")
+
+    class Plain(features.FeatureReadout):
+        def phi(self, z, species):
+            return torch.nn.functional.silu(self.lift(z))
+
+    plain = fit.with_wide_readout(bench.trunk.potential, SMALL)
+    general = features.with_readout(Plain, bench.trunk.potential, SMALL)
+    general.readout.lift.load_state_dict(plain.readout.lift.state_dict())
+    graph = batch_graphs([build_graph(a, plain.hyper.cutoff, dtype=plain.dtype) for a in bench.pools[0][:2]])
+    target = predict(bench.specialists[0].potential, graph)
+    probes = Probes.draw(graph, 4, stress_weight=0.0, seed=0)
+    weights = dict(elements=torch.arange(4), frame_weights=torch.ones(2).double(), energy_weight=3.0)
+    rows = [features.feature_rows(p, graph, target, probes, **weights) for p in (plain, general)]
+    torch.testing.assert_close(rows[0], rows[1])
+
+
+@pytest.mark.parametrize("kind", ["norms", "gated", "elements"])
+def test_every_kind_of_features_learns(research, bench, kind):
+    features, readout, fit = research("features"), research("readout"), research("readout_fit")
+    settings = {
+        "norms": {"widen": features.with_norms},
+        "gated": {"widen": partial(features.with_readout, features.GatedReadout), "lift": readout.gated},
+        "elements": {
+            "widen": partial(features.with_readout, features.ElementReadout),
+            "lift": readout.per_element,
+        },
+    }
+    options = SMALL.model_copy(update={"width": 64})
+    wide = settings[kind]["widen"](bench.trunk.potential, options)
+    before, expected = (predict_frames(p, bench.tests[0]) for p in (wide, bench.trunk.potential))
+    np.testing.assert_allclose(before.energies, expected.energies, atol=1e-8)
+    after = fit.fitted(bench.trunk, fit.Setting(options=options, **settings[kind])).potentials[0]
+    for k, frames in enumerate(bench.tests):
+        assert evaluate(after, frames).force_mae < evaluate(bench.trunk.potential, frames).force_mae, k
+
+
+def test_shared_theta_is_one_vector_for_all_elements(research, bench):
+    fit = research("readout_fit")
+    potential = fit.fitted(bench.trunk, fit.Setting(options=SMALL, shared_theta=True)).potentials[0]
+    present = torch.as_tensor([potential.species.index(z) for z in (1, 6, 8)])
+    theta = potential.readout.theta[present]
+    assert theta.abs().max() > 0
+    torch.testing.assert_close(theta, theta[:1].expand_as(theta))
+
+
+def test_rotation_onto_undoes_a_rotation(research, rng):
+    points = rng.standard_normal((6, 3))
+    turn, _ = np.linalg.qr(rng.standard_normal((3, 3)))
+    turn *= np.sign(np.linalg.det(turn))
+    np.testing.assert_allclose(
+        points @ turn @ research("copies").rotation_onto(points @ turn, points), points
+    )
+
+
+def test_thermal_copies_move_stiff_bonds_least(research, bench):
+    territory = bench.trunk.territories[0]
+    options = SMALL.model_copy(update={"copies": 50})
+    frames = territory.specialist.calibration
+    changes = {}
+    for name in ("thermal", "rattled"):
+        make = (
+            partial(research("copies").thermal, scale=0.2)
+            if name == "thermal"
+            else research("copies").rattled
+        )
+        copies = make(frames[:1], territory, options)
+        distances = np.array([copy.get_all_distances() for copy in copies]) - frames[0].get_all_distances()
+        changes[name] = distances.std(0)
+    bonded = (frames[0].get_all_distances() < 1.6) & (frames[0].get_all_distances() > 0)
+    far = frames[0].get_all_distances() > 2.6
+    ratio = {name: change[bonded].mean() / change[far].mean() for name, change in changes.items()}
+    assert ratio["thermal"] < 0.7 * ratio["rattled"]
+
+
+def test_layers_with_unit_weights_are_the_products(research, bench):
+    stage = bench.trunk.potential.stages[0]
+    recipe, layerwise = Recipe(), research("layerwise")
+    trunk = research("trunk").build_trunk(
+        bench.specialists, recipe, solve_stage=lambda name, stage, *_: stage
+    )
+    territories = layerwise.survey(bench.specialists, trunk.potential, [1.0, 1.0], probes=2)
+    originals = [s.potential.stages[0] for s in bench.specialists]
+    ours, product = deepcopy(trunk.potential.stages[0]), deepcopy(trunk.potential.stages[0])
+    with torch.no_grad():
+        layerwise.solve_layers("stages.0", ours, originals, territories, recipe)
+        align_layers("stages.0", product, originals, territories, recipe, run=run_stage, inputs=stage_inputs)
+    assert not torch.equal(ours.out.weight, trunk.potential.stages[0].out.weight)
+    torch.testing.assert_close(ours.state_dict(), product.state_dict(), rtol=1e-6, atol=1e-9)
+    assert stage is not ours
+
+
+def test_low_rank_corrections_have_that_rank(research, bench):
+    trunk = bench.trunk
+    own = research("layerwise").corrected(trunk.potential, trunk.territories[1], Recipe(), 2)
+    change = own.stages[1].U.weight - trunk.potential.stages[1].U.weight
+    assert torch.linalg.matrix_rank(change, rtol=1e-8) == 2
+
+
+def test_linearisations_are_adjoint(research, bench):
+    generator = torch.Generator().manual_seed(0)
+    gauss_newton, trunk = research("gauss_newton"), bench.trunk
+    batches = gauss_newton.labelled(trunk.territories[0], bench.pools[0][:2], torch.float64)
+    assert_adjoint(gauss_newton.ForceProblem(trunk.potential, batches), generator)
+    territories = research("layerwise").survey(bench.specialists, trunk.potential, [1.0, 1.0], probes=2)
+    originals = [s.potential.stages[0] for s in bench.specialists]
+    joint = research("joint_block").StageProblem(trunk.potential.stages[0], originals, territories, Recipe())
+    assert_adjoint(joint, generator)
+
+
+def test_a_gauss_newton_step_lowers_the_residual(research, bench):
+    gauss_newton, trunk = research("gauss_newton"), bench.trunk
+    moved = gauss_newton.linearised(trunk.potential, trunk.territories, iterations=3, copies=0, damping=1e-3)
+    for k, territory in enumerate(trunk.territories):
+        batches = gauss_newton.labelled(territory, territory.specialist.calibration, torch.float64)
+        norms = [
+            dot(r, r)
+            for r in (gauss_newton.ForceProblem(p, batches).residual() for p in (trunk.potential, moved))
+        ]
+        assert norms[1] < 0.5 * norms[0], k
+
+
+def test_rows_are_kept_and_not_run_again(research, script, bench):
+    runner, trial = script("research_convex"), research("bench").Trial
+    fit = research("readout_fit")
+    calls = []
+
+    def run(bench):
+        calls.append(bench)
+        return fit.fitted(bench.trunk, fit.Setting(options=SMALL))
+
+    trials = [trial(name="tiny", family="test", changes="width 12", run=run, costs=True)]
+    for _ in range(2):
+        rows = runner.run_trials(bench, trials)
+    assert len(calls) == 1
+    row = json.loads((bench.folder / "trials.json").read_text())[bench.identity]["tiny"]
+    assert row == rows.found["tiny"]
+    expected = 1000 * evaluate(run(bench).potentials[0], bench.tests[0]).force_mae
+    assert row["force_mae"]["rmd17-ethanol"] == pytest.approx(expected)
+    assert f"{expected:.1f}" in research("rows").markdown([row])
+    assert research("rows").plot([row], bench.folder / "plot.png").stat().st_size > 1000
+
+
+def test_trials_have_distinct_names_and_unknown_ones_are_refused(research, script, tmp_path, capsys):
+    names = [trial.name for trial in research("catalogue").all_trials()]
+    assert len(set(names)) == len(names)
+    main = script("research_convex").main
+    assert main(["nowhere", "--out", str(tmp_path), "--list"]) == 0
+    assert "copies 2" in capsys.readouterr().out
+    assert main(["nowhere", "--out", str(tmp_path), "--trials", "nonsense"]) == 2
+    assert "nonsense" in capsys.readouterr().err
