@@ -85,7 +85,8 @@ def test_features_differentiated_forward_give_the_products_rows(research, bench)
 
 
 @pytest.mark.parametrize("kind", ["norms", "gated", "elements"])
-def test_every_kind_of_features_learns(research, bench, kind):
+def test_rows_of_every_kind_of_features_predict_what_the_fit_changes(research, bench, kind):
+    """Energies and forces are linear in θ and c, so rows times the solution are their changes, of energies and of work."""
     features, readout, fit = research("features"), research("readout"), research("readout_fit")
     settings = {
         "norms": {"widen": features.with_norms},
@@ -95,13 +96,21 @@ def test_every_kind_of_features_learns(research, bench, kind):
             "lift": readout.per_element,
         },
     }
-    options = SMALL.model_copy(update={"width": 64})
-    wide = settings[kind]["widen"](bench.trunk.potential, options)
-    before, expected = (predict_frames(p, bench.tests[0]) for p in (wide, bench.trunk.potential))
-    np.testing.assert_allclose(before.energies, expected.energies, atol=1e-8)
-    after = fit.fitted(bench.trunk, fit.Setting(options=options, **settings[kind])).potentials[0]
-    for k, frames in enumerate(bench.tests):
-        assert evaluate(after, frames).force_mae < evaluate(bench.trunk.potential, frames).force_mae, k
+    before = bench.trunk.potential
+    after = fit.fitted(bench.trunk, fit.Setting(options=SMALL, **settings[kind])).potentials[0]
+    frames, elements = bench.tests[1][:2], torch.arange(len(after.species))
+    graph = batch_graphs([build_graph(a, after.hyper.cutoff, dtype=after.dtype) for a in frames])
+    probes = Probes.draw(graph, 5, stress_weight=0.0, seed=1)
+    old, new = predict(before, graph), predict(after, graph)
+    ones = torch.ones(len(frames)).double()
+    rows, _ = features.feature_rows(
+        after, graph, new, probes, elements=elements, frame_weights=ones, energy_weight=1.0
+    )
+    coefficients = torch.cat([after.readout.theta.flatten(), after.readout.constants])
+    slopes, energies = (rows @ coefficients).split([5 * len(frames), len(frames)])
+    assert energies.abs().max() > 0
+    torch.testing.assert_close(slopes.view(5, -1), probes.work(graph, new) - probes.work(graph, old))
+    torch.testing.assert_close(energies * len(frames[0]) ** 0.5, new.energy - old.energy)
 
 
 def test_shared_theta_is_one_vector_for_all_elements(research, bench):
