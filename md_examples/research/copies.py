@@ -3,7 +3,7 @@ r"""Family ``copies``: which frames the readout is fitted on beside the calibrat
 A specialist labels anything for free, so the question is where to ask it:
 
 * the product displaces every atom on its own (``rattled``);
-* short dynamics of the specialist starts from every calibration frame (``dynamics``);
+* short dynamics of the specialist starts from every calibration frame (:class:`Dynamics`);
 * ``thermal`` displaces a frame along the calibration frames' own fluctuations. With the frames turned onto the displaced one
   (Kabsch) and their mean removed, :math:`D_j = R_j x_j - \bar x`, a copy is :math:`x_i + s\sum_j c_j D_j/\sqrt n` with
   standard normal c: its displacement has s² times the thermal covariance, so that stiff bonds move little and soft
@@ -13,6 +13,7 @@ A specialist labels anything for free, so the question is where to ask it:
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -21,6 +22,7 @@ from ase import Atoms
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.merging.territory import Territory
 from ase_gffmerge.sampling.replicas import run_replicas
+from ase_gffmerge.specialist import Specialist
 from research.bench import Bench, Outcome, Trial
 from research.readout_fit import CHEAP, Copies, Setting, fitted, on_shared_trunk, rattled
 
@@ -72,39 +74,66 @@ def thermal(
     return copies
 
 
-def dynamics(
-    temperature: float, *, copies: int, interval: float, bench: Bench, rattle: float = 0.0
-) -> Outcome:
-    """Copies from each specialist's own Langevin dynamics, ``interval`` fs apart, starting at every calibration frame."""
-    start = time.process_time()
-    every = round(interval / 0.5)
-    following: dict[bytes, list[Atoms]] = {}
-    for territory in bench.trunk.territories:
-        frames = territory.specialist.calibration
+@dataclass(frozen=True, kw_only=True)
+class Dynamics:
+    """Langevin dynamics of every specialist from all its calibration frames at once; visited frames are the copies.
+
+    Attributes
+    ----------
+    copies, steps
+        Frames recorded per calibration frame, and time steps from one to the next.
+    timestep
+        fs.
+    equal_masses
+        Give every atom 12 u: what is visited in the long run stays the same, light atoms no longer limit the time step.
+    temperature
+        K.
+    probes
+        Derivatives per frame in the readout's fit.
+    """
+
+    copies: int
+    steps: int
+    timestep: float = 0.5
+    equal_masses: bool = False
+    temperature: float = 500.0
+    probes: int = CHEAP.probes
+
+    def visited(self, specialist: Specialist) -> dict[bytes, list[Atoms]]:
+        """Copies of every calibration frame, by its positions."""
+        starts = [atoms.copy() for atoms in specialist.calibration]
+        for atoms in starts:
+            if self.equal_masses:
+                atoms.set_masses(np.full(len(atoms), 12.0))
         runs = run_replicas(
-            territory.specialist.potential,
-            list(frames),
+            specialist.potential,
+            starts,
             ensemble="nvt",
-            temperature=temperature,
-            timestep=0.5,
-            steps=every * copies,
-            every=every,
+            temperature=self.temperature,
+            timestep=self.timestep,
+            steps=self.steps * self.copies,
+            every=self.steps,
             friction=0.05,
         )
-        following |= {a.positions.tobytes(): list(r.frames)[1:] for a, r in zip(frames, runs, strict=True)}
-    rng = np.random.default_rng(0)
+        return {
+            start.positions.tobytes(): [
+                Atoms(a.numbers, positions=a.positions, cell=a.cell, pbc=a.pbc) for a in run.frames[1:]
+            ]
+            for start, run in zip(starts, runs, strict=True)
+        }
 
-    def visited(frames: Sequence[Atoms], territory: Territory, options: ReadoutOptions) -> list[Atoms]:
-        found = []
-        for atoms in frames:
-            for visit in following[atoms.positions.tobytes()]:
-                copy = atoms.copy()
-                copy.positions = visit.positions + rattle * rng.standard_normal(visit.positions.shape)
-                found.append(copy)
-        return found
+    def __call__(self, bench: Bench) -> Outcome:
+        """Sample, then fit the readout."""
+        start = time.process_time()
+        found = [self.visited(territory.specialist) for territory in bench.trunk.territories]
+        options = CHEAP.model_copy(update={"probes": self.probes})
 
-    spent = time.process_time() - start
-    return fitted(bench.trunk, Setting(copies=visited), extra_seconds=spent)
+        def copies(frames: Sequence[Atoms], territory: Territory, options: ReadoutOptions) -> list[Atoms]:
+            return [copy for atoms in frames for copy in found[territory.index][atoms.positions.tobytes()]]
+
+        spent = time.process_time() - start
+        outcome = fitted(bench.trunk, Setting(copies=copies, options=options), extra_seconds=spent)
+        return replace(outcome, note=f"{outcome.note}; dynamics {spent:.0f} s")
 
 
 def _trial(name: str, changes: str, make: Copies, *, order: int, **options: float) -> Trial:
@@ -140,15 +169,25 @@ def trials() -> list[Trial]:
                 copies=n,
             )
         )
-    for temperature, n, interval, order in ((500.0, 2, 20.0, 10), (500.0, 4, 50.0, 30), (500.0, 8, 25.0, 31)):
+    runs = (
+        (Dynamics(copies=2, steps=40), 10),
+        (Dynamics(copies=8, steps=10, timestep=2.0, equal_masses=True), 6),
+        (Dynamics(copies=4, steps=10, timestep=2.0, equal_masses=True), 7),
+        (Dynamics(copies=8, steps=10, timestep=2.0, equal_masses=True, probes=27), 16),
+        (Dynamics(copies=16, steps=10, timestep=2.0, equal_masses=True, probes=3), 16),
+        (Dynamics(copies=4, steps=100), 30),
+        (Dynamics(copies=8, steps=50), 31),
+    )
+    for run, order in runs:
+        masses = ", equal masses" if run.equal_masses else ""
+        probes = f", {run.probes} probes" if run.probes != CHEAP.probes else ""
         found.append(
             Trial(
-                name=f"MD {temperature:.0f} K {n} x {interval:.0f} fs",
+                name=f"MD {run.copies} x {run.steps * run.timestep:.0f} fs{masses}{probes}",
                 family=FAMILY,
-                changes=f"{n} copies from the specialist's own dynamics",
-                run=lambda bench, t=temperature, n=n, i=interval: dynamics(
-                    t, copies=n, interval=i, bench=bench
-                ),
+                changes=f"{run.copies} copies from the specialist's dynamics at {run.temperature:.0f} K, "
+                f"{run.steps} steps of {run.timestep:g} fs apart{masses}{probes}",
+                run=run,
                 order=order,
             )
         )

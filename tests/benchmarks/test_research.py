@@ -168,6 +168,21 @@ def test_layers_with_unit_weights_are_the_products(research, bench):
     assert stage is not ours
 
 
+@pytest.mark.parametrize("index", [2, 3])
+def test_a_stage_with_random_hidden_features_starts_as_it_was(research, bench, index):
+    potential, hidden = bench.trunk.potential, research("hidden_width")
+    scene = bench.trunk.territories[0].scenes[0]
+    state, edges = potential.embed(scene.graph), scene.edge_geometry(scene.geometry.value)
+    for stage in potential.stages[:index]:
+        state = stage(state, edges)
+    stage = potential.stages[index]
+    with torch.no_grad():
+        wide = hidden.widened_stage(stage, hidden.hidden_rows(stage, state), 7)
+        torch.testing.assert_close(wide(state, edges), stage(state, edges))
+        wide.out.weight[:, -7:] = 0.1
+        assert not torch.allclose(wide(state, edges)[0], stage(state, edges)[0])
+
+
 def test_low_rank_corrections_have_that_rank(research, bench):
     trunk = bench.trunk
     own = research("layerwise").corrected(trunk.potential, trunk.territories[1], Recipe(), 2)
