@@ -55,13 +55,17 @@ def architecture(request: pytest.FixtureRequest) -> str:
 def family() -> Family:
     """``family(architecture, k, size=...)`` gives k related specialists with frames of different molecules."""
 
-    def make(architecture: str, k: int = 2, *, size: float = 0.05, frames: int = 6) -> list[Specialist]:
+    def make(
+        architecture: str,
+        k: int = 2,
+        *,
+        size: float = 0.05,
+        frames: int = 6,
+        species: tuple[int, ...] = (1, 6, 8),
+    ) -> list[Specialist]:
         torch.manual_seed(0)
         potential = (
-            build_potential(architecture, SMALL[architecture], (1, 6, 8))
-            .double()
-            .eval()
-            .requires_grad_(False)
+            build_potential(architecture, SMALL[architecture], species).double().eval().requires_grad_(False)
         )
         base = Specialist(name="base", potential=potential, level_of_theory="toy")
         molecules = ("CH3CH2OH", "CH3CHO", "CH3OCH3", "HCOOH")

@@ -1,0 +1,170 @@
+"""Harder mixtures: many specialists, elements only one of them knows, unequal calibration sets, other zeros of energy."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import molecule
+
+from ase_gffmerge import Specialist, merge
+from ase_gffmerge.accuracy import compare, predict_frames
+from ase_gffmerge.errors import IncompatibleSpecialistsError
+from ase_gffmerge.merging.recipe import Recipe, load_recipe
+from ase_gffmerge.models import Potential, build_potential
+
+pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
+
+MOLECULES = ("CH3CH2OH", "CH3CHO", "CH3OCH3", "HCOOH", "CH3OH", "H2CO")
+# made-up specialists agree on no zero of energy, so forces alone are matched closely
+SMALL = {
+    "readout": {"width": 96, "blocks": 2, "copies": 1, "energy_weight": 0.1},
+    "probes": 1,
+    "messages": False,
+}
+
+
+def recipe(name: str = "gffmerge", **options) -> Recipe:
+    return load_recipe({"preset": name, **(SMALL if name == "gffmerge" else {}), **options})
+
+
+def rattled(name: str, n: int, seed: int) -> list[Atoms]:
+    rng = np.random.default_rng(seed)
+    frames = [molecule(name) for _ in range(n)]
+    for atoms in frames:
+        atoms.positions += 0.08 * rng.standard_normal(atoms.positions.shape)
+    return frames
+
+
+def disagreement(potential: Potential, specialist: Specialist, frames: Sequence[Atoms] = ()) -> float:
+    """Force MAE against the specialist, relative to its own mean force; default: on its calibration frames."""
+    frames = frames or specialist.calibration
+    own = predict_frames(specialist.potential, frames)
+    return (
+        compare(predict_frames(potential, frames), own).force_mae / np.abs(np.concatenate(own.forces)).mean()
+    )
+
+
+@pytest.fixture
+def mixture(family, architecture):
+    """``mixture(k)``: k relatives, each with a molecule of its own."""
+
+    def make(k: int, *, frames: int = 5) -> list[Specialist]:
+        specialists = family(architecture, k, size=0.1, frames=1)
+        sets = [rattled(name, frames, seed) for seed, name in enumerate(MOLECULES[:k])]
+        return [s.with_calibration(frames) for s, frames in zip(specialists, sets)]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("architecture", "k"), [("painn", 2), ("painn", 4), ("painn", 6), ("nequip", 2), ("nequip", 4)]
+)
+def test_any_number_of_specialists_merges(mixture, k) -> None:
+    """On average over the specialists, the merged potential is nearer to them than the mean of the weights is."""
+    specialists = mixture(k)
+    (merged, report), (mean, _) = (
+        merge(specialists, recipe(name, messages=name != "mean")) for name in ("gffmerge", "mean")
+    )
+    assert merged.merged.parents == report.specialists == tuple(f"s{i}" for i in range(k))
+    assert merged.potential.hyper.n_embeddings == 1
+    ours, theirs = (np.mean([disagreement(m.potential, s) for s in specialists]) for m in (merged, mean))
+    assert ours < 0.8 * theirs
+
+
+def restricted(specialist: Specialist, species: tuple[int, ...], frames: Sequence[Atoms]) -> Specialist:
+    """The same specialist without what it knows of other elements."""
+    whole = specialist.potential
+    part = build_potential(whole.architecture, whole.hyper.to_dict(), species).double()
+    rows = [whole.species.index(z) for z in species]
+    state = dict(whole.state_dict())
+    state |= {"embedding": state["embedding"][:, rows], "references": state["references"][rows]}
+    part.load_state_dict(state)
+    return replace(specialist, potential=part.eval().requires_grad_(False), calibration=tuple(frames))
+
+
+def test_a_pair_sharing_only_some_elements(family, architecture) -> None:
+    """H and C are shared; one specialist knows O besides, the other N."""
+    pair = family(architecture, 2, size=0.1, frames=1, species=(1, 6, 7, 8))
+    pair = [
+        restricted(pair[0], (1, 6, 8), rattled("CH3CHO", 5, seed=0)),
+        restricted(pair[1], (1, 6, 7), rattled("CH3CN", 5, seed=1)),
+    ]
+    (merged, _), (mean, _) = (merge(pair, recipe(name)) for name in ("gffmerge", "mean"))
+    assert merged.species == (1, 6, 7, 8)
+    for specialist in pair:
+        assert disagreement(merged.potential, specialist) < 0.9 * disagreement(mean.potential, specialist)
+    together = molecule("CH3CHO") + molecule("CH3CN")
+    assert np.isfinite(predict_frames(merged.potential, [together]).forces[0]).all()
+    for owner, z in ((0, 8), (1, 7)):
+        own = pair[owner].potential
+        torch.testing.assert_close(
+            merged.potential.embedding[0, merged.species.index(z)], own.embedding[0, own.species.index(z)]
+        )
+
+
+def test_repeating_frames_of_one_specialist_changes_nothing(mixture) -> None:
+    """Ten times the rows with the same content: normalised statistics are the same, the paper's are not."""
+    first, second = mixture(2, frames=4)
+    repeated = first.with_calibration(first.calibration * 10)
+    frames = [*first.calibration, *second.calibration]
+
+    def forces(specialists: list[Specialist], **options) -> np.ndarray:
+        plain = recipe(readout=None, probes=0, ridge=1e-3, **options)
+        return np.concatenate(predict_frames(merge(specialists, plain)[0].potential, frames).forces)
+
+    scale = np.abs(forces([first, second])).max()
+    np.testing.assert_allclose(
+        forces([repeated, second]), forces([first, second]), atol=1e-6 * scale, rtol=1e-6
+    )
+    tilted = forces([repeated, second], normalise=False) - forces([first, second], normalise=False)
+    assert np.abs(tilted).max() > 1e-3 * scale
+
+
+@pytest.mark.parametrize(("architecture", "large"), [("painn", 0), ("painn", 1), ("nequip", 0)])
+def test_a_large_calibration_set_does_not_push_the_small_one_aside(mixture, large) -> None:
+    """30 frames against 3: on new frames the small one loses nothing that it had at 3 against 3."""
+    pair = mixture(2, frames=3)
+    small = 1 - large
+    unequal = list(pair)
+    unequal[large] = pair[large].with_calibration(rattled(MOLECULES[large], 30, seed=7))
+    new = rattled(MOLECULES[small], 8, seed=8)
+    errors = [
+        disagreement(merge(specialists, recipe())[0].potential, pair[small], new)
+        for specialists in (pair, unequal)
+    ]
+    assert errors[1] < 1.15 * errors[0]
+
+
+def test_other_zeros_of_energy_are_aligned_and_reported(mixture) -> None:
+    """Three specialists of one theory, each counting from a zero of its own."""
+    plain = mixture(3, frames=2)
+    tables = {"s1": (3.0, 500.0, 800.0), "s2": (-2.0, 40.0, 7.0)}
+    shifted = mixture(3, frames=2)
+    for specialist, table in zip(shifted[1:], tables.values()):
+        specialist.potential.references += torch.tensor(table, dtype=torch.float64)
+    (reference, unshifted), (merged, report) = (merge(s, recipe(probes=0)) for s in (plain, shifted))
+    assert not unshifted.energy_shifts
+    assert report.energy_shifts == {
+        name: pytest.approx(dict(zip("HCO", table))) for name, table in tables.items()
+    }
+    frames = [atoms for specialist in plain for atoms in specialist.calibration]
+    ours, theirs = (predict_frames(m.potential, frames) for m in (merged, reference))
+    np.testing.assert_allclose(ours.energies, theirs.energies, atol=1e-6)
+    np.testing.assert_allclose(np.concatenate(ours.forces), np.concatenate(theirs.forces), atol=1e-8)
+
+
+def test_another_theory_among_many_is_refused_unless_allowed(mixture) -> None:
+    *same, last = mixture(4, frames=1)
+    specialists = [*same, replace(last, level_of_theory="GFN2-xTB")]
+    for others in pairwise(specialists[:3]):
+        merge(others, recipe("mean"))
+    with pytest.raises(
+        IncompatibleSpecialistsError, match=r"'s0' and 's3' .*'toy', 'GFN2-xTB'.*allow_mixed_theory"
+    ):
+        merge(specialists, recipe("mean"))
+    merged, _ = merge(specialists, recipe("mean", allow_mixed_theory=True))
+    assert merged.level_of_theory == "toy + GFN2-xTB"
