@@ -40,7 +40,7 @@ class ClosedLoopOptions(TrajectoryOptions):
     """
 
     rounds: int = Field(default=2, ge=1)
-    frames: int = Field(default=50, ge=1)
+    frames: int = Field(default=150, ge=1)
     tolerance: float = Field(default=0.03, ge=0, lt=1)
 
 
