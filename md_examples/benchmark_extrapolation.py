@@ -32,10 +32,10 @@ from ase_gffmerge.accuracy import chunks, labels, predict_frames
 from ase_gffmerge.cli.output import print_json
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.disagreement import force_disagreement
+from ase_gffmerge.dynamics.replicas import run_replicas
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.extrapolation import grades
 from ase_gffmerge.graphs import batch_graphs, build_graph
-from ase_gffmerge.sampling.replicas import run_replicas
 
 INSIDE = ("ethanol", "malonaldehyde")
 OUTSIDE = ("toluene", "salicylic", "aspirin", "uracil")

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from ase_gffmerge.dynamics.replicas import ReplicaRun, run_replicas
 from ase_gffmerge.evaluation.observables import diffusion_coefficient, radial_distributions, without_drift
 from ase_gffmerge.models import Potential
-from ase_gffmerge.sampling.replicas import ReplicaRun, run_replicas
 
 TEMPERATURES = (300, 600)
 """K."""

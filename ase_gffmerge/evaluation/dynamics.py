@@ -11,11 +11,11 @@ from ase.constraints import FixCom
 from ase.md import MTKNPT, Langevin, VelocityVerlet
 from ase.md.md import MolecularDynamics
 
+from ase_gffmerge.dynamics.bonds import Bonds, bonds_intact, broken_bonds, find_bonds
+from ase_gffmerge.dynamics.momenta import degrees_of_freedom, new_momenta
 from ase_gffmerge.errors import DynamicsError, StructureError
 from ase_gffmerge.evaluation.mdresult import MDResult, Sample
 from ase_gffmerge.evaluation.trajectory import frame_writer
-from ase_gffmerge.sampling.bonds import Bonds, bonds_intact, broken_bonds, find_bonds
-from ase_gffmerge.sampling.momenta import degrees_of_freedom, new_momenta
 
 __all__ = [
     "Bonds",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
 
+from ase_gffmerge.dynamics.monitor import Monitor
 from ase_gffmerge.evaluation.md_distributions import Distributions, distributions
 from ase_gffmerge.evaluation.md_protocol import Protocol
 from ase_gffmerge.evaluation.md_trajectory import MDTrajectory
@@ -20,7 +21,6 @@ from ase_gffmerge.evaluation.observables import (
     vibrational_spectrum,
     without_drift,
 )
-from ase_gffmerge.sampling.monitor import Monitor
 
 MIN_DIFFUSION_FRAMES = 100
 

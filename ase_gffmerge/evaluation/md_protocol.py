@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from ase_gffmerge.dynamics.replicas import Ensemble
 from ase_gffmerge.errors import DynamicsError
-from ase_gffmerge.sampling.replicas import Ensemble
 
 RECORD_FS = {"nvt": 10.0, "nve": 2.0}
 """Time between frames: 2 fs resolves every vibration up to 8000 cm⁻¹."""

@@ -8,9 +8,9 @@ from time import perf_counter
 
 from ase import Atoms
 
+from ase_gffmerge.dynamics.replicas import Ensemble, run_replicas
 from ase_gffmerge.evaluation.md_protocol import Protocol
 from ase_gffmerge.evaluation.md_trajectory import MDTrajectory, load_trajectories, save_trajectories
-from ase_gffmerge.sampling.replicas import Ensemble, run_replicas
 from ase_gffmerge.specialist import Specialist
 
 Progress = Callable[[float, str], None]

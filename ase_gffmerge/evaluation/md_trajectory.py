@@ -10,8 +10,8 @@ from zipfile import BadZipFile
 import numpy as np
 from ase import Atoms
 
+from ase_gffmerge.dynamics.replicas import ReplicaRun
 from ase_gffmerge.fileformat import atomic_write
-from ase_gffmerge.sampling.replicas import ReplicaRun
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Molecular dynamics as a source of frames: many replicas at once, calibration frames, the closed loop."""
+"""Molecular dynamics as a source of frames: calibration frames from nothing but a specialist, and the closed loop."""

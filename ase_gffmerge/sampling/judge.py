@@ -6,9 +6,9 @@ import numpy as np
 from ase import Atoms
 
 from ase_gffmerge.accuracy import chunks
+from ase_gffmerge.dynamics.monitor import Monitor, Stop, Watch
+from ase_gffmerge.dynamics.swarm import Swarm
 from ase_gffmerge.models import Potential
-from ase_gffmerge.sampling.monitor import Monitor, Stop, Watch
-from ase_gffmerge.sampling.swarm import Swarm
 
 
 def judge(

@@ -10,8 +10,8 @@ from ase import Atoms
 from pydantic import BaseModel, ConfigDict, Field
 
 from ase_gffmerge.accuracy import Errors, compare, labels, predict_frames
-from ase_gffmerge.sampling.monitor import standard_monitor
-from ase_gffmerge.sampling.replicas import ReplicaRun, run_replicas
+from ase_gffmerge.dynamics.monitor import standard_monitor
+from ase_gffmerge.dynamics.replicas import ReplicaRun, run_replicas
 from ase_gffmerge.specialist import Specialist
 
 Progress = Callable[[float, str], None]

@@ -11,11 +11,11 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 from ase.io import read
 
+from ase_gffmerge.dynamics.bonds import bonds_intact, broken_bonds, find_bonds
+from ase_gffmerge.dynamics.momenta import degrees_of_freedom, new_momenta
 from ase_gffmerge.errors import FileFormatError, StructureError
 from ase_gffmerge.evaluation.dynamics import DynamicsError, run_md
 from ase_gffmerge.evaluation.mdresult import MDResult, Sample
-from ase_gffmerge.sampling.bonds import bonds_intact, broken_bonds, find_bonds
-from ase_gffmerge.sampling.momenta import degrees_of_freedom, new_momenta
 
 
 class Springs(Calculator):

@@ -9,11 +9,11 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from ase_gffmerge.accuracy import check_frames
+from ase_gffmerge.dynamics.momenta import degrees_of_freedom, new_momenta
+from ase_gffmerge.dynamics.monitor import Monitor, Stop, Watch
+from ase_gffmerge.dynamics.swarm import Swarm
 from ase_gffmerge.errors import DynamicsError, StructureError
 from ase_gffmerge.models import Potential
-from ase_gffmerge.sampling.momenta import degrees_of_freedom, new_momenta
-from ase_gffmerge.sampling.monitor import Monitor, Stop, Watch
-from ase_gffmerge.sampling.swarm import Swarm
 
 Ensemble = Literal["nve", "nvt"]
 Progress = Callable[[float, str], None]

@@ -11,10 +11,10 @@ from ase.geometry import find_mic
 from torch import Tensor
 from torch_geometric.data import Data
 
+from ase_gffmerge.dynamics.bonds import find_bonds
+from ase_gffmerge.dynamics.swarm import Swarm
 from ase_gffmerge.extrapolation import grades
 from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.sampling.bonds import find_bonds
-from ase_gffmerge.sampling.swarm import Swarm
 from ase_gffmerge.specialist import Specialist
 
 Grade = Callable[[Data], Tensor]
