@@ -10,7 +10,6 @@ two minutes on two cores; ``--md`` adds 10 ps of NVE (float64) and five times 10
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from ase import Atoms
+from training_plan import TrainingPlan, say, trained
 
 from ase_gffmerge import GFFMergeCalculator, Specialist, merge
 from ase_gffmerge.accuracy import evaluate
@@ -27,16 +27,11 @@ from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.dynamics import run_md
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.train import train
 
 MOLECULES = ("ethanol", "malonaldehyde")
 NAMES = tuple(f"rmd17-{molecule}" for molecule in MOLECULES)
 RECIPES = ("mean", "paper", "gffmerge")
 NEQUIP = {"channels": 32, "tensor_channels": 16, "n_blocks": 2, "l_max": 1, "cutoff": 4.0}
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def force_maes(specialists: list[Specialist], tests: list[list[Atoms]]) -> dict[str, Any]:
@@ -127,34 +122,24 @@ def nequip_pair(data: Path, folder: Path) -> list[Specialist]:
     bundled = Specialist.load("rmd17-base")
     references = dict(zip(bundled.species, bundled.potential.references.tolist()))
 
-    def trained(
-        name: str, molecules: tuple[str, ...], epochs: int, rate: float, init: Specialist | None
-    ) -> Specialist:
-        out = folder / f"{name}.safetensors"
-        if not out.exists():
-            say(f"training {out}")
-            config = TrainConfig(
-                model="nequip",
-                hyper=NEQUIP,
-                epochs=epochs,
-                learning_rate=rate,
-                batch_size=5,
-                level_of_theory="PBE/def2-SVP",
-            )
-            if init is not None:
-                config = config.model_copy(update={"model": None, "hyper": {}})
-            train(
-                [data / f"rmd17_{m}_train_01.npz" for m in molecules],
-                out,
-                config,
-                init=init,
-                references=references,
-                device="cpu",
-            )
-        return Specialist.load(out)
+    def plan(
+        name: str, molecules: tuple[str, ...], options: dict[str, Any], parent: str | None = None
+    ) -> TrainingPlan:
+        return TrainingPlan(
+            name=name,
+            training=tuple(data / f"rmd17_{molecule}_train_01.npz" for molecule in molecules),
+            config=TrainConfig(batch_size=5, level_of_theory="PBE/def2-SVP", **options),
+            parent=parent,
+            references=references,
+        )
 
-    base = trained("nequip-base", ("toluene", "uracil", "salicylic"), 14, 1e-2, None)
-    return [trained(f"nequip-{molecule}", (molecule,), 30, 2e-3, base) for molecule in MOLECULES]
+    base = {"model": "nequip", "hyper": NEQUIP, "epochs": 14, "learning_rate": 1e-2}
+    trained(plan("nequip-base", ("toluene", "uracil", "salicylic"), base), folder, device="cpu")
+    tuned = {"epochs": 30, "learning_rate": 2e-3}
+    return [
+        trained(plan(f"nequip-{molecule}", (molecule,), tuned, "nequip-base"), folder, device="cpu")
+        for molecule in MOLECULES
+    ]
 
 
 def main() -> None:

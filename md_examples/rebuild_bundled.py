@@ -16,15 +16,15 @@ import torch
 from ase import Atoms
 from ase.io import write
 from model_card import Plan, model_card, published_hash, sha256
+from training_plan import TrainingPlan, parent_model, trained
 
 import ase_gffmerge
 from ase_gffmerge.accuracy import evaluate
 from ase_gffmerge.data.readers import hash_frames, read_frames
-from ase_gffmerge.sources import load
 from ase_gffmerge.specialist import Specialist
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.frames import split_frames
-from ase_gffmerge.training.train import seen_frames, train
+from ase_gffmerge.training.train import seen_frames
 
 BASE = "rmd17-base"
 PLANS = {
@@ -85,19 +85,17 @@ def data_file(data: Path, molecule: str, part: str) -> Path:
 
 def train_model(name: str, data: Path, out: Path) -> None:
     """Train one model unless it exists."""
-    plan, path = PLANS[name], out / f"{name}.safetensors"
-    if path.exists():
-        print(f"{path} exists and is kept")
-        return
-    train(
-        [data_file(data, molecule, "train") for molecule in plan.molecules],
-        path,
-        config_of(plan),
-        name=name,
-        init=parent_of(plan, out),
-        n_calibration=N_CALIBRATION,
-        test=[data_file(data, molecule, "test") for molecule in plan.molecules],
-        callback=lambda epoch, losses: print(name, epoch, losses, flush=True),
+    plan = PLANS[name]
+    trained(
+        TrainingPlan(
+            name=name,
+            training=tuple(data_file(data, molecule, "train") for molecule in plan.molecules),
+            test=tuple(data_file(data, molecule, "test") for molecule in plan.molecules),
+            config=config_of(plan),
+            parent=plan.parent,
+            n_calibration=N_CALIBRATION,
+        ),
+        out,
     )
 
 
@@ -122,17 +120,9 @@ def enter_seen_frames(name: str, data: Path, out: Path) -> None:
     )
     if hash_frames(training) != specialist.provenance.data_hash:
         raise SystemExit(f"{path} was trained on other frames than the plan says; train it again")
-    seen = seen_frames([*training, *validation], init=parent_of(plan, out))
+    seen = seen_frames([*training, *validation], init=parent_model(plan.parent, out))
     replace(specialist, provenance=replace(specialist.provenance, seen_frames=seen)).save(path)
     print(f"{path} has seen {len(seen)} frames, its ancestors' among them")
-
-
-def parent_of(plan: Plan, out: Path) -> Specialist | None:
-    """The model a plan starts from: the one in ``out``, else the bundled one."""
-    if plan.parent is None:
-        return None
-    own = out / f"{plan.parent}.safetensors"
-    return load(own if own.exists() else plan.parent)
 
 
 def load_named(name: str, out: Path) -> Specialist:
@@ -161,7 +151,7 @@ def write_test_frames(name: str, data: Path, out: Path) -> list[Atoms]:
 def write_card(name: str, data: Path, out: Path) -> None:
     """Measure the model on its test frames and write its card; refuses a model that was made in another way."""
     plan, specialist = PLANS[name], load_named(name, out)
-    parent = parent_of(plan, out)
+    parent = parent_model(plan.parent, out)
     origin = specialist.provenance
     made, planned = (
         (origin.epochs, origin.seed, origin.lineage),

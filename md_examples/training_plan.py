@@ -26,7 +26,7 @@ class TrainingPlan:
     config
         Options of the training.
     parent
-        Name of the model to start from.
+        Name of the model to start from: one in the same folder, or a bundled one.
     references
         Energy per element in eV; default: those of the parent, else a least-squares fit.
     n_calibration
@@ -60,6 +60,14 @@ def write_frames(path: Path, frames: Sequence[Atoms]) -> None:
     unfinished.replace(path)
 
 
+def parent_model(name: str | None, folder: Path) -> Specialist | None:
+    """The model of that name in ``folder``, else the bundled one."""
+    if name is None:
+        return None
+    own = model_path(folder, name)
+    return Specialist.load(own if own.exists() else name)
+
+
 def trained(plan: TrainingPlan, folder: Path, *, device: str = "auto") -> Specialist:
     """Train a model unless ``folder`` holds it; a killed training continues from its last epoch."""
     path = model_path(folder, plan.name)
@@ -69,7 +77,7 @@ def trained(plan: TrainingPlan, folder: Path, *, device: str = "auto") -> Specia
             plan.training,
             path,
             plan.config,
-            init=Specialist.load(model_path(folder, plan.parent)) if plan.parent else None,
+            init=parent_model(plan.parent, folder),
             references=plan.references,
             n_calibration=plan.n_calibration,
             test=plan.test,

@@ -1,6 +1,6 @@
 """The benchmark script measures what it says; its full run needs the rMD17 files and is not part of the tests."""
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +16,9 @@ SCRIPT = Path(__file__).parents[1] / "md_examples" / "benchmark_merge.py"
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_merge", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        yield importlib.import_module("benchmark_merge")
 
 
 @pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
