@@ -21,7 +21,7 @@ from ase_gffmerge.conditioning import KEY, same_choice, specialist_indices
 from ase_gffmerge.device import resolve_device
 from ase_gffmerge.disagreement import force_disagreement
 from ase_gffmerge.extrapolation import predict_graded
-from ase_gffmerge.graphs import build_graph
+from ase_gffmerge.graphs.verlet_cache import VerletCache
 from ase_gffmerge.sources import MergeOptions, Source, resolve
 from ase_gffmerge.specialist import Specialist
 
@@ -54,6 +54,9 @@ class GFFMergeCalculator(Calculator):
         ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     dtype
         ``float32`` or ``float64``, of the network; geometry and results are always float64.
+    skin
+        Å by which neighbours are searched beyond the cutoff, so that a search lasts for many steps; 0 searches every time.
+        It never changes a result.
     cache_dir
         Folder of merged potentials; default: ``GFFMERGE_CACHE``, else the user's cache folder.
     weights
@@ -95,6 +98,7 @@ class GFFMergeCalculator(Calculator):
         conditioning: Literal["shared", "per-specialist"] | None = None,
         device: str | torch.device = "auto",
         dtype: Literal["float32", "float64"] | torch.dtype = "float32",
+        skin: float = 1.0,
         cache_dir: str | Path | None = None,
         weights: Sequence[float] | None = None,
         allow_unrelated: bool = False,
@@ -106,7 +110,7 @@ class GFFMergeCalculator(Calculator):
         self.implemented_properties = list(PROPERTIES)  # type: ignore[misc]
         self.extras: dict[str, Any] = {}
         self._lock = threading.RLock()
-        precision = _dtype(dtype)
+        precision, skin = _dtype(dtype), _skin(skin)
         options = MergeOptions(
             recipe=recipe,
             conditioning=conditioning,
@@ -120,12 +124,14 @@ class GFFMergeCalculator(Calculator):
             self.force_field = _served(resolved.force_field, target, DTYPES[precision])
             self._specialists = resolved.specialists
         self.cache_hit = resolved.cache_hit
+        self._neighbours = VerletCache(cutoff=self.force_field.cutoff, skin=skin, device=target)
         self._check_choice(specialist)
         self.parameters.update(
             resolved.arguments,
             conditioning=conditioning,
             device=str(device),
             dtype=precision,
+            skin=skin,
             cache_dir=str(Path(cache_dir).absolute()) if cache_dir is not None else None,
             allow_unrelated=allow_unrelated,
             specialist=None if specialist is None else np.asarray(specialist).item(),
@@ -229,7 +235,7 @@ class GFFMergeCalculator(Calculator):
         structure = require_structure(self.atoms)
         with torch.inference_mode(False):
             graph = self._graph(structure)
-            prediction, grades = predict_graded(self.force_field, graph.to(self.force_field.potential.device))
+            prediction, grades = predict_graded(self.force_field, graph)
         results = ase_results(prediction, structure)
         require_finite(results, structure)
         self.results = results
@@ -238,16 +244,16 @@ class GFFMergeCalculator(Calculator):
         self.extras |= {"n_edges": graph.edge_index.shape[1], "seconds": time.perf_counter() - started}
 
     def _graph(self, atoms: Atoms) -> Data:
-        """Graph in float64, with specialist indices if the potential reads them."""
+        """Graph in float64 on the device, with specialist indices if the potential reads them."""
         with as_setup_errors():
             self.force_field.check_species(atoms)
             if not self._conditioned and KEY not in atoms.arrays:
-                return build_graph(atoms, self.force_field.cutoff)
+                return self._neighbours.graph(atoms)
             bare = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
             if self._conditioned:
                 default = self.parameters.get(KEY)
                 bare.arrays[KEY] = specialist_indices(atoms, self.specialist_names, default=default)
-            return build_graph(bare, self.force_field.cutoff)
+            return self._neighbours.graph(bare)
 
     def disagreement(self, atoms: Atoms) -> np.ndarray:
         """Standard deviation of the specialists' forces per atom, (n_atoms,) in eV/Å; costs one evaluation of each.
@@ -272,10 +278,12 @@ class GFFMergeCalculator(Calculator):
         twin = copy.copy(self)
         twin.reset()
         twin.extras = {}
+        twin._neighbours = self._neighbours.fresh()
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "_lock"}
+        state = {key: value for key, value in vars(self).items() if key != "_lock"}
+        return state | {"_neighbours": self._neighbours.fresh()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -296,6 +304,18 @@ def _dtype(dtype: str | torch.dtype) -> str:
     if name not in DTYPES:
         raise SetupError(f"dtype={dtype!r} is not supported; use 'float32' or 'float64'")
     return name
+
+
+def _skin(skin: float) -> float:
+    try:
+        width = float(skin)
+    except (TypeError, ValueError):
+        width = -1.0
+    if not 0 <= width < float("inf"):
+        raise SetupError(
+            f"skin={skin!r} is no length; give one of about 1 Å, or 0 to search neighbours every time"
+        )
+    return width
 
 
 def _weights(weights: Sequence[float] | None) -> tuple[float, ...] | None:

@@ -1,4 +1,4 @@
-"""Neighbour lists from matscipy for molecules, slabs, crystals and mixed boundary conditions."""
+"""Neighbour lists for molecules, slabs, crystals, mixed boundary conditions and structures that are mostly vacuum."""
 
 import numpy as np
 from ase import Atoms
@@ -6,10 +6,16 @@ from ase.geometry import complete_cell
 from matscipy.neighbours import neighbour_list as matscipy_neighbour_list
 
 from ase_gffmerge.errors import StructureError
+from ase_gffmerge.graphs.sparse_search import sparse_neighbour_list
+
+MAX_BINS = 100_000  # of side ``cutoff`` in matscipy's grid; a cell with more that are mostly empty is searched by a tree
 
 
 def neighbour_list(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
     """Directed edges between atoms closer than ``cutoff``, periodic images included.
+
+    They are ordered by receiver, sender and shift, so that results depend on the structure alone and not, in their last
+    digits, on how its neighbours were searched.
 
     Parameters
     ----------
@@ -35,10 +41,27 @@ def neighbour_list(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]
     if len(atoms) == 0:
         return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3), dtype=np.int64)
     origin, box = enclosing_box(atoms, cutoff)
-    i, j, shifts = matscipy_neighbour_list(
-        "ijS", cutoff=cutoff, positions=positions, cell=box, pbc=atoms.pbc, cell_origin=origin
-    )
-    return np.stack([j, i]).astype(np.int64), shifts.astype(np.int64)
+    bins = np.prod(np.floor(1 / (cutoff * np.linalg.norm(np.linalg.inv(box), axis=0))).clip(1))
+    if bins > max(MAX_BINS, 10 * len(atoms)):
+        found = sparse_neighbour_list(positions, box, origin=origin, pbc=atoms.pbc, cutoff=cutoff)
+    else:
+        found = matscipy_neighbour_list(
+            "ijS", cutoff=cutoff, positions=positions, cell=box, pbc=atoms.pbc, cell_origin=origin
+        )
+    return _ordered(*found)
+
+
+def _ordered(receiver: np.ndarray, sender: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Edges sorted by receiver, sender and shift."""
+    if len(receiver) == 0:
+        return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3), dtype=np.int64)
+    columns = (receiver, sender, *(shifts - shifts.min(axis=0)).T)
+    extents = [int(column.max()) + 1 for column in columns]
+    if np.prod(extents, dtype=float) < np.iinfo(np.int64).max:
+        order = np.argsort(np.ravel_multi_index(columns, extents), kind="stable")
+    else:  # atoms that drifted millions of cells apart
+        order = np.lexsort(columns[::-1])
+    return np.stack([sender, receiver])[:, order].astype(np.int64), shifts[order].astype(np.int64)
 
 
 def enclosing_box(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:

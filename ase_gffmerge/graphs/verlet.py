@@ -1,7 +1,28 @@
-"""The graph of a batch of moving structures, whose neighbour lists last for many steps."""
+r"""The graph of a batch of moving structures, whose neighbour lists last for many steps.
+
+When a list remains exact
+-------------------------
+At the reference positions :math:`\mathbf R_i` and cell :math:`H` (rows are vectors) the candidates are all pairs with
+:math:`|\mathbf D| < c + s`, where :math:`\mathbf D = \mathbf R_j - \mathbf R_i + S H`, c is the cutoff and s the skin. Let
+:math:`F` be any linear map that takes the periodic cell vectors to those of now, :math:`H F = h`, and
+
+.. math:: \mathbf w_i = \mathbf r_i - \mathbf R_i F
+
+what an atom moved beyond that strain. The vector of the same pair is now
+:math:`\mathbf d = \mathbf D F + \mathbf w_j - \mathbf w_i`, hence
+
+.. math:: |\mathbf d| \ge \sigma_{\min}(F)\,|\mathbf D| - 2 \max_i |\mathbf w_i - \bar{\mathbf w}| ,
+
+with the smallest singular value of F. A pair outside the candidates had :math:`|\mathbf D| \ge c + s` and stays outside the
+cutoff as long as :math:`2 \max_i |\mathbf w_i - \bar{\mathbf w}| \le \sigma_{\min}(F)(c + s) - c`. With a fixed cell that is
+the familiar half skin; translating or rotating everything, cell included, or shearing an atom far from the origin along
+with its cell costs nothing.
+"""
 
 from collections.abc import Sequence
+from copy import copy
 
+import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
@@ -13,14 +34,15 @@ from ase_gffmerge.graphs.batches import build_graph, edge_vectors
 class VerletGraph:
     """Batch graph of structures in motion, with a skin around the cutoff (Verlet, doi:10.1103/PhysRev.159.98).
 
-    Candidate edges reach to ``cutoff + skin``; those of a structure are found again when one of its atoms has moved
-    further than ``skin/2`` since. Every graph handed out holds exactly the edges shorter than ``cutoff``. Cells are
-    fixed, and positions must not be wrapped.
+    Candidate edges reach to ``cutoff + skin``; those of a structure are found again when its atoms or its cell have moved
+    too far since (see the module). Every graph handed out holds exactly the edges shorter than ``cutoff``, in the order of
+    :func:`~ase_gffmerge.graphs.neighbour_list`, so that skin and history leave no trace in the results. Wrapping positions
+    is allowed, but costs a search.
 
     Parameters
     ----------
     structures
-        Elements, cells and initial positions.
+        Elements, boundary conditions, and the cells and positions to begin with.
     cutoff, skin
         Å. Without a skin every step finds all neighbours again.
     device
@@ -60,6 +82,8 @@ class VerletGraph:
             key: torch.cat([graph[key] for graph in self._graphs])
             for key in ("pos", "atomic_numbers", "specialist", "cell", "shifts")
         }
+        self._periodic = torch.tensor(np.stack([atoms.pbc for atoms in self._structures]))
+        self._counts = counts.to(self.device)[:, None]
         edges = [graph.edge_index + part.start for graph, part in zip(self._graphs, self.slices, strict=True)]
         self._all = Data(edge_index=torch.cat(edges, dim=1), batch=self.structure_index, **fields)
 
@@ -69,26 +93,53 @@ class VerletGraph:
             setattr(self, name, [getattr(self, name)[k] for k in kept])
         self._join()
 
-    def at(self, positions: Tensor) -> Data:
-        """Give the batch graph at ``positions`` (n_atoms, 3) in Å, float64."""
-        moved = (positions - self._all.pos).square().sum(dim=1) > (self.skin / 2) ** 2
-        if moved.any():
-            self._update(positions, torch.unique(self.structure_index[moved]).tolist())
-        inside = edge_vectors(self._all, positions).square().sum(dim=1) < self.cutoff**2
-        chosen = inside.nonzero()[:, 0]
-        return Data(
-            pos=positions,
-            atomic_numbers=self._all.atomic_numbers,
-            specialist=self._all.specialist,
-            cell=self._all.cell,
-            edge_index=self._all.edge_index[:, chosen],
-            shifts=self._all.shifts[chosen],
-            batch=self.structure_index,
-        )
+    def at(self, positions: Tensor, cells: Tensor | None = None) -> Data:
+        """Give the batch graph at ``positions`` (n_atoms, 3) and ``cells`` (n_structures, 3, 3) in Å, float64.
 
-    def _update(self, positions: Tensor, which: Sequence[int]) -> None:
+        Without ``cells`` they are what they were.
+        """
+        cells = self._all.cell if cells is None else cells
+        outdated = self._outdated(positions, cells)
+        if outdated.any():
+            self._update(positions, cells, outdated.nonzero()[:, 0].tolist())
+        graph = copy(self._all)
+        graph.pos, graph.cell = positions, cells
+        chosen = (edge_vectors(graph).square().sum(dim=1) < self.cutoff**2).nonzero()[:, 0]
+        graph.edge_index, graph.shifts = graph.edge_index[:, chosen], graph.shifts[chosen]
+        return graph
+
+    def _outdated(self, positions: Tensor, cells: Tensor) -> Tensor:
+        """Which structures (n_structures,) may have pairs within the cutoff that are no candidates."""
+        reference, shrinkage = self._all.pos, positions.new_ones(len(cells))
+        if not torch.equal(cells, self._all.cell):
+            if not cells.isfinite().all():
+                return torch.ones_like(shrinkage, dtype=torch.bool)
+            maps = strain_maps(self._all.cell.cpu(), cells.cpu(), periodic=self._periodic)
+            shrinkage = torch.linalg.svdvals(maps)[:, -1].to(self.device)
+            reference = torch.einsum("ni,nij->nj", reference, maps.to(self.device)[self.structure_index])
+        moves, index = positions - reference, self.structure_index
+        mean = moves.new_zeros(len(cells), 3).index_add(0, index, moves) / self._counts
+        furthest = moves.new_zeros(len(cells)).scatter_reduce(
+            0, index, (moves - mean[index]).norm(dim=1), "amax"
+        )
+        return ~(2 * furthest <= shrinkage * (self.cutoff + self.skin) - self.cutoff)
+
+    def _update(self, positions: Tensor, cells: Tensor, which: Sequence[int]) -> None:
         """Find the candidate edges of some structures again."""
         for k in which:
             self._structures[k].positions = positions[self.slices[k]].cpu().numpy()
+            self._structures[k].cell = cells[k].cpu().numpy()
             self._graphs[k] = self._candidates(k)
         self._join()
+
+
+def strain_maps(before: Tensor, after: Tensor, *, periodic: Tensor) -> Tensor:
+    """Linear maps F (n, 3, 3) that take the periodic rows of cells ``before`` to those of ``after`` (n, 3, 3).
+
+    F is the identity on everything orthogonal to them: :math:`F = 1 + H^+ (h - H)` with the rows of open directions,
+    ``False`` in ``periodic`` (n, 3), set to zero.
+    """
+    before, after = (torch.where(periodic[:, :, None], cells, 0.0) for cells in (before, after))
+    return torch.eye(3, dtype=before.dtype, device=before.device) + torch.linalg.pinv(before) @ (
+        after - before
+    )

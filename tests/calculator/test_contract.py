@@ -27,6 +27,7 @@ from toys import cluster, crystal, slab
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import GFFMergeError
+from ase_gffmerge.graphs import batches
 
 
 def everything(atoms, calc):
@@ -260,6 +261,80 @@ def test_09_far_from_the_origin(force_field):
         far.positions += 2048.0
         far.positions -= far.positions[0] - near.positions[0] - 2048.0
         assert np.abs(everything(far, calc)["forces"] - everything(near, calc)["forces"]).max() < tolerance
+
+
+@pytest.mark.parametrize("build", [crystal, slab, cluster])
+def test_10_skin_and_history_leave_no_trace(force_field, build):
+    """Atoms and cell walk; every step is compared, to the last bit, with a calculator that searches afresh."""
+    rng = np.random.default_rng(0)
+    fresh, lasting = (
+        GFFMergeCalculator(force_field, dtype="float64", device="cpu", skin=skin) for skin in (0, 1.0)
+    )
+    atoms = build()
+    for _ in range(12):
+        atoms.rattle(0.04, rng=rng)
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + 0.003 * rng.standard_normal((3, 3))), scale_atoms=True)
+        expected, got = everything(atoms, fresh), everything(atoms, lasting)
+        assert expected.keys() == got.keys()
+        assert all(np.array_equal(expected[name], got[name]) for name in expected)
+
+
+def test_10_a_search_lasts_for_many_steps(painn_calc, monkeypatch):
+    searches = []
+    plain = batches.neighbour_list
+    monkeypatch.setattr(batches, "neighbour_list", lambda *args: searches.append(1) or plain(*args))
+    atoms = crystal()
+    for _ in range(20):
+        atoms.positions[0, 0] += 0.01
+        everything(atoms, painn_calc)
+    assert len(searches) == 1
+    twin = painn_calc.spawn()
+    everything(atoms, twin)
+    assert len(searches) == 2, "a spawned calculator has a list of its own"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda atoms: atoms.append("H"),
+        lambda atoms: atoms.pop(),
+        lambda atoms: atoms.numbers.__setitem__(0, 13),
+        lambda atoms: atoms.pbc.__setitem__(2, False),
+        lambda atoms: atoms.positions.__iadd__([[0.1, 0, 0], [0, 0.7, 0]]),
+        lambda atoms: atoms.wrap(),
+    ],
+)
+def test_10_edits_in_place_are_noticed(painn_calc, edit):
+    atoms = crystal()
+    atoms.positions[1] += 2 * atoms.cell[0] - atoms.cell[2]
+    everything(atoms, painn_calc)
+    edit(atoms)
+    fresh = everything(atoms, GFFMergeCalculator(painn_calc.force_field, dtype="float64", device="cpu"))
+    got = everything(atoms, painn_calc)
+    assert got["energy"] == fresh["energy"]
+    assert np.array_equal(got["forces"], fresh["forces"])
+
+
+def test_10_neighbours_do_not_depend_on_what_ase_says_has_changed(painn_calc):
+    """After an exception ``calc.atoms`` is already the new structure, and the next call reports no change."""
+    atoms = crystal()
+    everything(atoms, painn_calc)
+    atoms.positions[0] += 1.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(painn_calc.force_field.potential, "forward", lambda graph: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            everything(atoms, painn_calc)
+    assert painn_calc.check_state(atoms) == []
+    fresh = everything(atoms, GFFMergeCalculator(painn_calc.force_field, dtype="float64", device="cpu"))
+    assert everything(atoms, painn_calc)["energy"] == fresh["energy"]
+
+
+def test_10_far_and_empty_space_cost_no_grid(painn_calc):
+    near = everything(cluster(), painn_calc)["forces"]
+    atoms = cluster()
+    atoms.cell, atoms.pbc = [1e7, 1e7, 1e7], True
+    atoms.positions += 2.0**14
+    assert np.abs(everything(atoms, painn_calc)["forces"] - near).max() < 1e-9
 
 
 # -- copies and side effects --

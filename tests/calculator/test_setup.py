@@ -158,6 +158,8 @@ def test_specialists_that_share_a_name_are_told_apart(relatives, tmp_path):
         ({"specialists": "rmd17-etanol"}, "did you mean 'rmd17-ethanol'", FileFormatError),
         ({"specialists": "nowhere.safetensors"}, "neither bundled nor as a file", FileFormatError),
         ({"dtype": "float16"}, "float16.* use 'float32' or 'float64'", GFFMergeError),
+        ({"skin": -1.0}, "skin=-1.0 is no length", GFFMergeError),
+        ({"skin": "wide"}, "skin='wide' is no length", GFFMergeError),
         ({"device": "tpu9"}, "not a device", DeviceError),
         ({"weights": [1.0]}, "only one force field", GFFMergeError),
         ({"weights": 1.0}, "not a list of numbers", GFFMergeError),

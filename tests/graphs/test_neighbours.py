@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from ase_gffmerge.errors import StructureError
 from ase_gffmerge.graphs import neighbour_list
+from ase_gffmerge.graphs.neighbours import enclosing_box
+from ase_gffmerge.graphs.sparse_search import sparse_neighbour_list
 
 
 def images(atoms: Atoms, cutoff: float) -> set[tuple[int, int, int, int, int]]:
@@ -117,3 +119,41 @@ def test_impossible_geometry_is_named(rng, change, message):
     change(atoms)
     with pytest.raises(StructureError, match=message):
         neighbour_list(atoms, 3.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(CELLS)),
+    pbc=st.tuples(*3 * [st.booleans()]),
+    n_atoms=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_search_for_sparse_structures_agrees(kind, pbc, n_atoms, seed):
+    rng = np.random.default_rng(seed)
+    positions = rng.uniform(-9.0, 9.0, (n_atoms, 3))
+    atoms = Atoms(n_atoms * "H", positions, cell=CELLS[kind], pbc=pbc)
+    origin, box = enclosing_box(atoms, 3.1)
+    receiver, sender, shifts = sparse_neighbour_list(positions, box, origin=origin, pbc=atoms.pbc, cutoff=3.1)
+    found = np.column_stack([receiver, sender, shifts]).tolist()
+    assert len(found) == len(set(map(tuple, found)))
+    assert set(map(tuple, found)) == images(atoms, 3.1)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e5, 1e8])
+def test_vacuum_costs_nothing(rng, size):
+    """A grid would have (size / cutoff)^3 bins."""
+    atoms = Atoms("H6", rng.uniform(0, 4, (6, 3)))
+    expected = edges(atoms, 4.0)
+    atoms.cell, atoms.pbc = [size, size, size], True
+    assert edges(atoms, 4.0) == expected
+    gas = Atoms("H4", [[0, 0, 0], [1, 0, 0], [size, size, size], [size, size, size + 1]])
+    assert [edge[:2] for edge in edges(gas, 4.0)] == [(0, 1), (1, 0), (2, 3), (3, 2)]
+
+
+def test_edges_are_ordered(rng):
+    for drift in (0, 10**7):
+        atoms = Atoms("H4", rng.uniform(0, 4, (4, 3)), cell=CELLS["skewed"], pbc=True)
+        atoms.positions += rng.integers(-drift, drift + 1, (4, 3)) @ atoms.cell.array
+        found = edges(atoms, 3.1)
+        assert found == sorted(found)
+        assert found
