@@ -103,8 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("stopped; the same command goes on after the last finished trial")
         return 130
     found = [rows.found[t.name] for t in trials if t.name in rows.found]
-    (options.out / "trials.md").write_text(markdown(found) + "\n")
-    plot(found, options.out / "trials.png")
+    if found:
+        (options.out / "trials.md").write_text(markdown(found) + "\n")
+        plot(found, options.out / "trials.png")
     print(json.dumps(found, indent=1) if options.json else markdown(found))
     return 0
 

@@ -19,9 +19,9 @@ from functools import partial
 import numpy as np
 from ase import Atoms
 
+from ase_gffmerge.dynamics.replicas import run_replicas
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.merging.territory import Territory
-from ase_gffmerge.sampling.replicas import run_replicas
 from ase_gffmerge.specialist import Specialist
 from research.bench import Bench, Outcome, Trial
 from research.readout_fit import CHEAP, Copies, Setting, fitted, on_shared_trunk, rattled
@@ -88,8 +88,8 @@ class Dynamics:
         Give every atom 12 u: what is visited in the long run stays the same, light atoms no longer limit the time step.
     temperature
         K.
-    probes
-        Derivatives per frame in the readout's fit.
+    probes, width
+        Derivatives per frame and features in the readout's fit.
     """
 
     copies: int
@@ -98,6 +98,7 @@ class Dynamics:
     equal_masses: bool = False
     temperature: float = 500.0
     probes: int = CHEAP.probes
+    width: int = CHEAP.width
 
     def visited(self, specialist: Specialist) -> dict[bytes, list[Atoms]]:
         """Copies of every calibration frame, by its positions."""
@@ -126,7 +127,7 @@ class Dynamics:
         """Sample, then fit the readout."""
         start = time.process_time()
         found = [self.visited(territory.specialist) for territory in bench.trunk.territories]
-        options = CHEAP.model_copy(update={"probes": self.probes})
+        options = CHEAP.model_copy(update={"probes": self.probes, "width": self.width})
 
         def copies(frames: Sequence[Atoms], territory: Territory, options: ReadoutOptions) -> list[Atoms]:
             return [copy for atoms in frames for copy in found[territory.index][atoms.positions.tobytes()]]
@@ -175,20 +176,28 @@ def trials() -> list[Trial]:
         (Dynamics(copies=4, steps=10, timestep=2.0, equal_masses=True), 7),
         (Dynamics(copies=8, steps=10, timestep=2.0, equal_masses=True, probes=27), 16),
         (Dynamics(copies=16, steps=10, timestep=2.0, equal_masses=True, probes=3), 16),
+        (Dynamics(copies=16, steps=10, timestep=2.0, equal_masses=True), 16),
+        (Dynamics(copies=8, steps=30, timestep=2.0, equal_masses=True), 16),
+        (Dynamics(copies=8, steps=10, timestep=2.0, equal_masses=True, width=2048), 16),
+        (Dynamics(copies=8, steps=5, timestep=2.0, equal_masses=True), 16),
+        (Dynamics(copies=8, steps=10, timestep=2.0, equal_masses=True, temperature=700.0), 16),
         (Dynamics(copies=4, steps=100), 30),
         (Dynamics(copies=8, steps=50), 31),
     )
     for run, order in runs:
-        masses = ", equal masses" if run.equal_masses else ""
-        probes = f", {run.probes} probes" if run.probes != CHEAP.probes else ""
+        more = ", equal masses" * run.equal_masses
+        more += f", {run.probes} probes" * (run.probes != CHEAP.probes)
+        more += f", width {run.width}" * (run.width != CHEAP.width)
+        hot = f", {run.temperature:.0f} K" * (run.temperature != 500)
         found.append(
             Trial(
-                name=f"MD {run.copies} x {run.steps * run.timestep:.0f} fs{masses}{probes}",
+                name=f"MD {run.copies} x {run.steps * run.timestep:.0f} fs{more}{hot}",
                 family=FAMILY,
                 changes=f"{run.copies} copies from the specialist's dynamics at {run.temperature:.0f} K, "
-                f"{run.steps} steps of {run.timestep:g} fs apart{masses}{probes}",
+                f"{run.steps} steps of {run.timestep:g} fs apart{more}",
                 run=run,
                 order=order,
+                costs=run.width != CHEAP.width,
             )
         )
     return found

@@ -5,7 +5,6 @@ from forward-mode differentiation, so that any readout with a method ``phi(z, sp
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -80,10 +79,12 @@ class PaiNNWithNorms(PaiNN):
 
 def with_norms(potential: Potential, options: ReadoutOptions) -> Potential:
     """Copy of a PaiNN whose widened readout (θ = c = 0) sees scalars and norms of all blocks."""
-    hyper = replace(potential.hyper, readout_width=options.width, readout_blocks=2 * potential.hyper.n_blocks)
+    hyper, n_species = potential.hyper, len(potential.species)
     wide = PaiNNWithNorms(hyper, potential.species).to(dtype=potential.dtype)
-    state = {name.replace("readout.", "readout.mlp.", 1): v for name, v in potential.state_dict().items()}
-    wide.load_state_dict(wide.state_dict() | state)
+    wide.load_state_dict(potential.state_dict())
+    readout = WidenedReadout(hyper.channels, n_species, width=options.width, blocks=2 * hyper.n_blocks)
+    readout.mlp.load_state_dict(wide.readout.state_dict())
+    wide.readout = readout.to(wide.embedding)
     return wide.eval().requires_grad_(False)
 
 
