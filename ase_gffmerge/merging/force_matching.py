@@ -1,7 +1,7 @@
 """Step 5 applied: widen the readout of a merged potential and fit it on every specialist's energies and forces.
 
-Specialists label anything for free. Beside each calibration frame a few copies with slightly displaced atoms enter, which
-tell the readout how energies and forces change around the frame; without them its many coefficients would overfit.
+Specialists label anything for free. Beside each calibration frame a few copies enter (:mod:`.copies`), which tell the
+readout how energies and forces change around the frame; without them its many coefficients would overfit.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from ase import Atoms
 
 from ase_gffmerge.accuracy import chunks
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.merging.copies import copies_per_frame, with_copies
 from ase_gffmerge.merging.probes import Probes
 from ase_gffmerge.merging.readout import fit_readout, random_lift, readout_rows, widened
 from ase_gffmerge.merging.recipe import ReadoutOptions
@@ -80,8 +81,11 @@ def match_forces(
     size = len(elements) * (options.width + 1)
     grams = [Gram.zero(size, 1, device=merged.device) for _ in range(2)]
     for k, territory in enumerate(territories):
+        n_copies = copies_per_frame(territory.specialist.calibration, options)
         for held_out, group in enumerate(_split(territory.specialist.calibration)):
-            grams[held_out] += _territory_gram(merged, territory, group, options, elements)
+            labelled = with_copies(territory.specialist, group, options, n_copies=n_copies)
+            share = len(group) / len(territory.specialist.calibration)
+            grams[held_out] += _territory_gram(merged, territory, labelled, options, elements, share=share)
             progress((2 * k + held_out + 1) / (2 * len(territories)))
     fit = fit_readout(*grams)
     theta, constants = fit.solution.theta[:, 0].split([len(elements) * options.width, len(elements)])
@@ -103,30 +107,25 @@ def _split(frames: Sequence[Atoms]) -> tuple[list[Atoms], list[Atoms]]:
     return [atoms for i, atoms in enumerate(frames) if i % HELD_OUT != HELD_OUT - 1], held_out
 
 
-def displaced(frames: Sequence[Atoms], options: ReadoutOptions) -> list[Atoms]:
-    """Copies with normally distributed displacements of every atom."""
-    rng = np.random.default_rng(options.seed)
-    copies = [atoms.copy() for _ in range(options.copies) for atoms in frames]
-    for atoms in copies:
-        atoms.positions += options.displacement * rng.standard_normal(atoms.positions.shape)
-    return copies
-
-
 def _territory_gram(
     merged: Potential,
     territory: Territory,
     frames: Sequence[Atoms],
     options: ReadoutOptions,
     elements: torch.Tensor,
+    *,
+    share: float,
 ) -> Gram:
-    """Statistics of frames and their copies; a specialist weighs a_k / (N_k s_k) per force component."""
+    """Statistics of frames that make up ``share`` of a specialist's; it weighs a_k / (N_k s_k) per force component."""
     size = len(elements) * (options.width + 1)
     total = Gram.zero(size, 1, device=merged.device)
     rows: list[torch.Tensor] = []
     targets: list[torch.Tensor] = []
-    batches = list(chunks([*frames, *displaced(frames, options)], MAX_ATOMS))
+    batches = list(chunks(frames, MAX_ATOMS))
     for i, chunk in enumerate(batches):
-        row, target = _batch_rows(merged, territory, chunk, options, elements, seed=options.seed + i)
+        row, target = _batch_rows(
+            merged, territory, chunk, options, elements, weight=share / len(frames), seed=options.seed + i
+        )
         rows.append(row)
         targets.append(target)
         if sum(map(len, rows)) >= MAX_ROWS or i == len(batches) - 1:
@@ -142,16 +141,16 @@ def _batch_rows(
     options: ReadoutOptions,
     elements: torch.Tensor,
     *,
+    weight: float,
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and targets of one batch, labelled by the specialist."""
+    """Rows and targets of one batch, labelled by the specialist; every frame has the given weight."""
     specialist = territory.specialist
     graphs = [build_graph(atoms, specialist.cutoff, dtype=merged.dtype) for atoms in frames]
     for graph in graphs:
         graph.specialist.fill_(territory.index)
     batch = batch_graphs(graphs).to(merged.device)
     target = predict(specialist.potential, batch)
-    n_frames = len(specialist.calibration) * (1 + options.copies)
     n_atoms = torch.bincount(batch.batch).to(merged.dtype)
     return readout_rows(
         merged,
@@ -159,6 +158,6 @@ def _batch_rows(
         target,
         Probes.draw(batch, options.probes, stress_weight=options.stress_weight, seed=seed),
         elements=elements,
-        frame_weights=territory.weight / (n_frames * n_atoms * territory.mean_square_force),
+        frame_weights=territory.weight * weight / (n_atoms * territory.mean_square_force),
         energy_weight=options.energy_weight,
     )

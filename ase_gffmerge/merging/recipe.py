@@ -1,17 +1,16 @@
 """Recipes: what a merge does, validated, named, and stored verbatim in the merged file."""
 
+import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ase_gffmerge.errors import RecipeError
-from ase_gffmerge.validation import explain
-
-_STRICT = ConfigDict(extra="forbid", frozen=True)
+from ase_gffmerge.merging.distil_options import DistilOptions
+from ase_gffmerge.validation import STRICT, Seed, Whole, explain, read_options, shown, with_text_keys
 
 
 class ReadoutOptions(BaseModel):
@@ -27,24 +26,31 @@ class ReadoutOptions(BaseModel):
         Weight of one energy per atom (eV) against one force component (eV/Å).
     stress_weight
         Weight of the strain derivative (eV) of structures with a volume against one force component (eV/Å).
-    copies, displacement
-        Copies of every calibration frame with randomly displaced atoms, and the standard deviation in Å.
+    copies, max_copied_atoms
+        Copies of every calibration frame (:mod:`.copies`), fewer where those of a specialist would exceed that many atoms.
+    temperature, interval
+        Of the specialist's short dynamics that visits the copies: K, and fs from one copy to the next.
+    displacement
+        At temperature 0 copies are displaced at random instead, with this standard deviation in Å.
     probes
         Directional derivatives per frame; frames with fewer coordinates use all of them.
     seed
-        Seed of projection, displacements and probes.
+        Seed of projection, copies and probes.
     """
 
-    model_config = _STRICT
+    model_config = STRICT
 
-    width: int = Field(default=1024, ge=1)
-    blocks: int = Field(default=3, ge=1)
+    width: Whole = Field(default=1024, ge=1)
+    blocks: Whole = Field(default=3, ge=1)
     energy_weight: float = Field(default=10.0, ge=0)
     stress_weight: float = Field(default=0.3, ge=0)
-    copies: int = Field(default=8, ge=0)
+    copies: Whole = Field(default=8, ge=0)
+    max_copied_atoms: int = Field(default=20_000, ge=0)
+    temperature: float = Field(default=500.0, ge=0)
+    interval: float = Field(default=20.0, gt=0)
     displacement: float = Field(default=0.02, gt=0)
-    probes: int = Field(default=6, ge=1)
-    seed: int = 0
+    probes: Whole = Field(default=6, ge=1)
+    seed: Seed = 0
 
 
 class Recipe(BaseModel):
@@ -68,6 +74,8 @@ class Recipe(BaseModel):
         Solve every stage's closing map again on the stage's output.
     readout
         The force-matched readout, or ``None`` to treat the readout like any other layer.
+    refine
+        Label-free distillation of the merged potential, or ``None``.
     conditioning
         ``shared``: one embedding table; ``per-specialist``: one per specialist, chosen per atom.
     weights
@@ -76,7 +84,7 @@ class Recipe(BaseModel):
         Merge specialists without a common base, of different levels of theory, or the same specialist twice.
     """
 
-    model_config = _STRICT
+    model_config = STRICT
 
     method: Literal["closed-form", "mean"] = "closed-form"
     inputs: Literal["merged", "specialist"] = "merged"
@@ -85,10 +93,11 @@ class Recipe(BaseModel):
     ridge_scale: Literal["relative", "absolute"] = "relative"
     anchor: Literal["mean", "zero"] = "mean"
     ones: Literal["biased", "all"] = "biased"
-    probes: int = Field(default=3, ge=0)
+    probes: Whole = Field(default=3, ge=0)
     slope_weight: float = Field(default=1.0, ge=0)
     messages: bool = True
     readout: ReadoutOptions | None = ReadoutOptions()
+    refine: DistilOptions | None = None
     conditioning: Literal["shared", "per-specialist"] = "shared"
     weights: tuple[float, ...] | None = None
     allow_unrelated: bool = False
@@ -133,14 +142,16 @@ def load_recipe(source: "str | Path | Mapping[str, Any] | Recipe" = "gffmerge", 
     if isinstance(source, Recipe):
         data: dict[str, Any] = source.model_dump()
     elif isinstance(source, Mapping):
-        data = dict(source)
+        data = with_text_keys(source)
+    elif not isinstance(source, str | Path):
+        raise RecipeError(f"{shown(source)} is no recipe; give a name, a YAML file, a mapping or a Recipe")
     elif str(source) in PRESETS:
         data = PRESETS[str(source)].model_dump()
     else:
         label, data = str(source), _read_yaml(Path(source))
     preset = data.pop("preset", "gffmerge")
-    if preset not in PRESETS:
-        raise RecipeError(f"{label}: unknown preset {preset!r}; use one of {', '.join(PRESETS)}")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise RecipeError(f"{label}: unknown preset {shown(preset)}; use one of {', '.join(PRESETS)}")
     known = {key: value for key, value in overrides.items() if value is not None}
     try:
         return Recipe(**{**PRESETS[preset].model_dump(), **data, **known})
@@ -149,16 +160,10 @@ def load_recipe(source: "str | Path | Mapping[str, Any] | Recipe" = "gffmerge", 
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         close = get_close_matches(str(path), PRESETS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise RecipeError(
-            f"{path} is neither a recipe file nor one of the recipes {', '.join(PRESETS)}{hint}"
+            f"{shown(str(path))} is neither a recipe file nor one of the recipes {', '.join(PRESETS)}{hint}"
         )
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path} must be a YAML mapping of recipe options, got {type(data).__name__}")
-    return {str(key): value for key, value in data.items()}
+    return read_options(path, what="the recipe")

@@ -10,11 +10,11 @@ import numpy as np
 from ase import Atoms
 from pydantic import Field
 
+from ase_gffmerge.dynamics.displaced import displaced
 from ase_gffmerge.dynamics.monitor import Monitor, standard_monitor
 from ase_gffmerge.dynamics.replicas import run_replicas
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.models import Potential
-from ase_gffmerge.sampling.displaced import displaced
 from ase_gffmerge.sampling.judge import judge
 from ase_gffmerge.sampling.ladder import Ladder, LadderOptions, climb
 from ase_gffmerge.specialist import Specialist

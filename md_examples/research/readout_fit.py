@@ -12,8 +12,9 @@ from ase import Atoms
 from torch import Tensor
 
 from ase_gffmerge.accuracy import chunks
+from ase_gffmerge.dynamics.displaced import displaced
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.merging.force_matching import HELD_OUT, MAX_ATOMS, MAX_ROWS, displaced
+from ase_gffmerge.merging.force_matching import HELD_OUT, MAX_ATOMS, MAX_ROWS
 from ase_gffmerge.merging.probes import Probes
 from ase_gffmerge.merging.readout import RIDGES, ReadoutFit, fit_readout, random_lift, widened
 from ase_gffmerge.merging.recipe import ReadoutOptions
@@ -38,7 +39,12 @@ Lift = Callable[[WidenedReadout, Tensor, Tensor], None]
 
 def rattled(frames: Sequence[Atoms], territory: Territory, options: ReadoutOptions) -> list[Atoms]:
     """The product's copies: every atom displaced on its own."""
-    return displaced(frames, options)
+    rng = np.random.default_rng(options.seed)
+    return [
+        displaced(atoms, rattle=options.displacement, strain=0.0, rng=rng)
+        for _ in range(options.copies)
+        for atoms in frames
+    ]
 
 
 def whitened(readout: WidenedReadout, rows: Tensor, element: Tensor, *, spread: float = 0.5) -> None:

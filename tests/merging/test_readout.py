@@ -1,13 +1,12 @@
 from copy import deepcopy
 
-import numpy as np
 import pytest
 import torch
 from ase import Atoms
 
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.merging.force_matching import displaced, widen
+from ase_gffmerge.merging.force_matching import widen
 from ase_gffmerge.merging.probes import Probes, displacement_directions
 from ase_gffmerge.merging.readout import fit_readout, lifted_derivatives, random_lift, readout_rows
 from ase_gffmerge.merging.recipe import ReadoutOptions
@@ -80,18 +79,6 @@ def test_fit_prefers_the_ridge_that_generalises() -> None:
         return Gram.of(x, x @ true + 2.0 * torch.randn(n, 1, generator=generator, dtype=torch.float64))
 
     assert fit_readout(noisy(45), noisy(400)).ridge == 1e-3
-
-
-def test_displaced_copies_leave_the_frames_alone(family) -> None:
-    frames = family("painn", 1)[0].calibration
-    before = [atoms.positions.copy() for atoms in frames]
-    copies = displaced(frames, ReadoutOptions(copies=30, displacement=0.05))
-    assert len(copies) == 30 * len(frames)
-    shifts = np.concatenate(
-        [copy.positions - frames[i % len(frames)].positions for i, copy in enumerate(copies)]
-    )
-    assert shifts.std() == pytest.approx(0.05, rel=0.05)
-    assert all(np.array_equal(atoms.positions, old) for atoms, old in zip(frames, before))
 
 
 def test_displacements_of_small_frames_are_unit_vectors_and_of_large_ones_average_to_the_identity(

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from springs import Bonded
 
 from ase_gffmerge import Specialist
+from ase_gffmerge.dynamics.displaced import displaced
 from ase_gffmerge.dynamics.monitor import Monitor
 from ase_gffmerge.errors import FramesError, RecipeError
 from ase_gffmerge.sampling.decorrelation import decorrelation_time, inefficiency
-from ase_gffmerge.sampling.displaced import displaced
 from ase_gffmerge.sampling.judge import judge
 from ase_gffmerge.sampling.sample import SampleOptions, sample_frames
 from ase_gffmerge.validation import validated

@@ -1,0 +1,72 @@
+r"""Copies of a specialist's calibration frames, which the specialist labels for free.
+
+Around every frame the merged potential must follow the specialist's surface, so each frame brings a few neighbours. They
+are visited by short Langevin dynamics of the specialist itself, started at the frame: stiff bonds move little, soft
+torsions far, as in any dynamics to come. The distribution of positions does not depend on the masses, so all atoms
+weigh the same 12 u and light ones do not limit the time step. Copies displaced at random are the alternative.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from ase import Atoms
+
+from ase_gffmerge.dynamics.displaced import displaced
+from ase_gffmerge.dynamics.replicas import run_replicas
+from ase_gffmerge.merging.recipe import ReadoutOptions
+from ase_gffmerge.specialist import Specialist
+
+MASS, TIMESTEP, FRICTION = 12.0, 2.0, 0.05
+"""Of every atom in u; fs; 1/fs."""
+
+
+def with_copies(
+    specialist: Specialist, frames: Sequence[Atoms], options: ReadoutOptions, *, n_copies: int
+) -> list[Atoms]:
+    """Frames followed by ``n_copies`` copies of each, fewer where dynamics broke a structure."""
+    bare = [_bare(atoms) for atoms in frames]
+    if not n_copies or not frames:
+        return bare
+    if options.temperature:
+        return [*bare, *visited(specialist, bare, options, n_copies=n_copies)]
+    rng = np.random.default_rng(options.seed)
+    return [
+        *bare,
+        *(
+            displaced(a, rattle=options.displacement, strain=0.0, rng=rng)
+            for _ in range(n_copies)
+            for a in bare
+        ),
+    ]
+
+
+def visited(
+    specialist: Specialist, frames: Sequence[Atoms], options: ReadoutOptions, *, n_copies: int
+) -> list[Atoms]:
+    """What the specialist's dynamics visits from every frame, one structure every ``options.interval`` fs."""
+    every = max(round(options.interval / TIMESTEP), 1)
+    starts = [atoms.copy() for atoms in frames]
+    for atoms in starts:
+        atoms.set_masses(np.full(len(atoms), MASS))
+    runs = run_replicas(
+        specialist.potential,
+        starts,
+        ensemble="nvt",
+        temperature=options.temperature,
+        timestep=TIMESTEP,
+        steps=every * n_copies,
+        every=every,
+        friction=FRICTION,
+        seed=options.seed,
+    )
+    return [_bare(atoms) for run in runs for atoms in run.frames[1:]]
+
+
+def copies_per_frame(frames: Sequence[Atoms], options: ReadoutOptions) -> int:
+    """``options.copies``, or fewer (at least one) where all copies together exceed ``options.max_copied_atoms``."""
+    n_atoms = sum(map(len, frames))
+    return min(options.copies, max(options.max_copied_atoms // max(n_atoms, 1), 1))
+
+
+def _bare(atoms: Atoms) -> Atoms:
+    return Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
