@@ -47,7 +47,7 @@ def run_trials(bench: Bench, trials: Sequence[Trial]) -> Rows:
         say(f"{i + 1}/{len(trials)} {trial.name}: {trial.changes} ...")
         try:
             row = measure(trial, bench)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             say(f"    failed: {error}")
             continue
         rows.keep(row)

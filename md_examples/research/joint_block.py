@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, jvp, vjp
+from torch.func import functional_call
 
 from ase_gffmerge.merging.align_output import advance
 from ase_gffmerge.merging.duals import differentiable_push
@@ -61,18 +61,26 @@ class StageProblem:
         ]
 
     def forward(self, direction: Parameters) -> list[Tensor]:
-        """J v."""
-        return [
-            jvp(lambda p, i=i: self._output(i, p), (self.parameters,), (direction,))[1]
-            for i in range(len(self.scenes))
-        ]
+        """J v, as the derivative of Jᵀ u with respect to u (slopes already occupy the forward mode)."""
+        found = []
+        for i in range(len(self.scenes)):
+            leaves = {name: p.clone().requires_grad_() for name, p in self.parameters.items()}
+            with torch.enable_grad():
+                output = self._output(i, leaves)
+                dummy = torch.zeros_like(output, requires_grad=True)
+                pulled = torch.autograd.grad(output, list(leaves.values()), dummy, create_graph=True)
+                along = sum((g * direction[name]).sum() for name, g in zip(leaves, pulled, strict=True))
+                found.append(torch.autograd.grad(along, dummy)[0])
+        return found
 
     def transpose(self, vectors: list[Tensor]) -> Parameters:
         """Jᵀ r."""
         total = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
         for i, vector in enumerate(vectors):
-            _, pull = vjp(lambda p, i=i: self._output(i, p), self.parameters)
-            total = {name: total[name] + value for name, value in pull(vector)[0].items()}
+            leaves = {name: p.clone().requires_grad_() for name, p in self.parameters.items()}
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(self._output(i, leaves), list(leaves.values()), vector)
+            total = {name: total[name] + g for name, g in zip(leaves, gradients, strict=True)}
         return total
 
 

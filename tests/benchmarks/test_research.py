@@ -197,8 +197,12 @@ def test_linearisations_are_adjoint(research, bench):
     batches = gauss_newton.labelled(trunk.territories[0], bench.pools[0][:2], torch.float64)
     assert_adjoint(gauss_newton.ForceProblem(trunk.potential, batches), generator)
     territories = research("layerwise").survey(bench.specialists, trunk.potential, [1.0, 1.0], probes=2)
-    originals = [s.potential.stages[0] for s in bench.specialists]
-    joint = research("joint_block").StageProblem(trunk.potential.stages[0], originals, territories, Recipe())
+    originals = [s.potential.stages for s in bench.specialists]
+    for i, stage in enumerate(trunk.potential.stages):
+        if i == 3:
+            break
+        research("trunk").go_on(trunk.potential, stage, [o[i] for o in originals], territories)
+    joint = research("joint_block").StageProblem(stage, [o[3] for o in originals], territories, Recipe())
     assert_adjoint(joint, generator)
 
 
