@@ -9,6 +9,7 @@ from ase.data import chemical_symbols
 
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.memory import in_parts
 from ase_gffmerge.models import Potential
 
 
@@ -51,24 +52,32 @@ def predict_frames(
     specialist: int = 0,
     max_atoms: int = 2000,
 ) -> FramePredictions:
-    """Evaluate frames in batches of at most ``max_atoms`` atoms (at least one frame each).
+    """Evaluate frames in batches of at most ``max_atoms`` atoms (at least one frame each); less if memory is short.
 
     Raises
     ------
     FramesError
         When there are no frames, or one holds an element that the potential does not know.
+    DeviceMemoryError
+        When a single frame does not fit into the device's memory.
     """
     check_frames(potential, frames)
-    energies: list[float] = []
-    forces: list[np.ndarray] = []
-    for chunk in chunks(frames, max_atoms):
+
+    def evaluate(batch: Sequence[Atoms]) -> tuple[list[float], list[np.ndarray]]:
         cutoff = potential.hyper.cutoff
-        graphs = [build_graph(atoms, cutoff, dtype=potential.dtype, specialist=specialist) for atoms in chunk]
+        graphs = [build_graph(atoms, cutoff, dtype=potential.dtype, specialist=specialist) for atoms in batch]
         prediction = predict(potential, batch_graphs(graphs).to(potential.device))
-        energies.extend(prediction.energy.double().tolist())
         flat = prediction.forces.double().cpu().numpy()
-        forces.extend(np.split(flat, np.cumsum([len(atoms) for atoms in chunk])[:-1]))
-    return FramePredictions(np.array(energies), forces)
+        return prediction.energy.double().tolist(), np.split(flat, np.cumsum([len(a) for a in batch])[:-1])
+
+    parts = [
+        part
+        for chunk in chunks(frames, max_atoms)
+        for part in in_parts(evaluate, chunk, device=potential.device)
+    ]
+    return FramePredictions(
+        np.concatenate([part[0] for part in parts]), [f for part in parts for f in part[1]]
+    )
 
 
 def check_frames(potential: Potential, frames: Sequence[Atoms]) -> None:

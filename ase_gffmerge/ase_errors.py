@@ -8,6 +8,7 @@ from ase.calculators.calculator import CalculationFailed, CalculatorSetupError
 from ase_gffmerge.errors import (
     CacheError,
     DeviceError,
+    DeviceMemoryError,
     FileFormatError,
     FramesError,
     GFFMergeError,
@@ -53,6 +54,14 @@ class EvaluationFailed(CalculationFailed, StructureError):
     """Positions, energies or forces are not finite; the calculator works again for the next structure."""
 
 
+class MemoryFailed(CalculationFailed, DeviceMemoryError):
+    """A structure does not fit into the device's memory; the calculator works again for a smaller one."""
+
+
+class MemorySetupError(SetupError, DeviceMemoryError):
+    """A merge does not fit into the device's memory."""
+
+
 _TWINS: dict[type[GFFMergeError], type[SetupError]] = {
     FileFormatError: FileSetupError,
     FramesError: FramesSetupError,
@@ -61,6 +70,7 @@ _TWINS: dict[type[GFFMergeError], type[SetupError]] = {
     RecipeError: RecipeSetupError,
     DeviceError: DeviceSetupError,
     CacheError: CacheSetupError,
+    DeviceMemoryError: MemorySetupError,
 }
 
 

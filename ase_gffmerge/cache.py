@@ -1,23 +1,24 @@
 """Content-addressed store of merged potentials: no merge is computed twice, nor by two processes at once."""
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import platformdirs
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock
 
 from ase_gffmerge.data.fingerprints import hash_frames
 from ase_gffmerge.errors import CacheError, CacheWarning, FileFormatError
-from ase_gffmerge.fileformat import read_metadata
+from ase_gffmerge.fileformat import leftovers, read_metadata
 from ase_gffmerge.specialist import Specialist
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 ENVIRONMENT_VARIABLE = "GFFMERGE_CACHE"
 SUFFIX = ".safetensors"
+_KEY = "[0-9a-f]" * 64
+"""Pattern of :func:`cache_key`: a file of any other name in the folder is somebody else's."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +110,10 @@ class MergeCache:
         default = (
             os.environ.get(ENVIRONMENT_VARIABLE) or platformdirs.user_cache_path("ase-gffmerge") / "merged"
         )
-        self.directory = Path(directory or default).expanduser().absolute()
+        try:
+            self.directory = Path(directory or default).expanduser().absolute()
+        except (OSError, RuntimeError) as error:
+            raise _unusable(directory or default, error) from None
 
     def path(self, key: str) -> Path:
         """File of the entry ``key``, whether it exists or not."""
@@ -116,6 +123,8 @@ class MergeCache:
         self, specialists: Sequence[Specialist], recipe: "Recipe", build: Callable[[], Specialist]
     ) -> tuple[Specialist, bool]:
         """Load the merge of ``specialists`` by ``recipe``, or build and store it while other processes wait.
+
+        A full disk costs the entry (with a :class:`CacheWarning`), not the merge.
 
         Parameters
         ----------
@@ -140,38 +149,45 @@ class MergeCache:
         """
         key = cache_key(specialists, recipe)
         path, fingerprints = self.path(key), [specialist.fingerprint for specialist in specialists]
-        if path.is_file() and (found := _load(path, fingerprints, warn=False)):
+        if found := _load(path, fingerprints, warn=False):
             return found, True
         with self._locked(key):
-            if path.is_file() and (found := _load(path, fingerprints, warn=True)):
+            if found := _load(path, fingerprints, warn=True):
                 return found, True
+            for abandoned in leftovers(path):  # whoever wrote them held the lock, and was killed
+                with suppress(OSError):
+                    abandoned.unlink()
             return _store(build(), path), False
 
     @contextmanager
     def _locked(self, key: str) -> Iterator[None]:
-        """Hold the lock of ``key`` in a folder that was just written to."""
+        """Hold the lock of ``key`` in a folder that was just written to; go on without one on a full disk."""
+        lock: BaseFileLock | None = None
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.directory):
                 lock = FileLock(self.directory / f".{key}.lock")
                 lock.acquire()
-        except (OSError, NotImplementedError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise CacheError(
-                f"cannot write to the cache folder {self.directory} ({reason}); choose another one with "
-                f"cache_dir=... or the environment variable {ENVIRONMENT_VARIABLE}"
-            ) from None
+        except (OSError, ValueError, NotImplementedError) as error:
+            if getattr(error, "errno", None) not in _FULL:
+                raise _unusable(self.directory, error) from None
+            lock = None
         try:
             yield
         finally:
-            lock.release()
+            if lock is not None:
+                lock.release()
 
     def entries(self) -> list[CacheEntry]:
         """All entries, oldest first; weights are neither read nor verified."""
-        found = [
-            _describe(path) for path in self.directory.glob(f"*{SUFFIX}") if not path.name.startswith(".")
-        ]
+        found = [entry for path in self._files(f"{_KEY}{SUFFIX}") if (entry := _describe(path))]
         return sorted(found, key=lambda entry: (entry.modified, entry.key))
+
+    def _files(self, pattern: str) -> list[Path]:
+        try:
+            return list(self.directory.glob(pattern))
+        except OSError as error:
+            raise _unusable(self.directory, error) from None
 
     def verify(self) -> list[CacheCheck]:
         """Read every entry completely and compare its digest."""
@@ -186,8 +202,8 @@ class MergeCache:
             When a file cannot be deleted.
         """
         entries = self.entries()
-        leftovers = [*self.directory.glob(f".*{SUFFIX}.*.tmp"), *self.directory.glob(".*.lock")]
-        for path in [*(entry.path for entry in entries), *leftovers]:
+        abandoned = [*self._files(f".{_KEY}.*.tmp"), *self._files(f".{_KEY}.lock")]
+        for path in [*(entry.path for entry in entries), *abandoned]:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
@@ -197,12 +213,30 @@ class MergeCache:
         return entries
 
 
+def _unusable(directory: str | Path, error: Exception) -> CacheError:
+    reason = getattr(error, "strerror", None) or error
+    return CacheError(
+        f"cannot write to the cache folder {directory} ({reason}); choose another one with cache_dir=... or the "
+        f"environment variable {ENVIRONMENT_VARIABLE}"
+    )
+
+
+def _read_entry(path: Path) -> Specialist:
+    """Read and verify an entry, which says itself which merge it is: a file may have been renamed, or be a link."""
+    merged = Specialist.load(path)
+    if merged.merged is None or merged.merged.key != path.stem:
+        raise FileFormatError(f"{path} does not hold the merge that its name stands for; clear the cache")
+    return merged
+
+
 def _load(path: Path, fingerprints: Sequence[str], *, warn: bool) -> Specialist | None:
-    """Read and verify an entry; ``None`` if it is corrupt or belongs to other specialists."""
+    """Read and verify an entry; ``None`` if there is none, or one that is corrupt or of another merge."""
+    if not os.path.isfile(path):
+        return None
     try:
-        merged = Specialist.load(path)
-        if merged.merged is None or sorted(merged.merged.fingerprints) != sorted(fingerprints):
-            raise FileFormatError(f"{path} does not hold the merge that its name stands for")
+        merged = _read_entry(path)
+        if merged.merged is None or merged.merged.fingerprints != tuple(fingerprints):
+            raise FileFormatError(f"{path} is a merge of other specialists than its name stands for")
     except FileFormatError as error:
         if warn:
             warnings.warn(f"cache entry is unusable and is built again: {error}", CacheWarning, stacklevel=4)
@@ -212,19 +246,24 @@ def _load(path: Path, fingerprints: Sequence[str], *, warn: bool) -> Specialist 
 
 def _store(merged: Specialist, path: Path) -> Specialist:
     """Write an entry and read it back; a full disk costs the entry, not the merge."""
+    record = replace(merged.merged, key=path.stem) if merged.merged else None
     try:
-        merged.save(path)
+        replace(merged, merged=record).save(path)
+        return _read_entry(path)
     except FileFormatError as error:
         warnings.warn(f"the merge is done but could not be cached: {error}", CacheWarning, stacklevel=4)
         return merged
-    return Specialist.load(path)
 
 
-def _describe(path: Path) -> CacheEntry:
-    status = path.stat()
+def _describe(path: Path) -> CacheEntry | None:
+    """Describe an entry; ``None`` if another process has just deleted it."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
     try:
         metadata = read_metadata(path)
-        name, parents = str(metadata["name"]), tuple(metadata["merged"]["parents"])
+        name, parents = str(metadata["name"]), tuple(map(str, metadata["merged"]["parents"]))
     except (FileFormatError, KeyError, TypeError):
         name, parents = "", ()
     modified = datetime.fromtimestamp(status.st_mtime, tz=UTC)
@@ -235,7 +274,7 @@ def _describe(path: Path) -> CacheEntry:
 
 def _problem(path: Path) -> str | None:
     try:
-        Specialist.load(path)
+        _read_entry(path)
     except FileFormatError as error:
         return str(error)
     return None

@@ -38,6 +38,10 @@ class DeviceError(GFFMergeError):
     """The requested device does not exist on this machine."""
 
 
+class DeviceMemoryError(GFFMergeError):
+    """A single structure, or a merge, does not fit into the memory of the device."""
+
+
 class CacheError(GFFMergeError):
     """The cache folder cannot be written or locked."""
 

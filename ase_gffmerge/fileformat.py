@@ -3,14 +3,15 @@
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ase_gffmerge.errors import FileFormatError
@@ -54,9 +55,6 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except OSError as error:
         raise FileFormatError(f"cannot write {path}: {error.strerror or error}; is the disk full?") from None
@@ -69,19 +67,30 @@ def require_writable(path: Path) -> None:
     _temporary(path).unlink()
 
 
+def leftovers(path: Path) -> list[Path]:
+    """Temporary files that killed writers of ``path`` left beside it."""
+    return list(path.parent.glob(f"{escape(_prefix(path))}*.tmp"))
+
+
+def _prefix(path: Path) -> str:
+    """Beginning of a temporary file's name; cut, since the name of ``path`` may be as long as names can be."""
+    return f".{path.name.encode(errors='surrogateescape')[:64].decode(errors='ignore')}."
+
+
 def _temporary(path: Path) -> Path:
     """Make an empty temporary file beside ``path``, and the folder where it is missing."""
-    if path.is_dir():
-        raise FileFormatError(f"cannot write {path}: it is a folder; give the name of a file")
     try:
+        if path.is_dir():
+            raise FileFormatError(f"cannot write {path}: it is a folder; give the name of a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
+        temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise FileFormatError(
-            f"cannot write {path}: {error.strerror}; choose a folder you may write to"
+            f"cannot write {path}: {reason}; choose a folder you may write to, or a shorter name"
         ) from None
-    os.close(descriptor)
-    return Path(name)
+    return temporary
 
 
 def write_file(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -122,40 +131,66 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileFormatError(
-            f"{path} {what}; give the name of a bundled model or the path of a .safetensors file"
-        )
-    try:
-        with safe_open(path, framework="pt") as handle:
-            header = handle.metadata() or {}
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()} if with_tensors else {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, UnicodeError) as error:
-        raise FileFormatError(
-            f"{path} is not a readable safetensors file ({error}); it is truncated, altered or of another "
-            "kind: copy or download it again. Pickled checkpoints are never opened."
-        ) from None
+    header, tensors = _content(path, with_tensors=with_tensors)
     if header.get("format") != FORMAT:
         raise FileFormatError(
             f"{path} is a safetensors file but not one of ase-gffmerge (its header has no format mark); "
             "make one with `gffmerge train` or `gffmerge merge`"
         )
-    schema = header.get("schema", "")
-    if schema not in map(str, range(1, SCHEMA + 1)):
-        raise FileFormatError(
-            f"{path} has schema version {schema!r}, this ase-gffmerge reads versions up to {SCHEMA}; "
-            "install the version that wrote it, or a newer one"
-        )
-    text = header.get("metadata", "")
+    schema, text = _known_schema(header.get("schema", ""), path), header.get("metadata", "")
     if with_tensors and digest(text, tensors) != header.get("sha256"):
         raise FileFormatError(f"{path} was altered after writing (its SHA-256 is wrong); copy it again")
     try:
         metadata = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: the metadata is not JSON ({error}); copy the file again") from None
     if not isinstance(metadata, dict):
         raise FileFormatError(f"{path}: the metadata is not a JSON object; copy the file again")
-    for migrate in MIGRATIONS[int(schema) - 1 :]:
+    for migrate in MIGRATIONS[schema - 1 :]:
         metadata = migrate(metadata)
     return metadata, tensors
+
+
+def _content(path: Path, *, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors, in memory of their own: tensors mapped from a file would change with it."""
+    try:
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
+            raise FileFormatError(
+                f"{path} {what}; give the name of a bundled model or the path of a .safetensors file"
+            )
+        with safe_open(path, framework="pt") as handle:  # checks all lengths before anything large is read
+            header = handle.metadata() or {}
+        if not with_tensors:
+            return header, {}
+        data = path.read_bytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        return header, load(data)
+    except _UNREADABLE as error:
+        raise FileFormatError(
+            f"{path} is not a readable safetensors file ({error}); it is truncated, altered or of another "
+            "kind: copy or download it again. Pickled checkpoints are never opened."
+        ) from None
+
+
+_UNREADABLE = (
+    SafetensorError,
+    OSError,
+    ValueError,
+    LookupError,  # element types that torch does not have
+    AssertionError,
+    RuntimeError,  # shapes beyond 64 bits, deep nesting
+    OverflowError,
+    MemoryError,
+)
+
+
+def _known_schema(schema: str, path: Path) -> int:
+    if schema in map(str, range(1, SCHEMA + 1)):
+        return int(schema)
+    newer = schema.isascii() and schema.isdigit() and len(schema) < 9 and int(schema) > SCHEMA
+    raise FileFormatError(
+        f"{path} has schema version {schema!r}, this ase-gffmerge reads versions up to {SCHEMA}; "
+        + ("it was written by a newer one: " if newer else "")
+        + "install the version that wrote it, or a newer one"
+    )

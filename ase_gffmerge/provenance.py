@@ -59,12 +59,16 @@ class MergeRecord:
         The complete recipe.
     report
         The merge report as JSON-able dictionary.
+    key
+        The cache's name of this merge (:func:`~ase_gffmerge.cache.cache_key`), so that an entry of the cache says which one
+        it is; empty elsewhere.
     """
 
     parents: tuple[str, ...]
     fingerprints: tuple[str, ...]
     recipe: Mapping[str, Any]
     report: Mapping[str, Any]
+    key: str = ""
 
 
 def pack_seen(provenance: Provenance) -> dict[str, Tensor]:
@@ -76,19 +80,43 @@ def pack_seen(provenance: Provenance) -> dict[str, Tensor]:
 
 
 def unpack_provenance(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Provenance:
-    """Inverse of :meth:`Provenance.to_dict` and :func:`pack_seen`."""
+    """Inverse of :meth:`Provenance.to_dict` and :func:`pack_seen`; raises ``ValueError`` for what is no provenance."""
     keys = tensors.get(SEEN_FRAMES, torch.empty((0, _BYTES), dtype=torch.uint8))
     if keys.dtype != torch.uint8 or keys.shape != (metadata["seen_frames"], _BYTES):
         raise ValueError(f"seen_frames ({metadata['seen_frames']} are announced, the tensor does not fit)")
     seen = tuple(row.tobytes().hex() for row in keys.numpy())
-    return Provenance(**{**metadata, "lineage": tuple(metadata["lineage"]), "seen_frames": seen})
+    provenance = Provenance(**{**metadata, "lineage": texts(metadata, "lineage"), "seen_frames": seen})
+    for name, kind in (
+        ("data_set", str),
+        ("data_hash", str),
+        ("n_train", int),
+        ("epochs", int),
+        ("seed", int),
+    ):
+        require_kind(getattr(provenance, name), kind, name)
+    for value in require_kind(provenance.errors, dict, "errors").values():
+        require_kind(value, (int, float), "errors")
+    return provenance
 
 
 def unpack_merge_record(metadata: Mapping[str, Any]) -> MergeRecord:
-    """Inverse of ``vars``."""
+    """Inverse of ``vars``; raises ``ValueError`` for what is no record of a merge."""
     return MergeRecord(
-        parents=tuple(metadata["parents"]),
-        fingerprints=tuple(metadata["fingerprints"]),
-        recipe=metadata["recipe"],
-        report=metadata["report"],
+        parents=texts(metadata, "parents"),
+        fingerprints=texts(metadata, "fingerprints"),
+        recipe=require_kind(metadata["recipe"], dict, "recipe"),
+        report=require_kind(metadata["report"], dict, "report"),
+        key=require_kind(metadata.get("key", ""), str, "key"),
     )
+
+
+def texts(metadata: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """A list of strings in a file's metadata; raises ``ValueError`` for anything else."""
+    return tuple(require_kind(value, str, name) for value in require_kind(metadata[name], list, name))
+
+
+def require_kind(value: Any, kind: type | tuple[type, ...], name: str) -> Any:
+    """Return ``value`` if it is of that kind; raises ``ValueError`` with its name if it is not."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name} (of type {type(value).__name__})")
+    return value

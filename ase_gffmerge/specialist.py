@@ -6,12 +6,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from ase import Atoms
 from ase.data import chemical_symbols
 from torch import Tensor
 
+from ase_gffmerge.calibration import pack_frames, require_sound, unpack_frames
 from ase_gffmerge.errors import FileFormatError, StructureError
 from ase_gffmerge.fileformat import digest, read_file, write_file
 from ase_gffmerge.models import Potential, build_potential
@@ -20,6 +20,7 @@ from ase_gffmerge.provenance import (
     MergeRecord,
     Provenance,
     pack_seen,
+    require_kind,
     unpack_merge_record,
     unpack_provenance,
 )
@@ -83,7 +84,20 @@ class Specialist:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write one ``.safetensors`` file atomically; weights keep their floating-point type."""
+        """Write one ``.safetensors`` file atomically; weights keep their floating-point type.
+
+        Raises
+        ------
+        FileFormatError, FramesError
+            When a weight or a calibration frame is not finite, which no file may hold, or the file cannot be written; one
+            that was there stays as it was.
+        """
+        if broken := first_not_finite(self.potential):
+            raise FileFormatError(
+                f"{self.name!r} is not written to {path}: its parameter {broken!r} contains NaN or infinity; its training "
+                "diverged, or something wrote over it"
+            )
+        require_sound(self.calibration, self.name)
         tensors = {f"potential.{name}": value for name, value in self.potential.state_dict().items()}
         tensors |= pack_frames(self.calibration) | pack_seen(self.provenance)
         if self.gauge is not None:
@@ -130,23 +144,21 @@ class Specialist:
             )
         try:
             with torch.random.fork_rng(devices=[]):
-                potential = build_potential(
-                    metadata["architecture"], metadata["hyper"], tuple(metadata["species"])
-                )
+                potential = _fresh_potential(metadata, tensors)
             merged = metadata["merged"]
             specialist = cls(
-                name=metadata["name"],
+                name=require_kind(metadata["name"], str, "name"),
                 potential=potential,
                 calibration=unpack_frames(tensors),
-                level_of_theory=metadata["level_of_theory"],
+                level_of_theory=require_kind(metadata["level_of_theory"], str, "level_of_theory"),
                 provenance=unpack_provenance(metadata["provenance"], tensors),
                 merged=unpack_merge_record(merged) if merged else None,
-                gauge=_unpack_gauge(tensors),
+                gauge=_unpack_gauge(tensors, potential),
             )
             units = metadata["units"]
         except FileFormatError as error:
             raise FileFormatError(f"{path}: {error}") from None
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        except _GARBLED as error:
             raise FileFormatError(f"{path}: metadata lack or garble {error}; write the file again") from None
         if units != UNITS:
             raise FileFormatError(
@@ -168,6 +180,18 @@ class Specialist:
         return replace(self, calibration=tuple(frames))
 
 
+_GARBLED = (
+    KeyError,
+    TypeError,
+    ValueError,
+    IndexError,
+    AttributeError,
+    RuntimeError,
+    OverflowError,
+    MemoryError,
+)
+
+
 def symbols(numbers: Sequence[int]) -> str:
     """Element symbols of atomic numbers, comma-separated."""
     return ", ".join(chemical_symbols[number] for number in numbers)
@@ -180,72 +204,81 @@ def bundled_path(source: str | Path) -> Path:
     return Path(source)
 
 
-def pack_frames(frames: Sequence[Atoms]) -> dict[str, Tensor]:
-    """Flatten frames into tensors: atom counts, numbers, positions (float64), cells, periodicity."""
-    if not frames:
-        return {}
-    return {
-        "calibration.n_atoms": torch.tensor([len(atoms) for atoms in frames]),
-        "calibration.numbers": torch.as_tensor(np.concatenate([atoms.numbers for atoms in frames])),
-        "calibration.positions": torch.as_tensor(np.concatenate([atoms.positions for atoms in frames])),
-        "calibration.cells": torch.as_tensor(np.stack([atoms.cell.array for atoms in frames])),
-        "calibration.pbc": torch.as_tensor(np.stack([atoms.pbc for atoms in frames])),
-    }
+def first_not_finite(potential: Potential) -> str | None:
+    """Name of the first parameter or buffer that contains NaN or infinity."""
+    state = potential.state_dict().items()
+    return next((name for name, value in state if not bool(value.isfinite().all())), None)
 
 
-def unpack_frames(tensors: Mapping[str, Tensor]) -> tuple[Atoms, ...]:
-    """Inverse of :func:`pack_frames`."""
-    if "calibration.n_atoms" not in tensors:
-        return ()
-    array = {
-        key: tensors[f"calibration.{key}"].numpy()
-        for key in ("n_atoms", "numbers", "positions", "cells", "pbc")
-    }
-    lengths = {len(array["numbers"]), len(array["positions"]), int(array["n_atoms"].sum())}
-    if len(lengths) > 1 or (array["n_atoms"] < 1).any() or not np.isfinite(array["positions"]).all():
-        raise ValueError("calibration frames (their arrays do not fit each other or are not finite)")
-    splits = np.cumsum(array["n_atoms"])[:-1]
-    numbers, positions = np.split(array["numbers"], splits), np.split(array["positions"], splits)
-    return tuple(
-        Atoms(z, positions=r, cell=cell, pbc=pbc)
-        for z, r, cell, pbc in zip(numbers, positions, array["cells"], array["pbc"], strict=True)
+def _fresh_potential(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Potential:
+    """Potential with random weights, no larger than those in the file: the header may claim any size."""
+    hyper, species = metadata["hyper"], metadata["species"]
+    n_weights = sum(value.numel() for name, value in tensors.items() if name.startswith("potential."))
+    too_large = sorted(
+        name for name, value in hyper.items() if isinstance(value, int) and value > max(n_weights, 1)
     )
+    if too_large or ("n_blocks" in hyper and hyper["n_blocks"] > len(tensors)):
+        raise FileFormatError(
+            f"the hyper-parameters do not belong to these weights: {', '.join(too_large) or 'n_blocks'} is larger than "
+            "a file of this size can be; write the file again"
+        )
+    return build_potential(metadata["architecture"], hyper, tuple(species))
 
 
-def _unpack_gauge(tensors: Mapping[str, Tensor]) -> LeverageGauge | None:
+def _unpack_gauge(tensors: Mapping[str, Tensor], potential: Potential) -> LeverageGauge | None:
     """The gauge of a file; files of older merges, and of most specialists, have none."""
     if "gauge.species" not in tensors:
         return None
     species, whitening = tensors["gauge.species"], tensors["gauge.whitening"]
-    if whitening.shape != (len(species), whitening.shape[-1], whitening.shape[-1]) or not bool(
-        whitening.isfinite().all()
+    size = whitening.shape[-1]
+    known = species.dtype == torch.int64 and set(species.tolist()) <= set(potential.species)
+    if not known or len(species.unique()) != len(species) or not whitening.dtype.is_floating_point:
+        raise ValueError("the extrapolation gauge (its elements are not those of the potential)")
+    fits = whitening.shape == (len(species), size, size)
+    if not (
+        fits
+        and 0 < size <= potential.hyper.channels * potential.hyper.n_blocks
+        and whitening.isfinite().all()
     ):
         raise ValueError("the extrapolation gauge (its matrices do not fit its elements or are not finite)")
     return LeverageGauge(species, whitening)
 
 
 def _load_weights(potential: Potential, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copy weights after checking names, shapes and values."""
+    """Copy weights after checking names, types, shapes and values."""
+    stored = {
+        name.removeprefix("potential."): value
+        for name, value in tensors.items()
+        if name.startswith("potential.")
+    }
+    if "embedding" in stored and stored["embedding"].dtype in _WEIGHT_TYPES:
+        potential.to(dtype=stored["embedding"].dtype)
     expected = potential.state_dict()
     for name, value in expected.items():
-        stored = tensors.get(f"potential.{name}")
-        if stored is None:
+        if name not in stored:
             raise FileFormatError(f"{path} lacks the tensor {name!r}; write the file again")
-        if stored.shape != value.shape:
-            raise FileFormatError(
-                f"{path}: tensor {name!r} has shape {tuple(stored.shape)}, the architecture needs "
-                f"{tuple(value.shape)}; the hyper-parameters in the file do not belong to these weights"
-            )
-        if not stored.dtype.is_floating_point:
-            raise FileFormatError(
-                f"{path}: tensor {name!r} holds {stored.dtype}, not real numbers; write it again"
-            )
-        if not torch.isfinite(stored).all():
-            raise FileFormatError(f"{path}: tensor {name!r} contains NaN or infinity; the training diverged")
-    extra = {name for name in tensors if name.startswith("potential.")} - {
-        f"potential.{name}" for name in expected
-    }
-    if extra:
-        raise FileFormatError(f"{path} has unexpected tensors {sorted(extra)[:3]}; write the file again")
-    potential.to(dtype=tensors["potential.embedding"].dtype)
-    potential.load_state_dict({name: tensors[f"potential.{name}"] for name in expected})
+        _check_weight(name, stored[name], value, path)
+    if extra := sorted(stored.keys() - expected.keys()):
+        raise FileFormatError(f"{path} has unexpected tensors {extra[:3]}; write the file again")
+    potential.load_state_dict(stored)
+
+
+_WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_weight(name: str, stored: Tensor, expected: Tensor, path: Path) -> None:
+    if stored.shape != expected.shape:
+        raise FileFormatError(
+            f"{path}: tensor {name!r} has shape {tuple(stored.shape)}, the architecture needs {tuple(expected.shape)}; "
+            "the hyper-parameters in the file do not belong to these weights"
+        )
+    if not stored.dtype.is_floating_point:
+        raise FileFormatError(
+            f"{path}: tensor {name!r} holds {stored.dtype}, not real numbers; write it again"
+        )
+    if stored.dtype != expected.dtype:
+        raise FileFormatError(
+            f"{path}: tensor {name!r} holds {stored.dtype}, beside others {expected.dtype} is needed; write it again"
+        )
+    if not torch.isfinite(stored).all():
+        raise FileFormatError(f"{path}: tensor {name!r} contains NaN or infinity; the training diverged")

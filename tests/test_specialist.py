@@ -239,7 +239,7 @@ def test_missing_metadata(path: Path, key: str) -> None:
     [
         ("architecture", "transformer", "unknown architecture 'transformer'"),
         ("hyper", {"chanels": 3}, "hyper-parameters do not fit"),
-        ("hyper", {**HYPER, "channels": -3}, "write the file again"),
+        ("hyper", {**HYPER, "channels": -3}, "channels must be at least 1"),
         ("hyper", {**HYPER, "channels": 16}, "shape"),
         ("hyper", {**HYPER, "channels": "many"}, "hyper-parameters"),
         ("species", [1, 6], "shape"),

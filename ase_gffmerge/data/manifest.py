@@ -12,7 +12,6 @@ from importlib.resources.abc import Traversable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
-import yaml
 from ase.data import atomic_numbers
 from pydantic import (
     AfterValidator,
@@ -25,6 +24,7 @@ from pydantic import (
 )
 
 from ase_gffmerge.errors import DataError
+from ase_gffmerge.validation import parse_yaml
 
 
 def _relative(path: str) -> str:
@@ -178,12 +178,15 @@ def load_manifest(name: str | Path) -> Manifest:
 def _parse(document: Path | Traversable) -> Manifest:
     """Read one YAML document; every failure is a `DataError` that names the document."""
     try:
-        content = yaml.safe_load(document.read_text(encoding="utf-8"))
-        return Manifest.model_validate(content)
+        text = document.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the manifest {document}: {error}") from error
-    except yaml.YAMLError as error:
+    try:
+        content = parse_yaml(text)
+    except ValueError as error:
         raise DataError(f"the manifest {document} is not valid YAML: {error}") from error
+    try:
+        return Manifest.model_validate(content)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'document'}: {e['msg']}" for e in error.errors()

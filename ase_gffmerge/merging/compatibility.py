@@ -5,9 +5,10 @@ from itertools import combinations
 
 import torch
 
+from ase_gffmerge.calibration import require_sound
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, RecipeError
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.specialist import Specialist, symbols
+from ase_gffmerge.specialist import Specialist, first_not_finite, symbols
 
 
 def check_compatible(specialists: Sequence[Specialist], recipe: Recipe) -> None:
@@ -17,9 +18,9 @@ def check_compatible(specialists: Sequence[Specialist], recipe: Recipe) -> None:
     ------
     IncompatibleSpecialistsError
         Fewer than two, the same one twice, already merged, of different architecture, hyper-parameters, cutoff, level
-        of theory, or without a common base.
+        of theory, with NaN or infinity among the weights, or without a common base.
     FramesError
-        Calibration frames are missing, empty, or hold an element that the specialist does not know.
+        Calibration frames are missing, empty, not finite, or hold an element that the specialist does not know.
     RecipeError
         The number of weights is not the number of specialists, or a weight is not positive.
     """
@@ -49,11 +50,19 @@ def _check_alone(specialist: Specialist, recipe: Recipe) -> None:
             f"{specialist.name!r} carries no calibration frames, without which a merge cannot see what it knows; add "
             "some with Specialist.with_calibration(frames), or train with --calibration N"
         )
+    if broken := first_not_finite(specialist.potential):
+        raise IncompatibleSpecialistsError(
+            f"the parameter {broken!r} of {specialist.name!r} contains NaN or infinity, which would spoil the merge: its "
+            "training diverged, or something wrote over it; train it again or leave it out"
+        )
+    require_sound(specialist.calibration, specialist.name)
     for i, atoms in enumerate(specialist.calibration):
         unknown = sorted(set(atoms.numbers.tolist()) - set(specialist.species))
-        if unknown or not len(atoms):
-            what = f"contains {symbols(unknown)}, which it does not know" if unknown else "is empty"
-            raise FramesError(f"calibration frame {i} of {specialist.name!r} {what}; leave that frame out")
+        if unknown:
+            raise FramesError(
+                f"calibration frame {i} of {specialist.name!r} contains {symbols(unknown)}, which it does not know; leave "
+                "that frame out"
+            )
 
 
 def _check_pair(first: Specialist, second: Specialist, recipe: Recipe) -> None:

@@ -6,18 +6,19 @@ of each specialist, Gram statistics, ridge solves -> stage output matched again 
 
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.device import resolve_device
-from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.errors import MergeWarning, RecipeError
+from ase_gffmerge.memory import memory_errors
 from ase_gffmerge.merging.align import align_layers, run_stage, stage_inputs
 from ase_gffmerge.merging.align_output import advance, align_messages
 from ase_gffmerge.merging.average import mean_potential
@@ -34,7 +35,7 @@ from ase_gffmerge.models import Potential
 from ase_gffmerge.models.potential import Stage
 from ase_gffmerge.specialist import MergeRecord, Provenance, Specialist
 
-MERGE_VERSION = 3
+MERGE_VERSION = 4
 """Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""
 
 Progress = Callable[[float, str], None]
@@ -68,23 +69,30 @@ def merge(
 
     Raises
     ------
-    IncompatibleSpecialistsError, FramesError, RecipeError, DeviceError
+    IncompatibleSpecialistsError, FramesError, RecipeError, DeviceError, DeviceMemoryError
         With the reason and the remedy.
     """
     recipe = load_recipe(recipe)
+    if recipe.refine is not None:
+        raise RecipeError(
+            "the recipe asks for a distillation (refine), which merge() does not do; use merge_and_refine, the calculator "
+            "or the command line"
+        )
     check_compatible(specialists, recipe)
     tell = progress or (lambda fraction, text: None)
     clock = _Clock()
-    parents = working_copies(specialists, resolve_device(device))
-    with torch.no_grad(), clock("mean"):
-        shifts = align_references(parents)
-        mean = mean_potential(parents, recipe)
-    potential, layers, held_out = _solve(mean, parents, recipe, clock, tell)
-    tell(0.95, "report")
-    with clock("report"):
-        disagreements, parity = diagnose(parents, mean, potential)
-    with clock("extrapolation"):
-        gauge = extrapolation_gauge(potential, parents)
+    target = resolve_device(device)
+    parents = working_copies(specialists, target)
+    with memory_errors(f"merging {len(parents)} specialists", device=target, remedy="give fewer frames"):
+        with torch.no_grad(), clock("mean"):
+            shifts = align_references(parents)
+            mean = mean_potential(parents, recipe)
+        potential, layers, held_out = _solve(mean, parents, recipe, clock, tell)
+        tell(0.95, "report")
+        with clock("report"):
+            disagreements, parity = diagnose(parents, mean, potential)
+        with clock("extrapolation"):
+            gauge = extrapolation_gauge(potential, parents)
     report = MergeReport(
         specialists=tuple(s.name for s in parents),
         layers=layers,
@@ -103,13 +111,19 @@ def merge(
 def working_copies(specialists: Sequence[Specialist], device: torch.device) -> list[Specialist]:
     """Copies on one device, in the highest of their precisions, with distinct names."""
     dtype = max((s.potential.dtype for s in specialists), key=lambda kind: torch.finfo(kind).bits)
-    seen: Counter[str] = Counter()
-    copies = []
-    for s in specialists:
-        seen[s.name] += 1
-        name = s.name if seen[s.name] == 1 else f"{s.name}-{seen[s.name]}"
-        copies.append(replace(s, name=name, potential=deepcopy(s.potential).to(device=device, dtype=dtype)))
-    return copies
+    return [
+        replace(s, name=name, potential=deepcopy(s.potential).to(device=device, dtype=dtype))
+        for s, name in zip(specialists, distinct([s.name for s in specialists]), strict=True)
+    ]
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names with ``-2``, ``-3``, ... after those that were there before."""
+    taken: list[str] = []
+    for name in names:
+        numbered = (f"{name}-{n}" for n in count(2))
+        taken.append(name if name not in taken else next(new for new in numbered if new not in taken))
+    return taken
 
 
 def _solve(

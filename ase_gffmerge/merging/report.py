@@ -6,6 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from pydantic import TypeAdapter, ValidationError
+
+from ase_gffmerge.errors import FileFormatError
+
 if TYPE_CHECKING:
     from ase_gffmerge.merging.solve import Solution
 
@@ -148,27 +152,22 @@ class MergeReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`to_dict`."""
-        values = {
-            key: value for key, value in data.items() if key not in ("verdict", "relative_disagreement")
-        }
-        return cls(
-            **{
-                **values,
-                "specialists": tuple(values["specialists"]),
-                "layers": tuple(LayerReport(**row) for row in values["layers"]),
-                "disagreements": tuple(Disagreement(**row) for row in values["disagreements"]),
-                "parity": tuple(
-                    Parity(
-                        specialist=row["specialist"],
-                        reference=tuple(row["reference"]),
-                        mean=tuple(row["mean"]),
-                        merged=tuple(row["merged"]),
-                    )
-                    for row in values["parity"]
-                ),
-            }
-        )
+        """Inverse of :meth:`to_dict`.
+
+        Raises
+        ------
+        FileFormatError
+            For a dictionary that is no report.
+        """
+        derived = ("verdict", "relative_disagreement")
+        try:
+            return TypeAdapter(cls).validate_python({k: v for k, v in data.items() if k not in derived})
+        except ValidationError as error:
+            finding = error.errors()[0]
+            raise FileFormatError(
+                f"the merge report is garbled at {'.'.join(map(str, finding['loc']))!r} ({finding['msg']}); merge the "
+                "specialists again"
+            ) from None
 
     def summary(self) -> str:
         """A few lines for a terminal."""

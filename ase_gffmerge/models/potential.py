@@ -10,8 +10,10 @@ where :math:`x_l` are the invariant scalars after interaction block l. The merge
 model.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -53,9 +55,26 @@ class HyperParameters:
     readout_blocks: int = 1
     n_embeddings: int = 1
 
+    def __post_init__(self) -> None:
+        """Raise ``TypeError`` or ``ValueError`` for values that make no network."""
+        for field in fields(self):
+            value, least = getattr(self, field.name), _LEAST.get(field.name, 1)
+            if field.type is int and (not isinstance(value, Integral) or isinstance(value, bool)):
+                raise TypeError(f"{field.name} must be a whole number, not {value!r}")
+            if field.type is int and value < least:
+                raise ValueError(f"{field.name} must be at least {least}, not {value}")
+            if field.type is float and not (isinstance(value, Real) and 0 < float(value) < math.inf):
+                raise ValueError(f"{field.name} must be a positive number, not {value!r}")
+        if self.readout_width and self.readout_blocks > self.n_blocks:
+            raise ValueError(f"readout_blocks is {self.readout_blocks}, but there are {self.n_blocks} blocks")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for a file header."""
         return asdict(self)
+
+
+_LEAST = {"readout_width": 0, "l_max": 0, "radial_layers": 0}
+"""Least values of whole-numbered hyper-parameters that need not be positive."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Architectures by name."""
 
+from numbers import Integral
 from typing import Any
 
 from ase_gffmerge.errors import FileFormatError
@@ -39,6 +40,12 @@ def build_potential(architecture: str, hyper: dict[str, Any], species: tuple[int
         )
     cls = _ARCHITECTURES[architecture]
     try:
-        return cls(cls.Hyper(**hyper), species)
-    except TypeError as error:
+        checked = cls.Hyper(**hyper)
+    except (TypeError, ValueError) as error:
         raise FileFormatError(f"hyper-parameters do not fit architecture {architecture!r}: {error}") from None
+    numbers = [z for z in species if isinstance(z, Integral) and not isinstance(z, bool) and 0 < z < 119]
+    if not numbers or len(set(numbers)) < len(species):
+        raise FileFormatError(
+            f"species {list(species)} are not distinct atomic numbers between 1 and 118; write the file again"
+        )
+    return cls(checked, species)

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ase_gffmerge.errors import RecipeError
-from ase_gffmerge.validation import explain
+from ase_gffmerge.validation import STRICT, Seed, explain, read_options
 
 
 class TrainConfig(BaseModel):
@@ -33,7 +32,7 @@ class TrainConfig(BaseModel):
         Recorded in the file; ``None`` takes the parent's.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
     model: str | None = None
     hyper: dict[str, Any] = {}
@@ -46,7 +45,7 @@ class TrainConfig(BaseModel):
     ema_decay: float = Field(default=0.995, ge=0, lt=1)
     gradient_clip: float = Field(default=10.0, gt=0)
     validation: int = Field(default=50, ge=0)
-    seed: int = 0
+    seed: Seed = 0
     level_of_theory: str | None = None
 
 
@@ -58,16 +57,8 @@ def load_config(path: Path | None, **overrides: Any) -> TrainConfig:
     RecipeError
         For unknown keys or impossible values, with a suggestion.
     """
-    try:
-        data = yaml.safe_load(path.read_text()) if path else {}
-    except (OSError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot read the configuration {path}: {error}") from None
-    if not isinstance(data or {}, dict):
-        raise RecipeError(f"{path} must be a YAML mapping of options, got {type(data).__name__}")
-    merged = {
-        **{str(key): value for key, value in (data or {}).items()},
-        **{key: value for key, value in overrides.items() if value is not None},
-    }
+    data = read_options(path, what="the configuration") if path else {}
+    merged = data | {key: value for key, value in overrides.items() if value is not None}
     try:
         return TrainConfig(**merged)
     except ValidationError as error:

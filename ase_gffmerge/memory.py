@@ -1,0 +1,79 @@
+"""What happens when the memory of a device does not suffice: smaller batches, or an error that says what would."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from ase import Atoms
+
+from ase_gffmerge.errors import DeviceMemoryError
+
+Result = TypeVar("Result")
+
+_ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
+"""How torch says it without a class of its own: on the CPU, and in CUDA's libraries."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILED)
+
+
+@contextmanager
+def memory_errors(what: str, *, device: torch.device, remedy: str = "") -> Iterator[None]:
+    """Raise :class:`DeviceMemoryError` for running out of memory; ``what`` (needs more ...) begins the message."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        elsewhere = "a machine with more memory" if device.type == "cpu" else "device='cpu'"
+        raise DeviceMemoryError(
+            f"{what} needs more memory than {device} has free; {remedy or 'end what else runs there'}, or use {elsewhere}"
+        ) from error
+
+
+def in_parts(
+    evaluate: Callable[[Sequence[Atoms]], Result], frames: Sequence[Atoms], *, device: torch.device
+) -> list[Result]:
+    """Evaluate a batch of frames; where memory does not suffice, its halves, down to single frames.
+
+    Parameters
+    ----------
+    evaluate
+        Maps a batch of frames to its result.
+    frames
+        One batch.
+    device
+        Where ``evaluate`` computes; for the message, and to give cached memory back before trying again.
+
+    Returns
+    -------
+    list
+        One result per part, in the order of the frames; a single one when memory sufficed.
+
+    Raises
+    ------
+    DeviceMemoryError
+        When a single frame does not fit.
+    """
+    try:
+        return [evaluate(frames)]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(frames) == 1:
+            atoms = frames[0]
+            with memory_errors(f"{atoms.get_chemical_formula()} ({len(atoms)} atoms)", device=device):
+                raise
+    if device.type == "cuda":  # here the error is gone, and with it the tensors that its traceback held
+        torch.cuda.empty_cache()
+    half = len(frames) // 2
+    return [
+        result
+        for part in (frames[:half], frames[half:])
+        for result in in_parts(evaluate, part, device=device)
+    ]
