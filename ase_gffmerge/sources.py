@@ -1,5 +1,6 @@
 """From names, files or objects to the one force field that is served; several are merged."""
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def load(source: Source) -> Specialist:
     """
     if isinstance(source, Specialist):
         return source
-    if not bundled_path(source).exists():
+    if not os.path.exists(bundled_path(source)):
         close = get_close_matches(str(source), BUNDLED, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"the bundled names are {', '.join(BUNDLED)}"
         raise FileSetupError(f"there is no specialist {str(source)!r}, neither bundled nor as a file; {hint}")
