@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.accuracy import Errors
+from ase_gffmerge.accuracy import Errors, predict_frames
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.evaluation.md_distributions import Distributions, distribution_range, frames_distributions
 from ase_gffmerge.evaluation.md_observation import ModelDynamics, observe
 from ase_gffmerge.evaluation.md_protocol import Protocol
 from ase_gffmerge.evaluation.md_runs import Contestant, Progress, run_models
-from ase_gffmerge.evaluation.observables import distribution_mae, spectral_overlap
+from ase_gffmerge.evaluation.observables import distribution_mae, harmonic_temperature, spectral_overlap
 
 UNITS = {
     "stability_time": "ps",
     "temperature": "K",
+    "reference_temperature": "K",
     "h_mae": "1",
     "rdf_mae": "Å",
     "nve_drift": "eV/atom/ps",
@@ -46,6 +47,10 @@ class MDEvaluation:
     reference_noise
         Error that the reference's own finite number of frames causes in each: half the difference between its even
         and odd frames (empty for a single frame).
+    reference_temperatures
+        How hot the reference frames are by each model's own energies, K: the temperature of its NVT runs, plus what the
+        frames' higher or lower energy amounts to if all modes are harmonic. Far from the thermostat's, the reference is
+        another ensemble, and the difference of distributions is that of the ensembles as well.
     models
         In the order given.
     errors
@@ -57,6 +62,7 @@ class MDEvaluation:
     n_reference: int
     reference: Distributions
     reference_noise: Mapping[str, float]
+    reference_temperatures: Mapping[str, float]
     models: tuple[ModelDynamics, ...]
     errors: Mapping[str, Errors]
 
@@ -83,6 +89,7 @@ class MDEvaluation:
         return {
             **(errors.to_dict() if errors else {}),
             **model.to_dict(),
+            "reference_temperature": self.reference_temperatures.get(model.label),
             **_named(self.distribution_maes(model), "_mae"),
             **_named(_maes(model.distributions, first.distributions), "_mae_to_first"),
             "vdos_overlap_with_first": overlap,
@@ -141,18 +148,37 @@ def evaluate_dynamics(
     )
     r_max = distribution_range(truth)
     halves = [frames_distributions(truth[k::2], r_max=r_max) for k in (0, 1) if len(truth) > 1]
+    observed = [
+        observe(label, run["nvt"], run["nve"], protocol=protocol, r_max=r_max) for label, run in runs.items()
+    ]
     return MDEvaluation(
         protocol=protocol,
         formula=frames[0].get_chemical_formula(),
         n_reference=len(truth),
         reference=frames_distributions(truth, r_max=r_max),
         reference_noise={name: 0.5 * mae for name, mae in _maes(*halves).items()} if halves else {},
-        models=tuple(
-            observe(label, run["nvt"], run["nve"], protocol=protocol, r_max=r_max)
-            for label, run in runs.items()
-        ),
+        reference_temperatures=_reference_temperatures(models, observed, truth),
+        models=tuple(observed),
         errors=errors or {},
     )
+
+
+def _reference_temperatures(
+    models: Sequence[Contestant], observed: Sequence[ModelDynamics], truth: Sequence[Atoms]
+) -> dict[str, float]:
+    """By model that lasted, for structures with vibrations, from at most 200 frames."""
+    n_atoms, periodic = len(truth[0]), bool(truth[0].pbc.any())
+    found = {}
+    for model, seen in zip(models, observed, strict=True):
+        if seen.temperature is None or seen.potential_energy is None or n_atoms < 3:
+            continue
+        few = truth[:: -(-len(truth) // 200)]
+        energies = predict_frames(model.force_field.potential, few, specialist=model.specialist).energies
+        difference = float(energies.mean()) - seen.potential_energy
+        found[model.label] = harmonic_temperature(
+            seen.temperature, difference, n_atoms=n_atoms, periodic=periodic
+        )
+    return found
 
 
 def starting_structures(frames: Sequence[Atoms], n: int) -> list[Atoms]:

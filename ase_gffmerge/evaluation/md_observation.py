@@ -37,6 +37,8 @@ class ModelDynamics:
         One trajectory per seed.
     temperature
         Mean of the NVT runs after equilibration, K; ``None`` when none lasted so long.
+    potential_energy
+        The same of the potential energy, eV.
     distributions
         h(r), or g(r) by pair, of the NVT runs after equilibration; empty when none lasted so long.
     spectrum
@@ -53,6 +55,7 @@ class ModelDynamics:
     nvt: tuple[MDTrajectory, ...]
     nve: tuple[MDTrajectory, ...]
     temperature: float | None
+    potential_energy: float | None
     distributions: Distributions
     spectrum: Spectrum | None
     spectral_noise: float | None
@@ -112,11 +115,13 @@ def observe(
     """
     begin = protocol.equilibration * protocol.length("nvt")
     temperatures = np.concatenate([run.temperatures[run.times >= begin] for run in nvt])
+    potential_energies = np.concatenate([run.potential_energies[run.times >= begin] for run in nvt])
     return ModelDynamics(
         label=label,
         nvt=tuple(nvt),
         nve=tuple(nve),
         temperature=float(temperatures.mean()) if len(temperatures) else None,
+        potential_energy=float(potential_energies.mean()) if len(temperatures) else None,
         distributions=_equilibrated(nvt, begin, r_max=r_max),
         spectrum=_spectrum(nve, protocol),
         spectral_noise=_overlap_of_halves(nve, protocol),

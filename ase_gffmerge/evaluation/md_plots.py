@@ -15,7 +15,8 @@ from ase_gffmerge.evaluation.plots import save_figure
 COLOURS = ("#d1793b", "#2a8fb0", "#5b8c3a", "#8a5a9e", "#b03a48", "#6b6b6b")
 REFERENCE = "#222222"
 COLUMNS = 3
-SMOOTHING_PS = 0.1
+SMOOTHING = 0.02
+"""Running means are over this fraction of a run."""
 
 Panel = Callable[[Axes], None]
 Styled = Sequence[tuple[ModelDynamics, str]]
@@ -85,27 +86,35 @@ def _temperatures(axes: Axes, models: Styled, target: float) -> None:
     for model, colour in models:
         for run in model.nvt:
             if len(run.times) > 1:
-                axes.plot(run.times, _smooth(run.times, run.temperatures), color=colour, lw=0.8, alpha=0.6)
+                axes.plot(run.times, _smooth(run.temperatures), color=colour, lw=0.8, alpha=0.6)
     axes.axhline(target, color=REFERENCE, linewidth=0.8)
     axes.set(
-        title=f"temperature (NVT), mean of {SMOOTHING_PS:g} ps", xlabel="time (ps)", ylabel="temperature (K)"
+        title=f"temperature (NVT), mean of {100 * SMOOTHING:g} %",
+        xlabel="time (ps)",
+        ylabel="temperature (K)",
     )
 
 
-def _smooth(times: np.ndarray, values: np.ndarray) -> np.ndarray:
-    width = min(max(round(SMOOTHING_PS / float(times[1] - times[0])), 1), len(values))
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over the values before; over fewer at the start."""
+    width = max(round(SMOOTHING * len(values)), 1)
     padded = np.concatenate([[0.0], np.cumsum(values)])
-    low = np.maximum(np.arange(len(values)) + 1 - width, 0)
-    return (padded[1:] - padded[low]) / (np.arange(len(values)) + 1 - low)
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (padded[ends] - padded[starts]) / (ends - starts)
 
 
 def _energies(axes: Axes, models: Styled) -> None:
     for model, colour in models:
         for run in model.nve:
             if len(run.times):
-                change = 1000 * (run.total_energies - run.total_energies[0]) / len(run.numbers)
-                axes.plot(run.times, change, color=colour, linewidth=0.7, alpha=0.6)
-    axes.set(title="energy conservation (NVE)", xlabel="time (ps)", ylabel="total energy (meV/atom)")
+                change = 1000 * (run.total_energies - run.total_energies.mean()) / len(run.numbers)
+                axes.plot(run.times, _smooth(change), color=colour, linewidth=0.9, alpha=0.7)
+    axes.set(
+        title=f"energy conservation (NVE), mean of {100 * SMOOTHING:g} %",
+        xlabel="time (ps)",
+        ylabel="total energy (meV/atom)",
+    )
 
 
 def _stability(axes: Axes, models: Styled, length: float) -> None:

@@ -26,6 +26,7 @@ def rows(evaluation: MDEvaluation) -> list[Row]:
         ["stable time of seeds, mean (ps)", *(f"{np.mean(m.stability_times):.2f}" for m in models)],
         ["seeds that held", *(f"{sum(run.held for run in m.nvt)} of {len(m.nvt)}" for m in models)],
         ["mean temperature (K)", *(f"{m.temperature:.0f}" if m.temperature else "-" for m in models)],
+        ["temperature of the reference (K)", *(_reference_temperature(evaluation, m) for m in models)],
         *_distributions(evaluation),
         ["vibrations: overlap with the first", *(_overlap(m, models[0]) for m in models)],
         ["NVE drift (meV/atom/ps)", *(_drift(m) for m in models)],
@@ -47,6 +48,11 @@ def _errors(evaluation: MDEvaluation) -> list[Row]:
 
 def _error(errors: Errors, name: str) -> str:
     return f"{1000 * getattr(errors, name):.1f}"
+
+
+def _reference_temperature(evaluation: MDEvaluation, model: ModelDynamics) -> str:
+    found = evaluation.reference_temperatures.get(model.label)
+    return "-" if found is None else f"{found:.0f}"
 
 
 def _distributions(evaluation: MDEvaluation) -> list[Row]:

@@ -11,6 +11,7 @@ import numpy as np
 from ase import Atoms
 
 from ase_gffmerge.dynamics.replicas import ReplicaRun
+from ase_gffmerge.evaluation.observables.energies import kinetic_energies
 from ase_gffmerge.fileformat import atomic_write
 
 
@@ -73,6 +74,11 @@ class MDTrajectory:
     def held(self) -> bool:
         """Whether the run reached its end."""
         return not self.stopped
+
+    @property
+    def potential_energies(self) -> np.ndarray:
+        """Total minus kinetic energy (n_frames,) in eV."""
+        return self.total_energies - kinetic_energies(self.velocities, self.masses)
 
     def after(self, time: float) -> np.ndarray:
         """Positions (n, n_atoms, 3) of the frames from ``time`` (ps) on."""

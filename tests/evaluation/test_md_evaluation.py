@@ -102,6 +102,8 @@ def test_what_is_read_from_known_trajectories() -> None:
     assert found.stability_times == [2.0, 0.199]
     assert found.temperature == pytest.approx(175.0)  # the second half of the first run
     assert found.drifts == pytest.approx([0.002, 0.0])
+    kinetic = 14 * np.square(nvt[0].velocities[501:, 0, 0]).mean()
+    assert found.potential_energy == pytest.approx(-10 + 0.004 * 1.5 - kinetic, abs=1e-3)
     assert found.spectrum is not None
     assert found.spectrum.resolution == pytest.approx(66.7, abs=0.1)  # half of 1 ps
     peak = found.spectrum.wavenumbers[np.argmax(found.spectrum.density)]
@@ -144,6 +146,7 @@ def test_diffusion_of_the_mobile_element_in_a_crystal() -> None:
         velocities=np.zeros_like(positions),
         times=interval * np.arange(n_frames),
         temperatures=np.full(n_frames, 500.0),
+        total_energies=np.zeros(n_frames),
     )
     protocol = Protocol(picoseconds=6.0, equilibration=0.0)
     found = observe("model", [run, run], [oscillating()], protocol=protocol, r_max=6.0)
@@ -275,6 +278,9 @@ def test_reference_frames_of_the_runs_themselves_have_no_error() -> None:
     truth = [run.structure(k) for run in runs for k in range(len(run.times))]
     result = evaluate_dynamics([model], frames(), protocol=protocol, reference=truth)
     assert result.distribution_maes(result.models[0])["h"] == pytest.approx(0)
+    measured = result.models[0].temperature
+    assert measured is not None
+    assert result.reference_temperatures["one"] == pytest.approx(measured, abs=0.5)
     assert result.to_dict()["models"]["one"]["h_mae"] == pytest.approx(0)
 
 

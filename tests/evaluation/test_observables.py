@@ -14,6 +14,8 @@ from ase_gffmerge.evaluation.observables import (
     distance_distribution,
     distribution_mae,
     energy_slope,
+    harmonic_temperature,
+    kinetic_energies,
     mean_squared_displacement,
     pair_distances,
     radial_distributions,
@@ -237,9 +239,26 @@ def test_overlap() -> None:
     assert spectral_overlap(spectra[0], spectra[2]) < 0.01
 
 
-# -- conservation --
+# -- energies --
 
 
 def test_energy_slope() -> None:
     times = np.linspace(0, 2, 21)
     assert energy_slope(times, -1000 + 0.03 * times, n_atoms=3) == pytest.approx(0.01)
+
+
+def test_kinetic_energies_are_those_of_ase() -> None:
+    atoms = molecule("CH3OH")
+    atoms.set_momenta(np.random.default_rng(0).standard_normal((6, 3)))
+    found = kinetic_energies(atoms.get_velocities()[None], atoms.get_masses())
+    assert found == pytest.approx([atoms.get_kinetic_energy()])
+
+
+@pytest.mark.parametrize(("periodic", "modes"), [(False, 21), (True, 24)])
+def test_harmonic_modes_tell_the_temperature(periodic: bool, modes: int) -> None:
+    """Potential energies of independent oscillators at 700 K, seen from 500 K."""
+    rng = np.random.default_rng(0)
+    coordinates = rng.standard_normal((20_000, modes))
+    mean = {t: 0.5 * units.kB * t * np.square(coordinates).sum(axis=1).mean() for t in (500.0, 700.0)}
+    found = harmonic_temperature(500.0, mean[700.0] - mean[500.0], n_atoms=9, periodic=periodic)
+    assert found == pytest.approx(700, rel=0.01)

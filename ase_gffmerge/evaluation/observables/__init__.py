@@ -1,6 +1,5 @@
 """Observables of trajectories: pure functions on arrays (positions in Å, times in ps unless said otherwise)."""
 
-from ase_gffmerge.evaluation.observables.conservation import energy_slope
 from ase_gffmerge.evaluation.observables.diffusion import (
     Diffusion,
     diffusion_coefficient,
@@ -12,6 +11,11 @@ from ase_gffmerge.evaluation.observables.distances import (
     distance_distribution,
     distribution_mae,
     pair_distances,
+)
+from ase_gffmerge.evaluation.observables.energies import (
+    energy_slope,
+    harmonic_temperature,
+    kinetic_energies,
 )
 from ase_gffmerge.evaluation.observables.radial import radial_distributions
 from ase_gffmerge.evaluation.observables.vibrations import (
@@ -29,6 +33,8 @@ __all__ = [
     "distance_distribution",
     "distribution_mae",
     "energy_slope",
+    "harmonic_temperature",
+    "kinetic_energies",
     "mean_squared_displacement",
     "pair_distances",
     "radial_distributions",
