@@ -25,6 +25,7 @@ from ase_gffmerge.merging.territory import Territory
 from ase_gffmerge.specialist import Specialist
 from research.bench import Bench, Outcome, Trial
 from research.readout_fit import CHEAP, Copies, Setting, fitted, on_shared_trunk, rattled
+from research.trunk import Trunk
 
 FAMILY = "copies"
 
@@ -124,16 +125,20 @@ class Dynamics:
         }
 
     def __call__(self, bench: Bench) -> Outcome:
-        """Sample, then fit the readout."""
+        """Sample, then fit the readout of the shared trunk."""
+        return self.on(bench.trunk)
+
+    def on(self, trunk: Trunk) -> Outcome:
+        """Sample, then fit the readout of a trunk."""
         start = time.process_time()
-        found = [self.visited(territory.specialist) for territory in bench.trunk.territories]
+        found = [self.visited(territory.specialist) for territory in trunk.territories]
         options = CHEAP.model_copy(update={"probes": self.probes, "width": self.width})
 
         def copies(frames: Sequence[Atoms], territory: Territory, options: ReadoutOptions) -> list[Atoms]:
             return [copy for atoms in frames for copy in found[territory.index][atoms.positions.tobytes()]]
 
         spent = time.process_time() - start
-        outcome = fitted(bench.trunk, Setting(copies=copies, options=options), extra_seconds=spent)
+        outcome = fitted(trunk, Setting(copies=copies, options=options), extra_seconds=spent)
         return replace(outcome, note=f"{outcome.note}; dynamics {spent:.0f} s")
 
 

@@ -4,7 +4,7 @@ The stage's output and its slopes, weighted as in the message-level solves, are 
 the stage's parameters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from ase_gffmerge.merging.duals import differentiable_push
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.territory import Scene, Territory
 from ase_gffmerge.models.potential import Stage, State
-from research.bench import Trial
+from research.bench import Bench, Outcome, Trial
+from research.copies import Dynamics
 from research.least_squares import Parameters, gauss_newton_step
 from research.stages import walked
-from research.trunk import SolveStage, standard_stage
+from research.trunk import SolveStage, build_trunk, standard_stage
 
 
 class StageProblem:
@@ -105,14 +106,20 @@ def jointly(*, iterations: int, damping: float) -> SolveStage:
     return solve
 
 
+def with_visited_copies(iterations: int) -> Callable[[Bench], Outcome]:
+    """Joint solves, then the readout on copies that the specialists' dynamics visit."""
+    dynamics = Dynamics(copies=8, steps=10, timestep=2.0, equal_masses=True)
+    solve = jointly(iterations=iterations, damping=1e-3)
+    return lambda bench: dynamics.on(build_trunk(bench.specialists, Recipe(), solve_stage=solve))
+
+
 def trials() -> list[Trial]:
     """All trials of this module."""
-    return [
-        Trial(
-            name="joint block",
-            family="trunk",
-            changes="one Gauss-Newton step (15 iterations) on all maps of a stage, after the usual solves",
-            run=walked(jointly(iterations=15, damping=1e-3)),
-            order=25,
-        )
+    what = "Gauss-Newton iterations on all maps of a stage, after the usual solves"
+    rows: list[tuple[str, str, Callable[[Bench], Outcome], int]] = [
+        ("joint block", f"15 {what}", walked(jointly(iterations=15, damping=1e-3)), 25),
+        ("joint block 5", f"5 {what}", walked(jointly(iterations=5, damping=1e-3)), 25),
+        ("joint block 40", f"40 {what}", walked(jointly(iterations=40, damping=1e-3)), 25),
+        ("joint block + MD 8 x 20 fs", f"15 {what}; visited copies", with_visited_copies(15), 25),
     ]
+    return [Trial(name=n, family="trunk", changes=c, run=run, order=order) for n, c, run, order in rows]
