@@ -1,6 +1,7 @@
 """From a prediction to ASE's results, with the checks before and after."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,11 @@ from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
-from ase_gffmerge.ase_errors import EvaluationFailed, SetupError
+from ase_gffmerge.ase_errors import EvaluationFailed, MemoryFailed, SetupError
+from ase_gffmerge.device import survive_fork
+from ase_gffmerge.errors import DeviceMemoryError
 from ase_gffmerge.graphs import Prediction
+from ase_gffmerge.memory import memory_errors
 
 
 def require_structure(atoms: Atoms | None) -> Atoms:
@@ -25,6 +29,17 @@ def require_structure(atoms: Atoms | None) -> Atoms:
                 "at the step before this one: a too long time step or overlapping atoms are the usual cause"
             )
     return atoms
+
+
+@contextmanager
+def computing(atoms: Atoms, device: torch.device) -> Iterator[None]:
+    """Compute in a process that may have been forked; raise :class:`MemoryFailed` when memory does not suffice."""
+    survive_fork()
+    try:
+        with memory_errors(f"{atoms.get_chemical_formula()} ({len(atoms)} atoms)", device=device):
+            yield
+    except DeviceMemoryError as error:
+        raise MemoryFailed(str(error)) from error
 
 
 def ase_results(prediction: Prediction, atoms: Atoms) -> dict[str, Any]:

@@ -16,7 +16,14 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from torch_geometric.data import Data
 
 from ase_gffmerge.ase_errors import SetupError, as_setup_errors
-from ase_gffmerge.ase_results import as_array, ase_results, has_volume, require_finite, require_structure
+from ase_gffmerge.ase_results import (
+    as_array,
+    ase_results,
+    computing,
+    has_volume,
+    require_finite,
+    require_structure,
+)
 from ase_gffmerge.conditioning import KEY, same_choice, specialist_indices
 from ase_gffmerge.device import resolve_device
 from ase_gffmerge.disagreement import force_disagreement
@@ -227,13 +234,13 @@ class GFFMergeCalculator(Calculator):
         ase.calculators.calculator.CalculatorSetupError
             For an empty structure, an unknown element or specialist, a missing cell vector.
         ase.calculators.calculator.CalculationFailed
-            When positions, cell, energies or forces are not finite.
+            When positions, cell, energies or forces are not finite, or the device's memory does not suffice.
         """
         started = time.perf_counter()
         self.results, self.extras = {}, {}
         super().calculate(atoms, properties, system_changes)
         structure = require_structure(self.atoms)
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), computing(structure, self.force_field.potential.device):
             graph = self._graph(structure)
             prediction, grades = predict_graded(self.force_field, graph)
         results = ase_results(prediction, structure)

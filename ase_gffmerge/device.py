@@ -1,8 +1,23 @@
-"""Choice of the device."""
+"""Choice of the device, and what torch needs in a forked process."""
+
+import os
 
 import torch
 
 from ase_gffmerge.errors import DeviceError
+
+_process = os.getpid()
+
+
+def survive_fork() -> None:
+    """Let torch compute with one thread in a process that was forked; call it before computing.
+
+    Such a process inherits the pools of threads that torch had used, but not the threads, and would wait for them forever.
+    """
+    global _process
+    if os.getpid() != _process:
+        _process = os.getpid()
+        torch.set_num_threads(1)
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:

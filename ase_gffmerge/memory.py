@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from ase import Atoms
 
+from ase_gffmerge.device import survive_fork
 from ase_gffmerge.errors import DeviceMemoryError
 
 Result = TypeVar("Result")
@@ -60,6 +61,7 @@ def in_parts(
     DeviceMemoryError
         When a single frame does not fit.
     """
+    survive_fork()
     try:
         return [evaluate(frames)]
     except (RuntimeError, MemoryError) as error:

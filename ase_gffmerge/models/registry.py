@@ -41,7 +41,7 @@ def build_potential(architecture: str, hyper: dict[str, Any], species: tuple[int
     cls = _ARCHITECTURES[architecture]
     try:
         checked = cls.Hyper(**hyper)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise FileFormatError(f"hyper-parameters do not fit architecture {architecture!r}: {error}") from None
     numbers = [z for z in species if isinstance(z, Integral) and not isinstance(z, bool) and 0 < z < 119]
     if not numbers or len(set(numbers)) < len(species):

@@ -1,0 +1,56 @@
+"""Tiny specialists, a cache with one entry, and cheap processes to hurt."""
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from harness import RECIPE, tiny_specialists
+
+from ase_gffmerge.cache import MergeCache, cache_key
+from ase_gffmerge.merging.extrapolation import gauged
+from ase_gffmerge.merging.merge import merge
+from ase_gffmerge.specialist import Specialist
+
+PRELOADED = ["pytest", "ase_gffmerge.calculator", "ase_gffmerge.merging.merge", "ase_gffmerge.training.train"]
+
+
+@pytest.fixture
+def specialists() -> list[Specialist]:
+    """Two relatives with calibration frames."""
+    return tiny_specialists()
+
+
+@pytest.fixture(scope="session")
+def merged() -> Specialist:
+    """Their mean, with a report and a gauge."""
+    return merge(tiny_specialists(), RECIPE, device="cpu")[0]
+
+
+@pytest.fixture
+def files(specialists, tmp_path) -> list[Path]:
+    """Their files."""
+    return [s.save(tmp_path / f"{s.name}.safetensors") for s in specialists]
+
+
+@pytest.fixture
+def model(specialists, tmp_path) -> Path:
+    """A file with everything a file can hold: weights, frames, provenance, gauge."""
+    return gauged(specialists[0]).save(tmp_path / "model.safetensors")
+
+
+@pytest.fixture
+def entry(specialists, merged, tmp_path) -> Path:
+    """The entry of their merge in the cache ``tmp_path / "cache"``."""
+    cache = MergeCache(tmp_path / "cache")
+    cache.get_or_build(specialists, RECIPE, lambda: merged)
+    return cache.path(cache_key(specialists, RECIPE))
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Context of processes that start within a fraction of a second, with torch loaded and nothing else inherited."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this platform has no fork server")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context

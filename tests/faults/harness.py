@@ -1,0 +1,56 @@
+"""What the tests of faults share: tiny specialists, processes, and comparison to the last bit."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from ase.build import molecule
+
+from ase_gffmerge.merging.recipe import load_recipe
+from ase_gffmerge.models import build_potential
+from ase_gffmerge.provenance import Provenance
+from ase_gffmerge.specialist import Specialist
+
+HYPER = {"channels": 4, "n_blocks": 1, "n_radial": 3, "cutoff": 3.0}
+RECIPE = load_recipe("mean")
+
+
+def tiny_specialists() -> list[Specialist]:
+    made = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = build_potential("painn", HYPER, (1, 6, 8)).eval().requires_grad_(False)
+        for name, system in (("a", "CH3OH"), ("b", "CH3CHO")):
+            potential = deepcopy(base)
+            for parameter in potential.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+            frames = (molecule(system), molecule("H2O"))
+            frames[1].rattle(0.05, seed=len(made))
+            provenance = Provenance(lineage=("base",), seen_frames=("00ff00ff00ff00ff",), errors={"mae": 0.1})
+            made.append(Specialist(name=name, potential=potential, calibration=frames, provenance=provenance))
+    return made
+
+
+def run(context, target, *arguments, timeout: float = 60) -> int:
+    """Exit code of a process; negative for the signal that killed it."""
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    process.join(timeout)
+    assert process.exitcode is not None, "the process hangs"
+    return process.exitcode
+
+
+def same_content(first: Specialist, second: Specialist) -> bool:
+    """Whether two force fields are equal in everything a file holds, to the last bit."""
+    ours, theirs = first.potential.state_dict(), second.potential.state_dict()
+    gauges = [s.gauge.state_dict() if s.gauge else {} for s in (first, second)]
+    plain = [replace(s, potential=ours, gauge=None, calibration=()) for s in (first, second)]
+    return (
+        ours.keys() == theirs.keys()
+        and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        and gauges[0].keys() == gauges[1].keys()
+        and all(torch.equal(value, gauges[1][name]) for name, value in gauges[0].items())
+        and first.calibration == second.calibration
+        and plain[0] == plain[1]
+        and first.fingerprint == second.fingerprint
+    )
