@@ -74,7 +74,7 @@ def resolve(
     device
         Where the merge is computed.
     progress
-        Handed to :func:`~ase_gffmerge.merging.merge.merge`.
+        Handed to :func:`~ase_gffmerge.training.refine.merge_and_refine`.
     """
     items = as_list(sources)
     loaded = [load(item) for item in items]
@@ -180,12 +180,12 @@ def _merged(
     progress: Callable[[float, str], None] | None,
 ) -> Resolved:
     from ase_gffmerge.cache import MergeCache, cache_key
-    from ase_gffmerge.merging.merge import merge
+    from ase_gffmerge.training.refine import merge_and_refine
 
     recipe = options.load_recipe()
     cache = MergeCache(options.cache_dir)
     force_field, hit = cache.get_or_build(
-        loaded, recipe, lambda: merge(loaded, recipe, device=device, progress=progress)[0]
+        loaded, recipe, lambda: merge_and_refine(loaded, recipe, device=device, progress=progress)[0]
     )
     if hit:
         _warn_again(force_field, recipe)

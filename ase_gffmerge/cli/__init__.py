@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ase_gffmerge.cli import cache, compare, demo, evaluate, info, md, merge, relax, sample, train
+from ase_gffmerge.cli import cache, compare, demo, distill, evaluate, info, md, merge, relax, sample, train
 from ase_gffmerge.cli.variadic import VariadicCommand
 from ase_gffmerge.errors import GFFMergeError
 
@@ -53,6 +53,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)
+app.command("distill", cls=VariadicCommand)(distill.distill)
 app.command("compare", cls=VariadicCommand)(compare.compare)
 app.command("evaluate")(evaluate.evaluate)
 app.command("info")(info.info)

@@ -79,9 +79,9 @@ def solve(
 ) -> "tuple[Specialist, MergeReport, ClosedLoopResult | None]":
     """Merge once, or in a closed loop."""
     if not rounds:
-        from ase_gffmerge.merging.merge import merge as merge_specialists
+        from ase_gffmerge.training.refine import merge_and_refine
 
-        return *merge_specialists(specialists, recipe, device=device, progress=progress), None
+        return *merge_and_refine(specialists, recipe, device=device, progress=progress), None
     from ase_gffmerge.sampling.closed_loop import ClosedLoopOptions, closed_loop
     from ase_gffmerge.validation import validated
 

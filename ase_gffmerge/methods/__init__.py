@@ -21,6 +21,7 @@ _IN_TABLE_ORDER = (
     "git_rebasin",
     "emr",
     "closed_form",
+    "training",
 )
 
 for _module in _IN_TABLE_ORDER:

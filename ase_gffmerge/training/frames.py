@@ -30,11 +30,17 @@ def split_frames(sources: Sequence[Path], config: TrainConfig) -> tuple[list[Ato
                 f"{path} has {len(frames)} frames, which leaves none beside {config.validation} for "
                 "validation; give more frames or set `validation` lower in the configuration"
             )
-        order = np.random.default_rng(config.seed).permutation(len(frames))
-        held_out = set(order[: config.validation].tolist())
-        training += [atoms for i, atoms in enumerate(frames) if i not in held_out]
-        validation += [atoms for i, atoms in enumerate(frames) if i in held_out]
+        kept, held_out = hold_out(frames, config.validation, seed=config.seed)
+        training += kept
+        validation += held_out
     return training, validation
+
+
+def hold_out(frames: Sequence[Atoms], n: int, *, seed: int) -> tuple[list[Atoms], list[Atoms]]:
+    """Split off ``n`` frames chosen by the seed: the others, and those."""
+    chosen = set(np.random.default_rng(seed).permutation(len(frames))[:n].tolist())
+    kept = [atoms for i, atoms in enumerate(frames) if i not in chosen]
+    return kept, [atoms for i, atoms in enumerate(frames) if i in chosen]
 
 
 def hash_labelled(frames: Sequence[Atoms]) -> str:

@@ -52,6 +52,7 @@ def fit(
     config: TrainConfig,
     *,
     loss: Loss | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     patience: int | None = None,
     checkpoint: Path | None = None,
     run: Mapping[str, Any] | None = None,
@@ -69,6 +70,8 @@ def fit(
         Options.
     loss
         Scalar loss of a batch; default: :func:`~ase_gffmerge.training.losses.loss_terms`.
+    optimizer
+        Fresh optimiser of the parameters; a group's ``lr_scale`` multiplies the schedule's rate. Default: Adam.
     patience
         Return the average with the least validation error, the start included, and stop when that many epochs in a
         row did not lower it; default: all epochs, and the last average.
@@ -86,7 +89,8 @@ def fit(
         When loss or gradient become NaN or infinite; the last good checkpoint stays.
     """
     loss = loss or (lambda model, batch: loss_terms(model, batch, config))
-    state = TrainingState.begin(potential, config, keep_best=patience is not None)
+    optimizer = optimizer or torch.optim.Adam(potential.parameters(), lr=config.learning_rate)
+    state = TrainingState.begin(potential, optimizer, keep_best=patience is not None)
     history = state.history
     if checkpoint and can_resume(checkpoint, run or {}):
         state.load(checkpoint)
@@ -111,8 +115,9 @@ def _train_epoch(
     steps, losses = -(-len(graphs) // config.batch_size), []
     for step, batch in enumerate(shuffled_batches(graphs, config, epoch)):
         done = epoch * steps + step
+        rate = one_cycle(done / (config.epochs * steps), config.learning_rate)
         for group in optimizer.param_groups:
-            group["lr"] = one_cycle(done / (config.epochs * steps), config.learning_rate)
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         value = loss(potential, batch.to(potential.device))
         optimizer.zero_grad()
         value.backward()

@@ -45,9 +45,8 @@ class TrainingState:
     history: History
 
     @classmethod
-    def begin(cls, potential: Potential, config: TrainConfig, *, keep_best: bool) -> Self:
+    def begin(cls, potential: Potential, optimizer: torch.optim.Optimizer, *, keep_best: bool) -> Self:
         """State before the first epoch."""
-        optimizer = torch.optim.Adam(potential.parameters(), lr=config.learning_rate)
         best = deepcopy(potential) if keep_best else None
         return cls(potential, deepcopy(potential), best, optimizer, History())
 

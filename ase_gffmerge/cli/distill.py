@@ -1,0 +1,106 @@
+"""``gffmerge distill``: a merged potential learns from its specialists, without labels."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ase_gffmerge.cli.options import DeviceOption, JsonOption
+from ase_gffmerge.cli.output import note, print_json, progress_bar
+from ase_gffmerge.cli.train import EpochWatch
+
+if TYPE_CHECKING:
+    from ase_gffmerge.merging.recipe import Recipe
+    from ase_gffmerge.specialist import Specialist
+
+
+def distill(
+    specialists: Annotated[list[str], typer.Argument(help="Files or bundled names.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Distilled file to write (.safetensors).", show_default=False)],
+    init: Annotated[
+        str | None, typer.Option(help="Start from this merge of the specialists [default: merge them now].")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the frames [default: of the recipe].")
+    ] = None,
+    frames: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="More frames, labels not needed: one file per specialist, in order; several values."
+        ),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="gffmerge, paper, mean, or a YAML file (its refine holds the options).")
+    ] = "gffmerge",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune a merge on its specialists' own energies and forces; no labels are needed.
+
+    A killed distillation continues when the same command is run again.
+    """
+    from ase_gffmerge.data.readers import read_frames
+    from ase_gffmerge.evaluation.plots import plot_history
+    from ase_gffmerge.fileformat import require_writable
+    from ase_gffmerge.merging.distil_options import DistilOptions
+    from ase_gffmerge.merging.recipe import load_recipe
+    from ase_gffmerge.sources import load
+    from ase_gffmerge.training.checkpoint import checkpoint_path
+    from ase_gffmerge.training.distil import distil
+
+    chosen = load_recipe(recipe)
+    options = (chosen.refine or DistilOptions()).model_copy(update={"epochs": epochs} if epochs else {})
+    chosen = chosen.model_copy(update={"refine": options})
+    loaded = [load(source) for source in specialists]
+    extra = [read_frames(path) for path in frames] if frames else None
+    require_writable(out)
+    start = load(init) if init else merged_start(loaded, chosen, device)
+    with progress_bar("distilling") as progress:
+        watch = EpochWatch(options.epochs, progress)
+        try:
+            distilled, history = distil(
+                start,
+                loaded,
+                options,
+                frames=extra,
+                checkpoint=checkpoint_path(out),
+                device=device,
+                callback=watch,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(watch.farewell()) from None
+    distilled.to(device="cpu").save(out)
+    checkpoint_path(out).unlink(missing_ok=True)
+    curve = plot_history(history, out.with_name(f"{out.name.removesuffix('.safetensors')}.png"))
+    run = {"out": str(out), "loss_curve": str(curve), "epochs": len(history.rows)}
+    report(distilled, run, history.start, as_json=as_json)
+
+
+def merged_start(specialists: "Sequence[Specialist]", recipe: "Recipe", device: str) -> "Specialist":
+    """Merge through the cache; the verdict on this start does not matter."""
+    from ase_gffmerge.device import resolve_device
+    from ase_gffmerge.errors import MergeWarning
+    from ase_gffmerge.merging.compatibility import check_compatible
+    from ase_gffmerge.sources import MergeOptions, resolve
+    from ase_gffmerge.training.refine import starting_recipe
+
+    check_compatible(specialists, recipe)
+    options = MergeOptions(recipe=starting_recipe(recipe))
+    with progress_bar("merging") as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergeWarning)
+        return resolve(specialists, options, device=resolve_device(device), progress=progress).force_field
+
+
+def report(distilled: "Specialist", run: dict[str, Any], start: dict[str, float], *, as_json: bool) -> None:
+    """Print the result."""
+    from ase_gffmerge.merging.report import MergeReport
+
+    assert distilled.merged is not None
+    result = MergeReport.from_dict(distilled.merged.report)
+    if as_json:
+        print_json({**run, "start": start, **result.to_dict()})
+        return
+    typer.echo(result.summary())
+    note(f"written: {run['out']}, {run['loss_curve']} ({run['epochs']} epochs)")

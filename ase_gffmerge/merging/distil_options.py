@@ -1,0 +1,50 @@
+"""Options of label-free distillation, a part of recipes."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class DistilOptions(BaseModel):
+    """How a merged potential is fine-tuned on its specialists' own energies, forces and stresses.
+
+    Attributes
+    ----------
+    epochs, batch_size, learning_rate
+        Longest duration, frames per step, and the peak of the one-cycle schedule.
+    energy_weight, force_weight, stress_weight
+        Weights of the mean absolute differences: eV/atom, eV/Å (norm of a force), and eV/Å^3.
+    feature_weight
+        Weight of the difference between the node features of merged potential and specialist, in units of the latter's size.
+    widened
+        Start from a merge with the recipe's force-matched readout. Without it the start is further away but sooner there,
+        and the result costs no more per step than a specialist.
+    copies, displacement, strain
+        Copies of every frame with displaced atoms: how many, the standard deviation in Å, and the largest strain of
+        cells.
+    sampled
+        Frames that each specialist adds by molecular dynamics of its own, from its calibration frames.
+    patience
+        Stop after so many epochs without progress on held-out frames.
+    ema_decay, gradient_clip
+        Decay of the moving average of the weights; largest norm of the gradient.
+    seed
+        Seed of copies, sampling and order.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=5, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    energy_weight: float = Field(default=1.0, ge=0)
+    force_weight: float = Field(default=1.0, ge=0)
+    stress_weight: float = Field(default=1.0, ge=0)
+    feature_weight: float = Field(default=0.0, ge=0)
+    widened: bool = False
+    copies: int = Field(default=8, ge=0)
+    displacement: float = Field(default=0.03, gt=0)
+    strain: float = Field(default=0.02, ge=0, lt=0.5)
+    sampled: int = Field(default=0, ge=0)
+    patience: int = Field(default=5, ge=1)
+    ema_decay: float = Field(default=0.995, ge=0, lt=1)
+    gradient_clip: float = Field(default=10.0, gt=0)
+    seed: int = 0

@@ -1,0 +1,191 @@
+"""Label-free distillation: a merged potential learns from its specialists' own energies, forces and stresses.
+
+Specialists label anything for free, so no data set is needed. Beside energies and forces, the node features of the
+specialists are targets (knowledge distillation of molecular graph networks: Ekström Kelvinius et al., arXiv 2306.14818).
+"""
+
+import time
+import warnings
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase import Atoms
+
+from ase_gffmerge.data.fingerprints import geometry_keys, hash_frames
+from ase_gffmerge.device import resolve_device
+from ase_gffmerge.errors import IncompatibleSpecialistsError, MergeWarning
+from ase_gffmerge.merging.distil_options import DistilOptions
+from ase_gffmerge.merging.extrapolation import extrapolation_gauge
+from ase_gffmerge.models import Potential
+from ase_gffmerge.specialist import MergeRecord, Provenance, Specialist
+from ase_gffmerge.training.config import TrainConfig
+from ase_gffmerge.training.distil_report import distilled_report
+from ase_gffmerge.training.lessons import Lesson
+from ase_gffmerge.training.loop import Callback, fit
+from ase_gffmerge.training.school import School, enrol, lesson_loss, parameter_groups, weights_of
+from ase_gffmerge.training.soap import SOAP
+from ase_gffmerge.training.state import History
+
+
+def distil(
+    merged: Specialist,
+    specialists: Sequence[Specialist],
+    options: DistilOptions | None = None,
+    *,
+    frames: Sequence[Sequence[Atoms]] | None = None,
+    checkpoint: Path | None = None,
+    device: str | torch.device = "auto",
+    callback: Callback | None = None,
+) -> tuple[Specialist, History]:
+    """Fine-tune a merged potential on its specialists' predictions; no labels are read.
+
+    Parameters
+    ----------
+    merged
+        Where to start; not changed. Any force field that knows the specialists' elements will do.
+    specialists
+        The teachers, in the order in which ``merged`` was made of them.
+    options
+        Length, frames, weights.
+    frames
+        Further frames of every specialist's territory, beside its calibration frames.
+    checkpoint
+        File rewritten after every epoch; the same call continues from it.
+    device
+        Where to compute.
+    callback
+        Called after every epoch with its number and losses.
+
+    Returns
+    -------
+    distilled : Specialist
+        Never worse than ``merged`` on held-out frames; its report is that of the distilled potential.
+    history : History
+
+    Raises
+    ------
+    FramesError, IncompatibleSpecialistsError, DeviceError
+        With the reason and the remedy.
+    TrainingError
+        When the loss is no longer finite.
+    """
+    options, started = options or DistilOptions(), time.perf_counter()
+    check_student(merged, specialists, options, frames)
+    student = deepcopy(merged.potential).to(device=resolve_device(device)).train().requires_grad_(True)
+    given = frames if frames is not None else [()] * len(specialists)
+    school = enrol(student, specialists, options, frames=given, weights=weights_of(merged, len(specialists)))
+    config = TrainConfig(**options.model_dump(include=set(TrainConfig.model_fields)))
+    potential, history = fit(
+        student,
+        [graph for group in school.training for graph in group],
+        [graph for group in school.held_out for graph in group],
+        config,
+        loss=lesson_loss(config, options.feature_weight),
+        optimizer=SOAP(parameter_groups(student), lr=config.learning_rate),
+        patience=options.patience,
+        checkpoint=checkpoint,
+        run=run_identity(merged, specialists, options, school.lessons),
+        callback=callback,
+    )
+    seconds = time.perf_counter() - started
+    distilled = graduate(merged, specialists, options, school, potential, seconds=seconds)
+    provenance = Provenance(
+        data_set="merged and distilled",
+        lineage=tuple(s.fingerprint for s in specialists),
+        n_train=sum(map(len, school.training)),
+        epochs=len(history.rows),
+        seed=options.seed,
+        seen_frames=seen_frames((merged, *specialists), given),
+    )
+    return replace(distilled, provenance=provenance), history
+
+
+def graduate(
+    merged: Specialist,
+    specialists: Sequence[Specialist],
+    options: DistilOptions,
+    school: School,
+    potential: Potential,
+    *,
+    seconds: float,
+) -> Specialist:
+    """The student with its final weights, and the report on them; warns when its verdict is not good."""
+    report = distilled_report(
+        merged.merged,
+        potential,
+        school.teachers,
+        school.held_out,
+        seconds=seconds,
+        energy_shifts=school.energy_shifts,
+    )
+    if report.verdict != "good":
+        warnings.warn(
+            f"the distilled potential is {report.verdict}: it misses a specialist's forces by "
+            f"{100 * report.relative_disagreement:.0f} %; distil it longer or on more frames",
+            MergeWarning,
+            stacklevel=3,
+        )
+    recipe = merged.merged.recipe if merged.merged else {}
+    record = MergeRecord(
+        parents=report.specialists,
+        fingerprints=tuple(s.fingerprint for s in specialists),
+        recipe={**recipe, "refine": options.model_dump(mode="json")},
+        report=report.to_dict(),
+    )
+    gauge = extrapolation_gauge(potential, school.teachers)
+    return replace(merged, potential=potential, merged=record, gauge=gauge)
+
+
+def check_student(
+    merged: Specialist,
+    specialists: Sequence[Specialist],
+    options: DistilOptions,
+    frames: Sequence[Sequence[Atoms]] | None,
+) -> None:
+    """Raise :class:`IncompatibleSpecialistsError` when ``merged`` cannot learn from ``specialists``."""
+    known = ", ".join(s.name for s in specialists)
+    if merged.merged and merged.merged.fingerprints != tuple(s.fingerprint for s in specialists):
+        raise IncompatibleSpecialistsError(
+            f"{merged.name!r} was merged from {', '.join(merged.merged.parents)}, not from {known} with these weights in "
+            "this order; give the specialists it was made of, in their order"
+        )
+    if frames is not None and len(frames) != len(specialists):
+        raise IncompatibleSpecialistsError(
+            f"frames were given for {len(frames)} specialists, but there are {len(specialists)}; give one set each"
+        )
+    for specialist in specialists:
+        if not set(specialist.species) <= set(merged.species) or specialist.cutoff != merged.cutoff:
+            raise IncompatibleSpecialistsError(
+                f"{merged.name!r} cannot learn from {specialist.name!r}, which knows other elements or has another "
+                "cutoff; start from a merge of the specialists"
+            )
+        if options.feature_weight and _feature_size(specialist.potential) != _feature_size(merged.potential):
+            raise IncompatibleSpecialistsError(
+                f"the node features of {merged.name!r} and {specialist.name!r} differ in size; set feature_weight to 0"
+            )
+
+
+def _feature_size(potential: Potential) -> tuple[str, int, int]:
+    return potential.architecture, potential.hyper.n_blocks, potential.hyper.channels
+
+
+def run_identity(
+    merged: Specialist, specialists: Sequence[Specialist], options: DistilOptions, lessons: Sequence[Lesson]
+) -> dict[str, Any]:
+    """Everything that decides the outcome, JSON-able: only a checkpoint of the same identity is continued."""
+    return {
+        "options": options.model_dump(mode="json"),
+        "merged": merged.fingerprint,
+        "specialists": [specialist.fingerprint for specialist in specialists],
+        "frames": [hash_frames((*lesson.training, *lesson.held_out)) for lesson in lessons],
+    }
+
+
+def seen_frames(models: Sequence[Specialist], frames: Sequence[Sequence[Atoms]]) -> tuple[str, ...]:
+    """Keys of the frames that the models have seen and of further ones, ascending."""
+    inherited = {key for model in models for key in model.provenance.seen_frames}
+    return tuple(sorted({*inherited, *geometry_keys([atoms for group in frames for atoms in group])}))

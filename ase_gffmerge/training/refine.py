@@ -1,0 +1,78 @@
+"""Merge and, where the recipe asks for it, distil: what is done when several specialists are loaded at once."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.merging.distil_options import DistilOptions
+from ase_gffmerge.merging.merge import Progress, merge
+from ase_gffmerge.merging.recipe import Recipe, load_recipe
+from ase_gffmerge.merging.report import MergeReport
+from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.training.distil import distil
+from ase_gffmerge.training.loop import Callback
+
+MERGE_SHARE = 0.2
+"""Fraction of the progress bar that belongs to the merge."""
+
+
+def merge_and_refine(
+    specialists: Sequence[Specialist],
+    recipe: str | Path | Recipe | dict[str, Any] = "gffmerge",
+    *,
+    device: str | torch.device = "auto",
+    progress: Progress | None = None,
+) -> tuple[Specialist, MergeReport]:
+    """Merge specialists, and distil the result if the recipe has ``refine``.
+
+    Parameters
+    ----------
+    specialists, recipe, device, progress
+        As for :func:`~ase_gffmerge.merging.merge.merge`.
+
+    Returns
+    -------
+    merged : Specialist
+    report : MergeReport
+        Of the final potential.
+
+    Raises
+    ------
+    IncompatibleSpecialistsError, FramesError, RecipeError, DeviceError, TrainingError
+        With the reason and the remedy.
+    """
+    recipe = load_recipe(recipe)
+    if recipe.refine is None:
+        return merge(specialists, recipe, device=device, progress=progress)
+    tell = progress or (lambda fraction, text: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergeWarning)
+        start, _ = merge(
+            specialists,
+            starting_recipe(recipe),
+            device=device,
+            progress=lambda fraction, text: tell(MERGE_SHARE * fraction, text),
+        )
+    distilled, _ = distil(
+        start, specialists, recipe.refine, device=device, callback=_teller(tell, recipe.refine)
+    )
+    assert distilled.merged is not None
+    return distilled, MergeReport.from_dict(distilled.merged.report)
+
+
+def starting_recipe(recipe: Recipe) -> Recipe:
+    """The merge that a distillation starts from: without ``refine``, and with a plain readout unless it is to stay wide."""
+    options = recipe.refine or DistilOptions()
+    return recipe.model_copy(update={"refine": None, "readout": recipe.readout if options.widened else None})
+
+
+def _teller(tell: Progress, options: DistilOptions) -> Callback:
+    def after_epoch(epoch: int, losses: dict[str, float]) -> None:
+        text = f"distilling, epoch {epoch}, {1000 * losses['force_mae']:.0f} meV/Å"
+        tell(MERGE_SHARE + (1 - MERGE_SHARE) * epoch / options.epochs, text)
+
+    return after_epoch
