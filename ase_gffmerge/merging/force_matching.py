@@ -4,6 +4,7 @@ Specialists label anything for free. Beside each calibration frame a few copies 
 readout how energies and forces change around the frame; without them its many coefficients would overfit.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -32,10 +33,26 @@ MAX_ROWS = 4096
 """Rows that are collected before their Gram matrix is taken; each one costs a pass over the whole matrix."""
 
 
-def widen(potential: Potential, options: ReadoutOptions) -> Potential:
-    """Copy of ``potential`` with a widened readout at θ = c = 0: the same energies and forces."""
+MAX_UNKNOWNS = 8192
+"""Coefficients of all elements together; their Gram matrix takes 0.5 GB."""
+
+
+def widen(potential: Potential, options: ReadoutOptions, *, n_elements: int = 1) -> Potential:
+    """Copy of ``potential`` with a widened readout at θ = c = 0: the same energies and forces.
+
+    With many elements to solve for, the readout is narrower than ``options.width``.
+    """
+    width = min(options.width, max(MAX_UNKNOWNS // n_elements, 1))
+    width -= width % options.groups if width > options.groups else 0
     blocks = min(options.blocks, potential.hyper.n_blocks)
-    hyper = replace(potential.hyper, readout_width=options.width, readout_blocks=blocks)
+    sparse = options.inputs < blocks * potential.hyper.channels
+    hyper = replace(
+        potential.hyper,
+        readout_width=width,
+        readout_blocks=blocks,
+        readout_groups=math.gcd(options.groups, width) if sparse else 0,
+        readout_inputs=options.inputs if sparse else 0,
+    )
     wide = build_potential(potential.architecture, hyper.to_dict(), potential.species)
     wide.to(dtype=potential.dtype, device=potential.device)
     state = {
@@ -66,19 +83,18 @@ def match_forces(
         Root mean square force error (with the weighted energy error) on held-out frames, relative to the specialists'
         root mean square force.
     """
-    merged = widen(potential, options)
+    frames = [atoms for territory in territories for atoms in territory.specialist.calibration]
+    numbers = np.unique(np.concatenate([atoms.numbers for atoms in frames]))
+    merged = widen(potential, options, n_elements=len(numbers))
     readout = widened(merged)
     scenes = [scene for territory in territories for scene in territory.scenes]
     rows = torch.cat(
         [readout.lifted([scalars.value[0] for scalars in scene.merged_scalars]) for scene in scenes]
     )
     random_lift(readout, rows, seed=options.seed)
-    frames = [atoms for territory in territories for atoms in territory.specialist.calibration]
-    numbers = torch.as_tensor(
-        np.unique(np.concatenate([atoms.numbers for atoms in frames])), device=merged.device
-    )
-    elements = merged.species_row[numbers]
-    size = len(elements) * (options.width + 1)
+    elements = merged.species_row[torch.as_tensor(numbers, device=merged.device)]
+    width = readout.lift.out_features
+    size = len(elements) * (width + 1)
     grams = [Gram.zero(size, 1, device=merged.device) for _ in range(2)]
     for k, territory in enumerate(territories):
         n_copies = copies_per_frame(territory.specialist.calibration, options)
@@ -88,7 +104,7 @@ def match_forces(
             grams[held_out] += _territory_gram(merged, territory, labelled, options, elements, share=share)
             progress((2 * k + held_out + 1) / (2 * len(territories)))
     fit = fit_readout(*grams)
-    theta, constants = fit.solution.theta[:, 0].split([len(elements) * options.width, len(elements)])
+    theta, constants = fit.solution.theta[:, 0].split([len(elements) * width, len(elements)])
     readout.theta[elements] = theta.view(len(elements), -1).to(merged.dtype)
     readout.constants[elements] = constants.to(merged.dtype)
     share = sum(territory.weight * _held_out_share(territory) for territory in territories)
@@ -117,7 +133,7 @@ def _territory_gram(
     share: float,
 ) -> Gram:
     """Statistics of frames that make up ``share`` of a specialist's; it weighs a_k / (N_k s_k) per force component."""
-    size = len(elements) * (options.width + 1)
+    size = len(elements) * (widened(merged).lift.out_features + 1)
     total = Gram.zero(size, 1, device=merged.device)
     rows: list[torch.Tensor] = []
     targets: list[torch.Tensor] = []

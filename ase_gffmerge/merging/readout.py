@@ -18,9 +18,11 @@ Sources: random-feature readouts ("franken", arXiv 2505.05652), linear ACE (Drau
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import one_hot, silu
 from torch_geometric.data import Batch
 
@@ -32,6 +34,7 @@ from ase_gffmerge.merging.solve import Solution, regularised_factor, ridge_solve
 from ase_gffmerge.merging.statistics import Gram
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.readout import WidenedReadout
+from ase_gffmerge.models.sparse_linear import SparseLinear
 
 RIDGES = tuple(10.0**-exponent for exponent in range(3, 9))
 
@@ -59,16 +62,14 @@ def random_lift(readout: WidenedReadout, rows: Tensor, *, seed: int, spread: flo
     r"""Draw A and b so that :math:`A z + b` has zero mean and standard deviation ``spread`` over rows z (n_atoms, d)."""
     mean, deviation = rows.double().mean(0), rows.double().std(0).clamp(min=1e-6)
     generator = torch.Generator().manual_seed(seed)
-    width, d = readout.lift.weight.shape
-    a = (
-        torch.randn(width, d, generator=generator, dtype=torch.float64).to(rows.device)
-        / math.sqrt(d)
-        / deviation
-    )
-    b = torch.randn(width, generator=generator, dtype=torch.float64).to(rows.device)
+    lift = readout.lift
+    read = lift.inputs[:, None] if isinstance(lift, SparseLinear) else torch.arange(lift.in_features)
+    a = torch.randn(lift.weight.shape, generator=generator, dtype=torch.float64).to(rows.device)
+    a = a / math.sqrt(a.shape[-1]) / deviation[read]
+    b = torch.randn(lift.out_features, generator=generator, dtype=torch.float64).to(rows.device)
     with torch.no_grad():
-        readout.lift.weight.copy_(spread * a)
-        readout.lift.bias.copy_(spread * (b - a @ mean))
+        lift.weight.copy_(spread * a)
+        lift.bias.copy_(spread * (b - (a * mean[read]).sum(-1).flatten()))
 
 
 def lifted_derivatives(potential: Potential, graph: Batch, probes: Probes) -> tuple[Tensor, Tensor]:
@@ -98,11 +99,13 @@ def slope_rows(
 
     Yields one tensor (n_cells, width) per probe; a cell is one element of one frame.
     """
-    a = readout.lift(z)
+    lift = readout.lift
+    linear = lift.linear if isinstance(lift, SparseLinear) else partial(functional.linear, weight=lift.weight)
+    a = lift(z)
     sigmoid = torch.sigmoid(a)
     slope = sigmoid * (1 + a * (1 - sigmoid))
     for derivative in dz:
-        rows = slope * (derivative @ readout.lift.weight.T)
+        rows = slope * linear(derivative)
         yield rows.new_zeros(n_cells, rows.shape[1]).index_add(0, cell, rows)
 
 
@@ -157,14 +160,16 @@ def readout_rows(
 
 
 def fit_readout(fitting: Gram, held_out: Gram) -> ReadoutFit:
-    """Choose the ridge on held-out frames, then solve on all frames; the anchor is zero."""
+    """Choose the ridge on held-out frames, from the largest down while they gain, then solve on all; the anchor is zero."""
     prior = torch.zeros_like(fitting.xy)
     if not held_out.n_rows:
         solution = ridge_solve(fitting, prior, ridge=1e-6)
         return ReadoutFit(solution, 1e-6, solution.residual_after)
-    trials = []
+    trials: list[tuple[float, float]] = []
     for ridge in RIDGES:
         factor, _ = regularised_factor(fitting, ridge=ridge)
         trials.append((held_out.residual(torch.cholesky_solve(fitting.xy, factor)), ridge))
+        if trials[-1] > min(trials):
+            break
     best, ridge = min(trials)
     return ReadoutFit(ridge_solve(fitting + held_out, prior, ridge=ridge), ridge, best)

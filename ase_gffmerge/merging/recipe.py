@@ -20,6 +20,9 @@ class ReadoutOptions(BaseModel):
     ----------
     width
         Random features.
+    groups, inputs
+        Groups of features and how many of the scalars each group reads, chosen at random: the features cost less than if
+        all of them read all scalars. Every group reads all of them where there are no more than ``inputs``.
     blocks
         How many of the last blocks' scalars feed the features.
     energy_weight
@@ -40,12 +43,14 @@ class ReadoutOptions(BaseModel):
 
     model_config = STRICT
 
-    width: Whole = Field(default=1024, ge=1)
+    width: Whole = Field(default=2048, ge=1)
+    groups: Whole = Field(default=16, ge=1)
+    inputs: Whole = Field(default=64, ge=1)
     blocks: Whole = Field(default=3, ge=1)
     energy_weight: float = Field(default=10.0, ge=0)
     stress_weight: float = Field(default=0.3, ge=0)
     copies: Whole = Field(default=8, ge=0)
-    max_copied_atoms: int = Field(default=20_000, ge=0)
+    max_copied_atoms: Whole = Field(default=20_000, ge=0)
     temperature: float = Field(default=500.0, ge=0)
     interval: float = Field(default=20.0, gt=0)
     displacement: float = Field(default=0.02, gt=0)

@@ -39,7 +39,7 @@ class Gram:
     def of(cls, rows: Tensor, targets: Tensor) -> Self:
         """Statistics of rows (n, d) and targets (n, m)."""
         x, y = rows.double(), targets.double()
-        return cls(x.T @ x, x.T @ y, float(y.square().sum()), float(len(x)))
+        return cls(symmetric_product(x), x.T @ y, float(y.square().sum()), float(len(x)))
 
     @classmethod
     def zero(cls, d: int, m: int, *, device: torch.device | str = "cpu") -> Self:
@@ -74,6 +74,19 @@ class Gram:
         r"""Relative residual :math:`\|X\Theta-Y\|^2/\|Y\|^2` of a solution."""
         value = self.yy + float((theta * (self.xx @ theta - 2 * self.xy)).sum())
         return max(value, 0.0) / self.yy if self.yy else 0.0
+
+
+def symmetric_product(x: Tensor, *, block: int = 1024) -> Tensor:
+    """Product xᵀ x (d, d) for x (n, d); blocks below the diagonal are copied, not computed."""
+    d = x.shape[1]
+    if d <= block:
+        return x.T @ x
+    product = x.new_empty(d, d)
+    for start in range(0, d, block):
+        rows = slice(start, start + block)
+        product[rows, start:] = x[:, rows].T @ x[:, start:]
+        product[start:, rows] = product[rows, start:].T.clone()
+    return product
 
 
 def normalised_sum(grams: list[Gram], weights: list[float]) -> Gram:

@@ -12,7 +12,7 @@ model.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -43,6 +43,8 @@ class HyperParameters:
         Radial basis functions.
     readout_width, readout_blocks
         Size of the widened readout; width 0 means the plain two-layer readout.
+    readout_groups, readout_inputs
+        Groups of its features and inputs that each group reads; 0 groups means that all features read all inputs.
     n_embeddings
         Embedding tables: 1, or one per merged specialist.
     """
@@ -53,27 +55,38 @@ class HyperParameters:
     n_radial: int = 20
     readout_width: int = 0
     readout_blocks: int = 1
+    # fingerprints are taken of the repr: what is added later stays out of it, or files lose their ancestors
+    readout_groups: int = field(default=0, repr=False)
+    readout_inputs: int = field(default=0, repr=False)
     n_embeddings: int = 1
 
     def __post_init__(self) -> None:
         """Raise ``TypeError`` or ``ValueError`` for values that make no network."""
-        for field in fields(self):
-            value, least = getattr(self, field.name), _LEAST.get(field.name, 1)
-            if field.type is int and (not isinstance(value, Integral) or isinstance(value, bool)):
-                raise TypeError(f"{field.name} must be a whole number, not {value!r}")
-            if field.type is int and value < least:
-                raise ValueError(f"{field.name} must be at least {least}, not {value}")
-            if field.type is float and not (isinstance(value, Real) and 0 < float(value) < math.inf):
-                raise ValueError(f"{field.name} must be a positive number, not {value!r}")
+        for entry in fields(self):
+            value, least = getattr(self, entry.name), _LEAST.get(entry.name, 1)
+            if entry.type is int and (not isinstance(value, Integral) or isinstance(value, bool)):
+                raise TypeError(f"{entry.name} must be a whole number, not {value!r}")
+            if entry.type is int and value < least:
+                raise ValueError(f"{entry.name} must be at least {least}, not {value}")
+            if entry.type is float and not (isinstance(value, Real) and 0 < float(value) < math.inf):
+                raise ValueError(f"{entry.name} must be a positive number, not {value!r}")
         if self.readout_width and self.readout_blocks > self.n_blocks:
             raise ValueError(f"readout_blocks is {self.readout_blocks}, but there are {self.n_blocks} blocks")
+        if self.readout_groups and (
+            self.readout_width % self.readout_groups
+            or not 0 < self.readout_inputs <= self.readout_blocks * self.channels
+        ):
+            raise ValueError(
+                f"{self.readout_width} readout features cannot be split into {self.readout_groups} groups of "
+                f"{self.readout_inputs} inputs"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for a file header."""
         return asdict(self)
 
 
-_LEAST = {"readout_width": 0, "l_max": 0, "radial_layers": 0}
+_LEAST = {"readout_width": 0, "readout_groups": 0, "readout_inputs": 0, "l_max": 0, "radial_layers": 0}
 """Least values of whole-numbered hyper-parameters that need not be positive."""
 
 
@@ -145,7 +158,12 @@ class Potential(ExactBuffers):
         self.stages = nn.ModuleList()
         self.readout: MLPReadout | WidenedReadout = (
             WidenedReadout(
-                hyper.channels, len(self.species), width=hyper.readout_width, blocks=hyper.readout_blocks
+                hyper.channels,
+                len(self.species),
+                width=hyper.readout_width,
+                blocks=hyper.readout_blocks,
+                groups=hyper.readout_groups,
+                inputs=hyper.readout_inputs,
             )
             if hyper.readout_width
             else MLPReadout(hyper.channels)

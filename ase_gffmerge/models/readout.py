@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from ase_gffmerge.models.sparse_linear import SparseLinear
+
 
 class MLPReadout(nn.Module):
     r"""Energy :math:`e_i = w_2\cdot\mathrm{silu}(W_1 x_{L,i} + b_1) + b_2` from the last block's scalars."""
@@ -40,13 +42,21 @@ class WidenedReadout(nn.Module):
         Number of features :math:`\phi`.
     blocks
         How many of the last blocks' scalars enter.
+    groups, inputs
+        A is sparse: each of that many groups of features reads so many inputs; 0 groups make it dense.
     """
 
-    def __init__(self, channels: int, n_species: int, *, width: int, blocks: int):
+    def __init__(
+        self, channels: int, n_species: int, *, width: int, blocks: int, groups: int = 0, inputs: int = 0
+    ):
         super().__init__()
         self.blocks = blocks
         self.mlp = MLPReadout(channels)
-        self.lift = nn.Linear(blocks * channels, width)
+        self.lift: nn.Linear | SparseLinear = (
+            SparseLinear(blocks * channels, width, groups=groups, inputs=inputs)
+            if groups
+            else nn.Linear(blocks * channels, width)
+        )
         self.theta = nn.Parameter(torch.zeros(n_species, width))
         self.constants = nn.Parameter(torch.zeros(n_species))
 

@@ -6,7 +6,7 @@ from ase import Atoms
 
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.merging.force_matching import widen
+from ase_gffmerge.merging.force_matching import MAX_UNKNOWNS, widen
 from ase_gffmerge.merging.probes import Probes, displacement_directions
 from ase_gffmerge.merging.readout import fit_readout, lifted_derivatives, random_lift, readout_rows
 from ase_gffmerge.merging.recipe import ReadoutOptions
@@ -121,3 +121,12 @@ def test_work_is_the_change_of_energy_along_the_tangents(prepared) -> None:
 def test_batches_of_molecules_have_no_strains(family) -> None:
     batch = batch_graphs([build_graph(atoms, 4.0) for atoms in family("painn", 1)[0].calibration[:2]])
     assert len(Probes.draw(batch, 3, stress_weight=1.0, seed=0).strains) == 0
+
+
+@pytest.mark.parametrize("n_elements", [1, 4, 9, 80])
+def test_readout_is_narrower_for_many_elements(family, n_elements: int) -> None:
+    potential = family("painn", 1)[0].potential
+    readout = widen(potential, ReadoutOptions(inputs=4), n_elements=n_elements).readout
+    assert n_elements * readout.lift.out_features <= MAX_UNKNOWNS
+    assert readout.lift.out_features == 2048 or n_elements > 4
+    assert readout.lift.out_features > 0.9 * MAX_UNKNOWNS / n_elements or n_elements < 4

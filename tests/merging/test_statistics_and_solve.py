@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ase_gffmerge.merging.solve import ridge_solve
-from ase_gffmerge.merging.statistics import Gram, normalised_sum
+from ase_gffmerge.merging.statistics import Gram, normalised_sum, symmetric_product
 
 sizes = st.tuples(
     st.integers(1, 40), st.integers(1, 40), st.integers(1, 6), st.integers(1, 4), st.integers(0, 2**31)
@@ -86,3 +86,9 @@ def test_normalisation_makes_unequal_row_counts_count_the_same() -> None:
     once, tenfold = normalised_sum([few, few], [1.0, 1.0]), normalised_sum([few, many], [1.0, 1.0])
     torch.testing.assert_close(once.xx, tenfold.xx)
     torch.testing.assert_close(once.xy, tenfold.xy)
+
+
+@pytest.mark.parametrize("d", [1, 5, 8, 13])
+def test_symmetric_product_is_the_product(d: int) -> None:
+    x = torch.randn(20, d, dtype=torch.float64)
+    torch.testing.assert_close(symmetric_product(x, block=4), x.T @ x, rtol=1e-12, atol=1e-12)
