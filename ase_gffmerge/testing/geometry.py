@@ -1,0 +1,190 @@
+"""Points 9 and 10: the caller's structure stays as it is, any position and cell works, and no past shows in the results."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from ase_gffmerge.testing.subject import CheckFailed, Subject, check, deviation, raised_by, require
+
+SLOWER = 5.0  # a structure elsewhere may cost at most this many times ...
+SECONDS = 0.02  # ... and this much more: timings are noisy
+
+
+@check(9)
+def never_changes_the_callers_atoms(subject: Subject) -> None:
+    """Positions outside the cell stay there, and nothing is added to or taken from the structure."""
+    atoms = subject.structure.copy()
+    atoms.positions += atoms.cell.array.sum(axis=0) + 50.0
+    atoms.info["a note"] = [1, 2]
+    atoms.set_array("an array", np.arange(len(atoms)))
+    before = atoms.copy()
+    atoms.calc = subject.calc
+    for name in subject.properties:
+        atoms.calc.get_property(name, atoms)
+    moved = deviation(atoms.positions, before.positions)
+    require(not moved, f"positions change by up to {moved:.3g} Å, as if they were wrapped")
+    require(np.array_equal(atoms.cell.array, before.cell.array), "the cell changes")
+    require(np.array_equal(atoms.pbc, before.pbc), "the boundary conditions change")
+    for what in ("info", "arrays"):
+        changed = getattr(atoms, what).keys() ^ getattr(before, what).keys()
+        require(not changed, f"atoms.{what} gains or loses {sorted(changed)}")
+    for name, values in before.arrays.items():
+        require(np.array_equal(atoms.arrays[name], values), f"atoms.arrays[{name!r}] changes")
+    require(atoms.info == before.info, "atoms.info changes")
+
+
+@check(9)
+def unwrapped_positions(subject: Subject) -> str:
+    """Atoms in other cells than the first are the same structure."""
+    shifts = np.random.default_rng(0).integers(-3, 4, (len(subject.structure), 3)) * subject.structure.pbc
+    atoms = subject.structure.copy()
+    atoms.positions += shifts @ atoms.cell.array
+    expected = subject.evaluate(subject.structure)
+    return subject.compare(subject.evaluate(atoms), expected, what="moving atoms by lattice vectors")
+
+
+@check(9)
+def left_handed_cells(subject: Subject) -> str:
+    """Exchanging two cell vectors changes nothing."""
+    atoms = subject.structure.copy()
+    atoms.set_cell(atoms.cell.array[[1, 0, 2]])
+    atoms.set_pbc(atoms.pbc[[1, 0, 2]])
+    expected = subject.evaluate(subject.structure)
+    return subject.compare(subject.evaluate(atoms), expected, what="exchanging two cell vectors")
+
+
+@check(9)
+def one_atom_and_no_neighbours(subject: Subject) -> str:
+    """A single atom feels no force, and two far apart have the energies of each."""
+    singles = []
+    for number in sorted(set(subject.structure.numbers.tolist())):
+        results = subject.evaluate(Atoms([number]))
+        require(np.isfinite(results["energy"]), f"a single atom has the energy {results['energy']}")
+        if "forces" in results:
+            force = deviation(results["forces"], np.zeros((1, 3)))
+            require(force <= subject.tolerances.forces, f"a single atom feels a force of {force:.3g} eV/Å")
+        singles.append((number, results["energy"]))
+    number, energy = singles[0]
+    pair = subject.evaluate(Atoms([number] * 2, [[0, 0, 0], [0, 0, 200.0]]))["energy"]
+    gap = abs(pair - 2 * energy)
+    require(gap <= 2 * subject.tolerances.energy, f"two atoms 200 Å apart interact by {gap:.3g} eV")
+    return f"two atoms 200 Å apart: {gap:.1e} eV"
+
+
+@check(9)
+def any_boundary_conditions(subject: Subject) -> str:
+    """Every mixture of open and periodic directions works."""
+    if subject.structure.cell.rank < 3:
+        atoms = subject.structure.copy()
+        atoms.center(vacuum=3.0)
+    else:
+        atoms = subject.structure
+    for pbc in np.ndindex(2, 2, 2):
+        mixed = atoms.copy()
+        mixed.pbc = pbc
+        error = raised_by(lambda mixed=mixed: subject.evaluate(mixed))  # type: ignore[misc]
+        require(error is None, f"pbc={tuple(map(bool, pbc))} raises {type(error).__name__}: {error}")
+    return "all eight"
+
+
+@check(9)
+def far_from_the_origin(subject: Subject) -> str:
+    """A translation by 1024 Å changes neither results nor time."""
+    far = subject.structure.copy()
+    far.positions += 1024.0
+    return _same_elsewhere(subject, subject.structure, far, "a place 1024 Å from the origin")
+
+
+@check(9)
+def huge_vacuum(subject: Subject) -> str:
+    """A molecule in a box of 1000 Å costs what it costs without a box."""
+    bare = Atoms(subject.structure.numbers, subject.structure.positions)
+    boxed = bare.copy()
+    boxed.cell, boxed.pbc = [1000.0] * 3, True
+    return _same_elsewhere(subject, bare, boxed, "a box of 1000 Å")
+
+
+def _same_elsewhere(subject: Subject, near: Atoms, far: Atoms, where: str) -> str:
+    """Compare energies and forces, and the time of an evaluation."""
+    expected, got = subject.evaluate(near), subject.evaluate(far)
+    got.pop("stress", None)
+    detail = subject.compare(got, expected, what=where)
+    times = [_seconds(subject, atoms) for atoms in (near, far)]
+    if times[1] > SLOWER * times[0] + SECONDS:
+        raise CheckFailed(f"{where} costs {times[1] * 1e3:.0f} ms instead of {times[0] * 1e3:.0f} ms")
+    return f"{detail}; {times[1] / times[0]:.1f} times the time"
+
+
+def _seconds(subject: Subject, atoms: Atoms) -> float:
+    """Processor time of one evaluation, the best of three."""
+    best = float("inf")
+    for _ in range(3):
+        subject.calc.reset()
+        started = time.process_time()
+        subject.evaluate(atoms)
+        best = min(best, time.process_time() - started)
+    return best
+
+
+@check(10)
+def the_past_leaves_no_trace(subject: Subject) -> str:
+    """Along a walk of atoms and cell, results equal those after something entirely different was evaluated."""
+    walk = _walk(subject.structure, 12)
+    followed = [subject.evaluate(atoms) for atoms in walk]
+    return _all_fresh(subject, walk, followed, "following a walk instead of starting afresh")
+
+
+@check(10)
+def edits_in_place_are_noticed(subject: Subject) -> str:
+    """Atoms appended, removed, exchanged, and boundary conditions changed, all in one object."""
+    atoms = subject.atoms()
+    edits: list[Callable[[Atoms], Any]] = [
+        lambda atoms: atoms.append(Atoms([atoms.numbers[0]], [atoms.positions[0] + [0.9, 1.4, 1.2]])[0]),
+        lambda atoms: atoms.set_positions(atoms.positions[::-1]),
+        lambda atoms: atoms.set_positions(atoms.positions * 1.02),
+        lambda atoms: atoms.set_pbc(False),
+        lambda atoms: atoms.pop(0),
+    ]
+    stages, got = [], []
+    for edit in edits:
+        edit(atoms)
+        stages.append(atoms.copy())
+        got.append({name: atoms.calc.get_property(name, atoms) for name in ("energy", "forces")})
+    return _all_fresh(subject, stages, got, "editing the structure in place")
+
+
+def _walk(atoms: Atoms, steps: int) -> list[Atoms]:
+    """Structures whose atoms and, if there is one, cell move on by a little."""
+    rng, walk = np.random.default_rng(1), []
+    for _ in range(steps):
+        atoms = atoms.copy()
+        atoms.rattle(0.06, rng=rng)
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + 0.004 * rng.standard_normal((3, 3))), scale_atoms=True)
+        walk.append(atoms)
+    return walk
+
+
+def _all_fresh(subject: Subject, walk: list[Atoms], got: list[dict[str, Any]], what: str) -> str:
+    """Compare results with those of a calculator that saw an unrelated structure before."""
+    detail = ""
+    for atoms, results in zip(walk, got, strict=True):
+        subject.calc.reset()
+        subject.evaluate(Atoms([subject.structure.numbers[0]]))
+        detail = subject.compare(results, subject.evaluate(atoms), what=what)
+    return detail
+
+
+CHECKS = (
+    never_changes_the_callers_atoms,
+    unwrapped_positions,
+    left_handed_cells,
+    one_atom_and_no_neighbours,
+    any_boundary_conditions,
+    far_from_the_origin,
+    huge_vacuum,
+    the_past_leaves_no_trace,
+    edits_in_place_are_noticed,
+)

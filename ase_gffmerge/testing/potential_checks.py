@@ -1,0 +1,310 @@
+"""What the merge and the calculator rely on in an architecture, as a series of checks."""
+
+import copy
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from ase import Atoms
+from torch import Tensor
+from torch_geometric.data import Data
+
+from ase_gffmerge.graphs import build_graph, predict
+from ase_gffmerge.graphs.batches import batch_graphs, edge_vectors
+from ase_gffmerge.graphs.derivatives import EnergyModel
+from ase_gffmerge.models import Potential
+from ase_gffmerge.models.potential import Stage, State
+from ase_gffmerge.testing.report import CheckReport
+from ase_gffmerge.testing.side_effects import global_state
+from ase_gffmerge.testing.subject import CheckFailed, NotApplicable, check, require, run_check
+
+
+@dataclass(frozen=True, kw_only=True)
+class PotentialSubject:
+    """A potential under test, with a graph it can do.
+
+    Attributes
+    ----------
+    potential
+        In evaluation mode.
+    graph
+        In float64.
+    tolerance
+        Of energies in eV/atom and of forces in eV/Å.
+    """
+
+    potential: Potential
+    graph: Data
+    tolerance: float
+
+    def energies(self, graph: Data) -> Tensor:
+        """Per-atom energies (n_atoms,) of a graph that has no edge vectors yet."""
+        graph = copy.copy(graph)
+        graph.edge_vectors = edge_vectors(graph).to(self.potential.dtype)
+        with torch.no_grad():
+            return self.potential(graph)
+
+    def compare(self, got: Tensor, expected: Tensor, what: str) -> str:
+        """Largest difference, in words; fails beyond the tolerance."""
+        gap = (got - expected).abs().max().item() if got.numel() else 0.0
+        require(
+            gap <= self.tolerance, f"{what} changes energies by {gap:.3g} eV (tolerance {self.tolerance:.1g})"
+        )
+        return f"to {gap:.1e} eV"
+
+
+@check(3)
+def energies_per_atom_in_float64(subject: PotentialSubject) -> None:
+    """One float64 energy per atom, whatever the dtype of the weights: reference energies are large."""
+    energies = subject.energies(subject.graph)
+    shape, expected = tuple(energies.shape), (len(subject.graph.pos),)
+    require(shape == expected, f"the energies have shape {shape}, not {expected}")
+    require(energies.dtype == torch.float64, f"the energies are {energies.dtype}, not float64")
+    require(bool(energies.isfinite().all()), "an energy is not finite")
+
+
+@check(9)
+def atoms_without_neighbours(subject: PotentialSubject) -> None:
+    """A graph without edges has finite energies that do not depend on positions, and no forces."""
+    graph = _without_edges(subject.graph)
+    require(bool(subject.energies(graph).isfinite().all()), "an isolated atom has no finite energy")
+    prediction = predict(_as_model(subject), graph)
+    require(not bool(prediction.forces.any()), "an isolated atom feels a force")
+
+
+def _without_edges(graph: Data) -> Data:
+    graph = copy.copy(graph)
+    graph.edge_index, graph.shifts = graph.edge_index[:, :0], graph.shifts[:0]
+    return graph
+
+
+@check(9)
+def geometry_enters_through_edge_vectors(subject: PotentialSubject) -> str:
+    """Neither positions nor cell are read: strain, batches and other engines rely on it."""
+    graph = copy.copy(subject.graph)
+    graph.edge_vectors = edge_vectors(graph).to(subject.potential.dtype)
+    graph.pos, graph.cell = graph.pos + 17.0, 3 * graph.cell
+    with torch.no_grad():
+        return subject.compare(
+            subject.potential(graph), subject.energies(subject.graph), "another position and cell"
+        )
+
+
+@check(11)
+def hyper_parameters_and_weights_rebuild_it(subject: PotentialSubject) -> str:
+    """Files hold hyper-parameters, species and a state dict, and nothing else."""
+    old = subject.potential
+    with torch.random.fork_rng(devices=[]):
+        new = type(old)(type(old).Hyper(**old.hyper.to_dict()), old.species)
+    new.to(device=old.device, dtype=old.dtype).load_state_dict(old.state_dict())
+    again = PotentialSubject(potential=new.eval(), graph=subject.graph, tolerance=0.0)
+    return again.compare(again.energies(subject.graph), subject.energies(subject.graph), "rebuilding")
+
+
+@check(12)
+def global_state_stays(subject: PotentialSubject) -> None:
+    """A forward pass changes no dtype, random state or environment."""
+    subject.energies(subject.graph)
+    before = global_state()
+    subject.energies(subject.graph)
+    changed = [what for what, value in global_state().items() if value != before[what]]
+    require(not changed, f"a forward pass changes {', '.join(changed)}")
+
+
+@check(13)
+def same_graph_same_bits(subject: PotentialSubject) -> None:
+    """Two forward passes agree bitwise (on a CPU)."""
+    first, second = (subject.energies(subject.graph) for _ in range(2))
+    require(torch.equal(first, second), f"two passes differ by {(first - second).abs().max().item():.1e} eV")
+
+
+def _as_model(subject: PotentialSubject) -> EnergyModel:
+    def energies(graph: Data) -> Tensor:
+        graph.edge_vectors = graph.edge_vectors.to(subject.potential.dtype)
+        return subject.potential(graph)
+
+    return energies
+
+
+@check(14)
+def forces_are_the_gradient(subject: PotentialSubject) -> str:
+    """Forces by autograd equal central differences of the energy, to fourth order."""
+    forces = predict(_as_model(subject), subject.graph).forces
+    atoms = {0, len(forces) - 1}
+    errors = [
+        abs(_numerical_force(subject, atom, axis) - forces[atom, axis].item())
+        for atom in atoms
+        for axis in range(3)
+    ]
+    worst = max(errors)
+    require(worst <= 100 * subject.tolerance, f"forces differ from central differences by {worst:.3g} eV/Å")
+    return f"to {worst:.1e} eV/Å"
+
+
+def _numerical_force(subject: PotentialSubject, atom: int, axis: int, step: float = 1e-3) -> float:
+    def energy(moved: float) -> float:
+        graph = copy.copy(subject.graph)
+        graph.pos = graph.pos.clone()
+        graph.pos[atom, axis] += moved
+        return subject.energies(graph).sum().item()
+
+    slopes = [(energy(h) - energy(-h)) / (2 * h) for h in (step, 2 * step)]
+    return -(4 * slopes[0] - slopes[1]) / 3
+
+
+@check(15)
+def rotations_and_reflections(subject: PotentialSubject) -> str:
+    """Energies do not depend on the orientation, nor on handedness."""
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))[0]
+    turn = turn.to(subject.graph.pos.device)
+    expected, details = subject.energies(subject.graph), []
+    for matrix, what in ((turn, "an orthogonal map"), (-turn, "the inverted map")):
+        graph = copy.copy(subject.graph)
+        graph.pos, graph.cell = graph.pos @ matrix, graph.cell @ matrix
+        details.append(subject.compare(subject.energies(graph), expected, what))
+    return ", ".join(details)
+
+
+@check(15)
+def order_of_atoms_and_edges(subject: PotentialSubject) -> str:
+    """Permuting atoms permutes energies; permuting edges changes nothing."""
+    graph, n = subject.graph, len(subject.graph.pos)
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(n, generator=generator).to(graph.pos.device)
+    edges = torch.randperm(graph.edge_index.shape[1], generator=generator).to(graph.pos.device)
+    shuffled = copy.copy(graph)
+    for name in ("pos", "atomic_numbers", "specialist"):
+        shuffled[name] = graph[name][order]
+    shuffled.edge_index = order.argsort()[graph.edge_index][:, edges]
+    shuffled.shifts = graph.shifts[edges]
+    return subject.compare(subject.energies(shuffled), subject.energies(graph)[order], "another order")
+
+
+@check(15)
+def structures_in_a_batch_are_strangers(subject: PotentialSubject) -> str:
+    """Energies in a batch are those of the structures alone."""
+    graph = subject.graph
+    if getattr(graph, "batch", None) is not None:
+        raise NotApplicable("the graph is a batch already")
+    other = copy.copy(graph)
+    other.pos = graph.pos * 1.01
+    together = subject.energies(batch_graphs([graph, other]))
+    return subject.compare(together, torch.cat([subject.energies(g) for g in (graph, other)]), "batching")
+
+
+@check(15)
+def nothing_happens_at_the_cutoff(subject: PotentialSubject) -> str:
+    """A neighbour that arrives at the cutoff brings no energy."""
+    cutoff, details = subject.potential.hyper.cutoff, []
+    for numbers in combinations((subject.potential.species * 2)[:3], 2):
+        pair = Atoms(numbers, [[0, 0, 0], [cutoff - 1e-6, 0, 0]])
+        graph = build_graph(pair, cutoff).to(subject.graph.pos.device)
+        require(graph.edge_index.shape[1] == 2, f"hyper.cutoff={cutoff} is not the radius of the graph")
+        apart = subject.energies(_without_edges(graph))
+        details.append(subject.compare(subject.energies(graph), apart, "a neighbour at the cutoff"))
+    return ", ".join(details)
+
+
+@check(0)
+def stages_chain_up_to_the_energy(subject: PotentialSubject) -> str:
+    """``features`` is the chain of stages that the merge walks along."""
+    potential, graph = subject.potential, copy.copy(subject.graph)
+    graph.edge_vectors = edge_vectors(graph).to(potential.dtype)
+    with torch.no_grad():
+        scalars = [potential.scalars(after) for stage, _, after in _walk(subject) if stage.emits_scalars]
+        require(bool(scalars), "no stage emits scalars")
+        return subject.compare(
+            potential.energies(scalars, graph), potential(graph), "walking along the stages"
+        )
+
+
+@check(0)
+def outputs_are_affine_in_closing_layers(subject: PotentialSubject) -> str:
+    """The merge solves a stage's closing layers by linear algebra on the stage's output."""
+    worst, names = 0.0, []
+    for k, (stage, before, _) in enumerate(_walk(subject)):
+        for name in stage.closing:
+            worst = max(worst, _curvature(subject, stage, name, before))
+            names.append(f"stages.{k}.{name}")
+    require(bool(names), "no stage names a closing layer")
+    if worst > 1e3 * max(subject.tolerance, torch.finfo(subject.potential.dtype).eps):
+        raise CheckFailed(f"a stage's output has a relative curvature of {worst:.3g} along its closing layer")
+    return f"{len(names)} layers, to {worst:.1e}"
+
+
+def _walk(subject: PotentialSubject) -> list[tuple[Stage, State, State]]:
+    """Stages with the states before and after them."""
+    potential, graph = subject.potential, copy.copy(subject.graph)
+    graph.edge_vectors = edge_vectors(graph).to(potential.dtype)
+    steps = []
+    with torch.no_grad():
+        state, geometry = potential.embed(graph), potential.geometry(graph)
+        for _, stage in potential.named_stages():
+            after = stage(state, geometry)
+            steps.append((stage, state, after))
+            state = after
+    return steps
+
+
+def _curvature(subject: PotentialSubject, stage: Stage, name: str, state: State) -> float:
+    """Second difference of a stage's output along the closing layer, relative to the first."""
+    graph = copy.copy(subject.graph)
+    graph.edge_vectors = edge_vectors(graph).to(subject.potential.dtype)
+    outputs = []
+    with torch.no_grad():
+        geometry = subject.potential.geometry(graph)
+        for factor in (0.0, 1.0, 2.0):
+            scaled = copy.deepcopy(stage)
+            for parameter in scaled.get_submodule(name).parameters():
+                parameter.mul_(factor)
+            outputs.append(torch.cat([part.flatten() for part in scaled(state, geometry)]))
+    first = (outputs[1] - outputs[0]).norm()
+    return float((outputs[2] - 2 * outputs[1] + outputs[0]).norm() / first) if first else 0.0
+
+
+CHECKS = (
+    stages_chain_up_to_the_energy,
+    outputs_are_affine_in_closing_layers,
+    energies_per_atom_in_float64,
+    atoms_without_neighbours,
+    geometry_enters_through_edge_vectors,
+    hyper_parameters_and_weights_rebuild_it,
+    global_state_stays,
+    same_graph_same_bits,
+    forces_are_the_gradient,
+    rotations_and_reflections,
+    order_of_atoms_and_edges,
+    structures_in_a_batch_are_strangers,
+    nothing_happens_at_the_cutoff,
+)
+
+
+def check_potential(potential: Potential, structure: Atoms | Data, *, tolerance: float = 1e-9) -> CheckReport:
+    """Check that an architecture, for example one of your own, does what merging and serving rely on.
+
+    The numbers are those of :func:`check_calculator`'s points; 0 is what the merge itself needs: a chain of stages whose
+    outputs are affine in their closing layers.
+
+    Parameters
+    ----------
+    potential
+        It is not changed. Cast it to float64, or give a tolerance of about 1e-4.
+    structure
+        Atoms it knows, or their graph in float64.
+    tolerance
+        Of energies in eV/atom; forces may differ from central differences by 100 times that, in eV/Å.
+
+    Examples
+    --------
+    >>> from ase.build import molecule
+    >>> from ase_gffmerge.models import build_potential
+    >>> potential = build_potential("painn", {"channels": 4, "n_blocks": 1}, (1, 8)).double()
+    >>> check_potential(potential, molecule("H2O")).passed
+    True
+    """
+    frozen = copy.deepcopy(potential).eval().requires_grad_(False)
+    graph = build_graph(structure, frozen.hyper.cutoff) if isinstance(structure, Atoms) else structure
+    subject = PotentialSubject(potential=frozen, graph=graph.to(frozen.device), tolerance=tolerance)
+    results = tuple(run_check(function, subject) for function in CHECKS)
+    return CheckReport(f"{type(potential).__name__} on {len(graph.pos)} atoms", results)

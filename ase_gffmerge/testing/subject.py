@@ -1,0 +1,204 @@
+"""What the checks of a calculator have in common: its subject, how they fail, and how they are run."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
+
+from ase_gffmerge.testing.report import CheckResult, Outcome
+
+PROPERTIES = ("energy", "free_energy", "energies", "forces", "stress")
+GPA_PER_EV_PER_ANGSTROM3 = 160.21766208
+
+
+class CheckFailed(Exception):
+    """The check's finding, as a sentence with the measured number."""
+
+
+class NotApplicable(Exception):
+    """Why the check cannot be done with this calculator and structure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerances:
+    """Largest errors that pass.
+
+    Attributes
+    ----------
+    energy : eV/atom
+    forces : eV/Å
+    stress : eV/Å^3
+    drift : eV/atom
+        Of the total energy over a run at constant energy.
+    """
+
+    energy: float
+    forces: float
+    stress: float
+    drift: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A calculator under test, with a structure it can do.
+
+    Attributes
+    ----------
+    calc
+        The calculator; checks overwrite its results.
+    structure
+        Slightly rattled, without constraints or calculator.
+    properties
+        Properties to be checked.
+    tolerances
+        Errors that pass.
+    displacement
+        Of central differences: Å, and strain.
+    timestep
+        Of the dynamics, fs.
+    steps
+        Number of steps of the run at constant energy.
+    """
+
+    calc: Any
+    structure: Atoms
+    properties: tuple[str, ...]
+    tolerances: Tolerances
+    displacement: float
+    timestep: float
+    steps: int
+
+    def atoms(self, calc: Any = None) -> Atoms:
+        """Copy of the structure with the calculator attached."""
+        atoms = self.structure.copy()
+        atoms.calc = self.calc if calc is None else calc
+        return atoms
+
+    def evaluate(self, atoms: Atoms, calc: Any = None) -> dict[str, Any]:
+        """All properties of a copy of ``atoms``, as copies; no stress without a volume."""
+        own = atoms.copy()
+        own.calc = self.calc if calc is None else calc
+        names = [name for name in self.properties if name != "stress" or own.cell.rank == 3]
+        return {name: copy.deepcopy(own.calc.get_property(name, own)) for name in names}
+
+    def needs(self, *names: str) -> None:
+        """Skip the check when a property is not served, or the stress has no volume."""
+        missing = [name for name in names if name not in self.properties]
+        if missing:
+            raise NotApplicable(f"{', '.join(missing)} is not served")
+        if "stress" in names and self.structure.cell.rank < 3:
+            raise NotApplicable("the structure has no volume")
+
+    def twin(self) -> Any:
+        """Calculator with results of its own: spawned, else a deep copy."""
+        spawn = getattr(self.calc, "spawn", None)
+        return spawn() if callable(spawn) else copy.deepcopy(self.calc)
+
+    def compare(self, got: Mapping[str, Any], expected: Mapping[str, Any], *, what: str) -> str:
+        """Largest deviation of each property, in words; fails beyond the tolerances."""
+        limits = {
+            "energy": self.tolerances.energy * len(self.structure),
+            "free_energy": self.tolerances.energy * len(self.structure),
+            "energies": self.tolerances.energy,
+            "forces": self.tolerances.forces,
+            "stress": self.tolerances.stress,
+        }
+        names = [name for name in limits if name in got and name in expected]
+        found = {name: deviation(got[name], expected[name]) for name in names}
+        wrong = [name for name in names if not found[name] <= limits[name]]
+        if wrong:
+            listed = ", ".join(
+                f"{name} by {found[name]:.3g} (tolerance {limits[name]:.1g})" for name in wrong
+            )
+            raise CheckFailed(f"{what} changes {listed}")
+        return "changes " + ", ".join(f"{name} {found[name]:.1e}" for name in names if name != "free_energy")
+
+
+Check = Callable[[Subject], str | None]
+
+
+def check(point: int) -> Callable[[Callable[..., str | None]], Callable[..., str | None]]:
+    """Mark a function as the check of a contract's point; it returns what it measured, or raises."""
+
+    def mark(function: Callable[..., str | None]) -> Callable[..., str | None]:
+        function.point = point  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def run_check(function: Callable[..., str | None], subject: Any) -> CheckResult:
+    """Outcome of a check, whatever it raises."""
+    outcome: Outcome = "passed"
+    try:
+        detail = function(subject) or ""
+    except NotApplicable as reason:
+        outcome, detail = "skipped", str(reason)
+    except CheckFailed as finding:
+        outcome, detail = "failed", str(finding)
+    except Exception as error:
+        outcome, detail = "failed", f"raised {type(error).__name__}: {_first_line(error)}"
+    return CheckResult(function.point, function.__name__, outcome, detail)  # type: ignore[attr-defined]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:300]
+
+
+def require(condition: bool, finding: str) -> None:
+    """Raise :class:`CheckFailed` with the finding unless the condition holds."""
+    if not condition:
+        raise CheckFailed(finding)
+
+
+def deviation(got: Any, expected: Any) -> float:
+    """Largest absolute difference; infinite when the shapes differ or anything is not finite."""
+    got, expected = np.asarray(got, dtype=float), np.asarray(expected, dtype=float)
+    if got.shape != expected.shape or not np.isfinite(got).all() or not np.isfinite(expected).all():
+        return float("inf")
+    return float(np.abs(got - expected).max(initial=0.0))
+
+
+def raised_by(function: Callable[[], Any]) -> BaseException | None:
+    """Exception that a call raises, if any."""
+    try:
+        function()
+    except Exception as error:
+        return error
+    return None
+
+
+@contextmanager
+def counted(calc: Any) -> Iterator[list[Sequence[str]]]:
+    """Record what every call of ``calc.calculate`` was asked for."""
+    calls: list[Sequence[str]] = []
+    plain = calc.calculate
+
+    def calculate(
+        atoms: Any = None, properties: Sequence[str] = ("energy",), *args: Any, **kwargs: Any
+    ) -> Any:
+        calls.append(tuple(properties or ()))
+        return plain(atoms, properties, *args, **kwargs)
+
+    calc.calculate = calculate
+    try:
+        yield calls
+    finally:
+        with suppress(AttributeError):
+            del calc.calculate
+
+
+def served(calc: Any, atoms: Atoms) -> tuple[str, ...]:
+    """Properties, of those the contract is about, that the calculator says it implements and does for ``atoms``."""
+    names = [name for name in PROPERTIES if name in getattr(calc, "implemented_properties", ())]
+    if atoms.cell.rank == 3:
+        return tuple(names)
+    own = atoms.copy()
+    own.calc = calc
+    without = isinstance(raised_by(lambda: own.get_stress()), PropertyNotImplementedError)
+    return tuple(name for name in names if name != "stress" or not without)

@@ -1,0 +1,134 @@
+"""Checks of an architecture: the package's own pass, and each broken promise is caught by its check."""
+
+import pytest
+import torch
+from ase.build import molecule
+
+from ase_gffmerge.graphs import build_graph
+from ase_gffmerge.models import build_potential
+from ase_gffmerge.models.painn import Message, PaiNN
+from ase_gffmerge.testing import check_potential
+
+HYPER = {"channels": 4, "n_blocks": 1, "n_radial": 4, "cutoff": 3.0}
+
+
+class ReadsPositions(PaiNN):
+    def energies(self, scalars, graph):
+        return super().energies(scalars, graph) + 0.1 * graph.pos[:, 0]
+
+
+class SingleEnergies(PaiNN):
+    def energies(self, scalars, graph):
+        return super().energies(scalars, graph).float()
+
+
+class NoEnvelope(PaiNN):
+    def geometry(self, graph):
+        geometry = super().geometry(graph)
+        geometry.envelope.fill_(1.0)
+        return geometry
+
+
+class Crossing(PaiNN):
+    """The structures of a batch know of each other."""
+
+    def energies(self, scalars, graph):
+        return super().energies(scalars, graph) + 0.01 * len(graph.pos)
+
+
+class Oriented(PaiNN):
+    def angular(self, directions):
+        return directions * directions.new_tensor([1.0, 1.0, 1.1])
+
+
+class Detached(PaiNN):
+    def geometry(self, graph):
+        graph.edge_vectors = torch.cat([graph.edge_vectors[:1].detach(), graph.edge_vectors[1:]])
+        return super().geometry(graph)
+
+
+class Random(PaiNN):
+    def energies(self, scalars, graph):
+        return super().energies(scalars, graph) + 1e-12 * torch.rand(len(graph.pos), dtype=torch.float64)
+
+
+class Forgets(PaiNN):
+    """Weights outside the state dict."""
+
+    def __init__(self, hyper, species):
+        super().__init__(hyper, species)
+        self.hidden_shift = torch.rand(1, dtype=torch.float64)
+
+    def energies(self, scalars, graph):
+        return super().energies(scalars, graph) + self.hidden_shift
+
+
+class OrderMatters(PaiNN):
+    def energies(self, scalars, graph):
+        return super().energies(scalars, graph) + 0.01 * torch.arange(len(graph.pos))
+
+
+class Lonely(PaiNN):
+    def energies(self, scalars, graph):
+        return super().energies(scalars, graph) / float(graph.edge_index.shape[1] > 0 or "nan")
+
+
+class Shortcut(PaiNN):
+    """The energy does not come from the chain of stages alone."""
+
+    def forward(self, graph):
+        return super().forward(graph) + 0.1
+
+
+class Squared(Message):
+    def forward(self, state, geometry):
+        scalars, vectors = super().forward(state, geometry)
+        return scalars.square(), vectors
+
+
+class NotAffine(PaiNN):
+    def __init__(self, hyper, species):
+        super().__init__(hyper, species)
+        self.stages[0] = Squared(hyper.channels, hyper.n_radial)
+
+
+BROKEN = [
+    (ReadsPositions, "geometry_enters_through_edge_vectors"),
+    (SingleEnergies, "energies_per_atom_in_float64"),
+    (NoEnvelope, "nothing_happens_at_the_cutoff"),
+    (Crossing, "structures_in_a_batch_are_strangers"),
+    (Oriented, "rotations_and_reflections"),
+    (Detached, "forces_are_the_gradient"),
+    (Random, "same_graph_same_bits"),
+    (Random, "global_state_stays"),
+    (Forgets, "hyper_parameters_and_weights_rebuild_it"),
+    (OrderMatters, "order_of_atoms_and_edges"),
+    (Lonely, "atoms_without_neighbours"),
+    (Shortcut, "stages_chain_up_to_the_energy"),
+    (NotAffine, "outputs_are_affine_in_closing_layers"),
+]
+
+
+def water():
+    atoms = molecule("H2O")
+    atoms.rattle(0.05, seed=0)
+    return atoms
+
+
+@pytest.mark.parametrize("as_graph", [True, False])
+@pytest.mark.parametrize("architecture", ["painn", "nequip"])
+def test_the_package_s_own_architectures_pass(architecture, as_graph):
+    hyper = HYPER | ({"tensor_channels": 2} if architecture == "nequip" else {})
+    potential = build_potential(architecture, hyper, (1, 8)).double()
+    report = check_potential(potential, build_graph(water(), 3.0) if as_graph else water())
+    report.raise_if_failed()
+    assert not report.of("skipped")
+    assert potential.training, "the caller's potential stays as it was"
+    assert check_potential(potential.float(), water(), tolerance=1e-4).passed
+
+
+@pytest.mark.parametrize(("broken", "name"), BROKEN)
+def test_each_broken_promise_is_caught_by_its_check(broken, name):
+    torch.manual_seed(0)
+    report = check_potential(broken(broken.Hyper(**HYPER), (1, 8)).double(), water())
+    assert name in {result.name for result in report.failed}, str(report)
