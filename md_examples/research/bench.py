@@ -101,7 +101,7 @@ class Trial:
     name, family
         Unique name; rows are grouped by family.
     changes
-        What differs from the cheap reference (the default merge with two copies of each frame instead of eight).
+        What differs from the cheap reference: steps 1-4, then 1024 dense features on frames with two rattled copies each.
     run
         Does it.
     order

@@ -2,7 +2,7 @@ r"""Family ``copies``: which frames the readout is fitted on beside the calibrat
 
 A specialist labels anything for free, so the question is where to ask it:
 
-* the product displaces every atom on its own (``rattled``);
+* every atom displaced on its own (``rattled``);
 * short dynamics of the specialist starts from every calibration frame (:class:`Dynamics`);
 * ``thermal`` displaces a frame along the calibration frames' own fluctuations. With the frames turned onto the displaced one
   (Kabsch) and their mean removed, :math:`D_j = R_j x_j - \bar x`, a copy is :math:`x_i + s\sum_j c_j D_j/\sqrt n` with
@@ -152,7 +152,7 @@ def trials() -> list[Trial]:
     found = [
         _trial("copies 2", "cheap reference: 2 rattled copies (0.02 Å)", rattled, order=0),
         _trial("copies 0", "no copies", rattled, order=20, copies=0),
-        _trial("copies 8", "product default: 8 rattled copies", rattled, order=1, copies=8),
+        _trial("copies 8", "8 rattled copies", rattled, order=1, copies=8),
         _trial("displacement 0.01", "2 copies rattled by 0.01 Å", rattled, order=41, displacement=0.01),
         _trial("displacement 0.05", "2 copies rattled by 0.05 Å", rattled, order=40, displacement=0.05),
     ]

@@ -4,6 +4,7 @@ The stage's output and its slopes, weighted as in the message-level solves, are 
 the stage's parameters.
 """
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,10 +13,11 @@ from torch.func import functional_call
 
 from ase_gffmerge.merging.align_output import advance
 from ase_gffmerge.merging.duals import differentiable_push
-from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.merging.force_matching import match_forces
+from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe
 from ase_gffmerge.merging.territory import Scene, Territory
 from ase_gffmerge.models.potential import Stage, State
-from research.bench import Bench, Outcome, Trial
+from research.bench import Bench, Outcome, Trial, shared
 from research.copies import Dynamics
 from research.least_squares import Parameters, gauss_newton_step
 from research.stages import walked
@@ -113,6 +115,26 @@ def with_visited_copies(iterations: int) -> Callable[[Bench], Outcome]:
     return lambda bench: dynamics.on(build_trunk(bench.specialists, Recipe(), solve_stage=solve))
 
 
+def with_product_readout(iterations: int) -> Callable[[Bench], Outcome]:
+    """Joint solves, then the product's readout with its defaults."""
+
+    def run(bench: Bench) -> Outcome:
+        solve = jointly(iterations=iterations, damping=1e-3)
+        trunk = build_trunk(bench.specialists, Recipe(), solve_stage=solve)
+        start = time.process_time()
+        potential, _, _ = match_forces(
+            trunk.potential, trunk.territories, ReadoutOptions(), progress=lambda fraction: None
+        )
+        spent = time.process_time() - start
+        return Outcome(
+            potentials=shared(potential, bench.specialists),
+            seconds=trunk.seconds + spent,
+            note=f"readout {spent:.0f} s",
+        )
+
+    return run
+
+
 def trials() -> list[Trial]:
     """All trials of this module."""
     what = "Gauss-Newton iterations on all maps of a stage, after the usual solves"
@@ -121,5 +143,6 @@ def trials() -> list[Trial]:
         ("joint block 5", f"5 {what}", walked(jointly(iterations=5, damping=1e-3)), 25),
         ("joint block 40", f"40 {what}", walked(jointly(iterations=40, damping=1e-3)), 25),
         ("joint block + MD 8 x 20 fs", f"15 {what}; visited copies", with_visited_copies(15), 25),
+        ("joint block + product", f"15 {what}; the product's readout", with_product_readout(15), 25),
     ]
     return [Trial(name=n, family="trunk", changes=c, run=run, order=order) for n, c, run, order in rows]

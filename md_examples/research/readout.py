@@ -120,7 +120,7 @@ def _option_trials() -> list[Trial]:
 
 def trials() -> list[Trial]:
     """All trials of this family."""
-    rows: Sequence[tuple[str, str, Setting, int, bool]] = (
+    rows: tuple[tuple[str, str, Setting, int, bool], ...] = (
         ("norms", "norms of the vector features too", Setting(widen=with_norms), 18, True),
         ("gated", "gated features", Setting(widen=partial(with_readout, GatedReadout), lift=gated), 19, True),
         (

@@ -27,8 +27,17 @@ from research.bench import Bench, Outcome, shared
 from research.features import feature_rows, lifted_inputs
 from research.trunk import Trunk
 
-CHEAP = ReadoutOptions(copies=2)
-"""The cheap reference that trials are compared with."""
+CHEAP = ReadoutOptions(
+    width=1024,
+    blocks=3,
+    inputs=192,
+    copies=2,
+    temperature=0.0,
+    displacement=0.02,
+    probes=6,
+    energy_weight=10.0,
+)
+"""The cheap reference that trials are compared with: dense features, rattled copies."""
 
 Copies = Callable[[Sequence[Atoms], Territory, ReadoutOptions], list[Atoms]]
 """Further frames near the given ones of a territory."""
@@ -38,7 +47,7 @@ Lift = Callable[[WidenedReadout, Tensor, Tensor], None]
 
 
 def rattled(frames: Sequence[Atoms], territory: Territory, options: ReadoutOptions) -> list[Atoms]:
-    """The product's copies: every atom displaced on its own."""
+    """Copies with every atom displaced on its own."""
     rng = np.random.default_rng(options.seed)
     return [
         displaced(atoms, rattle=options.displacement, strain=0.0, rng=rng)
@@ -66,7 +75,7 @@ def with_wide_readout(potential: Potential, options: ReadoutOptions) -> Potentia
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way to fit the readout; the defaults are the product's, with two copies.
+    """One way to fit the readout; the defaults are the cheap reference's.
 
     Attributes
     ----------

@@ -27,14 +27,21 @@ class Rows:
 
     def __init__(self, path: Path, identity: str):
         self.path, self.identity = path, identity
-        self.everything: dict[str, dict[str, Row]] = json.loads(path.read_text()) if path.exists() else {}
-        self.found = self.everything.setdefault(identity, {})
+
+    @property
+    def found(self) -> dict[str, Row]:
+        """Finished rows, those of other processes with the same folder included."""
+        return self._everything().get(self.identity, {})
 
     def keep(self, row: Row) -> None:
         """Add a row and write the file."""
-        self.found[row["name"]] = row
-        text = json.dumps(self.everything, indent=1)
+        everything = self._everything()
+        everything.setdefault(self.identity, {})[row["name"]] = row
+        text = json.dumps(everything, indent=1)
         atomic_write(self.path, lambda path: path.write_text(text))
+
+    def _everything(self) -> dict[str, dict[str, Row]]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -20,7 +20,7 @@ from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe
 from ase_gffmerge.specialist import Specialist
 
 NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
-SMALL = ReadoutOptions(width=12, copies=1)
+SMALL = ReadoutOptions(width=12, inputs=192, copies=1, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,7 @@ def test_the_open_readout_fit_is_the_products(research, bench):
     trunk = bench.trunk
     setting = research("readout_fit").Setting(options=SMALL)
     ours = research("readout_fit").fitted(trunk, setting).potentials
-    rattled = SMALL.model_copy(update={"temperature": 0.0})
-    product, _, _ = match_forces(trunk.potential, trunk.territories, rattled, progress=lambda x: None)
+    product, _, _ = match_forces(trunk.potential, trunk.territories, SMALL, progress=lambda x: None)
     frames = bench.tests[0]
     assert ours[0] is ours[1]
     found, expected = (predict_frames(p, frames) for p in (ours[0], product))
