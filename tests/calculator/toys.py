@@ -78,3 +78,11 @@ def cluster() -> Atoms:
 
 
 STRUCTURES = {"crystal": crystal, "slab": slab, "cluster": cluster}
+
+
+def everything(atoms, calc) -> dict:
+    """All results of a copy of ``atoms``."""
+    atoms = atoms.copy()
+    atoms.calc = calc
+    atoms.get_potential_energy()
+    return calc.results

@@ -12,8 +12,6 @@ from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 from pairs import Pairs
 
-from ase_gffmerge import GFFMergeCalculator, Specialist
-from ase_gffmerge.models import build_potential
 from ase_gffmerge.testing import CheckReport, ContractError, check_calculator
 from ase_gffmerge.testing.calculator_checks import CHECKS
 
@@ -193,20 +191,6 @@ def test_the_callers_structure_stays():
     check_calculator(Pairs(), atoms, points=[9])
     assert atoms == before
     assert atoms.calc is None
-
-
-@pytest.mark.parametrize("architecture", ["painn", "nequip"])
-def test_the_package_s_own_calculator(architecture, tmp_path):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        hyper = {"cutoff": 4.0, "channels": 4, "n_blocks": 1, "n_radial": 4}
-        if architecture == "nequip":
-            hyper |= {"tensor_channels": 2, "l_max": 1, "radial_hidden": 4}
-        potential = build_potential(architecture, hyper, (13, 29)).double()
-    path = Specialist(name="toy", potential=potential).save(tmp_path / "toy.safetensors")
-    report = check_calculator(GFFMergeCalculator(path, dtype="float64", device="cpu"), crystal(), steps=50)
-    report.raise_if_failed()
-    assert {result.name for result in report.of("skipped")} <= {"energy_error_is_of_second_order"}
 
 
 def test_ase_s_own_calculators_break_the_lines_they_are_known_to_break():
