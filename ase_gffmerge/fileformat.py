@@ -7,10 +7,10 @@ import secrets
 from collections.abc import Callable, Mapping
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -57,7 +57,10 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(handle.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise FileFormatError(f"cannot write {path}: {error.strerror or error}; is the disk full?") from None
+        reason = error.strerror or error
+        raise FileFormatError(
+            f"cannot write {path}: {reason}; free some space, or choose another folder"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -159,25 +162,47 @@ def _content(path: Path, *, with_tensors: bool) -> tuple[dict[str, str], dict[st
             raise FileFormatError(
                 f"{path} {what}; give the name of a bundled model or the path of a .safetensors file"
             )
-        with safe_open(path, framework="pt") as handle:  # checks all lengths before anything large is read
-            header = handle.metadata() or {}
-        if not with_tensors:
-            return header, {}
-        data = path.read_bytes()
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-        return header, load(data)
+        with path.open("rb") as handle:
+            header = _header(handle)
+            if not with_tensors:
+                return header, {}
+            handle.seek(0)
+            return header, load(handle.read())
     except _UNREADABLE as error:
         raise FileFormatError(
-            f"{path} is not a readable safetensors file ({error}); it is truncated, altered or of another "
+            f"{path} is not a readable safetensors file ({first_line(error)}); it is truncated, altered or of another "
             "kind: copy or download it again. Pickled checkpoints are never opened."
         ) from None
+
+
+def first_line(error: Exception) -> str:
+    """Message of an error without the stack that torch adds."""
+    return str(error).partition("\n")[0]
+
+
+def _header(handle: BinaryIO) -> dict[str, str]:
+    """The strings in a safetensors header, once its lengths fit the file: before anything large is read."""
+    n_bytes = os.fstat(handle.fileno()).st_size
+    n_header = int.from_bytes(handle.read(8), "little")
+    if 8 + n_header > n_bytes:
+        raise ValueError(f"a header of {n_header} bytes in a file of {n_bytes}")
+    header = json.loads(handle.read(n_header))
+    strings = header.pop("__metadata__", {})
+    end = 8 + n_header + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if end != n_bytes:
+        raise ValueError(f"tensors up to byte {end} in a file of {n_bytes}")
+    if not all(isinstance(value, str) for value in strings.values()):
+        raise ValueError("a header that does not consist of strings")
+    return strings
 
 
 _UNREADABLE = (
     SafetensorError,
     OSError,
     ValueError,
-    LookupError,  # element types that torch does not have
+    TypeError,
+    AttributeError,
+    LookupError,  # also for element types that torch does not have
     AssertionError,
     RuntimeError,  # shapes beyond 64 bits, deep nesting
     OverflowError,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ase_gffmerge.calibration import pack_frames, require_sound, unpack_frames
 from ase_gffmerge.errors import FileFormatError, StructureError
-from ase_gffmerge.fileformat import digest, read_file, write_file
+from ase_gffmerge.fileformat import digest, first_line, read_file, write_file
 from ase_gffmerge.models import Potential, build_potential
 from ase_gffmerge.models.leverage import LeverageGauge
 from ase_gffmerge.provenance import (
@@ -159,7 +159,9 @@ class Specialist:
         except FileFormatError as error:
             raise FileFormatError(f"{path}: {error}") from None
         except _GARBLED as error:
-            raise FileFormatError(f"{path}: metadata lack or garble {error}; write the file again") from None
+            raise FileFormatError(
+                f"{path}: metadata lack or garble {first_line(error)}; write the file again"
+            ) from None
         if units != UNITS:
             raise FileFormatError(
                 f"{path} is in units {units}, not {UNITS}; convert the model before saving it"

@@ -113,6 +113,7 @@ def shown(value: Any) -> str:
     """Describe a value of any size, depth or digits in less than a line."""
     brief = reprlib.Repr()
     brief.maxstring = brief.maxother = 80
+    brief.maxlevel = 2
     try:
         return brief.repr(value)
     except ValueError:  # more digits than Python prints

@@ -54,3 +54,11 @@ def same_content(first: Specialist, second: Specialist) -> bool:
         and plain[0] == plain[1]
         and first.fingerprint == second.fingerprint
     )
+
+
+def explains(error: Exception, *, named: object = "", longest: int = 3000) -> None:
+    """Assert that a message is one line of sensible length that names its object."""
+    message = str(error)
+    assert 10 < len(message) < longest
+    assert "\n" not in message.replace(str(named), "")
+    assert str(named) in message

@@ -18,6 +18,7 @@ from ase_gffmerge.specialist import Specialist
 
 torch.set_num_threads(1)
 
+UNLIMITED = resource.RLIM_INFINITY
 WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.chmod", "fcntl.flock")
 """Python's audit events of what changes files and locks; they are raised before the deed."""
 
@@ -133,7 +134,7 @@ def build_at_once(files: list[Path], recipe: Recipe, folder: Path, start, answer
 
 def limited(size: int, answers, work: Callable, *arguments) -> None:
     """Do ``work`` where no file may grow beyond ``size`` bytes, and answer with its warnings and how it ended."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, UNLIMITED))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -149,7 +150,7 @@ def as_nobody(answers, work: Callable, *arguments) -> None:
     if os.geteuid() == 0:
         os.setgid(65534)
         os.setuid(65534)
-    limited(resource.RLIM_INFINITY, answers, work, *arguments)
+    limited(UNLIMITED, answers, work, *arguments)
 
 
 def energy_of(files: list[Path], recipe: Recipe, folder: Path) -> tuple[float, bool | None]:

@@ -1,0 +1,148 @@
+"""A device whose memory does not suffice: batches are split, and what cannot be split says what would help."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from ase.build import molecule
+from ase.calculators.calculator import CalculationFailed
+from harness import RECIPE
+
+import ase_gffmerge.accuracy as accuracy
+import ase_gffmerge.extrapolation as extrapolation
+from ase_gffmerge import GFFMergeCalculator
+from ase_gffmerge.accuracy import predict_frames
+from ase_gffmerge.errors import DeviceMemoryError
+from ase_gffmerge.memory import in_parts, is_out_of_memory
+from ase_gffmerge.merging.merge import merge
+
+SYSTEMS = ("CH3OH", "H2O", "CH3CH2OH", "CO2", "CH4", "HCOOH", "H2O", "C2H6")
+FAILURES = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    MemoryError(),
+]
+
+
+class Small:
+    """An evaluation on a device that fits so many atoms."""
+
+    def __init__(self, evaluate, *, n_atoms: int, failure: Exception):
+        self.evaluate, self.n_atoms, self.failure = evaluate, n_atoms, failure
+        self.sizes: list[int] = []
+
+    def __call__(self, model, graph, **options):
+        if len(graph.pos) > self.n_atoms:
+            raise self.failure
+        self.sizes.append(len(graph.pos))
+        return self.evaluate(model, graph, **options)
+
+
+@pytest.fixture
+def frames():
+    return [molecule(system) for system in SYSTEMS]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("n_atoms", [9, 20])
+def test_batches_are_split(specialists, frames, monkeypatch, failure, n_atoms):
+    expected = predict_frames(specialists[0].potential, frames)
+    small = Small(accuracy.predict, n_atoms=n_atoms, failure=failure)
+    monkeypatch.setattr(accuracy, "predict", small)
+    found = predict_frames(specialists[0].potential, frames)
+    assert sum(small.sizes) == sum(map(len, frames)), "every frame is evaluated once"
+    assert max(small.sizes) <= n_atoms
+    np.testing.assert_allclose(found.energies, expected.energies, rtol=1e-6)
+    for ours, theirs in zip(found.forces, expected.forces, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_a_batch_that_fits_is_evaluated_once(frames):
+    calls = []
+    assert in_parts(
+        lambda batch: calls.append(len(batch)) or len(batch), frames, device=torch.device("cpu")
+    ) == [8]
+    assert calls == [8]
+
+
+def test_a_frame_that_does_not_fit(specialists, frames, monkeypatch):
+    monkeypatch.setattr(accuracy, "predict", Small(accuracy.predict, n_atoms=8, failure=FAILURES[0]))
+    with pytest.raises(
+        DeviceMemoryError, match=r"C2H6O \(9 atoms\) needs more memory than cpu has free; .*use"
+    ):
+        predict_frames(specialists[0].potential, frames)
+
+
+def test_other_errors_are_not_taken_for_it(frames):
+    def fail(batch):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        in_parts(fail, frames, device=torch.device("cpu"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_the_remedy_on_a_gpu(frames):
+    def fail(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(
+        DeviceMemoryError, match=r"CH4O \(6 atoms\) needs more memory than cuda:1 has.*device='cpu'"
+    ):
+        in_parts(fail, frames[:1], device=torch.device("cuda:1"))
+
+
+def test_memory_of_a_failed_batch_is_free_when_its_halves_are_evaluated(frames):
+    """The error's traceback must not keep the tensors of the batch that was too large."""
+    alive: list[int] = []
+
+    class Large:
+        def __init__(self):
+            alive.append(1)
+
+        def __del__(self):
+            alive.pop()
+
+    def evaluate(batch):
+        assert not alive
+        tensors = Large()
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError
+        return tensors.__class__.__name__
+
+    assert in_parts(evaluate, frames, device=torch.device("cpu")) == ["Large"] * len(frames)
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda error: type(error).__name__)
+def test_the_calculator(specialists, monkeypatch, failure):
+    calc = GFFMergeCalculator(specialists[0], device="cpu")
+    small, large = molecule("H2O"), molecule("CH3OH")
+    small.calc = large.calc = calc
+    expected = small.get_potential_energy()
+    monkeypatch.setattr(extrapolation, "predict", Small(extrapolation.predict, n_atoms=3, failure=failure))
+    with pytest.raises(CalculationFailed, match=r"CH4O \(6 atoms\) needs more memory than cpu") as caught:
+        large.get_forces()
+    assert isinstance(caught.value, DeviceMemoryError)
+    assert small.get_potential_energy() == expected, "the calculator works again"
+
+
+def test_a_merge(specialists, monkeypatch, tmp_path):
+    monkeypatch.setattr(accuracy, "predict", Small(accuracy.predict, n_atoms=2, failure=FAILURES[0]))
+    with pytest.raises(DeviceMemoryError, match=r"needs more memory than cpu"):
+        merge(specialists, RECIPE, device="cpu")
+    with pytest.raises(DeviceMemoryError, match=r"needs more memory than cpu"):
+        GFFMergeCalculator(specialists, recipe=RECIPE, cache_dir=tmp_path, device="cpu")
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_the_layers_of_a_merge(specialists, monkeypatch):
+    def fail(*args, **kwargs):
+        raise FAILURES[0]
+
+    monkeypatch.setattr(sys.modules["ase_gffmerge.merging.merge"], "survey", fail)
+    with pytest.raises(
+        DeviceMemoryError, match="merging 2 specialists needs more memory than cpu has free; give"
+    ):
+        merge(specialists, "paper", device="cpu")
