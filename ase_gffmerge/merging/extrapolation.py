@@ -16,13 +16,16 @@ displaced copies of the frames, with relative ridges from 1e-2 to 1e-10. They ra
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
+from ase import Atoms
 from torch import Tensor
 
 from ase_gffmerge.accuracy import chunks
 from ase_gffmerge.graphs import batch_graphs, build_graph
 from ase_gffmerge.graphs.batches import edge_vectors
+from ase_gffmerge.memory import in_parts
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.leverage import LeverageGauge
 from ase_gffmerge.specialist import Specialist
@@ -66,19 +69,26 @@ def calibration_features(
     potential: Potential, specialists: Sequence[Specialist]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features z (n_atoms, d) in float64, atomic numbers (n_atoms,) and frame indices (n_atoms,) of all frames."""
-    blocks = max(1, MAX_FEATURES // potential.hyper.channels)
-    rows, numbers, sizes = [], [], []
+    sizes = [len(atoms) for specialist in specialists for atoms in specialist.calibration]
+    rows: list[Tensor] = []
+    numbers: list[Tensor] = []
     for k, specialist in enumerate(specialists):
-        for frames in chunks(specialist.calibration, MAX_ATOMS):
-            cutoff, dtype = potential.hyper.cutoff, potential.dtype
-            graphs = [build_graph(atoms, cutoff, dtype=dtype, specialist=k) for atoms in frames]
-            graph = batch_graphs(graphs).to(potential.device)
-            graph.edge_vectors = edge_vectors(graph)
-            rows.append(torch.cat(potential.features(graph)[-blocks:], dim=-1).double())
-            numbers.append(graph.atomic_numbers)
-            sizes += [len(atoms) for atoms in frames]
+        for chunk in chunks(specialist.calibration, MAX_ATOMS):
+            parts = in_parts(partial(_features, potential, index=k), chunk, device=potential.device)
+            rows += [z for z, _ in parts]
+            numbers += [elements for _, elements in parts]
     frame = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(potential.device)
     return torch.cat(rows), torch.cat(numbers), frame
+
+
+def _features(potential: Potential, frames: Sequence[Atoms], *, index: int) -> tuple[Tensor, Tensor]:
+    """Features z and atomic numbers of one batch of the specialist ``index``."""
+    blocks = max(1, MAX_FEATURES // potential.hyper.channels)
+    cutoff, dtype = potential.hyper.cutoff, potential.dtype
+    graphs = [build_graph(atoms, cutoff, dtype=dtype, specialist=index) for atoms in frames]
+    graph = batch_graphs(graphs).to(potential.device)
+    graph.edge_vectors = edge_vectors(graph)
+    return torch.cat(potential.features(graph)[-blocks:], dim=-1).double(), graph.atomic_numbers
 
 
 def _whitening(z: Tensor, frame: Tensor) -> Tensor:

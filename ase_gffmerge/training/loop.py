@@ -11,6 +11,7 @@ from torch_geometric.data import Batch, Data
 
 from ase_gffmerge.errors import GFFMergeError
 from ase_gffmerge.graphs import batch_graphs
+from ase_gffmerge.memory import memory_errors
 from ase_gffmerge.models import Potential
 from ase_gffmerge.training.checkpoint import can_resume
 from ase_gffmerge.training.config import TrainConfig
@@ -87,6 +88,8 @@ def fit(
     ------
     TrainingError
         When loss or gradient become NaN or infinite; the last good checkpoint stays.
+    DeviceMemoryError
+        When a batch does not fit into the device's memory.
     """
     loss = loss or (lambda model, batch: loss_terms(model, batch, config))
     optimizer = optimizer or torch.optim.Adam(potential.parameters(), lr=config.learning_rate)
@@ -97,7 +100,12 @@ def fit(
     elif patience is not None:
         history.start.update(validate(potential, validation, config.batch_size))
     while len(history.rows) < config.epochs and not (patience and stale(history, config, patience)):
-        row = _train_epoch(state, training, loss, config, epoch=len(history.rows))
+        with memory_errors(
+            f"a batch of {config.batch_size} frames",
+            device=potential.device,
+            remedy="use a smaller batch_size",
+        ):
+            row = _train_epoch(state, training, loss, config, epoch=len(history.rows))
         if validation:
             row |= validate(state.average, validation, config.batch_size)
         state.add(row, config)

@@ -2,9 +2,13 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from ase.build import molecule
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
 
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.models import build_potential
@@ -62,3 +66,17 @@ def explains(error: Exception, *, named: object = "", longest: int = 3000) -> No
     assert 10 < len(message) < longest
     assert "\n" not in message.replace(str(named), "")
     assert str(named) in message
+
+
+def labelled_water(path: Path) -> Path:
+    """Write a few frames with EMT's energies and forces."""
+    frames = []
+    for seed in range(6):
+        atoms = molecule("H2O")
+        atoms.rattle(0.05, seed=seed)
+        atoms.calc = EMT()
+        results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+        atoms.calc = SinglePointCalculator(atoms, **results)
+        frames.append(atoms)
+    write(path, frames)
+    return path

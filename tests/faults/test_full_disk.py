@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import workers
 from ase.io import read
-from harness import RECIPE, run, same_content
-from test_kill import labelled_water
+from harness import RECIPE, labelled_water, run, same_content
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.cache import MergeCache

@@ -10,11 +10,8 @@ from pathlib import Path
 
 import pytest
 import workers
-from ase.build import molecule
-from ase.calculators.emt import EMT
-from ase.calculators.singlepoint import SinglePointCalculator
-from ase.io import read, write
-from harness import RECIPE, run, same_content
+from ase.io import read
+from harness import RECIPE, labelled_water, run, same_content
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.cache import MergeCache
@@ -90,19 +87,6 @@ def test_saving_over_a_specialist(processes, specialists, tmp_path):
         assert {p.name for p in folder.iterdir() if not p.name.startswith(".")} == {path.name}
     assert survivors == sorted(survivors, reverse=True), "the old file until the new one is complete"
     assert set(survivors) == {"old", "new"}
-
-
-def labelled_water(path: Path) -> Path:
-    frames = []
-    for seed in range(6):
-        atoms = molecule("H2O")
-        atoms.rattle(0.05, seed=seed)
-        atoms.calc = EMT()
-        results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
-        atoms.calc = SinglePointCalculator(atoms, **results)
-        frames.append(atoms)
-    write(path, frames)
-    return path
 
 
 def test_training_goes_on_after_a_kill(processes, tmp_path):

@@ -7,15 +7,20 @@ import pytest
 import torch
 from ase.build import molecule
 from ase.calculators.calculator import CalculationFailed
-from harness import RECIPE
+from harness import RECIPE, labelled_water
 
 import ase_gffmerge.accuracy as accuracy
 import ase_gffmerge.extrapolation as extrapolation
+import ase_gffmerge.merging.extrapolation as gauge_module
+import ase_gffmerge.training.loop as loop
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.errors import DeviceMemoryError
 from ase_gffmerge.memory import in_parts, is_out_of_memory
+from ase_gffmerge.merging.extrapolation import extrapolation_gauge
 from ase_gffmerge.merging.merge import merge
+from ase_gffmerge.training.config import TrainConfig
+from ase_gffmerge.training.train import train
 
 SYSTEMS = ("CH3OH", "H2O", "CH3CH2OH", "CO2", "CH4", "HCOOH", "H2O", "C2H6")
 FAILURES = [
@@ -135,6 +140,42 @@ def test_a_merge(specialists, monkeypatch, tmp_path):
     with pytest.raises(DeviceMemoryError, match=r"needs more memory than cpu"):
         GFFMergeCalculator(specialists, recipe=RECIPE, cache_dir=tmp_path, device="cpu")
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_the_gauge_of_a_merge(specialists, monkeypatch):
+    expected = extrapolation_gauge(specialists[0].potential, specialists)
+    whole, sizes = gauge_module._features, []
+
+    def small(potential, frames, *, index):
+        if len(frames) > 1:
+            raise FAILURES[0]
+        sizes.append(len(frames))
+        return whole(potential, frames, index=index)
+
+    monkeypatch.setattr(gauge_module, "_features", small)
+    found = extrapolation_gauge(specialists[0].potential, specialists)
+    assert sizes == [1] * 4
+    torch.testing.assert_close(found.whitening, expected.whitening)
+
+
+def test_a_training(tmp_path, monkeypatch):
+    options = {
+        "hyper": {"channels": 4, "n_blocks": 1, "n_radial": 3},
+        "epochs": 2,
+        "batch_size": 3,
+        "validation": 1,
+    }
+    frames, out = labelled_water(tmp_path / "water.xyz"), tmp_path / "model.safetensors"
+
+    def fail(*args, **kwargs):
+        raise FAILURES[0]
+
+    monkeypatch.setattr(loop, "loss_terms", fail)
+    with pytest.raises(
+        DeviceMemoryError, match=r"a batch of 3 frames needs more memory than cpu.*smaller batch_size"
+    ):
+        train([frames], out, TrainConfig(**options), device="cpu")
+    assert not out.exists()
 
 
 def test_the_layers_of_a_merge(specialists, monkeypatch):
