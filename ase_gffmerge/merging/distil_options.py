@@ -1,6 +1,8 @@
 """Options of label-free distillation, a part of recipes."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
+
+from ase_gffmerge.validation import STRICT, Seed, Whole
 
 
 class DistilOptions(BaseModel):
@@ -30,21 +32,21 @@ class DistilOptions(BaseModel):
         Seed of copies, sampling and order.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
-    epochs: int = Field(default=10, ge=1)
-    batch_size: int = Field(default=5, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
+    epochs: Whole = Field(default=4, ge=1)
+    batch_size: Whole = Field(default=5, ge=1)
+    learning_rate: float = Field(default=1.5e-3, gt=0)
     energy_weight: float = Field(default=1.0, ge=0)
     force_weight: float = Field(default=1.0, ge=0)
     stress_weight: float = Field(default=1.0, ge=0)
-    feature_weight: float = Field(default=0.0, ge=0)
+    feature_weight: float = Field(default=0.7, ge=0)
     widened: bool = False
-    copies: int = Field(default=8, ge=0)
+    copies: Whole = Field(default=20, ge=0)
     displacement: float = Field(default=0.03, gt=0)
     strain: float = Field(default=0.02, ge=0, lt=0.5)
-    sampled: int = Field(default=0, ge=0)
-    patience: int = Field(default=5, ge=1)
+    sampled: Whole = Field(default=0, ge=0)
+    patience: Whole = Field(default=3, ge=1)
     ema_decay: float = Field(default=0.995, ge=0, lt=1)
     gradient_clip: float = Field(default=10.0, gt=0)
-    seed: int = 0
+    seed: Seed = 0

@@ -73,6 +73,6 @@ def starting_recipe(recipe: Recipe) -> Recipe:
 def _teller(tell: Progress, options: DistilOptions) -> Callback:
     def after_epoch(epoch: int, losses: dict[str, float]) -> None:
         text = f"distilling, epoch {epoch}, {1000 * losses['force_mae']:.0f} meV/Å"
-        tell(MERGE_SHARE + (1 - MERGE_SHARE) * epoch / options.epochs, text)
+        tell(1 - (1 - MERGE_SHARE) * (1 - epoch / options.epochs), text)
 
     return after_epoch

@@ -1,0 +1,92 @@
+"""The benchmark of distillation on a handful of frames: it runs through, resumes, and says what it measured."""
+
+import json
+import sys
+
+import pytest
+
+from ase_gffmerge.evaluation.bundled import bundled_test_frames
+from ase_gffmerge.merging.distil_options import DistilOptions
+from ase_gffmerge.specialist import Specialist
+
+QUICK = DistilOptions(epochs=2, copies=1)
+
+
+@pytest.fixture
+def benchmark(script, monkeypatch):
+    module = script("benchmark_distillation")
+    size = module.Size(
+        labelled=6, tests=3, glances=2, epochs=2, shares=(0.5, 1.0), frames=(3,), frames_share=0.5
+    )
+    monkeypatch.setattr(module, "FULL", size)
+    monkeypatch.setattr(module, "DistilOptions", lambda: QUICK)
+    monkeypatch.setattr(
+        module, "read_frames", lambda path: bundled_test_frames(f"rmd17-{path.name.split('_')[1]}")
+    )
+    load = Specialist.load
+
+    def with_few_frames(name: str) -> Specialist:
+        specialist = load(name)
+        return specialist.with_calibration(specialist.calibration[:4])
+
+    monkeypatch.setattr(module.Specialist, "load", with_few_frames)
+    return module
+
+
+def run(module, monkeypatch, capsys, *arguments) -> str:
+    monkeypatch.setattr(sys, "argv", ["benchmark", "data", *map(str, arguments)])
+    module.main()
+    return capsys.readouterr().out
+
+
+def test_table_and_curves(benchmark, monkeypatch, capsys, tmp_path) -> None:
+    document = json.loads(run(benchmark, monkeypatch, capsys, "--out", tmp_path, "--json"))
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    markdown = run(benchmark, monkeypatch, capsys, "--out", tmp_path)
+    assert made == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    runs = document["runs"]
+    assert set(runs) == {"joint"} | {
+        f"{kind}-{x}" for kind in benchmark.STARTS for x in ("0.5", "1", "3frames")
+    }
+    joint, longest = runs["joint"], runs["merged-1"]
+    assert [row["epoch"] for row in joint["curve"]] == [1, 2]
+    assert document["time_share"] == pytest.approx(longest["seconds"] / joint["seconds"])
+    for name in benchmark.NAMES:
+        assert document["ratio"][name] == pytest.approx(longest["force_mae"][name] / joint["force_mae"][name])
+        assert longest["force_mae"][name] < runs["base-0.5"]["start"]["force_mae"][name]
+    assert runs["merged-0.5"]["seconds"] < longest["seconds"]
+    assert set(document["ahead"]) == {"0.5", "1", "3frames"}
+    assert len(markdown.strip().splitlines()) == 3 + len(runs)
+    assert (tmp_path / "table.md").read_text() == markdown
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_interrupted_joint_training_goes_on(benchmark, monkeypatch, tmp_path) -> None:
+    bench = benchmark.open_bench(tmp_path, tmp_path, benchmark.FULL)
+    whole = benchmark.joint(bench)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    original, calls = bench.errors, []
+
+    class Stop(Exception):
+        pass
+
+    def stopping(self, potential, *, n=None):
+        calls.append(n)
+        if len(calls) == 2:
+            raise Stop
+        return original(potential, n=n)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark.Bench, "errors", stopping)
+        with pytest.raises(Stop):
+            benchmark.joint(bench)
+    resumed = benchmark.joint(bench)
+    assert resumed["force_mae"] == whole["force_mae"]
+
+
+def test_shorter_runs_take_their_share_of_steps(benchmark) -> None:
+    options = DistilOptions(epochs=4, copies=19)
+    for share, n in ((1.0, 100), (0.5, 100), (0.125, 100), (0.25, 25), (0.25, 400)):
+        shorter = benchmark.shortened(options, share, n, 100)
+        assert n * (1 + shorter.copies) * shorter.epochs == pytest.approx(share * 100 * 20 * 4)

@@ -1,0 +1,100 @@
+"""``gffmerge distill``: from specialists to a distilled file; resumable; refuses what it cannot use."""
+
+from pathlib import Path
+
+import pytest
+
+from ase_gffmerge.fileformat import read_file
+from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.training import distil as distillation
+from ase_gffmerge.training.checkpoint import checkpoint_path
+
+PAIR = ("methanol.safetensors", "water.safetensors")
+RECIPE = """
+readout: {width: 16, blocks: 1, copies: 1}
+refine: {epochs: 3, copies: 1, batch_size: 4, learning_rate: 3.0e-3, force_weight: 10.0}
+"""
+
+
+@pytest.fixture
+def recipe(files: Path) -> Path:
+    path = files / "distilled.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_merges_distils_and_reports(gffmerge, recipe: Path) -> None:
+    options = ("--recipe", recipe, "--device", "cpu")
+    document = gffmerge("distill", *PAIR, "--out", "a.safetensors", *options, "--json").json()
+    assert document["epochs"] == 3
+    assert document["specialists"] == ["methanol", "water"]
+    assert {"layers", "distillation"} <= set(document["seconds"])
+    assert set(document["start"]) == {"force_mae", "energy_mae"}
+    assert Path(document["loss_curve"]).exists()
+    distilled = Specialist.load("a.safetensors")
+    assert distilled.merged is not None
+    assert distilled.merged.recipe["refine"]["epochs"] == 3
+    assert distilled.potential.hyper.readout_width == 0
+    assert not checkpoint_path(Path("a.safetensors")).exists()
+    merged = gffmerge("merge", *PAIR, "--out", "b.safetensors", *options, "--json").json()
+    assert Specialist.load("b.safetensors").fingerprint == distilled.fingerprint
+    assert merged["held_out"] == document["held_out"]
+
+
+def test_frames_epochs_and_a_start_of_ones_own(gffmerge, recipe: Path) -> None:
+    gffmerge("merge", *PAIR, "--out", "mean.safetensors", "--recipe", "mean", "--device", "cpu")
+    done = gffmerge(
+        *("distill", *PAIR, "--out", "a.safetensors", "--init", "mean.safetensors", "--recipe", recipe),
+        *("--epochs", 1, "--frames", "methanol.xyz", "water.xyz", "--device", "cpu"),
+    )
+    assert done.code == 0, done.err
+    assert "methanol: merged differs by" in done.out
+    assert "written: a.safetensors, a.png (1 epochs)" in done.err
+    distilled = Specialist.load("a.safetensors")
+    assert distilled.merged is not None
+    assert distilled.merged.recipe["method"] == "mean"
+    assert (distilled.provenance.epochs, distilled.provenance.n_train) == (1, 2 * 11 * 2)
+
+
+def test_interrupted_run_says_how_to_go_on_and_does(
+    gffmerge, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("distill", *PAIR, "--recipe", recipe, "--device", "cpu", "--out")
+    gffmerge(*command, "whole.safetensors")
+    original = distillation.fit
+
+    def interrupted(*arguments, callback, **options):
+        def after_epoch(epoch: int, losses: dict[str, float]) -> None:
+            callback(epoch, losses)
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+        return original(*arguments, callback=after_epoch, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "fit", interrupted)
+        stopped = gffmerge(*command, "a.safetensors")
+    assert stopped.code == 130
+    assert "epoch 2 of 3 is saved; the same command continues" in stopped.err
+    assert read_file(checkpoint_path(Path("a.safetensors")))[0]["checkpoint"]["epoch"] == 2
+    resumed = gffmerge(*command, "a.safetensors")
+    assert "continued after epoch 2" in resumed.err
+    assert Specialist.load("a.safetensors").fingerprint == Specialist.load("whole.safetensors").fingerprint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("methanol.safetensors", "--out", "a.safetensors"), "at least two"),
+        ((*PAIR, "--out", "a.safetensors", "--init", "none.safetensors"), "no specialist"),
+        ((*PAIR, "--out", "a.safetensors", "--frames", "water.xyz"), "give one set each"),
+        ((*PAIR, "--out", "a.safetensors", "--epochs", "0"), "epochs"),
+        ((*PAIR, "--out", "a.safetensors", "--recipe", "broken.yaml"), "did you mean 'epochs'"),
+        ((*PAIR, "--out", "tiny.yaml/a.safetensors"), "cannot write"),
+    ],
+)
+def test_bad_input_is_one_line(gffmerge, recipe: Path, arguments: tuple[str, ...], said: str) -> None:
+    (recipe.parent / "broken.yaml").write_text("refine: {epoch: 3}")
+    if "--recipe" not in arguments:
+        arguments = (*arguments, "--recipe", str(recipe))
+    assert said in gffmerge("distill", *arguments).error()
