@@ -389,7 +389,7 @@ def test_config_file_and_overrides(tmp_path: Path) -> None:
         ("epoch: 7", "did you mean 'epochs'"),
         ("epochs: 0", "epochs"),
         ("- 1", "mapping"),
-        ("a: [", "cannot read"),
+        ("a: [", "not valid YAML"),
         ("1: 2", "unknown key '1'"),
     ]:
         path.write_text(text)
