@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,12 +92,12 @@ def test_train_interrupted_and_continued(gffmerge, files: Path, monkeypatch) -> 
     command = ["train", "methanol.xyz", "--out", "new.safetensors", "--config", "tiny.yaml", "--epochs", 3]
     original, count = loop._train_epoch, 0
 
-    def interrupted(*args: object) -> dict[str, float]:
+    def interrupted(*args: object, **options: object) -> dict[str, float]:
         nonlocal count
         count += 1
         if count == 3:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(loop, "_train_epoch", interrupted)
     stopped = gffmerge(*command)
@@ -321,15 +322,18 @@ def test_cache(gffmerge, merged: Path, tmp_path: Path) -> None:
     assert gffmerge("cache", "list", "--dir", folder, "--json").json()["entries"] == []
     folder.mkdir(exist_ok=True)
     key = "0" * 64
-    (folder / f"{key}.safetensors").write_bytes(merged.read_bytes())
+    force_field = Specialist.load(merged)
+    entry = replace(force_field, merged=replace(force_field.merged, key=key)).save(
+        folder / f"{key}.safetensors"
+    )
     (listed,) = gffmerge("cache", "list", "--dir", folder, "--json").json()["entries"]
     assert (listed["key"], listed["parents"]) == (key, ["methanol", "water"])
-    assert listed["size"] == merged.stat().st_size
+    assert listed["size"] == entry.stat().st_size
     assert "methanol + water" in gffmerge("cache", "list", "--dir", folder).out
     assert gffmerge("cache", "verify", "--dir", folder, "--json").json()["entries"][0]["ok"] is True
-    data = bytearray(merged.read_bytes())
+    data = bytearray(entry.read_bytes())
     data[-1] ^= 1
-    (folder / f"{key}.safetensors").write_bytes(data)
+    entry.write_bytes(data)
     broken = gffmerge("cache", "verify", "--dir", folder)
     assert broken.code == 1
     assert "altered" in broken.out
