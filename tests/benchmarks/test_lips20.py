@@ -8,8 +8,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
+from ase import Atoms, units
 from ase.calculators.morse import MorsePotential
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.md import thermalize_momenta
+from ase.md.velocitydistribution import Stationary
 
 from ase_gffmerge import merge
 from ase_gffmerge.accuracy import predict_frames
@@ -148,7 +151,35 @@ def test_virial_check_sees_the_sign(script, data, sign) -> None:
     for check in accuracy.virial_check(potential, frames).values():
         assert check["slope"] == pytest.approx(sign, rel=1e-4)
         assert check["correlation"] == pytest.approx(sign, rel=1e-4)
+        assert (check["residual"] < 1e-3) == (sign > 0)
         assert check["mean_label"] == pytest.approx(sign * check["mean_model"], rel=1e-4)
     error = accuracy.stress_mae(potential, frames)
     size = np.mean([np.abs(atoms.get_stress(voigt=False)).mean() for atoms in frames])
     assert error == pytest.approx(0.0 if sign > 0 else 2 * size, rel=1e-4, abs=1e-4 * size)
+
+
+@pytest.mark.parametrize("kinetic_part", [0.0, 1.0])
+def test_kinetic_check_finds_the_momenta_in_the_labels(script, kinetic_part) -> None:
+    """Free flight in a cell, thinned out at random; labels with and without the momenta's part."""
+    accuracy = script("stress_accuracy")
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    potential = build_potential("painn", TINY, (3, 15, 16)).double().requires_grad_(False)
+    atoms = Atoms("Li4P2S6", rng.random((12, 3)) * 30, cell=30 * np.eye(3), pbc=True)
+    frames, timestep = [], 0.5
+    for _ in range(60):
+        thermalize_momenta(atoms, 1000, rng=rng)
+        Stationary(atoms)
+        velocities = atoms.get_velocities()
+        kinetic = np.einsum("i,ia,ib->ab", atoms.get_masses(), velocities, velocities)
+        frame = atoms.copy()
+        derivative = accuracy.strain_derivatives(potential, [frame])[0] - kinetic_part * kinetic
+        derivative += 0.05 * rng.standard_normal((3, 3))
+        stress = derivative[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]] / frame.get_volume()
+        frame.calc = SinglePointCalculator(frame, stress=stress)
+        frames.append(frame)
+        atoms.positions += rng.choice([1, 2, 3], p=[0.4, 0.3, 0.3]) * timestep * units.fs * velocities
+    check = accuracy.kinetic_check(potential, frames, timestep=timestep, n=60)
+    assert check["temperature"]["mean"] == pytest.approx(1000, rel=0.2)
+    for name in ("diagonal", "off_diagonal"):
+        assert check[name]["slope"] == pytest.approx(-kinetic_part, abs=0.1)
