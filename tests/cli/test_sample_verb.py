@@ -37,7 +37,9 @@ def test_bad_requests_are_refused_in_one_line(gffmerge, ethanol):
     assert ".safetensors" in gffmerge("sample", "rmd17-ethanol", ethanol, "--attach", "frames.xyz").error()
     wrong = gffmerge("sample", "rmd17-ethanol", ethanol, "--out", "f.xyz", "--n", 0)
     assert "n: Input should be greater than or equal to 1" in wrong.error()
-    cold = gffmerge("sample", "rmd17-ethanol", ethanol, "--out", "f.xyz", "--temperatures=300", "--temperatures=-5")
+    cold = gffmerge(
+        "sample", "rmd17-ethanol", ethanol, "--out", "f.xyz", "--temperatures=300", "--temperatures=-5"
+    )
     assert "temperatures.1: Input should be greater than or equal to 0" in cold.error()
     assert "no frames" in gffmerge("sample", "rmd17-ethanol", "none.xyz", "--out", "f.xyz").error()
 

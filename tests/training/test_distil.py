@@ -38,7 +38,9 @@ SMALL = {
     "painn": {"channels": 8, "n_blocks": 1, "n_radial": 6, "cutoff": 4.0},
     "nequip": {"channels": 4, "n_blocks": 1, "n_radial": 6, "cutoff": 4.0, "l_max": 1, "radial_hidden": 8},
 }
-QUICK = DistilOptions(epochs=4, copies=1, learning_rate=1e-2, force_weight=10.0, feature_weight=0.0, batch_size=4)
+QUICK = DistilOptions(
+    epochs=4, copies=1, learning_rate=1e-2, force_weight=10.0, feature_weight=0.0, batch_size=4
+)
 MOLECULES = ("CH3OH", "HCOOH", "H2CO")
 
 
