@@ -19,9 +19,11 @@ class DistilOptions(BaseModel):
     widened
         Start from a merge with the recipe's force-matched readout. Without it the start is further away but sooner there,
         and the result costs no more per step than a specialist.
-    copies, displacement, strain
-        Copies of every frame with displaced atoms: how many, the standard deviation in Å, and the largest strain of
-        cells.
+    copies, max_copied_atoms, temperature, interval
+        Copies of every frame that the specialist visits by short dynamics, as in
+        :class:`~ase_gffmerge.merging.recipe.ReadoutOptions`.
+    displacement, strain
+        Every frame and copy has a twin with displaced atoms: the standard deviation in Å, and the largest strain of cells.
     sampled
         Frames that each specialist adds by molecular dynamics of its own, from its calibration frames.
     patience
@@ -35,14 +37,17 @@ class DistilOptions(BaseModel):
     model_config = STRICT
 
     epochs: Whole = Field(default=4, ge=1)
-    batch_size: Whole = Field(default=5, ge=1)
-    learning_rate: float = Field(default=1.5e-3, gt=0)
+    batch_size: Whole = Field(default=10, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
     energy_weight: float = Field(default=1.0, ge=0)
     force_weight: float = Field(default=1.0, ge=0)
     stress_weight: float = Field(default=1.0, ge=0)
     feature_weight: float = Field(default=0.7, ge=0)
     widened: bool = False
-    copies: Whole = Field(default=20, ge=0)
+    copies: Whole = Field(default=12, ge=0)
+    max_copied_atoms: Whole = Field(default=20_000, ge=0)
+    temperature: float = Field(default=500.0, ge=0)
+    interval: float = Field(default=10.0, gt=0)
     displacement: float = Field(default=0.03, gt=0)
     strain: float = Field(default=0.02, ge=0, lt=0.5)
     sampled: Whole = Field(default=0, ge=0)

@@ -13,7 +13,9 @@ from ase_gffmerge.dynamics.displaced import displaced
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.batches import edge_vectors
+from ase_gffmerge.merging.copies import copies_per_frame, with_copies
 from ase_gffmerge.merging.distil_options import DistilOptions
+from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.models import Potential
 from ase_gffmerge.sampling.sample import SampleOptions, sample_frames
 from ase_gffmerge.specialist import Specialist
@@ -21,6 +23,9 @@ from ase_gffmerge.training.frames import bare
 
 HELD_OUT = 10
 """Every tenth frame tells when to stop."""
+
+COPYING = {"copies", "max_copied_atoms", "temperature", "interval", "displacement", "seed"}
+"""Options of copies, which have the same names in :class:`~ase_gffmerge.merging.recipe.ReadoutOptions`."""
 
 MAX_ATOMS = 500
 """Atoms per batch of labels."""
@@ -57,16 +62,20 @@ def prepare_lesson(specialist: Specialist, options: DistilOptions, *, extra: Seq
         training += [
             bare(atoms) for atoms in sample_frames(specialist, specialist.calibration[:4], sampling).frames
         ]
-    return Lesson((*training, *_copies(training, options)), tuple(held_out))
+    training = copied(specialist, training, options)
+    return Lesson((*training, *twins(training, options)), tuple(held_out))
 
 
-def _copies(frames: Sequence[Atoms], options: DistilOptions) -> list[Atoms]:
+def copied(specialist: Specialist, frames: Sequence[Atoms], options: DistilOptions) -> list[Atoms]:
+    """Frames with copies that the specialist visits from them, see :mod:`ase_gffmerge.merging.copies`."""
+    copying = ReadoutOptions(**options.model_dump(include=COPYING))
+    return with_copies(specialist, frames, copying, n_copies=copies_per_frame(frames, copying))
+
+
+def twins(frames: Sequence[Atoms], options: DistilOptions) -> list[Atoms]:
+    """Every frame with displaced atoms and, for crystals, a strained cell."""
     rng = np.random.default_rng(options.seed)
-    return [
-        displaced(atoms, rattle=options.displacement, strain=options.strain, rng=rng)
-        for _ in range(options.copies)
-        for atoms in frames
-    ]
+    return [displaced(a, rattle=options.displacement, strain=options.strain, rng=rng) for a in frames]
 
 
 def taught_graphs(

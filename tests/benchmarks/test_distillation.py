@@ -9,7 +9,7 @@ from ase_gffmerge.evaluation.bundled import bundled_test_frames
 from ase_gffmerge.merging.distil_options import DistilOptions
 from ase_gffmerge.specialist import Specialist
 
-QUICK = DistilOptions(epochs=2, copies=1)
+QUICK = DistilOptions(epochs=2, copies=1, temperature=0.0)
 
 
 @pytest.fixture

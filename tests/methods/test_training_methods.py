@@ -48,7 +48,8 @@ def test_needs() -> None:
 
 
 def test_distill(make_mixture, architecture, monkeypatch) -> None:
-    quick = DistilOptions(epochs=10, copies=3, learning_rate=2e-2, force_weight=1000.0, patience=10)
+    training_options = {"epochs": 10, "batch_size": 3, "learning_rate": 2e-2, "patience": 10}
+    quick = DistilOptions(**training_options, copies=3, temperature=0.0, force_weight=1000.0)
     monkeypatch.setattr(training, "DistilOptions", lambda: quick)
     mixture = make_mixture(architecture, 2, frames=5)
     outcome = run("distill", mixture)

@@ -38,9 +38,8 @@ SMALL = {
     "painn": {"channels": 8, "n_blocks": 1, "n_radial": 6, "cutoff": 4.0},
     "nequip": {"channels": 4, "n_blocks": 1, "n_radial": 6, "cutoff": 4.0, "l_max": 1, "radial_hidden": 8},
 }
-QUICK = DistilOptions(
-    epochs=4, copies=1, learning_rate=1e-2, force_weight=10.0, feature_weight=0.0, batch_size=4
-)
+TRAINING = {"epochs": 4, "batch_size": 4, "learning_rate": 1e-2, "force_weight": 10.0, "feature_weight": 0.0}
+QUICK = DistilOptions(**TRAINING, copies=0, temperature=0.0)
 MOLECULES = ("CH3OH", "HCOOH", "H2CO")
 
 
@@ -117,7 +116,7 @@ def test_disagreement_falls_and_is_recorded(architecture: str, conditioning: str
     assert new.relative_disagreement < 0.9 * old.relative_disagreement
     assert set(new.seconds) == {*old.seconds, "distillation"}
     assert distilled.provenance.epochs == 4
-    assert distilled.provenance.n_train == 2 * 9 * (1 + QUICK.copies)
+    assert distilled.provenance.n_train == 2 * 9 * 2
     loaded = Specialist.load(distilled.save(tmp_path / "a.safetensors"))
     assert loaded.fingerprint == distilled.fingerprint
     assert loaded.merged is not None
@@ -226,10 +225,23 @@ def test_sampled_frames_join(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(lessons, "sample_frames", lambda *_: Result)
     lesson = prepare_lesson(first, QUICK.model_copy(update={"sampled": 5}))
-    assert len(lesson.training) == n + 5 * (1 + QUICK.copies)
+    assert len(lesson.training) == n + 5 * 2
     held_out = {atoms.positions.tobytes() for atoms in lesson.held_out}
     assert len(held_out) == 1
     assert not held_out & {atoms.positions.tobytes() for atoms in lesson.training}
+
+
+def test_every_frame_has_visited_copies_and_displaced_twins() -> None:
+    first = relatives("painn")[0]
+    lesson = prepare_lesson(first, QUICK.model_copy(update={"copies": 2, "temperature": 300.0}))
+    assert len(lesson.training) == 9 * 3 * 2
+    frames, copies, twins = lesson.training[:9], lesson.training[9:27], lesson.training[27:]
+    for original, twin in zip((*frames, *copies), twins, strict=True):
+        assert 0.01 < np.std(twin.positions - original.positions) < 0.06
+    moved = [np.abs(copy.positions - frames[i // 2].positions).max() for i, copy in enumerate(copies)]
+    assert min(moved) > 1e-3
+    few = prepare_lesson(first, QUICK.model_copy(update={"copies": 5, "max_copied_atoms": 60}))
+    assert len(few.training) == 9 * 2 * 2
 
 
 # -- refusals --
