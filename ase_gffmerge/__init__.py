@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ase_gffmerge.merging.merge import merge as merge
     from ase_gffmerge.merging.recipe import Recipe as Recipe
     from ase_gffmerge.specialist import Specialist as Specialist
+    from ase_gffmerge.training.distil import distil as distil
+    from ase_gffmerge.training.refine import merge_and_refine as merge_and_refine
 
 __version__ = "0.1.0"
 
@@ -22,7 +24,9 @@ _HOMES = {
     "Recipe": "ase_gffmerge.merging.recipe",
     "Specialist": "ase_gffmerge.specialist",
     "gauged": "ase_gffmerge.merging.extrapolation",
+    "distil": "ase_gffmerge.training.distil",
     "merge": "ase_gffmerge.merging.merge",
+    "merge_and_refine": "ase_gffmerge.training.refine",
 }
 __all__ = [
     "ExtrapolationMonitor",
@@ -30,8 +34,10 @@ __all__ = [
     "Recipe",
     "Specialist",
     "__version__",
+    "distil",
     "gauged",
     "merge",
+    "merge_and_refine",
 ]
 
 

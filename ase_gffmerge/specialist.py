@@ -140,7 +140,7 @@ class Specialist:
         if "checkpoint" in metadata:
             raise FileFormatError(
                 f"{path} is the checkpoint of an unfinished training, not a model; run the same "
-                "`gffmerge train` command again to finish it"
+                "`gffmerge train` or `gffmerge distill` command again to finish it"
             )
         try:
             with torch.random.fork_rng(devices=[]):

@@ -58,6 +58,7 @@ def distill(
     require_writable(out)
     start = load(init) if init else merged_start(loaded, chosen, device)
     with progress_bar("distilling") as progress:
+        progress(0.0, "the specialists label their frames")
         watch = EpochWatch(options.epochs, progress)
         try:
             distilled, history = distil(

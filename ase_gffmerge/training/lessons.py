@@ -24,6 +24,9 @@ from ase_gffmerge.training.frames import bare
 HELD_OUT = 10
 """Every tenth frame tells when to stop."""
 
+STARTS = 4
+"""Frames from which a specialist samples."""
+
 COPYING = {"copies", "max_copied_atoms", "temperature", "interval", "displacement", "seed"}
 """Options of copies, which have the same names in :class:`~ase_gffmerge.merging.recipe.ReadoutOptions`."""
 
@@ -59,9 +62,7 @@ def prepare_lesson(specialist: Specialist, options: DistilOptions, *, extra: Seq
     training = [atoms for i, atoms in enumerate(given) if i % every != every - 1]
     if options.sampled:
         sampling = SampleOptions(n=options.sampled, seed=options.seed)
-        training += [
-            bare(atoms) for atoms in sample_frames(specialist, specialist.calibration[:4], sampling).frames
-        ]
+        training += [bare(atoms) for atoms in sample_frames(specialist, given[:STARTS], sampling).frames]
     training = copied(specialist, training, options)
     return Lesson((*training, *twins(training, options)), tuple(held_out))
 

@@ -16,7 +16,7 @@ from ase_gffmerge.specialist import Specialist
 from ase_gffmerge.training.distil import distil
 from ase_gffmerge.training.loop import Callback
 
-MERGE_SHARE = 0.2
+MERGE_SHARE = 0.1
 """Fraction of the progress bar that belongs to the merge."""
 
 
@@ -57,6 +57,7 @@ def merge_and_refine(
             device=device,
             progress=lambda fraction, text: tell(MERGE_SHARE * fraction, text),
         )
+    tell(MERGE_SHARE, "the specialists label their frames")
     distilled, _ = distil(
         start, specialists, recipe.refine, device=device, callback=_teller(tell, recipe.refine)
     )
