@@ -160,7 +160,7 @@ def readout_rows(
 
 
 def fit_readout(fitting: Gram, held_out: Gram) -> ReadoutFit:
-    """Choose the ridge on held-out frames, from the largest down while they gain, then solve on all; the anchor is zero."""
+    """Choose the ridge on held-out frames, from the largest down until two in turn gain nothing; the anchor is zero."""
     prior = torch.zeros_like(fitting.xy)
     if not held_out.n_rows:
         solution = ridge_solve(fitting, prior, ridge=1e-6)
@@ -169,7 +169,7 @@ def fit_readout(fitting: Gram, held_out: Gram) -> ReadoutFit:
     for ridge in RIDGES:
         factor, _ = regularised_factor(fitting, ridge=ridge)
         trials.append((held_out.residual(torch.cholesky_solve(fitting.xy, factor)), ridge))
-        if trials[-1] > min(trials):
+        if len(trials) - trials.index(min(trials)) > 2:
             break
     best, ridge = min(trials)
     return ReadoutFit(ridge_solve(fitting + held_out, prior, ridge=ridge), ridge, best)
