@@ -53,7 +53,9 @@ def facts(specialist: Specialist, plan: Plan) -> str:
     citation = manifest.citations[0]
     potential = specialist.potential
     size = sum(value.numel() for value in potential.parameters())
-    hyper = ", ".join(f"{key} {value}" for key, value in potential.hyper.to_dict().items())
+    numbers = potential.hyper.to_dict()
+    sparse = ("readout_groups", "readout_inputs")
+    hyper = ", ".join(f"{key} {value}" for key, value in numbers.items() if value or key not in sparse)
     what = (
         f"Specialist fine-tuned from `{plan.parent}`" if plan.parent else "Base for fine-tuning specialists"
     )

@@ -64,6 +64,7 @@ def folder(tmp_path: Path) -> Path:
                 atoms.get_forces()
                 frames.append(atoms)
             write(tmp_path / f"{name}{part}.xyz", frames, format="extxyz")
+    molecule("CH3CH2OH").write(tmp_path / "ethanol.xyz")
     for kind, target, _, code in BLOCKS:
         if kind == "file":
             (tmp_path / target).write_text(code)

@@ -13,7 +13,8 @@ HERE, ROOT = Path(__file__).parent, Path(ase.test.__path__[0])
 FILES = tuple(
     f"{folder}test_{name}.py"
     for folder, names in {
-        "md/": "CO2linear_Au111_langevin bussi ce_curvature ce_potentiostat langevin_asapcompat langevin_com md md_stepwise rng",
+        "md/": "CO2linear_Au111_langevin bussi ce_curvature ce_potentiostat langevin_asapcompat langevin_com md "
+        "md_stepwise rng",
         "filter/": "filter strain_emt",
         "neb/": "COCu111 COCu111_2 dynamic_neb neb shared_calculator_neb",
         "constraints/": "CO2linear_Au111 external_force fixbondlength_CO2_Au111 fixcom fixedline_fixedplane fixinternals "
@@ -23,12 +24,13 @@ FILES = tuple(
         "vibrations/": "pickle2json vibrations_example",
         "atoms/": "h2",
         "cell/": "supercell",
-        "": "checkpoint forcecurve issue276 linesearch_maxstep loggingcalc mixingcalc phonons potential_energies singlepointcalc",
+        "": "checkpoint forcecurve issue276 linesearch_maxstep loggingcalc mixingcalc phonons potential_energies "
+        "singlepointcalc",
     }.items()
     for name in names.split()
 )
-"""Files whose tests hold for any sensible potential; those left out compare with numbers that are EMT's alone, need programs that
-are not there (asap3, spglib), or take minutes."""
+"""Files whose tests hold for any sensible potential; those left out compare with numbers that are EMT's alone, need programs
+that are not there (asap3, spglib), or take minutes."""
 PASSED = 80
 """Tests of these files that passed, with evaluations, when this list was made (ASE 3.29)."""
 TIMEOUT = 900  # s, on a slow and busy machine; half a minute is usual

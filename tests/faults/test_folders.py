@@ -83,7 +83,10 @@ def test_read_only_folder(processes, specialists, public_folder):
     def ask(folder: Path) -> tuple:
         answers = processes.SimpleQueue()
         assert run(processes, workers.as_nobody, answers, workers.energy_of, files, RECIPE, folder) == 0
-        return answers.get()
+        answer = answers.get()
+        if "ModuleNotFoundError" in answer[1]:
+            pytest.skip("another user cannot read the packages of this environment")
+        return answer
 
     cache.mkdir()
     cache.chmod(0o555)
