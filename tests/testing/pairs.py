@@ -299,7 +299,8 @@ class SlowFarAway(Pairs):
 
 class SlowInVacuum(Pairs):
     def evaluate(self, atoms):
-        np.zeros(int(min(atoms.cell.volume, 1e8)), dtype=np.int8).sum()
+        for _ in range(int(min(atoms.cell.volume, 1e9) / 100)):
+            pass
         return super().evaluate(atoms)
 
 
