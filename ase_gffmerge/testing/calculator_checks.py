@@ -62,7 +62,7 @@ def check_calculator(
     Points: 1 type and parameters, 2 properties, 3 results, 4 names of results, 5 sums, 6 what is watched, 7 elements,
     8 failures, 9 structures, 10 neighbour lists, 11 copies, 12 global state, 13 reproducibility and memory,
     14 derivatives, 15 symmetry and continuity, 16 dynamics, 17 evaluations per step, 18 files and other calculators.
-    The tolerances suit float64; for a float32 network take about ``forces_tol=1e-2``, ``stress_tol=1e-3``,
+    The tolerances suit float64; for a float32 network take about ``forces_tol=5e-3``, ``stress_tol=1e-5``,
     ``energy_tol=1e-5``, because central differences divide round-off by a small step.
 
     Parameters
