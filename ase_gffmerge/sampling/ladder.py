@@ -30,9 +30,9 @@ class LadderOptions(BaseModel):
     copies
         Replicas per structure and temperature.
     time
-        Longest time of a replica in ps; it ends earlier when there are enough frames.
+        Longest time in ps that a replica gives frames; it ends earlier when there are enough.
     equilibration
-        Time at the start of every replica that gives no frames, ps.
+        Time before that, ps.
     timestep, friction
         fs and 1/fs.
     seed
@@ -50,6 +50,11 @@ class LadderOptions(BaseModel):
     timestep: float = Field(default=0.5, gt=0)
     friction: float = Field(default=0.02, gt=0)
     seed: int = Field(default=0, ge=0)
+
+    @property
+    def longest(self) -> float:
+        """Longest time of a replica with its equilibration, fs."""
+        return 1000 * (self.equilibration + self.time)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +132,7 @@ def climb(
         for atoms, temperature, _ in product(structures, options.temperatures, range(options.copies))
     ]
     decorrelation, chosen, segment = INTERVAL, list[tuple[_Rung, Atoms]](), 0
-    while len(chosen) < n and segment * SEGMENT < 1000 * options.time:
+    while len(chosen) < n and segment * SEGMENT < options.longest:
         moving = [rung for rung in rungs if rung.stopped is None]
         if not moving:
             break
@@ -157,8 +162,8 @@ def _segment(
     progress: Callable[[float, str], None],
 ) -> None:
     every = max(1, round(INTERVAL / options.timestep))
-    done = segment * SEGMENT / (1000 * options.time)
-    length = min(SEGMENT, 1000 * options.time * (1 - done))
+    done = segment * SEGMENT / options.longest
+    length = min(SEGMENT, options.longest * (1 - done))
     runs = run_replicas(
         potential,
         [rung.now for rung in moving],
@@ -172,7 +177,7 @@ def _segment(
         thermalize=segment == 0,
         references=[rung.start for rung in moving],
         monitor=monitor,
-        on_progress=lambda fraction, text: progress(done + fraction * length / (1000 * options.time), text),
+        on_progress=lambda fraction, text: progress(done + fraction * length / options.longest, text),
     )
     for rung, run in zip(moving, runs, strict=True):
         rung.extend(run, equilibration=1000 * options.equilibration)

@@ -88,7 +88,7 @@ def test_frames_are_as_wanted_and_reproducible(springs):
     assert all(atoms.calc is None and not atoms.has("momenta") for atoms in result.frames)
     assert told == sorted(told)
     assert told[-1] == 1.0
-    assert result.simulated_ps == pytest.approx(8 * 0.3)
+    assert result.simulated_ps == pytest.approx(8 * (0.3 + 0.05))
     again = sample_frames(springs, [CO, OH], SampleOptions(**FAST))
     for first, second in zip(result.frames, again.frames, strict=True):
         np.testing.assert_array_equal(first.positions, second.positions)
@@ -112,6 +112,11 @@ def test_cooling_reaches_the_minimum(springs):
     options = SampleOptions(**{**FAST, "temperatures": (0.0,), "n": 1, "rattled": 0.0})
     (frame,) = sample_frames(springs, [start], options).frames
     np.testing.assert_allclose(frame.get_distance(0, 1), 0.76 + 0.66, atol=1e-3)
+
+
+def test_a_time_shorter_than_the_equilibration_gives_frames(springs):
+    short = SampleOptions(**{**FAST, "n": 2, "time": 0.02, "equilibration": 0.05, "rattled": 0.0})
+    assert len(sample_frames(springs, [CO], short).frames) == 2
 
 
 def test_what_breaks_is_counted_and_not_sampled():
