@@ -1,15 +1,17 @@
 """Errors of a potential against labelled frames."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
+from torch_geometric.data import Data
 
+from ase_gffmerge.batched import predict_together
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.memory import in_parts
+from ase_gffmerge.graphs import build_graph, predict
+from ase_gffmerge.memory import chunks
 from ase_gffmerge.models import Potential
 
 
@@ -63,20 +65,21 @@ def predict_frames(
     """
     check_frames(potential, frames)
 
-    def evaluate(batch: Sequence[Atoms]) -> tuple[list[float], list[np.ndarray]]:
-        cutoff = potential.hyper.cutoff
-        graphs = [build_graph(atoms, cutoff, dtype=potential.dtype, specialist=specialist) for atoms in batch]
-        prediction = predict(potential, batch_graphs(graphs).to(potential.device))
-        flat = prediction.forces.double().cpu().numpy()
-        return prediction.energy.double().tolist(), np.split(flat, np.cumsum([len(a) for a in batch])[:-1])
+    def graph(atoms: Atoms) -> Data:
+        return build_graph(atoms, potential.hyper.cutoff, dtype=potential.dtype, specialist=specialist)
 
-    parts = [
-        part
+    found = [
+        prediction
         for chunk in chunks(frames, max_atoms)
-        for part in in_parts(evaluate, chunk, device=potential.device)
+        for prediction, _ in predict_together(
+            lambda batch: (predict(potential, batch), None),
+            [graph(a) for a in chunk],
+            device=potential.device,
+        )
     ]
     return FramePredictions(
-        np.concatenate([part[0] for part in parts]), [f for part in parts for f in part[1]]
+        np.array([prediction.energy.item() for prediction in found]),
+        [prediction.forces.double().numpy() for prediction in found],
     )
 
 
@@ -95,20 +98,6 @@ def check_frames(potential: Potential, frames: Sequence[Atoms]) -> None:
 
 def _symbols(numbers: Sequence[int]) -> str:
     return ", ".join(chemical_symbols[number] for number in numbers)
-
-
-def chunks(frames: Sequence[Atoms], max_atoms: int) -> Iterable[list[Atoms]]:
-    """Consecutive frames in groups of at most ``max_atoms`` atoms."""
-    group: list[Atoms] = []
-    size = 0
-    for atoms in frames:
-        if group and size + len(atoms) > max_atoms:
-            yield group
-            group, size = [], 0
-        group.append(atoms)
-        size += len(atoms)
-    if group:
-        yield group
 
 
 def labels(frames: Sequence[Atoms]) -> FramePredictions:

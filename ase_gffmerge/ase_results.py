@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
@@ -35,9 +36,18 @@ def require_structure(atoms: Atoms | None) -> Atoms:
 def computing(atoms: Atoms, device: torch.device) -> Iterator[None]:
     """Compute in a process that may have been forked; raise :class:`MemoryFailed` when memory does not suffice."""
     survive_fork()
+    with (
+        memory_failures(),
+        memory_errors(f"{atoms.get_chemical_formula()} ({len(atoms)} atoms)", device=device),
+    ):
+        yield
+
+
+@contextmanager
+def memory_failures() -> Iterator[None]:
+    """Turn the package's error for too little memory into ASE's :class:`MemoryFailed`."""
     try:
-        with memory_errors(f"{atoms.get_chemical_formula()} ({len(atoms)} atoms)", device=device):
-            yield
+        yield
     except DeviceMemoryError as error:
         raise MemoryFailed(str(error)) from error
 
@@ -57,6 +67,15 @@ def ase_results(prediction: Prediction, atoms: Atoms) -> dict[str, Any]:
 def has_volume(atoms: Atoms) -> bool:
     """Whether the cell has three independent vectors (one that is not finite is reported elsewhere)."""
     return not np.isfinite(atoms.cell.array).all() or atoms.cell.rank == 3
+
+
+def require_volume(atoms: Atoms) -> None:
+    """Raise ``PropertyNotImplementedError`` for structures that have no stress."""
+    if not has_volume(atoms):
+        raise PropertyNotImplementedError(
+            f"{atoms.get_chemical_formula()} has no volume and so no stress: only {atoms.cell.rank} of three cell "
+            "vectors are independent; set atoms.cell"
+        )
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

@@ -1,15 +1,18 @@
 """What happens when the memory of a device does not suffice: smaller batches, or an error that says what would."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from ase import Atoms
+from torch_geometric.data import Data
 
 from ase_gffmerge.device import survive_fork
 from ase_gffmerge.errors import DeviceMemoryError
 
+Item = TypeVar("Item")
+Frame = TypeVar("Frame", Atoms, Data)
 Result = TypeVar("Result")
 
 _ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
@@ -37,8 +40,22 @@ def memory_errors(what: str, *, device: torch.device, remedy: str = "") -> Itera
         ) from error
 
 
+def chunks(items: Iterable[Item], budget: int, *, size: Callable[[Any], int] = len) -> Iterator[list[Item]]:
+    """Consecutive items, frames for example, in groups of at most ``budget`` of their sizes (atoms), at least one each."""
+    group: list[Item] = []
+    total = 0
+    for item in items:
+        if group and total + size(item) > budget:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size(item)
+    if group:
+        yield group
+
+
 def in_parts(
-    evaluate: Callable[[Sequence[Atoms]], Result], frames: Sequence[Atoms], *, device: torch.device
+    evaluate: Callable[[Sequence[Frame]], Result], frames: Sequence[Frame], *, device: torch.device
 ) -> list[Result]:
     """Evaluate a batch of frames; where memory does not suffice, its halves, down to single frames.
 
@@ -47,7 +64,7 @@ def in_parts(
     evaluate
         Maps a batch of frames to its result.
     frames
-        One batch.
+        One batch of structures, or of their graphs.
     device
         Where ``evaluate`` computes; for the message, and to give cached memory back before trying again.
 
@@ -68,7 +85,7 @@ def in_parts(
         if not is_out_of_memory(error):
             raise
         if len(frames) == 1:
-            atoms = frames[0]
+            atoms = frames[0] if isinstance(frames[0], Atoms) else Atoms(frames[0].atomic_numbers.tolist())
             with memory_errors(f"{atoms.get_chemical_formula()} ({len(atoms)} atoms)", device=device):
                 raise
     if device.type == "cuda":  # here the error is gone, and with it the tensors that its traceback held

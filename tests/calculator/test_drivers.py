@@ -123,6 +123,24 @@ def test_17_a_band_costs_three_evaluations_per_step(calc, evaluations):
     assert len(evaluations) == 2 + 3 * (1 + 3)
 
 
+def test_a_band_may_share_one_calculator(calc, evaluations):
+    """The same path as with one per image, at four times the evaluations: one structure's results are remembered."""
+    bands, spent = [], []
+    for share in (False, True):
+        images = [cluster() for _ in range(5)]
+        images[-1].positions[1, 0] += 0.3
+        for image in images:
+            image.calc = calc if share else calc.spawn()
+        neb = NEB(images, method="improvedtangent", allow_shared_calculator=share)
+        neb.interpolate()
+        evaluations.clear()
+        FIRE(neb, logfile=None).run(fmax=0, steps=3)
+        bands.append(neb.get_positions())
+        spent.append(len(evaluations))
+    assert np.array_equal(*bands)
+    assert spent[1] > 3 * spent[0] == 3 * (2 + 3 * (1 + 3))
+
+
 def test_18_trajectory_round_trip(calc, atoms, tmp_path):
     path = tmp_path / "run.traj"
     atoms.calc = calc

@@ -1,0 +1,153 @@
+"""ASE results of many structures at once: evaluated in batches, one dictionary each."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from numbers import Integral
+from typing import Any
+
+import torch
+from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
+from torch import Tensor
+
+from ase_gffmerge.ase_errors import EvaluationFailed, SetupError, as_setup_errors
+from ase_gffmerge.ase_results import (
+    as_array,
+    ase_results,
+    memory_failures,
+    require_finite,
+    require_structure,
+    require_volume,
+)
+from ase_gffmerge.batched import predict_together
+from ase_gffmerge.extrapolation import predict_graded
+from ase_gffmerge.graphs import Prediction, build_graph
+from ase_gffmerge.graphs.neighbours import check_geometry
+from ase_gffmerge.memory import chunks
+from ase_gffmerge.specialist import Specialist
+
+MAX_EDGES = {"cpu": 2_000, "cuda": 200_000}
+"""Edges of a batch, which take 13 to 42 kB each (PaiNN of 64 to NequIP of 128 channels, float32): on a CPU what stays near
+its caches, on a GPU what keeps it busy."""
+GRADE = "extrapolation"
+
+
+def evaluate_structures(
+    force_field: Specialist,
+    structures: Iterable[Atoms],
+    *,
+    prepare: Callable[[Atoms], Atoms],
+    served: Sequence[str],
+    properties: Sequence[str] | None = None,
+    max_edges: int | None = None,
+) -> list[dict[str, Any]]:
+    """Results of every structure.
+
+    Parameters
+    ----------
+    force_field
+        What evaluates.
+    structures
+        Of any sizes and boundary conditions.
+    prepare
+        Checks a structure and gives what its graph is built from.
+    served, properties
+        What there is, and what of it is wanted; default: everything that a structure has. ``extrapolation`` is given on
+        request, when the force field has a gauge.
+    max_edges
+        Size of a batch; default: :data:`MAX_EDGES` of the device.
+
+    Raises
+    ------
+    SetupError, EvaluationFailed, MemoryFailed, PropertyNotImplementedError
+        As the calculator does for a single structure, with the index of the structure.
+    """
+    originals = _listed(structures)
+    wanted = _wanted(properties, (*served, GRADE) if force_field.gauge is not None else served)
+    prepared = []
+    for k, atoms in enumerate(originals):
+        with _named(k):
+            if properties is not None and "stress" in wanted:
+                require_volume(atoms)
+            prepared.append(_checked(atoms, prepare))
+    if GRADE not in wanted:
+        force_field = replace(force_field, gauge=None)
+    budget = _budget(max_edges, force_field.potential.device)
+    with torch.inference_mode(False), memory_failures():
+        predictions = _predictions(force_field, prepared, budget)
+        return [
+            _results(k, atoms, *prediction, wanted)
+            for k, (atoms, prediction) in enumerate(zip(originals, predictions, strict=True))
+        ]
+
+
+def _predictions(
+    force_field: Specialist, structures: Sequence[Atoms], max_edges: int
+) -> Iterator[tuple[Prediction, Tensor | None]]:
+    """Predictions of one structure after the other; only the graphs of one batch are in memory."""
+    graphs = (build_graph(atoms, force_field.cutoff) for atoms in structures)
+    predictor, device = partial(predict_graded, force_field), force_field.potential.device
+    for group in chunks(graphs, max_edges, size=lambda graph: graph.edge_index.shape[1]):
+        yield from predict_together(predictor, group, device=device)
+
+
+def _results(
+    k: int, atoms: Atoms, prediction: Prediction, grades: Tensor | None, wanted: Sequence[str]
+) -> dict[str, Any]:
+    found = ase_results(prediction, atoms)
+    with _named(k):
+        require_finite(found, atoms)
+    if grades is not None:
+        found[GRADE] = as_array(grades)
+    return {name: found[name] for name in wanted if name in found}
+
+
+def _checked(atoms: Atoms, prepare: Callable[[Atoms], Atoms]) -> Atoms:
+    """What a graph can be built from: everything is checked before anything is evaluated."""
+    require_structure(atoms)
+    with as_setup_errors():
+        prepared = prepare(atoms)
+        check_geometry(prepared)
+    return prepared
+
+
+def _listed(structures: Iterable[Atoms]) -> list[Atoms]:
+    if isinstance(structures, Atoms):
+        raise SetupError(
+            "evaluate() takes a list of structures and was given a single Atoms object; put it into a list"
+        )
+    listed = list(structures)
+    for k, atoms in enumerate(listed):
+        if not isinstance(atoms, Atoms):
+            raise SetupError(f"structure {k} is no Atoms object but {type(atoms).__name__}: {atoms!r:.60}")
+    return listed
+
+
+def _wanted(properties: Sequence[str] | None, served: Sequence[str]) -> tuple[str, ...]:
+    """Names of what is wanted; by default without the grade, so that results hold what ASE knows."""
+    if properties is None:
+        return tuple(name for name in served if name != GRADE)
+    names = (properties,) if isinstance(properties, str) else tuple(properties)
+    for name in names:
+        if name not in served:
+            raise PropertyNotImplementedError(f"{name!r} is not served; there are {', '.join(served)}")
+    return names
+
+
+def _budget(max_edges: int | None, device: torch.device) -> int:
+    if max_edges is None:
+        return MAX_EDGES.get(device.type, MAX_EDGES["cuda"])
+    if not isinstance(max_edges, Integral) or max_edges < 1:
+        raise SetupError(f"max_edges={max_edges!r} is no size of a batch; give a positive whole number")
+    return int(max_edges)
+
+
+@contextmanager
+def _named(k: int) -> Iterator[None]:
+    """Begin messages with the index of the structure."""
+    try:
+        yield
+    except (SetupError, EvaluationFailed, PropertyNotImplementedError) as error:
+        raise type(error)(f"structure {k}: {error}") from error

@@ -1,0 +1,58 @@
+"""Predictions for many structures, in batches of a size that memory allows."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+
+from ase_gffmerge.graphs import Prediction, batch_graphs
+from ase_gffmerge.memory import in_parts
+
+Predictor = Callable[[Data], tuple[Prediction, Tensor | None]]
+"""A batch in, its prediction out, with extrapolation grades (n_atoms,) or ``None``."""
+
+
+def predict_together(
+    predictor: Predictor, graphs: Sequence[Data], *, device: torch.device
+) -> Iterator[tuple[Prediction, Tensor | None]]:
+    """Predict a batch of graphs, or, where memory does not suffice, its halves, down to single structures.
+
+    Parameters
+    ----------
+    predictor
+        What evaluates a batch, for example :func:`~ase_gffmerge.extrapolation.predict_graded` of a force field.
+    graphs
+        One per structure, anywhere; they are not changed.
+    device
+        Where ``predictor`` computes.
+
+    Yields
+    ------
+    prediction, grades
+        Of one structure after the other, on the CPU.
+
+    Raises
+    ------
+    DeviceMemoryError
+        When a single structure does not fit.
+    """
+
+    def evaluate(part: Sequence[Data]) -> list[tuple[Prediction, Tensor | None]]:
+        prediction, grades = predictor(batch_graphs(part).to(device))
+        return _apart(prediction, grades, [len(graph.pos) for graph in part])
+
+    for found in in_parts(evaluate, graphs, device=device):
+        yield from found
+
+
+def _apart(
+    prediction: Prediction, grades: Tensor | None, counts: list[int]
+) -> list[tuple[Prediction, Tensor | None]]:
+    """Split what was predicted for a batch of structures with so many atoms each."""
+    n = len(counts)
+    energies, forces = (x.cpu().split(counts) for x in (prediction.energies, prediction.forces))
+    energy, virial = (x.cpu().split(1) for x in (prediction.energy, prediction.strain_derivative))
+    single = [Prediction(*fields) for fields in zip(energies, energy, forces, virial, strict=True)]
+    return list(zip(single, repeat(None, n) if grades is None else grades.cpu().split(counts), strict=True))
