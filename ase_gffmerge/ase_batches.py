@@ -1,6 +1,6 @@
 """ASE results of many structures at once: evaluated in batches, one dictionary each."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -38,9 +38,9 @@ def evaluate_structures(
     force_field: Specialist,
     structures: Iterable[Atoms],
     *,
-    prepare: Callable[[Atoms], Atoms],
     served: Sequence[str],
     properties: Sequence[str] | None = None,
+    specialist: str | int | None = None,
     max_edges: int | None = None,
 ) -> list[dict[str, Any]]:
     """Results of every structure.
@@ -51,11 +51,11 @@ def evaluate_structures(
         What evaluates.
     structures
         Of any sizes and boundary conditions.
-    prepare
-        Checks a structure and gives what its graph is built from.
     served, properties
         What there is, and what of it is wanted; default: everything that a structure has. ``extrapolation`` is given on
         request, when the force field has a gauge.
+    specialist
+        For structures that do not say which specialist they belong to.
     max_edges
         Size of a batch; default: :data:`MAX_EDGES` of the device.
 
@@ -71,7 +71,7 @@ def evaluate_structures(
         with _named(k):
             if properties is not None and "stress" in wanted:
                 require_volume(atoms)
-            prepared.append(_checked(atoms, prepare))
+            prepared.append(_checked(force_field, atoms, specialist))
     if GRADE not in wanted:
         force_field = replace(force_field, gauge=None)
     budget = _budget(max_edges, force_field.potential.device)
@@ -104,11 +104,11 @@ def _results(
     return {name: found[name] for name in wanted if name in found}
 
 
-def _checked(atoms: Atoms, prepare: Callable[[Atoms], Atoms]) -> Atoms:
+def _checked(force_field: Specialist, atoms: Atoms, specialist: str | int | None) -> Atoms:
     """What a graph can be built from: everything is checked before anything is evaluated."""
     require_structure(atoms)
     with as_setup_errors():
-        prepared = prepare(atoms)
+        prepared = force_field.prepared(atoms, specialist=specialist)
         check_geometry(prepared)
     return prepared
 

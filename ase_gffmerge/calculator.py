@@ -150,8 +150,7 @@ class GFFMergeCalculator(Calculator):
     @property
     def specialist_names(self) -> tuple[str, ...]:
         """Names of the specialists, in the order of their indices."""
-        merged = self.force_field.merged
-        return merged.parents if merged else (self.force_field.name,)
+        return self.force_field.specialist_names
 
     @property
     def report(self) -> "MergeReport | None":
@@ -251,18 +250,8 @@ class GFFMergeCalculator(Calculator):
     def _graph(self, atoms: Atoms) -> Data:
         """Graph in float64 on the device, with specialist indices if the potential reads them."""
         with as_setup_errors():
-            return self._neighbours.graph(self._prepared(atoms))
-
-    def _prepared(self, atoms: Atoms) -> Atoms:
-        """What a graph is built from: known elements, with specialist indices only if the potential reads them."""
-        self.force_field.check_species(atoms)
-        if not self._conditioned and KEY not in atoms.arrays:
-            return atoms
-        bare = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-        if self._conditioned:
-            default = self.parameters.get(KEY)
-            bare.arrays[KEY] = specialist_indices(atoms, self.specialist_names, default=default)
-        return bare
+            prepared = self.force_field.prepared(atoms, specialist=self.parameters.get(KEY))
+            return self._neighbours.graph(prepared)
 
     def evaluate(
         self,
@@ -299,9 +288,9 @@ class GFFMergeCalculator(Calculator):
         return evaluate_structures(
             self.force_field,
             structures,
-            prepare=self._prepared,
             served=PROPERTIES,
             properties=properties,
+            specialist=self.parameters.get(KEY),
             max_edges=max_edges,
         )
 

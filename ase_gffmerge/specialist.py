@@ -12,6 +12,7 @@ from ase.data import chemical_symbols
 from torch import Tensor
 
 from ase_gffmerge.calibration import pack_frames, require_sound, unpack_frames
+from ase_gffmerge.conditioning import KEY, specialist_indices
 from ase_gffmerge.errors import FileFormatError, StructureError
 from ase_gffmerge.fileformat import digest, first_line, read_file, write_file
 from ase_gffmerge.models import Potential, build_potential
@@ -82,6 +83,35 @@ class Specialist:
                 f"{atoms.get_chemical_formula()} contains {symbols(unknown)}, which {self.name!r} does not "
                 f"know (it knows {symbols(self.species)}); use a model that was trained on these elements"
             )
+
+    @property
+    def specialist_names(self) -> tuple[str, ...]:
+        """Names of the specialists it was merged from, in the order of their indices; its own if it was not merged."""
+        return self.merged.parents if self.merged else (self.name,)
+
+    def prepared(self, atoms: Atoms, *, specialist: str | int | None = None) -> Atoms:
+        """What a graph is built from: known elements, with specialist indices if, and only if, the potential reads them.
+
+        Parameters
+        ----------
+        atoms
+            Not changed, but perhaps returned.
+        specialist
+            For structures that do not say which specialist they belong to.
+
+        Raises
+        ------
+        StructureError
+            For elements or specialists that the potential does not know.
+        """
+        self.check_species(atoms)
+        conditioned = self.potential.hyper.n_embeddings > 1
+        if not conditioned and KEY not in atoms.arrays:
+            return atoms
+        bare = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+        if conditioned:
+            bare.arrays[KEY] = specialist_indices(atoms, self.specialist_names, default=specialist)
+        return bare
 
     def save(self, path: str | Path) -> Path:
         """Write one ``.safetensors`` file atomically; weights keep their floating-point type.
