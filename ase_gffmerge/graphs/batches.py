@@ -8,11 +8,17 @@ from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
+from ase_gffmerge.graphs.device_search import device_neighbour_list, searches_on
 from ase_gffmerge.graphs.neighbours import neighbour_list
 
 
 def build_graph(
-    atoms: Atoms, cutoff: float, *, dtype: torch.dtype = torch.float64, specialist: int = 0
+    atoms: Atoms,
+    cutoff: float,
+    *,
+    dtype: torch.dtype = torch.float64,
+    specialist: int = 0,
+    device: torch.device | None = None,
 ) -> Data:
     """Build the graph of one structure.
 
@@ -27,6 +33,8 @@ def build_graph(
     specialist
         Index of the specialist every atom belongs to (used by per-specialist embeddings); overridden per atom
         by an integer array ``atoms.arrays["specialist"]``.
+    device
+        Where the graph is wanted, and its neighbours are found if the device can; default: the CPU.
 
     Returns
     -------
@@ -34,16 +42,20 @@ def build_graph(
         ``pos`` (n_atoms, 3) Å, ``atomic_numbers`` (n_atoms,), ``specialist`` (n_atoms,), ``cell`` (1, 3, 3)
         Å, ``edge_index`` (2, n_edges) sender and receiver, ``shifts`` (n_edges, 3).
     """
-    edge_index, shifts = neighbour_list(atoms, cutoff)
+    if device is not None and searches_on(device):
+        edge_index, shifts = device_neighbour_list(atoms, cutoff, device=device)
+    else:
+        edge_index, shifts = map(torch.as_tensor, neighbour_list(atoms, cutoff))
     index = atoms.arrays.get("specialist", np.full(len(atoms), specialist))
-    return Data(
+    graph = Data(
         pos=torch.as_tensor(atoms.get_positions(), dtype=dtype),
         atomic_numbers=torch.as_tensor(atoms.numbers, dtype=torch.long),
         specialist=torch.as_tensor(np.asarray(index), dtype=torch.long),
         cell=torch.as_tensor(np.asarray(atoms.cell.array), dtype=dtype)[None],
-        edge_index=torch.as_tensor(edge_index),
-        shifts=torch.as_tensor(shifts, dtype=dtype),
+        edge_index=edge_index,
+        shifts=shifts.to(dtype),
     )
+    return graph if device is None else graph.to(device)
 
 
 def batch_graphs(graphs: Sequence[Data]) -> Batch:

@@ -68,8 +68,11 @@ class VerletGraph:
 
     def _candidates(self, k: int) -> Data:
         """Graph of structure ``k`` with edges up to ``cutoff + skin``."""
-        return build_graph(self._structures[k], self.cutoff + self.skin, specialist=self._specialist[k]).to(
-            self.device
+        return build_graph(
+            self._structures[k],
+            self.cutoff + self.skin,
+            specialist=self._specialist[k],
+            device=self.device,
         )
 
     def _join(self) -> None:
