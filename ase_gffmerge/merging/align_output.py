@@ -1,27 +1,42 @@
-"""Step 4: align the output of a stage with every specialist's by solving its closing maps again."""
+r"""Step 4: align the output of a stage with every specialist's by correcting all its affine maps together.
 
-from collections.abc import Callable, Sequence
+Layer by layer, each map matches the specialists' own map on what it is given; what the next stage sees is the sum over
+neighbours, after nonlinearities and the residual connection. Hence, with :math:`f_k` run on the merged model's own input
+state and :math:`X_k^{(t)}` the output of specialist k,
 
-import torch
-from torch import Tensor
-from torch.func import functional_call
+.. math::
 
-from ase_gffmerge.merging.align import layer_input, run_stage
-from ase_gffmerge.merging.duals import Dual, differentiable_push, push
-from ase_gffmerge.merging.layers import Problem, problems
-from ase_gffmerge.merging.messages import MessageSolution, MessageTerm, solve_messages
+   \min_\Theta \sum_k \frac{a_k}{N_k}\sum_c \frac{1}{s_{kc}} \bigl\| f_{kc}(\Theta) - X^{(t)}_{kc} \bigr\|^2 ,
+
+linearised around the layer-wise solution (:mod:`.stage_output`) and solved iteratively (:mod:`.gauss_newton`). The paper's
+message-level target is the case of a single map, in which f is affine.
+"""
+
+from collections.abc import Sequence
+
+from ase_gffmerge.merging.align import run_stage
+from ase_gffmerge.merging.duals import Dual, push
+from ase_gffmerge.merging.gauss_newton import gauss_newton_step
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
+from ase_gffmerge.merging.stage_output import StageOutput
 from ase_gffmerge.merging.territory import Scene, Territory
-from ase_gffmerge.models.potential import Stage, State
+from ase_gffmerge.models.potential import Stage
+
+ITERATIONS, DAMPING = 15, 1e-3
+"""Conjugate-gradient iterations, and the damping μ of the step."""
 
 
-def align_messages(
-    name: str, merged: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
-) -> list[LayerReport]:
-    """Solve the closing maps of a stage again so that its output matches every specialist's stage output.
-
-    One batch of frames per specialist is used: it already has far more rows than the map has coefficients.
+def align_output(
+    name: str,
+    merged: Stage,
+    originals: Sequence[Stage],
+    territories: Sequence[Territory],
+    recipe: Recipe,
+    *,
+    iterations: int = ITERATIONS,
+) -> LayerReport:
+    """Take one Gauss-Newton step on all maps of a stage; it is halved, twice at most, until the mismatch falls.
 
     Parameters
     ----------
@@ -33,74 +48,31 @@ def align_messages(
         Calibration scenes, in the order of ``originals``.
     recipe
         Options.
+    iterations
+        Of conjugate gradients.
     """
-    scenes = [territory.scenes[0] for territory in territories]
-    targets = [
-        advance(original, scene.target, scene) for original, scene in zip(originals, scenes, strict=True)
-    ]
-    scales = [_part_scales(dual, t.weight, recipe) for dual, t in zip(targets, territories, strict=True)]
-    reports = []
-    for layer in merged.closing:
-        for problem in problems(layer, merged.get_submodule(layer)):
-            terms = [
-                MessageTerm(_output_of(merged, layer, problem, scene), dual.value + dual.tangent, scale)
-                for scene, dual, scale in zip(scenes, targets, scales, strict=True)
-            ]
-            metric = _closing_metric(merged, layer, problem, scenes)
-            solution = solve_messages(terms, problem.read(), metric=metric, ridge=recipe.ridge)
-            problem.write(solution.theta)
-            reports.append(_message_report(f"{name}.{problem.name}", problem, solution, terms))
-    return reports
+    problem = StageOutput(merged, originals, territories, recipe)
+    step = gauss_newton_step(problem, iterations=iterations, damping=DAMPING)
+    before = after = problem.mismatch(problem.thetas)
+    for factor in (1.0, 0.5, 0.25):
+        trial = {key: theta + factor * step[key] for key, theta in problem.thetas.items()}
+        mismatch = problem.mismatch(trial)
+        if mismatch < before:
+            problem.write(trial)
+            after = mismatch
+            break
+    return LayerReport(
+        name=name,
+        kind="message",
+        rows=sum(len(part) for part in problem.residual),
+        size=sum(theta.numel() for theta in problem.thetas.values()),
+        residual_before=before / problem.target_norm,
+        residual_after=after / problem.target_norm,
+        effective_rank=None,
+        ridge=DAMPING,
+    )
 
 
 def advance(stage: Stage, state: Dual, scene: Scene) -> Dual:
     """State after the stage."""
     return push(lambda *x: tuple(run_stage(stage, scene, x)), state + scene.geometry)
-
-
-def _output_of(stage: Stage, layer: str, problem: Problem, scene: Scene) -> Callable[[Tensor], State]:
-    """Stage output and its slopes as a function of the closing map, on the merged model's state."""
-    inputs = scene.merged + scene.geometry
-
-    def output(theta: Tensor) -> State:
-        parameters = {f"{layer}.{key}": value for key, value in problem.parameters(theta).items()}
-
-        def stage_of(*x: Tensor) -> State:
-            return tuple(functional_call(stage, parameters, (x[:-3], scene.edge_geometry(x[-3:]))))
-
-        return differentiable_push(stage_of, inputs)
-
-    return output
-
-
-def _part_scales(state: Dual, weight: float, recipe: Recipe) -> tuple[float, ...]:
-    """Weights a_k / (N_k s_kc) of the parts of a state and of their slopes."""
-    squares = [float(part.double().square().sum()) for part in state.value + state.tangent]
-    weights = [weight] * len(state.value) + [weight * recipe.slope_weight] * len(state.tangent)
-    return tuple(w / square if square > 0 else 0.0 for w, square in zip(weights, squares, strict=True))
-
-
-def _closing_metric(stage: Stage, layer: str, problem: Problem, scenes: Sequence[Scene]) -> Tensor:
-    """Gram matrix of the closing layer's inputs, for the preconditioner."""
-    total = torch.zeros((), device=scenes[0].graph.pos.device)
-    for scene in scenes:
-        values = (scene.merged + scene.geometry).value
-        x = layer_input(stage.get_submodule(layer), lambda: run_stage(stage, scene, values))  # noqa: B023
-        design = problem.design(x)
-        total = total + design.T @ design
-    return total + 1e-6 * total.diagonal().mean() * torch.eye(len(total)).to(total)
-
-
-def _message_report(
-    name: str, problem: Problem, solution: MessageSolution, terms: Sequence[MessageTerm]
-) -> LayerReport:
-    return LayerReport(
-        name=name,
-        kind="message",
-        rows=sum(part.numel() for term in terms for part in term.target),
-        residual_before=solution.residual_before,
-        residual_after=solution.residual_after,
-        effective_rank=None,
-        size=solution.theta.shape[0],
-        ridge=solution.ridge,
-    )

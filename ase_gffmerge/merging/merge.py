@@ -1,7 +1,8 @@
 """The story: specialists in, one merged potential and a report out.
 
 specialists -> graphs of their calibration frames -> for every stage: inputs of the merged model as built so far, outputs
-of each specialist, Gram statistics, ridge solves -> stage output matched again -> readout matched to energies and forces.
+of each specialist, Gram statistics, ridge solves -> all maps of the stage corrected together on its output -> readout
+matched to energies and forces.
 """
 
 import time
@@ -20,7 +21,7 @@ from ase_gffmerge.device import resolve_device
 from ase_gffmerge.errors import MergeWarning, RecipeError
 from ase_gffmerge.memory import memory_errors
 from ase_gffmerge.merging.align import align_layers, run_stage, stage_inputs
-from ase_gffmerge.merging.align_output import advance, align_messages
+from ase_gffmerge.merging.align_output import advance, align_output
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.compatibility import check_compatible
 from ase_gffmerge.merging.diagnosis import diagnose
@@ -35,7 +36,7 @@ from ase_gffmerge.models import Potential
 from ase_gffmerge.models.potential import Stage
 from ase_gffmerge.specialist import MergeRecord, Provenance, Specialist
 
-MERGE_VERSION = 4
+MERGE_VERSION = 5
 """Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""
 
 Progress = Callable[[float, str], None]
@@ -177,7 +178,7 @@ def _align_stages(
             name, stage, originals, territories, recipe, run=run_stage, inputs=stage_inputs
         )
         if recipe.messages:
-            reports += align_messages(name, stage, originals, territories, recipe)
+            reports.append(align_output(name, stage, originals, territories, recipe))
         for original, territory in zip(originals, territories, strict=True):
             for scene in territory.scenes:
                 scene.target = advance(original, scene.target, scene)

@@ -76,7 +76,7 @@ class Recipe(BaseModel):
     probes, slope_weight
         Random displacements along which layers must agree in slope too, and how much slopes weigh against values.
     messages
-        Solve every stage's closing map again on the stage's output.
+        Correct all maps of every stage together on the stage's output (message-level targets).
     readout
         The force-matched readout, or ``None`` to treat the readout like any other layer.
     refine

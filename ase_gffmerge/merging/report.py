@@ -28,13 +28,13 @@ class LayerReport:
     name, kind
         Qualified name; ``layer``, ``message`` or ``readout``.
     rows, size
-        Rows of the problem and columns of its design.
+        Rows of the problem and columns of its design; numbers of outputs and of unknowns for messages.
     residual_before, residual_after
         Relative squared residual of the mean of the weights (of the layer-wise solution, for messages), and after.
     effective_rank
         Degrees of freedom that the rows determine; not known for messages, which are solved iteratively.
     ridge
-        Absolute ridge used.
+        Absolute ridge used; the damping for messages.
     """
 
     name: str

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
-from torch_geometric.data import Batch
+from torch_geometric.data import Batch, Data
 
-from ase_gffmerge.accuracy import chunks
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.batches import edge_vectors
+from ase_gffmerge.memory import chunks
 from ase_gffmerge.merging.duals import Dual, Tensors, push
 from ase_gffmerge.models.potential import EdgeGeometry, Potential
 from ase_gffmerge.specialist import Specialist
@@ -74,31 +74,36 @@ class Territory:
         return max(float(torch.cat(forces).double().square().mean()), 1e-12)
 
 
+MAX_EDGES, EDGES_PER_ATOM = 12_000, 24
+"""Size of a batch, where an atom counts as that many edges at least: memory, and what a stage's correction is taken from."""
+
+
 def survey(
-    specialists: Sequence[Specialist],
-    merged: Potential,
-    weights: Sequence[float],
-    *,
-    probes: int,
-    max_atoms: int = 500,
+    specialists: Sequence[Specialist], merged: Potential, weights: Sequence[float], *, probes: int
 ) -> list[Territory]:
-    """Build graphs of all calibration frames, in shuffled batches of ``max_atoms`` atoms, and embed them in both models."""
+    """Build graphs of all calibration frames, in shuffled batches, and embed them in both models."""
     territories = []
     for k, (specialist, weight) in enumerate(zip(specialists, weights, strict=True)):
         order = np.random.default_rng(0).permutation(len(specialist.calibration))
-        groups = list(chunks([specialist.calibration[i] for i in order], max_atoms))
-        scenes = [_scene(specialist, k, merged, frames, probes=probes) for frames in groups]
+        graphs = [_graph(specialist, k, specialist.calibration[i]) for i in order]
+        batches = chunks(graphs, MAX_EDGES, size=_size)
+        scenes = [_scene(specialist, merged, batch, probes=probes) for batch in batches]
         territories.append(Territory(specialist, k, weight, scenes))
     return territories
 
 
-def _scene(
-    specialist: Specialist, index: int, merged: Potential, frames: Sequence[Atoms], *, probes: int
-) -> Scene:
+def _graph(specialist: Specialist, index: int, atoms: Atoms) -> Data:
+    graph = build_graph(atoms, specialist.cutoff, dtype=specialist.potential.dtype)
+    graph.specialist.fill_(index)
+    return graph
+
+
+def _size(graph: Data) -> int:
+    return max(graph.edge_index.shape[1], EDGES_PER_ATOM * len(graph.pos))
+
+
+def _scene(specialist: Specialist, merged: Potential, graphs: Sequence[Data], *, probes: int) -> Scene:
     potential = specialist.potential
-    graphs = [build_graph(atoms, specialist.cutoff, dtype=potential.dtype) for atoms in frames]
-    for graph in graphs:
-        graph.specialist.fill_(index)
     batch = batch_graphs(graphs).to(potential.device)
     positions = Dual((batch.pos,), (_displacements(batch.pos, probes),) if probes else ())
 

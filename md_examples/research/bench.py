@@ -14,7 +14,6 @@ from ase import Atoms
 
 from ase_gffmerge.accuracy import evaluate
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.merging.merge import MERGE_VERSION
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models import Potential
 from ase_gffmerge.specialist import Specialist
@@ -50,7 +49,7 @@ class Bench:
     def identity(self) -> str:
         """What results depend on beside the trial."""
         prints = "-".join(s.fingerprint[:12] for s in self.specialists)
-        return f"{MERGE_VERSION}-{prints}-{len(self.tests[0])}"
+        return f"{prints}-{len(self.tests[0])}"
 
     def pool_frames(self, n: int) -> tuple[tuple[Atoms, ...], ...]:
         """``n`` frames of every pool, evenly spread over it (all of it when it is smaller)."""

@@ -18,7 +18,6 @@ from torch_geometric.data import Batch
 
 from ase_gffmerge.graphs.batches import edge_vectors
 from ase_gffmerge.merging.align import affine_layers, combine, layer_input, run_stage, stage_inputs
-from ase_gffmerge.merging.align_output import align_messages
 from ase_gffmerge.merging.duals import push
 from ase_gffmerge.merging.layers import Problem, problems
 from ase_gffmerge.merging.recipe import Recipe
@@ -28,6 +27,7 @@ from ase_gffmerge.merging.territory import Scene, Territory, survey
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.potential import Stage
 from research.bench import Bench, Outcome, Trial
+from research.closing_maps import align_messages
 from research.readout_fit import Setting, fit_potentials, fitted
 from research.trunk import SolveStage, build_trunk, go_on
 

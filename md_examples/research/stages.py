@@ -1,29 +1,18 @@
 """Family ``trunk``: options of steps 1-4, and other ways to walk the stages."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ase_gffmerge.merging.align import align_layers, run_stage, stage_inputs
-from ase_gffmerge.merging.align_output import align_messages
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.territory import Territory
 from ase_gffmerge.models.potential import Stage
 from research.bench import Bench, Outcome, Trial
+from research.closing_maps import CLOSING, align_messages
 from research.readout_fit import Setting, fitted
 from research.trunk import SolveStage, build_trunk, standard_stage
 
 FAMILY = "trunk"
-
-
-@contextmanager
-def closing(stage: Stage, names: tuple[str, ...]) -> Iterator[None]:
-    """Other closing maps for one stage."""
-    stage.closing = names  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        del stage.closing
 
 
 def filters_too(
@@ -31,9 +20,8 @@ def filters_too(
 ) -> Stage:
     """Message-level solves for ``out`` and then for the filter network, in which PaiNN's messages are linear too."""
     align_layers(name, stage, originals, territories, recipe, run=run_stage, inputs=stage_inputs)
-    names = stage.closing + ("filters",) * hasattr(stage, "filters")
-    with closing(stage, names):
-        align_messages(name, stage, originals, territories, recipe)
+    closing = CLOSING[type(stage).__name__] + ("filters",) * hasattr(stage, "filters")
+    align_messages(name, stage, originals, territories, recipe, closing=closing)
     return stage
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.merging.align import align_layers, run_stage, stage_inputs
-from ase_gffmerge.merging.align_output import advance, align_messages
+from ase_gffmerge.merging.align_output import advance
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.duals import Dual, Tensors, push
 from ase_gffmerge.merging.merge import working_copies
@@ -18,6 +18,7 @@ from ase_gffmerge.merging.territory import Scene, Territory, survey
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.potential import Stage
 from ase_gffmerge.specialist import Specialist
+from research.closing_maps import align_messages
 
 SolveStage = Callable[[str, Stage, Sequence[Stage], Sequence[Territory], Recipe], Stage]
 """Aligns one stage of the merged model with the specialists' and returns it, or the stage that shall take its place."""
@@ -35,7 +36,7 @@ class Trunk:
 def standard_stage(
     name: str, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
 ) -> Stage:
-    """The default: every layer in turn, then the closing maps on the stage's output."""
+    """Every layer in turn, then the closing maps on the stage's output."""
     align_layers(name, stage, originals, territories, recipe, run=run_stage, inputs=stage_inputs)
     if recipe.messages:
         align_messages(name, stage, originals, territories, recipe)

@@ -1,0 +1,157 @@
+r"""One Gauss-Newton step on several affine maps at once, by preconditioned conjugate gradients.
+
+Residuals :math:`r(\Theta) = y - f(\Theta)` depend on all maps :math:`\Theta = (\Theta_1, \dots, \Theta_L)` together.
+To first order in a step δ they are :math:`r - J\delta`, and the step solves the convex problem
+
+.. math::
+
+   \min_\delta \|r - J\delta\|^2 + \mu \sum_l \langle \delta_l,\ P_l\,\delta_l\rangle ,\qquad
+   P_l = G_l \otimes \mathrm{diag}(b_l),
+
+where :math:`G_l` is the Gram matrix of the rows that enter map l and :math:`b_{lj}` the mean square with which its output j
+reaches the residuals, estimated with random signs (Hutchinson's estimator of the diagonal of :math:`J^\top J`). The same P,
+a Kronecker factorisation of the curvature with a diagonal second factor (compare K-FAC, Martens & Grosse, arXiv
+1503.05671), preconditions the iteration, which needs nothing but the products :math:`Jv` and :math:`J^\top u`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Thetas = dict[str, Tensor]
+"""Affine maps Θ_l (d_l, m_l) by name."""
+
+SIGNS = 4
+"""Random vectors that estimate the diagonal of the curvature."""
+
+INPUT_FLOOR, OUTPUT_FLOOR = 0.1, 0.01
+"""Least eigenvalues of G and least entries of b, relative to their means: what the estimates cannot resolve."""
+
+
+class Linearised(Protocol):
+    """Weighted residuals and their linearisation; vectors of residuals are lists with one tensor per batch.
+
+    Attributes
+    ----------
+    thetas
+        The maps at which it is linearised.
+    grams
+        Gram matrix (d_l, d_l) of the rows that enter each map.
+    residual
+        Target minus output.
+    """
+
+    thetas: Thetas
+    grams: Thetas
+    residual: list[Tensor]
+
+    def forward(self, direction: Thetas) -> list[Tensor]:
+        """J v."""
+        ...
+
+    def pull(self, k: int, vector: Tensor) -> Thetas:
+        """Batch k's part of Jᵀ u."""
+        ...
+
+
+def gauss_newton_step(problem: Linearised, *, iterations: int, damping: float) -> Thetas:
+    """Step δ of all maps after some conjugate-gradient iterations.
+
+    Parameters
+    ----------
+    problem
+        Residuals and their linearisation.
+    iterations
+        Limit of the iterations; it regularises as much as the damping does.
+    damping
+        μ; as P has the units of the curvature, it is a pure number.
+    """
+    metric = Kronecker.of(problem)
+    left = _transpose(problem, problem.residual)
+    step = {name: torch.zeros_like(value) for name, value in left.items()}
+    direction = z = metric.solve(left)
+    norm = first = dot(left, z)
+    round_off = max(torch.finfo(value.dtype).eps for value in left.values()) ** 2
+    for _ in range(iterations):
+        if norm <= round_off * first:
+            break
+        curved = _transpose(problem, problem.forward(direction))
+        curved = _add(curved, metric.product(direction), factor=damping)
+        length = norm / dot(direction, curved)
+        step, left = _add(step, direction, factor=length), _add(left, curved, factor=-length)
+        z = metric.solve(left)
+        norm, previous = dot(left, z), norm
+        direction = _add(z, direction, factor=norm / previous)
+    return step
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """The metric P: per map a Gram matrix ``inputs`` (d, d), its Cholesky factor, and ``outputs`` b (m,)."""
+
+    inputs: Thetas
+    factors: Thetas
+    outputs: Thetas
+
+    @classmethod
+    def of(cls, problem: Linearised) -> "Kronecker":
+        """Estimate b so that the diagonal of P has the size of the diagonal of JᵀJ."""
+        inputs = {name: _floored(gram) for name, gram in problem.grams.items()}
+        diagonal = _diagonal(problem)
+        outputs = {name: (d / inputs[name].diagonal()[:, None]).mean(dim=0) for name, d in diagonal.items()}
+        least = 1e-12 * max(float(b.mean()) for b in outputs.values()) + 1e-30
+        return cls(
+            inputs,
+            {name: torch.linalg.cholesky(gram) for name, gram in inputs.items()},
+            {name: b + OUTPUT_FLOOR * b.mean() + least for name, b in outputs.items()},
+        )
+
+    def product(self, thetas: Thetas) -> Thetas:
+        """P Θ."""
+        return {name: self.outputs[name] * (self.inputs[name] @ theta) for name, theta in thetas.items()}
+
+    def solve(self, thetas: Thetas) -> Thetas:
+        """P⁻¹ Θ."""
+        return {
+            name: torch.cholesky_solve(theta, self.factors[name]) / self.outputs[name]
+            for name, theta in thetas.items()
+        }
+
+
+def _floored(gram: Tensor) -> Tensor:
+    """Gram matrix of mean eigenvalue 1 with a floor; the identity when nothing enters."""
+    mean = gram.diagonal().mean()
+    unit = torch.eye(len(gram)).to(gram)
+    return gram / mean + INPUT_FLOOR * unit if mean > 0 else unit
+
+
+def _diagonal(problem: Linearised) -> Thetas:
+    """Hutchinson's estimate of the diagonal of JᵀJ, batch by batch with the same signs, whatever their order."""
+    total = {name: torch.zeros_like(theta) for name, theta in problem.thetas.items()}
+    for k, residual in enumerate(problem.residual):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(SIGNS):
+            signs = 2.0 * torch.randint(0, 2, residual.shape, generator=generator).to(residual) - 1
+            for name, value in problem.pull(k, signs).items():
+                total[name] += value.square() / SIGNS
+    return total
+
+
+def _transpose(problem: Linearised, vectors: Sequence[Tensor]) -> Thetas:
+    """Jᵀ u, the sum over batches."""
+    total = {name: torch.zeros_like(theta) for name, theta in problem.thetas.items()}
+    for k, vector in enumerate(vectors):
+        total = _add(total, problem.pull(k, vector), factor=1.0)
+    return total
+
+
+def dot(a: Thetas, b: Thetas) -> float:
+    """Scalar product, summed in float64."""
+    return sum(float((a[name].double() * b[name].double()).sum()) for name in a)
+
+
+def _add(a: Thetas, b: Thetas, *, factor: float) -> Thetas:
+    return {name: a[name] + factor * b[name] for name in a}

@@ -1,0 +1,154 @@
+r"""Outputs of a stage as a function of all its affine maps, linearised.
+
+What the next stage sees of stage t in specialist k's frames is, on the merged model's own input state,
+:math:`f_k(\Theta) \approx f_k(\Theta^0) + J_k\,\delta`, values and slopes along the probes alike. Both products with
+:math:`J_k` are reverse passes through graphs that are built once: :math:`J_k^\top u` through the output, and :math:`J_k v`
+through :math:`J_k^\top u`, which is linear in u.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from ase_gffmerge.merging.align import layer_inputs, run_stage, stage_inputs
+from ase_gffmerge.merging.duals import differentiable_push, push
+from ase_gffmerge.merging.gauss_newton import Thetas
+from ase_gffmerge.merging.layers import affine_maps
+from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.merging.territory import Scene, Territory
+from ase_gffmerge.models.potential import Stage, State
+
+
+class StageOutput:
+    r"""Weighted mismatch :math:`\sqrt{a_k / s_{kc}}\,(X^{(t)}_{kc} - f_{kc}(\Theta))` over all specialists.
+
+    Every part c of a state (scalars, vectors) and its slopes count relative to their mean square :math:`s_{kc}`. One batch
+    of frames per specialist is used: it already has far more rows than a stage has coefficients.
+
+    Parameters
+    ----------
+    stage
+        The stage in the merged model.
+    originals
+        The stage in every specialist.
+    territories
+        Calibration scenes, in the order of ``originals``.
+    recipe
+        Weight of the slopes.
+
+    Attributes
+    ----------
+    thetas, grams, residual
+        See :class:`.Linearised`.
+    target_norm
+        Weighted sum of squares of the targets.
+    """
+
+    def __init__(
+        self, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
+    ):
+        self._stage, self._maps = stage, affine_maps(stage)
+        names = {module: name for name, module in stage.named_modules()}
+        self._layers = {name: names[problem.module] for name, problem in self._maps.items()}
+        self._scenes = [territory.scenes[0] for territory in territories]
+        self.thetas = {name: problem.read().detach().clone() for name, problem in self._maps.items()}
+        states = [
+            push(lambda *x, o=original, s=scene: tuple(run_stage(o, s, x)), stage_inputs(scene, False))
+            for original, scene in zip(originals, self._scenes, strict=True)
+        ]
+        self._factors = [
+            _factors(dual.value, territory.weight)
+            + _factors(dual.tangent, territory.weight * recipe.slope_weight)
+            for dual, territory in zip(states, territories, strict=True)
+        ]
+        self._targets = [
+            _weighted(dual.value + dual.tangent, factors)
+            for dual, factors in zip(states, self._factors, strict=True)
+        ]
+        self.target_norm = squared(self._targets)
+        self.grams = {name: torch.zeros(()).to(theta) for name, theta in self.thetas.items()}
+        self._outputs: list[Tensor] = []
+        self._linear: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+        self._leaves = {name: theta.clone().requires_grad_() for name, theta in self.thetas.items()}
+        for k in range(len(self._scenes)):
+            self._linearise(k)
+        self.residual = [y - f.detach() for y, f in zip(self._targets, self._outputs, strict=True)]
+
+    def _linearise(self, k: int) -> None:
+        for name, gram in self._grams(self._scenes[k]).items():
+            self.grams[name] = self.grams[name] + gram
+        with torch.enable_grad():
+            output = self._output(k, self._leaves)
+            u = torch.zeros_like(output, requires_grad=True)
+            pulled = torch.autograd.grad(output, list(self._leaves.values()), u, create_graph=True)
+        self._outputs.append(output)
+        self._linear.append((u, pulled))
+
+    def _output(self, k: int, thetas: Thetas) -> Tensor:
+        """f_k(Θ), weighted and flat."""
+        scene = self._scenes[k]
+        parameters = self._parameters(thetas)
+
+        def stage_of(*x: Tensor) -> State:
+            return tuple(functional_call(self._stage, parameters, (x[:-3], scene.edge_geometry(x[-3:]))))
+
+        return _weighted(differentiable_push(stage_of, stage_inputs(scene, True)), self._factors[k])
+
+    def _grams(self, scene: Scene) -> Thetas:
+        """Gram matrix of the rows that enter every map, of mean eigenvalue 1."""
+        values = stage_inputs(scene, True).value
+        with torch.no_grad():
+            entering = layer_inputs(self._stage, lambda: run_stage(self._stage, scene, values))
+            rows = {
+                name: problem.design(entering[self._layers[name]]) for name, problem in self._maps.items()
+            }
+        return {name: x.T @ x / x.square().sum().clamp(min=1e-30) * x.shape[1] for name, x in rows.items()}
+
+    def _parameters(self, thetas: Thetas) -> dict[str, Tensor]:
+        """The stage's parameters as differentiable functions of its maps; maps of one layer change their own entries."""
+        found: dict[str, Tensor] = {}
+        for name, problem in self._maps.items():
+            for key, value in problem.parameters(thetas[name]).items():
+                full = f"{self._layers[name]}.{key}"
+                known = self._stage.get_parameter(full).detach()
+                found[full] = found.get(full, known) + value - known
+        return found
+
+    @torch.no_grad()
+    def mismatch(self, thetas: Thetas) -> float:
+        """Squared mismatch of other maps, without linearisation."""
+        return squared([y - self._output(k, thetas) for k, y in enumerate(self._targets)])
+
+    def forward(self, direction: Thetas) -> list[Tensor]:
+        """J v."""
+        along = [direction[name] for name in self._leaves]
+        return [torch.autograd.grad(p, u, along, retain_graph=True)[0] for u, p in self._linear]
+
+    def pull(self, k: int, vector: Tensor) -> Thetas:
+        """Specialist k's part of Jᵀ u."""
+        gradients = torch.autograd.grad(
+            self._outputs[k], list(self._leaves.values()), vector, retain_graph=True
+        )
+        return dict(zip(self._leaves, gradients, strict=True))
+
+    def write(self, thetas: Thetas) -> None:
+        """Set the stage's maps."""
+        for name, problem in self._maps.items():
+            problem.write(thetas[name])
+
+
+def squared(vectors: Sequence[Tensor]) -> float:
+    """Sum of squares in float64."""
+    return sum(float(vector.double().square().sum()) for vector in vectors)
+
+
+def _factors(parts: State, weight: float) -> tuple[float, ...]:
+    """Square roots of a_k / s_kc; parts that are zero do not count."""
+    squares = [float(part.double().square().sum()) for part in parts]
+    return tuple((weight / square) ** 0.5 if square > 0 else 0.0 for square in squares)
+
+
+def _weighted(parts: State, factors: Sequence[float]) -> Tensor:
+    return torch.cat([(part * factor).flatten() for part, factor in zip(parts, factors, strict=True)])
