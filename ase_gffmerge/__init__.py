@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ase_gffmerge.calculator import GFFMergeCalculator as GFFMergeCalculator
+    from ase_gffmerge.dynamics.replicas import run_replicas as run_replicas
     from ase_gffmerge.evaluation.extrapolation import ExtrapolationMonitor as ExtrapolationMonitor
     from ase_gffmerge.merging.extrapolation import gauged as gauged
     from ase_gffmerge.merging.merge import merge as merge
@@ -27,6 +28,7 @@ _HOMES = {
     "distil": "ase_gffmerge.training.distil",
     "merge": "ase_gffmerge.merging.merge",
     "merge_and_refine": "ase_gffmerge.training.refine",
+    "run_replicas": "ase_gffmerge.dynamics.replicas",
 }
 __all__ = [
     "ExtrapolationMonitor",
@@ -38,6 +40,7 @@ __all__ = [
     "gauged",
     "merge",
     "merge_and_refine",
+    "run_replicas",
 ]
 
 

@@ -82,7 +82,8 @@ def run_replicas(
     Parameters
     ----------
     potential
-        Evaluated in its own floating-point type on its own device; geometry and integration are float64.
+        For example ``calculator.force_field.potential``. It is evaluated in its own floating-point type on its own device;
+        geometry and integration are float64.
     structures
         Molecules or crystals (cells stay fixed) of any sizes, without constraints; they are not changed.
     ensemble

@@ -9,9 +9,9 @@ from ase.constraints import FixAtoms
 from ase.md import VelocityVerlet
 from springs import Springs
 
-from ase_gffmerge import GFFMergeCalculator, Specialist
+from ase_gffmerge import GFFMergeCalculator, Specialist, run_replicas
 from ase_gffmerge.dynamics.monitor import Monitor
-from ase_gffmerge.dynamics.replicas import ReplicaRun, run_replicas
+from ase_gffmerge.dynamics.replicas import ReplicaRun
 from ase_gffmerge.errors import DynamicsError, FramesError, StructureError
 from ase_gffmerge.graphs.batches import build_graph
 from ase_gffmerge.graphs.verlet import VerletGraph
