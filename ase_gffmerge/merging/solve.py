@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ase_gffmerge.merging.statistics import Gram
 
+EXACT_TRACE, SIGNS = 2000, 16
+"""Unknowns up to which the effective rank is exact, and the number of random vectors of signs beyond."""
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -28,7 +31,8 @@ class Solution:
     residual_before, residual_after
         Relative squared residuals of the prior and of the solution.
     effective_rank
-        :math:`\mathrm{tr}\,G(G+\mu I)^{-1}`, the degrees of freedom that the rows determine.
+        :math:`\mathrm{tr}\,G(G+\mu I)^{-1}`, the degrees of freedom that the rows determine; of large problems an estimate
+        with random signs (Hutchinson), good to about a percent.
     ridge
         The absolute ridge μ that was used.
     n_rows
@@ -69,10 +73,21 @@ def ridge_solve(gram: Gram, prior: Tensor, *, ridge: float, relative: bool = Tru
         theta=theta,
         residual_before=gram.residual(prior),
         residual_after=gram.residual(theta),
-        effective_rank=len(theta) - mu * float(torch.cholesky_inverse(factor).diagonal().sum()),
+        effective_rank=len(theta) - mu * _trace_of_inverse(factor),
         ridge=mu,
         n_rows=int(gram.n_rows),
     )
+
+
+def _trace_of_inverse(factor: Tensor) -> float:
+    """Trace of (L Lᵀ)⁻¹: the squared norm of L⁻¹, or its mean over random signs in the place of unit vectors."""
+    d = len(factor)
+    if d <= EXACT_TRACE:
+        columns, repeats = torch.eye(d).to(factor), 1
+    else:
+        generator = torch.Generator().manual_seed(0)
+        columns, repeats = 2.0 * torch.randint(0, 2, (d, SIGNS), generator=generator).to(factor) - 1, SIGNS
+    return float(torch.linalg.solve_triangular(factor, columns, upper=False).square().sum()) / repeats
 
 
 def regularised_factor(gram: Gram, *, ridge: float, relative: bool = True) -> tuple[Tensor, float]:

@@ -92,3 +92,13 @@ def test_normalisation_makes_unequal_row_counts_count_the_same() -> None:
 def test_symmetric_product_is_the_product(d: int) -> None:
     x = torch.randn(20, d, dtype=torch.float64)
     torch.testing.assert_close(symmetric_product(x, block=4), x.T @ x, rtol=1e-12, atol=1e-12)
+
+
+def test_effective_rank_of_large_problems_is_estimated(monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, -4, 300, dtype=torch.float64)
+    rows = torch.randn(400, 300, generator=generator, dtype=torch.float64) * scales
+    gram = Gram.of(rows, torch.randn(400, 1, generator=generator, dtype=torch.float64))
+    exact = ridge_solve(gram, torch.zeros(300, 1), ridge=1e-4).effective_rank
+    monkeypatch.setattr("ase_gffmerge.merging.solve.EXACT_TRACE", 10)
+    assert ridge_solve(gram, torch.zeros(300, 1), ridge=1e-4).effective_rank == pytest.approx(exact, rel=0.05)
