@@ -47,6 +47,6 @@ class LeverageGauge(nn.Module):
     def forward(self, scalars: Sequence[Tensor], atomic_numbers: Tensor) -> Tensor:
         """Grades (n_atoms,); 1 is the edge of the calibration set."""
         z = self.inputs(scalars)
-        lengths = torch.einsum("nd,sde->nse", z, self.whitening).square().sum(dim=-1).sqrt()
-        lengths = torch.cat([lengths, lengths.new_full((len(z), 1), torch.inf)], dim=1)
-        return lengths.gather(1, self.row[atomic_numbers][:, None]).squeeze(1)
+        lengths = torch.matmul(z, self.whitening).norm(dim=-1)
+        lengths = torch.cat([lengths, lengths.new_full((1, len(z)), torch.inf)])
+        return lengths.gather(0, self.row[atomic_numbers][None]).squeeze(0)

@@ -13,14 +13,16 @@ W(r) = (W_f rbf(r) + b_f) f_c(r)          ``filters``
 ========================================  =======================================
 """
 
+from copy import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch_geometric.data import Data
 
+from ase_gffmerge.models.painn_served import ServedMessage
 from ase_gffmerge.models.potential import EdgeGeometry, HyperParameters, Potential, Stage, State
 
 
@@ -93,6 +95,16 @@ class PaiNN(Potential):
         for _ in range(hyper.n_blocks):
             self.stages.append(Message(hyper.channels, hyper.n_radial))
             self.stages.append(Update(hyper.channels))
+
+    def served(self) -> Self:
+        """Give a copy with messages in blocks (:mod:`.painn_served`), which shares the weights."""
+        twin = copy(self)
+        twin._modules = dict(self._modules)
+        twin.stages = nn.ModuleList(
+            ServedMessage(stage.filters, stage.hidden, stage.out) if isinstance(stage, Message) else stage
+            for stage in self.stages
+        )
+        return twin
 
     def embed(self, graph: Data) -> State:
         """Element embeddings and zero vectors."""

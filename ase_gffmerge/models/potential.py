@@ -13,8 +13,9 @@ model.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,11 @@ class EdgeGeometry:
     envelope: Tensor
     angular: Tensor
 
+    @cached_property
+    def enveloped(self) -> Tensor:
+        """Radial functions and a one, times the envelope (n_edges, n_radial + 1); made once for all blocks."""
+        return torch.cat([self.radial * self.envelope, self.envelope], dim=1)
+
 
 class Stage(nn.Module):
     """One link of the chain: ``forward(state, geometry) -> state``.
@@ -168,6 +174,13 @@ class Potential(ExactBuffers):
             if hyper.readout_width
             else MLPReadout(hyper.channels)
         )
+
+    def served(self) -> Self:
+        """Give what computes the same energies and their first derivatives faster, from weights that must not change.
+
+        It shares the weights. Architectures without a faster way give themselves.
+        """
+        return self
 
     def embed(self, graph: Data) -> State:
         """Make initial node features from elements (and specialist indices)."""

@@ -67,4 +67,5 @@ class WidenedReadout(nn.Module):
     def forward(self, scalars: Sequence[Tensor], species: Tensor) -> Tensor:
         """Map L tensors (n_atoms, channels) and element rows (n_atoms,) to energies (n_atoms,) in eV."""
         features = silu(self.lift(self.lifted(scalars)))
-        return self.mlp(scalars, species) + (features * self.theta[species]).sum(-1) + self.constants[species]
+        per_element = features @ self.theta.T + self.constants
+        return self.mlp(scalars, species) + per_element.gather(1, species[:, None]).squeeze(1)

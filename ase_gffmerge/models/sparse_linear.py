@@ -32,8 +32,8 @@ class SparseLinear(nn.Module):
 
     def linear(self, x: Tensor) -> Tensor:
         """Map (n, d) to (n, G·W) without the offset b."""
-        read = x[:, self.inputs].transpose(0, 1)
-        return torch.bmm(read, self.weight.mT).transpose(0, 1).flatten(1)
+        read = x.T.index_select(0, self.inputs.flatten()).unflatten(0, self.inputs.shape)
+        return torch.bmm(self.weight, read).flatten(0, 1).T
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, d) to (n, G·W)."""

@@ -1,0 +1,35 @@
+"""Evaluation of a force field that does not change, as fast as the machine allows."""
+
+from dataclasses import replace
+
+from torch import Tensor
+from torch_geometric.data import Data
+
+from ase_gffmerge.compiled import Compile, CompiledPotential
+from ase_gffmerge.extrapolation import predict_graded
+from ase_gffmerge.graphs import Prediction
+from ase_gffmerge.specialist import Specialist
+
+
+class Server:
+    """Energies, forces, strain derivatives and grades of graphs; safe to call from several threads.
+
+    Parameters
+    ----------
+    force_field
+        Frozen, on its device; its weights are shared.
+    compile
+        Whether to compile, see :class:`~ase_gffmerge.compiled.CompiledPotential`.
+    """
+
+    def __init__(self, force_field: Specialist, *, compile: Compile):
+        self._force_field = replace(force_field, potential=force_field.potential.served())
+        self._compiled = CompiledPotential(force_field.potential, compile=compile)
+
+    def __call__(self, graph: Data) -> tuple[Prediction, Tensor | None]:
+        """Prediction and grades (n_atoms,) as :func:`~ase_gffmerge.extrapolation.predict_graded` gives them."""
+        compiled = self._compiled(graph)
+        if compiled is None:
+            return predict_graded(self._force_field, graph)
+        (prediction, scalars), gauge = compiled, self._force_field.gauge
+        return prediction, None if gauge is None else gauge(scalars, graph.atomic_numbers)
