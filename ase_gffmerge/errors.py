@@ -46,6 +46,10 @@ class CacheError(GFFMergeError):
     """The cache folder cannot be written or locked."""
 
 
+class BenchmarkError(GFFMergeError):
+    """A benchmark was asked for rows that do not exist, or for a force field without structures to measure."""
+
+
 class DataError(GFFMergeError):
     """A data manifest is invalid, or a download failed or has the wrong hash."""
 

@@ -7,7 +7,20 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ase_gffmerge.cli import cache, compare, demo, distill, evaluate, info, md, merge, relax, sample, train
+from ase_gffmerge.cli import (
+    benchmark,
+    cache,
+    compare,
+    demo,
+    distill,
+    evaluate,
+    info,
+    md,
+    merge,
+    relax,
+    sample,
+    train,
+)
 from ase_gffmerge.cli.variadic import VariadicCommand
 from ase_gffmerge.errors import GFFMergeError
 
@@ -57,6 +70,7 @@ app.command("distill", cls=VariadicCommand)(distill.distill)
 app.command("compare", cls=VariadicCommand)(compare.compare)
 app.command("evaluate")(evaluate.evaluate)
 app.command("info")(info.info)
+app.command("benchmark", cls=VariadicCommand)(benchmark.benchmark)
 app.command("md")(md.md)
 app.command("relax")(relax.relax)
 app.command("sample", cls=VariadicCommand)(sample.sample)

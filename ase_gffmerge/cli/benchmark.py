@@ -1,0 +1,155 @@
+"""``gffmerge benchmark``: what a force field costs on this machine, against targets and other packages."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ase_gffmerge.cli.options import DeviceOption, DType, JsonOption
+from ase_gffmerge.cli.output import print_json, progress_bar
+
+if TYPE_CHECKING:
+    from ase.calculators.calculator import Calculator
+
+    from ase_gffmerge.evaluation.benchmark import Bench, Row
+    from ase_gffmerge.specialist import Specialist
+
+DEFAULT = ["rmd17-ethanol", "rmd17-malonaldehyde"]
+
+
+def benchmark(
+    specialists: Annotated[
+        list[str] | None,
+        typer.Argument(help="Files or bundled names, merged if several [default: the bundled pair]."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only these rows: merge, gram, cache, step, compile, schnetpack, nequip, ensemble, neb, memory, scaling."
+        ),
+    ] = None,
+    atoms: Annotated[
+        list[int] | None, typer.Option(min=1, help="Numbers of atoms [default: 9 256 1000].")
+    ] = None,
+    scaling: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Numbers of atoms of the scaling row [default: 1000 3200 10000]."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="MD steps of the memory row.")] = 300,
+    repeats: Annotated[int, typer.Option(min=1, help="Of everything that is timed.")] = 7,
+    compile: Annotated[bool, typer.Option("--compile", help="Also measure compiled force fields.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw ms per step against atoms (PNG); needs the row scaling.")
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help="Of the networks.")] = DType.float32,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure merging, MD steps, scaling and memory on this machine, as ratios to what they are compared with.
+
+    Everything that is compared is measured in turn within one run. Other packages take part where they are installed.
+    """
+    from ase_gffmerge.errors import BenchmarkError
+    from ase_gffmerge.evaluation.benchmark import run_benchmark
+    from ase_gffmerge.evaluation.benchmark_plot import plot_scaling
+    from ase_gffmerge.evaluation.benchmark_rows import ROWS
+    from ase_gffmerge.fileformat import require_writable
+
+    if plot:
+        require_writable(plot)
+        if only and "scaling" not in only:
+            raise BenchmarkError("--plot draws the row scaling, which --only leaves out; add --only scaling")
+    sizes = {"sizes": atoms, "scaling": scaling}
+    options = {name: tuple(values) for name, values in sizes.items() if values}
+    with progress_bar("benchmark") as progress:
+        bench = make_bench(
+            specialists or DEFAULT,
+            device=device,
+            dtype=dtype,
+            steps=steps,
+            repeats=repeats,
+            compile=compile,
+            **options,
+        )
+        rows = run_benchmark(bench, ROWS, only, progress=progress)
+    if plot:
+        plot_scaling(rows, plot)
+    machine = describe_machine(bench)
+    if as_json:
+        print_json(
+            {"machine": machine, "rows": {name: [r.to_dict() for r in found] for name, found in rows.items()}}
+        )
+    else:
+        print_rows(rows, machine)
+
+
+def make_bench(sources: Sequence[str], *, device: str, dtype: DType, **options: Any) -> "Bench":
+    """Load the specialists, merge several through the cache, and say how calculators are made."""
+    from ase_gffmerge.calculator import GFFMergeCalculator
+    from ase_gffmerge.errors import BenchmarkError
+    from ase_gffmerge.evaluation.benchmark import Bench
+    from ase_gffmerge.sources import load
+
+    def from_cache() -> GFFMergeCalculator:
+        return GFFMergeCalculator(list(sources), device=device, dtype=dtype.value, compile=False)
+
+    def calculator(force_field: "Specialist", compiled: bool) -> "Calculator":
+        return GFFMergeCalculator(force_field, device=device, dtype=dtype.value, compile=compiled)
+
+    specialists = tuple(load(source) for source in sources)
+    if not specialists[0].calibration:
+        raise BenchmarkError(
+            f"{specialists[0].name!r} has no calibration frames, so there is no structure to measure; "
+            "name a specialist that has some"
+        )
+    force_field = from_cache().force_field
+    return Bench(
+        specialists=specialists,
+        force_field=force_field,
+        calculator=calculator,
+        from_cache=from_cache,
+        **options,
+    )
+
+
+def describe_machine(bench: "Bench") -> dict[str, Any]:
+    """What the numbers were measured on."""
+    import platform
+
+    import torch
+
+    potential = bench.force_field.potential
+    gpu = torch.cuda.get_device_name(potential.device) if potential.device.type == "cuda" else None
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "force field": bench.force_field.name,
+        "architecture": potential.architecture,
+        "dtype": str(potential.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in potential.parameters()),
+    }
+
+
+def print_rows(rows: "Mapping[str, Sequence[Row]]", machine: Mapping[str, Any]) -> None:
+    """Print the table for people."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    table = Table("row", "what", "in units of", "ratio", "target", "", "ms", "note", box=SIMPLE)
+    for name, found in rows.items():
+        for row in found:
+            ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
+            target = "" if row.target is None else f"{row.sense} {row.target:g}"
+            verdict = {True: "met", False: "missed", None: ""}[row.met]
+            times = ", ".join(f"{key} {value:.4g}" for key, value in row.milliseconds.items())
+            table.add_row(name, row.what, row.against, ratio, target, verdict, times, row.note)
+    console.print(table)
+    console.print(", ".join(f"{key}: {value}" for key, value in machine.items() if value), markup=False)

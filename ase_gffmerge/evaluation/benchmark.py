@@ -1,0 +1,175 @@
+"""What a force field costs on this machine, as ratios: every comparison is measured in turn within one process."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator
+
+from ase_gffmerge.errors import BenchmarkError
+from ase_gffmerge.specialist import Specialist
+
+MakeCalculator = Callable[[Specialist, bool], Calculator]
+"""Gives a calculator of one force field on the benchmark's device; the flag says whether to compile."""
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measured ratio.
+
+    Attributes
+    ----------
+    what, against
+        What is divided by what.
+    ratio
+        As the target counts it; ``None`` where nothing could be measured, see ``note``.
+    target, sense
+        The ratio to reach, and whether it is a least or a greatest value; ``None`` for what is told without one.
+    milliseconds
+        Medians of what was compared.
+    note
+        Sizes, or why there is no number.
+    """
+
+    what: str
+    against: str
+    ratio: float | None
+    target: float | None = None
+    sense: Literal["at least", "at most"] = "at most"
+    milliseconds: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is reached; ``None`` without a target or a number."""
+        if self.ratio is None or self.target is None:
+            return None
+        return self.ratio >= self.target if self.sense == "at least" else self.ratio <= self.target
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary for JSON output."""
+        return vars(self) | {"milliseconds": dict(self.milliseconds), "met": self.met}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What rows measure, and how thoroughly.
+
+    Attributes
+    ----------
+    specialists
+        One or several force fields with calibration frames.
+    force_field
+        Their merge, or the only one.
+    calculator
+        Makes the calculators.
+    from_cache
+        Builds the calculator of all specialists, whose merge is in the cache.
+    sizes
+        Numbers of atoms.
+    steps
+        MD steps of the memory row.
+    repeats
+        Of everything that is timed, in turn with what it is compared to.
+    compile
+        Also measure compiled force fields.
+    """
+
+    specialists: tuple[Specialist, ...]
+    force_field: Specialist
+    calculator: MakeCalculator
+    from_cache: Callable[[], Calculator]
+    sizes: Sequence[int] = (9, 256, 1000)
+    scaling: Sequence[int] = (1000, 3200, 10000)
+    steps: int = 300
+    repeats: int = 7
+    compile: bool = False
+
+    def structure(self, n_atoms: int) -> Atoms:
+        """About ``n_atoms`` atoms of the first specialist's kind."""
+        return crowd(self.specialists[0].calibration[0], n_atoms)
+
+
+Measure = Callable[[Bench], Iterable[Row]]
+
+
+def run_benchmark(
+    bench: Bench, rows: Mapping[str, Measure], only: Sequence[str] | None, *, progress: Progress
+) -> dict[str, list[Row]]:
+    """Measure the rows of these names, or all of them.
+
+    Raises
+    ------
+    BenchmarkError
+        For names that do not exist.
+    """
+    unknown = sorted(set(only or ()) - set(rows))
+    if unknown:
+        raise BenchmarkError(f"there is no row {', '.join(unknown)}; choose from {', '.join(rows)}")
+    chosen = {name: measure for name, measure in rows.items() if not only or name in only}
+    result = {}
+    for done, (name, measure) in enumerate(chosen.items()):
+        progress(done / len(chosen), name)
+        result[name] = list(measure(bench))
+    return result
+
+
+def medians(functions: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
+    """Median milliseconds of functions that are called in turn, after one call each that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            _wait()
+            start = time.perf_counter()
+            function()
+            _wait()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def md_step(calculator: Calculator, atoms: Atoms) -> Callable[[], object]:
+    """Give a function that moves a copy of ``atoms`` by the length of an MD step and asks for the forces."""
+    own, rng = atoms.copy(), np.random.default_rng(0)
+    own.calc = calculator
+
+    def step() -> object:
+        own.positions = atoms.positions + rng.normal(scale=0.002, size=atoms.positions.shape)
+        return own.get_forces()
+
+    return step
+
+
+def crowd(unit: Atoms, n_atoms: int) -> Atoms:
+    """Copies of a structure: of a crystal side by side, of a molecule turned at random on a cubic lattice.
+
+    Molecules get the volume of a liquid, 12 Å^3 per atom. A single one stays without boundary conditions.
+    """
+    copies = max(1, round(n_atoms / len(unit)))
+    edge = int(np.ceil(copies ** (1 / 3) - 1e-9))
+    repeats = (edge, edge, int(np.ceil(copies / edge**2)))
+    bare = Atoms(unit.numbers, positions=unit.positions, cell=unit.cell, pbc=unit.pbc)
+    if unit.pbc.all():
+        return bare * repeats
+    if copies == 1:
+        return bare
+    spacing = (12.0 * len(unit)) ** (1 / 3)
+    rng, places = np.random.default_rng(0), np.array(list(np.ndindex(repeats)))[:copies]
+    result = Atoms(cell=spacing * np.array(repeats), pbc=True)
+    for place in places:
+        molecule = Atoms(bare.numbers, positions=bare.positions - bare.positions.mean(axis=0))
+        molecule.rotate(rng.uniform(0, 360), rng.normal(size=3))
+        molecule.positions += spacing * (place + 0.5)
+        result += molecule
+    return result

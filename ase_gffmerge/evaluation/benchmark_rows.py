@@ -1,0 +1,27 @@
+"""The rows of the benchmark by name; a new one is a function from a :class:`~.benchmark.Bench` to its rows."""
+
+from ase_gffmerge.evaluation.benchmark import Measure
+from ase_gffmerge.evaluation.benchmark_merging import cache_rows, gram_rows, merge_rows
+from ase_gffmerge.evaluation.benchmark_peers import nequip_rows, schnetpack_rows
+from ase_gffmerge.evaluation.benchmark_steps import (
+    compile_rows,
+    ensemble_rows,
+    memory_rows,
+    neb_rows,
+    scaling_rows,
+    step_rows,
+)
+
+ROWS: dict[str, Measure] = {
+    "merge": merge_rows,
+    "gram": gram_rows,
+    "cache": cache_rows,
+    "step": step_rows,
+    "compile": compile_rows,
+    "schnetpack": schnetpack_rows,
+    "nequip": nequip_rows,
+    "ensemble": ensemble_rows,
+    "neb": neb_rows,
+    "memory": memory_rows,
+    "scaling": scaling_rows,
+}

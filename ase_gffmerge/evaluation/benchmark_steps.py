@@ -1,0 +1,176 @@
+"""Rows of the benchmark about molecular dynamics: cost of a step, of a band, growth with atoms, memory over steps."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from ase.mep import NEB
+from torch import Tensor
+from torch_geometric.data import Data
+
+from ase_gffmerge.evaluation.benchmark import Bench, Row, md_step, medians
+from ase_gffmerge.graphs import build_graph, predict
+from ase_gffmerge.models import Potential
+
+STATM = Path("/proc/self/statm")
+
+
+def step_rows(bench: Bench) -> Iterator[Row]:
+    """Compare a step of the calculator with energy and forces of the bare network on a finished graph."""
+    network = bench.force_field.potential.served()
+    for n_atoms in bench.sizes:
+        atoms = bench.structure(n_atoms)
+        graph = build_graph(atoms, bench.force_field.cutoff).to(bench.force_field.potential.device)
+        times = medians(
+            {
+                "calculator": md_step(bench.calculator(bench.force_field, False), atoms),
+                "network": partial(_evaluate, network, graph),
+            },
+            repeats=bench.repeats,
+        )
+        ratio = times["calculator"] / times["network"]
+        yield Row(
+            what="MD step",
+            against="energy and forces of the network alone",
+            ratio=ratio,
+            target=1.1,
+            milliseconds=times,
+            note=f"{len(atoms)} atoms, {graph.edge_index.shape[1]} edges",
+        )
+
+
+def _evaluate(network: Potential, graph: Data) -> None:
+    """Compute energy and forces of a finished graph, without gauge."""
+
+    def energies(graph: Data) -> Tensor:
+        graph.edge_vectors = graph.edge_vectors.to(network.dtype)
+        return network(graph)
+
+    predict(energies, copy(graph))
+
+
+def compile_rows(bench: Bench) -> Iterator[Row]:
+    """Compare compiled with eager steps."""
+    if not bench.compile:
+        yield Row(
+            what="MD step, eager", against="compiled", ratio=None, note="say --compile; it takes a minute"
+        )
+        return
+    compiled = bench.calculator(bench.force_field, True)
+    for n_atoms in bench.sizes:
+        atoms = bench.structure(n_atoms)
+        eager = bench.calculator(bench.force_field, False)
+        times = medians(
+            {"eager": md_step(eager, atoms), "compiled": md_step(compiled, atoms)}, repeats=bench.repeats
+        )
+        yield Row(
+            what="MD step, eager",
+            against="compiled",
+            ratio=times["eager"] / times["compiled"],
+            milliseconds=times,
+            note=f"{len(atoms)} atoms",
+        )
+
+
+def ensemble_rows(bench: Bench) -> Iterator[Row]:
+    """Compare the specialists, evaluated one after the other, with their merge."""
+    k = len(bench.specialists)
+    known = set.intersection(*(set(s.species) for s in bench.specialists))
+    for n_atoms in bench.sizes if k > 1 else ():
+        atoms = bench.structure(n_atoms)
+        if not known >= set(atoms.numbers):
+            yield Row(
+                what="ensemble", against="merged", ratio=None, note="specialists know different elements"
+            )
+            return
+        members = [md_step(bench.calculator(s, False), atoms) for s in bench.specialists]
+        times = medians(
+            {
+                "ensemble": partial(_in_turn, members),
+                "merged": md_step(bench.calculator(bench.force_field, False), atoms),
+            },
+            repeats=bench.repeats,
+        )
+        yield Row(
+            what=f"ensemble of {k} specialists",
+            against="merged",
+            ratio=times["ensemble"] / times["merged"],
+            target=0.9 * k,
+            sense="at least",
+            milliseconds=times,
+            note=f"{len(atoms)} atoms",
+        )
+
+
+def _in_turn(steps: Sequence[Callable[[], object]]) -> None:
+    for step in steps:
+        step()
+
+
+def scaling_rows(bench: Bench) -> Iterator[Row]:
+    """Fit the exponent of the cost of a step against the number of atoms."""
+    times = {}
+    for n_atoms in bench.scaling:
+        atoms = bench.structure(n_atoms)
+        step = md_step(bench.calculator(bench.force_field, False), atoms)
+        times[str(len(atoms))] = medians({"step": step}, repeats=max(1, bench.repeats // 3))["step"]
+    exponent = np.polyfit(np.log([float(n) for n in times]), np.log(list(times.values())), 1)[0]
+    yield Row(
+        what="exponent of the cost of an MD step",
+        against="the number of atoms",
+        ratio=float(exponent),
+        target=1.1,
+        milliseconds=times,
+        note=f"{' to '.join((min(times, key=int), max(times, key=int)))} atoms",
+    )
+
+
+def memory_rows(bench: Bench) -> Iterator[Row]:
+    """Compare the resident memory at the end of many steps with that after a fifth of them."""
+    what, against = f"memory after {bench.steps} MD steps", "after a fifth of them"
+    if not STATM.exists():
+        yield Row(what=what, against=against, ratio=None, note="this system does not tell")
+        return
+    step = md_step(bench.calculator(bench.force_field, False), bench.structure(bench.sizes[0]))
+    resident = []
+    for count in (max(1, bench.steps // 5), bench.steps - bench.steps // 5):
+        for _ in range(count):
+            step()
+        resident.append(int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    yield Row(
+        what=what,
+        against=against,
+        ratio=resident[1] / resident[0],
+        target=1.01,
+        note=f"{resident[1] / 2**20:.0f} MiB, torch included",
+    )
+
+
+def neb_rows(bench: Bench) -> Iterator[Row]:
+    """Compare the forces on a band of five images with one evaluation."""
+    atoms = bench.structure(bench.sizes[0])
+    rng = np.random.default_rng(0)
+    images = [atoms.copy() for _ in range(5)]
+    for image in images:
+        image.positions += rng.normal(scale=0.02, size=image.positions.shape)
+        image.calc = bench.calculator(bench.force_field, False)
+    band = NEB(images, method="aseneb")
+    start = band.get_positions()
+
+    def step() -> None:
+        band.set_positions(start + rng.normal(scale=0.002, size=start.shape))
+        band.get_forces()
+
+    single = md_step(bench.calculator(bench.force_field, False), atoms)
+    times = medians({"band": step, "evaluation": single}, repeats=3 * bench.repeats)
+    yield Row(
+        what="NEB step, 5 images",
+        against="one evaluation",
+        ratio=times["band"] / times["evaluation"],
+        target=3.3,
+        milliseconds=times,
+        note=f"{len(atoms)} atoms",
+    )
