@@ -77,7 +77,7 @@ def main(long: bool, plot: Path | None) -> None:
         dynamics = thermostat(atoms)
         dynamics.run(EQUILIBRATION)
         temperatures, conserved = [], []
-        for _ in dynamics.irun(40_000 if long else 500):
+        for _ in dynamics.irun(40_000 if long else 400):
             temperatures.append(atoms.get_temperature())
             if isinstance(dynamics, NoseHooverChainNVT):
                 conserved.append(dynamics.get_conserved_energy())
@@ -98,6 +98,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--long", action="store_true", help="20 ps each instead of a quarter")
+    parser.add_argument("--long", action="store_true", help="20 ps each instead of 0.2")
     parser.add_argument("--plot", type=Path, help="write histograms of the temperature to this file")
     main(**vars(parser.parse_args()))

@@ -71,7 +71,7 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 
 def main(long: bool, plot: Path | None) -> None:
     """Run the merged force field and EMT."""
-    steps = 10_000 if long else 350
+    steps = 10_000 if long else 250
     runs = {"merged": npt(merged_emt(), steps), "EMT": npt(EMT(), steps)}
     for name, run in runs.items():
         (pressure, error), (a, a_error) = mean_and_error(run.pressure), mean_and_error(run.lattice)
@@ -99,6 +99,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--long", action="store_true", help="50 ps each instead of 2")
+    parser.add_argument("--long", action="store_true", help="50 ps each instead of 1.25")
     parser.add_argument("--plot", type=Path, help="write the lattice constants over time to this file")
     main(**vars(parser.parse_args()))
