@@ -16,6 +16,9 @@ class Springs:
     def __init__(self, *, stiffness: float = 20.0, length: float = 1.0):
         self.stiffness, self.length = stiffness, length
 
+    def served(self) -> "Springs":
+        return self
+
     def __call__(self, graph: Data) -> torch.Tensor:
         stretch = graph.edge_vectors.norm(dim=1) - self.length
         per_edge = 0.25 * self.stiffness * stretch**2  # half of a pair's energy: two edges per pair

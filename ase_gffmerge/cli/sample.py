@@ -25,7 +25,9 @@ def sample(
     temperatures: Annotated[
         list[float] | None, typer.Option(help="Ladder in K; several values [default: 300 500 700].")
     ] = None,
-    time: Annotated[float, typer.Option(help="Longest time that a replica gives frames, after equilibration, ps.")] = 5.0,
+    time: Annotated[
+        float, typer.Option(help="Longest time that a replica gives frames, after equilibration, ps.")
+    ] = 5.0,
     copies: Annotated[int, typer.Option(help="Replicas per structure and temperature.")] = 2,
     relax: Annotated[
         bool, typer.Option("--relax/--no-relax", help="Cool the structures to rest first.")

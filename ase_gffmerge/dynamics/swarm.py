@@ -65,7 +65,7 @@ class Swarm:
         specialist: Sequence[int],
         skin: float,
     ):
-        self.potential, self.device = potential, potential.device
+        self.potential, self.device = potential.served(), potential.device
         self.neighbours = VerletGraph(
             structures, cutoff=potential.hyper.cutoff, skin=skin, device=self.device, specialist=specialist
         )

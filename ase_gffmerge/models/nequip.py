@@ -1,7 +1,6 @@
 r"""NequIP, an E(3)-equivariant interatomic potential (Batzner et al., arXiv 2101.03164), on e3nn.
 
-One stage maps the *pre-gate* features :math:`y` of a block to those of the next; its output is linear in its
-closing maps :math:`W_{\rm down}` and :math:`W_{\rm skip}`:
+One stage maps the *pre-gate* features :math:`y` of a block to those of the next:
 
 .. math::
 
@@ -80,8 +79,6 @@ class Interaction(Stage):
     channels_out
         Gated features of every order that the next block takes.
     """
-
-    closing = ("linear_down", "skip")
 
     def __init__(self, hyper: NequIPHyper, *, gate: Gate | None, channels_out: tuple[int, ...]):
         super().__init__()

@@ -32,9 +32,8 @@ class PaiNNHyper(HyperParameters):
 
 
 class Message(Stage):
-    """Sum of messages over neighbours, linear in ``out`` and in ``filters``."""
+    """Sum of messages over neighbours."""
 
-    closing = ("out",)
     emits_scalars = False
 
     def __init__(self, channels: int, n_radial: int):
@@ -55,9 +54,7 @@ class Message(Stage):
 
 
 class Update(Stage):
-    """Mixing of scalars and vectors on one atom, linear in ``out``."""
-
-    closing = ("out",)
+    """Mixing of scalars and vectors on one atom."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -101,9 +98,9 @@ class PaiNN(Potential):
         twin = copy(self)
         twin._modules = dict(self._modules)
         twin.stages = nn.ModuleList(
-            ServedMessage(stage.filters, stage.hidden, stage.out) if isinstance(stage, Message) else stage
+            ServedMessage(stage.filters, stage.hidden, stage.out) if type(stage) is Message else stage
             for stage in self.stages
-        )
+        ).train(self.training)
         return twin
 
     def embed(self, graph: Data) -> State:

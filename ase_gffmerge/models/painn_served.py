@@ -44,7 +44,6 @@ class ServedMessage(Stage):
         Maps of :class:`~ase_gffmerge.models.painn.Message`; shared, but ``filters`` is copied into another layout.
     """
 
-    closing = ("out",)
     emits_scalars = False
     maps: Tensor
 

@@ -1,7 +1,6 @@
 r"""The interface every architecture implements.
 
-A potential is a chain of *stages*. A stage maps the node features of all atoms to new ones, and its output is
-linear in each of its *closing* affine maps:
+A potential is a chain of *stages*, which map the node features of all atoms to new ones:
 
 .. math:: X^{(0)} = \mathrm{embed}(z),\qquad X^{(t)} = \mathrm{stage}_t(X^{(t-1)}),\qquad
           e_i = \mathrm{readout}(x_{1,i},\dots,x_{L,i}) + e^{\rm ref}_{z_i}
@@ -123,13 +122,10 @@ class Stage(nn.Module):
 
     Attributes
     ----------
-    closing
-        Names of the affine layers in which the stage's output is linear.
     emits_scalars
         Whether the readout sees the scalars after this stage.
     """
 
-    closing: ClassVar[tuple[str, ...]]
     emits_scalars: bool = True
 
 

@@ -16,7 +16,7 @@ from ase_gffmerge.models import Potential
 from ase_gffmerge.models.potential import Stage, State
 from ase_gffmerge.testing.report import CheckReport
 from ase_gffmerge.testing.side_effects import global_state
-from ase_gffmerge.testing.subject import CheckFailed, NotApplicable, check, require, run_check
+from ase_gffmerge.testing.subject import NotApplicable, check, require, run_check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,20 +219,6 @@ def stages_chain_up_to_the_energy(subject: PotentialSubject) -> str:
         )
 
 
-@check(0)
-def outputs_are_affine_in_closing_layers(subject: PotentialSubject) -> str:
-    """The merge solves a stage's closing layers by linear algebra on the stage's output."""
-    worst, names = 0.0, []
-    for k, (stage, before, _) in enumerate(_walk(subject)):
-        for name in stage.closing:
-            worst = max(worst, _curvature(subject, stage, name, before))
-            names.append(f"stages.{k}.{name}")
-    require(bool(names), "no stage names a closing layer")
-    if worst > 1e3 * max(subject.tolerance, torch.finfo(subject.potential.dtype).eps):
-        raise CheckFailed(f"a stage's output has a relative curvature of {worst:.3g} along its closing layer")
-    return f"{len(names)} layers, to {worst:.1e}"
-
-
 def _walk(subject: PotentialSubject) -> list[tuple[Stage, State, State]]:
     """Stages with the states before and after them."""
     potential, graph = subject.potential, copy.copy(subject.graph)
@@ -247,25 +233,8 @@ def _walk(subject: PotentialSubject) -> list[tuple[Stage, State, State]]:
     return steps
 
 
-def _curvature(subject: PotentialSubject, stage: Stage, name: str, state: State) -> float:
-    """Second difference of a stage's output along the closing layer, relative to the first."""
-    graph = copy.copy(subject.graph)
-    graph.edge_vectors = edge_vectors(graph).to(subject.potential.dtype)
-    outputs = []
-    with torch.no_grad():
-        geometry = subject.potential.geometry(graph)
-        for factor in (0.0, 1.0, 2.0):
-            scaled = copy.deepcopy(stage)
-            for parameter in scaled.get_submodule(name).parameters():
-                parameter.mul_(factor)
-            outputs.append(torch.cat([part.flatten() for part in scaled(state, geometry)]))
-    first = (outputs[1] - outputs[0]).norm()
-    return float((outputs[2] - 2 * outputs[1] + outputs[0]).norm() / first) if first else 0.0
-
-
 CHECKS = (
     stages_chain_up_to_the_energy,
-    outputs_are_affine_in_closing_layers,
     energies_per_atom_in_float64,
     atoms_without_neighbours,
     geometry_enters_through_edge_vectors,
@@ -283,8 +252,7 @@ CHECKS = (
 def check_potential(potential: Potential, structure: Atoms | Data, *, tolerance: float = 1e-9) -> CheckReport:
     """Check that an architecture, for example one of your own, does what merging and serving rely on.
 
-    The numbers are those of :func:`check_calculator`'s points; 0 is what the merge itself needs: a chain of stages whose
-    outputs are affine in their closing layers.
+    The numbers are those of :func:`check_calculator`'s points; 0 is what the merge itself needs: a chain of stages.
 
     Parameters
     ----------

@@ -171,27 +171,6 @@ def test_stages_emit_invariant_features(potential, atoms):
         assert all(len(part) == len(atoms) for part in state)
 
 
-def test_stage_output_is_linear_in_its_closing_maps(potential, atoms):
-    """f(W) - f(0) doubles when W doubles, for each closing map alone."""
-    graph = build_graph(atoms, potential.hyper.cutoff)
-    graph.edge_vectors = edge_vectors(graph)
-    state, geometry = potential.embed(graph), potential.geometry(graph)
-    for _, stage in potential.named_stages():
-        for name in stage.closing:
-            outputs = [scaled_output(stage, name, factor, state, geometry) for factor in (0.0, 1.0, 3.0)]
-            for zero, one, three in zip(*outputs, strict=True):
-                torch.testing.assert_close(three - zero, 3 * (one - zero), rtol=1e-10, atol=1e-10)
-        state = stage(state, geometry)
-
-
-@torch.no_grad()
-def scaled_output(stage, name: str, factor: float, state, geometry):
-    changed = deepcopy(stage)
-    for parameter in getattr(changed, name).parameters():
-        parameter *= factor
-    return changed(state, geometry)
-
-
 def test_forward_mode(potential, atoms):
     """The directional derivative by dual numbers is the force."""
     graph = build_graph(atoms, potential.hyper.cutoff)

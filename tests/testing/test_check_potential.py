@@ -6,7 +6,7 @@ from ase.build import molecule
 
 from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.models.painn import Message, PaiNN
+from ase_gffmerge.models.painn import PaiNN
 from ase_gffmerge.testing import check_potential
 
 HYPER = {"channels": 4, "n_blocks": 1, "n_radial": 4, "cutoff": 3.0}
@@ -80,18 +80,6 @@ class Shortcut(PaiNN):
         return super().forward(graph) + 0.1
 
 
-class Squared(Message):
-    def forward(self, state, geometry):
-        scalars, vectors = super().forward(state, geometry)
-        return scalars.square(), vectors
-
-
-class NotAffine(PaiNN):
-    def __init__(self, hyper, species):
-        super().__init__(hyper, species)
-        self.stages[0] = Squared(hyper.channels, hyper.n_radial)
-
-
 BROKEN = [
     (ReadsPositions, "geometry_enters_through_edge_vectors"),
     (SingleEnergies, "energies_per_atom_in_float64"),
@@ -105,7 +93,6 @@ BROKEN = [
     (OrderMatters, "order_of_atoms_and_edges"),
     (Lonely, "atoms_without_neighbours"),
     (Shortcut, "stages_chain_up_to_the_energy"),
-    (NotAffine, "outputs_are_affine_in_closing_layers"),
 ]
 
 
