@@ -18,10 +18,14 @@ HYPER = {
     "nequip": {"cutoff": 4.0, "channels": 8, "tensor_channels": 4, "n_blocks": 2, "n_radial": 6},
 }
 
+CACHE = os.environ.get("GFFMERGE_CACHE")
+
 
 @pytest.fixture(scope="session")
 def merge_cache(tmp_path_factory) -> Path:
-    """One cache for all workers of a session: the merge of the bundled specialists is paid once."""
+    """One cache for all workers: the merge of the bundled specialists is paid once, or was when a cache is named."""
+    if CACHE:
+        return Path(CACHE)
     own = tmp_path_factory.getbasetemp()
     return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "merge-cache"
 
