@@ -91,8 +91,8 @@ def make_bench(sources: Sequence[str], *, device: str, dtype: DType, **options: 
     from ase_gffmerge.evaluation.benchmark import Bench
     from ase_gffmerge.sources import load
 
-    def from_cache() -> GFFMergeCalculator:
-        return GFFMergeCalculator(list(sources), device=device, dtype=dtype.value, compile=False)
+    def from_files(count: int) -> GFFMergeCalculator:
+        return GFFMergeCalculator(list(sources[:count]), device=device, dtype=dtype.value, compile=False)
 
     def calculator(force_field: "Specialist", compiled: bool) -> "Calculator":
         return GFFMergeCalculator(force_field, device=device, dtype=dtype.value, compile=compiled)
@@ -103,12 +103,12 @@ def make_bench(sources: Sequence[str], *, device: str, dtype: DType, **options: 
             f"{specialists[0].name!r} has no calibration frames, so there is no structure to measure; "
             "name a specialist that has some"
         )
-    force_field = from_cache().force_field
+    force_field = from_files(len(sources)).force_field
     return Bench(
         specialists=specialists,
         force_field=force_field,
         calculator=calculator,
-        from_cache=from_cache,
+        from_files=from_files,
         **options,
     )
 

@@ -69,8 +69,8 @@ class Bench:
         Their merge, or the only one.
     calculator
         Makes the calculators.
-    from_cache
-        Builds the calculator of all specialists, whose merge is in the cache.
+    from_files
+        Builds the calculator of the first so many specialists from their files; the merge of all is in the cache.
     sizes
         Numbers of atoms.
     steps
@@ -84,7 +84,7 @@ class Bench:
     specialists: tuple[Specialist, ...]
     force_field: Specialist
     calculator: MakeCalculator
-    from_cache: Callable[[], Calculator]
+    from_files: Callable[[int], Calculator]
     sizes: Sequence[int] = (9, 256, 1000)
     scaling: Sequence[int] = (1000, 3200, 10000)
     steps: int = 300

@@ -13,7 +13,7 @@ from ase_gffmerge.merging.statistics import Gram
 from ase_gffmerge.specialist import Specialist
 
 RIDGE = 1e-6
-FRAMES = 30
+FRAMES = 100
 
 
 def merge_rows(bench: Bench) -> Iterator[Row]:
@@ -99,8 +99,8 @@ def cache_rows(bench: Bench) -> Iterator[Row]:
         return
     times = medians(
         {
-            "cache hit": bench.from_cache,
-            "one specialist": lambda: bench.calculator(bench.specialists[0], False),
+            "cache hit": lambda: bench.from_files(len(bench.specialists)),
+            "one specialist": lambda: bench.from_files(1),
         },
         repeats=bench.repeats,
     )

@@ -54,7 +54,11 @@ def _peer_rows(
     device, species = bench.force_field.potential.device, bench.force_field.species
     with torch.random.fork_rng(devices=[]):
         potential = build_potential(architecture, hyper, species).eval().requires_grad_(False)
-        peer = make_peer(species, device)
+        try:
+            peer = make_peer(species, device)
+        except Exception as error:  # another package, of any version
+            yield Row(what=what, against="ours", ratio=None, note=f"{package} does not work here: {error}")
+            return
     own = Specialist(name=architecture, potential=potential)
     for n_atoms in bench.sizes:
         atoms = bench.structure(n_atoms)
@@ -103,11 +107,16 @@ def schnetpack_painn(species: tuple[int, ...], device: torch.device) -> Calculat
 
 
 def nequip_model(species: tuple[int, ...], device: torch.device) -> Calculator:
-    """Model of the same irreps, layers and cutoff in nequip, not compiled."""
+    """Model of the same irreps, layers and cutoff in nequip, not compiled.
+
+    It cannot be made without changing torch's default type, on which nothing of this package depends.
+    """
     from nequip.data.transforms import ChemicalSpeciesToAtomTypeMapper, NeighborListTransform
     from nequip.integrations.ase import NequIPCalculator
     from nequip.model import NequIPGNNModel
+    from nequip.utils.global_state import set_global_state
 
+    set_global_state()
     names = [chemical_symbols[z] for z in species]
     model = NequIPGNNModel(
         seed=0,

@@ -98,8 +98,7 @@ class PaiNN(Potential):
         twin = copy(self)
         twin._modules = dict(self._modules)
         twin.stages = nn.ModuleList(
-            ServedMessage(stage.filters, stage.hidden, stage.out) if type(stage) is Message else stage
-            for stage in self.stages
+            ServedMessage(stage) if type(stage) is Message else stage for stage in self.stages
         ).train(self.training)
         return twin
 

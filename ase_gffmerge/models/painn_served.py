@@ -25,43 +25,50 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from ase_gffmerge.models.potential import EdgeGeometry, Stage, State
 
 BLOCK = 32_768
-"""Edges times channels of one block on a CPU: its dozen temporaries then fit into 2 MB."""
+"""Edges times channels of one block: its dozen temporaries then fit into 2 MB."""
 
 
 class ServedMessage(Stage):
-    """The same sums as a message layer with these maps, for weights that stay as they are.
+    """The same sums as a message layer, for weights that stay as they are.
+
+    What fits into one block, and everything on other devices than a CPU, is left to the layer itself.
 
     Parameters
     ----------
-    filters, hidden, out
-        Maps of :class:`~ase_gffmerge.models.painn.Message`; shared, but ``filters`` is copied into another layout.
+    message
+        A :class:`~ase_gffmerge.models.painn.Message`; its weights are shared, but those of the filters are also kept in
+        another layout.
     """
 
     emits_scalars = False
     maps: Tensor
 
-    def __init__(self, filters: nn.Linear, hidden: nn.Linear, out: nn.Linear):
+    def __init__(self, message: Any):
         super().__init__()
-        self.hidden, self.out = hidden, out
-        maps = torch.cat([filters.weight, filters.bias[:, None]], dim=1).T.contiguous()
+        self.message = message
+        maps = torch.cat([message.filters.weight, message.filters.bias[:, None]], dim=1).T.contiguous()
         self.register_buffer("maps", maps.detach(), persistent=False)
 
     def forward(self, state: State, geometry: EdgeGeometry) -> State:
         """Add Δs and Δv."""
         scalars, vectors = state
-        s, vv, vs = self.out(silu(self.hidden(scalars)))[:, None].chunk(3, dim=-1)
+        if scalars.device.type != "cpu" or len(geometry.sender) * scalars.shape[1] <= BLOCK:
+            return self.message(state, geometry)
+        phi = self.message.out(silu(self.message.hidden(scalars)))
+        s, vv, vs = phi[:, None].chunk(3, dim=-1)
         nodes = torch.cat([s, vs, vectors * vv], dim=1)
         sums = BlockedSums.apply(
             nodes, geometry.enveloped, geometry.angular, self.maps, geometry.sender, geometry.receiver
         )
-        return scalars + sums[:, 0], vectors + sums[:, 1:]
+        for_scalars, for_vectors = sums.split((1, 3), dim=1)
+        return scalars + for_scalars.squeeze(1), vectors + for_vectors
 
 
 class BlockedSums(torch.autograd.Function):
@@ -128,7 +135,7 @@ def inner(one: Tensor, other: Tensor) -> Tensor:
 
 
 def blocks(edges: Tensor, channels: int) -> Iterator[slice]:
-    """Slices of the edges: pieces that fit the cache of a CPU, everything at once on other devices."""
-    size = max(BLOCK // channels, 1) if edges.device.type == "cpu" else max(len(edges), 1)
+    """Slices of the edges that fit the cache."""
+    size = max(BLOCK // channels, 1)
     for start in range(0, len(edges), size):
         yield slice(start, start + size)

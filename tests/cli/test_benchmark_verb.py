@@ -7,6 +7,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 
+from ase_gffmerge.evaluation import benchmark_peers
 from ase_gffmerge.evaluation.benchmark import Row, crowd
 from ase_gffmerge.evaluation.benchmark_rows import ROWS
 from ase_gffmerge.models import build_potential
@@ -73,3 +74,16 @@ def test_crowds() -> None:
     distances = Atoms.get_all_distances(many, mic=True)
     assert distances[~distances.astype(bool) == 0].min() > 0.7
     assert len(crowd(bulk("Cu", cubic=True), 100)) >= 100
+
+
+def test_packages_that_are_not_there_or_do_not_work_are_named(gffmerge, pair, monkeypatch) -> None:
+    def broken(*_):
+        raise ImportError("cannot import name 'T_co'")
+
+    monkeypatch.setattr(benchmark_peers, "schnetpack_painn", broken)
+    monkeypatch.setattr(benchmark_peers, "find_spec", {"schnetpack": "found"}.get)
+    shown = gffmerge("benchmark", pair[0], "--only", *PEERS, *QUICK, "--json").json()["rows"]
+    assert [shown[name][0]["note"] for name in PEERS] == [
+        "schnetpack does not work here: cannot import name 'T_co'",
+        "nequip is not installed",
+    ]

@@ -49,7 +49,8 @@ def test_derivatives_of_the_sums(painn, graph) -> None:
     )
 
 
-def test_second_derivatives_are_refused(painn, graph) -> None:
+def test_second_derivatives_are_refused(painn, graph, monkeypatch) -> None:
+    monkeypatch.setattr(painn_served, "BLOCK", 80)
     prediction = predict(painn.served(), graph, differentiable=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         prediction.forces.sum().backward()
