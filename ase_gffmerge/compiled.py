@@ -113,7 +113,7 @@ class CompiledPotential:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(
                 f"the force field cannot be compiled here and is evaluated step by step, with the same results: {reason}; "
-                "install a C++ compiler (CPU) or Triton (GPU), or say compile=False",
+                "install a C++ compiler (CPU) or Triton (GPU), or a newer torch, or say compile=False",
                 CompileWarning,
                 stacklevel=5,
             )
