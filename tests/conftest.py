@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.build import bulk, fcc111, molecule
+from ase.build import molecule
+from structures import rattled_slab, skewed_crystal
 
 from ase_gffmerge.models import Potential, architectures, build_potential
 
@@ -47,22 +48,6 @@ def potential(architecture) -> Potential:
     potential = build_potential(architecture, HYPER[architecture], (1, 6, 8, 13)).double()
     potential.references += torch.tensor([-13.6, -1029.0, -2041.0, -6600.0], dtype=torch.float64)
     return potential.eval().requires_grad_(False)
-
-
-def rattled_slab() -> Atoms:
-    slab = fcc111("Al", (2, 1, 2), vacuum=4.0, periodic=False)
-    slab.rattle(0.1, seed=1)
-    return slab
-
-
-def skewed_crystal() -> Atoms:
-    """Four elements in a cell smaller than the cutoff."""
-    crystal = bulk("Al", cubic=True)
-    crystal.numbers[:] = [1, 6, 8, 13]
-    strain = np.array([[0.02, 0.1, -0.05], [0, 0.03, 0.2], [0.1, 0, -0.04]])
-    crystal.set_cell(crystal.cell @ (np.eye(3) + strain), scale_atoms=True)
-    crystal.rattle(0.15, seed=2)
-    return crystal
 
 
 STRUCTURES = {"molecule": lambda: molecule("CH3CH2OH"), "slab": rattled_slab, "crystal": skewed_crystal}

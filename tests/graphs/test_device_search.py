@@ -8,9 +8,9 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
-from conftest import rattled_slab, skewed_crystal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structures import rattled_slab, skewed_crystal
 
 from ase_gffmerge.errors import StructureError
 from ase_gffmerge.graphs import batches, build_graph, device_search, neighbour_list

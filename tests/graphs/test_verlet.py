@@ -5,7 +5,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, fcc111, molecule
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ase_gffmerge.errors import StructureError
@@ -99,6 +99,9 @@ def test_any_two_structures_in_a_row(pbc, seed, skin, moved, strained, together)
     atoms = Atoms("H4", rng.uniform(-6, 6, (4, 3)), cell=cell, pbc=pbc)
     verlet = cache(skin)
     for _ in range(3):
+        assume(
+            1 / np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0).max() > 0.5
+        )  # no endless rows of images
         assert_fresh(verlet, atoms)
         atoms.positions += moved * rng.standard_normal((4, 3)) + 10 * moved * rng.standard_normal(3)
         atoms.set_cell(atoms.cell.array @ strain(strained, rng), scale_atoms=together)
