@@ -54,7 +54,7 @@ def _remembered(
     name: str, mixture: Mixture, measure: Callable[[Outcome], dict[str, Any]], path: Path
 ) -> dict[str, Any]:
     identity = {
-        "merge_version": MERGE_VERSION,
+        "merge_version": MERGE_VERSION if get_method(name).merges else None,
         "specialists": [[s.fingerprint, len(s.calibration)] for s in mixture.specialists],
     }
     if path.exists() and (saved := json.loads(path.read_text()))["identity"] == identity:

@@ -180,12 +180,12 @@ def _row(
     progress: Progress,
 ) -> Measurement:
     """A finished row, or a new one, kept at once."""
-    row = store.find(method.name, method.needs) if store else None
+    row = store.find(method.name, method) if store else None
     if row is None:
         progress(0.0, "")
         row = measure(method, mixture, tests, progress)
         if store:
-            store.keep(row, method.name, method.needs)
+            store.keep(row, method.name, method)
     return row
 
 

@@ -13,7 +13,7 @@ from ase_gffmerge.evaluation.comparison_inputs import LabelledSet
 from ase_gffmerge.evaluation.measurement import Measurement
 from ase_gffmerge.fileformat import atomic_write, require_writable
 from ase_gffmerge.merging.merge import MERGE_VERSION
-from ase_gffmerge.methods import Mixture, Need
+from ase_gffmerge.methods import Method, Mixture, Need
 from ase_gffmerge.specialist import Specialist
 from ase_gffmerge.training.frames import hash_labelled
 
@@ -43,18 +43,23 @@ class RowStore:
 
     def __init__(self, folder: Path, mixture: Mixture, tests: Sequence[LabelledSet], *, fresh: bool = False):
         self.folder, self.fresh = folder.expanduser(), fresh
-        self._parts = _parts(mixture, tests)
+        self._parts, self._needed = _parts(mixture, tests), _needed(mixture)
         require_writable(self.folder / "row.json")
 
-    def path(self, model: str, needs: frozenset[Need] = frozenset()) -> Path:
-        """File of a row; base and labels count only for methods that declare to need them."""
-        parts = [self._parts["always"], *(self._parts[need] for need in sorted(needs)), model]
+    def path(self, model: str, method: Method | None = None) -> Path:
+        """File of a row, of the specialists themselves without a method.
+
+        Base, labels and the version of the merge count only for methods that declare to need or to use them.
+        """
+        needs = sorted(method.needs) if method else []
+        always = {**self._parts, "merge": MERGE_VERSION if method and method.merges else None}
+        parts = [always, *(self._needed[need] for need in needs), model]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{model}-{key[:24]}.json"
 
-    def find(self, model: str, needs: frozenset[Need] = frozenset()) -> Measurement | None:
+    def find(self, model: str, method: Method | None = None) -> Measurement | None:
         """A finished row; ``None`` when there is none, or it cannot be read."""
-        path = self.path(model, needs)
+        path = self.path(model, method)
         if self.fresh or not path.is_file():
             return None
         try:
@@ -62,10 +67,10 @@ class RowStore:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def keep(self, row: Measurement, model: str, needs: frozenset[Need] = frozenset()) -> None:
+    def keep(self, row: Measurement, model: str, method: Method | None = None) -> None:
         """Write a finished row at once and atomically."""
         text = json.dumps(row.to_dict(), indent=1)
-        atomic_write(self.path(model, needs), lambda path: _write(path, text))
+        atomic_write(self.path(model, method), lambda path: _write(path, text))
 
 
 def _write(path: Path, text: str) -> None:
@@ -73,14 +78,18 @@ def _write(path: Path, text: str) -> None:
 
 
 def _parts(mixture: Mixture, tests: Sequence[LabelledSet]) -> dict[str, Any]:
-    """What a row depends on: always, and through each need."""
+    """What every row depends on."""
     return {
-        "always": {
-            "version": [__version__, MERGE_VERSION],
-            "device": str(mixture.device),
-            "specialists": [_identity(specialist) for specialist in mixture.specialists],
-            "tests": [hash_labelled(test.frames) for test in tests],
-        },
+        "version": __version__,
+        "device": str(mixture.device),
+        "specialists": [_identity(specialist) for specialist in mixture.specialists],
+        "tests": [hash_labelled(test.frames) for test in tests],
+    }
+
+
+def _needed(mixture: Mixture) -> dict[Need, Any]:
+    """What a row depends on through each need of its method."""
+    return {
         Need.FRAMES: [hash_frames(specialist.calibration) for specialist in mixture.specialists],
         Need.BASE: mixture.base.fingerprint if mixture.base else None,
         Need.LABELS: [hash_labelled(frames) for frames in mixture.labelled or ()],

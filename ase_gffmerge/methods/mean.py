@@ -22,7 +22,7 @@ def merge_by_recipe(mixture: Mixture, preset: str, *, progress: Progress) -> Out
     return Outcome(potentials=(merged.potential,))
 
 
-@register("mean", citation="Wortsman et al. (model soups), arXiv 2203.05482")
+@register("mean", citation="Wortsman et al. (model soups), arXiv 2203.05482", merges=True)
 def mean(mixture: Mixture, progress: Progress) -> Outcome:
     """Mean of the weights, embedding rows in proportion to how often each specialist's frames have the element."""
     return merge_by_recipe(mixture, "mean", progress=progress)

@@ -95,6 +95,8 @@ class Method:
         Whether it trains by gradient descent (left out of a comparison unless it is asked for).
     tells_specialists_apart
         Whether it must be told whose territory a structure belongs to: not one potential energy surface.
+    merges
+        Whether it runs the solves of :mod:`ase_gffmerge.merging`, whose version then decides its outcome too.
     run
         The method itself.
     """
@@ -104,6 +106,7 @@ class Method:
     needs: frozenset[Need]
     trains: bool
     tells_specialists_apart: bool
+    merges: bool = False
     run: MethodFunction
 
     def missing(self, mixture: Mixture) -> tuple[Need, ...]:
@@ -122,6 +125,7 @@ def register(
     needs: Sequence[Need] = (),
     trains: bool = False,
     tells_specialists_apart: bool = False,
+    merges: bool = False,
 ) -> Callable[[MethodFunction], MethodFunction]:
     """Enter a function into :data:`METHODS`."""
 
@@ -132,6 +136,7 @@ def register(
             needs=frozenset(needs),
             trains=trains,
             tells_specialists_apart=tells_specialists_apart,
+            merges=merges,
             run=run,
         )
         return run

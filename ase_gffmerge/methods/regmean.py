@@ -101,7 +101,7 @@ def solve_maps(
         problem.write(torch.cat([solution.to(theta), theta[d:]]))
 
 
-@register("regmean", citation="Jin et al., arXiv 2212.09849", needs=(Need.FRAMES,))
+@register("regmean", citation="Jin et al., arXiv 2212.09849", needs=(Need.FRAMES,), merges=True)
 @torch.no_grad()
 def regmean(mixture: Mixture, progress: Progress) -> Outcome:
     """Regression mean with the Gram matrices of every specialist's own activations."""
@@ -123,7 +123,7 @@ def regmean(mixture: Mixture, progress: Progress) -> Outcome:
     return trial.outcome()
 
 
-@register("regmean++", citation="Nguyen et al., arXiv 2508.03121", needs=(Need.FRAMES,))
+@register("regmean++", citation="Nguyen et al., arXiv 2508.03121", needs=(Need.FRAMES,), merges=True)
 @torch.no_grad()
 def regmean_plus_plus(mixture: Mixture, progress: Progress) -> Outcome:
     """Regression mean with what the merged model as built so far sends into every block."""

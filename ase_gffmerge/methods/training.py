@@ -15,6 +15,7 @@ from ase_gffmerge.training.refine import merge_and_refine
     citation="this package; features after Ekström Kelvinius et al., arXiv 2306.14818",
     needs=(Need.FRAMES,),
     trains=True,
+    merges=True,
 )
 def distill(mixture: Mixture, progress: Progress) -> Outcome:
     """Closed-form merge, then label-free distillation."""

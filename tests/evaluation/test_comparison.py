@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from ase_gffmerge.accuracy import evaluate
 from ase_gffmerge.data.fingerprints import geometry_keys
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, RecipeError
-from ase_gffmerge.evaluation import measurement
+from ase_gffmerge.evaluation import comparison_store, measurement
 from ase_gffmerge.evaluation.comparison import Comparison, compare_methods
 from ase_gffmerge.evaluation.comparison_inputs import (
     LabelledSet,
@@ -366,6 +366,23 @@ def test_base_counts_only_for_methods_that_need_it(mixture: Mixture, tests, call
     based = make_mixture(family()[1], base=family()[0], device="cpu")
     compare_methods(based, tests, ["first", "rooted"], store=RowStore(tmp_path, based, tests))
     assert calls == ["first", "rooted"]
+
+
+def test_version_of_the_merge_counts_only_for_methods_that_merge(
+    mixture: Mixture, tests, calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    METHODS["apart"] = replace(METHODS["apart"], merges=True)
+    methods = ["first", "apart"]
+    compare_methods(mixture, tests, methods, store=RowStore(tmp_path, mixture, tests))
+    monkeypatch.setattr(comparison_store, "MERGE_VERSION", -1)
+    compare_methods(mixture, tests, methods, store=RowStore(tmp_path, mixture, tests))
+    assert calls == ["first", "apart", "apart"]
+
+
+def test_methods_that_call_the_merge_say_so() -> None:
+    """Methods that run the layer-wise solves are measured again when these change."""
+    merging = {name for name, method in METHODS.items() if method.merges}
+    assert merging == {"mean", "paper", "gffmerge", "regmean", "regmean++", "distill"}
 
 
 def test_garbled_rows_are_measured_again(mixture: Mixture, tests, calls, tmp_path: Path) -> None:
