@@ -64,6 +64,7 @@ def predict_frames(
         When a single frame does not fit into the device's memory.
     """
     check_frames(potential, frames)
+    served = potential.served()
 
     def graph(atoms: Atoms) -> Data:
         return build_graph(atoms, potential.hyper.cutoff, dtype=potential.dtype, specialist=specialist)
@@ -72,7 +73,7 @@ def predict_frames(
         prediction
         for chunk in chunks(frames, max_atoms)
         for prediction, _ in predict_together(
-            lambda batch: (predict(potential, batch), None),
+            lambda batch: (predict(served, batch), None),
             [graph(a) for a in chunk],
             device=potential.device,
         )

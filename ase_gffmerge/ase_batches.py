@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -21,11 +20,11 @@ from ase_gffmerge.ase_results import (
     require_structure,
     require_volume,
 )
-from ase_gffmerge.batched import predict_together
-from ase_gffmerge.extrapolation import predict_graded
+from ase_gffmerge.batched import Predictor, predict_together
 from ase_gffmerge.graphs import Prediction, build_graph
 from ase_gffmerge.graphs.neighbours import check_geometry
 from ase_gffmerge.memory import chunks
+from ase_gffmerge.serving import Server
 from ase_gffmerge.specialist import Specialist
 
 MAX_EDGES = {"cpu": 2_000, "cuda": 200_000}
@@ -38,6 +37,7 @@ def evaluate_structures(
     force_field: Specialist,
     structures: Iterable[Atoms],
     *,
+    server: Server,
     served: Sequence[str],
     properties: Sequence[str] | None = None,
     specialist: str | int | None = None,
@@ -48,9 +48,11 @@ def evaluate_structures(
     Parameters
     ----------
     force_field
-        What evaluates.
+        What a structure is checked against.
     structures
         Of any sizes and boundary conditions.
+    server
+        What evaluates: the same force field.
     served, properties
         What there is, and what of it is wanted; default: everything that a structure has. ``extrapolation`` is given on
         request, when the force field has a gauge.
@@ -72,11 +74,10 @@ def evaluate_structures(
             if properties is not None and "stress" in wanted:
                 require_volume(atoms)
             prepared.append(_checked(force_field, atoms, specialist))
-    if GRADE not in wanted:
-        force_field = replace(force_field, gauge=None)
     budget = _budget(max_edges, force_field.potential.device)
+    predictor = partial(server, graded=GRADE in wanted)
     with torch.inference_mode(False), memory_failures():
-        predictions = _predictions(force_field, prepared, budget)
+        predictions = _predictions(force_field, prepared, budget, predictor)
         return [
             _results(k, atoms, *prediction, wanted)
             for k, (atoms, prediction) in enumerate(zip(originals, predictions, strict=True))
@@ -84,13 +85,12 @@ def evaluate_structures(
 
 
 def _predictions(
-    force_field: Specialist, structures: Sequence[Atoms], max_edges: int
+    force_field: Specialist, structures: Sequence[Atoms], max_edges: int, predictor: Predictor
 ) -> Iterator[tuple[Prediction, Tensor | None]]:
     """Predictions of one structure after the other; only the graphs of one batch are in memory."""
     graphs = (build_graph(atoms, force_field.cutoff) for atoms in structures)
-    predictor, device = partial(predict_graded, force_field), force_field.potential.device
     for group in chunks(graphs, max_edges, size=lambda graph: graph.edge_index.shape[1]):
-        yield from predict_together(predictor, group, device=device)
+        yield from predict_together(predictor, group, device=force_field.potential.device)
 
 
 def _results(

@@ -298,6 +298,7 @@ class GFFMergeCalculator(Calculator):
         return evaluate_structures(
             self.force_field,
             structures,
+            server=self._server,
             served=PROPERTIES,
             properties=properties,
             specialist=self.parameters.get(KEY),

@@ -23,13 +23,17 @@ class Server:
     """
 
     def __init__(self, force_field: Specialist, *, compile: Compile):
-        self._force_field = replace(force_field, potential=force_field.potential.served())
+        self._graded = replace(force_field, potential=force_field.potential.served())
+        self._bare = replace(self._graded, gauge=None)
         self._compiled = CompiledPotential(force_field.potential, compile=compile)
 
-    def __call__(self, graph: Data) -> tuple[Prediction, Tensor | None]:
-        """Prediction and grades (n_atoms,) as :func:`~ase_gffmerge.extrapolation.predict_graded` gives them."""
-        compiled = self._compiled(graph)
+    def __call__(self, graph: Data, *, graded: bool = True) -> tuple[Prediction, Tensor | None]:
+        """Prediction and grades (n_atoms,) as :func:`~ase_gffmerge.extrapolation.predict_graded` gives them.
+
+        Grades are ``None`` when they are not wanted (``graded``), or there is no gauge.
+        """
+        compiled, force_field = self._compiled(graph), self._graded if graded else self._bare
         if compiled is None:
-            return predict_graded(self._force_field, graph)
-        (prediction, scalars), gauge = compiled, self._force_field.gauge
+            return predict_graded(force_field, graph)
+        (prediction, scalars), gauge = compiled, force_field.gauge
         return prediction, None if gauge is None else gauge(scalars, graph.atomic_numbers)

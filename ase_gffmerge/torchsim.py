@@ -18,8 +18,8 @@ from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ase_gffmerge.extrapolation import predict_graded
 from ase_gffmerge.graphs.verlet import VerletGraph
+from ase_gffmerge.serving import Server
 from ase_gffmerge.specialist import Specialist
 
 try:
@@ -51,6 +51,7 @@ class TorchSimModel(ModelInterface):
     def __init__(self, force_field: Specialist, *, specialist: str | int | None = None, skin: float = 1.0):
         super().__init__()
         self.force_field, self.specialist, self.skin = force_field, specialist, skin
+        self._server = Server(force_field, compile=False)
         self._device, self._dtype = force_field.potential.device, torch.float64
         self._compute_forces = self._compute_stress = True
         self._memory_scales_with = "n_atoms_x_density"
@@ -74,7 +75,7 @@ class TorchSimModel(ModelInterface):
             state = SimState(**state, masses=torch.ones_like(state["positions"][:, 0]))
         with torch.inference_mode(False):
             graph = self._graph(state)
-            prediction, grades = predict_graded(self.force_field, graph)
+            prediction, grades = self._server(graph)
         volume = torch.linalg.det(graph.cell).abs()[:, None, None]
         stress = torch.where(volume > 0, prediction.strain_derivative / volume, torch.nan)
         results = {"energy": prediction.energy, "forces": prediction.forces, "stress": stress}

@@ -166,7 +166,7 @@ def _batch_rows(
     for graph in graphs:
         graph.specialist.fill_(territory.index)
     batch = batch_graphs(graphs).to(merged.device)
-    target = predict(specialist.potential, batch)
+    target = predict(specialist.potential.served(), batch)
     n_atoms = torch.bincount(batch.batch).to(merged.dtype)
     return readout_rows(
         merged,

@@ -14,11 +14,14 @@ from ase.calculators.calculator import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import STRUCTURES, cluster, crystal, everything, random_force_field, slab
+from toys import SMALL, STRUCTURES, cluster, crystal, everything, random_force_field, slab
 
 import ase_gffmerge.extrapolation as extrapolation
 from ase_gffmerge import GFFMergeCalculator
+from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.errors import DeviceMemoryError, GFFMergeError
+from ase_gffmerge.models import painn_served
+from ase_gffmerge.models.painn_served import BlockedSums, ServedMessage
 
 MIXED = [
     crystal(),
@@ -116,6 +119,22 @@ def test_grades_on_request(conditioned):
         np.testing.assert_allclose(results["extrapolation"], calc.extras["extrapolation"], rtol=1e-6)
     with pytest.raises(PropertyNotImplementedError, match="'extrapolation' is not served"):
         TOY.evaluate(MIXED, ["extrapolation"])
+
+
+def test_the_network_of_single_structures_evaluates(monkeypatch):
+    """Messages in blocks, here and there, and not the plain ones."""
+    blocks, plain = [], BlockedSums.apply
+    monkeypatch.setattr(painn_served, "BLOCK", 80)
+    monkeypatch.setattr(BlockedSums, "apply", lambda *tensors: blocks.append(1) or plain(*tensors))
+    (results,) = TOY.evaluate([crystal()])
+    assert len(blocks) == SMALL["painn"]["n_blocks"]
+    assert_same(results, everything(crystal(), TOY))
+
+
+def test_frames_are_labelled_by_the_served_network(monkeypatch):
+    monkeypatch.setattr(ServedMessage, "forward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predict_frames(TOY.force_field.potential, [cluster()])
 
 
 def not_finite() -> Atoms:

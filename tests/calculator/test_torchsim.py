@@ -12,6 +12,7 @@ from toys import cluster, crystal, everything, random_force_field
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import StructureError
+from ase_gffmerge.models.painn_served import ServedMessage
 
 
 def test_without_torchsim(monkeypatch):
@@ -57,6 +58,12 @@ def test_as_the_calculator(torch_sim, make, calc, structures):
         np.testing.assert_allclose(rows, [r["stress"] for r in expected], atol=1e-14)
     else:
         assert found["stress"].isnan().all()
+
+
+def test_the_served_network_evaluates(torch_sim, make, monkeypatch):
+    monkeypatch.setattr(ServedMessage, "forward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make(random_force_field("painn"))(state(torch_sim, [cluster()]))
 
 
 def test_torchsims_own_checks(torch_sim, make):
