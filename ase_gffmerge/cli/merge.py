@@ -77,17 +77,21 @@ def solve(
     device: str,
     progress: Progress,
 ) -> "tuple[Specialist, MergeReport, ClosedLoopResult | None]":
-    """Merge once, or in a closed loop."""
-    if not rounds:
+    """Merge as the recipe says, or with a loop of so many rounds; the loop, where nothing follows it."""
+    from ase_gffmerge.merging.loop_options import ClosedLoopOptions
+    from ase_gffmerge.validation import validated
+
+    if rounds:
+        given = {"rounds": rounds, "temperature": temperature}
+        options = validated(ClosedLoopOptions, given, source="gffmerge merge --closed-loop")
+        recipe = recipe.model_copy(update={"closed_loop": options})
+    if recipe.closed_loop is None or recipe.refine is not None:
         from ase_gffmerge.training.refine import merge_and_refine
 
         return *merge_and_refine(specialists, recipe, device=device, progress=progress), None
-    from ase_gffmerge.sampling.closed_loop import ClosedLoopOptions, closed_loop
-    from ase_gffmerge.validation import validated
+    from ase_gffmerge.sampling.closed_loop import closed_loop
 
-    given = {"rounds": rounds, "temperature": temperature}
-    options = validated(ClosedLoopOptions, given, source="gffmerge merge --closed-loop")
-    result = closed_loop(specialists, recipe, options, device=device, progress=progress)
+    result = closed_loop(specialists, recipe, device=device, progress=progress)
     return result.merged, result.report, result
 
 

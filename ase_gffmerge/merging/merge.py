@@ -74,10 +74,10 @@ def merge(
         With the reason and the remedy.
     """
     recipe = load_recipe(recipe)
-    if recipe.refine is not None:
+    if recipe.refine is not None or recipe.closed_loop is not None:
         raise RecipeError(
-            "the recipe asks for a distillation (refine), which merge() does not do; use merge_and_refine, the calculator "
-            "or the command line"
+            "the recipe asks for more than a merge (refine, closed_loop), which merge() does not do; use merge_and_refine, "
+            "the calculator or the command line"
         )
     check_compatible(specialists, recipe)
     tell = progress or (lambda fraction, text: None)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ase_gffmerge.errors import RecipeError
 from ase_gffmerge.merging.distil_options import DistilOptions
+from ase_gffmerge.merging.loop_options import ClosedLoopOptions
 from ase_gffmerge.validation import STRICT, Seed, Whole, explain, read_options, shown, with_text_keys
 
 
@@ -79,6 +80,8 @@ class Recipe(BaseModel):
         Correct all maps of every stage together on the stage's output (message-level targets).
     readout
         The force-matched readout, or ``None`` to treat the readout like any other layer.
+    closed_loop
+        Merge again with frames that the merged potential visits by itself, labelled by the specialists, or ``None``.
     refine
         Label-free distillation of the merged potential, or ``None``.
     conditioning
@@ -102,6 +105,7 @@ class Recipe(BaseModel):
     slope_weight: float = Field(default=1.0, ge=0)
     messages: bool = True
     readout: ReadoutOptions | None = ReadoutOptions()
+    closed_loop: ClosedLoopOptions | None = None
     refine: DistilOptions | None = None
     conditioning: Literal["shared", "per-specialist"] = "shared"
     weights: tuple[float, ...] | None = None

@@ -14,34 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from pydantic import Field
 
 from ase_gffmerge.device import resolve_device
 from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.merging.loop_options import ClosedLoopOptions
 from ase_gffmerge.merging.merge import Progress, merge
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.sampling.ladder import bare, evenly
-from ase_gffmerge.sampling.own_trajectory import OwnTrajectory, TrajectoryOptions, follow
+from ase_gffmerge.sampling.own_trajectory import OwnTrajectory, follow
 from ase_gffmerge.specialist import Specialist
-
-
-class ClosedLoopOptions(TrajectoryOptions):
-    """Rounds of dynamics and merging.
-
-    Attributes
-    ----------
-    rounds
-        How often to merge again at most.
-    frames
-        Visited frames that join each specialist's calibration frames per round.
-    tolerance
-        The loop ends when all replicas hold and the mean disagreement fell by less than this fraction.
-    """
-
-    rounds: int = Field(default=2, ge=1)
-    frames: int = Field(default=150, ge=1)
-    tolerance: float = Field(default=0.03, ge=0, lt=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +129,7 @@ def closed_loop(
     specialists, recipe, device
         As for :func:`~ase_gffmerge.merging.merge.merge`.
     options
-        How many rounds, how hot, how long.
+        How many rounds, how hot, how long; default: what the recipe says of it.
     progress
         Called with a fraction (0 to 1) and a description.
 
@@ -161,7 +143,9 @@ def closed_loop(
     IncompatibleSpecialistsError, FramesError, RecipeError, DeviceError
         With the reason and the remedy.
     """
-    recipe, options = load_recipe(recipe), options or ClosedLoopOptions()
+    recipe = load_recipe(recipe)
+    options = options or recipe.closed_loop or ClosedLoopOptions()
+    recipe = recipe.model_copy(update={"closed_loop": None})
     tell, target = progress or (lambda fraction, text: None), resolve_device(device)
     grown, merges, rounds = list(specialists), list[_Merge](), list[RoundReport]()
     while len(rounds) <= options.rounds and not _settled(rounds, options.tolerance):
@@ -193,8 +177,8 @@ class _Merge:
             warnings.warn(warning.message, warning.category, stacklevel=3)
         record = self.merged.merged
         assert record is not None
-        loop = {**options.model_dump(mode="json"), "chosen": chosen}
-        merged = replace(self.merged, merged=replace(record, recipe={**record.recipe, "closed_loop": loop}))
+        recipe = {**record.recipe, "closed_loop": options.model_dump(mode="json")}
+        merged = replace(self.merged, merged=replace(record, recipe=recipe))
         return ClosedLoopResult(merged=merged, report=self.report, rounds=tuple(rounds), chosen=chosen)
 
 

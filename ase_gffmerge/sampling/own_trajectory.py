@@ -7,46 +7,16 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from pydantic import BaseModel, ConfigDict, Field
 
 from ase_gffmerge.accuracy import Errors, compare, labels, predict_frames
 from ase_gffmerge.dynamics.monitor import standard_monitor
 from ase_gffmerge.dynamics.replicas import ReplicaRun, run_replicas
+from ase_gffmerge.merging.loop_options import TrajectoryOptions
 from ase_gffmerge.specialist import Specialist
 
 Progress = Callable[[float, str], None]
 SPACING = 20.0
 """fs between visited frames."""
-
-
-class TrajectoryOptions(BaseModel):
-    """Short Langevin dynamics of a merged potential.
-
-    Attributes
-    ----------
-    temperature
-        K.
-    replicas
-        Per specialist, each from another of its calibration frames.
-    time
-        Of every replica, ps.
-    timestep, friction
-        fs and 1/fs.
-    max_grade
-        A replica stops when an atom's extrapolation grade passes this; ``None``: it may go anywhere.
-    seed
-        Of starts, velocities and thermostat.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    temperature: float = Field(default=500.0, gt=0)
-    replicas: int = Field(default=8, ge=1)
-    time: float = Field(default=1.0, gt=0)
-    timestep: float = Field(default=1.0, gt=0)
-    friction: float = Field(default=0.02, ge=0)
-    max_grade: float | None = Field(default=3.0, gt=0)
-    seed: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)

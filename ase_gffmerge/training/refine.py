@@ -1,4 +1,4 @@
-"""Merge and, where the recipe asks for it, distil: what is done when several specialists are loaded at once."""
+"""Merge and, where the recipe asks for it, merge in a closed loop and distil: what loading several specialists does."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from ase_gffmerge.merging.distil_options import DistilOptions
 from ase_gffmerge.merging.merge import Progress, merge
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
+from ase_gffmerge.sampling.closed_loop import closed_loop
 from ase_gffmerge.specialist import Specialist
 from ase_gffmerge.training.distil import distil
 from ase_gffmerge.training.loop import Callback
@@ -27,7 +28,7 @@ def merge_and_refine(
     device: str | torch.device = "auto",
     progress: Progress | None = None,
 ) -> tuple[Specialist, MergeReport]:
-    """Merge specialists, and distil the result if the recipe has ``refine``.
+    """Merge specialists, in a closed loop if the recipe has ``closed_loop``, and distil the result if it has ``refine``.
 
     Parameters
     ----------
@@ -47,11 +48,11 @@ def merge_and_refine(
     """
     recipe = load_recipe(recipe)
     if recipe.refine is None:
-        return merge(specialists, recipe, device=device, progress=progress)
+        return _merged(specialists, recipe, device=device, progress=progress)
     tell = progress or (lambda fraction, text: None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)
-        start, _ = merge(
+        start, _ = _merged(
             specialists,
             starting_recipe(recipe),
             device=device,
@@ -63,6 +64,20 @@ def merge_and_refine(
     )
     assert distilled.merged is not None
     return distilled, MergeReport.from_dict(distilled.merged.report)
+
+
+def _merged(
+    specialists: Sequence[Specialist],
+    recipe: Recipe,
+    *,
+    device: str | torch.device,
+    progress: Progress | None,
+) -> tuple[Specialist, MergeReport]:
+    """Merge once, or in the loop that the recipe asks for."""
+    if recipe.closed_loop is None:
+        return merge(specialists, recipe, device=device, progress=progress)
+    result = closed_loop(specialists, recipe, device=device, progress=progress)
+    return result.merged, result.report
 
 
 def starting_recipe(recipe: Recipe) -> Recipe:

@@ -39,7 +39,8 @@ def test_rounds_are_reported(gffmerge, files, brief):
     assert loop["rounds"][0]["trajectories"][1]["specialist"] == "water"
     merged = Specialist.load(files / "m.safetensors").merged
     assert merged is not None
-    assert merged.recipe["closed_loop"]["chosen"] == loop["chosen"]
+    assert merged.recipe["closed_loop"]["rounds"] == 1
+    assert loop["chosen"] in (0, 1)
     text = gffmerge(*command, "--out", "m.safetensors").out
     assert "on its own trajectories" in text
     assert "round 1" in text

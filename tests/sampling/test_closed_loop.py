@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from ase_gffmerge import Specialist, merge
+from ase_gffmerge import GFFMergeCalculator, Specialist, merge, merge_and_refine
 from ase_gffmerge.accuracy import Errors, predict_frames
 from ase_gffmerge.errors import MergeWarning, RecipeError
-from ase_gffmerge.sampling.closed_loop import ClosedLoopOptions, ClosedLoopResult, closed_loop
+from ase_gffmerge.merging.loop_options import ClosedLoopOptions, TrajectoryOptions
+from ase_gffmerge.merging.recipe import load_recipe
+from ase_gffmerge.sampling.closed_loop import ClosedLoopResult, closed_loop
 from ase_gffmerge.sampling.ladder import bare, evenly
-from ase_gffmerge.sampling.own_trajectory import OwnTrajectory, TrajectoryOptions, follow
+from ase_gffmerge.sampling.own_trajectory import OwnTrajectory, follow
 from ase_gffmerge.validation import validated
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
@@ -145,7 +148,7 @@ def test_the_loop_is_on_record_and_in_words(pair, tmp_path):
     assert told[-1] == 1.0
     loaded = Specialist.load(result.merged.save(tmp_path / "merged.safetensors"))
     assert loaded.merged is not None
-    assert loaded.merged.recipe["closed_loop"] == {**options.model_dump(), "chosen": result.chosen}
+    assert load_recipe(loaded.merged.recipe).closed_loop == options
     assert "(chosen)" in result.summary()
     assert "round 1: differs by methanol" in result.summary()
     assert result.to_dict()["rounds"][1]["n_frames"] == [8, 8]
@@ -154,3 +157,47 @@ def test_the_loop_is_on_record_and_in_words(pair, tmp_path):
 def test_unknown_options_get_a_suggestion():
     with pytest.raises(RecipeError, match="did you mean 'rounds'"):
         validated(ClosedLoopOptions, {"round": 3}, source="closed loop")
+
+
+# -- closed_loop in recipes --
+
+
+@pytest.mark.parametrize("architecture", ["painn"])
+def test_a_recipe_with_a_loop_is_loaded_through_the_calculator_and_cached(pair, tmp_path):
+    paths = [specialist.save(tmp_path / f"{specialist.name}.safetensors") for specialist in pair]
+    written = tmp_path / "loop.yaml"
+    written.write_text(yaml.safe_dump({**RECIPE, "closed_loop": {**SHORT, "rounds": 1, "frames": 2}}))
+    made, cached = (
+        GFFMergeCalculator(paths, recipe=str(written), cache_dir=tmp_path, device="cpu") for _ in range(2)
+    )
+    assert (made.cache_hit, cached.cache_hit) == (False, True)
+    loaded = [Specialist.load(path) for path in paths]
+    by_hand = closed_loop(loaded, load_recipe(written), device="cpu").merged
+    for calculator in (made, cached):
+        torch.testing.assert_close(
+            weights(calculator.force_field).double(), weights(by_hand).double(), rtol=1e-6, atol=1e-6
+        )
+    again = GFFMergeCalculator(
+        paths, recipe=cached.force_field.merged.recipe, cache_dir=tmp_path, device="cpu"
+    )
+    assert again.cache_hit, "the recipe on record is the one that was asked for"
+
+
+@pytest.mark.parametrize("architecture", ["painn"])
+def test_a_loop_comes_before_a_distillation(pair):
+    recipe = {
+        **RECIPE,
+        "closed_loop": {**SHORT, "rounds": 1, "frames": 2},
+        "refine": {"epochs": 1, "copies": 0, "widened": True},
+    }
+    merged, report = merge_and_refine(pair, recipe, device="cpu")
+    assert "distillation" in report.seconds
+    assert load_recipe(merged.merged.recipe) == load_recipe(recipe)
+
+
+@pytest.mark.parametrize("architecture", ["painn"])
+def test_a_single_merge_refuses_a_loop(pair):
+    with pytest.raises(RecipeError, match="merge_and_refine"):
+        merge(pair, {**RECIPE, "closed_loop": {}})
+    with pytest.raises(RecipeError, match="did you mean 'rounds'"):
+        load_recipe({"closed_loop": {"round": 1}})
