@@ -109,7 +109,7 @@ def _checked(force_field: Specialist, atoms: Atoms, specialist: str | int | None
     require_structure(atoms)
     with as_setup_errors():
         prepared = force_field.prepared(atoms, specialist=specialist)
-        check_geometry(prepared)
+        check_geometry(prepared, force_field.cutoff)
     return prepared
 
 

@@ -48,9 +48,9 @@ def device_neighbour_list(atoms: Atoms, cutoff: float, *, device: torch.device) 
     Raises
     ------
     StructureError
-        When positions or cell are not finite, or a periodic direction has no cell vector.
+        When positions or cell are not finite, a periodic direction has no cell vector, or the cell is nearly flat.
     """
-    check_geometry(atoms)
+    check_geometry(atoms, cutoff)
     if len(atoms) == 0:
         empty = torch.zeros(0, dtype=torch.long, device=device)
         return empty.expand(2, 0), empty.expand(3, 0).T

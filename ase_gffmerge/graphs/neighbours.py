@@ -10,6 +10,9 @@ from ase_gffmerge.graphs.sparse_search import sparse_neighbour_list
 
 MAX_BINS = 100_000  # of side ``cutoff`` in matscipy's grid; a cell with more that are mostly empty is searched by a tree
 
+MAX_IMAGES = 10_000
+"""Of an atom within the cutoff, by the heights of the cell: real cells have a few hundred."""
+
 
 def neighbour_list(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
     """Directed edges between atoms closer than ``cutoff``, periodic images included.
@@ -34,9 +37,9 @@ def neighbour_list(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]
     Raises
     ------
     StructureError
-        When positions or cell are not finite, or a periodic direction has no cell vector.
+        When positions or cell are not finite, a periodic direction has no cell vector, or the cell is nearly flat.
     """
-    check_geometry(atoms)
+    check_geometry(atoms, cutoff)
     positions = atoms.get_positions()
     if len(atoms) == 0:
         return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3), dtype=np.int64)
@@ -88,8 +91,8 @@ def enclosing_box(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
     return (lower - margin) @ unit, box
 
 
-def check_geometry(atoms: Atoms) -> None:
-    """Raise :class:`StructureError` for structures that have no neighbour list."""
+def check_geometry(atoms: Atoms, cutoff: float) -> None:
+    """Raise :class:`StructureError` for structures that have no neighbour list, or one that nobody would wait for."""
     if not np.isfinite(atoms.get_positions()).all():
         bad = np.flatnonzero(~np.isfinite(atoms.get_positions()).all(axis=1))
         raise StructureError(
@@ -107,4 +110,21 @@ def check_geometry(atoms: Atoms) -> None:
         raise StructureError(
             f"{atoms.get_chemical_formula()} is periodic along direction(s) {directions} but has no "
             "independent cell vector there; set atoms.cell, or atoms.pbc = False for that direction"
+        )
+    _check_images(atoms, cutoff)
+
+
+def _check_images(atoms: Atoms, cutoff: float) -> None:
+    """Refuse cells so flat or so skewed that a search over their periodic images would not end."""
+    box = complete_cell(np.where(atoms.pbc[:, None], atoms.cell.array, 0.0))
+    with np.errstate(over="ignore"):
+        reach = cutoff * np.linalg.norm(np.linalg.inv(box), axis=0)[atoms.pbc]
+        images = np.prod(reach.clip(1))
+    if images > MAX_IMAGES:
+        heights = ", ".join(f"{cutoff / along:.2g}" for along in reach)
+        raise StructureError(
+            f"the cell of {atoms.get_chemical_formula()} is only {heights} Å high along its periodic directions, so that "
+            f"about {images:.0e} periodic images lie within the cutoff of {cutoff:g} Å, too many to search; look at the "
+            "step before this one (a cell that collapsed is the usual cause), or describe the same crystal by vectors that "
+            "are less parallel (ase.build.niggli_reduce)"
         )

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.calculators.calculator import CalculatorSetupError
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
 from toys import cluster, crystal, everything, slab
 
@@ -201,3 +202,13 @@ def test_15_continuous_at_the_cutoff(calc):
     assert abs(inside["energy"] - outside["energy"]) < 1e-12
     assert np.abs(inside["forces"]).max() < 1e-8
     assert np.abs(outside["forces"]).max() == 0
+
+
+def test_09_collapsed_cells_are_named_at_once(painn_calc):
+    """And the calculator goes on."""
+    atoms = crystal()
+    healthy = everything(atoms, painn_calc)["energy"]
+    atoms.cell[2] = atoms.cell[0] + atoms.cell[1] + [0, 0, 1e-3]
+    with pytest.raises(CalculatorSetupError, match="a cell that collapsed is the usual cause"):
+        everything(atoms, painn_calc)
+    assert everything(crystal(), painn_calc)["energy"] == healthy

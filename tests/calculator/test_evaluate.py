@@ -149,9 +149,14 @@ def not_finite() -> Atoms:
         (Atoms(), CalculatorSetupError, "empty"),
         (Atoms("Xe"), CalculatorSetupError, "Xe"),
         (Atoms("H", pbc=True), CalculatorSetupError, "no independent cell vector"),
+        (
+            Atoms("Cu", cell=[[3, 0, 0], [0, 3, 0], [3, 3, 1e-3]], pbc=True),
+            CalculatorSetupError,
+            "too many to search",
+        ),
         (not_finite(), CalculationFailed, r"positions \[2\] of CH4O contain NaN"),
     ],
-    ids=["empty", "element", "cell", "nan"],
+    ids=["empty", "element", "cell", "flat", "nan"],
 )
 def test_a_bad_structure_is_named_before_anything_is_evaluated(monkeypatch, bad, error, message):
     monkeypatch.setattr(extrapolation, "predict", lambda *_: pytest.fail("evaluated"))

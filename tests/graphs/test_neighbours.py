@@ -1,18 +1,24 @@
 """Neighbour lists against a slow search over periodic images."""
 
 import time
+from functools import partial
 from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
+from ase.build import bulk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ase_gffmerge.errors import StructureError
 from ase_gffmerge.graphs import neighbour_list
+from ase_gffmerge.graphs.device_search import device_neighbour_list
 from ase_gffmerge.graphs.neighbours import enclosing_box
 from ase_gffmerge.graphs.sparse_search import sparse_neighbour_list
+
+CPU = torch.device("cpu")
 
 
 def images(atoms: Atoms, cutoff: float) -> set[tuple[int, int, int, int, int]]:
@@ -119,6 +125,30 @@ def test_impossible_geometry_is_named(rng, change, message):
     change(atoms)
     with pytest.raises(StructureError, match=message):
         neighbour_list(atoms, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("cell", "pbc"),
+    [
+        ([[3, 0, 0], [0, 3, 0], [3, 3, 1e-2]], True),
+        (1e-200 * np.eye(3), True),
+        (np.diag([1e-4, 500, 500]), True),
+        ([[2, 0, 0], [2, 1e-4, 0], [0, 0, 0]], (True, True, False)),
+    ],
+    ids=["coplanar", "vanishing", "needle", "flat sheet"],
+)
+@pytest.mark.parametrize("search", [neighbour_list, partial(device_neighbour_list, device=CPU)])
+def test_cells_too_flat_to_search_are_refused(cell, pbc, search):
+    """At once, and before the toolkit of the GPU is asked."""
+    atoms = Atoms("Cu", cell=cell, pbc=pbc)
+    with pytest.raises(StructureError, match=r"cell of Cu is only .* Å high .*niggli_reduce"):
+        search(atoms, 5.0)
+
+
+def test_usual_small_cells_are_searched():
+    assert len(edges(bulk("Cu", a=3.6), 6.0)) == 78
+    assert len(edges(bulk("Be", a=2.29, c=3.58), 5.0)) > 100
+    assert_same(Atoms("H", cell=0.7 * np.eye(3), pbc=True), 3.0)
 
 
 @settings(max_examples=40, deadline=None)
