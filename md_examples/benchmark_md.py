@@ -1,20 +1,26 @@
 """Is the dynamics of the merged potential as stable and as true as the specialists'? Side by side, at 500 K.
 
     python md_examples/benchmark_md.py [DATA_FOLDER] [--json] [--ps 20 --seeds 5 --temperature 500] [--out FOLDER]
+        [--recipe RECIPE] [--stage own]
 
-For ethanol and malonaldehyde: the bundled specialist and the default merge of both, from the same structures with the same
-seeds. NVT (Langevin) of ``--ps`` each, then NVE of half that time; float32 networks. Reference of the distances of atoms are
-the bundled test frames, or all frames of ``rmd17_<molecule>_test_01.npz`` in DATA_FOLDER. The full length takes about an
-hour on one core; interrupted, it goes on from the finished batches in FOLDER.
+For ethanol and malonaldehyde: the bundled specialist and the merge of both, from the same structures with the same seeds.
+First the merge's own short trajectories (eight replicas of 1 ps per molecule): how far it disagrees there with the
+specialist, beside the specialist's error on test frames. Then NVT (Langevin) of ``--ps`` each, and NVE of half that time;
+float32 networks. Reference of the distances of atoms are the bundled test frames, or all frames of
+``rmd17_<molecule>_test_01.npz`` in DATA_FOLDER. The full length takes about half an hour on one core; interrupted, it goes on
+from the finished batches in FOLDER.
 """
 
 import argparse
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from ase import Atoms
 
 from ase_gffmerge import GFFMergeCalculator, Specialist
 from ase_gffmerge.accuracy import evaluate
@@ -26,6 +32,8 @@ from ase_gffmerge.evaluation.md_plots import plot_dynamics
 from ase_gffmerge.evaluation.md_protocol import Protocol
 from ase_gffmerge.evaluation.md_runs import Contestant
 from ase_gffmerge.evaluation.md_table import conditions, header, rows
+from ase_gffmerge.merging.loop_options import TrajectoryOptions
+from ase_gffmerge.sampling.own_trajectory import follow
 
 MOLECULES = ("ethanol", "malonaldehyde")
 NAMES = tuple(f"rmd17-{molecule}" for molecule in MOLECULES)
@@ -35,12 +43,39 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def reference_frames(molecule: str, data: Path | None) -> list[Atoms]:
+    """Labelled test frames."""
+    if data is None:
+        return bundled_test_frames(f"rmd17-{molecule}")
+    return read_frames(data / f"rmd17_{molecule}_test_01.npz")
+
+
+def own_trajectories(
+    merged: Specialist,
+    specialists: Sequence[Specialist],
+    tests: Sequence[Sequence[Atoms]],
+    options: TrajectoryOptions,
+) -> dict[str, Any]:
+    """Force MAE (eV/Å) of the merged potential against each specialist where it went, and of both on labelled frames."""
+    found = {}
+    for specialist, test, own in zip(
+        specialists, tests, follow(merged, specialists, options, seed=1), strict=True
+    ):
+        found[specialist.name] = {
+            **own.to_dict(),
+            "specialist_on_tests": evaluate(specialist.potential, test).force_mae,
+            "merged_on_tests": evaluate(merged.potential, test).force_mae,
+        }
+        say(f"{specialist.name}: on its own trajectories {found[specialist.name]}")
+    return found
+
+
 def compare_dynamics(
     molecule: str, merged: Specialist, *, protocol: Protocol, data: Path | None, out: Path
 ) -> MDEvaluation:
     """Specialist and merged potential on one molecule."""
     frames = bundled_test_frames(f"rmd17-{molecule}")
-    reference = read_frames(data / f"rmd17_{molecule}_test_01.npz") if data else frames
+    reference = reference_frames(molecule, data)
     specialist = Specialist.load(f"rmd17-{molecule}", dtype=torch.float32)
     models = [
         Contestant(label="specialist", force_field=specialist),
@@ -74,12 +109,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--temperature", type=float, default=500.0)
     parser.add_argument("--out", type=Path, default=Path("benchmark-md"))
+    parser.add_argument("--recipe", default="gffmerge", help="a recipe's name or file")
+    parser.add_argument("--stage", choices=["own"], help="stop after the merge's own short trajectories")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", MergeWarning)
     protocol = Protocol(temperature=arguments.temperature, picoseconds=arguments.ps, seeds=arguments.seeds)
-    merged = GFFMergeCalculator(NAMES, device="cpu", dtype="float32").force_field
-    result = {}
-    for molecule in MOLECULES:
+    merged = GFFMergeCalculator(NAMES, recipe=arguments.recipe, device="cpu", dtype="float32").force_field
+    specialists = [Specialist.load(name, dtype=torch.float32) for name in NAMES]
+    tests = [reference_frames(molecule, arguments.data) for molecule in MOLECULES]
+    result: dict[str, Any] = {
+        "own_trajectories": own_trajectories(
+            merged, specialists, tests, TrajectoryOptions(temperature=arguments.temperature)
+        )
+    }
+    for molecule in MOLECULES if arguments.stage is None else ():
         evaluation = compare_dynamics(
             molecule, merged, protocol=protocol, data=arguments.data, out=arguments.out
         )

@@ -2,22 +2,40 @@
 
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from ase_gffmerge import Specialist
 from ase_gffmerge.evaluation.md_protocol import Protocol
+from ase_gffmerge.merging.loop_options import TrajectoryOptions
 
 SCRIPT = Path(__file__).parents[1] / "md_examples" / "benchmark_md.py"
 
 
-def test_one_molecule_side_by_side(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
     spec = importlib.util.spec_from_file_location("benchmark_md", SCRIPT)
     assert spec
     assert spec.loader
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_own_trajectories_of_a_specialist_agree_with_itself(benchmark: ModuleType) -> None:
+    pair = [Specialist.load(name, dtype=torch.float32) for name in benchmark.NAMES]
+    tests = [benchmark.reference_frames(molecule, None)[:5] for molecule in benchmark.MOLECULES]
+    brief = TrajectoryOptions(time=0.02, replicas=1, max_grade=None)
+    found = benchmark.own_trajectories(pair[0], pair, tests, brief)
+    itself, other = (found[name] for name in benchmark.NAMES)
+    assert itself["disagreement"]["force_mae"] < 1e-4
+    assert itself["merged_on_tests"] == itself["specialist_on_tests"] < 0.05
+    assert other["merged_on_tests"] > 5 * other["specialist_on_tests"]
+
+
+def test_one_molecule_side_by_side(benchmark: ModuleType, tmp_path: Path) -> None:
     same = Specialist.load("rmd17-ethanol", dtype=torch.float32)
     protocol = Protocol(picoseconds=0.04, seeds=1)
     found = benchmark.compare_dynamics("ethanol", same, protocol=protocol, data=None, out=tmp_path).to_dict()
