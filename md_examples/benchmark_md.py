@@ -7,7 +7,7 @@ For ethanol and malonaldehyde: the bundled specialist and the merge of both, fro
 First the merge's own short trajectories (eight replicas of 1 ps per molecule): how far it disagrees there with the
 specialist, beside the specialist's error on test frames. Then NVT (Langevin) of ``--ps`` each, and NVE of half that time;
 float32 networks. Reference of the distances of atoms are the bundled test frames, or all frames of
-``rmd17_<molecule>_test_01.npz`` in DATA_FOLDER. The full length takes about half an hour on one core; interrupted, it goes on
+``rmd17_<molecule>_test_01.npz`` in DATA_FOLDER. The full length takes half an hour on one core; interrupted, it goes on
 from the finished batches in FOLDER.
 """
 
