@@ -13,6 +13,7 @@ from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.solve import ridge_solve
 from ase_gffmerge.merging.statistics import Gram, normalised_sum
 from ase_gffmerge.merging.territory import Scene, Territory
+from ase_gffmerge.models.potential import Stage
 
 
 class _Reached(Exception):
@@ -183,3 +184,8 @@ def run_stage(stage: nn.Module, scene: Scene, tensors: Tensors) -> Any:
 def stage_inputs(scene: Scene, of_merged: bool) -> Dual:
     """State before the stage, and geometry."""
     return (scene.merged if of_merged else scene.target) + scene.geometry
+
+
+def advance(stage: Stage, state: Dual, scene: Scene) -> Dual:
+    """State after the stage."""
+    return push(lambda *x: tuple(run_stage(stage, scene, x)), state + scene.geometry)

@@ -14,13 +14,11 @@ message-level target is the case of a single map, in which f is affine.
 
 from collections.abc import Sequence
 
-from ase_gffmerge.merging.align import run_stage
-from ase_gffmerge.merging.duals import Dual, push
 from ase_gffmerge.merging.gauss_newton import gauss_newton_step
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
-from ase_gffmerge.merging.stage_output import StageOutput
-from ase_gffmerge.merging.territory import Scene, Territory
+from ase_gffmerge.merging.stage_output import StageOutput, squared
+from ase_gffmerge.merging.territory import Territory
 from ase_gffmerge.models.potential import Stage
 
 ITERATIONS, DAMPING = 15, 1e-3
@@ -53,7 +51,7 @@ def align_output(
     """
     problem = StageOutput(merged, originals, territories, recipe)
     step = gauss_newton_step(problem, iterations=iterations, damping=DAMPING)
-    before = after = problem.mismatch(problem.thetas)
+    before = after = squared(problem.residual)
     for factor in (1.0, 0.5, 0.25):
         trial = {key: theta + factor * step[key] for key, theta in problem.thetas.items()}
         mismatch = problem.mismatch(trial)
@@ -71,8 +69,3 @@ def align_output(
         effective_rank=None,
         ridge=DAMPING,
     )
-
-
-def advance(stage: Stage, state: Dual, scene: Scene) -> Dual:
-    """State after the stage."""
-    return push(lambda *x: tuple(run_stage(stage, scene, x)), state + scene.geometry)

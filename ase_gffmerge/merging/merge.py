@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ase_gffmerge.device import resolve_device
 from ase_gffmerge.errors import MergeWarning, RecipeError
 from ase_gffmerge.memory import memory_errors
-from ase_gffmerge.merging.align import align_layers, run_stage, stage_inputs
-from ase_gffmerge.merging.align_output import advance, align_output
+from ase_gffmerge.merging.align import advance, align_layers, run_stage, stage_inputs
+from ase_gffmerge.merging.align_output import align_output
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.compatibility import check_compatible
 from ase_gffmerge.merging.diagnosis import diagnose

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ase_gffmerge.merging.align import layer_inputs, run_stage, stage_inputs
-from ase_gffmerge.merging.duals import differentiable_push, push
+from ase_gffmerge.merging.align import advance, layer_inputs, run_stage, stage_inputs
+from ase_gffmerge.merging.duals import differentiable_push
 from ase_gffmerge.merging.gauss_newton import Thetas
 from ase_gffmerge.merging.layers import affine_maps
 from ase_gffmerge.merging.recipe import Recipe
@@ -55,7 +55,7 @@ class StageOutput:
         self._scenes = [territory.scenes[0] for territory in territories]
         self.thetas = {name: problem.read().detach().clone() for name, problem in self._maps.items()}
         states = [
-            push(lambda *x, o=original, s=scene: tuple(run_stage(o, s, x)), stage_inputs(scene, False))
+            advance(original, scene.target, scene)
             for original, scene in zip(originals, self._scenes, strict=True)
         ]
         self._factors = [

@@ -26,8 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.merging.align import layer_inputs, run_stage
-from ase_gffmerge.merging.align_output import advance
+from ase_gffmerge.merging.align import advance, layer_inputs, run_stage
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.duals import push
 from ase_gffmerge.merging.layers import affine_maps, problems

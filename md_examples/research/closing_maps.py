@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ase_gffmerge.merging.align import layer_input, run_stage
-from ase_gffmerge.merging.align_output import advance
+from ase_gffmerge.merging.align import advance, layer_input, run_stage
 from ase_gffmerge.merging.duals import Dual, differentiable_push
 from ase_gffmerge.merging.layers import Problem, problems
 from ase_gffmerge.merging.recipe import Recipe

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.merging.align import align_layers, run_stage, stage_inputs
-from ase_gffmerge.merging.align_output import advance
+from ase_gffmerge.merging.align import advance, align_layers, run_stage, stage_inputs
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.duals import Dual, Tensors, push
 from ase_gffmerge.merging.merge import working_copies

@@ -127,6 +127,20 @@ def test_the_mismatch_falls_and_is_what_the_report_says(scene_of_merge) -> None:
     assert report.residual_after == pytest.approx(new.mismatch(new.thetas) / new.target_norm)
 
 
+def test_the_mismatch_at_the_start_is_known_from_the_linearisation(scene_of_merge, monkeypatch) -> None:
+    """Only the full step, which succeeds here, is evaluated."""
+    mean, parents, territories = scene_of_merge
+    name, stage = next(mean.named_stages())
+    evaluated, plain = [], StageOutput.mismatch
+    monkeypatch.setattr(
+        StageOutput, "mismatch", lambda self, thetas: evaluated.append(thetas) or plain(self, thetas)
+    )
+    align_output(
+        name, stage, [p.potential.get_submodule(name) for p in parents], territories, Recipe(probes=2)
+    )
+    assert len(evaluated) == 1
+
+
 def test_a_stage_that_agrees_stays(family) -> None:
     (parent,) = working_copies(family("painn", 2)[:1], torch.device("cpu"))
     territories = survey([parent], parent.potential, (1.0,), probes=2)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ase_gffmerge.merging.align_output import advance
+from ase_gffmerge.merging.align import advance
 from ase_gffmerge.merging.duals import Dual, push
 from ase_gffmerge.merging.territory import survey
 
