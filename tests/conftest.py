@@ -21,6 +21,13 @@ HYPER = {
 
 CACHE = os.environ.get("GFFMERGE_CACHE")
 
+LONGEST = ("test_readme.py", "test_demo.py")
+"""Modules that run for minutes begin first, so that no worker waits for them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
+
 
 @pytest.fixture(scope="session")
 def merge_cache(tmp_path_factory) -> Path:

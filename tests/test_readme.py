@@ -50,6 +50,12 @@ def test_links_and_files_exist() -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_the_longest_tests_begin_first(request) -> None:
+    """Here, since the blocks of the README take longest: no other worker waits for them at the end."""
+    names = [item.path.name for item in request.session.items]
+    assert names[: names.count("test_readme.py")] == names.count("test_readme.py") * ["test_readme.py"]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Frames and files with the names that the README uses; training options are tiny ones."""
