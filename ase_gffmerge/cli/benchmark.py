@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ase_gffmerge.cli.options import DeviceOption, DType, JsonOption
-from ase_gffmerge.cli.output import print_json, progress_bar
+from ase_gffmerge.cli.output import Progress, print_json, progress_bar
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ase_gffmerge.specialist import Specialist
 
 DEFAULT = ["rmd17-ethanol", "rmd17-malonaldehyde"]
+MERGE_SHARE = 0.4
+"""Of the progress bar, when the merge is not in the cache."""
 
 
 def benchmark(
@@ -70,9 +72,15 @@ def benchmark(
             steps=steps,
             repeats=repeats,
             compile=compile,
+            progress=lambda fraction, text: progress(MERGE_SHARE * fraction, text),
             **options,
         )
-        rows = run_benchmark(bench, ROWS, only, progress=progress)
+        rows = run_benchmark(
+            bench,
+            ROWS,
+            only,
+            progress=lambda fraction, text: progress(MERGE_SHARE + (1 - MERGE_SHARE) * fraction, text),
+        )
     if plot:
         plot_scaling(rows, plot)
     machine = describe_machine(bench)
@@ -84,15 +92,19 @@ def benchmark(
         print_rows(rows, machine)
 
 
-def make_bench(sources: Sequence[str], *, device: str, dtype: DType, **options: Any) -> "Bench":
+def make_bench(
+    sources: Sequence[str], *, device: str, dtype: DType, progress: Progress, **options: Any
+) -> "Bench":
     """Load the specialists, merge several through the cache, and say how calculators are made."""
     from ase_gffmerge.calculator import GFFMergeCalculator
     from ase_gffmerge.errors import BenchmarkError
     from ase_gffmerge.evaluation.benchmark import Bench
     from ase_gffmerge.sources import load
 
-    def from_files(count: int) -> GFFMergeCalculator:
-        return GFFMergeCalculator(list(sources[:count]), device=device, dtype=dtype.value, compile=False)
+    def from_files(count: int, progress: Progress | None = None) -> GFFMergeCalculator:
+        return GFFMergeCalculator(
+            list(sources[:count]), device=device, dtype=dtype.value, compile=False, progress=progress
+        )
 
     def calculator(force_field: "Specialist", compiled: bool) -> "Calculator":
         return GFFMergeCalculator(force_field, device=device, dtype=dtype.value, compile=compiled)
@@ -103,7 +115,7 @@ def make_bench(sources: Sequence[str], *, device: str, dtype: DType, **options: 
             f"{specialists[0].name!r} has no calibration frames, so there is no structure to measure; "
             "name a specialist that has some"
         )
-    force_field = from_files(len(sources)).force_field
+    force_field = from_files(len(sources), progress).force_field
     return Bench(
         specialists=specialists,
         force_field=force_field,

@@ -117,14 +117,17 @@ def scaling_rows(bench: Bench) -> Iterator[Row]:
         atoms = bench.structure(n_atoms)
         step = md_step(bench.calculator(bench.force_field, False), atoms)
         times[str(len(atoms))] = medians({"step": step}, repeats=max(1, bench.repeats // 3))["step"]
-    exponent = np.polyfit(np.log([float(n) for n in times]), np.log(list(times.values())), 1)[0]
+    sizes = [float(n) for n in times]
+    alone = len(sizes) < 2
     yield Row(
         what="exponent of the cost of an MD step",
         against="the number of atoms",
-        ratio=float(exponent),
+        ratio=None if alone else float(np.polyfit(np.log(sizes), np.log(list(times.values())), 1)[0]),
         target=1.1,
         milliseconds=times,
-        note=f"{' to '.join((min(times, key=int), max(times, key=int)))} atoms",
+        note=f"{min(sizes):.0f} atoms alone have no exponent; give --scaling twice or more, with different numbers"
+        if alone
+        else f"{min(sizes):.0f} to {max(sizes):.0f} atoms",
     )
 
 

@@ -1,12 +1,14 @@
 """``gffmerge benchmark`` on tiny specialists: what is measured, never how long it takes."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 
+from ase_gffmerge.cli import benchmark
 from ase_gffmerge.evaluation import benchmark_peers
 from ase_gffmerge.evaluation.benchmark import Row, crowd
 from ase_gffmerge.evaluation.benchmark_rows import ROWS
@@ -30,7 +32,13 @@ def pair(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
-def test_all_rows_but_those_of_other_packages(gffmerge, pair) -> None:
+def test_all_rows_but_those_of_other_packages(gffmerge, pair, monkeypatch) -> None:
+    steps = []
+    monkeypatch.setattr(
+        benchmark,
+        "progress_bar",
+        lambda _: nullcontext(lambda fraction, text: steps.append((fraction, text))),
+    )
     options = [word for name in ROWS if name not in PEERS for word in ("--only", name)]
     shown = gffmerge("benchmark", *pair, *options, *QUICK, "--plot", "scaling.png", "--json").json()
     assert set(shown["rows"]) == set(ROWS) - set(PEERS)
@@ -42,12 +50,29 @@ def test_all_rows_but_those_of_other_packages(gffmerge, pair) -> None:
         assert math.isfinite(row["ratio"]), row
         assert all(value > 0 for value in row["milliseconds"].values()), row
     assert Path("scaling.png").read_bytes().startswith(b"\x89PNG")
+    fractions, texts = map(list, zip(*steps, strict=True))
+    assert fractions == sorted(fractions)
+    assert 5 < texts.index("merge") < len(texts) - 5, "the merge, and then the rows, show their progress"
+    assert fractions[texts.index("merge")] == benchmark.MERGE_SHARE
 
 
 def test_table_for_people(gffmerge, pair) -> None:
     shown = gffmerge("benchmark", pair[0], "--only", "gram", "memory", *QUICK).out
     assert "reference recipe" in shown
     assert "met" in shown or "missed" in shown
+
+
+@pytest.mark.parametrize("sizes", [(6,), (6, 7)], ids=["one", "the same twice"])
+def test_one_size_has_no_exponent(gffmerge, pair, sizes) -> None:
+    options = [word for size in sizes for word in ("--scaling", size)]
+    shown = gffmerge(
+        "benchmark", pair[0], "--only", "scaling", *options, "--repeats", 1, "--device", "cpu", "--json"
+    )
+    (row,) = shown.json()["rows"]["scaling"]
+    assert row["ratio"] is None
+    assert row["met"] is None
+    assert list(row["milliseconds"]) == ["6"]
+    assert "6 atoms alone have no exponent; give --scaling twice" in row["note"]
 
 
 def test_unknown_rows_are_refused(gffmerge, pair) -> None:
