@@ -40,7 +40,7 @@ from ase_gffmerge.models import Potential
 from ase_gffmerge.training.distil import distil
 from ase_gffmerge.training.frames import bare
 from ase_gffmerge.training.joint import FINE_TUNING, train_jointly
-from ase_gffmerge.training.refine import starting_recipe
+from ase_gffmerge.training.refine import starting_point as narrow_merge
 
 MOLECULES = ("ethanol", "malonaldehyde")
 NAMES = tuple(f"rmd17-{molecule}" for molecule in MOLECULES)
@@ -90,6 +90,7 @@ class Stopwatch:
     def pause(self, work: Callable[[], Any]) -> Any:
         """Do something that does not count."""
         self.before = self.seconds
+        self.started = time.process_time()
         result = work()
         self.started = time.process_time()
         return result
@@ -200,10 +201,9 @@ def starting_point(kind: str, specialists: Sequence[Specialist], base: Specialis
     """What a distillation starts from."""
     if kind == "base":
         return base
-    recipe = (
-        Recipe(method="mean", messages=False, readout=None) if kind == "mean" else starting_recipe(Recipe())
-    )
-    return merge(specialists, recipe, device="cpu")[0]
+    if kind == "mean":
+        return merge(specialists, Recipe(method="mean", messages=False, readout=None), device="cpu")[0]
+    return merge(*narrow_merge(specialists, Recipe()), device="cpu")[0]
 
 
 def distillation(
@@ -253,15 +253,11 @@ def measure(bench: Bench, options: DistilOptions) -> dict[str, Any]:
 
 
 def summary(bench: Bench, runs: dict[str, Any]) -> dict[str, Any]:
-    """The targets: error against that of joint training, share of its time, and which start is ahead."""
-
-    def mean(run: dict[str, Any]) -> float:
-        return float(np.mean(list(run["force_mae"].values())))
-
+    """The targets: error against that of joint training, share of its time, which start is ahead, and by how much."""
     longest = runs[f"merged-{max(bench.size.shares):g}"]
     reference = runs["joint"]
     ahead = {
-        point: min(STARTS, key=lambda kind: mean(runs[f"{kind}-{point}"]))
+        point: min(STARTS, key=lambda kind: mean_force_mae(runs[f"{kind}-{point}"]))
         for point in [
             *(f"{share:g}" for share in bench.size.shares),
             *(f"{n}frames" for n in bench.size.frames),
@@ -272,10 +268,34 @@ def summary(bench: Bench, runs: dict[str, Any]) -> dict[str, Any]:
         "distilled": longest["force_mae"],
         "joint": reference["force_mae"],
         "ratio": {name: longest["force_mae"][name] / reference["force_mae"][name] for name in NAMES},
-        "mean_ratio": mean(longest) / mean(reference),
+        "mean_ratio": mean_force_mae(longest) / mean_force_mae(reference),
         "time_share": longest["seconds"] / reference["seconds"],
         "ahead": ahead,
+        "others_at_equal_seconds": {
+            kind: at_equal_seconds(bench.size.shares, runs, kind) for kind in STARTS if kind != "merged"
+        },
     }
+
+
+def mean_force_mae(run: dict[str, Any]) -> float:
+    """Mean over the molecules, eV/Å."""
+    return float(np.mean(list(run["force_mae"].values())))
+
+
+def at_equal_seconds(shares: Sequence[float], runs: dict[str, Any], kind: str) -> dict[str, float]:
+    """Error of another start when the merged start arrives, over that of the latter, by the merged start's run.
+
+    The other curve is interpolated between its own runs, logarithmic in both; what lies beyond them is left out.
+    """
+    points = sorted((r["seconds"], mean_force_mae(r)) for r in (runs[f"{kind}-{s:g}"] for s in shares))
+    seconds, errors = np.log(np.array(points)).T
+    result = {}
+    for share in shares:
+        merged = runs[f"merged-{share:g}"]
+        if points[0][0] <= merged["seconds"] <= points[-1][0]:
+            other = np.exp(np.interp(np.log(merged["seconds"]), seconds, errors))
+            result[f"{share:g}"] = float(other) / mean_force_mae(merged)
+    return result
 
 
 def specialists_alone(bench: Bench) -> dict[str, Any]:
@@ -305,13 +325,13 @@ def draw(bench: Bench, runs: dict[str, Any], path: Path) -> None:
     """Error against seconds, and against the number of frames."""
 
     def mean(row: dict[str, Any]) -> float:
-        return 1000 * float(np.mean(list(row["force_mae"].values())))
+        return 1000 * mean_force_mae(row)
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for kind in STARTS:
         points = [runs[f"{kind}-{share:g}"] for share in sorted(bench.size.shares)]
-        started = points[-1]["start"]
+        started = points[0]["start"]
         seconds = [max(started["seconds"], 0.3), *(run["seconds"] for run in points)]
         left.plot(seconds, [mean(started), *map(mean, points)], marker="o", label=f"distilled from {kind}")
         right.plot(

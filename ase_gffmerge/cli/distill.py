@@ -85,13 +85,15 @@ def merged_start(specialists: "Sequence[Specialist]", recipe: "Recipe", device: 
     from ase_gffmerge.errors import MergeWarning
     from ase_gffmerge.merging.compatibility import check_compatible
     from ase_gffmerge.sources import MergeOptions, resolve
-    from ase_gffmerge.training.refine import starting_recipe
+    from ase_gffmerge.training.refine import starting_point
 
     check_compatible(specialists, recipe)
-    options = MergeOptions(recipe=starting_recipe(recipe))
+    given, plain = starting_point(specialists, recipe)
     with progress_bar("merging") as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)
-        return resolve(specialists, options, device=resolve_device(device), progress=progress).force_field
+        return resolve(
+            given, MergeOptions(recipe=plain), device=resolve_device(device), progress=progress
+        ).force_field
 
 
 def report(distilled: "Specialist", run: dict[str, Any], start: dict[str, float], *, as_json: bool) -> None:

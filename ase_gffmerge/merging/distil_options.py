@@ -19,6 +19,9 @@ class DistilOptions(BaseModel):
     widened
         Start from a merge with the recipe's force-matched readout. Without it the start is further away but sooner there,
         and the result costs no more per step than a specialist.
+    start_frames
+        Calibration frames per specialist, evenly spread, that the merge without the wide readout is solved on: more make the
+        start later, not better.
     copies, max_copied_atoms, temperature, interval
         Copies of every frame that the specialist visits by short dynamics, as in
         :class:`~ase_gffmerge.merging.recipe.ReadoutOptions`.
@@ -44,6 +47,7 @@ class DistilOptions(BaseModel):
     stress_weight: float = Field(default=1.0, ge=0)
     feature_weight: float = Field(default=0.7, ge=0)
     widened: bool = False
+    start_frames: Whole = Field(default=25, ge=1)
     copies: Whole = Field(default=12, ge=0)
     max_copied_atoms: Whole = Field(default=20_000, ge=0)
     temperature: float = Field(default=500.0, ge=0)

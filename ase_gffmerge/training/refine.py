@@ -13,6 +13,7 @@ from ase_gffmerge.merging.merge import Progress, merge
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.sampling.closed_loop import closed_loop
+from ase_gffmerge.sampling.ladder import evenly
 from ase_gffmerge.specialist import Specialist
 from ase_gffmerge.training.distil import distil
 from ase_gffmerge.training.loop import Callback
@@ -53,8 +54,7 @@ def merge_and_refine(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)
         start, _ = _merged(
-            specialists,
-            starting_recipe(recipe),
+            *starting_point(specialists, recipe),
             device=device,
             progress=lambda fraction, text: tell(MERGE_SHARE * fraction, text),
         )
@@ -80,10 +80,26 @@ def _merged(
     return result.merged, result.report
 
 
-def starting_recipe(recipe: Recipe) -> Recipe:
-    """The merge that a distillation starts from: without ``refine``, and with a plain readout unless it is to stay wide."""
+def starting_point(specialists: Sequence[Specialist], recipe: Recipe) -> tuple[list[Specialist], Recipe]:
+    """What the merge that a distillation starts from is made of.
+
+    Returns
+    -------
+    specialists : list of Specialist
+        With few of their calibration frames, or with all where the readout is to stay wide or a closed loop adds others.
+    recipe : Recipe
+        Without ``refine``, and with a plain readout unless it is to stay wide.
+    """
     options = recipe.refine or DistilOptions()
-    return recipe.model_copy(update={"refine": None, "readout": recipe.readout if options.widened else None})
+    plain = recipe.model_copy(update={"refine": None, "readout": recipe.readout if options.widened else None})
+    if options.widened or recipe.closed_loop is not None:
+        return list(specialists), plain
+    return [_with_few_frames(specialist, options.start_frames) for specialist in specialists], plain
+
+
+def _with_few_frames(specialist: Specialist, n: int) -> Specialist:
+    chosen = evenly(len(specialist.calibration), n)
+    return specialist.with_calibration([specialist.calibration[k] for k in chosen])
 
 
 def _teller(tell: Progress, options: DistilOptions) -> Callback:

@@ -57,6 +57,8 @@ def test_table_and_curves(benchmark, monkeypatch, capsys, tmp_path) -> None:
     assert runs["merged-0.5"]["seconds"] < longest["seconds"]
     assert set(document["ahead"]) == {"0.5", "1", "3frames"}
     assert len(markdown.strip().splitlines()) == 3 + len(runs)
+    assert longest["start"]["seconds"] < longest["seconds"]
+    assert set(document["others_at_equal_seconds"]) == {"mean", "base"}
     assert (tmp_path / "table.md").read_text() == markdown
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -90,3 +92,24 @@ def test_shorter_runs_take_their_share_of_steps(benchmark) -> None:
     for share, n in ((1.0, 100), (0.5, 100), (0.125, 100), (0.25, 25), (0.25, 400)):
         shorter = benchmark.shortened(options, share, n, 100)
         assert n * (1 + shorter.copies) * shorter.epochs == pytest.approx(share * 100 * 20 * 4)
+
+
+def test_errors_at_equal_seconds_are_interpolated(script) -> None:
+    module = script("benchmark_distillation")
+
+    def run(seconds: float, error: float) -> dict:
+        return {"seconds": seconds, "force_mae": {"a": error, "b": error}}
+
+    runs = {"mean-1": run(100, 0.01), "mean-0.25": run(25, 0.04), "mean-0.5": run(50, 0.02)}
+    runs |= {"merged-1": run(120, 0.01), "merged-0.5": run(70, 0.01), "merged-0.25": run(30, 0.1 / 3)}
+    found = module.at_equal_seconds((0.25, 0.5, 1.0), runs, "mean")
+    assert found == pytest.approx({"0.25": 1.0, "0.5": 100 / 70})
+
+
+def test_a_pause_does_not_count(script, monkeypatch) -> None:
+    module = script("benchmark_distillation")
+    clock = iter([0.0, 5.0, 5.0, 6.0, 9.0, 10.0])
+    monkeypatch.setattr(module.time, "process_time", lambda: next(clock))
+    watch = module.Stopwatch(started=module.time.process_time())
+    assert watch.pause(lambda: watch.seconds) == 6.0, "5 s until the pause, and 1 s within it"
+    assert watch.seconds == 6.0

@@ -27,7 +27,7 @@ from ase_gffmerge.training.distil import distil
 from ase_gffmerge.training.joint import train_jointly
 from ase_gffmerge.training.lessons import prepare_lesson
 from ase_gffmerge.training.losses import labelled_graphs, weigh
-from ase_gffmerge.training.refine import merge_and_refine
+from ase_gffmerge.training.refine import merge_and_refine, starting_point
 from ase_gffmerge.training.school import parameter_groups
 from ase_gffmerge.training.soap import SOAP
 from ase_gffmerge.training.state import History, stale
@@ -300,6 +300,16 @@ def test_the_readout_stays_wide_only_on_request(widened: bool, width: int) -> No
     assert seen[-1] == 1.0
     assert merged.merged is not None
     assert report == MergeReport.from_dict(merged.merged.report)
+
+
+@pytest.mark.parametrize(("changes", "used"), [({}, 2), ({"widened": True}, 10)])
+def test_a_narrow_start_is_solved_on_few_frames(changes: dict[str, object], used: int) -> None:
+    specialists = relatives("painn")
+    options = QUICK.model_copy(update={"start_frames": 2, **changes})
+    given, plain = starting_point(specialists, Recipe(refine=options))
+    assert plain.refine is None
+    assert [len(s.calibration) for s in given] == [used, used]
+    assert all(s.calibration[0] == t.calibration[0] for s, t in zip(given, specialists, strict=True))
 
 
 def test_verdict_is_told() -> None:
