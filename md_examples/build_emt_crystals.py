@@ -3,7 +3,7 @@
     python md_examples/build_emt_crystals.py FOLDER
 
 Labels are EMT's own, on small cells that are strained and rattled. NequIP, because its energy is smooth where every atom
-sits on a centre of inversion; PaiNN's has a cusp there (the norm of vectors that vanish), which spoils phonons.
+sits on a centre of inversion; PaiNN's is so only with a large ``norm_offset`` (the norm of vectors that vanish there).
 """
 
 import argparse

@@ -47,6 +47,8 @@ BUNDLED = ("base", "specialists", "cards")
 N_CALIBRATION = 100
 N_TEST_FRAMES = 50
 LEVEL_OF_THEORY = "PBE/def2-SVP"
+NORM_OFFSET = 1e-8
+"""The bundled models are older than the larger offset of new ones."""
 
 
 def main() -> None:
@@ -108,6 +110,7 @@ def config_of(plan: Plan) -> TrainConfig:
         validation=plan.validation,
         seed=plan.seed,
         level_of_theory=LEVEL_OF_THEORY,
+        hyper={} if plan.parent else {"norm_offset": NORM_OFFSET},
     )
 
 

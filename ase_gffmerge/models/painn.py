@@ -14,7 +14,7 @@ W(r) = (W_f rbf(r) + b_f) f_c(r)          ``filters``
 """
 
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import torch
@@ -25,10 +25,27 @@ from torch_geometric.data import Data
 from ase_gffmerge.models.painn_served import ServedMessage
 from ase_gffmerge.models.potential import EdgeGeometry, HyperParameters, Potential, Stage, State
 
+NORM_OFFSET = 1e-8
+
 
 @dataclass(frozen=True, kw_only=True)
 class PaiNNHyper(HyperParameters):
-    """Hyper-parameters of :class:`PaiNN`; all defaults are those of the base class."""
+    """Hyper-parameters of :class:`PaiNN`.
+
+    Attributes
+    ----------
+    norm_offset
+        ε of the norms :math:`(|V v|^2 + ε)^{1/2}`. They vanish where symmetry makes the vectors vanish, as on an inversion
+        centre; within :math:`|V v| < ε^{1/2}` of it forces turn round, so that a small ε makes a cusp. The default is that
+        of files that do not say; ``gffmerge train`` begins new models with a larger one.
+    """
+
+    norm_offset: float = field(default=NORM_OFFSET, repr=False)
+
+    def __repr__(self) -> str:
+        """What fingerprints are taken of: without the offset where it is that of files older than it."""
+        text = super().__repr__()
+        return text if self.norm_offset == NORM_OFFSET else f"{text[:-1]}, norm_offset={self.norm_offset})"
 
 
 class Message(Stage):
@@ -56,8 +73,9 @@ class Message(Stage):
 class Update(Stage):
     """Mixing of scalars and vectors on one atom."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, norm_offset: float):
         super().__init__()
+        self.norm_offset = norm_offset
         self.U = nn.Linear(channels, channels, bias=False)
         self.V = nn.Linear(channels, channels, bias=False)
         self.hidden = nn.Linear(2 * channels, channels)
@@ -67,7 +85,7 @@ class Update(Stage):
         """Add Δs (eq. 9) and Δv (eq. 10)."""
         scalars, vectors = state
         u, v = self.U(vectors), self.V(vectors)
-        norm = (v.square().sum(dim=1) + 1e-8).sqrt()
+        norm = (v.square().sum(dim=1) + self.norm_offset).sqrt()
         a = self.out(silu(self.hidden(torch.cat([scalars, norm], dim=-1))))
         ss, sv, vv = a.chunk(3, dim=-1)
         return scalars + ss + sv * (u * v).sum(dim=1), vectors + vv[:, None] * u
@@ -91,7 +109,7 @@ class PaiNN(Potential):
         super().__init__(hyper, species)
         for _ in range(hyper.n_blocks):
             self.stages.append(Message(hyper.channels, hyper.n_radial))
-            self.stages.append(Update(hyper.channels))
+            self.stages.append(Update(hyper.channels, hyper.norm_offset))
 
     def served(self) -> Self:
         """Give a copy with messages in blocks (:mod:`.painn_served`), which shares the weights."""

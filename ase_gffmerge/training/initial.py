@@ -12,6 +12,10 @@ from ase_gffmerge.specialist import Specialist, symbols
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.references import fit_references, warn_of_offset
 
+NEW_MODELS: Mapping[str, Mapping[str, float]] = {"painn": {"norm_offset": 1e-3}}
+"""Hyper-parameters of new models where they are not the defaults, which are those of old files. Forces of PaiNN are then
+smooth around inversion centres on the scale of displacements for phonons (0.01 Å), not only of 1e-4 Å."""
+
 
 def initial_specialist(
     frames: Sequence[Atoms],
@@ -53,7 +57,8 @@ def random_potential(config: TrainConfig, species: tuple[int, ...]) -> Potential
     """Weights drawn with ``config.seed``; the global random state of torch is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        return build_potential(config.model or "painn", config.hyper, species)
+        name = config.model or "painn"
+        return build_potential(name, {**NEW_MODELS.get(name, {}), **config.hyper}, species)
 
 
 def check_parent(init: Specialist, elements: Sequence[int], config: TrainConfig) -> None:

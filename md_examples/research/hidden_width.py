@@ -45,7 +45,7 @@ def hidden_rows(stage: Message | Update, state: State) -> Tensor:
     scalars, vectors = state
     if isinstance(stage, Message):
         return scalars
-    return torch.cat([scalars, (stage.V(vectors).square().sum(dim=1) + 1e-8).sqrt()], dim=-1)
+    return torch.cat([scalars, (stage.V(vectors).square().sum(dim=1) + stage.norm_offset).sqrt()], dim=-1)
 
 
 def widened_out(out: nn.Linear, width: int) -> nn.Linear:
@@ -82,7 +82,7 @@ class WideUpdate(Update):
         """Add Δs and Δv."""
         scalars, vectors = state
         u, v = self.U(vectors), self.V(vectors)
-        x = torch.cat([scalars, (v.square().sum(dim=1) + 1e-8).sqrt()], dim=-1)
+        x = torch.cat([scalars, (v.square().sum(dim=1) + self.norm_offset).sqrt()], dim=-1)
         ss, sv, vv = self.out(torch.cat([silu(self.hidden(x)), self.more(x)], dim=-1)).chunk(3, dim=-1)
         return scalars + ss + sv * (u * v).sum(dim=1), vectors + vv[:, None] * u
 
@@ -93,7 +93,7 @@ def widened_stage(stage: Message | Update, rows: Tensor, width: int) -> Message 
     wide = (
         WideMessage(channels, stage.filters.in_features)
         if isinstance(stage, Message)
-        else WideUpdate(channels)
+        else WideUpdate(channels, stage.norm_offset)
     )
     wide.to(stage.out.weight).load_state_dict(stage.state_dict())
     wide.more = RandomFeatures(rows, width)
