@@ -7,7 +7,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,9 @@ from filelock import BaseFileLock, FileLock
 
 from ase_gffmerge.data.fingerprints import hash_frames
 from ase_gffmerge.errors import CacheError, CacheWarning, FileFormatError
-from ase_gffmerge.fileformat import leftovers, read_metadata
+from ase_gffmerge.fileformat import read_metadata, remove_leftovers
+from ase_gffmerge.shortcuts import SUFFIX as SHORTCUT
+from ase_gffmerge.shortcuts import Shortcut, read_shortcut, write_shortcut
 from ase_gffmerge.specialist import Specialist
 
 if TYPE_CHECKING:
@@ -154,10 +156,21 @@ class MergeCache:
         with self._locked(key):
             if found := _load(path, fingerprints, warn=True):
                 return found, True
-            for abandoned in leftovers(path):  # whoever wrote them held the lock, and was killed
-                with suppress(OSError):
-                    abandoned.unlink()
+            remove_leftovers(path)  # whoever wrote them held the lock, and was killed
             return _store(build(), path), False
+
+    def recall(self, content: str) -> Specialist | None:
+        """Load the merge that files of this content led to before, see :func:`~ase_gffmerge.shortcuts.hash_content`."""
+        shortcut = read_shortcut(self.directory, content)
+        return _load(self.path(shortcut.key), shortcut.fingerprints, warn=False) if shortcut else None
+
+    def remember(self, content: str, merged: Specialist) -> None:
+        """Note that files of this content lead to ``merged``, if that is an entry."""
+        if merged.merged is not None and merged.merged.key:
+            record = merged.merged
+            write_shortcut(
+                self.directory, Shortcut(content=content, key=record.key, fingerprints=record.fingerprints)
+            )
 
     @contextmanager
     def _locked(self, key: str) -> Iterator[None]:
@@ -194,7 +207,7 @@ class MergeCache:
         return [CacheCheck(entry=entry, problem=_problem(entry.path)) for entry in self.entries()]
 
     def clear(self) -> list[CacheEntry]:
-        """Delete all entries and what killed processes left behind; returns the deleted entries.
+        """Delete all entries, shortcuts to them and what killed processes left behind; returns the deleted entries.
 
         Raises
         ------
@@ -202,8 +215,9 @@ class MergeCache:
             When a file cannot be deleted.
         """
         entries = self.entries()
-        abandoned = [*self._files(f".{_KEY}.*.tmp"), *self._files(f".{_KEY}.lock")]
-        for path in [*(entry.path for entry in entries), *abandoned]:
+        beside = [f"{_KEY}{SHORTCUT}", f".{_KEY}.*.tmp", f".{_KEY}.lock"]
+        others = [path for pattern in beside for path in self._files(pattern)]
+        for path in [*(entry.path for entry in entries), *others]:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:

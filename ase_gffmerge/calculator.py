@@ -139,7 +139,7 @@ class GFFMergeCalculator(Calculator):
             resolved = resolve(specialists, options, device=target, progress=progress)
             self.force_field = _served(resolved.force_field, target, DTYPES[precision])
             self._server = Server(self.force_field, compile=compile)
-            self._specialists = resolved.specialists
+            self._parents = resolved.parents
         self.cache_hit = resolved.cache_hit
         self._neighbours = VerletCache(cutoff=self.force_field.cutoff, skin=skin, device=target)
         self._check_choice(specialist)
@@ -313,13 +313,13 @@ class GFFMergeCalculator(Calculator):
         ase.calculators.calculator.CalculatorSetupError
             When the calculator was not made from several specialists, or fewer than two know all elements.
         """
-        if not self._specialists:
+        if self._parents is None:
             raise SetupError(
                 f"{self.force_field.name!r} was given without the specialists it came from, so nobody can disagree; make "
                 "the calculator from the specialists (their merge is found in the cache)"
             )
         with as_setup_errors(), torch.inference_mode(False), self._lock:
-            return force_disagreement(self._specialists, require_structure(atoms))
+            return force_disagreement(self._parents.load(), require_structure(atoms))
 
     # -- copies --
 

@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -70,9 +71,11 @@ def require_writable(path: Path) -> None:
     _temporary(path).unlink()
 
 
-def leftovers(path: Path) -> list[Path]:
-    """Temporary files that killed writers of ``path`` left beside it."""
-    return list(path.parent.glob(f"{escape(_prefix(path))}*.tmp"))
+def remove_leftovers(path: Path) -> None:
+    """Delete temporary files that killed writers of ``path`` left beside it."""
+    for abandoned in path.parent.glob(f"{escape(_prefix(path))}*.tmp"):
+        with suppress(OSError):
+            abandoned.unlink()
 
 
 def _prefix(path: Path) -> str:

@@ -12,6 +12,8 @@ import torch
 
 from ase_gffmerge.ase_errors import FileSetupError, SetupError
 from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.parents import Parents
+from ase_gffmerge.shortcuts import hash_content
 from ase_gffmerge.specialist import BUNDLED, Specialist, bundled_path
 
 if TYPE_CHECKING:
@@ -46,13 +48,13 @@ class MergeOptions:
 class Resolved:
     """The force field to serve, with JSON-able constructor arguments that lead to it again.
 
-    ``specialists`` are what it was merged from, without frames, and ``cache_hit`` says whether the merge was found in the
-    cache; empty and ``None`` when nothing was to be merged.
+    ``parents`` are what it was merged from, and ``cache_hit`` says whether the merge was found in the cache; both are
+    ``None`` when nothing was to be merged.
     """
 
     force_field: Specialist
     arguments: Mapping[str, Any]
-    specialists: tuple[Specialist, ...] = ()
+    parents: Parents | None = None
     cache_hit: bool | None = None
 
 
@@ -77,12 +79,12 @@ def resolve(
         Handed to :func:`~ase_gffmerge.training.refine.merge_and_refine`.
     """
     items = as_list(sources)
-    loaded = [load(item) for item in items]
-    if len(loaded) > 1:
-        return _merged(items, loaded, options, device=device, progress=progress)
-    check_single(loaded[0], options)
+    if len(items) > 1:
+        return _merged(items, options, device=device, progress=progress)
+    force_field = load(items[0])
+    check_single(force_field, options)
     return Resolved(
-        force_field=loaded[0],
+        force_field=force_field,
         arguments={"specialists": [describe(items[0])], "recipe": "gffmerge", "weights": None},
     )
 
@@ -158,11 +160,13 @@ def check_single(force_field: Specialist, options: MergeOptions) -> None:
 
 def _warn_again(force_field: Specialist, recipe: "Recipe") -> None:
     """Say about a cached merge what was said when it was made."""
-    from ase_gffmerge.merging.report import MergeReport
+    from ase_gffmerge.merging.report import GOOD, MergeReport
 
     record = force_field.merged
-    report = MergeReport.from_dict(record.report) if record else None
-    if report and recipe.method != "mean" and report.verdict != "good":
+    if record is None or recipe.method == "mean" or record.report.get("relative_disagreement", GOOD) < GOOD:
+        return
+    report = MergeReport.from_dict(record.report)
+    if report.verdict != "good":
         warnings.warn(
             f"the merged potential (from the cache) is {report.verdict}: it misses a specialist's forces by "
             f"{100 * report.relative_disagreement:.0f} %; see calc.report, and do not rely on it untested",
@@ -173,7 +177,6 @@ def _warn_again(force_field: Specialist, recipe: "Recipe") -> None:
 
 def _merged(
     items: Sequence[Source],
-    loaded: Sequence[Specialist],
     options: MergeOptions,
     *,
     device: torch.device,
@@ -184,31 +187,32 @@ def _merged(
 
     recipe = options.load_recipe()
     cache = MergeCache(options.cache_dir)
+    paths = [bundled_path(item) for item in items if not isinstance(item, Specialist)]
+    in_files = len(paths) == len(items)  # an object has no path, but its merge has one
+    content = hash_content(paths, recipe) if in_files else None
+    if content and (known := cache.recall(content)):
+        _warn_again(known, recipe)
+        parents = Parents(paths=paths, fingerprints=known.merged.fingerprints if known.merged else ())
+        arguments = _arguments(items, recipe, options)
+        return Resolved(force_field=known, arguments=arguments, parents=parents, cache_hit=True)
+    loaded = [load(item) for item in items]
     force_field, hit = cache.get_or_build(
         loaded, recipe, lambda: merge_and_refine(loaded, recipe, device=device, progress=progress)[0]
     )
     if hit:
         _warn_again(force_field, recipe)
-    bare = tuple(specialist.with_calibration(()) for specialist in loaded)
-    if any(isinstance(item, Specialist) for item in items):  # objects have no path, but their merge has one
-        again: dict[str, Any] = {
-            "specialists": [str(cache.path(cache_key(loaded, recipe)))],
-            "recipe": "gffmerge",
-        }
-        return Resolved(
-            force_field=force_field,
-            arguments={**again, "weights": None},
-            specialists=bare,
-            cache_hit=hit,
-        )
+    if content and content == hash_content(paths, recipe):  # the files did not change while they were read
+        cache.remember(content, force_field)
+    entry = cache.path(cache_key(loaded, recipe))
+    arguments = _arguments(items if in_files else [entry], recipe, options if in_files else MergeOptions())
+    return Resolved(force_field=force_field, arguments=arguments, parents=Parents(loaded), cache_hit=hit)
+
+
+def _arguments(items: Sequence[Source], recipe: "Recipe", options: MergeOptions) -> dict[str, Any]:
+    """Constructor arguments for the same force field."""
     named = options.recipe if isinstance(options.recipe, str) and not Path(options.recipe).suffix else None
-    return Resolved(
-        force_field=force_field,
-        arguments={
-            "specialists": [describe(item) for item in items],
-            "recipe": named or recipe.model_dump(mode="json"),
-            "weights": list(options.weights) if options.weights is not None else None,
-        },
-        specialists=bare,
-        cache_hit=hit,
-    )
+    return {
+        "specialists": [describe(item) for item in items],
+        "recipe": named or recipe.model_dump(mode="json"),
+        "weights": list(options.weights) if options.weights is not None else None,
+    }

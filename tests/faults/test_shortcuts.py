@@ -1,0 +1,151 @@
+"""Hits that load no specialist: never a stale or mistaken merge, and whoever needs a specialist notices what is wrong."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from ase.build import molecule
+from harness import RECIPE, same_content
+
+from ase_gffmerge import GFFMergeCalculator, shortcuts, sources
+from ase_gffmerge.cache import MergeCache
+from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.specialist import Specialist
+
+
+@pytest.fixture
+def calculator(files, tmp_path):
+    """Makes a calculator of the two files, or of others, with a cache of this test."""
+
+    def make(specialists=files, **options) -> GFFMergeCalculator:
+        fixed = {"recipe": RECIPE, "cache_dir": tmp_path / "cache", "device": "cpu"}
+        return GFFMergeCalculator(specialists, **fixed | options)
+
+    return make
+
+
+@pytest.fixture
+def shortcut(calculator, tmp_path):
+    """The shortcut of the two files, whose merge is in the cache."""
+    assert not calculator().cache_hit
+    (path,) = (tmp_path / "cache").glob("*.shortcut")
+    return path
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list:
+    """Sources that are loaded one by one."""
+    loaded, plain = [], sources.load
+    monkeypatch.setattr(sources, "load", lambda source: loaded.append(source) or plain(source))
+    return loaded
+
+
+def flip(path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_a_hit_loads_no_specialist(calculator, loads):
+    missed = calculator()
+    assert len(loads) == 2
+    found = calculator()
+    assert len(loads) == 2
+    assert (missed.cache_hit, found.cache_hit) == (False, True)
+    assert same_content(missed.force_field, found.force_field)
+    assert missed.parameters == found.parameters
+    assert found.report.to_dict() == missed.report.to_dict()
+
+
+def test_what_decides_a_merge_decides_the_way(calculator, files, shortcut, loads):
+    copies = [path.rename(path.with_name(f"renamed {path.name}")) for path in files]
+    assert calculator(copies).cache_hit
+    assert loads == [], "where a file lies does not matter"
+    assert not calculator(copies[::-1]).cache_hit
+    assert not calculator(copies, weights=(1, 2)).cache_hit
+    assert len(loads) == 4
+
+
+def test_objects_are_looked_up_by_what_they_are(calculator, files, shortcut, loads):
+    objects = [Specialist.load(path) for path in files]
+    assert calculator([objects[0], files[1]]).cache_hit
+    objects[0].potential.readout.out.bias += 1.0
+    assert not calculator([objects[0], files[1]]).cache_hit
+
+
+def test_a_damaged_specialist_is_noticed(calculator, files, shortcut):
+    flip(files[1])
+    with pytest.raises(FileFormatError, match=r"b\.safetensors was altered"):
+        calculator()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: json.dumps(json.loads(text) | {"content": 64 * "0"}),
+        lambda text: json.dumps(json.loads(text) | {"key": "../../elsewhere"}),
+        lambda text: json.dumps(json.loads(text) | {"key": 7}),
+        lambda text: json.dumps(json.loads(text) | {"key": 64 * "0"}),
+        lambda text: json.dumps(json.loads(text) | {"fingerprints": ["x", "y"]}),
+        lambda text: json.dumps(json.loads(text) | {"fingerprints": 1}),
+    ],
+    ids=["empty", "list", "renamed", "outside", "number", "nothing", "others", "no list"],
+)
+def test_a_damaged_shortcut_is_not_taken(calculator, shortcut, loads, damage):
+    shortcut.write_text(damage(shortcut.read_text()))
+    assert calculator().cache_hit
+    assert len(loads) == 2
+    calculator()
+    assert len(loads) == 2, "it was written again"
+
+
+def test_a_shortcut_to_the_merge_of_others_is_not_taken(calculator, files, shortcut, loads):
+    calculator(files[::-1])
+    (other,) = set(shortcut.parent.glob("*.shortcut")) - {shortcut}
+    theirs = json.loads(other.read_text())
+    shortcut.write_text(json.dumps(json.loads(shortcut.read_text()) | {"key": theirs["key"]}))
+    assert calculator().force_field.merged.parents == ("a", "b")
+    assert len(loads) == 4
+
+
+def test_files_that_change_while_they_are_read_leave_no_shortcut(calculator, monkeypatch, tmp_path):
+    answers = iter("ab")
+    monkeypatch.setattr(sources, "hash_content", lambda *_: 64 * next(answers))
+    calculator()
+    assert list((tmp_path / "cache").glob("*.shortcut")) == []
+
+
+def test_a_folder_that_takes_no_shortcut(calculator, monkeypatch, loads):
+    def full(*_):
+        raise FileFormatError("cannot write")
+
+    monkeypatch.setattr(shortcuts, "atomic_write", full)
+    assert [calculator().cache_hit for _ in range(2)] == [False, True]
+    assert len(loads) == 4
+
+
+def test_the_cache_forgets_it(calculator, shortcut, tmp_path):
+    assert len(MergeCache(tmp_path / "cache").clear()) == 1
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert not calculator().cache_hit
+
+
+def test_who_disagrees_is_loaded_then(calculator, files, shortcut, loads):
+    atoms, fresh = molecule("CH3OH"), calculator([Specialist.load(path) for path in files])
+    calc = calculator()
+    copies = [calc, calc.spawn(), pickle.loads(pickle.dumps(calc))]
+    for found in copies:
+        np.testing.assert_array_equal(found.disagreement(atoms), fresh.disagreement(atoms))
+    late = calculator()
+    files[0].write_bytes(files[1].read_bytes())
+    with pytest.raises(
+        FileFormatError, match=r"a\.safetensors holds another specialist than the one that was merged"
+    ):
+        late.disagreement(atoms)
+    files[0].unlink()
+    with pytest.raises(FileFormatError, match="does not exist"):
+        late.disagreement(atoms)
+    np.testing.assert_array_equal(calc.disagreement(atoms), fresh.disagreement(atoms))
