@@ -60,6 +60,10 @@ class Ensemble(nn.Module):
         self.architecture, self.hyper = members[0].architecture, members[0].hyper
         self.species = tuple(sorted({z for member in members for z in member.species}))
 
+    def served(self) -> "Ensemble":
+        """Give the ensemble of what serves its members."""
+        return Ensemble([member.served() for member in self.members])  # type: ignore[operator]
+
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the members' weights."""
