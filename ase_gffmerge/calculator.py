@@ -31,7 +31,7 @@ from ase_gffmerge.device import resolve_device
 from ase_gffmerge.disagreement import force_disagreement
 from ase_gffmerge.graphs.verlet_cache import VerletCache
 from ase_gffmerge.serving import Server
-from ase_gffmerge.sources import MergeOptions, Source, resolve
+from ase_gffmerge.sources import MergeOptions, Source, resolve, with_frames
 from ase_gffmerge.specialist import Specialist
 
 if TYPE_CHECKING:
@@ -51,9 +51,12 @@ class GFFMergeCalculator(Calculator):
     Parameters
     ----------
     specialists
-        One or several of: bundled name, path of a ``.safetensors`` file, :class:`~ase_gffmerge.Specialist`.
-        Several are merged, and the merged potential is kept in the cache; a single one, merged or not, is
-        served as it is.
+        One or several of: bundled name, path of a ``.safetensors`` file, another package's force field as
+        ``vendor:path`` (for example ``chgnet:fine-tuned.pth.tar``), :class:`~ase_gffmerge.Specialist`. Several are
+        merged, and the merged potential is kept in the cache; a single one, merged or not, is served as it is.
+    calibration
+        For each specialist a list or a file of unlabelled frames that it knows, or ``None`` where it carries some already.
+        Another package's files carry none.
     recipe
         How to merge: ``gffmerge``, ``paper``, ``mean``, the path of a YAML file, a mapping, or a recipe.
     conditioning
@@ -107,6 +110,7 @@ class GFFMergeCalculator(Calculator):
         self,
         specialists: Source | Iterable[Source],
         *,
+        calibration: Sequence[str | Path | Sequence[Atoms] | None] | None = None,
         recipe: "str | Path | Mapping[str, Any] | Recipe" = "gffmerge",
         conditioning: Literal["shared", "per-specialist"] | None = None,
         device: str | torch.device = "auto",
@@ -136,7 +140,8 @@ class GFFMergeCalculator(Calculator):
         )
         with as_setup_errors(), _isolated_torch():
             target = resolve_device(device)
-            resolved = resolve(specialists, options, device=target, progress=progress)
+            sources = specialists if calibration is None else with_frames(specialists, calibration)
+            resolved = resolve(sources, options, device=target, progress=progress)
             self.force_field = _served(resolved.force_field, target, DTYPES[precision])
             self._server = Server(self.force_field, compile=compile)
             self._parents = resolved.parents

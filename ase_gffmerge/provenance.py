@@ -29,6 +29,8 @@ class Provenance:
     seen_frames
         Keys (:func:`~ase_gffmerge.data.fingerprints.geometry_key`) of all training and validation frames, those of the
         ancestors among them, ascending: no test frame may be one of these. Empty when nothing is known.
+    origin
+        Package and version of a foreign force field that this one was read from, or descends from.
     """
 
     data_set: str = "unknown"
@@ -39,10 +41,12 @@ class Provenance:
     lineage: tuple[str, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
     seen_frames: tuple[str, ...] = ()
+    origin: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Metadata for a file or a printout: of the frames seen only the number."""
-        return {**vars(self), "seen_frames": len(self.seen_frames)}
+        """Metadata for a file or a printout: of the frames seen only the number, and an origin if there is one."""
+        plain = {**vars(self), "seen_frames": len(self.seen_frames)}
+        return plain if self.origin else {key: value for key, value in plain.items() if key != "origin"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,7 @@ def unpack_provenance(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]
     for name, kind in (
         ("data_set", str),
         ("data_hash", str),
+        ("origin", str),
         ("n_train", int),
         ("epochs", int),
         ("seed", int),

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from ase import Atoms
 
+from ase_gffmerge.adapters import foreign_source
 from ase_gffmerge.ase_errors import FileSetupError, SetupError
+from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.parents import Parents
 from ase_gffmerge.shortcuts import hash_content
@@ -70,7 +73,7 @@ def resolve(
     Parameters
     ----------
     sources
-        One or several of: bundled name, path of a ``.safetensors`` file, :class:`Specialist`.
+        One or several of: bundled name, path of a ``.safetensors`` file, ``vendor:what``, :class:`Specialist`.
     options
         Used for several sources; for a single one they are only checked against what it is.
     device
@@ -128,17 +131,45 @@ def load(source: Source) -> Specialist:
     """
     if isinstance(source, Specialist):
         return source
-    if not os.path.exists(bundled_path(source)):
+    if not foreign_source(source) and not os.path.exists(bundled_path(source)):
         close = get_close_matches(str(source), BUNDLED, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"the bundled names are {', '.join(BUNDLED)}"
         raise FileSetupError(f"there is no specialist {str(source)!r}, neither bundled nor as a file; {hint}")
     return Specialist.load(source)
 
 
+def with_frames(
+    sources: Source | Iterable[Source], calibration: Sequence[str | Path | Sequence[Atoms] | None]
+) -> list[Source]:
+    """Specialists with the given calibration frames: one list or file per source, ``None`` to keep what is there.
+
+    Raises
+    ------
+    SetupError
+        When there are not as many entries as sources.
+    """
+    items = as_list(sources)
+    if isinstance(calibration, str | Path | Atoms) or len(calibration) != len(items):
+        raise SetupError(
+            f"calibration must hold one list of frames (or one file) for each of the {len(items)} specialists, in order"
+        )
+    return [
+        item if frames is None else load(item).with_calibration(_frames(frames))
+        for item, frames in zip(items, calibration, strict=True)
+    ]
+
+
+def _frames(frames: str | Path | Sequence[Atoms]) -> Sequence[Atoms]:
+    return read_frames(frames) if isinstance(frames, str | Path) else frames
+
+
 def describe(source: Source) -> str | dict[str, str]:
     """Describe a source as JSON: its bundled name, its absolute path, or what the object in memory is."""
     if isinstance(source, Specialist):
         return {"name": source.name, "fingerprint": source.fingerprint}
+    if foreign := foreign_source(source):
+        vendor, rest = foreign
+        return f"{vendor}:{Path(rest).absolute() if Path(rest).exists() else rest}"
     return str(source) if bundled_path(source) != Path(source) else str(Path(source).absolute())
 
 

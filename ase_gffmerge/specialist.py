@@ -11,6 +11,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from torch import Tensor
 
+from ase_gffmerge.adapters.names import foreign_source
 from ase_gffmerge.calibration import pack_frames, require_sound, unpack_frames
 from ase_gffmerge.conditioning import KEY, specialist_indices
 from ase_gffmerge.errors import FileFormatError, StructureError
@@ -154,7 +155,7 @@ class Specialist:
         Parameters
         ----------
         source
-            Path of a ``.safetensors`` file or one of the bundled names.
+            Path of a ``.safetensors`` file, one of the bundled names, or ``vendor:what`` (see :meth:`from_vendor`).
         dtype
             Floating-point type of the weights; default: as stored.
         device
@@ -165,6 +166,8 @@ class Specialist:
         FileFormatError
             When the file is missing, truncated, altered, of an unknown version, or not what it says.
         """
+        if foreign := foreign_source(source):
+            return cls.from_vendor(*foreign).to(device=device, dtype=dtype)
         path = bundled_path(source)
         metadata, tensors = read_file(path)
         if "checkpoint" in metadata:
@@ -199,6 +202,72 @@ class Specialist:
         _load_weights(potential, tensors, path)
         potential.eval().requires_grad_(False)
         return specialist.to(device=device, dtype=dtype)
+
+    @classmethod
+    def from_vendor(
+        cls,
+        vendor: str,
+        source: Any,
+        *,
+        calibration: Sequence[Atoms] = (),
+        name: str | None = None,
+        level_of_theory: str | None = None,
+        trust: bool = False,
+    ) -> Self:
+        """Make a specialist of another package's force field.
+
+        Parameters
+        ----------
+        vendor
+            One of :func:`ase_gffmerge.adapters.vendors`.
+        source
+            Path of the vendor's file, a name of its pretrained weights, or its model in memory.
+        calibration
+            Unlabelled frames typical of what it was fine-tuned on; a merge needs some.
+        name
+            Default: stem of the file.
+        level_of_theory
+            Of its labels; default: what the adapter knows.
+        trust
+            Load files that execute code.
+
+        Raises
+        ------
+        FileFormatError
+            When there is no such file, it holds code and is not trusted, or a model that the adapter cannot read.
+        """
+        from ase_gffmerge.adapters import adapter
+
+        foreign = adapter(vendor).read(source, trust=trust)
+        stem = (
+            Path(source).name.split(".")[0]
+            if isinstance(source, str | Path) and Path(source).exists()
+            else ""
+        )
+        return cls(
+            name=name or stem or f"{vendor}-{source if isinstance(source, str) else 'model'}",
+            potential=foreign.potential,
+            calibration=tuple(calibration),
+            level_of_theory=level_of_theory or foreign.level_of_theory,
+            provenance=Provenance(origin=f"{foreign.vendor} {foreign.version}".strip()),
+        )
+
+    @classmethod
+    def from_chgnet(cls, source: Any, **options: Any) -> Self:
+        """Make a specialist of a ``CHGNet``, its checkpoint or ``"0.3.0"``; options as in :meth:`from_vendor`."""
+        return cls.from_vendor("chgnet", source, **options)
+
+    def export(self, path: str | Path) -> Path:
+        """Write another package's format, for force fields that came from it.
+
+        Raises
+        ------
+        FileFormatError
+            When the architecture is no other package's, or holds what its format cannot.
+        """
+        from ase_gffmerge.adapters import adapter_for
+
+        return adapter_for(self.potential.architecture).write(self.potential, Path(path))
 
     def to(self, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Self:
         """Cast and move the weights in place; returns self."""

@@ -1,5 +1,6 @@
 """Base and specialists of the LiPS20 benchmark, on frames split by blocks of time."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,9 +86,11 @@ def make_frames(data: Path, out: Path, size: Size) -> None:
             write_frames(frame_file(out, system, part), [frames[i] for i in evenly(indices, n)])
 
 
-def evenly(indices: np.ndarray, n: int) -> np.ndarray:
+def evenly(indices: Sequence[int] | np.ndarray, n: int) -> np.ndarray:
     """At most ``n`` of the indices, evenly spaced."""
-    return indices[np.unique(np.linspace(0, len(indices) - 1, min(n, len(indices))).round().astype(int))]
+    return np.asarray(indices)[
+        np.unique(np.linspace(0, len(indices) - 1, min(n, len(indices))).round().astype(int))
+    ]
 
 
 def plan(name: str, out: Path, size: Size) -> TrainingPlan:

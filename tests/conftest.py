@@ -17,6 +17,14 @@ torch.set_num_threads(1)
 HYPER = {
     "painn": {"cutoff": 4.0, "channels": 8, "n_blocks": 2, "n_radial": 6},
     "nequip": {"cutoff": 4.0, "channels": 8, "tensor_channels": 4, "n_blocks": 2, "n_radial": 6},
+    "chgnet": {
+        "cutoff": 4.0,
+        "channels": 8,
+        "n_blocks": 2,
+        "n_radial": 6,
+        "n_angular": 5,
+        "readout_layers": 1,
+    },
 }
 
 CACHE = os.environ.get("GFFMERGE_CACHE")

@@ -4,6 +4,9 @@ import numpy as np
 from ase import Atoms
 from ase.build import bulk, fcc111
 
+OWN_ARCHITECTURES = ("painn", "nequip")
+"""Architectures that this project trains; those of other packages are tested in ``tests/adapters``."""
+
 
 def rattled_slab() -> Atoms:
     slab = fcc111("Al", (2, 1, 2), vacuum=4.0, periodic=False)

@@ -11,6 +11,7 @@ from ase_gffmerge.cli import (
     benchmark,
     cache,
     compare,
+    convert,
     demo,
     distill,
     evaluate,
@@ -64,6 +65,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo.demo)
+app.command("convert")(convert.convert)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)
 app.command("distill", cls=VariadicCommand)(distill.distill)

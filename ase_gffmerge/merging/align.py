@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.merging.duals import Dual, Tensors, push
-from ase_gffmerge.merging.layers import Problem, is_affine, problems, with_ones
+from ase_gffmerge.merging.layers import Problem, is_affine, problems, rows_entering, with_ones
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.solve import ridge_solve
@@ -24,8 +24,8 @@ def layer_input(module: nn.Module, run: Callable[[], Any]) -> Tensor:
     """Run a model up to ``module`` and return what enters it."""
     caught: list[Tensor] = []
 
-    def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        caught.append(inputs[0])
+    def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        caught.append(rows_entering(module, inputs))
         raise _Reached
 
     handle = module.register_forward_pre_hook(stop)
@@ -38,13 +38,19 @@ def layer_input(module: nn.Module, run: Callable[[], Any]) -> Tensor:
     return caught[0]
 
 
-def layer_inputs(root: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
-    """What enters every affine layer of ``root`` while ``run`` evaluates it, by name, in execution order."""
+def layer_inputs(
+    root: nn.Module, run: Callable[[], Any], *, wanted: Callable[[nn.Module], bool] = is_affine
+) -> dict[str, Tensor]:
+    """What enters every affine layer (or other wanted module) of ``root`` while ``run`` evaluates it, in that order."""
     caught: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, inputs: caught.update({name: rows_entering(module, inputs)})
+
     handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: caught.update({name: inputs[0]}))
+        module.register_forward_pre_hook(note(name))
         for name, module in root.named_modules()
-        if is_affine(module)
+        if wanted(module)
     ]
     try:
         run()
@@ -178,7 +184,7 @@ def _solve_layer(
 
 def run_stage(stage: nn.Module, scene: Scene, tensors: Tensors) -> Any:
     """Evaluate a stage on the tensors of :func:`stage_inputs`."""
-    return stage(tensors[:-3], scene.edge_geometry(tensors[-3:]))
+    return stage(*scene.split(tensors))
 
 
 def stage_inputs(scene: Scene, of_merged: bool) -> Dual:

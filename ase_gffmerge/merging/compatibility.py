@@ -7,7 +7,9 @@ import torch
 
 from ase_gffmerge.calibration import require_sound
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, RecipeError
+from ase_gffmerge.merging.layers import affine_maps
 from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.models import Potential
 from ase_gffmerge.specialist import Specialist, first_not_finite, symbols
 
 
@@ -106,16 +108,17 @@ def related(first: Specialist, second: Specialist) -> bool:
 
 
 def weight_distance(first: Specialist, second: Specialist) -> float:
-    r"""Distance of the weights in units of their size, :math:`\|w_a-w_b\| / \sqrt{\|w_a\|\,\|w_b\|}`.
+    r"""Distance of all affine maps in units of their size, :math:`\|w_a-w_b\| / \sqrt{\|w_a\|\,\|w_b\|}`.
 
-    About 1.4 for independent initialisations, well below 1 for fine-tuned relatives. Embeddings are left out.
+    About 1.4 for independent initialisations, well below 1 for fine-tuned relatives. Embeddings, norms and basis functions
+    are left out, which begin alike.
     """
-    pairs = [
-        (a.flatten(), b.flatten())
-        for (name, a), b in zip(
-            first.potential.named_parameters(), second.potential.parameters(), strict=True
-        )
-        if name != "embedding" and a.shape == b.shape
-    ]
-    a, b = (torch.cat([pair[i].detach().cpu().double() for pair in pairs]) for i in (0, 1))
+    ours, theirs = (_flat_maps(specialist.potential) for specialist in (first, second))
+    shared = [name for name in ours if name in theirs and ours[name].shape == theirs[name].shape]
+    a, b = (torch.cat([maps[name] for name in shared]) for maps in (ours, theirs))
     return float((a - b).norm() / (a.norm() * b.norm()).sqrt())
+
+
+def _flat_maps(potential: Potential) -> dict[str, torch.Tensor]:
+    """Coefficients of every affine map on the CPU."""
+    return {name: problem.read().cpu().double().flatten() for name, problem in affine_maps(potential).items()}

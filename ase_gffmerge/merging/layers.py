@@ -8,16 +8,23 @@ kind. A :class:`Problem` is one such map:
 * ``e3nn.o3.Linear``: one problem per output irrep over all inputs of that irrep; the 2l+1 components are extra rows, and
   Θ includes e3nn's path weight, Θ = path_weight · W. Equivariance holds by construction.
 * the layers of ``e3nn.nn.FullyConnectedNet``: bias-free, Θ = factor · W; the target is the value before the activation.
+
+Scale and shift of an ``nn.LayerNorm`` are no such map of rows, but they are parameters that a correction of a whole stage
+may change: :func:`adjustable_maps` holds them as well, as Θ = [scale; shift].
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from e3nn.nn import FullyConnectedNet
 from e3nn.o3 import Linear as EquivariantLinear
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 from torch_geometric.nn import Linear as GeometricLinear
+
+from ase_gffmerge.models.joined_linear import JoinedLinear
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,11 @@ def is_affine(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | GeometricLinear | EquivariantLinear) or _is_radial_layer(module)
 
 
+def rows_entering(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+    """The tensor that an affine layer maps, from the arguments of its forward method."""
+    return module.joined(*inputs) if isinstance(module, JoinedLinear) else inputs[0]
+
+
 def problems(name: str, module: nn.Module) -> Iterator[Problem]:
     """The affine maps of one layer."""
     if isinstance(module, EquivariantLinear):
@@ -83,6 +95,18 @@ def affine_maps(root: nn.Module) -> dict[str, Problem]:
     """All affine maps inside a module, by name."""
     layers = [(name, module) for name, module in root.named_modules() if is_affine(module)]
     return {problem.name: problem for name, module in layers for problem in problems(name, module)}
+
+
+def is_adjustable(module: nn.Module) -> bool:
+    """Whether a module has a map that :func:`adjustable_maps` lists."""
+    return is_affine(module) or (isinstance(module, nn.LayerNorm) and module.bias is not None)
+
+
+def adjustable_maps(root: nn.Module) -> dict[str, Problem]:
+    """All affine maps inside a module, and scales and shifts of its layer norms."""
+    norms = [(name, module) for name, module in root.named_modules() if isinstance(module, nn.LayerNorm)]
+    own = {name: _norm_problem(name, norm) for name, norm in norms if is_adjustable(norm)}
+    return affine_maps(root) | own
 
 
 def _flat_rows(x: Tensor) -> Tensor:
@@ -101,6 +125,18 @@ def _linear_problem(name: str, layer: nn.Linear) -> Problem:
         return weight | {"bias": theta[-1]} if has_bias else weight
 
     return Problem(name, layer, has_bias, _flat_rows, read, parameters)
+
+
+def _norm_problem(name: str, norm: nn.LayerNorm) -> Problem:
+    """Scale and shift of every channel; the rows are what is scaled, one number each."""
+
+    def rows(x: Tensor) -> Tensor:
+        return layer_norm(x, norm.normalized_shape, eps=norm.eps).reshape(-1, 1)
+
+    def read() -> Tensor:
+        return torch.stack([norm.weight.detach(), norm.bias.detach()])
+
+    return Problem(name, norm, True, rows, read, lambda theta: {"weight": theta[0], "bias": theta[1]})
 
 
 def _is_radial_layer(module: nn.Module) -> bool:

@@ -36,7 +36,7 @@ from ase_gffmerge.models import Potential
 from ase_gffmerge.models.potential import Stage
 from ase_gffmerge.specialist import MergeRecord, Provenance, Specialist
 
-MERGE_VERSION = 5
+MERGE_VERSION = 6
 """Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""
 
 Progress = Callable[[float, str], None]
@@ -231,6 +231,7 @@ def _as_specialist(
         provenance=Provenance(
             data_set="merged",
             lineage=record.fingerprints,
+            origin=" + ".join(dict.fromkeys(s.provenance.origin for s in specialists if s.provenance.origin)),
             seen_frames=tuple(sorted({key for s in specialists for key in s.provenance.seen_frames})),
         ),
         merged=record,

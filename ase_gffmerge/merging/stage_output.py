@@ -15,7 +15,7 @@ from torch.func import functional_call
 from ase_gffmerge.merging.align import advance, layer_inputs, run_stage, stage_inputs
 from ase_gffmerge.merging.duals import differentiable_push
 from ase_gffmerge.merging.gauss_newton import Thetas
-from ase_gffmerge.merging.layers import affine_maps
+from ase_gffmerge.merging.layers import adjustable_maps, is_adjustable
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.territory import Scene, Territory
 from ase_gffmerge.models.potential import Stage, State
@@ -49,7 +49,7 @@ class StageOutput:
     def __init__(
         self, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
     ):
-        self._stage, self._maps = stage, affine_maps(stage)
+        self._stage, self._maps = stage, adjustable_maps(stage)
         names = {module: name for name, module in stage.named_modules()}
         self._layers = {name: names[problem.module] for name, problem in self._maps.items()}
         self._scenes = [territory.scenes[0] for territory in territories]
@@ -92,7 +92,7 @@ class StageOutput:
         parameters = self._parameters(thetas)
 
         def stage_of(*x: Tensor) -> State:
-            return tuple(functional_call(self._stage, parameters, (x[:-3], scene.edge_geometry(x[-3:]))))
+            return tuple(functional_call(self._stage, parameters, scene.split(x)))
 
         return _weighted(differentiable_push(stage_of, stage_inputs(scene, True)), self._factors[k])
 
@@ -100,7 +100,9 @@ class StageOutput:
         """Gram matrix of the rows that enter every map, of mean eigenvalue 1."""
         values = stage_inputs(scene, True).value
         with torch.no_grad():
-            entering = layer_inputs(self._stage, lambda: run_stage(self._stage, scene, values))
+            entering = layer_inputs(
+                self._stage, lambda: run_stage(self._stage, scene, values), wanted=is_adjustable
+            )
             rows = {
                 name: problem.design(entering[self._layers[name]]) for name, problem in self._maps.items()
             }

@@ -1,7 +1,7 @@
 """A specialist's calibration frames in batches, with its own node states and those of the growing merged model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +14,7 @@ from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.batches import edge_vectors
 from ase_gffmerge.memory import chunks
 from ase_gffmerge.merging.duals import Dual, Tensors, push
-from ase_gffmerge.models.potential import EdgeGeometry, Potential
+from ase_gffmerge.models.potential import Geometry, Potential
 from ase_gffmerge.specialist import Specialist
 
 
@@ -27,9 +27,9 @@ class Scene:
     graph
         The batch.
     edges
-        Edge indices; its functions of the geometry are replaced by those in ``geometry``.
+        Edge indices; its parts that depend on the positions are replaced by those in ``geometry``.
     geometry
-        Radial functions, envelope and angular functions (the same for all models).
+        These parts (the same for all models).
     merged, target
         States of the merged model and of the specialist before the current stage.
     merged_scalars, target_scalars
@@ -37,17 +37,17 @@ class Scene:
     """
 
     graph: Batch
-    edges: EdgeGeometry
+    edges: Geometry
     geometry: Dual
     merged: Dual
     target: Dual
     merged_scalars: list[Dual] = field(default_factory=list)
     target_scalars: list[Dual] = field(default_factory=list)
 
-    def edge_geometry(self, parts: Tensors) -> EdgeGeometry:
-        """Edge geometry with the given radial functions, envelope and angular functions."""
-        radial, envelope, angular = parts
-        return replace(self.edges, radial=radial, envelope=envelope, angular=angular)
+    def split(self, tensors: Tensors) -> tuple[Tensors, Geometry]:
+        """Arguments of a stage from one tuple, a state followed by the parts of the geometry."""
+        n = len(tensors) - len(self.geometry.value)
+        return tensors[:n], self.edges.with_parts(tensors[n:])
 
 
 @dataclass
@@ -107,12 +107,7 @@ def _scene(specialist: Specialist, merged: Potential, graphs: Sequence[Data], *,
     batch = batch_graphs(graphs).to(potential.device)
     positions = Dual((batch.pos,), (_displacements(batch.pos, probes),) if probes else ())
 
-    def parts(positions: Tensor) -> Tensors:
-        batch.edge_vectors = edge_vectors(batch, positions)
-        geometry = potential.geometry(batch)
-        return geometry.radial, geometry.envelope, geometry.angular
-
-    geometry = push(parts, positions)
+    geometry = push(lambda r: potential.edge_functions(edge_vectors(batch, r)), positions)
     batch.edge_vectors = edge_vectors(batch)
     edges = potential.geometry(batch)
     ours, theirs = (_constant(model.embed(batch), probes) for model in (merged, potential))

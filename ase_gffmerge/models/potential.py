@@ -11,10 +11,10 @@ model.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -90,9 +90,28 @@ _LEAST = {"readout_width": 0, "readout_groups": 0, "readout_inputs": 0, "l_max":
 """Least values of whole-numbered hyper-parameters that need not be positive."""
 
 
+class Geometry(Protocol):
+    """What a stage may know about where the atoms are.
+
+    Attributes
+    ----------
+    parts
+        The tensors in it that depend on the edge vectors and are differentiated; the rest are indices.
+    """
+
+    @property
+    def parts(self) -> State:
+        """See the attributes."""
+        ...
+
+    def with_parts(self, parts: State) -> Self:
+        """Give the same edges with other values of :attr:`parts`."""
+        ...
+
+
 @dataclass(frozen=True)
 class EdgeGeometry:
-    """What a stage may know about the edges.
+    """Edges with their radial and angular functions.
 
     Attributes
     ----------
@@ -115,6 +134,16 @@ class EdgeGeometry:
     def enveloped(self) -> Tensor:
         """Radial functions and a one, times the envelope (n_edges, n_radial + 1); made once for all blocks."""
         return torch.cat([self.radial * self.envelope, self.envelope], dim=1)
+
+    @property
+    def parts(self) -> State:
+        """Radial functions, envelope and angular functions."""
+        return self.radial, self.envelope, self.angular
+
+    def with_parts(self, parts: State) -> Self:
+        """Replace radial functions, envelope and angular functions."""
+        radial, envelope, angular = parts
+        return replace(self, radial=radial, envelope=envelope, angular=angular)
 
 
 class Stage(nn.Module):
@@ -158,8 +187,10 @@ class Potential(ExactBuffers):
         self.embedding = nn.Parameter(torch.randn(hyper.n_embeddings, len(self.species), hyper.channels))
         self.basis = BesselBasis(hyper.cutoff, hyper.n_radial)
         self.stages = nn.ModuleList()
-        self.readout: MLPReadout | WidenedReadout = (
-            WidenedReadout(
+        self.readout: nn.Module = self.own_readout()
+        if hyper.readout_width:
+            self.readout = WidenedReadout(
+                self.readout,
                 hyper.channels,
                 len(self.species),
                 width=hyper.readout_width,
@@ -167,9 +198,10 @@ class Potential(ExactBuffers):
                 groups=hyper.readout_groups,
                 inputs=hyper.readout_inputs,
             )
-            if hyper.readout_width
-            else MLPReadout(hyper.channels)
-        )
+
+    def own_readout(self) -> nn.Module:
+        """Give the architecture's readout, ``(scalars of all blocks, species rows) -> energies (n_atoms,)`` in eV."""
+        return MLPReadout(self.hyper.channels)
 
     def served(self) -> Self:
         """Give what computes the same energies and their first derivatives faster, from weights that must not change.
@@ -186,14 +218,16 @@ class Potential(ExactBuffers):
         """Functions of the unit vectors (n_edges, 3) from receiver to sender."""
         raise NotImplementedError
 
-    def geometry(self, graph: Data) -> EdgeGeometry:
-        """Radial and angular functions of ``graph.edge_vectors``."""
-        vectors = graph.edge_vectors
+    def geometry(self, graph: Data) -> Geometry:
+        """What the stages know about ``graph.edge_vectors``."""
+        sender, receiver = graph.edge_index
+        return EdgeGeometry(sender, receiver, *self.edge_functions(graph.edge_vectors))
+
+    def edge_functions(self, vectors: Tensor) -> State:
+        """Parts of the geometry for edge vectors (n_edges, 3); without indices, so that it can be differentiated in bulk."""
         lengths = vectors.square().sum(dim=-1).sqrt()
         envelope = polynomial_cutoff(lengths, self.hyper.cutoff)[:, None]
-        sender, receiver = graph.edge_index
-        angular = self.angular(vectors / lengths[:, None])
-        return EdgeGeometry(sender, receiver, self.basis(lengths), envelope, angular)
+        return self.basis(lengths), envelope, self.angular(vectors / lengths[:, None])
 
     def scalars(self, state: State) -> Tensor:
         """Invariant features (n_atoms, channels) of a state."""

@@ -34,6 +34,8 @@ class WidenedReadout(nn.Module):
 
     Parameters
     ----------
+    mlp
+        The architecture's own readout.
     channels
         Scalars per block.
     n_species
@@ -47,11 +49,19 @@ class WidenedReadout(nn.Module):
     """
 
     def __init__(
-        self, channels: int, n_species: int, *, width: int, blocks: int, groups: int = 0, inputs: int = 0
+        self,
+        mlp: nn.Module,
+        channels: int,
+        n_species: int,
+        *,
+        width: int,
+        blocks: int,
+        groups: int = 0,
+        inputs: int = 0,
     ):
         super().__init__()
         self.blocks = blocks
-        self.mlp = MLPReadout(channels)
+        self.mlp = mlp
         self.lift: nn.Linear | SparseLinear = (
             SparseLinear(blocks * channels, width, groups=groups, inputs=inputs)
             if groups

@@ -4,11 +4,12 @@ from numbers import Integral
 from typing import Any
 
 from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.models.chgnet import CHGNet
 from ase_gffmerge.models.nequip import NequIP
 from ase_gffmerge.models.painn import PaiNN
 from ase_gffmerge.models.potential import Potential
 
-_ARCHITECTURES: dict[str, type[Potential]] = {cls.architecture: cls for cls in (PaiNN, NequIP)}
+_ARCHITECTURES: dict[str, type[Potential]] = {cls.architecture: cls for cls in (PaiNN, NequIP, CHGNet)}
 
 
 def architectures() -> tuple[str, ...]:

@@ -98,8 +98,10 @@ def parameter_groups(potential: Potential) -> list[dict[str, Any]]:
     wide: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     for name, parameter in potential.named_parameters():
-        is_wide = name.startswith("readout.") and not name.startswith(
-            ("readout.mlp.", "readout.hidden", "readout.out")
+        is_wide = (
+            potential.hyper.readout_width > 0
+            and name.startswith("readout.")
+            and not name.startswith("readout.mlp.")
         )
         (wide if is_wide else plain).append(parameter)
     if not wide:

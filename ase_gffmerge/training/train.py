@@ -108,6 +108,7 @@ def train(
             lineage=lineage(init),
             seen=seen_frames([*training, *validation], init=init),
             errors=errors,
+            origin=init.provenance.origin if init else "",
         ),
     )
     specialist.save(out)
@@ -153,6 +154,7 @@ def provenance(
     lineage: tuple[str, ...],
     seen: tuple[str, ...],
     errors: Errors | None,
+    origin: str = "",
 ) -> Provenance:
     """Record of the training for the file."""
     return Provenance(
@@ -164,4 +166,5 @@ def provenance(
         lineage=lineage,
         errors=errors.to_dict() if errors else {},
         seen_frames=seen,
+        origin=origin,
     )

@@ -72,7 +72,7 @@ def _output_of(stage: Stage, layer: str, problem: Problem, scene: Scene) -> Call
         parameters = {f"{layer}.{key}": value for key, value in problem.parameters(theta).items()}
 
         def stage_of(*x: Tensor) -> State:
-            return tuple(functional_call(stage, parameters, (x[:-3], scene.edge_geometry(x[-3:]))))
+            return tuple(functional_call(stage, parameters, scene.split(x)))
 
         return differentiable_push(stage_of, inputs)
 

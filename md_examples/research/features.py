@@ -82,8 +82,9 @@ def with_norms(potential: Potential, options: ReadoutOptions) -> Potential:
     hyper, n_species = potential.hyper, len(potential.species)
     wide = PaiNNWithNorms(hyper, potential.species).to(dtype=potential.dtype)
     wide.load_state_dict(potential.state_dict())
-    readout = WidenedReadout(hyper.channels, n_species, width=options.width, blocks=2 * hyper.n_blocks)
-    readout.mlp.load_state_dict(wide.readout.state_dict())
+    readout = WidenedReadout(
+        wide.readout, hyper.channels, n_species, width=options.width, blocks=2 * hyper.n_blocks
+    )
     wide.readout = readout.to(wide.embedding)
     return wide.eval().requires_grad_(False)
 

@@ -45,7 +45,11 @@ def per_element(readout: WidenedReadout, rows: Tensor, element: Tensor) -> None:
     assert isinstance(readout, ElementReadout)
     for row in element.unique().tolist():
         stand_in = WidenedReadout(
-            readout.mlp.hidden.in_features, 1, width=readout.lift.out_features, blocks=readout.blocks
+            readout.mlp,
+            readout.mlp.hidden.in_features,
+            1,
+            width=readout.lift.out_features,
+            blocks=readout.blocks,
         )
         random_lift(stand_in, rows[element == row], seed=row)
         readout.lifts[row].load_state_dict(stand_in.lift.state_dict())

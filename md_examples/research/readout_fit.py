@@ -65,8 +65,8 @@ def with_wide_readout(potential: Potential, options: ReadoutOptions) -> Potentia
     """Copy with a widened readout at θ = c = 0, whatever its stages are."""
     hyper, n_species = potential.hyper, len(potential.species)
     blocks = min(options.blocks, hyper.n_blocks)
-    readout = WidenedReadout(hyper.channels, n_species, width=options.width, blocks=blocks)
-    readout.mlp.load_state_dict(potential.readout.state_dict())
+    own = deepcopy(potential.readout)
+    readout = WidenedReadout(own, hyper.channels, n_species, width=options.width, blocks=blocks)
     wide = deepcopy(potential)
     wide.hyper = replace(hyper, readout_width=options.width, readout_blocks=blocks)
     wide.readout = readout.to(potential.embedding)

@@ -172,7 +172,7 @@ def test_layers_with_unit_weights_are_the_products(research, bench):
 def test_a_stage_with_random_hidden_features_starts_as_it_was(research, bench, index):
     potential, hidden = bench.trunk.potential, research("hidden_width")
     scene = bench.trunk.territories[0].scenes[0]
-    state, edges = potential.embed(scene.graph), scene.edge_geometry(scene.geometry.value)
+    state, edges = potential.embed(scene.graph), scene.split(scene.geometry.value)[1]
     for stage in potential.stages[:index]:
         state = stage(state, edges)
     stage = potential.stages[index]

@@ -2,14 +2,14 @@
 
 import pytest
 from ase import Atoms
+from structures import OWN_ARCHITECTURES
 from toys import STRUCTURES, random_force_field, relative
 
 from ase_gffmerge import GFFMergeCalculator, Specialist
 from ase_gffmerge.merging.merge import merge
-from ase_gffmerge.models import architectures
 
 
-@pytest.fixture(params=architectures())
+@pytest.fixture(params=OWN_ARCHITECTURES)
 def architecture(request) -> str:
     return request.param
 

@@ -9,13 +9,22 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
+from structures import OWN_ARCHITECTURES
 
-from ase_gffmerge.models import architectures, build_potential
+from ase_gffmerge.models import build_potential
 from ase_gffmerge.specialist import Provenance, Specialist
 
 SMALL = {
     "painn": {"channels": 8, "n_blocks": 2, "n_radial": 6, "cutoff": 4.0},
     "nequip": {"channels": 4, "n_blocks": 2, "n_radial": 6, "cutoff": 4.0, "l_max": 1, "radial_hidden": 8},
+    "chgnet": {
+        "channels": 6,
+        "n_blocks": 2,
+        "n_radial": 5,
+        "cutoff": 4.0,
+        "n_angular": 5,
+        "readout_layers": 1,
+    },
 }
 
 
@@ -46,7 +55,7 @@ def perturbed(
 Family = Callable[..., list[Specialist]]
 
 
-@pytest.fixture(params=architectures())
+@pytest.fixture(params=OWN_ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 

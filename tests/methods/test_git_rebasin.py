@@ -7,6 +7,7 @@ import torch
 from ase.build import molecule
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structures import OWN_ARCHITECTURES
 
 from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.errors import IncompatibleSpecialistsError
@@ -14,7 +15,7 @@ from ase_gffmerge.merging.layers import affine_maps
 from ase_gffmerge.methods import Mixture, get_method
 from ase_gffmerge.methods.git_rebasin import matched_orders
 from ase_gffmerge.methods.permutations import channel_groups, permuted
-from ase_gffmerge.models import architectures, build_potential
+from ase_gffmerge.models import build_potential
 from ase_gffmerge.specialist import Specialist
 
 NEQUIP = {
@@ -68,7 +69,7 @@ def test_every_affine_map_is_declared(architecture) -> None:
     assert set(maps) == set(affine_maps(potential))
 
 
-@pytest.mark.parametrize("kind", architectures())
+@pytest.mark.parametrize("kind", OWN_ARCHITECTURES)
 @settings(deadline=None, max_examples=5)
 @given(seed=st.integers(0, 2**31), data=st.data())
 def test_permuted_channels_give_the_same_energies_and_forces(kind, seed, data) -> None:

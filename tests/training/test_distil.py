@@ -11,6 +11,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from structures import OWN_ARCHITECTURES
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, MergeWarning, RecipeError
@@ -19,7 +20,7 @@ from ase_gffmerge.merging.distil_options import DistilOptions
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
-from ase_gffmerge.models import architectures, build_potential
+from ase_gffmerge.models import build_potential
 from ase_gffmerge.specialist import Provenance, Specialist
 from ase_gffmerge.training.checkpoint import checkpoint_path
 from ase_gffmerge.training.config import TrainConfig
@@ -100,7 +101,7 @@ def stop_after(epoch: int) -> Callable[[int, dict[str, float]], None]:
     return callback
 
 
-@pytest.mark.parametrize("architecture", architectures())
+@pytest.mark.parametrize("architecture", OWN_ARCHITECTURES)
 @pytest.mark.parametrize("conditioning", ["shared", "per-specialist"])
 def test_disagreement_falls_and_is_recorded(architecture: str, conditioning: str, tmp_path: Path) -> None:
     specialists = relatives(architecture, size=0.1)
@@ -123,7 +124,7 @@ def test_disagreement_falls_and_is_recorded(architecture: str, conditioning: str
     assert json.dumps(vars(loaded.merged), sort_keys=True) == json.dumps(vars(record), sort_keys=True)
 
 
-@pytest.mark.parametrize("architecture", architectures())
+@pytest.mark.parametrize("architecture", OWN_ARCHITECTURES)
 def test_features_are_matched_on_request(architecture: str) -> None:
     specialists = relatives(architecture)
     start = mean_of(specialists)
@@ -144,7 +145,7 @@ def test_features_are_matched_on_request(architecture: str) -> None:
     assert mismatch(with_features) < 0.8 * mismatch(without)
 
 
-@pytest.mark.parametrize("architecture", architectures())
+@pytest.mark.parametrize("architecture", OWN_ARCHITECTURES)
 def test_copies_of_one_specialist_are_left_alone(architecture: str) -> None:
     first = relatives(architecture)[0]
     twins = [first, first]
@@ -335,7 +336,7 @@ def labelled(specialist: Specialist, frames: tuple[Atoms, ...]) -> list[Atoms]:
     return made
 
 
-@pytest.mark.parametrize("architecture", architectures())
+@pytest.mark.parametrize("architecture", OWN_ARCHITECTURES)
 def test_joint_training_learns_all_labels(architecture: str) -> None:
     specialists = relatives(architecture)
     data = [labelled(s, s.calibration[: 10 - 4 * k]) for k, s in enumerate(specialists)]

@@ -1,0 +1,97 @@
+"""What a foreign package's force field needs to become a specialist.
+
+An adapter reads the vendor's file into a :class:`~ase_gffmerge.models.Potential` (a chain of stages, from edge vectors to
+energies per atom in eV), and writes such a potential back. Everything else, the graphs, the merge, the calculator, works on
+the potential and does not know where it comes from.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.models import Potential
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """What an adapter reads.
+
+    Attributes
+    ----------
+    potential
+        In evaluation mode, frozen, energies in eV and lengths in Å.
+    vendor, version
+        Package, and version of the model, as far as its file says.
+    level_of_theory
+        Of its labels, as far as known.
+    notes
+        What the file holds and the potential does not, in words.
+    """
+
+    potential: Potential
+    vendor: str
+    version: str = ""
+    level_of_theory: str = "unknown"
+    notes: tuple[str, ...] = field(default=())
+
+
+class Adapter(Protocol):
+    """Reads and writes one vendor's files.
+
+    Attributes
+    ----------
+    vendor
+        Its name before the colon.
+    architecture
+        Of the potentials that it reads and writes.
+    """
+
+    vendor: str
+    architecture: str
+
+    def read(self, source: Any, *, trust: bool = False) -> Foreign:
+        """Convert a vendor's model, its file, or a name of pretrained weights.
+
+        Parameters
+        ----------
+        source
+            Path, name or object of the vendor's class.
+        trust
+            Execute code that the file may contain; otherwise such a file is refused.
+        """
+        ...
+
+    def write(self, potential: Potential, path: Path) -> Path:
+        """Write a file that the vendor's package loads."""
+        ...
+
+
+def load_checkpoint(path: Path, *, trust: bool) -> dict[str, Any]:
+    """Read a ``torch.save`` file, tensors and plain containers alone unless it is trusted.
+
+    Raises
+    ------
+    FileFormatError
+        When there is no such file, it holds code and is not trusted, or it is no dictionary.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=not trust)
+    except FileNotFoundError:
+        raise FileFormatError(f"there is no file {path}; check the path") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        advice = (
+            "write it again"
+            if trust
+            else "if it is whole, it holds Python objects, whose loading would execute code from the file: pass trust=True "
+            "for files of your own, or save model.as_dict() or state_dict() alone"
+        )
+        raise FileFormatError(f"{path} cannot be read as tensors: {reason}; {advice}") from None
+    if not isinstance(content, dict):
+        raise FileFormatError(
+            f"{path} holds a {type(content).__name__}, not a dictionary of weights; save the model again"
+        )
+    return content

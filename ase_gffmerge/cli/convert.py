@@ -1,0 +1,61 @@
+"""``gffmerge convert``: another package's force field becomes a specialist, and back."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ase_gffmerge.cli.options import JsonOption
+from ase_gffmerge.cli.output import note, print_json
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="vendor:file, such as chgnet:fine-tuned.pth.tar, or a .safetensors file.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="A .safetensors file; with any other ending, the package's own format.", show_default=False
+        ),
+    ],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Frames that the force field knows, for merging; labels in them are not used."),
+    ] = None,
+    frames: Annotated[int, typer.Option(help="How many of them are kept.", min=1)] = 100,
+    name: Annotated[str | None, typer.Option(help="Name of the specialist [default: of the file].")] = None,
+    level_of_theory: Annotated[
+        str | None, typer.Option(help="Of its labels, for example PBE; different ones are not merged.")
+    ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Load a file that executes code: only one of your own.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a specialist of another package's force field, or write that package's format."""
+    from ase_gffmerge.adapters import foreign_source
+    from ase_gffmerge.data.readers import read_frames
+    from ase_gffmerge.data.splits import calibration_frames
+    from ase_gffmerge.sources import load
+    from ase_gffmerge.specialist import Specialist
+    from ase_gffmerge.training.frames import bare
+
+    foreign = foreign_source(source)
+    options = {"name": name, "level_of_theory": level_of_theory, "trust": trust}
+    specialist = Specialist.from_vendor(*foreign, **options) if foreign else load(source)  # type: ignore[arg-type]
+    if calibration is not None:
+        found = read_frames(calibration)
+        chosen = calibration_frames(found, min(frames, len(found)), seed=0)
+        specialist = specialist.with_calibration([bare(atoms) for atoms in chosen])
+    (specialist.save if out.suffix == ".safetensors" else specialist.export)(out)
+    if as_json:
+        facts = {"out": str(out), "name": specialist.name, "architecture": specialist.potential.architecture}
+        print_json({**facts, "origin": specialist.provenance.origin, "frames": len(specialist.calibration)})
+        return
+    note(
+        f"written: {out} ({specialist.potential.architecture}, {len(specialist.calibration)} calibration frames)"
+    )
