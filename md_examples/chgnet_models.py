@@ -15,7 +15,7 @@ from ase_gffmerge.training.references import fit_references
 BASE, JOINT = "chgnet", "joint"
 REFERENCE_FRAMES = 10
 """Frames per system that tell how the labels' energies differ from CHGNet's."""
-FINE_TUNING = Size(hyper={}, frames=200, base_epochs=0, epochs=6, batch_size=2)
+FINE_TUNING = Size(hyper={}, frames=200, base_epochs=0, epochs=6, batch_size=2, n_calibration=30)
 """A fine-tuning for two processor cores; energies and forces are still falling at its end."""
 
 

@@ -11,7 +11,7 @@ from ase_gffmerge.merging.layers import Problem, is_affine, problems, rows_enter
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.solve import ridge_solve
-from ase_gffmerge.merging.statistics import Gram, normalised_sum
+from ase_gffmerge.merging.statistics import Gram, normalised_sum, symmetric_product
 from ase_gffmerge.merging.territory import Scene, Territory
 from ase_gffmerge.models.potential import Stage
 
@@ -43,9 +43,18 @@ def layer_inputs(
 ) -> dict[str, Tensor]:
     """What enters every affine layer (or other wanted module) of ``root`` while ``run`` evaluates it, in that order."""
     caught: dict[str, Tensor] = {}
+    alive: list[Any] = []  # so that no other object takes an identity
+    rows: dict[int, Tensor] = {}  # layers that are given one and the same object share its rows
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, inputs: caught.update({name: rows_entering(module, inputs)})
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            key = id(inputs[0])
+            if key not in rows:
+                alive.append(inputs[0])
+                rows[key] = rows_entering(module, inputs)
+            caught[name] = rows[key]
+
+        return hook
 
     handles = [
         module.register_forward_pre_hook(note(name))
@@ -101,6 +110,11 @@ def align_layers(
     """
     reports = []
     first = territories[0].scenes[0]
+    at_once = recipe.inputs == "specialist" and not recipe.probes
+    known = [
+        _own_grams(original, territory, recipe, run=run, inputs=inputs) if at_once else {}
+        for original, territory in zip(originals, territories, strict=True)
+    ]
     for name in affine_layers(merged, lambda: run(merged, first, inputs(first, True).value)):
         ours = list(problems(name, merged.get_submodule(name)))
         theirs = [list(problems(name, original.get_submodule(name))) for original in originals]
@@ -112,12 +126,51 @@ def align_layers(
             )
 
         grams = [
-            _layer_grams(territory, ours, their, recipe, entering=entering, merged=merged, original=original)
-            for original, their, territory in zip(originals, theirs, territories, strict=True)
+            found.get(name)
+            or _layer_grams(
+                territory, ours, their, recipe, entering=entering, merged=merged, original=original
+            )
+            for found, original, their, territory in zip(known, originals, theirs, territories, strict=True)
         ]
         for i, problem in enumerate(ours):
             reports.append(_solve_layer(prefix, problem, [gram[i] for gram in grams], territories, recipe))
     return reports
+
+
+def _own_grams(
+    original: nn.Module, territory: Territory, recipe: Recipe, *, run: Runner, inputs: Inputs
+) -> dict[str, list[Gram]]:
+    r"""Statistics of all layers of one specialist from one pass over its frames, when the rows are its own.
+
+    Then :math:`Y = X\Theta_k`, so that :math:`C = G\,\Theta_k` and :math:`\|Y\|^2 = \mathrm{tr}\,\Theta_k^\top C`
+    follow from G; layers that read the same rows share it.
+    """
+    totals: dict[str, list[Gram]] = {}
+    for scene in territory.scenes:
+        entering = layer_inputs(original, lambda s=scene: run(original, s, inputs(s, False).value))  # type: ignore[misc]
+        products: dict[tuple[int, int], Tensor] = {}
+        for name, x in entering.items():
+            grams = []
+            for i, problem in enumerate(problems(name, original.get_submodule(name))):
+                design = _design(problem, x, recipe)
+                key = (id(x), i)
+                if key not in products:
+                    products[key] = symmetric_product(design.double())
+                grams.append(_gram_of_own(products[key], problem.read().double(), len(design)))
+            totals[name] = (
+                [a + b for a, b in zip(totals[name], grams, strict=True)] if name in totals else grams
+            )
+    return totals
+
+
+def _gram_of_own(xx: Tensor, theta: Tensor, n_rows: int) -> Gram:
+    xy = xx[:, : len(theta)] @ theta
+    return Gram(xx, xy, float((theta * xy[: len(theta)]).sum()), float(n_rows))
+
+
+def _design(problem: Problem, inputs: Tensor, recipe: Recipe) -> Tensor:
+    """Rows of the unknowns, with the reference recipe's column of ones for layers without bias."""
+    return problem.design(inputs) if recipe.ones == "biased" else with_ones(problem.rows(inputs))
 
 
 def _layer_grams(
@@ -139,9 +192,7 @@ def _layer_grams(
         x = entering(merged, scene, True) if recipe.inputs == "merged" else own
         for i, (problem, their) in enumerate(zip(ours, theirs, strict=True)):
             theta = their.read()
-            design = (
-                problem.design(x.value[0]) if recipe.ones == "biased" else with_ones(problem.rows(x.value[0]))
-            )
+            design = _design(problem, x.value[0], recipe)
             values[i] = values[i] + Gram.of(design, their.design(own.value[0]) @ theta)
             if x.tangent:
                 rows, target = problem.rows(x.tangent[0]), their.rows(own.tangent[0])

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class Territory:
     specialist, index, weight
         Whose territory, its specialist index, and how much it counts.
     scenes
-        Its calibration frames in batches.
+        Its calibration frames, or as many of them as the layers need, in batches.
     """
 
     specialist: Specialist
@@ -77,16 +78,19 @@ class Territory:
 MAX_EDGES, EDGES_PER_ATOM = 12_000, 24
 """Size of a batch, where an atom counts as that many edges at least: memory, and what a stage's correction is taken from."""
 
+MAX_SCENES = 4
+"""Batches per specialist: far more rows than a layer has coefficients. The readout sees all frames."""
+
 
 def survey(
     specialists: Sequence[Specialist], merged: Potential, weights: Sequence[float], *, probes: int
 ) -> list[Territory]:
-    """Build graphs of all calibration frames, in shuffled batches, and embed them in both models."""
+    """Build graphs of calibration frames, in shuffled batches up to :data:`MAX_SCENES`, and embed them in both models."""
     territories = []
     for k, (specialist, weight) in enumerate(zip(specialists, weights, strict=True)):
         order = np.random.default_rng(0).permutation(len(specialist.calibration))
         graphs = [_graph(specialist, k, specialist.calibration[i]) for i in order]
-        batches = chunks(graphs, MAX_EDGES, size=_size)
+        batches = islice(chunks(graphs, MAX_EDGES, size=_size), MAX_SCENES)
         scenes = [_scene(specialist, merged, batch, probes=probes) for batch in batches]
         territories.append(Territory(specialist, k, weight, scenes))
     return territories
