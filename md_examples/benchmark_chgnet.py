@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from ase import units
 from ase.io import read
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.md import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from benchmark_lips20 import columns, measured, rounded, test_frames
 from chgnet_models import BASE, FINE_TUNING, JOINT, models, plan
@@ -131,7 +131,7 @@ def speed(out: Path, specialists: list[Specialist], *, rounds: int = 5, steps: i
 def _run(start: Any, calculator: Any) -> VelocityVerlet:
     atoms = start.copy()
     atoms.calc = calculator
-    MaxwellBoltzmannDistribution(atoms, temperature_K=600, rng=np.random.default_rng(0))
+    thermalize_momenta(atoms, 600, rng=np.random.default_rng(0))
     run = VelocityVerlet(atoms, timestep=1.0 * units.fs)
     run.run(1)
     return run

@@ -30,5 +30,5 @@ def test_example(path: Path, merge_cache: Path, tmp_path: Path) -> None:
 
 def test_the_readme_lists_every_example() -> None:
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert len(EXAMPLES) == 12
+    assert len(EXAMPLES) == 13
     assert [path.name for path in FOLDER.glob("*.py") if f"`{path.name}`" not in text] == []

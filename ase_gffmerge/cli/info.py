@@ -66,6 +66,8 @@ def readable(document: dict[str, Any]) -> dict[str, Any]:
     """Turn the document into a table for people."""
     training, merged = document["provenance"], document["merged"]
     rows = {key: document[key] for key in ("name", "path", "kind", "architecture")}
+    if training.get("origin"):
+        rows["read from"] = training["origin"]
     rows["hyper-parameters"] = _pairs(document["hyper"])
     rows |= {"elements": " ".join(document["species"]), "cutoff": f"{document['cutoff']:g} Å"}
     rows["parameters"] = f"{document['n_parameters']} ({document['dtype']})"

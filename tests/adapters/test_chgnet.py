@@ -1,5 +1,6 @@
 """CHGNet: the vendor's results, the vendor's files, and merges."""
 
+import json
 import pickle
 import warnings
 from copy import deepcopy
@@ -13,6 +14,7 @@ from ase.build import bulk, molecule
 from ase_gffmerge import GFFMergeCalculator, Specialist, merge
 from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.adapters import adapter, vendors
+from ase_gffmerge.ase_errors import SetupError
 from ase_gffmerge.errors import FileFormatError, MergeWarning
 from ase_gffmerge.testing import check_calculator
 
@@ -232,6 +234,33 @@ def test_vendor_files_are_merged_served_and_exported(tmp_path, vendor_calculator
     again = GFFMergeCalculator(**calc.parameters)
     assert again.cache_hit is None  # the cached file itself
     assert again.get_potential_energy(rocksalt(7)) == ours.get_potential_energy()
+
+
+def test_the_command_line_converts(small, tmp_path, capsys):
+    from ase.io import write
+
+    from ase_gffmerge.cli import app
+
+    def run(*arguments) -> str:
+        app([str(argument) for argument in arguments], standalone_mode=False)
+        return capsys.readouterr().out
+
+    checkpoint_file = small.export(tmp_path / "small.pth.tar")
+    write(tmp_path / "salt.xyz", [rocksalt(seed) for seed in range(5)], format="extxyz")
+    options = ("--calibration", tmp_path / "salt.xyz", "--frames", 3, "--level-of-theory", "PBE", "--json")
+    facts = json.loads(run("convert", f"chgnet:{checkpoint_file}", tmp_path / "small.safetensors", *options))
+    assert facts["frames"] == 3
+    specialist = Specialist.load(tmp_path / "small.safetensors")
+    assert specialist.fingerprint == small.fingerprint
+    assert specialist.level_of_theory == "PBE"
+    assert "chgnet" in run("info", tmp_path / "small.safetensors")
+    run("convert", tmp_path / "small.safetensors", tmp_path / "again.pth.tar")
+    assert Specialist.load(f"chgnet:{tmp_path / 'again.pth.tar'}").fingerprint == small.fingerprint
+
+
+def test_calibration_is_one_entry_per_specialist(small, tmp_path):
+    with pytest.raises(SetupError, match="each of the 2 specialists"):
+        GFFMergeCalculator([small, small], calibration=[[rocksalt(0)]], cache_dir=tmp_path)
 
 
 def test_what_the_vendors_format_cannot_hold_is_not_exported(pair, tmp_path):
