@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ase_gffmerge.dynamics.replicas import run_replicas as run_replicas
     from ase_gffmerge.evaluation.extrapolation import ExtrapolationMonitor as ExtrapolationMonitor
     from ase_gffmerge.merging.extrapolation import gauged as gauged
+    from ase_gffmerge.merging.hooked import merge_calculators as merge_calculators
     from ase_gffmerge.merging.merge import merge as merge
     from ase_gffmerge.merging.recipe import Recipe as Recipe
     from ase_gffmerge.specialist import Specialist as Specialist
@@ -27,6 +28,7 @@ _HOMES = {
     "gauged": "ase_gffmerge.merging.extrapolation",
     "distil": "ase_gffmerge.training.distil",
     "merge": "ase_gffmerge.merging.merge",
+    "merge_calculators": "ase_gffmerge.merging.hooked",
     "merge_and_refine": "ase_gffmerge.training.refine",
     "run_replicas": "ase_gffmerge.dynamics.replicas",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "gauged",
     "merge",
     "merge_and_refine",
+    "merge_calculators",
     "run_replicas",
 ]
 

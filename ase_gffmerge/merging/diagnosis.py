@@ -29,14 +29,15 @@ def diagnose(
         for other in specialists:
             if other is not specialist and elements <= set(other.species):
                 predictions[other.name] = predict_frames(other.potential, frames)
-        rows += [_disagreement(specialist.name, name, p, reference) for name, p in predictions.items()]
+        rows += [disagreement(specialist.name, name, p, reference) for name, p in predictions.items()]
         parity.append(_parity(specialist.name, reference, predictions["mean"], predictions["merged"]))
     return tuple(rows), tuple(parity)
 
 
-def _disagreement(
+def disagreement(
     specialist: str, model: str, predicted: FramePredictions, reference: FramePredictions
 ) -> Disagreement:
+    """How one model's predictions differ from a specialist's."""
     errors = compare(predicted, reference)
     return Disagreement(
         specialist=specialist,

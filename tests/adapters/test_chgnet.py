@@ -11,7 +11,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 
-from ase_gffmerge import GFFMergeCalculator, Specialist, merge
+from ase_gffmerge import GFFMergeCalculator, Specialist, merge, merge_calculators
 from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.adapters import adapter, vendors
 from ase_gffmerge.ase_errors import SetupError
@@ -87,7 +87,7 @@ def checkpoint(path, seed: int | None = None, *, small: bool = False, **argument
     from chgnet.model import CHGNet
 
     torch.manual_seed(0)
-    model = CHGNet(**SMALL) if small else CHGNet.load(verbose=False)
+    model = CHGNet(**(SMALL | arguments)) if small else CHGNet.load(verbose=False)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
@@ -261,6 +261,23 @@ def test_the_command_line_converts(small, tmp_path, capsys):
 def test_calibration_is_one_entry_per_specialist(small, tmp_path):
     with pytest.raises(SetupError, match="each of the 2 specialists"):
         GFFMergeCalculator([small, small], calibration=[[rocksalt(0)]], cache_dir=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_vendors_calculators_merge_through_hooks(tmp_path):
+    """The way for packages without an adapter, on one that has one."""
+    from chgnet.model import CHGNetCalculator
+
+    files = [checkpoint(tmp_path / f"{k}.pth.tar", seed=k, small=True, n_conv=2)[0] for k in (1, 2)]
+    calculators = [CHGNetCalculator.from_file(str(file), use_device="cpu") for file in files]
+    frames = [[rocksalt(0)], [rocksalt(1, symbols="LiF", a=4.0)]]
+    result = merge_calculators(calculators, frames, module=lambda calc: calc.model)
+    ours, theirs = (
+        sum(row.energy_mae for row in result.disagreements if row.model == kind)
+        for kind in ("merged", "mean")
+    )
+    assert ours < theirs
+    assert "atom_embedding.embedding.weight" in result.averaged
 
 
 def test_what_the_vendors_format_cannot_hold_is_not_exported(pair, tmp_path):

@@ -1,0 +1,267 @@
+"""Merge the networks inside any ASE calculators, which evaluate their frames themselves while hooks watch the layers.
+
+For force fields without an adapter: steps 1 to 3 (sequential inputs, anchored ridge, equivariant layers) on every layer that
+:mod:`.layers` knows, in the order of execution; everything else is averaged. Slopes (:mod:`.duals`) are differences between
+a frame and a displaced twin. Corrections of whole blocks and the wide readout need a potential that can be differentiated,
+and are not part of it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from torch import Tensor, nn
+
+from ase_gffmerge.accuracy import FramePredictions
+from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
+from ase_gffmerge.merging.diagnosis import disagreement
+from ase_gffmerge.merging.layers import Problem, is_affine, problems, rows_entering
+from ase_gffmerge.merging.report import Disagreement, LayerReport
+from ase_gffmerge.merging.solve import ridge_solve
+from ase_gffmerge.merging.statistics import Gram, normalised_sum
+
+MAX_ROWS = 4096
+"""Rows of a layer that are kept of one frame, chosen at random."""
+
+STEP = 0.01
+"""Displacement of the twins in Å (standard deviation): large against round-off of float32, small against curvature."""
+
+Progress = Callable[[float, str], None]
+Module = Callable[[Any], nn.Module]
+
+
+class _Reached(Exception):
+    """Ends an evaluation at the layer of interest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookedMerge:
+    """Calculators merged into one.
+
+    Attributes
+    ----------
+    calculator
+        A copy of the first calculator with the merged weights.
+    layers
+        Least-squares problems in the order they were solved.
+    averaged
+        Parameters that no layer covers and that were averaged.
+    disagreements
+        How the mean and the merged calculator differ from each calculator on its frames.
+    """
+
+    calculator: Any
+    layers: tuple[LayerReport, ...]
+    averaged: tuple[str, ...]
+    disagreements: tuple[Disagreement, ...]
+
+
+def merge_calculators(
+    calculators: Sequence[Any],
+    calibration: Sequence[Sequence[Atoms]],
+    *,
+    module: Module,
+    ridge: float = 1e-5,
+    slope_weight: float = 1.0,
+    progress: Progress | None = None,
+) -> HookedMerge:
+    """Merge fine-tuned networks that ASE calculators hold.
+
+    Parameters
+    ----------
+    calculators
+        At least two of one kind, which can be copied by :func:`copy.deepcopy`. They are not changed.
+    calibration
+        For each of them frames that it knows; labels are not used.
+    module
+        Finds the network in a calculator, for example ``lambda calc: calc.model``. Layers must be its submodules, called as
+        modules, and take the same rows in the same order whenever a frame is evaluated.
+    ridge
+        Relative ridge, anchored at the mean of the weights.
+    slope_weight
+        Weight of the slopes against the values.
+    progress
+        Called with a fraction (0 to 1) and a description.
+
+    Raises
+    ------
+    IncompatibleSpecialistsError
+        For fewer than two calculators, or networks of different parameters.
+    FramesError
+        When a calculator has no frames.
+    """
+    networks = [module(calculator) for calculator in calculators]
+    _check(networks, calibration)
+    tell = progress or (lambda fraction, text: None)
+    merged = deepcopy(calculators[0])
+    target = module(merged)
+    average_parameters(target, networks)
+    mean = deepcopy(merged)
+    names = executed_layers(target, lambda: evaluate(merged, calibration[0][0]))
+    layers: list[LayerReport] = []
+    for i, name in enumerate(names):
+        tell(0.9 * i / len(names), name)
+        layers += _solve_layer(
+            name, merged, calculators, calibration, module=module, ridge=ridge, slope_weight=slope_weight
+        )
+    tell(0.9, "report")
+    disagreements = tuple(
+        disagreement(f"{k}", kind, predictions(calculator, frames), reference)
+        for k, (own, frames) in enumerate(zip(calculators, calibration, strict=True))
+        for reference in [predictions(own, frames)]
+        for kind, calculator in (("mean", mean), ("merged", merged))
+    )
+    tell(1.0, "done")
+    covered = {f"{name}.{key}" for name in names for key, _ in target.get_submodule(name).named_parameters()}
+    averaged = tuple(name for name, _ in target.named_parameters() if name not in covered)
+    return HookedMerge(
+        calculator=merged, layers=tuple(layers), averaged=averaged, disagreements=disagreements
+    )
+
+
+def _check(networks: Sequence[nn.Module], calibration: Sequence[Sequence[Atoms]]) -> None:
+    if len(networks) < 2:
+        raise IncompatibleSpecialistsError(
+            f"a merge needs at least two calculators, got {len(networks)}; use a single one as it is"
+        )
+    if len(calibration) != len(networks) or not all(calibration):
+        raise FramesError(
+            f"each of the {len(networks)} calculators needs frames that it knows; give one list of structures for each"
+        )
+    shapes = [{name: value.shape for name, value in network.named_parameters()} for network in networks]
+    for k, other in enumerate(shapes[1:], start=1):
+        different = sorted(
+            name for name in shapes[0].keys() | other.keys() if shapes[0].get(name) != other.get(name)
+        )
+        if different:
+            raise IncompatibleSpecialistsError(
+                f"calculators 0 and {k} hold different networks (first difference: {different[0]}); fine-tune both from one "
+                "base"
+            )
+
+
+@torch.no_grad()
+def average_parameters(target: nn.Module, networks: Sequence[nn.Module]) -> None:
+    """Set all parameters of ``target`` to their mean over the networks."""
+    named = [dict(network.named_parameters()) for network in networks]
+    for name, parameter in target.named_parameters():
+        parameter.copy_(torch.stack([other[name].double() for other in named]).mean(0))
+
+
+def evaluate(calculator: Any, atoms: Atoms) -> tuple[float, np.ndarray]:
+    """Energy (eV) and forces (eV/Å), always computed anew."""
+    copy = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    calculator.reset()
+    forces = calculator.get_property("forces", copy)
+    return float(calculator.get_property("energy", copy)), np.array(forces)
+
+
+def predictions(calculator: Any, frames: Sequence[Atoms]) -> FramePredictions:
+    """Energies and forces of frames."""
+    found = [evaluate(calculator, atoms) for atoms in frames]
+    return FramePredictions(np.array([energy for energy, _ in found]), [forces for _, forces in found])
+
+
+def executed_layers(network: nn.Module, run: Callable[[], Any]) -> list[str]:
+    """Names of the affine layers in the order in which ``run`` executes them."""
+    names: dict[str, None] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: names.update({name: None}))
+        for name, module in network.named_modules()
+        if is_affine(module)
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(names)
+
+
+@contextmanager
+def _watched(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what enters a layer, and end the evaluation there."""
+    caught: list[Tensor] = []
+
+    def stop(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        caught.append(rows_entering(module, inputs).detach())
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(stop)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+def _entering(calculator: Any, layer: nn.Module, atoms: Atoms) -> Tensor:
+    with _watched(layer) as caught:
+        try:
+            evaluate(calculator, atoms)
+        except Exception:
+            if not caught:  # an error of the calculator, not the hook's end of the evaluation
+                raise
+    return caught[0]
+
+
+def _solve_layer(
+    name: str,
+    merged: Any,
+    calculators: Sequence[Any],
+    calibration: Sequence[Sequence[Atoms]],
+    *,
+    module: Module,
+    ridge: float,
+    slope_weight: float,
+) -> list[LayerReport]:
+    """Solve all maps of one layer on the merged network's inputs and each network's own outputs."""
+    layer = module(merged).get_submodule(name)
+    ours = list(problems(name, layer))
+    grams: list[list[Gram]] = []
+    for calculator, frames in zip(calculators, calibration, strict=True):
+        original = module(calculator).get_submodule(name)
+        theirs = list(problems(name, original))
+        values = [Gram.zero(*problem.read().shape) for problem in ours]
+        slopes = list(values)
+        for i, atoms in enumerate(frames):
+            pair = [
+                (_entering(merged, layer, one), _entering(calculator, original, one))
+                for one in (atoms, twin(atoms, seed=i))
+            ]
+            for k, (problem, their) in enumerate(zip(ours, theirs, strict=True)):
+                rows, targets = _rows(problem, their, *pair[0])
+                values[k] += Gram.of(rows, targets)
+                if pair[1][0].shape == pair[0][0].shape:  # no neighbour came or went
+                    there, targets_there = _rows(problem, their, *pair[1])
+                    slopes[k] += Gram.of((there - rows) / STEP, (targets_there - targets) / STEP)
+        grams.append([a.balanced(b, slope_weight) for a, b in zip(values, slopes, strict=True)])
+    reports = []
+    for i, problem in enumerate(ours):
+        gram = normalised_sum([totals[i] for totals in grams], [1.0] * len(grams))
+        solution = ridge_solve(gram, problem.read().double().cpu(), ridge=ridge)
+        problem.write(solution.theta.to(problem.read()))
+        reports.append(LayerReport.of(problem.name, "layer", solution))
+    return reports
+
+
+def twin(atoms: Atoms, *, seed: int) -> Atoms:
+    """Copy with all atoms displaced by about :data:`STEP`."""
+    copy = atoms.copy()
+    copy.rattle(STEP, seed=seed)
+    return copy
+
+
+def _rows(problem: Problem, their: Problem, x: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the merged network's input, and what the other network makes of its own; always the same choice of them."""
+    rows, targets = problem.design(x), their.design(own) @ their.read()
+    if len(rows) > MAX_ROWS:
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:MAX_ROWS].to(
+            rows.device
+        )
+        rows, targets = rows[chosen], targets[chosen]
+    return rows.double().cpu(), targets.double().cpu()
