@@ -8,9 +8,9 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
-from structures import rattled_slab, skewed_crystal
+from structures import OWN_ARCHITECTURES, rattled_slab, skewed_crystal
 
-from ase_gffmerge.models import Potential, architectures, build_potential
+from ase_gffmerge.models import Potential, build_potential
 
 torch.set_num_threads(1)
 
@@ -51,7 +51,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-@pytest.fixture(params=architectures())
+@pytest.fixture(params=OWN_ARCHITECTURES)
 def architecture(request) -> str:
     return request.param
 

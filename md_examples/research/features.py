@@ -19,7 +19,7 @@ from ase_gffmerge.merging.readout import lifted_derivatives, readout_rows, widen
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.painn import PaiNN
-from ase_gffmerge.models.readout import MLPReadout, WidenedReadout
+from ase_gffmerge.models.readout import WidenedReadout
 
 
 class FeatureReadout(WidenedReadout):
@@ -38,8 +38,8 @@ class FeatureReadout(WidenedReadout):
 class GatedReadout(FeatureReadout):
     """φ = silu(A z + b) · (A' z + b'), products of two projections."""
 
-    def __init__(self, channels: int, n_species: int, *, width: int, blocks: int):
-        super().__init__(channels, n_species, width=width, blocks=blocks)
+    def __init__(self, mlp: nn.Module, channels: int, n_species: int, *, width: int, blocks: int):
+        super().__init__(mlp, channels, n_species, width=width, blocks=blocks)
         self.gate = nn.Linear(blocks * channels, width)
 
     def phi(self, z: Tensor, species: Tensor) -> Tensor:
@@ -50,8 +50,8 @@ class GatedReadout(FeatureReadout):
 class ElementReadout(FeatureReadout):
     """φ = silu(A_Z z + b_Z), a projection per element (all are evaluated, one is kept: simple, not fast)."""
 
-    def __init__(self, channels: int, n_species: int, *, width: int, blocks: int):
-        super().__init__(channels, n_species, width=width, blocks=blocks)
+    def __init__(self, mlp: nn.Module, channels: int, n_species: int, *, width: int, blocks: int):
+        super().__init__(mlp, channels, n_species, width=width, blocks=blocks)
         self.lifts = nn.ModuleList(nn.Linear(blocks * channels, width) for _ in range(n_species))
 
     def phi(self, z: Tensor, species: Tensor) -> Tensor:
@@ -94,12 +94,14 @@ def with_readout(kind: type[FeatureReadout], potential: Potential, options: Read
     from research.readout_fit import with_wide_readout
 
     wide = with_wide_readout(potential, options)
-    plain = widened(wide)
+    hyper = wide.hyper
     readout = kind(
-        wide.hyper.channels, len(wide.species), width=options.width, blocks=wide.hyper.readout_blocks
+        widened(wide).mlp,
+        hyper.channels,
+        len(wide.species),
+        width=options.width,
+        blocks=hyper.readout_blocks,
     )
-    assert isinstance(readout.mlp, MLPReadout)
-    readout.mlp.load_state_dict(plain.mlp.state_dict())
     wide.readout = readout.to(wide.embedding)
     return wide.eval().requires_grad_(False)
 
