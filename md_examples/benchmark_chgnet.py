@@ -4,7 +4,7 @@
 
 DATA holds LiPS20's ``<system>.npz``. Nothing of the data or of the models trained on it may be passed on (no licence is
 stated): keep FOLDER to yourself. Needs ``pip install chgnet`` for the pretrained weights. Every model in FOLDER is made
-once and kept, and a killed training continues. Fine-tuning takes three hours on two cores, everything else half an hour.
+once and kept, and a killed training continues. Fine-tuning takes about fifty minutes on one core, everything else as much.
 
 Frames are split by blocks of time as in ``benchmark_lips20.py``; errors are measured on the test blocks. Times are
 processor seconds of one run.

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy._core import multiarray
 
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.models import Potential
@@ -69,8 +71,21 @@ class Adapter(Protocol):
         ...
 
 
+_ARRAYS: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
+    *(
+        (getattr(multiarray, maker), f"numpy.{core}.multiarray.{maker}")
+        for core in ("core", "_core")
+        for maker in ("_reconstruct", "scalar")
+    ),
+]
+"""What pickled numpy arrays and numbers are made of; they hold data only."""
+
+
 def load_checkpoint(path: Path, *, trust: bool) -> dict[str, Any]:
-    """Read a ``torch.save`` file, tensors and plain containers alone unless it is trusted.
+    """Read a ``torch.save`` file, tensors, arrays and plain containers alone unless it is trusted.
 
     Raises
     ------
@@ -78,7 +93,8 @@ def load_checkpoint(path: Path, *, trust: bool) -> dict[str, Any]:
         When there is no such file, it holds code and is not trusted, or it is no dictionary.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=not trust)
+        with torch.serialization.safe_globals(_ARRAYS):
+            content = torch.load(path, map_location="cpu", weights_only=not trust)
     except FileNotFoundError:
         raise FileFormatError(f"there is no file {path}; check the path") from None
     except Exception as error:  # a damaged pickle can raise anything

@@ -9,7 +9,10 @@ from ase_gffmerge.errors import FileFormatError
 if TYPE_CHECKING:
     from ase_gffmerge.adapters.base import Adapter
 
-_MODULES = {"chgnet": "ase_gffmerge.adapters.chgnet"}
+_MODULES = {
+    vendor: f"ase_gffmerge.adapters.{module}"
+    for vendor, module in (("chgnet", "chgnet"), ("nequip", "nequip"), ("sevenn", "sevennet"))
+}
 
 
 def vendors() -> tuple[str, ...]:

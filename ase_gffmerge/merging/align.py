@@ -143,17 +143,17 @@ def _own_grams(
     r"""Statistics of all layers of one specialist from one pass over its frames, when the rows are its own.
 
     Then :math:`Y = X\Theta_k`, so that :math:`C = G\,\Theta_k` and :math:`\|Y\|^2 = \mathrm{tr}\,\Theta_k^\top C`
-    follow from G; layers that read the same rows share it.
+    follow from G; layers that cut the same rows from the same input share it.
     """
     totals: dict[str, list[Gram]] = {}
     for scene in territory.scenes:
         entering = layer_inputs(original, lambda s=scene: run(original, s, inputs(s, False).value))  # type: ignore[misc]
-        products: dict[tuple[int, int], Tensor] = {}
+        products: dict[Any, Tensor] = {}
         for name, x in entering.items():
             grams = []
-            for i, problem in enumerate(problems(name, original.get_submodule(name))):
+            for problem in problems(name, original.get_submodule(name)):
                 design = _design(problem, x, recipe)
-                key = (id(x), i)
+                key = (id(x), problem.rows, problem.has_bias)
                 if key not in products:
                     products[key] = symmetric_product(design.double())
                 grams.append(_gram_of_own(products[key], problem.read().double(), len(design)))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ase_gffmerge.merging.layers import adjustable_maps, affine_maps
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models import Potential, build_potential
 from ase_gffmerge.specialist import Specialist
@@ -14,9 +15,9 @@ from ase_gffmerge.specialist import Specialist
 def mean_potential(specialists: Sequence[Specialist], recipe: Recipe) -> Potential:
     """Weighted mean of all weights, on the device and in the type of the first specialist.
 
-    Embeddings are averaged per element over the specialists that know it; with ``recipe.normalise`` an element's row
-    follows the specialists in proportion to how often it occurs in their calibration frames. Under per-specialist
-    conditioning table k keeps the rows of specialist k.
+    Embeddings and other weights per element are averaged over the specialists that know it; with ``recipe.normalise`` an
+    element's row follows the specialists in proportion to how often it occurs in their calibration frames. Under
+    per-specialist conditioning table k keeps the rows of specialist k.
     """
     weights = torch.tensor(recipe.weights or [1.0] * len(specialists), dtype=torch.float64)
     share = weights / weights.sum()
@@ -25,8 +26,9 @@ def mean_potential(specialists: Sequence[Specialist], recipe: Recipe) -> Potenti
     species = merged.species
     named = [dict(specialist.potential.named_parameters()) for specialist in specialists]
     with torch.no_grad():
+        by_element = merged.element_parameters()
         for name, parameter in merged.named_parameters():
-            if name != "embedding":
+            if name != "embedding" and name not in by_element:
                 parameter.copy_(
                     torch.stack([float(a) * p[name].double() for a, p in zip(share, named, strict=True)]).sum(
                         0
@@ -36,13 +38,42 @@ def mean_potential(specialists: Sequence[Specialist], recipe: Recipe) -> Potenti
         counts = known * share[:, None]
         if recipe.normalise:
             counts = counts * _occurrences(specialists, species)
+        for name in by_element:
+            rows = [_by_element(s, p[name].cpu(), species) for s, p in zip(specialists, named, strict=True)]
+            merged.get_parameter(name).copy_(_element_mean(torch.stack(rows), counts))
         tables = torch.stack([_by_element(s, s.potential.embedding[0].cpu(), species) for s in specialists])
-        mean = (counts[:, :, None] * tables).sum(0) / counts.sum(0)[:, None]
+        mean = _element_mean(tables, counts)
         if n_tables > 1:
             mean = torch.where(known[:, :, None] > 0, tables, mean)
         merged.embedding.copy_(mean.reshape(merged.embedding.shape))
         merged.references.copy_(mean_references(specialists, species, share))
     return merged
+
+
+def _element_mean(rows: Tensor, counts: Tensor) -> Tensor:
+    """Mean (n_species, ...) of rows (n_specialists, n_species, ...) with weights (n_specialists, n_species)."""
+    weights = (counts / counts.sum(0)).view(*counts.shape, *(1,) * (rows.dim() - 2))
+    return (weights * rows).sum(0)
+
+
+def averaged_parameters(potential: Potential, recipe: Recipe) -> tuple[str, ...]:
+    """Names of the parameters that the closed-form solves of a recipe do not reach, so that they stay the mean.
+
+    Parameters
+    ----------
+    potential
+        Before its readout is widened.
+    recipe
+        Method ``mean`` has no solves, of which nothing is said here.
+    """
+    if recipe.method == "mean":
+        return ()
+    names = {module: name for name, module in potential.named_modules()}
+    maps = [*affine_maps(potential.readout).values()]
+    for _, stage in potential.named_stages():
+        maps += (adjustable_maps(stage) if recipe.messages else affine_maps(stage)).values()
+    solved = {f"{names[map_.module]}.{key}" for map_ in maps for key in map_.parameters(map_.read())}
+    return tuple(name for name, _ in potential.named_parameters() if name not in solved)
 
 
 def blank_potential(specialists: Sequence[Specialist], *, n_tables: int = 1) -> Potential:

@@ -8,6 +8,8 @@ kind. A :class:`Problem` is one such map:
 * ``e3nn.o3.Linear``: one problem per output irrep over all inputs of that irrep; the 2l+1 components are extra rows, and
   Θ includes e3nn's path weight, Θ = path_weight · W. Equivariance holds by construction.
 * the layers of ``e3nn.nn.FullyConnectedNet``: bias-free, Θ = factor · W; the target is the value before the activation.
+* the layers of the package ``nequip``'s scalar networks: likewise, Θ = [factor · W; b].
+* :class:`.ElementLinear`: one problem per element and output irrep; the rows of atoms of other elements are zero.
 
 Scale and shift of an ``nn.LayerNorm`` are no such map of rows, but they are parameters that a correction of a whole stage
 may change: :func:`adjustable_maps` holds them as well, as Θ = [scale; shift].
@@ -18,13 +20,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from ase.data import chemical_symbols
 from e3nn.nn import FullyConnectedNet
 from e3nn.o3 import Linear as EquivariantLinear
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from torch_geometric.nn import Linear as GeometricLinear
 
+from ase_gffmerge.models.element_linear import ElementLinear
 from ase_gffmerge.models.joined_linear import JoinedLinear
+
+MAX_ELEMENTS = 16
+"""Elements up to which an :class:`.ElementLinear` is solved: its rows are repeated for each of them."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,16 @@ def with_ones(rows: Tensor) -> Tensor:
 
 def is_affine(module: nn.Module) -> bool:
     """Whether the merge can treat a module as one or more :class:`Problem`."""
-    return isinstance(module, nn.Linear | GeometricLinear | EquivariantLinear) or _is_radial_layer(module)
+    if isinstance(module, ElementLinear):
+        return len(module.species) <= MAX_ELEMENTS
+    plain = isinstance(module, nn.Linear | GeometricLinear | EquivariantLinear)
+    return plain or _is_radial_layer(module) or _is_scaled_linear(module)
 
 
 def rows_entering(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
     """The tensor that an affine layer maps, from the arguments of its forward method."""
+    if isinstance(module, ElementLinear):
+        return module.per_element(*inputs)
     return module.joined(*inputs) if isinstance(module, JoinedLinear) else inputs[0]
 
 
@@ -87,6 +99,10 @@ def problems(name: str, module: nn.Module) -> Iterator[Problem]:
         yield from _equivariant_problems(name, module)
     elif _is_radial_layer(module):
         yield _radial_problem(name, module)
+    elif _is_scaled_linear(module):
+        yield _scaled_problem(name, module)
+    elif isinstance(module, ElementLinear):
+        yield from _element_problems(name, module)
     else:
         yield _linear_problem(name, module)  # type: ignore[arg-type]
 
@@ -155,6 +171,55 @@ def _radial_problem(name: str, layer: nn.Module) -> Problem:
         lambda: weight.detach() * scale,
         lambda theta: {"weight": theta / scale},
     )
+
+
+def _is_scaled_linear(module: nn.Module) -> bool:
+    """Whether it is nequip's ``ScalarLinearLayer``, whichever copy of the package it comes from."""
+    return type(module).__name__ == "ScalarLinearLayer" and not hasattr(module, "parametrizations")
+
+
+def _scaled_problem(name: str, layer: nn.Module) -> Problem:
+    weight, scale = layer.get_parameter("weight"), layer.get_buffer("alpha")
+    bias = dict(layer.named_parameters()).get("bias")
+
+    def read() -> Tensor:
+        theta = weight.detach() * scale
+        return theta if bias is None else torch.cat([theta, bias.detach()[None]])
+
+    def parameters(theta: Tensor) -> dict[str, Tensor]:
+        own = {"weight": theta[: len(weight)] / scale}
+        return own if bias is None else own | {"bias": theta[-1]}
+
+    return Problem(name, layer, bias is not None, _flat_rows, read, parameters)
+
+
+def _element_problems(name: str, layer: ElementLinear) -> Iterator[Problem]:
+    for row, number in enumerate(layer.species):
+        for i_out, (_, irrep) in enumerate(layer.irreps_out):
+            if any(block.i_out == i_out for block in layer.blocks):
+                yield _element_problem(f"{name}[{chemical_symbols[number]}, {irrep}]", layer, row, i_out)
+
+
+def _element_problem(name: str, layer: ElementLinear, row: int, i_out: int) -> Problem:
+    blocks = [block for block in layer.blocks if block.i_out == i_out]
+    dim = layer.irreps_out[i_out].ir.dim
+
+    def rows(x: Tensor) -> Tensor:
+        own = x[..., row, :]
+        parts = [own[..., block.source].reshape(-1, block.shape[0], dim) for block in blocks]
+        return torch.cat(parts, dim=1).transpose(1, 2).flatten(0, 1)
+
+    def read() -> Tensor:
+        weight = layer.weight.detach()[row]
+        return torch.cat([weight[block.coefficients].view(block.shape) for block in blocks])
+
+    def parameters(theta: Tensor) -> dict[str, Tensor]:
+        weight = layer.weight.detach().clone()
+        for block, piece in zip(blocks, theta.split([block.shape[0] for block in blocks]), strict=True):
+            weight[row, block.coefficients] = piece.flatten()
+        return {"weight": weight}
+
+    return Problem(name, layer, False, rows, read, parameters)
 
 
 def _equivariant_problems(name: str, layer: EquivariantLinear) -> Iterator[Problem]:

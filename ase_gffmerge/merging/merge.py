@@ -22,12 +22,13 @@ from ase_gffmerge.errors import MergeWarning, RecipeError
 from ase_gffmerge.memory import memory_errors
 from ase_gffmerge.merging.align import advance, align_layers, run_stage, stage_inputs
 from ase_gffmerge.merging.align_output import align_output
-from ase_gffmerge.merging.average import mean_potential
+from ase_gffmerge.merging.average import averaged_parameters, mean_potential
 from ase_gffmerge.merging.compatibility import check_compatible
 from ase_gffmerge.merging.diagnosis import diagnose
 from ase_gffmerge.merging.duals import Dual, Tensors, push
 from ase_gffmerge.merging.extrapolation import extrapolation_gauge
 from ase_gffmerge.merging.force_matching import match_forces
+from ase_gffmerge.merging.layers import adjustable_maps
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.merging.references import align_references
 from ase_gffmerge.merging.report import LayerReport, MergeReport
@@ -102,6 +103,7 @@ def merge(
         energy_shifts=shifts,
         seconds=clock.seconds,
         parity=parity,
+        averaged=averaged_parameters(mean, recipe),
     )
     tell(1.0, report.verdict)
     if recipe.method != "mean" and report.verdict != "good":
@@ -177,7 +179,7 @@ def _align_stages(
         reports += align_layers(
             name, stage, originals, territories, recipe, run=run_stage, inputs=stage_inputs
         )
-        if recipe.messages:
+        if recipe.messages and adjustable_maps(stage):
             reports.append(align_output(name, stage, originals, territories, recipe))
         for original, territory in zip(originals, territories, strict=True):
             for scene in territory.scenes:

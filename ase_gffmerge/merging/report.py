@@ -117,6 +117,8 @@ class MergeReport:
         Wall time per phase.
     parity
         Sample for the parity plot.
+    averaged
+        Parameters that no least-squares problem covers and that are the mean of the specialists'.
     """
 
     specialists: tuple[str, ...]
@@ -126,6 +128,7 @@ class MergeReport:
     energy_shifts: Mapping[str, Mapping[str, float]]
     seconds: Mapping[str, float]
     parity: tuple[Parity, ...] = ()
+    averaged: tuple[str, ...] = ()
 
     @property
     def relative_disagreement(self) -> float:
@@ -178,6 +181,8 @@ class MergeReport:
                 f"  {row.specialist}: {row.model} differs by {1000 * row.force_mae:.1f} meV/Å, "
                 f"{1000 * row.energy_mae:.2f} meV/atom"
             )
+        if self.averaged:
+            lines.append(f"  averaged, as no solve covers them: {_listed(self.averaged)}")
         lines.append("  " + ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items()))
         return "\n".join(lines)
 
@@ -195,3 +200,9 @@ class MergeReport:
 
         Path(path).write_text(report_html(self), encoding="utf-8")
         return Path(path)
+
+
+def _listed(names: tuple[str, ...], *, shown: int = 3) -> str:
+    """The first few names and how many there are."""
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest

@@ -83,11 +83,13 @@ def report_html(report: MergeReport) -> str:
         ),
         [(r.name, r.kind, r.rows, r.size, _rank(r), f"{r.ridge:.2e}", *_residuals(r)) for r in report.layers],
     )
+    names = html.escape(", ".join(report.averaged))
+    averaged = f"<p>Averaged, as no solve covers them: {names}.</p>" if names else ""
     seconds = _table(("phase", "seconds"), [(k, f"{v:.2f}") for k, v in report.seconds.items()])
     return (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"
         f"</head><body><h1>{title}</h1>{verdict}<img alt='parity and residuals' src='data:image/png;base64,{picture}'>"
-        f"<h2>Disagreement on calibration frames</h2>{disagreements}<h2>Solves</h2>{layers}<h2>Time</h2>{seconds}"
+        f"<h2>Disagreement on calibration frames</h2>{disagreements}<h2>Solves</h2>{layers}{averaged}<h2>Time</h2>{seconds}"
         "</body></html>"
     )
 

@@ -91,10 +91,13 @@ def _trace_of_inverse(factor: Tensor) -> float:
 
 
 def regularised_factor(gram: Gram, *, ridge: float, relative: bool = True) -> tuple[Tensor, float]:
-    """Cholesky factor of G + μI, and μ; a singular matrix gets the smallest ridge that round-off asks for."""
+    """Cholesky factor of G + μI, and μ; a singular matrix gets the smallest ridge that round-off asks for.
+
+    Without rows (G = 0) any ridge gives the prior.
+    """
     matrix = gram.xx
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    scale = float(matrix.diagonal().mean())
+    scale = float(matrix.diagonal().mean()) or 1.0
     mu = ridge * scale if relative else ridge
     floor = torch.finfo(matrix.dtype).eps * max(scale, torch.finfo(matrix.dtype).tiny) * len(matrix)
     for attempt in (mu, max(mu, floor), max(mu, 30 * floor), max(mu, 1000 * floor)):

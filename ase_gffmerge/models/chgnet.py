@@ -105,7 +105,7 @@ class CrystalGeometry:
         return replace(self, vectors=parts[0])
 
 
-def envelope(x: Tensor, power: int) -> Tensor:
+def envelope(x: Tensor, power: float) -> Tensor:
     r""":math:`1-\tfrac{(p+1)(p+2)}2 x^p+p(p+2)x^{p+1}-\tfrac{p(p+1)}2 x^{p+2}` (DimeNet, arXiv 2003.03123, eq. 8)."""
     p = power
     x = x.clamp(max=1.0)

@@ -1,10 +1,11 @@
-"""Construction of e3nn modules without TorchScript."""
+"""Construction of modules on e3nn, this project's and other packages'."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock
 
 import e3nn
+import torch
 
 _lock = RLock()
 
@@ -19,3 +20,15 @@ def eager_e3nn() -> Iterator[None]:
             yield
         finally:
             e3nn.set_optimization_defaults(jit_mode=mode)
+
+
+@contextmanager
+def package_mode(dtype: torch.dtype = torch.float64) -> Iterator[None]:
+    """Let another package build plain modules of one type; default type and random numbers are then as before."""
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]), eager_e3nn():
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)

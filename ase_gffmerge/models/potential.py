@@ -203,6 +203,10 @@ class Potential(ExactBuffers):
         """Give the architecture's readout, ``(scalars of all blocks, species rows) -> energies (n_atoms,)`` in eV."""
         return MLPReadout(self.hyper.channels)
 
+    def element_parameters(self) -> tuple[str, ...]:
+        """Names of the parameters (n_species, ...) that have a row per element, beside the embedding."""
+        return ()
+
     def served(self) -> Self:
         """Give what computes the same energies and their first derivatives faster, from weights that must not change.
 

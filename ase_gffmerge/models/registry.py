@@ -1,5 +1,7 @@
 """Architectures by name."""
 
+from importlib import import_module
+from importlib.util import find_spec
 from numbers import Integral
 from typing import Any
 
@@ -12,8 +14,15 @@ from ase_gffmerge.models.potential import Potential
 _ARCHITECTURES: dict[str, type[Potential]] = {cls.architecture: cls for cls in (PaiNN, NequIP, CHGNet)}
 
 
+_PACKAGES = {
+    "nequip-package": ("nequip", "ase_gffmerge.models.nequip_package", "NequIPPackage"),
+    "sevennet-package": ("sevenn", "ase_gffmerge.models.sevennet_package", "SevenNetPackage"),
+}
+"""Architectures whose modules another package brings: that package, our module and our class."""
+
+
 def architectures() -> tuple[str, ...]:
-    """Names of the known architectures."""
+    """Names of the architectures that need no other package."""
     return tuple(_ARCHITECTURES)
 
 
@@ -34,12 +43,7 @@ def build_potential(architecture: str, hyper: dict[str, Any], species: tuple[int
     FileFormatError
         For an unknown architecture or hyper-parameter.
     """
-    if architecture not in _ARCHITECTURES:
-        raise FileFormatError(
-            f"unknown architecture {architecture!r}; this version knows {', '.join(_ARCHITECTURES)}. "
-            "A newer file may need a newer ase-gffmerge."
-        )
-    cls = _ARCHITECTURES[architecture]
+    cls = _architecture(architecture)
     try:
         checked = cls.Hyper(**hyper)
     except (TypeError, ValueError, OverflowError) as error:
@@ -50,3 +54,21 @@ def build_potential(architecture: str, hyper: dict[str, Any], species: tuple[int
             f"species {list(species)} are not distinct atomic numbers between 1 and 118; write the file again"
         )
     return cls(checked, species)
+
+
+def _architecture(name: str) -> type[Potential]:
+    """Class of an architecture; the package that it may need is imported."""
+    if name in _ARCHITECTURES:
+        return _ARCHITECTURES[name]
+    if name not in _PACKAGES:
+        raise FileFormatError(
+            f"unknown architecture {name!r}; this version knows {', '.join((*_ARCHITECTURES, *_PACKAGES))}. "
+            "A newer file may need a newer ase-gffmerge."
+        )
+    package, module, cls = _PACKAGES[name]
+    if find_spec(package) is None:
+        raise FileFormatError(
+            f"the architecture {name!r} is built by the package {package}, which is not installed; pip install {package}"
+        )
+    found: type[Potential] = getattr(import_module(module), cls)
+    return found

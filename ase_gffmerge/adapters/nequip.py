@@ -1,0 +1,186 @@
+"""NequIP (Batzner et al., arXiv 2101.03164) of the package ``nequip``, version 0.19: checkpoints, packages, models.
+
+A checkpoint of ``nequip-train`` is read without executing code as long as its model is built from scratch. Whatever holds
+code of its own (packages, checkpoints that were fine-tuned from a package) is loaded by the package itself, if trusted.
+"""
+
+import json
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from ase.data import atomic_numbers as NUMBERS
+from torch import Tensor
+
+from ase_gffmerge.adapters.base import Foreign
+from ase_gffmerge.adapters.nequip_files import find_network, load_network
+from ase_gffmerge.adapters.same import require_same
+from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.models import Potential
+
+if TYPE_CHECKING:
+    from ase_gffmerge.models.nequip_package import NequIPPackage
+
+
+class NequIPAdapter:
+    """Reads models of the package ``nequip``."""
+
+    vendor = "nequip"
+    architecture = "nequip-package"
+
+    def read(self, source: Any, *, trust: bool = False) -> Foreign:
+        """Convert a checkpoint (``.ckpt``), a package (``.nequip.zip``) or a model in memory.
+
+        Raises
+        ------
+        FileFormatError
+            When the package is not installed, there is no such file, it holds code and is not trusted, or a model with parts
+            that are not known here.
+        """
+        if find_spec("nequip") is None:
+            raise FileFormatError(
+                "models of NequIP need the package nequip, which is not installed; pip install nequip"
+            )
+        network = (
+            load_network(Path(source), trust=trust)
+            if isinstance(source, str | Path)
+            else find_network(source)
+        )
+        return Foreign(potential=_convert(network), vendor=self.vendor, version=version("nequip"))
+
+    def write(self, potential: Potential, path: Path) -> Path:
+        """Not possible: NequIP's files hold its training, too."""
+        raise FileFormatError(
+            "NequIP's own file formats hold the training or the code of a model, which a merged potential does not have; "
+            "save it as .safetensors and serve it with GFFMergeCalculator"
+        )
+
+
+ADAPTER = NequIPAdapter()
+
+
+def _convert(network: Any) -> "NequIPPackage":
+    """A potential with the network's weights that was seen to compute the same."""
+    from ase_gffmerge.models.nequip_package import NequIPPackage, NequIPPackageHyper
+
+    names = list(network.per_type_energy_scale_shift.type_names)
+    if unknown := [name for name in names if name not in NUMBERS]:
+        raise FileFormatError(
+            f"the model's types {', '.join(unknown)} are no chemical elements; models of other types are not read"
+        )
+    species = tuple(NUMBERS[name] for name in names)
+    arguments = _arguments(network)
+    scalars = {_n_scalars(layer) for layer in _layers(network)}
+    if len(scalars) > 1:
+        raise FileFormatError(
+            f"the model's layers have different numbers of scalars {sorted(scalars)}, which is not read"
+        )
+    hyper = NequIPPackageHyper(
+        cutoff=float(network.edge_norm.r_max),
+        channels=scalars.pop(),
+        n_blocks=len(_layers(network)),
+        n_radial=int(network.bessel_encode.num_bessels),
+        config=json.dumps(arguments, sort_keys=True),
+    )
+    with torch.random.fork_rng(devices=[]):
+        potential = NequIPPackage(hyper, species)
+    _copy_weights(potential, network, species)
+    potential.to(network.type_embed.embed_module.weight.dtype).eval().requires_grad_(False)
+    require_same(potential, lambda graph: _vendor_energies(network, graph, species), vendor="nequip")
+    return potential
+
+
+def _layers(network: Any) -> list[Any]:
+    return [module for name, module in network.named_children() if name.endswith("_convnet")]
+
+
+def _n_scalars(layer: Any) -> int:
+    """Even scalars after a layer."""
+    return int(layer.equivariant_nonlin.irreps_out.count("0e"))
+
+
+def _arguments(network: Any) -> dict[str, Any]:
+    """Arguments of ``FullNequIPGNNModel`` that make such a network."""
+    layers, readout = _layers(network), network.per_atom_energy_readout.mlp_module
+    bessel, norm = network.bessel_encode, layers[0].conv.avg_num_neighbors_norm.norm_const
+    for condition, what in (
+        (bessel.trainable, "trainable Bessel functions"),
+        (network.edge_norm._rmax_recip.numel() > 1, "a cutoff per pair of elements"),
+        (norm.numel() > 1, "a number of neighbours per element"),
+        (network.type_embed.categorical_graph_field_embed_modules, "an embedding of more than elements"),
+    ):
+        if condition:
+            raise FileFormatError(
+                f"the NequIP model has {what}, which is not supported; leave it out of the merge"
+            )
+    return {
+        "r_max": float(network.edge_norm.r_max),
+        "irreps_edge_sh": str(network.spharm.irreps_edge_sh),
+        "type_embed_num_features": int(network.type_embed.embed_module.embedding_dim),
+        "feature_irreps_hidden": [str(layer.feature_irreps_hidden) for layer in layers],
+        "radial_mlp_depth": [len(layer.conv.edge_mlp.dims) - 2 for layer in layers],
+        "radial_mlp_width": [int(layer.conv.edge_mlp.dims[1]) for layer in layers],
+        "num_bessels": int(bessel.num_bessels),
+        "polynomial_cutoff_p": float(bessel.cutoff.p),
+        "avg_num_neighbors": float(norm.double().item() ** -2),
+        "convnet_sc": any(layer.conv.sc is not None for layer in layers),
+        "convnet_resnet": any(layer.resnet for layer in layers),
+        "learnable_shift": layers[0].conv.sc is not None,
+        "convnet_nonlinearity_type": "gate" if hasattr(layers[0].equivariant_nonlin, "act_gates") else "norm",
+        "readout_mlp_hidden_layers_depth": len(readout.dims) - 2,
+        "readout_mlp_hidden_layers_width": int(readout.dims[1]),
+        "readout_mlp_nonlinearity": "silu" if readout.is_nonlinear else None,
+        "zbl": _repulsion(network),
+    }
+
+
+def _repulsion(network: Any) -> dict[str, Any] | None:
+    pair = getattr(network, "pair_potential", None)
+    if pair is None:
+        return None
+    if not hasattr(pair, "_qqr2exesquare"):
+        raise FileFormatError(
+            f"the NequIP model has the pair potential {type(pair).__name__}, only ZBL is read; leave it out of the merge"
+        )
+    units = "metal" if float(pair._qqr2exesquare) < 100 else "real"
+    return {"units": units, "power": float(pair.cutoff.p)}
+
+
+@torch.no_grad()
+def _copy_weights(potential: "NequIPPackage", network: Any, species: tuple[int, ...]) -> None:
+    """Rows of elements in the order of atomic numbers, self-connections per element."""
+    from ase_gffmerge.models.element_linear import element_weights
+
+    order = torch.tensor(sorted(range(len(species)), key=species.__getitem__))
+    table = network.type_embed.embed_module.weight[order].double()
+    potential.embedding.copy_(table[None])
+    own = dict(potential.named_parameters())
+    for block, layer in enumerate(_layers(network)):
+        for name, value in layer.named_parameters():
+            converted = element_weights(layer.conv.sc, table) if name == "conv.sc.weight" else value
+            own[f"stages.{block}.module.{name}"].copy_(converted)
+    for name, value in network.per_atom_energy_readout.mlp_module.named_parameters():
+        own[f"readout.module.{name}"].copy_(value)
+    scaling = network.per_type_energy_scale_shift
+    ones = torch.ones(len(species), dtype=torch.float64)
+    if scaling.has_scales:
+        own["readout.scale"].copy_((ones * scaling.scales.flatten().double())[order])
+    if scaling.has_shifts:
+        potential.references.copy_((ones * scaling.shifts.flatten().double())[order])
+
+
+def _vendor_energies(network: Any, graph: Any, species: tuple[int, ...]) -> Tensor:
+    """Energies per atom by the network itself."""
+    types = torch.full((119,), -1)
+    types[list(species)] = torch.arange(len(species))
+    data = {
+        "edge_index": graph.edge_index.flip(0),
+        "edge_vectors": graph.edge_vectors.double(),
+        "atom_types": types[graph.atomic_numbers],
+    }
+    for name, module in network.named_children():
+        if name != "total_energy_sum":
+            data = module(data)
+    return data["atomic_energy"].flatten()

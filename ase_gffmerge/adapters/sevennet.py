@@ -1,0 +1,239 @@
+"""SevenNet (Park et al., arXiv 2402.03789) of the package ``sevenn``, version 0.13: checkpoints and models."""
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from e3nn.o3 import Irreps
+from torch import Tensor, nn
+
+from ase_gffmerge.adapters.base import Foreign, load_checkpoint
+from ase_gffmerge.adapters.same import require_same
+from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.fileformat import first_line
+from ase_gffmerge.models import Potential
+
+if TYPE_CHECKING:
+    from ase_gffmerge.models.sevennet_package import SevenNetPackage
+
+PRETRAINED = ("7net-0", "7net-0_22may2024", "7net-l3i5")
+"""Names of weights that come with the package and are read; all were trained on the Materials Project."""
+
+MATERIALS_PROJECT = "PBE and PBE+U of the Materials Project"
+
+
+class SevenNetAdapter:
+    """Reads models of the package ``sevenn``."""
+
+    vendor = "sevenn"
+    architecture = "sevennet-package"
+
+    def read(self, source: Any, *, trust: bool = False) -> Foreign:
+        """Convert a checkpoint (``.pth``), a name in :data:`PRETRAINED` or a model in memory.
+
+        Raises
+        ------
+        FileFormatError
+            When the package is not installed, there is no such file, it holds code and is not trusted, or a model with parts
+            that are not known here.
+        """
+        if find_spec("sevenn") is None:
+            raise FileFormatError(
+                "models of SevenNet need the package sevenn, which is not installed; pip install sevenn"
+            )
+        theory = "unknown"
+        if not isinstance(source, str | Path):
+            network = getattr(source, "model", source)
+        else:
+            path = Path(source)
+            if str(source) in PRETRAINED and not path.exists():
+                path, theory = _pretrained(str(source)), MATERIALS_PROJECT
+            network = _build(load_checkpoint(path, trust=trust), path)
+        potential = _convert(network)
+        return Foreign(
+            potential=potential, vendor=self.vendor, version=version("sevenn"), level_of_theory=theory
+        )
+
+    def write(self, potential: Potential, path: Path) -> Path:
+        """Not possible: the package's checkpoints hold its training, too."""
+        raise FileFormatError(
+            "SevenNet's checkpoints hold the training of a model, which a merged potential does not have; save it as "
+            ".safetensors and serve it with GFFMergeCalculator"
+        )
+
+
+ADAPTER = SevenNetAdapter()
+
+
+def _pretrained(name: str) -> Path:
+    from sevenn.util import pretrained_name_to_path
+
+    return Path(pretrained_name_to_path(name))
+
+
+def _build(content: Mapping[str, Any], path: Path) -> nn.Module:
+    """The network that a checkpoint describes, with its weights, by the package's own rules for old files."""
+    from sevenn.checkpoint import SevenNetCheckpoint, _config_cp_routine
+
+    checkpoint = SevenNetCheckpoint(path)
+    try:
+        checkpoint._config = _config_cp_routine(content["config"])
+        checkpoint._model_state_dict = content["model_state_dict"]
+        checkpoint._loaded = True
+        network: nn.Module = checkpoint.build_model()
+    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise FileFormatError(
+            f"{path} is no checkpoint of SevenNet that sevenn {version('sevenn')} can build ({first_line(error)}); give the "
+            "checkpoint that its training wrote"
+        ) from None
+    return network
+
+
+def _convert(network: Any) -> "SevenNetPackage":
+    """A potential with the network's weights that was seen to compute the same."""
+    from ase_gffmerge.models.sevennet_package import SevenNetPackage, SevenNetPackageHyper
+
+    if not hasattr(network, "edge_embedding") or not getattr(network, "type_map", None):
+        raise FileFormatError(
+            f"a {type(network).__name__} is no SevenNet model; give a checkpoint, a SevenNetCalculator or its model"
+        )
+    if getattr(network, "modal_map", None):
+        raise FileFormatError(
+            f"this SevenNet model has several modalities ({', '.join(network.modal_map)}), which are not supported; use "
+            f"{', '.join(PRETRAINED)} or models fine-tuned from them"
+        )
+    arguments = _arguments(network)
+    species = tuple(sorted(network.type_map, key=network.type_map.__getitem__))
+    scalars = {Irreps(irreps).count("0e") for irreps in arguments["irreps_manual"][1:]}
+    if len(scalars) > 1:
+        raise FileFormatError(
+            f"the model's blocks have different numbers of scalars {sorted(scalars)}, which is not read"
+        )
+    hyper = SevenNetPackageHyper(
+        cutoff=float(network.cutoff),
+        channels=scalars.pop(),
+        n_blocks=arguments["num_convolution_layer"],
+        n_radial=int(network.edge_embedding.basis_function.num_basis),
+        config=json.dumps(arguments, sort_keys=True),
+    )
+    with torch.random.fork_rng(devices=[]):
+        potential = SevenNetPackage(hyper, species)
+    _copy_weights(potential, network, species)
+    potential.to(network.onehot_to_feature_x.linear.weight.dtype).eval().requires_grad_(False)
+    require_same(potential, lambda graph: _vendor_energies(network, graph), vendor="SevenNet")
+    return potential
+
+
+def _arguments(network: Any) -> dict[str, Any]:
+    """Configuration of the package that makes such a network."""
+    from sevenn._const import ACTIVATION
+
+    edges, linear = network.edge_embedding, network.onehot_to_feature_x.linear
+    blocks = range(sum(name.endswith("_convolution") for name, _ in network.named_children()))
+    parts = [
+        {name: getattr(network, f"{t}_{name}") for name in ("convolution", "equivariant_gate")}
+        for t in blocks
+    ]
+    radial = parts[0]["convolution"].weight_nn_kwargs
+    intros = [getattr(network, f"{t}_self_connection_intro") for t in blocks]
+    readout = getattr(network, "readout_FCN", None)
+    names = {function: name for name, function in ACTIVATION.items()}
+    power = getattr(edges.cutoff_function, "p", None)
+    if linear.bias.numel():
+        raise FileFormatError(
+            "this SevenNet model has linear layers with biases, which are not supported; leave it out"
+        )
+    return {
+        "cutoff": float(network.cutoff),
+        "channel": Irreps(linear.irreps_out).dim,
+        "irreps_manual": [str(linear.irreps_out)]
+        + [str(part["equivariant_gate"].gate.irreps_out) for part in parts],
+        "lmax": int(edges.spherical.lmax),
+        "lmax_edge": -1,
+        "lmax_node": -1,
+        "is_parity": str(edges.spherical.irreps_in) == "1x1o",
+        "num_convolution_layer": len(blocks),
+        "radial_basis": {
+            "radial_basis_name": "bessel",
+            "bessel_basis_num": int(edges.basis_function.num_basis),
+            "trainable_coeff": isinstance(edges.basis_function.coeffs, nn.Parameter),
+        },
+        "cutoff_function": (
+            {"cutoff_function_name": "poly_cut", "poly_cut_p_value": power}
+            if power is not None
+            else {"cutoff_function_name": "XPLOR", "cutoff_on": edges.cutoff_function.r_on}
+        ),
+        "act_radial": names[radial["act"]],
+        "act_scalar": {"e": "silu", "o": "tanh"},
+        "act_gate": {"e": "silu", "o": "tanh"},
+        "weight_nn_hidden_neurons": [int(width) for width in radial["hs"][1:-1]],
+        "self_connection_type": ["nequip" if hasattr(i, "fc_tensor_product") else "linear" for i in intros],
+        "interaction_type": "nequip",
+        "conv_denominator": 1.0,
+        "train_denominator": False,
+        "train_shift_scale": False,
+        "use_bias_in_linear": False,
+        "_normalize_sph": bool(edges.spherical.sph.normalize),
+        "readout_as_fcn": readout is not None,
+        "readout_fcn_hidden_neurons": [int(width) for width in readout.fcn.hs[1:-1]]
+        if readout is not None
+        else [],
+        "readout_fcn_activation": names[readout.fcn.layer0.act.f] if readout is not None else "silu",
+    }
+
+
+@torch.no_grad()
+def _copy_weights(potential: "SevenNetPackage", network: Any, species: tuple[int, ...]) -> None:
+    """Rows of elements in the order of atomic numbers, self-connections per element."""
+    from ase_gffmerge.models.element_linear import element_weights
+    from ase_gffmerge.models.sevennet_package import BLOCK
+
+    order = torch.tensor(sorted(range(len(species)), key=species.__getitem__))
+    one_hot = torch.eye(len(species))[order]
+    linear = network.onehot_to_feature_x.linear
+    potential.embedding.copy_(linear(one_hot.to(linear.weight))[None])
+    own = dict(potential.named_parameters())
+    for name, value in network.edge_embedding.basis_function.named_parameters():
+        own[f"stages.0.module.basis.{name}"].copy_(value)
+    for block in range(potential.hyper.n_blocks):
+        for part in BLOCK:
+            module = getattr(network, f"{block}_{part}")
+            for name, value in module.named_parameters():
+                product = name == "fc_tensor_product.weight"
+                converted = element_weights(module.fc_tensor_product, one_hot) if product else value
+                own[f"stages.{block + 1}.module.{part}.{name}"].copy_(converted)
+    for name, value in _readout(network).named_parameters():
+        own[f"readout.module.{name}"].copy_(value)
+    ones = torch.ones(len(species), dtype=torch.float64)
+    rescale = network.rescale_atomic_energy
+    own["readout.scale"].copy_((ones * rescale.scale.double())[order])
+    potential.references.copy_((ones * rescale.shift.double())[order])
+
+
+def _readout(network: Any) -> nn.Module:
+    if hasattr(network, "readout_FCN"):
+        found: nn.Module = network.readout_FCN.fcn
+        return found
+    return nn.Sequential(network.reduce_input_to_hidden.linear, network.reduce_hidden_to_energy.linear)
+
+
+def _vendor_energies(network: Any, graph: Any) -> Tensor:
+    """Energies per atom by the network itself, which works in float32 only."""
+    network = deepcopy(network).float()
+    types = torch.full((119,), -1)
+    for number, row in network.type_map.items():
+        types[number] = row
+    data = {
+        "edge_index": graph.edge_index.flip(0),
+        "edge_vec": graph.edge_vectors.float(),
+        "x": types[graph.atomic_numbers],
+    }
+    for name, module in network.named_children():
+        if name not in ("reduce_total_enegy", "force_output"):
+            data = module(data)
+    return data["atomic_energy"].flatten()

@@ -1,0 +1,182 @@
+"""Networks of other packages that are chains of modules, each a function from a dictionary of tensors to another one.
+
+A few entries of the dictionary are handed from module to module: they are the *state* of the potential. Others depend on
+the edge vectors alone: they are the parts of the *geometry*. Everything else is indices. A :class:`Link` is a module of the
+package together with the names of the entries that it reads and writes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from ase_gffmerge.models.element_linear import ElementLinear
+from ase_gffmerge.models.potential import HyperParameters, Potential, Stage, State
+
+Entries = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ChainGeometry:
+    """What the modules read beside the state.
+
+    Attributes
+    ----------
+    indices
+        Entries that do not depend on the edge vectors.
+    names, parts
+        Entries that do, and their names.
+    """
+
+    indices: Mapping[str, Tensor]
+    names: tuple[str, ...]
+    parts: State
+
+    def with_parts(self, parts: State) -> Self:
+        """Replace the entries that depend on the edge vectors."""
+        return replace(self, parts=parts)
+
+    def entries(self) -> Entries:
+        """All of them in a new dictionary, which modules may change."""
+        return {**self.indices, **dict(zip(self.names, self.parts, strict=True))}
+
+
+class Link(Stage):
+    """A module of another package as a stage.
+
+    Parameters
+    ----------
+    module
+        Maps a dictionary to a dictionary.
+    reads, writes
+        Entries that form the state before and after it.
+    emits_scalars
+        See :class:`.Stage`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        reads: tuple[str, ...],
+        writes: tuple[str, ...],
+        emits_scalars: bool = True,
+    ):
+        super().__init__()
+        self.module, self.reads, self.writes, self.emits_scalars = module, reads, writes, emits_scalars
+
+    def forward(self, state: State, geometry: ChainGeometry) -> State:
+        """Evaluate the module on the state and the geometry."""
+        found = self.module({**geometry.entries(), **dict(zip(self.reads, state, strict=True))})
+        return tuple(found[name] for name in self.writes)
+
+
+class ChainPotential(Potential):
+    """A potential made of links, in float64 when it is new.
+
+    What the links hold as constants (Clebsch-Gordan coefficients and the like) follows every cast from its values in
+    float64, so that a cast there and back changes weights alone, and is not stored in files.
+
+    Attributes
+    ----------
+    edge_entries
+        Names of what :meth:`edge_functions` returns.
+    """
+
+    edge_entries: tuple[str, ...]
+
+    def __init__(self, hyper: HyperParameters, species: tuple[int, ...], *, embedding_width: int):
+        super().__init__(hyper, species)
+        shape = (hyper.n_embeddings, len(self.species), embedding_width)
+        self.embedding = nn.Parameter(torch.randn(shape))
+        self._constants: dict[str, Tensor] = {}
+        self._stored: tuple[str, ...] = ()
+
+    def _seal(self) -> None:
+        """Cast to float64 and remember the constants; the last step of a constructor."""
+        self.double()
+        for root, prefix in self._foreign():
+            for name, buffer in root.named_buffers(prefix):
+                self._constants[name] = buffer.detach().clone()
+        self._stored = tuple(name for name in self.state_dict() if name in self._constants)
+        self.register_state_dict_post_hook(_leave_out_constants)
+        self.register_load_state_dict_pre_hook(_put_in_constants)
+
+    def _foreign(self) -> Iterator[tuple[nn.Module, str]]:
+        """Modules of the other package, and their names."""
+        for name, module in self.named_children():
+            if name not in ("basis", "readout"):
+                yield module, name
+        for name, module in self.readout.named_modules(prefix="readout"):
+            if isinstance(module, ScaledReadout):
+                yield module.module, f"{name}.module"
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        for name, exact in self._constants.items():
+            owner, _, key = name.rpartition(".")
+            dtype = self.dtype if exact.is_floating_point() else exact.dtype
+            setattr(self.get_submodule(owner), key, exact.to(device=self.device, dtype=dtype))
+        return self
+
+    def embed(self, graph: Data) -> State:
+        """Rows of the embedding."""
+        return (self.embedded(graph),)
+
+    def element_parameters(self) -> tuple[str, ...]:
+        """Self-connections and energy scales."""
+        maps = [
+            f"{name}.weight" for name, module in self.named_modules() if isinstance(module, ElementLinear)
+        ]
+        scales = [
+            f"{name}.scale" for name, module in self.named_modules() if isinstance(module, ScaledReadout)
+        ]
+        return (*maps, *scales)
+
+    def indices(self, graph: Data) -> Entries:
+        """Entries that do not depend on the edge vectors."""
+        raise NotImplementedError
+
+    def geometry(self, graph: Data) -> ChainGeometry:
+        """Entries by name."""
+        return ChainGeometry(self.indices(graph), self.edge_entries, self.edge_functions(graph.edge_vectors))
+
+    def scalars(self, state: State) -> Tensor:
+        """Even scalars, the first ``channels`` of the features of the links."""
+        return state[0][:, : self.hyper.channels]
+
+
+def _leave_out_constants(potential: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Keep the constants out of a state dictionary."""
+    for name in potential._stored:
+        state.pop(prefix + name)
+
+
+def _put_in_constants(potential: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let the constants be what they are when a state dictionary is loaded."""
+    for name in potential._stored:
+        state[prefix + name] = potential.get_buffer(name)
+
+
+class ScaledReadout(nn.Module):
+    """Energies of the last scalars by a module of another package, times a factor per element.
+
+    Parameters
+    ----------
+    module
+        Maps scalars (n_atoms, channels) to (n_atoms, 1).
+    n_species
+        Number of elements.
+    """
+
+    def __init__(self, module: nn.Module, n_species: int):
+        super().__init__()
+        self.module = module
+        self.scale = nn.Parameter(torch.ones(n_species))
+
+    def forward(self, scalars: list[Tensor], species: Tensor) -> Tensor:
+        """Map L tensors (n_atoms, channels) and element rows (n_atoms,) to energies (n_atoms,) in eV."""
+        return self.module(scalars[-1]).squeeze(-1) * self.scale[species]

@@ -1,0 +1,228 @@
+"""NequIP of the package nequip: the vendor's results, the vendor's files, and merges."""
+
+import warnings
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+
+nequip = pytest.importorskip("nequip", reason="needs the package nequip: pip install nequip")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+from ase_gffmerge import GFFMergeCalculator, Specialist, merge  # noqa: E402
+from ase_gffmerge.adapters import adapter  # noqa: E402
+from ase_gffmerge.errors import FileFormatError  # noqa: E402
+from ase_gffmerge.testing import check_calculator  # noqa: E402
+
+TYPES = ["C", "H", "O"]
+ZBL = {"_target_": "nequip.nn.pair_potential.ZBL", "units": "metal", "chemical_species": TYPES}
+CONFIG = {
+    "_target_": "nequip.model.NequIPGNNModel",
+    "seed": 1,
+    "model_dtype": "float32",
+    "r_max": 4.0,
+    "type_names": TYPES,
+    "num_layers": 2,
+    "l_max": 1,
+    "parity": True,
+    "num_features": 6,
+    "type_embed_num_features": 4,
+    "radial_mlp_width": 8,
+    "avg_num_neighbors": 8.0,
+    "per_type_energy_scales": 2.0,
+    "per_type_energy_shifts": {"H": -1.0, "C": -2.0, "O": -3.0},
+}
+VARIANTS = {
+    "plain": {},
+    "repulsion": {"pair_potential": ZBL},
+    "natural parity": {"parity": False, "l_max": 2, "num_layers": 3, "num_features": [8, 6, 4]},
+    "residual": {"convnet_resnet": True, "learnable_shift": True, "readout_mlp_hidden_layers_depth": 1},
+}
+
+
+@pytest.fixture
+def float64_default():
+    """What nequip makes the default, for its own calculator alone."""
+    from nequip.utils.global_state import set_global_state
+
+    set_global_state()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def build(**changes):
+    """A model by nequip's own builder, which wants the package's global state."""
+    from nequip.model import NequIPGNNModel
+    from nequip.utils.global_state import set_global_state
+
+    set_global_state()
+    torch.set_default_dtype(torch.float32)
+    return NequIPGNNModel(**{k: v for k, v in {**CONFIG, **changes}.items() if k != "_target_"}).eval()
+
+
+def structures() -> list[Atoms]:
+    ethanol, crystal = molecule("CH3CH2OH"), bulk("C", cubic=True)
+    ethanol.rattle(0.1, seed=1)
+    crystal.numbers[::3] = 8
+    crystal.rattle(0.1, seed=2)
+    return [ethanol, crystal]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-6), ("float64", 1e-11)])
+def test_results_are_the_vendors(variant, dtype, tolerance, float64_default):
+    from nequip.data.transforms import ChemicalSpeciesToAtomTypeMapper, NeighborListTransform
+    from nequip.integrations.ase import NequIPCalculator
+
+    model = build(model_dtype=dtype, **VARIANTS[variant])
+    ours = GFFMergeCalculator(Specialist.from_vendor("nequip", model), dtype=dtype, device="cpu")
+    torch.set_default_dtype(torch.float64)
+    transforms = [ChemicalSpeciesToAtomTypeMapper(TYPES), NeighborListTransform(r_max=4.0)]
+    theirs = NequIPCalculator(model, "cpu", transforms=transforms)
+    for atoms in structures():
+        own = atoms.copy()
+        atoms.calc, own.calc = theirs, ours
+        size = max(1.0, np.abs(atoms.get_forces()).max())
+        assert own.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), abs=tolerance * size)
+        np.testing.assert_allclose(own.get_forces(), atoms.get_forces(), atol=tolerance * size)
+        if atoms.pbc.any():
+            np.testing.assert_allclose(own.get_stress(), atoms.get_stress(), atol=tolerance * size)
+
+
+def test_the_contract_holds(tmp_path):
+    specialist = Specialist.from_vendor("nequip", build(model_dtype="float64"))
+    calc = GFFMergeCalculator(specialist.save(tmp_path / "s.safetensors"), dtype="float64", device="cpu")
+    check_calculator(calc, bulk("C", a=3.6)).raise_if_failed()
+
+
+def test_reading_leaves_the_process_alone():
+    model = build()
+    torch.manual_seed(3)
+    before = torch.get_default_dtype(), torch.get_rng_state()
+    potential = Specialist.from_vendor("nequip", model).potential
+    assert torch.get_default_dtype() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert potential.dtype == torch.float32
+    assert potential.species == (1, 6, 8)
+    np.testing.assert_allclose(potential.references, [-1, -2, -3])
+
+
+def test_casts_change_weights_alone():
+    potential = Specialist.from_vendor(
+        "nequip", build(model_dtype="float64", l_max=2, num_layers=3)
+    ).potential
+    exact = {name: buffer.clone() for name, buffer in potential.named_buffers()}
+    assert any("w3j" in name for name in exact)
+    copy = deepcopy(potential).float().double()
+    for name, buffer in copy.named_buffers():
+        assert torch.equal(buffer, exact[name]), name
+    assert not any("w3j" in name for name in copy.state_dict())
+
+
+def checkpoint(path, model, *, averages: bool = False, **config):
+    """What nequip-train saves, as far as weights and model go."""
+    state = {f"model.sole_model.{name}": value for name, value in model.state_dict().items()}
+    if averages:
+        means = {f"ema.ema_weight_{i}": p.detach() + 0.1 for i, p in enumerate(model.parameters())}
+        state |= means
+    torch.save(
+        {"state_dict": state, "hyper_parameters": {"model": {**CONFIG, **config}, "info_dict": {}}}, path
+    )
+    return f"nequip:{path}"
+
+
+def test_checkpoints_are_read_without_code(tmp_path):
+    model = build(pair_potential=ZBL)
+    read = Specialist.load(checkpoint(tmp_path / "a.ckpt", model, pair_potential=ZBL))
+    assert read.fingerprint == Specialist.from_vendor("nequip", model).fingerprint
+    assert read.provenance.origin.startswith("nequip 0.")
+    averaged = Specialist.load(checkpoint(tmp_path / "b.ckpt", model, averages=True, pair_potential=ZBL))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    assert averaged.fingerprint == Specialist.from_vendor("nequip", model).fingerprint
+    again = Specialist.load(read.save(tmp_path / "a.safetensors"))
+    assert again.fingerprint == read.fingerprint
+
+
+class Trap:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_what_is_not_read_is_refused(tmp_path, capsys):
+    model = build()
+    other = {"_target_": "nequip.model.ModelFromPackage"}
+    evil = {**ZBL, "units": {"_target_": "builtins.print", "_args_": ["executed"]}}
+    sources = {
+        "other files": checkpoint(tmp_path / "package.ckpt", model, **other),
+        "other parts": checkpoint(tmp_path / "evil.ckpt", model, pair_potential=evil),
+        "no checkpoint": checkpoint(tmp_path / "none.ckpt", model, _target_=None).replace("none", "empty"),
+        "does not fit": checkpoint(tmp_path / "wide.ckpt", model, num_features=7),
+        "trust=True": f"nequip:{tmp_path / 'trap.ckpt'}",
+        "holds code": f"nequip:{tmp_path / 'x.nequip.zip'}",
+        "no file": f"nequip:{tmp_path / 'missing.ckpt'}",
+    }
+    torch.save({"weights": 1}, tmp_path / "empty.ckpt")
+    torch.save({"state_dict": Trap()}, tmp_path / "trap.ckpt")
+    (tmp_path / "x.nequip.zip").write_bytes(b"")
+    capsys.readouterr()
+    for words, source in sources.items():
+        with pytest.raises(FileFormatError, match=words):
+            Specialist.load(source)
+    assert "executed" not in capsys.readouterr().out
+    with pytest.raises(FileFormatError, match="no NequIP model"):
+        adapter("nequip").read(torch.nn.Linear(2, 2))
+    with pytest.raises(FileFormatError, match="trainable Bessel"):
+        adapter("nequip").read(build(bessel_trainable=True))
+    with pytest.raises(FileFormatError, match="not known here"):
+        adapter("nequip").read(build(convnet_nonlinearity_scalars={"e": "ssp", "o": "tanh"}))
+
+
+def relatives(size: float) -> list[Specialist]:
+    """Two models moved away from one, each with frames of its own molecule."""
+    found = []
+    for k, name in enumerate(("rmd17-ethanol", "rmd17-malonaldehyde")):
+        model = build(model_dtype="float64")
+        generator = torch.Generator().manual_seed(k)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(size * p.abs().mean() * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        frames = Specialist.load(name).calibration[:5]
+        found.append(Specialist.from_vendor("nequip", model, calibration=frames, name=name))
+    return found
+
+
+QUICK = {"readout": {"width": 64, "copies": 1}, "probes": 1}
+
+
+def test_copies_merge_into_the_original():
+    first, _ = relatives(0.0)
+    merged, _ = merge([first, first], {**QUICK, "allow_identical": True}, device="cpu")
+    for atoms in first.calibration[:2]:
+        forces = []
+        for specialist in (first, merged):
+            copy = atoms.copy()
+            copy.calc = GFFMergeCalculator(specialist, dtype="float64", device="cpu")
+            forces.append(copy.get_forces())
+        np.testing.assert_allclose(*forces, atol=1e-10)
+
+
+def test_the_default_beats_paper_and_mean(tmp_path):
+    pair = relatives(0.2)
+    errors = {}
+    for recipe in ("mean", {"preset": "paper"}, QUICK):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            merged, report = merge(pair, recipe, device="cpu")
+        rows = [row for row in report.disagreements if row.model == "merged"]
+        errors[str(recipe)] = max(row.force_mae / row.force_rms for row in rows)
+    mean, paper, ours = errors.values()
+    assert ours < 0.7 * min(mean, paper)
+    assert report.averaged == ("embedding", "readout.scale")
+    assert any("sc[O, 0e]" in row.name for row in report.layers)
+    assert Specialist.load(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint
