@@ -57,7 +57,15 @@ class CompiledPotential:
     """
 
     def __init__(self, potential: Potential, *, compile: Compile, backend: str = "inductor"):
-        self.potential, self.compile, self.backend = potential, compile, backend
+        if compile is True and not potential.compilable:
+            warnings.warn(
+                f"a {potential.architecture} force field is not compiled but evaluated step by step, with the same results; "
+                "leave compile out",
+                CompileWarning,
+                stacklevel=4,
+            )
+        self.potential, self.backend = potential, backend
+        self.compile: Compile = compile if potential.compilable else False
         self._forget()
 
     def _forget(self) -> None:

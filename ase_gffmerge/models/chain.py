@@ -7,7 +7,7 @@ package together with the names of the entries that it reads and writes.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,7 @@ class ChainPotential(Potential):
         Names of what :meth:`edge_functions` returns.
     """
 
+    compilable: ClassVar[bool] = False
     edge_entries: tuple[str, ...]
 
     def __init__(self, hyper: HyperParameters, species: tuple[int, ...], *, embedding_width: int):

@@ -173,6 +173,8 @@ class Potential(ExactBuffers):
 
     architecture: ClassVar[str]
     Hyper: ClassVar[type[HyperParameters]]
+    compilable: ClassVar[bool] = True
+    """Whether it can be traced with the numbers of atoms and edges as symbols, which lists of angles cannot."""
     species_row: Tensor
     references: Tensor
 

@@ -15,6 +15,7 @@ from ase_gffmerge import GFFMergeCalculator, Specialist, merge, merge_calculator
 from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.adapters import adapter, vendors
 from ase_gffmerge.ase_errors import SetupError
+from ase_gffmerge.compiled import CompileWarning
 from ase_gffmerge.errors import FileFormatError, MergeWarning
 from ase_gffmerge.testing import check_calculator
 
@@ -48,6 +49,25 @@ def vendor_calculator():
         from chgnet.model import CHGNet, CHGNetCalculator
 
         return CHGNetCalculator(CHGNet.load(verbose=False), use_device="cpu", return_site_energies=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_other_pretrained_weights_give_the_vendors_results():
+    from chgnet.model import CHGNet, CHGNetCalculator
+
+    theirs, ours = rocksalt(1), rocksalt(1)
+    theirs.calc = CHGNetCalculator(CHGNet.load(model_name="r2scan", verbose=False), use_device="cpu")
+    ours.calc = GFFMergeCalculator("chgnet:r2scan", device="cpu")
+    np.testing.assert_allclose(ours.get_forces(), theirs.get_forces(), atol=1e-4)
+    assert ours.get_potential_energy() == pytest.approx(theirs.get_potential_energy(), abs=2e-6 * len(ours))
+
+
+def test_compiling_is_refused_once_with_the_same_results(original):
+    with pytest.warns(CompileWarning, match="not compiled") as caught:
+        calc = GFFMergeCalculator(original, device="cpu", compile=True)
+    assert len(caught) == 1
+    plain = GFFMergeCalculator(original, device="cpu")
+    assert calc.get_potential_energy(rocksalt(1)) == plain.get_potential_energy(rocksalt(1))
 
 
 @pytest.fixture(scope="module")
