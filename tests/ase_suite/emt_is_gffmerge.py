@@ -17,7 +17,7 @@ from ase_gffmerge.errors import MergeWarning
 
 FOLDER = Path(__file__).parent
 SPECIALISTS = [FOLDER / "emt-metals.safetensors", FOLDER / "emt-molecules.safetensors"]
-RECIPE = {"readout": {"width": 16}}
+RECIPE = {"readout": {"width": 16}, "messages": False}
 
 
 def merged():
