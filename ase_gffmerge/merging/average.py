@@ -52,8 +52,8 @@ def mean_potential(specialists: Sequence[Specialist], recipe: Recipe) -> Potenti
 
 def _element_mean(rows: Tensor, counts: Tensor) -> Tensor:
     """Mean (n_species, ...) of rows (n_specialists, n_species, ...) with weights (n_specialists, n_species)."""
-    weights = (counts / counts.sum(0)).view(*counts.shape, *(1,) * (rows.dim() - 2))
-    return (weights * rows).sum(0)
+    weights = counts.view(*counts.shape, *(1,) * (rows.dim() - 2))
+    return (weights * rows).sum(0) / weights.sum(0)
 
 
 def averaged_parameters(potential: Potential, recipe: Recipe) -> tuple[str, ...]:
