@@ -206,10 +206,12 @@ QUICK = {"readout": {"width": 64}, "probes": 1}
 def test_copies_merge_into_the_original(small):
     frames = tuple(rocksalt(seed) for seed in range(2))
     potential = deepcopy(small.potential).double()
+    potential.readout.out.weight.data *= 1000  # random weights alone make forces like round-off
     copies = [Specialist(name=n, potential=potential, calibration=frames) for n in "ab"]
     merged, report = merge(copies, {**QUICK, "allow_identical": True}, device="cpu")
     before, after = (predict_frames(p, frames) for p in (potential, merged.potential))
-    np.testing.assert_allclose(np.concatenate(after.forces), np.concatenate(before.forces), atol=1e-10)
+    scale = np.abs(np.concatenate(before.forces)).max()
+    np.testing.assert_allclose(np.concatenate(after.forces), np.concatenate(before.forces), atol=1e-6 * scale)
     assert report.verdict == "good"
 
 
