@@ -15,6 +15,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from torch_geometric.data import Data
 
+from ase_gffmerge.ase_arguments import DTYPES, dtype_name, skin_width, weight_tuple
 from ase_gffmerge.ase_batches import evaluate_structures
 from ase_gffmerge.ase_errors import SetupError, as_setup_errors
 from ase_gffmerge.ase_results import (
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from ase_gffmerge.merging.report import MergeReport
 
 PROPERTIES = ("energy", "free_energy", "energies", "forces", "stress")
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class GFFMergeCalculator(Calculator):
@@ -128,13 +128,13 @@ class GFFMergeCalculator(Calculator):
         self.implemented_properties = list(PROPERTIES)  # type: ignore[misc]
         self.extras: dict[str, Any] = {}
         self._lock = threading.RLock()
-        precision, skin = _dtype(dtype), _skin(skin)
+        precision, skin = dtype_name(dtype), skin_width(skin)
         if compile not in (True, False, "auto"):
             raise SetupError(f"compile={compile!r} is not known; use 'auto', True or False")
         options = MergeOptions(
             recipe=recipe,
             conditioning=conditioning,
-            weights=_weights(weights),
+            weights=weight_tuple(weights),
             allow_unrelated=allow_unrelated,
             cache_dir=cache_dir,
         )
@@ -356,32 +356,6 @@ class GFFMergeCalculator(Calculator):
         for name in ("atoms", "results", "extras"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         return twin
-
-
-def _dtype(dtype: str | torch.dtype) -> str:
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise SetupError(f"dtype={dtype!r} is not supported; use 'float32' or 'float64'")
-    return name
-
-
-def _skin(skin: float) -> float:
-    try:
-        width = float(skin)
-    except (TypeError, ValueError):
-        width = -1.0
-    if not 0 <= width < float("inf"):
-        raise SetupError(
-            f"skin={skin!r} is no length; give one of about 1 Å, or 0 to search neighbours every time"
-        )
-    return width
-
-
-def _weights(weights: Sequence[float] | None) -> tuple[float, ...] | None:
-    try:
-        return None if weights is None else tuple(float(weight) for weight in weights)
-    except (TypeError, ValueError):
-        raise SetupError(f"weights={weights!r} is not a list of numbers, one per specialist") from None
 
 
 def _served(force_field: Specialist, device: torch.device, dtype: torch.dtype) -> Specialist:

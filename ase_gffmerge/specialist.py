@@ -239,6 +239,10 @@ class Specialist:
         from ase_gffmerge.adapters import adapter
 
         foreign = adapter(vendor).read(source, trust=trust)
+        if broken := first_not_finite(foreign.potential):
+            raise FileFormatError(
+                f"{vendor}:{source}: its parameter {broken!r} contains NaN or infinity; the training diverged"
+            )
         stem = (
             Path(source).name.split(".")[0]
             if isinstance(source, str | Path) and Path(source).exists()

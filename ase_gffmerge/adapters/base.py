@@ -92,6 +92,8 @@ def load_checkpoint(path: Path, *, trust: bool) -> dict[str, Any]:
     FileFormatError
         When there is no such file, it holds code and is not trusted, or it is no dictionary.
     """
+    if path.is_dir():
+        raise FileFormatError(f"{path} is a folder; give the checkpoint in it")
     try:
         with torch.serialization.safe_globals(_ARRAYS):
             content = torch.load(path, map_location="cpu", weights_only=not trust)

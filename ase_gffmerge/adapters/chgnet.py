@@ -56,8 +56,13 @@ class CHGNetAdapter:
             path = pretrained(name) if name in PRETRAINED and not Path(name).exists() else Path(name)
             content = load_checkpoint(path, trust=trust)
             origin, theory = str(path), PRETRAINED.get(name, "unknown")
-        else:
+        elif hasattr(source, "as_dict"):
             content, origin, theory = source.as_dict(), "the CHGNet given", "unknown"
+        else:
+            raise FileFormatError(
+                f"a {type(source).__name__} is no CHGNet; give a checkpoint's path, one of {', '.join(PRETRAINED)}, or a "
+                "chgnet.model.CHGNet"
+            )
         return _convert(content.get("model", content), origin, theory)
 
     def write(self, potential: Potential, path: Path) -> Path:

@@ -1,5 +1,6 @@
 """``gffmerge convert``: another package's force field becomes a specialist, and back."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -45,8 +46,9 @@ def convert(
     from ase_gffmerge.training.frames import bare
 
     foreign = foreign_source(source)
-    options = {"name": name, "level_of_theory": level_of_theory, "trust": trust}
-    specialist = Specialist.from_vendor(*foreign, **options) if foreign else load(source)  # type: ignore[arg-type]
+    specialist = Specialist.from_vendor(*foreign, trust=trust) if foreign else load(source)
+    given = {"name": name, "level_of_theory": level_of_theory}
+    specialist = replace(specialist, **{key: value for key, value in given.items() if value})  # type: ignore[arg-type]
     if calibration is not None:
         found = read_frames(calibration)
         chosen = calibration_frames(found, min(frames, len(found)), seed=0)

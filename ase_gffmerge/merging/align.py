@@ -227,7 +227,8 @@ def _solve_layer(
     mean = problem.read().double()
     if len(gram.xx) > len(mean):
         mean = torch.cat([mean, mean.new_zeros(1, mean.shape[1])])
-    prior = mean if recipe.anchor == "mean" else torch.zeros_like(mean)
+    known = recipe.anchor == "zero" and gram.n_rows  # a layer that no frame reaches keeps the mean
+    prior = torch.zeros_like(mean) if known else mean
     solution = ridge_solve(gram, prior, ridge=recipe.ridge, relative=recipe.ridge_scale == "relative")
     problem.write(solution.theta[: len(problem.read())].to(problem.read().dtype))
     return LayerReport.of(f"{prefix}.{problem.name}", "layer", solution, before=gram.residual(mean))

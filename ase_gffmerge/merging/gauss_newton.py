@@ -60,6 +60,9 @@ class Linearised(Protocol):
 def gauss_newton_step(problem: Linearised, *, iterations: int, damping: float) -> Thetas:
     """Step δ of all maps after some conjugate-gradient iterations.
 
+    Every residual is made orthogonal to all earlier ones again: round-off would take that away, and with it the
+    reproducibility of maps that the residuals hardly determine.
+
     Parameters
     ----------
     problem
@@ -74,6 +77,7 @@ def gauss_newton_step(problem: Linearised, *, iterations: int, damping: float) -
     step = {name: torch.zeros_like(value) for name, value in left.items()}
     direction = z = metric.solve(left)
     norm = first = dot(left, z)
+    past: list[tuple[Thetas, Thetas, float]] = []
     round_off = max(torch.finfo(value.dtype).eps for value in left.values()) ** 2
     for _ in range(iterations):
         if norm <= round_off * first:
@@ -81,7 +85,10 @@ def gauss_newton_step(problem: Linearised, *, iterations: int, damping: float) -
         curved = _transpose(problem, problem.forward(direction))
         curved = _add(curved, metric.product(direction), factor=damping)
         length = norm / dot(direction, curved)
+        past.append((left, z, norm))
         step, left = _add(step, direction, factor=length), _add(left, curved, factor=-length)
+        for earlier, solved, size in past:
+            left = _add(left, earlier, factor=-dot(left, solved) / size)
         z = metric.solve(left)
         norm, previous = dot(left, z), norm
         direction = _add(z, direction, factor=norm / previous)

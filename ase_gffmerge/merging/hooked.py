@@ -102,7 +102,12 @@ def merge_calculators(
     target = module(merged)
     average_parameters(target, networks)
     mean = deepcopy(merged)
-    names = executed_layers(target, lambda: evaluate(merged, calibration[0][0]))
+    names = executed_layers(target, lambda: [evaluate(merged, frames[0]) for frames in calibration])
+    if not names:
+        raise IncompatibleSpecialistsError(
+            "evaluating a frame called no layer that a merge knows; is this the network that the calculator evaluates, "
+            "and not a compiled or copied one?"
+        )
     layers: list[LayerReport] = []
     for i, name in enumerate(names):
         tell(0.9 * i / len(names), name)
@@ -133,6 +138,12 @@ def _check(networks: Sequence[nn.Module], calibration: Sequence[Sequence[Atoms]]
         raise FramesError(
             f"each of the {len(networks)} calculators needs frames that it knows; give one list of structures for each"
         )
+    for network in networks:
+        if not isinstance(network, nn.Module):
+            raise IncompatibleSpecialistsError(
+                f"module gave a {type(network).__name__}, not the torch network in a calculator; give a function such as "
+                "lambda calc: calc.model"
+            )
     shapes = [{name: value.shape for name, value in network.named_parameters()} for network in networks]
     for k, other in enumerate(shapes[1:], start=1):
         different = sorted(
@@ -199,14 +210,15 @@ def _watched(layer: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _entering(calculator: Any, layer: nn.Module, atoms: Atoms) -> Tensor:
+def _entering(calculator: Any, layer: nn.Module, atoms: Atoms) -> Tensor | None:
+    """What enters a layer in one frame; ``None`` where the frame does not reach it."""
     with _watched(layer) as caught:
         try:
             evaluate(calculator, atoms)
         except Exception:
             if not caught:  # an error of the calculator, not the hook's end of the evaluation
                 raise
-    return caught[0]
+    return caught[0] if caught else None
 
 
 def _solve_layer(
@@ -229,16 +241,21 @@ def _solve_layer(
         values = [Gram.zero(*problem.read().shape) for problem in ours]
         slopes = list(values)
         for i, atoms in enumerate(frames):
-            pair = [
+            here, there = (
                 (_entering(merged, layer, one), _entering(calculator, original, one))
                 for one in (atoms, twin(atoms, seed=i))
-            ]
+            )
+            (x, own), (x_there, own_there) = here, there
+            if x is None or own is None:  # nothing in this frame needs the layer
+                continue
             for k, (problem, their) in enumerate(zip(ours, theirs, strict=True)):
-                rows, targets = _rows(problem, their, *pair[0])
+                rows, targets = _rows(problem, their, x, own)
                 values[k] += Gram.of(rows, targets)
-                if pair[1][0].shape == pair[0][0].shape:  # no neighbour came or went
-                    there, targets_there = _rows(problem, their, *pair[1])
-                    slopes[k] += Gram.of((there - rows) / STEP, (targets_there - targets) / STEP)
+                if x_there is None or own_there is None:
+                    continue
+                if x_there.shape == x.shape and own_there.shape == own.shape:  # no neighbour came or went
+                    rows_there, targets_there = _rows(problem, their, x_there, own_there)
+                    slopes[k] += Gram.of((rows_there - rows) / STEP, (targets_there - targets) / STEP)
         grams.append([a.balanced(b, slope_weight) for a, b in zip(values, slopes, strict=True)])
     reports = []
     for i, problem in enumerate(ours):

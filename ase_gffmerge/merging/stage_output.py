@@ -80,7 +80,8 @@ class StageOutput:
         for name, gram in self._grams(self._scenes[k]).items():
             self.grams[name] = self.grams[name] + gram
         with torch.enable_grad():
-            output = self._output(k, self._leaves)
+            nothing = sum(leaf.sum() for leaf in self._leaves.values()) * 0  # links maps that no row enters
+            output = self._output(k, self._leaves) + nothing
             u = torch.zeros_like(output, requires_grad=True)
             pulled = torch.autograd.grad(output, list(self._leaves.values()), u, create_graph=True)
         self._outputs.append(output)

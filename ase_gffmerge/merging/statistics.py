@@ -92,14 +92,12 @@ def symmetric_product(x: Tensor, *, block: int = 1024) -> Tensor:
 def normalised_sum(grams: list[Gram], weights: list[float]) -> Gram:
     r"""Weighted sum :math:`\sum_k \frac{a_k}{n_k s_k}\,\mathrm{Gram}_k` with mean squared targets s_k.
 
-    Every specialist counts the same, however many frames it brings and however large its targets are.
+    Every specialist counts the same, however many frames it brings and however large its targets are. Without any rows (no
+    frame has an angle, say) nothing is known, and G = 0.
     """
     terms = [
         gram * (weight / (gram.n_rows * gram.mean_square_target))
         for gram, weight in zip(grams, weights, strict=True)
         if gram.n_rows
     ]
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    return sum(terms[1:], start=terms[0]) if terms else grams[0]

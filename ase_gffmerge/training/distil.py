@@ -100,6 +100,7 @@ def distil(
         epochs=len(history.rows),
         seed=options.seed,
         seen_frames=seen_frames((merged, *specialists), given),
+        origin=merged.provenance.origin,
     )
     return replace(distilled, provenance=provenance), history
 

@@ -101,7 +101,7 @@ def young_state(gradient: Tensor) -> dict[str, Tensor]:
         return state
     for side, product in outer_products(gradient).items():
         state[side] = product
-        state[f"{side}_basis"] = torch.linalg.eigh(product).eigenvectors.flip(1)
+        state[f"{side}_basis"] = torch.linalg.eigh(product).eigenvectors.flip(1).contiguous()
     return state
 
 
@@ -149,4 +149,4 @@ def follow(state: dict[str, Tensor], gradient: Tensor, decay: float, *, refresh:
             image = covariance @ basis
             order = (basis * image).sum(0).argsort(descending=True)
             state["second"] = state["second"].index_select(0 if side == "left" else 1, order)
-            state[f"{side}_basis"] = torch.linalg.qr(image[:, order]).Q
+            state[f"{side}_basis"] = torch.linalg.qr(image[:, order]).Q.contiguous()

@@ -153,6 +153,9 @@ def test_files_that_are_no_chgnet_are_refused(tmp_path, capsys):
     (tmp_path / "pickle.pth.tar").write_bytes(pickle.dumps({"model": 1}, protocol=0))
     checkpoint(tmp_path / "gelu.pth.tar", non_linearity="gelu")
     checkpoint(tmp_path / "narrow.pth.tar", bond_fea_dim=32)
+    content = torch.load(good)
+    content["model"]["state_dict"]["atom_embedding.embedding.weight"][0, 0] = torch.nan
+    torch.save(content, tmp_path / "nan.pth.tar")
     capsys.readouterr()
     for name, words in {
         "trap": "trust=True",
@@ -163,9 +166,14 @@ def test_files_that_are_no_chgnet_are_refused(tmp_path, capsys):
         "gelu": "non_linearity",
         "narrow": "widths",
         "missing": "no file",
+        "nan": "NaN or infinity",
     }.items():
         with pytest.raises(FileFormatError, match=words):
             Specialist.load(f"chgnet:{tmp_path / name}.pth.tar")
+    with pytest.raises(FileFormatError, match="is a folder"):
+        Specialist.load(f"chgnet:{tmp_path}")
+    with pytest.raises(FileFormatError, match="a list is no CHGNet"):
+        Specialist.from_chgnet([good])
     assert capsys.readouterr().out == ""
     assert vendors()[0] == "chgnet"
 
@@ -233,6 +241,22 @@ def test_default_beats_paper_beats_mean(pair, tmp_path):
     default, paper, mean = error(QUICK), error("paper"), error("mean")
     assert default < paper
     assert default < 0.7 * mean
+
+
+@pytest.mark.parametrize("recipe", ["paper", {**QUICK, "readout": None}])
+@pytest.mark.filterwarnings("ignore")
+def test_crystals_without_angles_merge(small, recipe):
+    """No three atoms of sparse sodium are near enough: the layers of angles see no rows, and keep the mean."""
+    frames = []
+    for seed in range(2):
+        atoms = bulk("Na", "bcc", a=4.3, cubic=True)
+        atoms.rattle(0.05, seed=seed)
+        frames.append(atoms)
+    pair = [perturbed(small, seed, frames) for seed in (1, 2)]
+    merged, _ = merge(pair, recipe, device="cpu")
+    assert np.isfinite(predict_frames(merged.potential, frames).forces).all()
+    a, b, ours = (s.potential.get_parameter("stages.3.gated.core.weight") for s in (*pair, merged))
+    torch.testing.assert_close(ours, (a + b) / 2)
 
 
 @pytest.mark.filterwarnings("ignore")

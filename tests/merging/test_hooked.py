@@ -140,3 +140,39 @@ def test_bad_input_is_refused(calculators):
         merge_calculators(calculators, [FRAMES[0], []], module=network_of)
     with pytest.raises(IncompatibleSpecialistsError, match="first difference"):
         merge_calculators([calculators[0], Pairs(Network(4).double())], FRAMES, module=network_of)
+    with pytest.raises(IncompatibleSpecialistsError, match="not the torch network"):
+        merge_calculators(calculators, FRAMES, module=lambda calc: calc)
+    with pytest.raises(IncompatibleSpecialistsError, match="called no layer"):
+        merge_calculators([Pairs(Constant()), Pairs(Constant())], FRAMES, module=network_of)
+
+
+class Constant(nn.Module):
+    """Without any layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.strength = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        return self.strength * positions.square().sum()
+
+
+class Many(Network):
+    """With a layer for structures of more than three atoms only."""
+
+    def __init__(self):
+        super().__init__()
+        self.crowd = nn.Linear(6, 1)
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        energy = super().forward(positions)
+        return energy if len(positions) < 4 else energy + self.crowd(positions.reshape(-1, 6)).sum()
+
+
+def test_frames_that_do_not_reach_a_layer_are_left_out():
+    torch.manual_seed(0)
+    calculators = [Pairs(Many().double()) for _ in range(2)]
+    result = merge_calculators(calculators, FRAMES, module=network_of)
+    assert [layer.name for layer in result.layers] == ["first", "second", "out", "crowd"]
+    ours, known = (c.network.crowd.weight for c in (result.calculator, calculators[1]))
+    torch.testing.assert_close(ours, known, rtol=1e-2, atol=1e-3)  # only its frames need the layer
