@@ -6,7 +6,6 @@ code of its own (packages, checkpoints that were fine-tuned from a package) is l
 
 import json
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,14 @@ from ase.data import atomic_numbers as NUMBERS
 from torch import Tensor
 
 from ase_gffmerge.adapters.base import Foreign
+from ase_gffmerge.adapters.conversion import (
+    converted,
+    one_number_of_scalars,
+    per_element,
+    require_package,
+    rows_of_elements,
+)
 from ase_gffmerge.adapters.nequip_files import find_network, load_network
-from ase_gffmerge.adapters.same import require_same
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.models import Potential
 
@@ -39,10 +44,7 @@ class NequIPAdapter:
             When the package is not installed, there is no such file, it holds code and is not trusted, or a model with parts
             that are not known here.
         """
-        if find_spec("nequip") is None:
-            raise FileFormatError(
-                "models of NequIP need the package nequip, which is not installed; pip install nequip"
-            )
+        require_package("nequip", models="NequIP")
         network = (
             load_network(Path(source), trust=trust)
             if isinstance(source, str | Path)
@@ -72,24 +74,20 @@ def _convert(network: Any) -> "NequIPPackage":
         )
     species = tuple(NUMBERS[name] for name in names)
     arguments = _arguments(network)
-    scalars = {_n_scalars(layer) for layer in _layers(network)}
-    if len(scalars) > 1:
-        raise FileFormatError(
-            f"the model's layers have different numbers of scalars {sorted(scalars)}, which is not read"
-        )
     hyper = NequIPPackageHyper(
         cutoff=float(network.edge_norm.r_max),
-        channels=scalars.pop(),
+        channels=one_number_of_scalars([_n_scalars(layer) for layer in _layers(network)], of="layers"),
         n_blocks=len(_layers(network)),
         n_radial=int(network.bessel_encode.num_bessels),
         config=json.dumps(arguments, sort_keys=True),
     )
-    with torch.random.fork_rng(devices=[]):
-        potential = NequIPPackage(hyper, species)
-    _copy_weights(potential, network, species)
-    potential.to(network.type_embed.embed_module.weight.dtype).eval().requires_grad_(False)
-    require_same(potential, lambda graph: _vendor_energies(network, graph, species), vendor="nequip")
-    return potential
+    return converted(
+        lambda: NequIPPackage(hyper, species),
+        lambda potential: _copy_weights(potential, network, species),
+        dtype=network.type_embed.embed_module.weight.dtype,
+        vendor_energies=lambda graph: _vendor_energies(network, graph, species),
+        vendor="nequip",
+    )
 
 
 def _layers(network: Any) -> list[Any]:
@@ -148,13 +146,11 @@ def _repulsion(network: Any) -> dict[str, Any] | None:
     return {"units": units, "power": float(pair.cutoff.p)}
 
 
-@torch.no_grad()
 def _copy_weights(potential: "NequIPPackage", network: Any, species: tuple[int, ...]) -> None:
     """Rows of elements in the order of atomic numbers, self-connections per element."""
     from ase_gffmerge.models.element_linear import element_weights
 
-    order = torch.tensor(sorted(range(len(species)), key=species.__getitem__))
-    table = network.type_embed.embed_module.weight[order].double()
+    table = network.type_embed.embed_module.weight[rows_of_elements(species)].double()
     potential.embedding.copy_(table[None])
     own = dict(potential.named_parameters())
     for block, layer in enumerate(_layers(network)):
@@ -164,11 +160,10 @@ def _copy_weights(potential: "NequIPPackage", network: Any, species: tuple[int, 
     for name, value in network.per_atom_energy_readout.mlp_module.named_parameters():
         own[f"readout.module.{name}"].copy_(value)
     scaling = network.per_type_energy_scale_shift
-    ones = torch.ones(len(species), dtype=torch.float64)
     if scaling.has_scales:
-        own["readout.scale"].copy_((ones * scaling.scales.flatten().double())[order])
+        own["readout.scale"].copy_(per_element(scaling.scales, species))
     if scaling.has_shifts:
-        potential.references.copy_((ones * scaling.shifts.flatten().double())[order])
+        potential.references.copy_(per_element(scaling.shifts, species))
 
 
 def _vendor_energies(network: Any, graph: Any, species: tuple[int, ...]) -> Tensor:

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from copy import deepcopy
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,13 @@ from e3nn.o3 import Irreps
 from torch import Tensor, nn
 
 from ase_gffmerge.adapters.base import Foreign, load_checkpoint
-from ase_gffmerge.adapters.same import require_same
+from ase_gffmerge.adapters.conversion import (
+    converted,
+    one_number_of_scalars,
+    per_element,
+    require_package,
+    rows_of_elements,
+)
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.fileformat import first_line
 from ase_gffmerge.models import Potential
@@ -42,10 +47,7 @@ class SevenNetAdapter:
             When the package is not installed, there is no such file, it holds code and is not trusted, or a model with parts
             that are not known here.
         """
-        if find_spec("sevenn") is None:
-            raise FileFormatError(
-                "models of SevenNet need the package sevenn, which is not installed; pip install sevenn"
-            )
+        require_package("sevenn", models="SevenNet")
         theory = "unknown"
         if not isinstance(source, str | Path):
             network = getattr(source, "model", source)
@@ -109,24 +111,21 @@ def _convert(network: Any) -> "SevenNetPackage":
         )
     arguments = _arguments(network)
     species = tuple(sorted(network.type_map, key=network.type_map.__getitem__))
-    scalars = {Irreps(irreps).count("0e") for irreps in arguments["irreps_manual"][1:]}
-    if len(scalars) > 1:
-        raise FileFormatError(
-            f"the model's blocks have different numbers of scalars {sorted(scalars)}, which is not read"
-        )
+    scalars = [Irreps(irreps).count("0e") for irreps in arguments["irreps_manual"][1:]]
     hyper = SevenNetPackageHyper(
         cutoff=float(network.cutoff),
-        channels=scalars.pop(),
+        channels=one_number_of_scalars(scalars, of="blocks"),
         n_blocks=arguments["num_convolution_layer"],
         n_radial=int(network.edge_embedding.basis_function.num_basis),
         config=json.dumps(arguments, sort_keys=True),
     )
-    with torch.random.fork_rng(devices=[]):
-        potential = SevenNetPackage(hyper, species)
-    _copy_weights(potential, network, species)
-    potential.to(network.onehot_to_feature_x.linear.weight.dtype).eval().requires_grad_(False)
-    require_same(potential, lambda graph: _vendor_energies(network, graph), vendor="SevenNet")
-    return potential
+    return converted(
+        lambda: SevenNetPackage(hyper, species),
+        lambda potential: _copy_weights(potential, network, species),
+        dtype=network.onehot_to_feature_x.linear.weight.dtype,
+        vendor_energies=lambda graph: _vendor_energies(network, graph),
+        vendor="SevenNet",
+    )
 
 
 def _arguments(network: Any) -> dict[str, Any]:
@@ -187,14 +186,12 @@ def _arguments(network: Any) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def _copy_weights(potential: "SevenNetPackage", network: Any, species: tuple[int, ...]) -> None:
     """Rows of elements in the order of atomic numbers, self-connections per element."""
     from ase_gffmerge.models.element_linear import element_weights
     from ase_gffmerge.models.sevennet_package import BLOCK
 
-    order = torch.tensor(sorted(range(len(species)), key=species.__getitem__))
-    one_hot = torch.eye(len(species))[order]
+    one_hot = torch.eye(len(species))[rows_of_elements(species)]
     linear = network.onehot_to_feature_x.linear
     potential.embedding.copy_(linear(one_hot.to(linear.weight))[None])
     own = dict(potential.named_parameters())
@@ -209,10 +206,9 @@ def _copy_weights(potential: "SevenNetPackage", network: Any, species: tuple[int
                 own[f"stages.{block + 1}.module.{part}.{name}"].copy_(converted)
     for name, value in _readout(network).named_parameters():
         own[f"readout.module.{name}"].copy_(value)
-    ones = torch.ones(len(species), dtype=torch.float64)
     rescale = network.rescale_atomic_energy
-    own["readout.scale"].copy_((ones * rescale.scale.double())[order])
-    potential.references.copy_((ones * rescale.shift.double())[order])
+    own["readout.scale"].copy_(per_element(rescale.scale, species))
+    potential.references.copy_(per_element(rescale.shift, species))
 
 
 def _readout(network: Any) -> nn.Module:

@@ -5,6 +5,7 @@ the edge vectors alone: they are the parts of the *geometry*. Everything else is
 package together with the names of the entries that it reads and writes.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -17,6 +18,25 @@ from ase_gffmerge.models.element_linear import ElementLinear
 from ase_gffmerge.models.potential import HyperParameters, Potential, Stage, State
 
 Entries = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageHyper(HyperParameters):
+    """Hyper-parameters of a network that another package builds.
+
+    Attributes
+    ----------
+    config
+        Arguments of the package's builder as a JSON document, without those that are weights here: elements, energy scales
+        and shifts.
+    """
+
+    config: str = "{}"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments as a dictionary."""
+        return dict(json.loads(self.config))
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,9 @@ Its self-connections, tensor products with the element embedding, become :class:
 Bessel functions, cutoff and spherical harmonics are functions of the edge vectors alone.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +19,7 @@ from nequip.nn.pair_potential import ZBL
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from ase_gffmerge.models.chain import ChainPotential, Entries, Link, ScaledReadout
+from ase_gffmerge.models.chain import ChainPotential, Entries, Link, PackageHyper, ScaledReadout
 from ase_gffmerge.models.chgnet import envelope
 from ase_gffmerge.models.e3nn_mode import package_mode
 from ase_gffmerge.models.element_linear import ElementLinear
@@ -30,23 +28,8 @@ from ase_gffmerge.models.potential import HyperParameters, State
 FEATURES = ("node_features",)
 
 
-@dataclass(frozen=True, kw_only=True)
-class NequIPPackageHyper(HyperParameters):
-    """Hyper-parameters of :class:`NequIPPackage`.
-
-    Attributes
-    ----------
-    config
-        Arguments of the package's ``FullNequIPGNNModel`` as a JSON document, without those that are weights here: elements,
-        energy scales and shifts.
-    """
-
-    config: str = "{}"
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments as a dictionary."""
-        return dict(json.loads(self.config))
+class NequIPPackageHyper(PackageHyper):
+    """Hyper-parameters of :class:`NequIPPackage`; the arguments are those of the package's ``FullNequIPGNNModel``."""
 
 
 @contextmanager

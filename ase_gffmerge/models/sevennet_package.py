@@ -4,9 +4,7 @@ It is a NequIP whose Bessel frequencies are learned, so that the first stage, wh
 edge vectors themselves. Self-connections with one-hot elements become :class:`.ElementLinear`, which compute the same.
 """
 
-import json
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from e3nn.nn import FullyConnectedNet
@@ -16,7 +14,7 @@ from sevenn.model_build import build_E3_equivariant_model
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from ase_gffmerge.models.chain import ChainPotential, Entries, Link, ScaledReadout
+from ase_gffmerge.models.chain import ChainPotential, Entries, Link, PackageHyper, ScaledReadout
 from ase_gffmerge.models.e3nn_mode import package_mode
 from ase_gffmerge.models.element_linear import ElementLinear
 from ase_gffmerge.models.potential import HyperParameters, State
@@ -32,22 +30,8 @@ BLOCK = (
 """Modules of an interaction block, in order."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SevenNetPackageHyper(HyperParameters):
-    """Hyper-parameters of :class:`SevenNetPackage`.
-
-    Attributes
-    ----------
-    config
-        What the package's ``build_E3_equivariant_model`` wants as a JSON document, without elements, shifts and scales.
-    """
-
-    config: str = "{}"
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The configuration as a dictionary."""
-        return dict(json.loads(self.config))
+class SevenNetPackageHyper(PackageHyper):
+    """Hyper-parameters of :class:`SevenNetPackage`; the arguments are what ``build_E3_equivariant_model`` wants."""
 
 
 def build_network(arguments: dict[str, Any], species: tuple[int, ...]) -> Any:

@@ -1,18 +1,24 @@
 """NequIP of the package nequip: the vendor's results, the vendor's files, and merges."""
 
-import warnings
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
-from ase.build import bulk, molecule
+from ase.build import bulk
+from vendor_models import (
+    Trap,
+    assert_copies_merge_into,
+    assert_same,
+    default_that_beats_paper_and_mean,
+    relatives,
+    structures,
+)
 
 nequip = pytest.importorskip("nequip", reason="needs the package nequip: pip install nequip")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-from ase_gffmerge import GFFMergeCalculator, Specialist, merge  # noqa: E402
+from ase_gffmerge import GFFMergeCalculator, Specialist  # noqa: E402
 from ase_gffmerge.adapters import adapter  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.testing import check_calculator  # noqa: E402
@@ -64,14 +70,6 @@ def build(**changes):
     return NequIPGNNModel(**{k: v for k, v in {**CONFIG, **changes}.items() if k != "_target_"}).eval()
 
 
-def structures() -> list[Atoms]:
-    ethanol, crystal = molecule("CH3CH2OH"), bulk("C", cubic=True)
-    ethanol.rattle(0.1, seed=1)
-    crystal.numbers[::3] = 8
-    crystal.rattle(0.1, seed=2)
-    return [ethanol, crystal]
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 3e-6), ("float64", 1e-11)])
 def test_results_are_the_vendors(variant, dtype, tolerance, float64_default):
@@ -84,13 +82,7 @@ def test_results_are_the_vendors(variant, dtype, tolerance, float64_default):
     transforms = [ChemicalSpeciesToAtomTypeMapper(TYPES), NeighborListTransform(r_max=4.0)]
     theirs = NequIPCalculator(model, "cpu", transforms=transforms)
     for atoms in structures():
-        own = atoms.copy()
-        atoms.calc, own.calc = theirs, ours
-        size = max(1.0, np.abs(atoms.get_forces()).max())
-        assert own.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), abs=tolerance * size)
-        np.testing.assert_allclose(own.get_forces(), atoms.get_forces(), atol=tolerance * size)
-        if atoms.pbc.any():
-            np.testing.assert_allclose(own.get_stress(), atoms.get_stress(), atol=tolerance * size)
+        assert_same(ours, theirs, atoms, tolerance=tolerance)
 
 
 def test_the_contract_holds(tmp_path):
@@ -149,11 +141,6 @@ def test_checkpoints_are_read_without_code(tmp_path):
     assert again.fingerprint == read.fingerprint
 
 
-class Trap:
-    def __reduce__(self):
-        return (print, ("executed",))
-
-
 def test_what_is_not_read_is_refused(tmp_path, capsys):
     model = build()
     other = {"_target_": "nequip.model.ModelFromPackage"}
@@ -183,46 +170,16 @@ def test_what_is_not_read_is_refused(tmp_path, capsys):
         adapter("nequip").read(build(convnet_nonlinearity_scalars={"e": "ssp", "o": "tanh"}))
 
 
-def relatives(size: float) -> list[Specialist]:
-    """Two models moved away from one, each with frames of its own molecule."""
-    found = []
-    for k, name in enumerate(("rmd17-ethanol", "rmd17-malonaldehyde")):
-        model = build(model_dtype="float64")
-        generator = torch.Generator().manual_seed(k)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(size * p.abs().mean() * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-        frames = Specialist.load(name).calibration[:5]
-        found.append(Specialist.from_vendor("nequip", model, calibration=frames, name=name))
-    return found
-
-
-QUICK = {"readout": {"width": 64, "copies": 1}, "probes": 1}
+def build_double():
+    return build(model_dtype="float64")
 
 
 def test_copies_merge_into_the_original():
-    first, _ = relatives(0.0)
-    merged, _ = merge([first, first], {**QUICK, "allow_identical": True}, device="cpu")
-    for atoms in first.calibration[:2]:
-        forces = []
-        for specialist in (first, merged):
-            copy = atoms.copy()
-            copy.calc = GFFMergeCalculator(specialist, dtype="float64", device="cpu")
-            forces.append(copy.get_forces())
-        np.testing.assert_allclose(*forces, atol=1e-10)
+    assert_copies_merge_into(relatives("nequip", build_double, size=0.0)[0])
 
 
 def test_the_default_beats_paper_and_mean(tmp_path):
-    pair = relatives(0.2)
-    errors = {}
-    for recipe in ("mean", {"preset": "paper"}, QUICK):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            merged, report = merge(pair, recipe, device="cpu")
-        rows = [row for row in report.disagreements if row.model == "merged"]
-        errors[str(recipe)] = max(row.force_mae / row.force_rms for row in rows)
-    mean, paper, ours = errors.values()
-    assert ours < 0.7 * min(mean, paper)
+    merged, report = default_that_beats_paper_and_mean(relatives("nequip", build_double, size=0.2))
     assert report.averaged == ("embedding", "readout.scale")
     assert any("sc[O, 0e]" in row.name for row in report.layers)
     assert Specialist.load(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint

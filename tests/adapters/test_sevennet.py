@@ -1,18 +1,24 @@
 """SevenNet of the package sevenn: the vendor's results, the vendor's files, and merges."""
 
-import warnings
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
-from ase.build import bulk, molecule
+from ase.build import bulk
+from vendor_models import (
+    Trap,
+    assert_copies_merge_into,
+    assert_same,
+    default_that_beats_paper_and_mean,
+    relatives,
+    structures,
+)
 
 sevenn = pytest.importorskip("sevenn", reason="needs the package sevenn: pip install sevenn")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-from ase_gffmerge import GFFMergeCalculator, Specialist, merge  # noqa: E402
+from ase_gffmerge import GFFMergeCalculator, Specialist  # noqa: E402
 from ase_gffmerge.adapters import adapter  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.testing import check_calculator  # noqa: E402
@@ -68,24 +74,6 @@ def build(seed: int = 0, **changes):
         return build_E3_equivariant_model(complete(changes)).eval()
 
 
-def structures() -> list[Atoms]:
-    ethanol, crystal = molecule("CH3CH2OH"), bulk("C", cubic=True)
-    ethanol.rattle(0.1, seed=1)
-    crystal.numbers[::3] = 8
-    crystal.rattle(0.1, seed=2)
-    return [ethanol, crystal]
-
-
-def assert_same(ours, theirs, atoms: Atoms) -> None:
-    own = atoms.copy()
-    atoms.calc, own.calc = theirs, ours
-    size = 3e-6 * max(1.0, float(np.abs(atoms.get_forces()).max()))
-    assert own.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), abs=3 * size)
-    np.testing.assert_allclose(own.get_forces(), atoms.get_forces(), atol=size)
-    if atoms.pbc.any():
-        np.testing.assert_allclose(own.get_stress(), atoms.get_stress(), atol=size)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_results_are_the_vendors(variant):
     from sevenn.calculator import SevenNetCalculator
@@ -93,7 +81,8 @@ def test_results_are_the_vendors(variant):
     model = build(**VARIANTS[variant])
     ours = GFFMergeCalculator(Specialist.from_vendor("sevenn", model), device="cpu")
     for atoms in structures():
-        assert_same(ours, SevenNetCalculator(model, file_type="model_instance", device="cpu"), atoms)
+        theirs = SevenNetCalculator(model, file_type="model_instance", device="cpu")
+        assert_same(ours, theirs, atoms, tolerance=3e-6)
 
 
 def test_pretrained_weights_are_the_vendors():
@@ -104,9 +93,8 @@ def test_pretrained_weights_are_the_vendors():
     specialist = Specialist.load("sevenn:7net-0")
     assert len(specialist.species) == 89
     assert specialist.level_of_theory.startswith("PBE")
-    assert_same(
-        GFFMergeCalculator(specialist, device="cpu"), SevenNetCalculator("7net-0", device="cpu"), salt
-    )
+    ours, theirs = GFFMergeCalculator(specialist, device="cpu"), SevenNetCalculator("7net-0", device="cpu")
+    assert_same(ours, theirs, salt, tolerance=3e-6)
 
 
 def test_the_contract_holds(tmp_path):
@@ -129,11 +117,6 @@ def checkpoint(path, model, **config):
     state = model.state_dict()
     torch.save({"config": content, "model_state_dict": state, "epoch": 3, "hash": np.float64(1)}, path)
     return f"sevenn:{path}"
-
-
-class Trap:
-    def __reduce__(self):
-        return (print, ("executed",))
 
 
 def test_checkpoints_are_read_without_code(tmp_path, capsys):
@@ -159,45 +142,15 @@ def test_checkpoints_are_read_without_code(tmp_path, capsys):
         adapter("sevenn").read(torch.nn.Linear(2, 2))
 
 
-def relatives(size: float) -> list[Specialist]:
-    """Two models moved away from one, each with frames of its own molecule."""
-    found = []
-    for k, name in enumerate(("rmd17-ethanol", "rmd17-malonaldehyde")):
-        model = build().double()
-        generator = torch.Generator().manual_seed(k)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(size * p.abs().mean() * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-        frames = Specialist.load(name).calibration[:5]
-        found.append(Specialist.from_vendor("sevenn", model, calibration=frames, name=name))
-    return found
-
-
-QUICK = {"readout": {"width": 64, "copies": 1}, "probes": 1}
+def build_double():
+    return build().double()
 
 
 def test_copies_merge_into_the_original():
-    first, _ = relatives(0.0)
-    merged, _ = merge([first, first], {**QUICK, "allow_identical": True}, device="cpu")
-    for atoms in first.calibration[:2]:
-        forces = []
-        for specialist in (first, merged):
-            copy = atoms.copy()
-            copy.calc = GFFMergeCalculator(specialist, dtype="float64", device="cpu")
-            forces.append(copy.get_forces())
-        np.testing.assert_allclose(*forces, atol=1e-10)
+    assert_copies_merge_into(relatives("sevenn", build_double, size=0.0)[0])
 
 
 def test_the_default_beats_paper_and_mean():
-    pair = relatives(0.1)
-    errors = {}
-    for recipe in ("mean", {"preset": "paper"}, QUICK):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            _, report = merge(pair, recipe, device="cpu")
-        rows = [row for row in report.disagreements if row.model == "merged"]
-        errors[str(recipe)] = max(row.force_mae / row.force_rms for row in rows)
-    mean, paper, ours = errors.values()
-    assert ours < 0.7 * min(mean, paper)
+    _, report = default_that_beats_paper_and_mean(relatives("sevenn", build_double, size=0.1))
     assert "stages.0.module.basis.coeffs" in report.averaged
     assert any("fc_tensor_product[O, 0e]" in row.name for row in report.layers)

@@ -1,0 +1,90 @@
+"""What the tests of several packages do with their models."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.calculator import Calculator
+
+from ase_gffmerge import GFFMergeCalculator, Specialist, merge
+
+QUICK = {"readout": {"width": 64, "copies": 1}, "probes": 1}
+"""The default recipe, with less of what takes time."""
+
+
+class Trap:
+    """Its pickle prints when it is loaded."""
+
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def structures() -> list[Atoms]:
+    """A molecule and a crystal of H, C and O."""
+    ethanol, crystal = molecule("CH3CH2OH"), bulk("C", cubic=True)
+    ethanol.rattle(0.1, seed=1)
+    crystal.numbers[::3] = 8
+    crystal.rattle(0.1, seed=2)
+    return [ethanol, crystal]
+
+
+def assert_same(ours: Calculator, theirs: Calculator, atoms: Atoms, *, tolerance: float) -> None:
+    """Energies, forces and stress, relative to the largest force if that is above 1 eV/Å."""
+    own = atoms.copy()
+    atoms.calc, own.calc = theirs, ours
+    size = tolerance * max(1.0, float(np.abs(atoms.get_forces()).max()))
+    assert own.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), abs=3 * size)
+    np.testing.assert_allclose(own.get_forces(), atoms.get_forces(), atol=size)
+    if atoms.pbc.any():
+        np.testing.assert_allclose(own.get_stress(), atoms.get_stress(), atol=size)
+
+
+def relatives(vendor: str, build: Callable[[], torch.nn.Module], *, size: float) -> list[Specialist]:
+    """Two models moved away from one in float64, each with frames of its own molecule."""
+    found = []
+    for k, name in enumerate(("rmd17-ethanol", "rmd17-malonaldehyde")):
+        model = build()
+        generator = torch.Generator().manual_seed(k)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(size * p.abs().mean() * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        frames = Specialist.load(name).calibration[:5]
+        found.append(Specialist.from_vendor(vendor, model, calibration=frames, name=name))
+    return found
+
+
+def assert_copies_merge_into(original: Specialist) -> None:
+    """Forces to 1e-10 eV/Å."""
+    merged, _ = merge([original, original], {**QUICK, "allow_identical": True}, device="cpu")
+    for atoms in original.calibration[:2]:
+        forces = []
+        for specialist in (original, merged):
+            copy = atoms.copy()
+            copy.calc = GFFMergeCalculator(specialist, dtype="float64", device="cpu")
+            forces.append(copy.get_forces())
+        np.testing.assert_allclose(*forces, atol=1e-10)
+
+
+def merges(pair: list[Specialist], recipes: Mapping[str, Any]) -> dict[str, tuple[Specialist, Any, float]]:
+    """Merged force field, report and the worse force error of the two relative to the size of the forces, per recipe."""
+    found = {}
+    for name, recipe in recipes.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            merged, report = merge(pair, recipe, device="cpu")
+        rows = [row for row in report.disagreements if row.model == "merged"]
+        found[name] = merged, report, max(row.force_mae / row.force_rms for row in rows)
+    return found
+
+
+def default_that_beats_paper_and_mean(pair: list[Specialist]) -> tuple[Specialist, Any]:
+    """The merge by the default recipe and its report; its error is at most 0.7 times that of the others."""
+    found = merges(pair, {"mean": "mean", "paper": {"preset": "paper"}, "default": QUICK})
+    errors = {name: error for name, (_, _, error) in found.items()}
+    assert errors["default"] < 0.7 * min(errors["mean"], errors["paper"]), errors
+    return found["default"][:2]
