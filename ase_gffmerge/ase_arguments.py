@@ -1,0 +1,38 @@
+"""What a caller may pass to the calculator, checked: a :class:`.SetupError` for anything else."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ase_gffmerge.ase_errors import SetupError
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """``float32`` or ``float64``."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise SetupError(f"dtype={dtype!r} is not supported; use 'float32' or 'float64'")
+    return name
+
+
+def skin_width(skin: float) -> float:
+    """Width of the skin in Å."""
+    try:
+        width = float(skin)
+    except (TypeError, ValueError):
+        width = -1.0
+    if not 0 <= width < float("inf"):
+        raise SetupError(
+            f"skin={skin!r} is no length; give one of about 1 Å, or 0 to search neighbours every time"
+        )
+    return width
+
+
+def weight_tuple(weights: Sequence[float] | None) -> tuple[float, ...] | None:
+    """How much each specialist counts."""
+    try:
+        return None if weights is None else tuple(float(weight) for weight in weights)
+    except (TypeError, ValueError):
+        raise SetupError(f"weights={weights!r} is not a list of numbers, one per specialist") from None
