@@ -19,9 +19,10 @@ TESTS = {
     "chgnet": ["tests/adapters/test_chgnet.py"],
     "nequip": ["tests/adapters/test_nequip.py", "tests/models/test_element_linear.py"],
     "sevennet": ["tests/adapters/test_sevennet.py", "tests/models/test_element_linear.py"],
+    "orb": ["tests/adapters/test_orb.py"],
 }
 TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
-SHOWN = ("torch", "e3nn", "ase", "numpy", "chgnet", "nequip", "sevenn")
+SHOWN = ("torch", "e3nn", "ase", "numpy", "chgnet", "nequip", "sevenn", "orb-models")
 
 
 def build(vendor: str, folder: Path, pip_options: list[str]) -> Path:

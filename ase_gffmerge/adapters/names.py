@@ -11,7 +11,12 @@ if TYPE_CHECKING:
 
 _MODULES = {
     vendor: f"ase_gffmerge.adapters.{module}"
-    for vendor, module in (("chgnet", "chgnet"), ("nequip", "nequip"), ("sevenn", "sevennet"))
+    for vendor, module in (
+        ("chgnet", "chgnet"),
+        ("nequip", "nequip"),
+        ("sevenn", "sevennet"),
+        ("orb", "orb"),
+    )
 }
 
 

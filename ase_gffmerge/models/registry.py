@@ -17,6 +17,7 @@ _ARCHITECTURES: dict[str, type[Potential]] = {cls.architecture: cls for cls in (
 _PACKAGES = {
     "nequip-package": ("nequip", "ase_gffmerge.models.nequip_package", "NequIPPackage"),
     "sevennet-package": ("sevenn", "ase_gffmerge.models.sevennet_package", "SevenNetPackage"),
+    "orb-package": ("orb_models", "ase_gffmerge.models.orb_package", "OrbPackage"),
 }
 """Architectures whose modules another package brings: that package, our module and our class."""
 
