@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
     "chgnet": ["tests/adapters/test_chgnet.py"],
-    "nequip": ["tests/adapters/test_nequip.py", "tests/models/test_element_linear.py"],
+    "nequip": ["tests/adapters/test_nequip_package.py", "tests/models/test_element_linear.py"],
     "sevennet": ["tests/adapters/test_sevennet.py", "tests/models/test_element_linear.py"],
     "orb": ["tests/adapters/test_orb.py"],
 }
