@@ -169,7 +169,8 @@ def describe(source: Source) -> str | dict[str, str]:
         return {"name": source.name, "fingerprint": source.fingerprint}
     if foreign := foreign_source(source):
         vendor, rest = foreign
-        return f"{vendor}:{Path(rest).absolute() if Path(rest).exists() else rest}"
+        what, at, path = ("", "", rest) if Path(rest).exists() else rest.rpartition("@")
+        return f"{vendor}:{what}{at}{Path(path).absolute() if Path(path).exists() else path}"
     return str(source) if bundled_path(source) != Path(source) else str(Path(source).absolute())
 
 

@@ -249,7 +249,7 @@ class Specialist:
             else ""
         )
         return cls(
-            name=name or stem or f"{vendor}-{source if isinstance(source, str) else 'model'}",
+            name=name or foreign.name or stem or f"{vendor}-{source if isinstance(source, str) else 'model'}",
             potential=foreign.potential,
             calibration=tuple(calibration),
             level_of_theory=level_of_theory or foreign.level_of_theory,

@@ -29,6 +29,8 @@ class Foreign:
         Package, and version of the model, as far as its file says.
     level_of_theory
         Of its labels, as far as known.
+    name
+        What to call it; empty when the source is a path or a name that tells.
     notes
         What the file holds and the potential does not, in words.
     """
@@ -37,6 +39,7 @@ class Foreign:
     vendor: str
     version: str = ""
     level_of_theory: str = "unknown"
+    name: str = ""
     notes: tuple[str, ...] = field(default=())
 
 

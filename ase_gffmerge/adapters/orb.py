@@ -73,15 +73,18 @@ class OrbAdapter:
             forces directly, or it has parts that are not known here.
         """
         require_package("orb_models", models="Orb")
+        name, theory = "", "unknown"
         if isinstance(source, str | Path):
             network, hyper, theory = _from_file(str(source), trust=trust)
+            name = "" if Path(source).exists() else Path(str(source).partition("@")[2]).name.split(".")[0]
         else:
-            (network, hyper), theory = _from_object(source), "unknown"
+            network, hyper = _from_object(source)
         return Foreign(
             potential=_convert(network, hyper),
             vendor=self.vendor,
             version=version("orb_models"),
             level_of_theory=theory,
+            name=name,
             notes=("the confidence is carried along, not served",),
         )
 
@@ -135,7 +138,7 @@ def _from_file(source: str, *, trust: bool) -> "tuple[nn.Module, OrbPackageHyper
 def _located(source: str) -> tuple[str, Path]:
     """Name of the published model, empty where none is given, and the file."""
     name, _, path = source.partition("@")
-    if path and _published(name):
+    if path and not Path(source).exists():
         return name, Path(path)
     if _published(source) and not Path(source).exists():
         return source, _downloaded(_published(source))

@@ -23,6 +23,7 @@ from orb_models.forcefield.calculator import ORBCalculator  # noqa: E402
 
 from ase_gffmerge import GFFMergeCalculator, Specialist, merge, merge_calculators  # noqa: E402
 from ase_gffmerge.adapters import adapter  # noqa: E402
+from ase_gffmerge.cli import app  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.testing import check_calculator  # noqa: E402
 
@@ -111,6 +112,10 @@ def test_files_say_what_a_model_is(tmp_path, monkeypatch):
         assert read.fingerprint == expected.fingerprint
         assert ("OMat24" in read.level_of_theory) == (source != told)
     assert Specialist.load(named).name == "b"
+    assert Specialist.load(f"orb:{NAME}@{plain}").name == "a"
+    monkeypatch.chdir(tmp_path)
+    calc = GFFMergeCalculator(f"orb:{NAME}@a.ckpt", device="cpu")
+    assert calc.todict()["specialists"] == [f"orb:{NAME}@{plain}"]
     assert Specialist.load(read.save(tmp_path / "a.safetensors")).fingerprint == read.fingerprint
 
     def unreachable(address):
@@ -135,6 +140,7 @@ def test_what_is_not_read_is_refused(tmp_path, capsys):
         "can build": f"orb:{NAME}@{tmp_path / 'cut.ckpt'}",
         "how many neighbours": checkpoint(tmp_path / "bare.ckpt", model),
         "not known": checkpoint(tmp_path / "v2.ckpt", model, architecture="orb-v2"),
+        "architecture that": f"orb:orb-v4@{tmp_path / 'bare.ckpt'}",
         "relu": checkpoint(tmp_path / "relu.ckpt", model, architecture=settings),
         "merge_calculators": f"orb:{NAME}"
         + checkpoint(tmp_path / "direct.ckpt", direct).replace("orb:", "@"),
@@ -172,8 +178,13 @@ def test_weights_go_out_and_in_again(tmp_path):
         assert name.startswith(changed) or torch.equal(written[name][rows], value[rows]), name
     for atoms in structures():
         assert_same(vendor_calculator(other), vendor_calculator(model), atoms, tolerance=5e-6)
-    again = Specialist.load(f"orb:orb-v3-conservative-inf-omat@{path}")
+    app(
+        ["convert", f"orb:orb-v3-conservative-inf-mpa@{path}", str(tmp_path / "again.safetensors")],
+        standalone_mode=False,
+    )
+    again = Specialist.load(tmp_path / "again.safetensors")
     assert again.potential.hyper == specialist.potential.hyper
+    assert "Alexandria" in again.level_of_theory
 
 
 def build_double():
