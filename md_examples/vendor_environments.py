@@ -20,9 +20,10 @@ TESTS = {
     "nequip": ["tests/adapters/test_nequip_package.py", "tests/models/test_element_linear.py"],
     "sevennet": ["tests/adapters/test_sevennet.py", "tests/models/test_element_linear.py"],
     "orb": ["tests/adapters/test_orb.py"],
+    "mace": ["tests/adapters/test_mace.py", "tests/models/test_element_linear.py"],
 }
 TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
-SHOWN = ("torch", "e3nn", "ase", "numpy", "chgnet", "nequip", "sevenn", "orb-models")
+SHOWN = ("torch", "e3nn", "ase", "numpy", "chgnet", "nequip", "sevenn", "orb-models", "mace-torch")
 
 
 def build(vendor: str, folder: Path, pip_options: list[str]) -> Path:

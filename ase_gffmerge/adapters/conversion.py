@@ -15,19 +15,22 @@ from ase_gffmerge.models import Potential
 P = TypeVar("P", bound=Potential)
 
 
-def require_package(package: str, *, models: str) -> None:
+def require_package(package: str, *, models: str, distribution: str | None = None) -> None:
     """Raise :class:`FileFormatError` when a package is not installed.
 
     Parameters
     ----------
     package
-        Its name, for Python and for pip.
+        Its name in Python.
     models
         What its models are called.
+    distribution
+        Its name for pip; default: the same.
     """
     if find_spec(package) is None:
+        name = distribution or package
         raise FileFormatError(
-            f"models of {models} need the package {package}, which is not installed; pip install {package}"
+            f"models of {models} need the package {name}, which is not installed; pip install {name}"
         )
 
 

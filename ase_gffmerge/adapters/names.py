@@ -16,6 +16,7 @@ _MODULES = {
         ("nequip", "nequip"),
         ("sevenn", "sevennet"),
         ("orb", "orb"),
+        ("mace", "mace"),
     )
 }
 

@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 from ase.data import chemical_symbols
-from e3nn.nn import FullyConnectedNet
-from e3nn.o3 import Linear as EquivariantLinear
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from torch_geometric.nn import Linear as GeometricLinear
 
+from ase_gffmerge.models.e3nn_mode import EquivariantLinear, FullyConnectedNet
 from ase_gffmerge.models.element_linear import ElementLinear
 from ase_gffmerge.models.joined_linear import JoinedLinear
 
@@ -82,7 +81,9 @@ def is_affine(module: nn.Module) -> bool:
     """Whether the merge can treat a module as one or more :class:`Problem`."""
     if isinstance(module, ElementLinear):
         return len(module.species) <= MAX_ELEMENTS
-    if isinstance(module, nn.Linear) and module.weight.dim() != 2:  # a vector, such as Orb's table of energies
+    if (
+        isinstance(module, nn.Linear) and module.weight.dim() != 2
+    ):  # a vector, such as Orb's table of energies
         return False
     plain = isinstance(module, nn.Linear | GeometricLinear | EquivariantLinear)
     return plain or _is_radial_layer(module) or _is_scaled_linear(module)

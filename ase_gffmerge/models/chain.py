@@ -6,7 +6,7 @@ package together with the names of the entries that it reads and writes.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
+from ase_gffmerge.models.e3nn_mode import keep_plain
 from ase_gffmerge.models.element_linear import ElementLinear
 from ase_gffmerge.models.potential import HyperParameters, Potential, Stage, State
 
@@ -119,6 +120,7 @@ class ChainPotential(Potential):
     def _seal(self) -> None:
         """Cast to float64 and remember the constants; the last step of a constructor."""
         self.double()
+        keep_plain(self)
         for root, prefix in self._foreign():
             for name, buffer in root.named_buffers(prefix):
                 self._constants[name] = buffer.detach().clone()
@@ -132,7 +134,7 @@ class ChainPotential(Potential):
             if name not in ("basis", "readout"):
                 yield module, name
         for name, module in self.readout.named_modules(prefix="readout"):
-            if isinstance(module, ScaledReadout):
+            if isinstance(module, PackageReadout):
                 yield module.module, f"{name}.module"
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
@@ -182,8 +184,26 @@ def _put_in_constants(potential: Any, state: dict[str, Any], prefix: str, *_: An
         state[prefix + name] = potential.get_buffer(name)
 
 
-class ScaledReadout(nn.Module):
-    """Energies of the last scalars by a module of another package, times a factor per element.
+class PackageReadout(nn.Module):
+    """Energies by a module of another package.
+
+    Parameters
+    ----------
+    module
+        What the subclass applies to the scalars.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, scalars: Sequence[Tensor], species: Tensor) -> Tensor:
+        """Map L tensors (n_atoms, channels) and element rows (n_atoms,) to energies (n_atoms,) in eV."""
+        raise NotImplementedError
+
+
+class ScaledReadout(PackageReadout):
+    """Energies of the last scalars, times a factor per element.
 
     Parameters
     ----------
@@ -194,10 +214,30 @@ class ScaledReadout(nn.Module):
     """
 
     def __init__(self, module: nn.Module, n_species: int):
-        super().__init__()
-        self.module = module
+        super().__init__(module)
         self.scale = nn.Parameter(torch.ones(n_species))
 
-    def forward(self, scalars: list[Tensor], species: Tensor) -> Tensor:
+    def forward(self, scalars: Sequence[Tensor], species: Tensor) -> Tensor:
         """Map L tensors (n_atoms, channels) and element rows (n_atoms,) to energies (n_atoms,) in eV."""
         return self.module(scalars[-1]).squeeze(-1) * self.scale[species]
+
+
+class SummedReadout(PackageReadout):
+    """Sum of energies of the scalars of the last blocks, as many as there are modules.
+
+    Parameters
+    ----------
+    modules
+        Each maps scalars (n_atoms, channels) to (n_atoms, 1).
+    """
+
+    module: nn.ModuleList
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        super().__init__(nn.ModuleList(modules))
+
+    def forward(self, scalars: Sequence[Tensor], species: Tensor) -> Tensor:
+        """Map L tensors (n_atoms, channels) and element rows (n_atoms,) to energies (n_atoms,) in eV."""
+        last = scalars[-len(self.module) :]
+        energies = [part(x).squeeze(-1) for part, x in zip(self.module, last, strict=True)]
+        return torch.stack(energies).sum(dim=0)

@@ -7,7 +7,7 @@ vectors, or rows of an embedding). Those enter only as :math:`W_p^{(z)} = c_p \s
 here: for each element the layer is linear in its parameters, and a merge can treat one element at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,10 +95,37 @@ def element_weights(product: FullyConnectedTensorProduct, attributes: Tensor) ->
     attributes : (n_species, n_attributes)
         One row per element.
     """
-    rows = []
+    return torch.cat(
+        [
+            scale * torch.einsum("zv,uvw->zuw", attributes.to(view), view).flatten(1)
+            for scale, view in _paths(product)
+        ],
+        dim=1,
+    )
+
+
+@torch.no_grad()
+def write_product(product: FullyConnectedTensorProduct, weights: Tensor) -> None:
+    """Set a tensor product with one-hot elements to what an :class:`ElementLinear` is; undoes :func:`element_weights`.
+
+    Parameters
+    ----------
+    product
+        Written in place.
+    weights : (n_species, size)
+        One row per one-hot vector.
+    """
+    start = 0
+    for scale, view in _paths(product):
+        n_in, n_species, n_out = view.shape
+        block = weights[:, start : start + n_in * n_out].view(n_species, n_in, n_out)
+        view.copy_(block.transpose(0, 1) / scale)
+        start += n_in * n_out
+
+
+def _paths(product: FullyConnectedTensorProduct) -> Iterator[tuple[float, Tensor]]:
+    """Factor and weights (n_in, n_attributes, n_out) of every path, in the order of :class:`ElementLinear`."""
     paths = sorted(enumerate(product.instructions), key=lambda entry: (entry[1].i_in1, entry[1].i_out))
     for i, instruction in paths:
         scale = instruction.path_weight / product.irreps_out[instruction.i_out].ir.dim ** 0.5
-        view = product.weight_view_for_instruction(i)
-        rows.append(scale * torch.einsum("zv,uvw->zuw", attributes.to(view), view).flatten(1))
-    return torch.cat(rows, dim=1)
+        yield scale, product.weight_view_for_instruction(i)

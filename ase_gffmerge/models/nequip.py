@@ -36,7 +36,7 @@ from torch.nn.functional import silu
 from torch_geometric.data import Data
 
 from ase_gffmerge.models.coupling import Convolution, CoupledHarmonics, natural
-from ase_gffmerge.models.e3nn_mode import eager_e3nn
+from ase_gffmerge.models.e3nn_mode import eager_e3nn, keep_plain
 from ase_gffmerge.models.gate import SILU_SCALE, Gate
 from ase_gffmerge.models.potential import EdgeGeometry, HyperParameters, Potential, Stage, State
 
@@ -132,6 +132,7 @@ class NequIP(Potential):
                 channels_out = hidden if block < hyper.n_blocks - 1 else hidden[:1]
                 self.stages.append(Interaction(hyper, gate=gate, channels_out=channels_out))
                 gate = Gate(channels_out)
+        keep_plain(self)
 
     def embed(self, graph: Data) -> State:
         """Element embeddings."""

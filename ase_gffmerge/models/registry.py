@@ -18,8 +18,12 @@ _PACKAGES = {
     "nequip-package": ("nequip", "ase_gffmerge.models.nequip_package", "NequIPPackage"),
     "sevennet-package": ("sevenn", "ase_gffmerge.models.sevennet_package", "SevenNetPackage"),
     "orb-package": ("orb_models", "ase_gffmerge.models.orb_package", "OrbPackage"),
+    "mace-package": ("mace", "ase_gffmerge.models.mace_package", "MACEPackage"),
 }
 """Architectures whose modules another package brings: that package, our module and our class."""
+
+_DISTRIBUTIONS = {"mace": "mace-torch"}
+"""Packages that have another name for pip."""
 
 
 def architectures() -> tuple[str, ...]:
@@ -68,8 +72,10 @@ def _architecture(name: str) -> type[Potential]:
         )
     package, module, cls = _PACKAGES[name]
     if find_spec(package) is None:
+        distribution = _DISTRIBUTIONS.get(package, package)
         raise FileFormatError(
-            f"the architecture {name!r} is built by the package {package}, which is not installed; pip install {package}"
+            f"the architecture {name!r} is built by the package {distribution}, which is not installed; pip install "
+            f"{distribution}"
         )
     found: type[Potential] = getattr(import_module(module), cls)
     return found

@@ -1,0 +1,204 @@
+"""MACE (Batatia et al., arXiv 2206.07697) of the package ``mace-torch``, version 0.3: models, calculators and files.
+
+The package's own files are pickled modules, whose loading executes code from the file. What is read without trust is a
+dictionary of ``torch.save`` with ``state_dict`` and the ``config`` that the package extracts from a model:
+
+    from mace.tools.scripts_utils import extract_config_mace_model
+    torch.save({"config": extract_config_mace_model(model), "state_dict": model.state_dict()}, path)
+"""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ase_gffmerge.adapters.base import Foreign
+from ase_gffmerge.adapters.conversion import converted, per_element, require_package, rows_of_elements
+from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.models import Potential
+
+if TYPE_CHECKING:
+    from ase_gffmerge.models.mace_package import MACEPackage
+
+
+class MACEAdapter:
+    """Reads and writes models of the package ``mace-torch``."""
+
+    vendor = "mace"
+    architecture = "mace-package"
+
+    def read(self, source: Any, *, trust: bool = False) -> Foreign:
+        """Convert a file, a ``MACECalculator`` or a model in memory.
+
+        Raises
+        ------
+        FileFormatError
+            When the package is not installed, there is no such file, it holds code and is not trusted, or a model with parts
+            that are not known here.
+        """
+        require_package("mace", models="MACE", distribution="mace-torch")
+        from ase_gffmerge.adapters.mace_files import find_network, load_network
+
+        if isinstance(source, str | Path):
+            source = load_network(Path(source), trust=trust)
+        network, head = find_network(source)
+        return Foreign(potential=_convert(network, head), vendor="mace-torch", version=version("mace-torch"))
+
+    def write(self, potential: Potential, path: Path) -> Path:
+        """Write what ``MACECalculator`` loads: the model, pickled.
+
+        Raises
+        ------
+        FileFormatError
+            When the potential has more than MACE has: a widened readout, several embeddings.
+        """
+        from ase_gffmerge.adapters.mace_files import save_network
+
+        return save_network(potential, path)  # type: ignore[arg-type]
+
+
+ADAPTER = MACEAdapter()
+
+
+def _convert(network: Any, head: int) -> "MACEPackage":
+    """A potential with the network's weights that was seen to compute the same as the network with that head."""
+    from ase_gffmerge.adapters.mace_files import single_head
+    from ase_gffmerge.models.mace_package import MACEPackage, MACEPackageHyper
+
+    single = single_head(network, head)
+    arguments = _arguments(single)
+    species = tuple(single.atomic_numbers.tolist())
+    hyper = MACEPackageHyper(
+        cutoff=float(single.r_max),
+        channels=int(single.node_embedding.linear.irreps_out.dim),
+        n_blocks=len(single.interactions),
+        n_radial=int(single.radial_embedding.out_dim),
+        config=json.dumps(arguments, sort_keys=True),
+    )
+    return converted(
+        lambda: MACEPackage(hyper, species),
+        lambda potential: _copy_weights(potential, single, species),
+        dtype=single.node_embedding.linear.weight.dtype,
+        vendor_energies=lambda graph: _vendor_energies(network, head, graph),
+        vendor="MACE",
+    )
+
+
+def _arguments(network: Any) -> dict[str, Any]:
+    """Arguments of the package's ``MACE`` that make such a network, with names for classes."""
+    from mace.tools.scripts_utils import extract_radial_MLP
+
+    radial, readout = network.radial_embedding, network.readouts[-1]
+    contractions = [product.symmetric_contractions.contractions[0] for product in network.products]
+    edge_irreps = getattr(network, "edge_irreps", None)
+    transform = getattr(radial, "distance_transform", None)
+    return {
+        "r_max": float(network.r_max),
+        "num_bessel": int(radial.out_dim),
+        "num_polynomial_cutoff": int(radial.cutoff_fn.p),
+        "max_ell": int(network.spherical_harmonics._lmax),
+        "interaction_cls": type(network.interactions[-1]).__name__,
+        "interaction_cls_first": type(network.interactions[0]).__name__,
+        "num_interactions": len(network.interactions),
+        "hidden_irreps": str(network.products[0].linear.irreps_out),
+        "MLP_irreps": str(getattr(readout, "hidden_irreps", "16x0e")),
+        "correlation": [len(contraction.weights) + 1 for contraction in contractions],
+        "gate": _gate(readout),
+        "pair_repulsion": hasattr(network, "pair_repulsion_fn"),
+        "apply_cutoff": bool(getattr(network, "apply_cutoff", True)),
+        "use_reduced_cg": bool(getattr(network, "use_reduced_cg", False)),
+        "use_so3": bool(getattr(network, "use_so3", False)),
+        "use_agnostic_product": bool(getattr(network, "use_agnostic_product", False)),
+        "use_last_readout_only": len(network.readouts) < len(network.interactions),
+        "distance_transform": type(transform).__name__.removesuffix("Transform") if transform else "None",
+        "edge_irreps": str(edge_irreps) if edge_irreps is not None else None,
+        "use_edge_irreps_first": bool(getattr(network, "use_edge_irreps_first", False)),
+        "radial_MLP": [int(width) for width in extract_radial_MLP(network)],
+        "radial_type": type(radial.bessel_fn).__name__.removesuffix("Basis").replace("chev", "shev").lower(),
+    }
+
+
+def _gate(readout: Any) -> str:
+    """Name of the activation of the last readout."""
+    from mace.modules import gate_dict
+
+    if not hasattr(readout, "non_linearity"):
+        return "None"
+    function = readout.non_linearity.acts[0].f
+    names = [name for name, known in gate_dict.items() if known is function]
+    if not names:
+        raise FileFormatError(
+            f"the readout of this MACE has the activation {getattr(function, '__name__', function)}, which is not read"
+        )
+    return names[0]
+
+
+def _copy_weights(potential: "MACEPackage", network: Any, species: tuple[int, ...]) -> None:
+    """Rows of elements in the order of atomic numbers, self-connections per element, no number of neighbours."""
+    order = rows_of_elements(species)
+    linear = network.node_embedding.linear
+    one_hot = torch.eye(len(species)).to(linear.weight)
+    potential.embedding.copy_(linear(one_hot)[order][None])
+    own = dict(potential.named_parameters())
+    for t, parts in enumerate(zip(network.interactions, network.products, strict=True)):
+        for part, module in zip(("interaction", "product"), parts, strict=True):
+            for name, value in module.named_parameters():
+                own[f"stages.{t}.module.{part}.{name}"].copy_(_own_weight(module, name, value, order))
+    scale, shift = _scale_and_shift(network)
+    for i, readout in enumerate(network.readouts):
+        for name, value in readout.named_parameters():
+            last = not name.startswith("linear_1")
+            own[f"readout.module.{i}.{name}"].copy_(value * scale if last else value)
+    energies = network.atomic_energies_fn.atomic_energies
+    potential.references.copy_(per_element(energies, species) + shift)
+    if potential.repulsion is not None:
+        potential.repulsion.scale.fill_(scale)
+
+
+def _scale_and_shift(network: Any) -> tuple[float, float]:
+    """Factor of the energies of the network, and what is added to them per atom, in eV."""
+    if not hasattr(network, "scale_shift"):
+        return 1.0, 0.0
+    return float(network.scale_shift.scale), float(network.scale_shift.shift)
+
+
+def _own_weight(module: Any, name: str, value: Tensor, order: Tensor) -> Tensor:
+    """What a parameter of an interaction or a product becomes."""
+    from e3nn.o3 import FullyConnectedTensorProduct
+
+    from ase_gffmerge.models.element_linear import element_weights
+
+    if name == "skip_tp.weight" and isinstance(module.skip_tp, FullyConnectedTensorProduct):
+        return element_weights(module.skip_tp, torch.eye(len(order))[order])
+    if name in ("source_embedding.weight", "target_embedding.weight"):
+        return value.view(len(order), -1)[order].flatten()
+    if name.startswith("symmetric_contractions") and len(value) == len(order):
+        return value[order]
+    if name == "linear.weight" and hasattr(module, "avg_num_neighbors") and not hasattr(module, "density_fn"):
+        return value / float(module.avg_num_neighbors)
+    return value
+
+
+def _vendor_energies(network: Any, head: int, graph: Any) -> Tensor:
+    """Energies per atom by the network itself, of atoms without a cell."""
+    like, device = network.node_embedding.linear.weight, network.node_embedding.linear.weight.device
+    rows = torch.full((119,), -1)
+    rows[network.atomic_numbers.cpu()] = torch.arange(len(network.atomic_numbers))
+    n_atoms, n_edges = len(graph.atomic_numbers), graph.edge_index.shape[1]
+    data = {
+        "positions": graph.pos,
+        "cell": torch.zeros(3, 3),
+        "edge_index": graph.edge_index,
+        "shifts": torch.zeros(n_edges, 3),
+        "unit_shifts": torch.zeros(n_edges, 3),
+        "node_attrs": torch.eye(len(network.atomic_numbers))[rows[graph.atomic_numbers]],
+        "batch": torch.zeros(n_atoms, dtype=torch.int64),
+        "ptr": torch.tensor([0, n_atoms]),
+        "head": torch.tensor([head]),
+    }
+    moved = {k: v.to(device, like.dtype if v.is_floating_point() else v.dtype) for k, v in data.items()}
+    found: Tensor = network(moved, compute_force=False)["node_energy"]
+    return found.detach().cpu()

@@ -1,0 +1,204 @@
+"""Models of the package ``mace-torch`` in memory and in files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ase_gffmerge.adapters.base import load_checkpoint
+from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.fileformat import atomic_write, first_line
+from ase_gffmerge.models.e3nn_mode import package_mode
+from ase_gffmerge.models.element_linear import write_product
+from ase_gffmerge.models.mace_package import MACEPackage, build_network
+
+READ = "give a .model file, a MACECalculator, or a MACE or ScaleShiftMACE of mace.modules"
+
+SAFE = (
+    "save torch.save({'config': mace.tools.scripts_utils.extract_config_mace_model(model), 'state_dict': "
+    "model.state_dict()}, path) where the model is trusted, which is read without code"
+)
+
+
+def load_network(path: Path, *, trust: bool) -> Any:
+    """The model of a file.
+
+    Raises
+    ------
+    FileFormatError
+        When there is no such file, it holds code and is not trusted, or no model.
+    """
+    from e3nn.o3 import Irrep, Irreps
+    from e3nn.o3._irreps import _MulIr
+    from mace.modules import gate_dict, interaction_classes, readout_classes
+
+    if trust and path.is_file():
+        return _unpickled(path)
+    named = [*interaction_classes.values(), *readout_classes.values(), *filter(None, gate_dict.values())]
+    try:
+        with torch.serialization.safe_globals([Irreps, Irrep, _MulIr, *named]):
+            content = load_checkpoint(path, trust=False)
+    except FileFormatError as error:
+        advice = f"; or {SAFE}" if path.is_file() else ""
+        raise FileFormatError(f"{error}{advice}") from None
+    return _build(content, path)
+
+
+def _unpickled(path: Path) -> Any:
+    """Whatever a trusted file holds; a dictionary is built."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # code of the file can raise anything
+        raise FileFormatError(f"{path} cannot be loaded: {first_line(error)}; write it again") from None
+    return _build(content, path) if isinstance(content, dict) else content
+
+
+def _build(content: Mapping[str, Any], path: Path) -> nn.Module:
+    """The model that a dictionary of configuration and weights describes."""
+    from mace.modules import ScaleShiftMACE
+
+    try:
+        config, state = dict(content["config"]), content["state_dict"]
+        if "error" in config:
+            raise FileFormatError(f"{path}: {config['error']}; give the model itself")
+        with package_mode(state["node_embedding.linear.weight"].dtype):
+            network: nn.Module = ScaleShiftMACE(**config)
+        network.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        raise FileFormatError(
+            f"{path} holds no MACE that this version of mace-torch can build ({first_line(error)}); {SAFE}"
+        ) from None
+    return network
+
+
+def find_network(source: Any) -> tuple[Any, int]:
+    """Model and number of its head, of a calculator or a model.
+
+    Raises
+    ------
+    FileFormatError
+        When there is no model of a known class, several of them, or several heads and none is chosen.
+    """
+    network, head = source, None
+    if hasattr(source, "models") and hasattr(source, "energy_units_to_eV"):
+        if len(source.models) > 1:
+            raise FileFormatError(
+                f"the MACECalculator is a committee of {len(source.models)} models; give one of its models"
+            )
+        if (source.energy_units_to_eV, source.length_units_to_A) != (1.0, 1.0):
+            raise FileFormatError("the MACECalculator converts units; a model in eV and Å is needed")
+        network, head = source.models[0], getattr(source, "head", None)
+    _require_known(network)
+    heads = list(getattr(network, "heads", None) or ["Default"])
+    if len(heads) == 1:
+        return network, 0
+    chosen = [
+        i for i, name in enumerate(heads) if name == head or (head is None and name.lower() == "default")
+    ]
+    if len(chosen) != 1:
+        raise FileFormatError(
+            f"the MACE has the heads {', '.join(heads)}; choose one: give MACECalculator(models=model, head=...)"
+        )
+    return network, chosen[0]
+
+
+def _require_known(network: Any) -> None:
+    """Raise for models with other parts than ours."""
+    from e3nn.o3 import Linear
+    from mace.modules import LinearReadoutBlock, NonLinearReadoutBlock, interaction_classes
+
+    if type(network).__name__ not in ("MACE", "ScaleShiftMACE") or not hasattr(network, "interactions"):
+        raise FileFormatError(f"a {type(network).__name__} is not read; {READ}")
+    known = {
+        "interactions": tuple(interaction_classes.values()),
+        "readouts": (LinearReadoutBlock, NonLinearReadoutBlock),
+    }
+    for parts, classes in known.items():
+        for part in getattr(network, parts):
+            if type(part) not in classes:
+                raise FileFormatError(
+                    f"the MACE has a {type(part).__name__}, which is not read; leave it out"
+                )
+    if hasattr(network, "joint_embedding"):
+        raise FileFormatError(
+            "the MACE reads more than elements and places (embedding_specs), which is not read"
+        )
+    if type(network.node_embedding.linear) is not Linear or hasattr(network.interactions[0], "conv_fusion"):
+        raise FileFormatError(
+            "the MACE is accelerated by cuEquivariance or OpenEquivariance; give the one of e3nn"
+        )
+
+
+def single_head(network: Any, head: int) -> Any:
+    """The model with one of its heads alone."""
+    heads = list(getattr(network, "heads", None) or ["Default"])
+    if len(heads) == 1:
+        return network
+    if type(network).__name__ != "ScaleShiftMACE":
+        raise FileFormatError("a MACE with several heads is read if it is a ScaleShiftMACE")
+    from mace.tools.scripts_utils import remove_pt_head
+
+    with package_mode(network.node_embedding.linear.weight.dtype):
+        return remove_pt_head(network, heads[head])
+
+
+def save_network(potential: MACEPackage, path: Path) -> Path:
+    """Pickle the package's model with the potential's weights.
+
+    Raises
+    ------
+    FileFormatError
+        When the potential has more than MACE has.
+    """
+    hyper = potential.hyper
+    if hyper.readout_width or hyper.n_embeddings > 1:
+        raise FileFormatError(
+            "the potential has what a MACE cannot hold ("
+            f"{'a widened readout' if hyper.readout_width else 'an embedding per specialist'}); merge with the recipe "
+            "option readout: null and shared conditioning to export"
+        )
+    network = vendor_network(potential)
+    atomic_write(path, lambda temporary: torch.save(network, temporary))
+    return path
+
+
+@torch.no_grad()
+def vendor_network(potential: MACEPackage) -> nn.Module:
+    """The package's model with the potential's weights, in their type.
+
+    Raises
+    ------
+    FileFormatError
+        When the repulsion counts differently for different elements.
+    """
+    species, repulsion = potential.species, potential.repulsion
+    scale = 1.0 if repulsion is None else float(repulsion.scale[0])
+    if repulsion is not None and not torch.allclose(repulsion.scale, repulsion.scale[0]):
+        raise FileFormatError(
+            "the potential scales the repulsion per element, which a MACE cannot; merge models of one energy scale to export"
+        )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(potential.dtype)
+    try:
+        references = potential.references.tolist()
+        network: Any = build_network(potential.hyper.arguments, species, references=references, scale=scale)
+    finally:
+        torch.set_default_dtype(before)
+    linear = network.node_embedding.linear
+    linear.weight.copy_(potential.embedding[0].flatten() / linear.instructions[0].path_weight)
+    own = dict(potential.named_parameters())
+    for t, parts in enumerate(zip(network.interactions, network.products, strict=True)):
+        for part, module in zip(("interaction", "product"), parts, strict=True):
+            for name, value in module.named_parameters():
+                weight = own[f"stages.{t}.module.{part}.{name}"]
+                if weight.shape == value.shape:
+                    value.copy_(weight)
+                else:
+                    write_product(module.skip_tp, weight)
+    for i, readout in enumerate(network.readouts):
+        for name, value in readout.named_parameters():
+            weight = own[f"readout.module.{i}.{name}"]
+            value.copy_(weight if name.startswith("linear_1") else weight / scale)
+    return network.cpu().eval()

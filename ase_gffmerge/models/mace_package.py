@@ -1,0 +1,224 @@
+"""MACE as the package ``mace-torch`` builds it (Batatia et al., arXiv 2206.07697), its layers wrapped as stages.
+
+Self-connections with one-hot elements become :class:`.ElementLinear`, which compute the same. The linear layers that follow
+the sums over neighbours are divided by the mean number of neighbours, and the last ones of the readouts multiplied by the
+scale of the energies.
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from e3nn.o3 import FullyConnectedTensorProduct, Irreps
+from mace.modules import (
+    MACE,
+    LinearReadoutBlock,
+    NonLinearReadoutBlock,
+    ScaleShiftMACE,
+    ZBLBasis,
+    gate_dict,
+    interaction_classes,
+)
+from mace.modules.symmetric_contraction import EmptyParam
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+from torch_geometric.data import Data
+
+from ase_gffmerge.models.chain import ChainPotential, Entries, Link, PackageHyper, SummedReadout
+from ase_gffmerge.models.e3nn_mode import package_mode
+from ase_gffmerge.models.element_linear import ElementLinear
+from ase_gffmerge.models.potential import HyperParameters, State
+
+FEATURES = ("node_feats",)
+
+
+class MACEPackageHyper(PackageHyper):
+    """Hyper-parameters of :class:`MACEPackage`; the arguments are those of the package's ``MACE`` with names for classes."""
+
+
+def build_network(
+    arguments: Mapping[str, Any],
+    species: Sequence[int],
+    *,
+    references: Sequence[float] | None = None,
+    scale: float | None = None,
+) -> nn.Module:
+    """The package's model with random weights, of torch's default type.
+
+    Parameters
+    ----------
+    arguments
+        See :class:`MACEPackageHyper`.
+    species
+        Atomic numbers in the order of its types.
+    references
+        Energy per element in eV; default: zero.
+    scale
+        Of the energies of the network; default: a model without scale.
+    """
+    classes = {
+        key: interaction_classes[arguments[key]] for key in ("interaction_cls", "interaction_cls_first")
+    }
+    irreps = {key: Irreps(arguments[key]) for key in ("hidden_irreps", "MLP_irreps")}
+    own = {
+        "num_elements": len(species),
+        "atomic_numbers": list(species),
+        "atomic_energies": np.array(references or [0.0] * len(species)),
+        "avg_num_neighbors": 1.0,
+        "gate": gate_dict[arguments["gate"]],
+        "edge_irreps": Irreps(arguments["edge_irreps"]) if arguments["edge_irreps"] else None,
+    }
+    known = {**arguments, **classes, **irreps, **own}
+    if scale is None:
+        return MACE(**known)
+    return ScaleShiftMACE(atomic_inter_scale=scale, atomic_inter_shift=0.0, **known)
+
+
+class Layer(nn.Module):
+    """An interaction of the package with its radial functions and the symmetric contraction that follows it.
+
+    Parameters
+    ----------
+    network
+        The package's model; its parts are taken out of it.
+    index
+        Which layer.
+    species
+        Atomic numbers.
+    """
+
+    atomic_numbers: Tensor
+
+    def __init__(self, network: Any, index: int, species: tuple[int, ...]):
+        super().__init__()
+        self.radial = deepcopy(network.radial_embedding)
+        self.interaction, self.product = network.interactions[index], network.products[index]
+        product: Any = getattr(self.interaction, "skip_tp", None)
+        self.by_element = isinstance(product, FullyConnectedTensorProduct)
+        if self.by_element:
+            self.interaction.skip_tp = ElementLinear(product.irreps_in1, product.irreps_out, species)
+        self.register_buffer("atomic_numbers", torch.tensor(species), persistent=False)
+
+    def forward(self, data: Entries) -> Entries:
+        """Replace the entry ``node_feats``."""
+        edges = data["edge_index"]
+        lengths = data["edge_vectors"].square().sum(dim=1, keepdim=True).sqrt()
+        radial, cutoff = self.radial(lengths, data["node_attrs"], edges, self.atomic_numbers)
+        features, skip = self.interaction(
+            node_attrs=data["atomic_numbers"] if self.by_element else data["node_attrs"],
+            node_feats=data["node_feats"],
+            edge_attrs=data["edge_attrs"],
+            edge_feats=radial,
+            edge_index=edges,
+            cutoff=cutoff,
+        )
+        return {"node_feats": self.product(node_feats=features, sc=skip, node_attrs=data["node_attrs"])}
+
+
+class Repulsion(nn.Module):
+    """The package's short-range repulsion of Ziegler, Biersack and Littmark, times a factor per element.
+
+    Parameters
+    ----------
+    species
+        Atomic numbers.
+    power
+        Of its cutoff function.
+    """
+
+    atomic_numbers: Tensor
+
+    def __init__(self, species: tuple[int, ...], *, power: int):
+        super().__init__()
+        self.module = ZBLBasis(p=power)
+        self.scale = nn.Parameter(torch.ones(len(species)))
+        self.register_buffer("atomic_numbers", torch.tensor(species), persistent=False)
+
+    def forward(self, vectors: Tensor, data: Entries, species: Tensor) -> Tensor:
+        """Energies (n_atoms,) in eV."""
+        lengths = vectors.square().sum(dim=1, keepdim=True).sqrt()
+        energies = self.module(lengths, data["node_attrs"], data["edge_index"], self.atomic_numbers)
+        return energies * self.scale[species]
+
+
+class MACEPackage(ChainPotential):
+    """A MACE of the package ``mace-torch``.
+
+    Parameters
+    ----------
+    hyper
+        Hyper-parameters.
+    species
+        Atomic numbers.
+    """
+
+    architecture: ClassVar[str] = "mace-package"
+    Hyper: ClassVar[type[HyperParameters]] = MACEPackageHyper
+    hyper: MACEPackageHyper
+    edge_entries = ("edge_vectors", "edge_attrs")
+
+    def __init__(self, hyper: MACEPackageHyper, species: tuple[int, ...]):
+        super().__init__(hyper, species, embedding_width=hyper.channels)
+        arguments = hyper.arguments
+        with package_mode():
+            network: Any = build_network(arguments, self.species)
+            self.harmonics = network.spherical_harmonics
+            for index in range(hyper.n_blocks):
+                layer = Layer(network, index, self.species)
+                self.stages.append(Link(layer, reads=FEATURES, writes=FEATURES))
+            power = arguments["num_polynomial_cutoff"]
+            self.repulsion = Repulsion(self.species, power=power) if arguments["pair_repulsion"] else None
+        _replace_empty_parameters(self)
+        self._seal()
+
+    def own_readout(self) -> nn.Module:
+        """The package's readouts on the scalars: linear ones, and after the last of several layers a network."""
+        arguments, scalars, one = self.hyper.arguments, Irreps(f"{self.hyper.channels}x0e"), Irreps("1x0e")
+        n_linear = 1 if self.hyper.n_blocks == 1 else self.hyper.n_blocks - 1
+        if arguments["use_last_readout_only"]:
+            n_linear = 0
+        with package_mode():
+            parts: list[nn.Module] = [LinearReadoutBlock(scalars, one) for _ in range(n_linear)]
+            if self.hyper.n_blocks > 1:
+                hidden = Irreps(arguments["MLP_irreps"])
+                parts.append(NonLinearReadoutBlock(scalars, hidden, gate_dict[arguments["gate"]], one))
+        return SummedReadout(parts)
+
+    def element_parameters(self) -> tuple[str, ...]:
+        """Self-connections, energy scales and the weights of symmetric contractions."""
+        own = [] if self.repulsion is None else ["repulsion.scale"]
+        if not self.hyper.arguments["use_agnostic_product"]:
+            own += [name for name, _ in self.named_parameters() if ".symmetric_contractions." in name]
+        return (*super().element_parameters(), *own)
+
+    def indices(self, graph: Data) -> Entries:
+        """Elements and their one-hot vectors; the package's edges run from the receiving atom."""
+        numbers = graph.atomic_numbers
+        rows = one_hot(self.species_row[numbers], len(self.species))
+        return {
+            "edge_index": graph.edge_index.flip(0),
+            "atomic_numbers": numbers,
+            "node_attrs": rows.to(self.dtype),
+        }
+
+    def edge_functions(self, vectors: Tensor) -> State:
+        """Edge vectors and their spherical harmonics."""
+        return vectors, self.harmonics(vectors)
+
+    def energies(self, scalars: Sequence[Tensor], graph: Data) -> Tensor:
+        """Energies of the readout, and the repulsion, which is no matter of a merge."""
+        energies = super().energies(scalars, graph)
+        if self.repulsion is None:
+            return energies
+        species = self.species_row[graph.atomic_numbers]
+        return energies + self.repulsion(graph.edge_vectors, self.indices(graph), species).double()
+
+
+def _replace_empty_parameters(root: nn.Module) -> None:
+    """Make plain parameters of the package's own kind for contractions without paths, which cannot be copied."""
+    for module in root.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, EmptyParam):
+                module.register_parameter(name, nn.Parameter(parameter.detach().clone()))
