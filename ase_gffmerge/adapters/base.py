@@ -116,3 +116,14 @@ def load_checkpoint(path: Path, *, trust: bool) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__}, not a dictionary of weights; save the model again"
         )
     return content
+
+
+def require_own_parts(potential: Potential, *, package: str) -> None:
+    """Raise :class:`FileFormatError` when a merge gave a potential what the package's format has no place for."""
+    hyper = potential.hyper
+    if hyper.readout_width or hyper.n_embeddings > 1:
+        extra = "a widened readout" if hyper.readout_width else "an embedding per specialist"
+        raise FileFormatError(
+            f"the potential has what {package}'s format cannot hold ({extra}); merge with the recipe option readout: null "
+            "and shared conditioning to export"
+        )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ase_gffmerge.adapters.base import Foreign, load_checkpoint
+from ase_gffmerge.adapters.base import Foreign, load_checkpoint, require_own_parts
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.fileformat import atomic_write, first_line
 from ase_gffmerge.models import Potential
@@ -74,14 +74,8 @@ class CHGNetAdapter:
             When the potential has more than CHGNet has: a widened readout, several embeddings.
         """
         assert isinstance(potential, CHGNet)
-        hyper = potential.hyper
-        if hyper.readout_width or hyper.n_embeddings > 1:
-            raise FileFormatError(
-                "the potential has what CHGNet's format cannot hold ("
-                f"{'a widened readout' if hyper.readout_width else 'an embedding per specialist'}); merge with the recipe "
-                "option readout: null and shared conditioning to export"
-            )
-        model = {"state_dict": _vendor_state(potential), "model_args": _vendor_arguments(hyper)}
+        require_own_parts(potential, package="CHGNet")
+        model = {"state_dict": _vendor_state(potential), "model_args": _vendor_arguments(potential.hyper)}
         atomic_write(path, lambda temporary: torch.save({"model": model}, temporary))
         return path
 

@@ -15,7 +15,7 @@ import torch
 from ase import Atoms
 from torch import Tensor, nn
 
-from ase_gffmerge.adapters.base import Foreign, load_checkpoint
+from ase_gffmerge.adapters.base import Foreign, load_checkpoint, require_own_parts
 from ase_gffmerge.adapters.conversion import converted, require_package
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.fileformat import atomic_write, first_line
@@ -102,12 +102,7 @@ class OrbAdapter:
         from ase_gffmerge.models.orb_package import OrbPackage
 
         assert isinstance(potential, OrbPackage)
-        if potential.hyper.readout_width or potential.hyper.n_embeddings > 1:
-            extra = "a widened readout" if potential.hyper.readout_width else "an embedding per specialist"
-            raise FileFormatError(
-                f"the potential has what Orb's format cannot hold ({extra}); merge with the recipe option readout: null and "
-                "shared conditioning to export"
-            )
+        require_own_parts(potential, package="Orb")
         state = vendor_state(potential)
         atomic_write(path, lambda temporary: torch.save(state, temporary))
         return path
@@ -172,7 +167,10 @@ def _settings(architecture: Any, path: Path) -> tuple[dict[str, Any], str]:
         limit, theory = PRETRAINED[name]
         return {"max_neighbors": limit}, theory
     if isinstance(architecture, Mapping) and {"max_num_neighbors"} <= set(architecture) <= set(SETTINGS):
-        return {SETTINGS[key]: value for key, value in architecture.items()}, "unknown"
+        settings = {SETTINGS[key]: value for key, value in architecture.items()}
+        if isinstance(settings.get("cutoff"), int):
+            settings["cutoff"] = float(settings["cutoff"])
+        return settings, "unknown"
     what = (
         "does not say to how many neighbours an atom attends"
         if architecture is None
@@ -220,17 +218,18 @@ def _from_object(source: Any) -> "tuple[nn.Module, OrbPackageHyper]":
     return copy, hyper
 
 
-def _require_readable(state: Mapping[str, Any], origin: str, *, direct: bool = False) -> None:
+def _require_readable(state: Any, origin: str, *, direct: bool = False) -> None:
     """Raise :class:`FileFormatError` for kinds of models that no potential can be."""
-    if not direct and not any(key.startswith(("heads.", "node_head.")) for key in state):
+    names = [key for key in state if isinstance(key, str)] if isinstance(state, Mapping) else []
+    if not direct and not any(name.startswith(("heads.", "node_head.")) for name in names):
         raise FileFormatError(f"{origin} holds no weights of Orb with its heads; give model.state_dict()")
-    if direct or not any(key.startswith("grad_forces_normalizer.") for key in state):
+    if direct or not any(name.startswith("grad_forces_normalizer.") for name in names):
         raise FileFormatError(
             f"{origin} predicts forces directly and not as the gradient of an energy, which is what a specialist is; merge "
             "calculators of such models with ase_gffmerge.merge_calculators([calc_a, calc_b], [frames_a, frames_b], "
             "module=lambda calc: calc.model)"
         )
-    if any(key.startswith("model.conditioner.") for key in state):
+    if any(name.startswith("model.conditioner.") for name in names):
         raise FileFormatError(
             f"{origin} reads charge and spin of a structure (OrbMol), which a specialist does not know; use one of "
             f"{', '.join(PRETRAINED)} or models fine-tuned from them"

@@ -103,7 +103,7 @@ def test_files_say_what_a_model_is(tmp_path, monkeypatch):
     model = build(limit=20)
     plain = checkpoint(tmp_path / "a.ckpt", model).removeprefix("orb:")
     named = checkpoint(tmp_path / "b.ckpt", model, architecture=NAME)
-    told = checkpoint(tmp_path / "c.ckpt", model, architecture={"max_num_neighbors": 20, "radius": 6.0})
+    told = checkpoint(tmp_path / "c.ckpt", model, architecture={"max_num_neighbors": 20, "radius": 6})
     expected = Specialist.from_vendor("orb", model)
     monkeypatch.setattr("cached_path.cached_path", lambda address: plain)
     underscores = NAME.replace("-", "_")
@@ -130,7 +130,7 @@ def test_what_is_not_read_is_refused(tmp_path, capsys):
     model, direct = build(), build("direct")
     charged = build(has_charge_spin_cond=True)
     torch.save({"state_dict": Trap()}, tmp_path / "trap.ckpt")
-    torch.save({"weights": 1}, tmp_path / "empty.ckpt")
+    torch.save({"state_dict": [1]}, tmp_path / "empty.ckpt")
     cut = {k: v for k, v in model.state_dict().items() if "gnn_stacks.1._edge_mlp" not in k}
     torch.save(cut, tmp_path / "cut.ckpt")
     settings = {"max_num_neighbors": 20, "activation": "relu"}
