@@ -90,3 +90,10 @@ def test_equivariant_linear_with_bias_is_refused() -> None:
     layer = o3.Linear("2x0e", "2x0e", biases=True)
     with pytest.raises(NotImplementedError, match="biases=False"):
         list(problems("layer", layer))
+
+
+def test_a_linear_layer_whose_weights_are_a_vector_is_no_problem() -> None:
+    layer = nn.Linear(118, 1, bias=False)
+    assert is_affine(layer)
+    layer.weight.data = torch.zeros(118)  # as Orb keeps its reference energies
+    assert not is_affine(layer)
