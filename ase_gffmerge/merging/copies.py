@@ -13,6 +13,7 @@ from ase import Atoms
 
 from ase_gffmerge.dynamics.displaced import displaced
 from ase_gffmerge.dynamics.replicas import run_replicas
+from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.specialist import Specialist
 
@@ -62,10 +63,10 @@ def visited(
     return [_bare(atoms) for run in runs for atoms in run.frames[1:]]
 
 
-def copies_per_frame(frames: Sequence[Atoms], options: ReadoutOptions) -> int:
-    """``options.copies``, or fewer (at least one) where all copies together exceed ``options.max_copied_atoms``."""
-    n_atoms = sum(map(len, frames))
-    return min(options.copies, max(options.max_copied_atoms // max(n_atoms, 1), 1))
+def copies_per_frame(specialist: Specialist, frames: Sequence[Atoms], options: ReadoutOptions) -> int:
+    """``options.copies``, or fewer (at least one) where all copies together exceed ``options.max_copied_edges``."""
+    n_edges = sum(build_graph(atoms, specialist.cutoff).edge_index.shape[1] for atoms in frames)
+    return min(options.copies, max(options.max_copied_edges // max(n_edges, 1), 1))
 
 
 def _bare(atoms: Atoms) -> Atoms:

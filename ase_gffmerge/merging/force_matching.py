@@ -97,7 +97,7 @@ def match_forces(
     size = len(elements) * (width + 1)
     grams = [Gram.zero(size, 1, device=merged.device) for _ in range(2)]
     for k, territory in enumerate(territories):
-        n_copies = copies_per_frame(territory.specialist.calibration, options)
+        n_copies = copies_per_frame(territory.specialist, territory.specialist.calibration, options)
         for held_out, group in enumerate(_split(territory.specialist.calibration)):
             labelled = with_copies(territory.specialist, group, options, n_copies=n_copies)
             share = len(group) / len(territory.specialist.calibration)

@@ -37,7 +37,7 @@ from ase_gffmerge.models import Potential
 from ase_gffmerge.models.potential import Stage
 from ase_gffmerge.specialist import MergeRecord, Provenance, Specialist
 
-MERGE_VERSION = 6
+MERGE_VERSION = 7
 """Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""
 
 Progress = Callable[[float, str], None]

@@ -30,8 +30,9 @@ class ReadoutOptions(BaseModel):
         Weight of one energy per atom (eV) against one force component (eV/Å).
     stress_weight
         Weight of the strain derivative (eV) of structures with a volume against one force component (eV/Å).
-    copies, max_copied_atoms
-        Copies of every calibration frame (:mod:`.copies`), fewer where those of a specialist would exceed that many atoms.
+    copies, max_copied_edges
+        Copies of every calibration frame (:mod:`.copies`), fewer where those of a specialist would have more edges than
+        that.
     temperature, interval
         Of the specialist's short dynamics that visits the copies: K, and fs from one copy to the next.
     displacement
@@ -51,7 +52,7 @@ class ReadoutOptions(BaseModel):
     energy_weight: float = Field(default=10.0, ge=0)
     stress_weight: float = Field(default=0.3, ge=0)
     copies: Whole = Field(default=8, ge=0)
-    max_copied_atoms: Whole = Field(default=20_000, ge=0)
+    max_copied_edges: Whole = Field(default=400_000, ge=0)
     temperature: float = Field(default=500.0, ge=0)
     interval: float = Field(default=20.0, gt=0)
     displacement: float = Field(default=0.02, gt=0)
@@ -75,7 +76,8 @@ class Recipe(BaseModel):
     ones
         Add a column of ones to ``biased`` layers only, or to ``all`` (a fitted bias without a home is dropped).
     probes, slope_weight
-        Random displacements along which layers must agree in slope too, and how much slopes weigh against values.
+        Random displacements along which layers must agree in slope too (fewer for large systems), and how much slopes
+        weigh against values.
     messages
         Correct all maps of every stage together on the stage's output (message-level targets).
     readout

@@ -36,6 +36,7 @@ from torch_geometric.data import Data
 from ase_gffmerge.models.joined_linear import JoinedLinear, Part
 from ase_gffmerge.models.line_graph import angles_between, undirected
 from ase_gffmerge.models.potential import HyperParameters, Potential, Stage, State
+from ase_gffmerge.models.rows import take_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +206,7 @@ class AtomConvolution(Stage):
         """Change the atoms' features."""
         atoms, bonds, angles, weights, short = state
         parts = [(atoms, geometry.receiver), (bonds, geometry.bond), (atoms, geometry.sender)]
-        messages = self.gated(parts) * weights.index_select(0, geometry.bond)
+        messages = self.gated(parts) * take_rows(weights, geometry.bond)
         summed = torch.zeros_like(atoms).index_add(0, geometry.receiver, messages)
         return atoms + self.out(summed), bonds, angles, weights, short
 
@@ -225,7 +226,7 @@ class BondConvolution(Stage):
         atoms, bonds, angles, weights, short = state
         first, second = geometry.bond[geometry.angle]
         messages = self.gated(angle_parts(state, geometry))
-        messages = messages * short.index_select(0, first) * short.index_select(0, second)
+        messages = messages * take_rows(short, first) * take_rows(short, second)
         summed = torch.zeros_like(bonds).index_add(0, first, messages)
         return atoms, bonds + self.out(summed), angles, weights, short
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ase_gffmerge.models.rows import take_rows
+
 Part = tuple[Tensor, Tensor | None]
 """Features (m, d) and the row that each of n rows takes; ``None`` when the features are those rows already."""
 
@@ -19,13 +21,13 @@ class JoinedLinear(nn.Linear):
     def forward(self, parts: Sequence[Part]) -> Tensor:  # type: ignore[override]
         """Map parts whose widths add up to ``in_features`` to (n, out_features)."""
         weights = self.weight.split([features.shape[-1] for features, _ in parts], dim=1)
-        total = self.bias
+        total: Tensor = self.bias
         for (features, rows), weight in zip(parts, weights, strict=True):
             product = features @ weight.T
-            total = (product if rows is None else product.index_select(0, rows)) + total
+            total = (product if rows is None else take_rows(product, rows)) + total
         return total
 
     @staticmethod
     def joined(parts: Sequence[Part]) -> Tensor:
         """Give the input (n, in_features) of the plain linear layer."""
-        return torch.cat([x if rows is None else x.index_select(0, rows) for x, rows in parts], dim=1)
+        return torch.cat([x if rows is None else take_rows(x, rows) for x, rows in parts], dim=1)

@@ -39,6 +39,7 @@ from ase_gffmerge.models.coupling import Convolution, CoupledHarmonics, natural
 from ase_gffmerge.models.e3nn_mode import eager_e3nn, keep_plain
 from ase_gffmerge.models.gate import SILU_SCALE, Gate
 from ase_gffmerge.models.potential import EdgeGeometry, HyperParameters, Potential, Stage, State
+from ase_gffmerge.models.rows import take_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ class Interaction(Stage):
     def messages(self, features: Tensor, geometry: EdgeGeometry) -> Tensor:
         """Messages on edges (n_edges, irreps.dim)."""
         weights = self.radial(geometry.radial) * geometry.envelope
-        return self.convolution(features.index_select(0, geometry.sender), geometry.angular, weights)
+        return self.convolution(take_rows(features, geometry.sender), geometry.angular, weights)
 
 
 class NequIP(Potential):

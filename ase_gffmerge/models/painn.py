@@ -24,6 +24,7 @@ from torch_geometric.data import Data
 
 from ase_gffmerge.models.painn_served import ServedMessage
 from ase_gffmerge.models.potential import EdgeGeometry, HyperParameters, Potential, Stage, State
+from ase_gffmerge.models.rows import take_rows
 
 NORM_OFFSET = 1e-8
 
@@ -65,8 +66,8 @@ class Message(Stage):
         sender, receiver = geometry.sender, geometry.receiver
         filters = self.filters(geometry.radial) * geometry.envelope
         phi = self.out(silu(self.hidden(scalars)))
-        s, vv, vs = (phi.index_select(0, sender) * filters).chunk(3, dim=-1)
-        messages = vectors.index_select(0, sender) * vv[:, None] + vs[:, None] * geometry.angular[:, :, None]
+        s, vv, vs = (take_rows(phi, sender) * filters).chunk(3, dim=-1)
+        messages = take_rows(vectors, sender) * vv[:, None] + vs[:, None] * geometry.angular[:, :, None]
         return scalars.index_add(0, receiver, s), vectors.index_add(0, receiver, messages)
 
 

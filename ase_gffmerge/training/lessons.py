@@ -27,7 +27,7 @@ HELD_OUT = 10
 STARTS = 4
 """Frames from which a specialist samples."""
 
-COPYING = {"copies", "max_copied_atoms", "temperature", "interval", "displacement", "seed"}
+COPYING = {"copies", "max_copied_edges", "temperature", "interval", "displacement", "seed"}
 """Options of copies, which have the same names in :class:`~ase_gffmerge.merging.recipe.ReadoutOptions`."""
 
 MAX_ATOMS = 500
@@ -70,7 +70,7 @@ def prepare_lesson(specialist: Specialist, options: DistilOptions, *, extra: Seq
 def copied(specialist: Specialist, frames: Sequence[Atoms], options: DistilOptions) -> list[Atoms]:
     """Frames with copies that the specialist visits from them, see :mod:`ase_gffmerge.merging.copies`."""
     copying = ReadoutOptions(**options.model_dump(include=COPYING))
-    return with_copies(specialist, frames, copying, n_copies=copies_per_frame(frames, copying))
+    return with_copies(specialist, frames, copying, n_copies=copies_per_frame(specialist, frames, copying))
 
 
 def twins(frames: Sequence[Atoms], options: DistilOptions) -> list[Atoms]:

@@ -150,3 +150,13 @@ def test_a_stage_that_agrees_stays(family) -> None:
     assert report.residual_after < 1e-10
     for key, value in stage.state_dict().items():
         torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(3, 3), (2, 2), (0, 1)])
+def test_many_edges_are_probed_less(family, monkeypatch, share, expected) -> None:
+    (parent,) = working_copies(family("painn", 2)[:1], torch.device("cpu"))
+    (whole,) = survey([parent], parent.potential, (1.0,), probes=3)
+    n_edges = sum(scene.graph.num_edges for scene in whole.scenes)
+    monkeypatch.setattr("ase_gffmerge.merging.territory.MAX_PROBED_EDGES", share * n_edges)
+    (territory,) = survey([parent], parent.potential, (1.0,), probes=3)
+    assert {len(tangent) for scene in territory.scenes for tangent in scene.geometry.tangent} == {expected}

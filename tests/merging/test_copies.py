@@ -63,8 +63,12 @@ def test_broken_structures_are_not_copied(ethanol: Specialist) -> None:
 
 def test_large_structures_get_fewer_copies(ethanol: Specialist) -> None:
     frames = ethanol.calibration[:10]
-    n_atoms = sum(map(len, frames))
-    assert copies_per_frame(frames, ReadoutOptions(copies=8)) == 8
-    assert copies_per_frame(frames, ReadoutOptions(copies=8, max_copied_atoms=3 * n_atoms)) == 3
-    assert copies_per_frame(frames, ReadoutOptions(copies=8, max_copied_atoms=1)) == 1
-    assert copies_per_frame(frames, ReadoutOptions(copies=0)) == 0
+    n_edges = sum(len(atoms) * (len(atoms) - 1) for atoms in frames)  # all atoms are within the cutoff
+    for expected, options in (
+        (8, {"copies": 8}),
+        (3, {"copies": 8, "max_copied_edges": 3 * n_edges}),
+        (2, {"copies": 8, "max_copied_edges": 3 * n_edges - 1}),
+        (1, {"copies": 8, "max_copied_edges": 1}),
+        (0, {"copies": 0}),
+    ):
+        assert copies_per_frame(ethanol, frames, ReadoutOptions(**options)) == expected

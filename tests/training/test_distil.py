@@ -241,7 +241,7 @@ def test_every_frame_has_visited_copies_and_displaced_twins() -> None:
         assert 0.01 < np.std(twin.positions - original.positions) < 0.06
     moved = [np.abs(copy.positions - frames[i // 2].positions).max() for i, copy in enumerate(copies)]
     assert min(moved) > 1e-3
-    few = prepare_lesson(first, QUICK.model_copy(update={"copies": 5, "max_copied_atoms": 60}))
+    few = prepare_lesson(first, QUICK.model_copy(update={"copies": 5, "max_copied_edges": 60}))
     assert len(few.training) == 9 * 2 * 2
 
 

@@ -1,0 +1,48 @@
+"""Rows of a tensor, collected along edges or angles."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Collect ``x[rows]`` (n, ...) from x (m, ...).
+
+    It is ``index_select``, whose derivatives along many probes at once (``vmap`` of ``jvp``) PyTorch takes one element at a
+    time; here they are rows of rows.
+    """
+    collected: Tensor = x.index_select(0, rows) if torch.compiler.is_compiling() else _Rows.apply(x, rows)
+    return collected
+
+
+class _Rows(Function):
+    @staticmethod
+    def forward(x: Tensor, rows: Tensor) -> Tensor:
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        x, rows = inputs
+        ctx.save_for_backward(rows)
+        ctx.save_for_forward(rows)
+        ctx.shape = x.shape
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).index_add(0, rows, gradient), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        return take_rows(tangent, rows)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, int | None], x: Tensor, rows: Tensor
+    ) -> tuple[Tensor, int]:
+        if in_dims[1] is not None:
+            raise NotImplementedError("rows that differ from probe to probe")
+        return x.movedim(in_dims[0] or 0, 0).index_select(1, rows), 0
