@@ -18,6 +18,7 @@ from torch import Tensor
 from ase_gffmerge.adapters.base import Foreign
 from ase_gffmerge.adapters.conversion import converted, per_element, require_package, rows_of_elements
 from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.fileformat import first_line
 from ase_gffmerge.models import Potential
 
 if TYPE_CHECKING:
@@ -62,29 +63,37 @@ class MACEAdapter:
 
 ADAPTER = MACEAdapter()
 
+RADIAL_TYPES = {"BesselBasis": "bessel", "GaussianBasis": "gaussian", "ChebychevBasis": "chebyshev"}
+"""Classes of radial functions and what the package's builder calls them."""
+
 
 def _convert(network: Any, head: int) -> "MACEPackage":
     """A potential with the network's weights that was seen to compute the same as the network with that head."""
     from ase_gffmerge.adapters.mace_files import single_head
     from ase_gffmerge.models.mace_package import MACEPackage, MACEPackageHyper
 
-    single = single_head(network, head)
-    arguments = _arguments(single)
-    species = tuple(single.atomic_numbers.tolist())
-    hyper = MACEPackageHyper(
-        cutoff=float(single.r_max),
-        channels=int(single.node_embedding.linear.irreps_out.dim),
-        n_blocks=len(single.interactions),
-        n_radial=int(single.radial_embedding.out_dim),
-        config=json.dumps(arguments, sort_keys=True),
-    )
-    return converted(
-        lambda: MACEPackage(hyper, species),
-        lambda potential: _copy_weights(potential, single, species),
-        dtype=single.node_embedding.linear.weight.dtype,
-        vendor_energies=lambda graph: _vendor_energies(network, head, graph),
-        vendor="MACE",
-    )
+    try:
+        single = single_head(network, head)
+        species = tuple(single.atomic_numbers.tolist())
+        hyper = MACEPackageHyper(
+            cutoff=float(single.r_max),
+            channels=int(single.node_embedding.linear.irreps_out.dim),
+            n_blocks=len(single.interactions),
+            n_radial=int(single.radial_embedding.out_dim),
+            config=json.dumps(_arguments(single), sort_keys=True),
+        )
+        return converted(
+            lambda: MACEPackage(hyper, species),
+            lambda potential: _copy_weights(potential, single, species),
+            dtype=single.node_embedding.linear.weight.dtype,
+            vendor_energies=lambda graph: _vendor_energies(network, head, graph),
+            vendor="MACE",
+        )
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise FileFormatError(
+            f"the MACE has parts that mace-torch {version('mace-torch')} does not build ({first_line(error)}); leave it out "
+            "of the merge"
+        ) from None
 
 
 def _arguments(network: Any) -> dict[str, Any]:
@@ -117,7 +126,7 @@ def _arguments(network: Any) -> dict[str, Any]:
         "edge_irreps": str(edge_irreps) if edge_irreps is not None else None,
         "use_edge_irreps_first": bool(getattr(network, "use_edge_irreps_first", False)),
         "radial_MLP": [int(width) for width in extract_radial_MLP(network)],
-        "radial_type": type(radial.bessel_fn).__name__.removesuffix("Basis").replace("chev", "shev").lower(),
+        "radial_type": RADIAL_TYPES[type(radial.bessel_fn).__name__],
     }
 
 

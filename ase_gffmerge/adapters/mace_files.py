@@ -1,5 +1,6 @@
 """Models of the package ``mace-torch`` in memory and in files."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from ase_gffmerge.models.mace_package import MACEPackage, build_network
 READ = "give a .model file, a MACECalculator, or a MACE or ScaleShiftMACE of mace.modules"
 
 SAFE = (
-    "save torch.save({'config': mace.tools.scripts_utils.extract_config_mace_model(model), 'state_dict': "
-    "model.state_dict()}, path) where the model is trusted, which is read without code"
+    "torch.save({'config': mace.tools.scripts_utils.extract_config_mace_model(model), 'state_dict': model.state_dict()}, "
+    "path) where the model is trusted, which is read without code"
 )
 
 
@@ -40,9 +41,14 @@ def load_network(path: Path, *, trust: bool) -> Any:
     try:
         with torch.serialization.safe_globals([Irreps, Irrep, _MulIr, *named]):
             content = load_checkpoint(path, trust=False)
-    except FileFormatError as error:
-        advice = f"; or {SAFE}" if path.is_file() else ""
-        raise FileFormatError(f"{error}{advice}") from None
+    except FileFormatError:
+        if not path.is_file():
+            raise
+        raise FileFormatError(
+            f"{path} is not read: unless it is damaged, it is a pickled model, whose loading executes code from the file; "
+            "pass trust=True to Specialist.from_vendor, or --trust to gffmerge convert, for files of your own, or save "
+            f"{SAFE}"
+        ) from None
     return _build(content, path)
 
 
@@ -68,7 +74,7 @@ def _build(content: Mapping[str, Any], path: Path) -> nn.Module:
         network.load_state_dict(state)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         raise FileFormatError(
-            f"{path} holds no MACE that this version of mace-torch can build ({first_line(error)}); {SAFE}"
+            f"{path} holds no MACE that this version of mace-torch can build ({first_line(error)}); save {SAFE}"
         ) from None
     return network
 
@@ -159,8 +165,10 @@ def save_network(potential: MACEPackage, path: Path) -> Path:
             f"{'a widened readout' if hyper.readout_width else 'an embedding per specialist'}); merge with the recipe "
             "option readout: null and shared conditioning to export"
         )
-    network = vendor_network(potential)
-    atomic_write(path, lambda temporary: torch.save(network, temporary))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler of TorchScript, which e3nn 0.4 calls
+        network = vendor_network(potential)
+        atomic_write(path, lambda temporary: torch.save(network, temporary))
     return path
 
 

@@ -5,23 +5,15 @@ the sums over neighbours are divided by the mean number of neighbours, and the l
 scale of the energies.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from copy import deepcopy
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from e3nn.o3 import FullyConnectedTensorProduct, Irreps
-from mace.modules import (
-    MACE,
-    LinearReadoutBlock,
-    NonLinearReadoutBlock,
-    ScaleShiftMACE,
-    ZBLBasis,
-    gate_dict,
-    interaction_classes,
-)
-from mace.modules.symmetric_contraction import EmptyParam
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch_geometric.data import Data
@@ -30,6 +22,18 @@ from ase_gffmerge.models.chain import ChainPotential, Entries, Link, PackageHype
 from ase_gffmerge.models.e3nn_mode import package_mode
 from ase_gffmerge.models.element_linear import ElementLinear
 from ase_gffmerge.models.potential import HyperParameters, State
+
+with redirect_stdout(sys.stderr):  # on which the package tells at import what it does not find
+    from mace.modules import (
+        MACE,
+        LinearReadoutBlock,
+        NonLinearReadoutBlock,
+        ScaleShiftMACE,
+        ZBLBasis,
+        gate_dict,
+        interaction_classes,
+    )
+    from mace.modules.symmetric_contraction import EmptyParam
 
 FEATURES = ("node_feats",)
 

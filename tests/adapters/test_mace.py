@@ -166,10 +166,11 @@ def test_files_are_read_without_code(tmp_path, capsys):
     torch.save({"config": Trap(), "state_dict": {}}, tmp_path / "trap.pt")
     torch.save({"model": model.state_dict()}, tmp_path / "training.pt")
     sources = {
-        "trust=True": f"mace:{tmp_path / 'whole.model'}",
-        "extract_config_mace_model": f"mace:{tmp_path / 'trap.pt'}",
+        "pickled model.*trust=True": f"mace:{tmp_path / 'whole.model'}",
+        "executes code.*extract_config_mace_model": f"mace:{tmp_path / 'trap.pt'}",
         "holds no MACE": f"mace:{tmp_path / 'training.pt'}",
         "can build": checkpoint(tmp_path / "wide.pt", model, num_bessel=7),
+        "not a ScaleShiftMACE": checkpoint(tmp_path / "plain.pt", build("MACE", **SCALARS)),
         "no file": "mace:medium",
     }
     capsys.readouterr()
@@ -186,11 +187,13 @@ def test_files_are_read_without_code(tmp_path, capsys):
 
 
 def test_what_is_not_read_is_refused():
-    first, second = build(**SCALARS), build("MACE", **SCALARS)
+    first, second, other = build(**SCALARS), build("MACE", **SCALARS), build(**SCALARS)
+    other.interactions[1].linear_up = torch.nn.Linear(8, 8).double()
     for words, source in {
         "Linear is not read": torch.nn.Linear(2, 2),
         "choose one": build(**SCALARS, **TWO_HEADS | {"heads": ["a", "b"]}),
         "committee of 2": calculator([first, second]),
+        "parts that mace-torch": other,
         "converts units": calculator(first, energy_units_to_eV=27.2),
         "NonLinearBiasReadoutBlock": build(**SCALARS, readout_cls=modules.NonLinearBiasReadoutBlock),
         "embedding_specs": build(
@@ -211,8 +214,12 @@ def test_exports_are_the_vendors_models(variant, tmp_path):
     assert_same(ours, theirs, structures()[1], tolerance=1e-11)
 
 
+def build_repulsive():
+    return build(**VARIANTS["repulsion"])
+
+
 def test_copies_merge_into_the_original():
-    assert_copies_merge_into(relatives("mace", build, size=0.0)[0])
+    assert_copies_merge_into(relatives("mace", build_repulsive, size=0.0)[0])
 
 
 def test_the_default_beats_paper_and_mean(tmp_path):
