@@ -171,8 +171,9 @@ def _align_stages(
     recipe: Recipe,
     tell: Progress,
 ) -> list[LayerReport]:
-    """Steps 1-4 for every stage, advancing the states of merged model and specialists together."""
+    """Steps 1-4 for every stage, advancing the states of merged model (where they are read) and specialists together."""
     reports: list[LayerReport] = []
+    follows = recipe.inputs == "merged" or recipe.messages or recipe.readout is not None
     for i, (name, stage) in enumerate(merged.named_stages()):
         tell(0.1 + 0.5 * i / len(merged.stages), name)
         originals: list[Stage] = [parent.potential.get_submodule(name) for parent in parents]  # type: ignore[misc]
@@ -184,7 +185,8 @@ def _align_stages(
         for original, territory in zip(originals, territories, strict=True):
             for scene in territory.scenes:
                 scene.target = advance(original, scene.target, scene)
-                scene.merged = advance(stage, scene.merged, scene)
+                if follows:
+                    scene.merged = advance(stage, scene.merged, scene)
                 if stage.emits_scalars:
                     scene.target_scalars.append(push(lambda *x: merged.scalars(x), scene.target))
                     scene.merged_scalars.append(push(lambda *x: merged.scalars(x), scene.merged))
