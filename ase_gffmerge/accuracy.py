@@ -8,10 +8,9 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from torch_geometric.data import Data
 
-from ase_gffmerge.batched import predict_together
+from ase_gffmerge.batched import predict_batches
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.graphs import build_graph, predict
-from ase_gffmerge.memory import chunks
 from ase_gffmerge.models import Potential
 
 
@@ -52,9 +51,9 @@ def predict_frames(
     frames: Sequence[Atoms],
     *,
     specialist: int = 0,
-    max_atoms: int = 2000,
+    max_edges: int | None = None,
 ) -> FramePredictions:
-    """Evaluate frames in batches of at most ``max_atoms`` atoms (at least one frame each); less if memory is short.
+    """Evaluate frames in batches (:func:`.predict_batches`), smaller ones if memory is short.
 
     Raises
     ------
@@ -69,15 +68,13 @@ def predict_frames(
     def graph(atoms: Atoms) -> Data:
         return build_graph(atoms, potential.hyper.cutoff, dtype=potential.dtype, specialist=specialist)
 
-    found = [
-        prediction
-        for chunk in chunks(frames, max_atoms)
-        for prediction, _ in predict_together(
-            lambda batch: (predict(served, batch), None),
-            [graph(a) for a in chunk],
-            device=potential.device,
-        )
-    ]
+    predictions = predict_batches(
+        lambda batch: (predict(served, batch), None),
+        map(graph, frames),
+        device=potential.device,
+        max_edges=max_edges,
+    )
+    found = [prediction for prediction, _ in predictions]
     return FramePredictions(
         np.array([prediction.energy.item() for prediction in found]),
         [prediction.forces.double().numpy() for prediction in found],

@@ -20,16 +20,12 @@ from ase_gffmerge.ase_results import (
     require_structure,
     require_volume,
 )
-from ase_gffmerge.batched import Predictor, predict_together
+from ase_gffmerge.batched import predict_batches
 from ase_gffmerge.graphs import Prediction, build_graph
 from ase_gffmerge.graphs.neighbours import check_geometry
-from ase_gffmerge.memory import chunks
 from ase_gffmerge.serving import Server
 from ase_gffmerge.specialist import Specialist
 
-MAX_EDGES = {"cpu": 2_000, "cuda": 200_000}
-"""Edges of a batch, which take 13 to 42 kB each (PaiNN of 64 to NequIP of 128 channels, float32): on a CPU what stays near
-its caches, on a GPU what keeps it busy."""
 GRADE = "extrapolation"
 
 
@@ -59,7 +55,7 @@ def evaluate_structures(
     specialist
         For structures that do not say which specialist they belong to.
     max_edges
-        Size of a batch; default: :data:`MAX_EDGES` of the device.
+        Size of a batch; default: :data:`.MAX_EDGES` of the device.
 
     Raises
     ------
@@ -74,23 +70,17 @@ def evaluate_structures(
             if properties is not None and "stress" in wanted:
                 require_volume(atoms)
             prepared.append(_checked(force_field, atoms, specialist))
-    budget = _budget(max_edges, force_field.potential.device)
+    _check_size(max_edges)
     predictor = partial(server, graded=GRADE in wanted)
     with torch.inference_mode(False), memory_failures():
-        predictions = _predictions(force_field, prepared, budget, predictor)
+        graphs = (build_graph(atoms, force_field.cutoff) for atoms in prepared)
+        predictions = predict_batches(
+            predictor, graphs, device=force_field.potential.device, max_edges=max_edges
+        )
         return [
             _results(k, atoms, *prediction, wanted)
             for k, (atoms, prediction) in enumerate(zip(originals, predictions, strict=True))
         ]
-
-
-def _predictions(
-    force_field: Specialist, structures: Sequence[Atoms], max_edges: int, predictor: Predictor
-) -> Iterator[tuple[Prediction, Tensor | None]]:
-    """Predictions of one structure after the other; only the graphs of one batch are in memory."""
-    graphs = (build_graph(atoms, force_field.cutoff) for atoms in structures)
-    for group in chunks(graphs, max_edges, size=lambda graph: graph.edge_index.shape[1]):
-        yield from predict_together(predictor, group, device=force_field.potential.device)
 
 
 def _results(
@@ -136,12 +126,9 @@ def _wanted(properties: Sequence[str] | None, served: Sequence[str]) -> tuple[st
     return names
 
 
-def _budget(max_edges: int | None, device: torch.device) -> int:
-    if max_edges is None:
-        return MAX_EDGES.get(device.type, MAX_EDGES["cuda"])
-    if not isinstance(max_edges, Integral) or max_edges < 1:
+def _check_size(max_edges: int | None) -> None:
+    if max_edges is not None and (not isinstance(max_edges, Integral) or max_edges < 1):
         raise SetupError(f"max_edges={max_edges!r} is no size of a batch; give a positive whole number")
-    return int(max_edges)
 
 
 @contextmanager

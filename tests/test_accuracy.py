@@ -7,8 +7,9 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from ase_gffmerge.accuracy import FramePredictions, chunks, compare, evaluate, labels, predict_frames
+from ase_gffmerge.accuracy import FramePredictions, compare, evaluate, labels, predict_frames
 from ase_gffmerge.errors import FramesError
+from ase_gffmerge.memory import chunks
 from ase_gffmerge.models import Potential, build_potential
 
 
@@ -26,8 +27,8 @@ def structures() -> list[Atoms]:
 
 def test_batches_give_what_single_frames_give(potential: Potential) -> None:
     together = predict_frames(potential, structures())
-    for max_atoms in (1, 7, 20):
-        split = predict_frames(potential, structures(), max_atoms=max_atoms)
+    for max_edges in (1, 100, 1000):
+        split = predict_frames(potential, structures(), max_edges=max_edges)
         np.testing.assert_allclose(split.energies, together.energies, atol=1e-10)
         for one, other, atoms in zip(split.forces, together.forces, structures(), strict=True):
             assert one.shape == (len(atoms), 3)

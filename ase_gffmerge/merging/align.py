@@ -115,7 +115,9 @@ def align_layers(
         _own_grams(original, territory, recipe, run=run, inputs=inputs) if at_once else {}
         for original, territory in zip(originals, territories, strict=True)
     ]
-    names = known[0] if at_once else affine_layers(merged, lambda: run(merged, first, inputs(first, True).value))
+    names = (
+        known[0] if at_once else affine_layers(merged, lambda: run(merged, first, inputs(first, True).value))
+    )
     for name in names:
         ours = list(problems(name, merged.get_submodule(name)))
         theirs = [list(problems(name, original.get_submodule(name))) for original in originals]

@@ -93,6 +93,37 @@ def blank_potential(specialists: Sequence[Specialist], *, n_tables: int = 1) -> 
     return potential.to(dtype=first.dtype, device=first.device).eval().requires_grad_(False)
 
 
+def on_all_elements(specialists: Sequence[Specialist]) -> list[Specialist]:
+    """Give every specialist weights for the elements of all of them, so that their layers are alike.
+
+    The weights of elements that a specialist does not know are zero; its frames have no such atoms. Architectures whose
+    layers have no weights per element stay as they are.
+    """
+    species = {z for specialist in specialists for z in specialist.species}
+    return [
+        replace(s, potential=_on_all_elements(s, specialists))
+        if s.potential.element_parameters() and set(s.species) < species
+        else s
+        for s in specialists
+    ]
+
+
+@torch.no_grad()
+def _on_all_elements(specialist: Specialist, specialists: Sequence[Specialist]) -> Potential:
+    potential = blank_potential([specialist, *specialists])
+    own, by_element = dict(specialist.potential.named_parameters()), potential.element_parameters()
+    for name, parameter in potential.named_parameters():
+        value = own[name]
+        if name == "embedding":
+            value = _by_element(specialist, value[0].cpu(), potential.species)[None]
+        elif name in by_element:
+            value = _by_element(specialist, value.cpu(), potential.species)
+        parameter.copy_(value)
+    references = _by_element(specialist, specialist.potential.references.cpu(), potential.species)
+    potential.references.copy_(references)
+    return potential
+
+
 def _known_elements(specialists: Sequence[Specialist], species: Sequence[int]) -> Tensor:
     """Ones where a specialist knows an element, else zeros (n_specialists, n_species)."""
     return torch.stack([_by_element(s, torch.ones(len(s.species)), species) for s in specialists])

@@ -22,10 +22,9 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from ase_gffmerge.accuracy import chunks
 from ase_gffmerge.graphs import batch_graphs, build_graph
 from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.memory import in_parts
+from ase_gffmerge.memory import chunks, in_parts
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.leverage import LeverageGauge
 from ase_gffmerge.specialist import Specialist

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from ase_gffmerge.accuracy import chunks
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.memory import chunks
 from ase_gffmerge.merging.copies import copies_per_frame, with_copies
 from ase_gffmerge.merging.probes import Probes
 from ase_gffmerge.merging.readout import fit_readout, random_lift, readout_rows, widened

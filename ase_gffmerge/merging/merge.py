@@ -22,7 +22,7 @@ from ase_gffmerge.errors import MergeWarning, RecipeError
 from ase_gffmerge.memory import memory_errors
 from ase_gffmerge.merging.align import advance, align_layers, run_stage, stage_inputs
 from ase_gffmerge.merging.align_output import align_output
-from ase_gffmerge.merging.average import averaged_parameters, mean_potential
+from ase_gffmerge.merging.average import averaged_parameters, mean_potential, on_all_elements
 from ase_gffmerge.merging.compatibility import check_compatible
 from ase_gffmerge.merging.diagnosis import diagnose
 from ase_gffmerge.merging.duals import Dual, Tensors, push
@@ -139,6 +139,7 @@ def _solve(
     weights = recipe.weights or (1.0,) * len(parents)
     with torch.no_grad(), clock("layers"):
         tell(0.05, "graphs")
+        parents = on_all_elements(parents)
         territories = survey(parents, potential, weights, probes=recipe.probes)
         layers = _align_stages(potential, parents, territories, recipe, tell)
         layers += _align_readout(potential, parents, territories, recipe)

@@ -28,8 +28,8 @@ from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from ase_gffmerge.accuracy import chunks
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.memory import chunks
 from ase_gffmerge.methods.method import Mixture, Need, Outcome, Progress, register
 from ase_gffmerge.methods.tuning import Yardstick, grid_of, tune
 from ase_gffmerge.methods.weights import WeightSpace, weighted_mean

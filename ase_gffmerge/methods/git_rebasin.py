@@ -22,10 +22,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from ase_gffmerge.accuracy import chunks
 from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.graphs import batch_graphs, build_graph
 from ase_gffmerge.graphs.batches import edge_vectors
+from ase_gffmerge.memory import chunks
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.methods.channel_similarity import Similarities, channel_moments, similarities

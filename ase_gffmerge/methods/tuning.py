@@ -20,8 +20,9 @@ from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from ase_gffmerge.accuracy import check_frames, chunks
+from ase_gffmerge.accuracy import check_frames
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.memory import chunks
 from ase_gffmerge.methods.method import Outcome, Progress
 from ase_gffmerge.models import Potential
 from ase_gffmerge.specialist import Specialist

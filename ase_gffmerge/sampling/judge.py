@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.accuracy import chunks
 from ase_gffmerge.dynamics.monitor import Monitor, Stop, Watch
 from ase_gffmerge.dynamics.swarm import Swarm
+from ase_gffmerge.memory import chunks
 from ase_gffmerge.models import Potential
 
 

@@ -8,11 +8,12 @@ import torch
 from ase import Atoms
 from torch_geometric.data import Data
 
-from ase_gffmerge.accuracy import check_frames, chunks
+from ase_gffmerge.accuracy import check_frames
 from ase_gffmerge.dynamics.displaced import displaced
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.batches import edge_vectors
+from ase_gffmerge.memory import chunks
 from ase_gffmerge.merging.copies import copies_per_frame, with_copies
 from ase_gffmerge.merging.distil_options import DistilOptions
 from ase_gffmerge.merging.recipe import ReadoutOptions
