@@ -179,11 +179,12 @@ def _own_weight(module: Any, name: str, value: Tensor, order: Tensor) -> Tensor:
     from e3nn.o3 import FullyConnectedTensorProduct
 
     from ase_gffmerge.models.element_linear import element_weights
+    from ase_gffmerge.models.mace_package import TABLES
 
     if name == "skip_tp.weight" and isinstance(module.skip_tp, FullyConnectedTensorProduct):
         return element_weights(module.skip_tp, torch.eye(len(order))[order])
-    if name in ("source_embedding.weight", "target_embedding.weight"):
-        return value.view(len(order), -1)[order].flatten()
+    if name.removesuffix(".weight") in TABLES:
+        return module.get_submodule(name.removesuffix(".weight"))(torch.eye(len(order))[order].to(value))
     if name.startswith("symmetric_contractions") and len(value) == len(order):
         return value[order]
     if name == "linear.weight" and hasattr(module, "avg_num_neighbors") and not hasattr(module, "density_fn"):

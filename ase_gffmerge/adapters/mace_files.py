@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ase_gffmerge.adapters.base import load_checkpoint
+from ase_gffmerge.adapters.base import load_checkpoint, require_own_parts
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.fileformat import atomic_write, first_line
 from ase_gffmerge.models.e3nn_mode import package_mode
 from ase_gffmerge.models.element_linear import write_product
-from ase_gffmerge.models.mace_package import MACEPackage, build_network
+from ase_gffmerge.models.mace_package import TABLES, MACEPackage, build_network
 
 READ = "give a .model file, a MACECalculator, or a MACE or ScaleShiftMACE of mace.modules"
 
@@ -158,13 +158,7 @@ def save_network(potential: MACEPackage, path: Path) -> Path:
     FileFormatError
         When the potential has more than MACE has.
     """
-    hyper = potential.hyper
-    if hyper.readout_width or hyper.n_embeddings > 1:
-        raise FileFormatError(
-            "the potential has what a MACE cannot hold ("
-            f"{'a widened readout' if hyper.readout_width else 'an embedding per specialist'}); merge with the recipe "
-            "option readout: null and shared conditioning to export"
-        )
+    require_own_parts(potential, package="MACE")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler of TorchScript, which e3nn 0.4 calls
         network = vendor_network(potential)
@@ -200,13 +194,20 @@ def vendor_network(potential: MACEPackage) -> nn.Module:
     for t, parts in enumerate(zip(network.interactions, network.products, strict=True)):
         for part, module in zip(("interaction", "product"), parts, strict=True):
             for name, value in module.named_parameters():
-                weight = own[f"stages.{t}.module.{part}.{name}"]
-                if weight.shape == value.shape:
-                    value.copy_(weight)
-                else:
-                    write_product(module.skip_tp, weight)
+                _write_weight(module, name, value, own[f"stages.{t}.module.{part}.{name}"])
     for i, readout in enumerate(network.readouts):
         for name, value in readout.named_parameters():
             weight = own[f"readout.module.{i}.{name}"]
             value.copy_(weight if name.startswith("linear_1") else weight / scale)
     return network.cpu().eval()
+
+
+def _write_weight(module: Any, name: str, value: Tensor, weight: Tensor) -> None:
+    """Set a parameter of an interaction or a product to what the potential's is."""
+    layer = name.removesuffix(".weight")
+    if layer in TABLES:
+        value.copy_(weight.flatten() / module.get_submodule(layer).instructions[0].path_weight)
+    elif weight.shape == value.shape:
+        value.copy_(weight)
+    else:
+        write_product(module.get_submodule(layer), weight)

@@ -111,9 +111,9 @@ def on_all_elements(specialists: Sequence[Specialist]) -> list[Specialist]:
 @torch.no_grad()
 def _on_all_elements(specialist: Specialist, specialists: Sequence[Specialist]) -> Potential:
     potential = blank_potential([specialist, *specialists])
-    own, by_element = dict(specialist.potential.named_parameters()), potential.element_parameters()
+    by_element = potential.element_parameters()
     for name, parameter in potential.named_parameters():
-        value = own[name]
+        value = specialist.potential.get_parameter(name).data
         if name == "embedding":
             value = _by_element(specialist, value[0].cpu(), potential.species)[None]
         elif name in by_element:

@@ -37,6 +37,9 @@ with redirect_stdout(sys.stderr):  # on which the package tells at import what i
 
 FEATURES = ("node_feats",)
 
+TABLES = ("source_embedding", "target_embedding")
+"""Linear layers of one-hot vectors in some interactions."""
+
 
 class MACEPackageHyper(PackageHyper):
     """Hyper-parameters of :class:`MACEPackage`; the arguments are those of the package's ``MACE`` with names for classes."""
@@ -80,6 +83,48 @@ def build_network(
     return ScaleShiftMACE(atomic_inter_scale=scale, atomic_inter_shift=0.0, **known)
 
 
+class OneHot(nn.Module):
+    """One-hot vectors of elements.
+
+    Parameters
+    ----------
+    species
+        Atomic numbers.
+    """
+
+    atomic_numbers: Tensor
+    species_row: Tensor
+
+    def __init__(self, species: tuple[int, ...]):
+        super().__init__()
+        rows = torch.full((119,), -1)
+        rows[list(species)] = torch.arange(len(species))
+        self.register_buffer("atomic_numbers", torch.tensor(species), persistent=False)
+        self.register_buffer("species_row", rows, persistent=False)
+
+    def forward(self, atomic_numbers: Tensor, like: Tensor) -> Tensor:
+        """Map atomic numbers (n_atoms,) to vectors (n_atoms, n_species) of the type of ``like``."""
+        return one_hot(self.species_row[atomic_numbers], len(self.atomic_numbers)).to(like.dtype)
+
+
+class ElementTable(nn.Module):
+    """One row per element, picked by one-hot vectors.
+
+    Parameters
+    ----------
+    n_species, width
+        Number of rows and their length.
+    """
+
+    def __init__(self, n_species: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_species, width))
+
+    def forward(self, node_attrs: Tensor) -> Tensor:
+        """Map one-hot vectors (n_atoms, n_species) to rows (n_atoms, width)."""
+        return node_attrs @ self.weight
+
+
 class Layer(nn.Module):
     """An interaction of the package with its radial functions and the symmetric contraction that follows it.
 
@@ -93,8 +138,6 @@ class Layer(nn.Module):
         Atomic numbers.
     """
 
-    atomic_numbers: Tensor
-
     def __init__(self, network: Any, index: int, species: tuple[int, ...]):
         super().__init__()
         self.radial = deepcopy(network.radial_embedding)
@@ -103,22 +146,26 @@ class Layer(nn.Module):
         self.by_element = isinstance(product, FullyConnectedTensorProduct)
         if self.by_element:
             self.interaction.skip_tp = ElementLinear(product.irreps_in1, product.irreps_out, species)
-        self.register_buffer("atomic_numbers", torch.tensor(species), persistent=False)
+        for name in TABLES:
+            if (linear := getattr(self.interaction, name, None)) is not None:
+                setattr(self.interaction, name, ElementTable(len(species), linear.irreps_out.dim))
+        self.elements = OneHot(species)
 
     def forward(self, data: Entries) -> Entries:
         """Replace the entry ``node_feats``."""
-        edges = data["edge_index"]
-        lengths = data["edge_vectors"].square().sum(dim=1, keepdim=True).sqrt()
-        radial, cutoff = self.radial(lengths, data["node_attrs"], edges, self.atomic_numbers)
+        edges, vectors = data["edge_index"], data["edge_vectors"]
+        elements = self.elements(data["atomic_numbers"], vectors)
+        lengths = vectors.square().sum(dim=1, keepdim=True).sqrt()
+        radial, cutoff = self.radial(lengths, elements, edges, self.elements.atomic_numbers)
         features, skip = self.interaction(
-            node_attrs=data["atomic_numbers"] if self.by_element else data["node_attrs"],
+            node_attrs=data["atomic_numbers"] if self.by_element else elements,
             node_feats=data["node_feats"],
             edge_attrs=data["edge_attrs"],
             edge_feats=radial,
             edge_index=edges,
             cutoff=cutoff,
         )
-        return {"node_feats": self.product(node_feats=features, sc=skip, node_attrs=data["node_attrs"])}
+        return {"node_feats": self.product(node_feats=features, sc=skip, node_attrs=elements)}
 
 
 class Repulsion(nn.Module):
@@ -132,19 +179,19 @@ class Repulsion(nn.Module):
         Of its cutoff function.
     """
 
-    atomic_numbers: Tensor
-
     def __init__(self, species: tuple[int, ...], *, power: int):
         super().__init__()
         self.module = ZBLBasis(p=power)
         self.scale = nn.Parameter(torch.ones(len(species)))
-        self.register_buffer("atomic_numbers", torch.tensor(species), persistent=False)
+        self.elements = OneHot(species)
 
-    def forward(self, vectors: Tensor, data: Entries, species: Tensor) -> Tensor:
+    def forward(self, graph: Data) -> Tensor:
         """Energies (n_atoms,) in eV."""
+        vectors, numbers = graph.edge_vectors, graph.atomic_numbers
         lengths = vectors.square().sum(dim=1, keepdim=True).sqrt()
-        energies = self.module(lengths, data["node_attrs"], data["edge_index"], self.atomic_numbers)
-        return energies * self.scale[species]
+        elements = self.elements(numbers, vectors)
+        energies = self.module(lengths, elements, graph.edge_index, self.elements.atomic_numbers)
+        return energies * self.scale[self.elements.species_row[numbers]]
 
 
 class MACEPackage(ChainPotential):
@@ -191,21 +238,16 @@ class MACEPackage(ChainPotential):
         return SummedReadout(parts)
 
     def element_parameters(self) -> tuple[str, ...]:
-        """Self-connections, energy scales and the weights of symmetric contractions."""
+        """Self-connections, embeddings, factors of the repulsion and the weights of symmetric contractions."""
         own = [] if self.repulsion is None else ["repulsion.scale"]
+        own += [f"{name}.weight" for name, module in self.named_modules() if isinstance(module, ElementTable)]
         if not self.hyper.arguments["use_agnostic_product"]:
             own += [name for name, _ in self.named_parameters() if ".symmetric_contractions." in name]
         return (*super().element_parameters(), *own)
 
     def indices(self, graph: Data) -> Entries:
-        """Elements and their one-hot vectors; the package's edges run from the receiving atom."""
-        numbers = graph.atomic_numbers
-        rows = one_hot(self.species_row[numbers], len(self.species))
-        return {
-            "edge_index": graph.edge_index.flip(0),
-            "atomic_numbers": numbers,
-            "node_attrs": rows.to(self.dtype),
-        }
+        """Elements; the package's edges run from the receiving atom."""
+        return {"edge_index": graph.edge_index.flip(0), "atomic_numbers": graph.atomic_numbers}
 
     def edge_functions(self, vectors: Tensor) -> State:
         """Edge vectors and their spherical harmonics."""
@@ -214,10 +256,7 @@ class MACEPackage(ChainPotential):
     def energies(self, scalars: Sequence[Tensor], graph: Data) -> Tensor:
         """Energies of the readout, and the repulsion, which is no matter of a merge."""
         energies = super().energies(scalars, graph)
-        if self.repulsion is None:
-            return energies
-        species = self.species_row[graph.atomic_numbers]
-        return energies + self.repulsion(graph.edge_vectors, self.indices(graph), species).double()
+        return energies if self.repulsion is None else energies + self.repulsion(graph).double()
 
 
 def _replace_empty_parameters(root: nn.Module) -> None:

@@ -5,7 +5,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from ase.build import bulk
+from ase.build import bulk, molecule
 from vendor_models import (
     Trap,
     assert_copies_merge_into,
@@ -25,7 +25,7 @@ from mace import modules  # noqa: E402
 from mace.calculators import MACECalculator  # noqa: E402
 from mace.tools.scripts_utils import extract_config_mace_model  # noqa: E402
 
-from ase_gffmerge import GFFMergeCalculator, Specialist  # noqa: E402
+from ase_gffmerge import GFFMergeCalculator, Specialist, merge  # noqa: E402
 from ase_gffmerge.adapters import adapter  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.models.e3nn_mode import package_mode  # noqa: E402
@@ -218,14 +218,37 @@ def build_repulsive():
     return build(**VARIANTS["repulsion"])
 
 
+def build_small():
+    return build(max_ell=1, correlation=2)
+
+
 def test_copies_merge_into_the_original():
     assert_copies_merge_into(relatives("mace", build_repulsive, size=0.0)[0])
 
 
 def test_the_default_beats_paper_and_mean(tmp_path):
-    merged, report = default_that_beats_paper_and_mean(relatives("mace", build, size=0.1))
+    merged, report = default_that_beats_paper_and_mean(relatives("mace", build_small, size=0.1))
     assert "embedding" in report.averaged
     assert any("skip_tp[O, 0e]" in row.name for row in report.layers)
     assert Specialist.load(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint
     with pytest.raises(FileFormatError, match="widened readout"):
         merged.export(tmp_path / "merged.model")
+
+
+@pytest.mark.parametrize("variant", [{}, VARIANTS["nonlinear"]])
+def test_models_of_different_elements_merge(variant):
+    """Fine-tuning leaves the elements of its data: weights of an element that one model alone knows are that model's."""
+    config = {**SCALARS, **variant, "atomic_energies": np.array([-2.0, -1.0]), "num_elements": 2}
+    models = [build(**config, atomic_numbers=numbers) for numbers in ([8, 1], [1, 6])]
+    frames = [molecule("H2O"), molecule("CH4")]
+    pair = [Specialist.from_vendor("mace", m, calibration=[a]) for m, a in zip(models, frames, strict=True)]
+    merged, _ = merge(pair, {"readout": None, "messages": False, "probes": 1}, device="cpu")
+    assert merged.species == (1, 6, 8)
+    mean, _ = merge(pair, "mean", device="cpu")
+    by_element = (*mean.potential.element_parameters(), "embedding")
+    for name in by_element:
+        rows = [s.potential.get_parameter(name) for s in (mean, *pair)]
+        rows = [row[0] if name == "embedding" else row for row in rows]
+        torch.testing.assert_close(rows[0][1], rows[2][1])
+        torch.testing.assert_close(rows[0][2], rows[1][1])
+    assert any("symmetric_contractions" in name for name in by_element)
