@@ -8,7 +8,7 @@ from ase_gffmerge.merging.layers import affine_maps, problems, rows_entering
 from ase_gffmerge.merging.solve import ridge_solve
 from ase_gffmerge.merging.statistics import Gram
 from ase_gffmerge.models.e3nn_mode import package_mode
-from ase_gffmerge.models.element_linear import ElementLinear, element_weights
+from ase_gffmerge.models.element_linear import ElementLinear, element_weights, write_product
 
 SPECIES = (1, 6, 8)
 IN, OUT = "3x0e + 2x1o + 2x0e + 1x2e", "4x0e + 1x0o + 2x1o + 3x2e"
@@ -37,6 +37,13 @@ def test_it_is_a_tensor_product_with_element_attributes(layer, features):
     torch.testing.assert_close(
         layer(features, NUMBERS), product(features, attributes[rows]), rtol=0, atol=1e-13
     )
+
+
+def test_a_tensor_product_is_written_back():
+    with package_mode():
+        product, other = (o3.FullyConnectedTensorProduct(IN, "3x0e", OUT) for _ in range(2))
+    write_product(other, element_weights(product, torch.eye(3)))
+    torch.testing.assert_close(other.weight, product.weight)
 
 
 def test_its_problems_are_its_output(layer, features):
