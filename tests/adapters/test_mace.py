@@ -161,7 +161,7 @@ def checkpoint(path, model: torch.nn.Module, **changes) -> str:
 
 
 def test_files_are_read_without_code(tmp_path, capsys):
-    model = build(pair_repulsion=True)
+    model = build(pair_repulsion=True, **SCALARS)
     torch.save(model, tmp_path / "whole.model")
     torch.save({"config": Trap(), "state_dict": {}}, tmp_path / "trap.pt")
     torch.save({"model": model.state_dict()}, tmp_path / "training.pt")
@@ -205,13 +205,34 @@ def test_what_is_not_read_is_refused():
             adapter("mace").read(source)
 
 
-@pytest.mark.parametrize("variant", ["plain", "repulsion", "nonlinear", "agnostic"])
+@pytest.mark.parametrize("variant", ["plain", "repulsion", "nonlinear"])
 def test_exports_are_the_vendors_models(variant, tmp_path):
     specialist = Specialist.from_vendor("mace", build(**VARIANTS[variant]))
     path = specialist.export(tmp_path / "again.model")
     theirs = MACECalculator(model_paths=str(path), device="cpu", default_dtype="float64")
     ours = GFFMergeCalculator(specialist, dtype="float64", device="cpu")
     assert_same(ours, theirs, structures()[1], tolerance=1e-11)
+
+
+def test_vendor_files_are_merged_served_and_exported(tmp_path):
+    """The folded scale and number of neighbours differ, which is no reason to refuse."""
+    changes = ({}, {"avg_num_neighbors": 6.0, "atomic_inter_scale": 1.2})
+    sources = [
+        checkpoint(tmp_path / f"{k}.pt", build(**SCALARS, **change)) for k, change in enumerate(changes)
+    ]
+    calc = GFFMergeCalculator(
+        sources,
+        calibration=[[atoms] for atoms in structures()],
+        recipe={"readout": None, "messages": False, "probes": 0},
+        cache_dir=tmp_path / "cache",
+        device="cpu",
+        dtype="float64",
+    )
+    assert calc.report is not None
+    path = calc.force_field.export(tmp_path / "merged.model")
+    theirs = MACECalculator(model_paths=str(path), device="cpu", default_dtype="float64")
+    for atoms in structures():
+        assert_same(calc, theirs, atoms, tolerance=1e-11)
 
 
 def build_repulsive():
@@ -235,20 +256,30 @@ def test_the_default_beats_paper_and_mean(tmp_path):
         merged.export(tmp_path / "merged.model")
 
 
-@pytest.mark.parametrize("variant", [{}, VARIANTS["nonlinear"]])
-def test_models_of_different_elements_merge(variant):
-    """Fine-tuning leaves the elements of its data: weights of an element that one model alone knows are that model's."""
+def of_different_elements(**variant) -> list[Specialist]:
+    """Water and methane: fine-tuning leaves the elements of its data."""
     config = {**SCALARS, **variant, "atomic_energies": np.array([-2.0, -1.0]), "num_elements": 2}
     models = [build(**config, atomic_numbers=numbers) for numbers in ([8, 1], [1, 6])]
     frames = [molecule("H2O"), molecule("CH4")]
-    pair = [Specialist.from_vendor("mace", m, calibration=[a]) for m, a in zip(models, frames, strict=True)]
-    merged, _ = merge(pair, {"readout": None, "messages": False, "probes": 1}, device="cpu")
-    assert merged.species == (1, 6, 8)
-    mean, _ = merge(pair, "mean", device="cpu")
+    return [Specialist.from_vendor("mace", m, calibration=[a]) for m, a in zip(models, frames, strict=True)]
+
+
+@pytest.mark.parametrize("variant", ["plain", "nonlinear"])
+def test_weights_of_an_element_are_those_of_who_knows_it(variant):
+    water, methane = of_different_elements(**VARIANTS[variant])
+    mean, _ = merge([water, methane], "mean", device="cpu")
     by_element = (*mean.potential.element_parameters(), "embedding")
     for name in by_element:
-        rows = [s.potential.get_parameter(name) for s in (mean, *pair)]
-        rows = [row[0] if name == "embedding" else row for row in rows]
-        torch.testing.assert_close(rows[0][1], rows[2][1])
-        torch.testing.assert_close(rows[0][2], rows[1][1])
+        rows = [s.potential.get_parameter(name) for s in (mean, water, methane)]
+        merged, one, other = [row[0] if name == "embedding" else row for row in rows]
+        torch.testing.assert_close(merged[1], other[1])
+        torch.testing.assert_close(merged[2], one[1])
     assert any("symmetric_contractions" in name for name in by_element)
+
+
+def test_models_of_different_elements_merge():
+    merged, report = merge(
+        of_different_elements(), {"readout": None, "messages": False, "probes": 0}, device="cpu"
+    )
+    assert merged.species == (1, 6, 8)
+    assert {"skip_tp[C, 0e]", "skip_tp[O, 0e]"} <= {row.name.rpartition(".")[2] for row in report.layers}
