@@ -10,19 +10,26 @@ state and :math:`X_k^{(t)}` the output of specialist k,
 
 linearised around the layer-wise solution (:mod:`.stage_output`) and solved iteratively (:mod:`.gauss_newton`). The paper's
 message-level target is the case of a single map, in which f is affine.
+
+One batch of frames per specialist is fitted. Where there are more, the second one is held out and tells after which
+iteration to stop: specialists that are nearly the same leave a mismatch that is soon noise.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 
-from ase_gffmerge.merging.gauss_newton import gauss_newton_step
+from ase_gffmerge.merging.gauss_newton import Thetas, gauss_newton_steps, squared
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
-from ase_gffmerge.merging.stage_output import StageOutput, squared
+from ase_gffmerge.merging.stage_output import StageMismatch, StageOutput
 from ase_gffmerge.merging.territory import Territory
 from ase_gffmerge.models.potential import Stage
 
 ITERATIONS, DAMPING = 15, 1e-3
 """Conjugate-gradient iterations, and the damping μ of the step."""
+
+PATIENCE = 2
+"""Iterations in a row that may lose on held-out frames before they end."""
 
 
 def align_output(
@@ -34,7 +41,9 @@ def align_output(
     *,
     iterations: int = ITERATIONS,
 ) -> LayerReport:
-    """Take one Gauss-Newton step on all maps of a stage; it is halved, twice at most, until the mismatch falls.
+    """Take one Gauss-Newton step on all maps of a stage.
+
+    Without frames to hold out, the step is halved, twice at most, until the mismatch falls.
 
     Parameters
     ----------
@@ -50,15 +59,16 @@ def align_output(
         Of conjugate gradients.
     """
     problem = StageOutput(merged, originals, territories, recipe)
-    step = gauss_newton_step(problem, iterations=iterations, damping=DAMPING)
-    before = after = squared(problem.residual)
-    for factor in (1.0, 0.5, 0.25):
-        trial = {key: theta + factor * step[key] for key, theta in problem.thetas.items()}
-        mismatch = problem.mismatch(trial)
-        if mismatch < before:
-            problem.write(trial)
-            after = mismatch
-            break
+    steps = gauss_newton_steps(problem, iterations=iterations, damping=DAMPING)
+    before = squared(problem.residual)
+    if all(len(territory.scenes) > 1 for territory in territories):
+        held_out = StageMismatch(merged, originals, territories, recipe, batch=1)
+        found = _best(problem.thetas, steps, held_out)
+        after = problem.mismatch(found)
+    else:
+        found, after = _downhill(problem, steps, before)
+    if found is not problem.thetas:
+        problem.write(found)
     return LayerReport(
         name=name,
         kind="message",
@@ -69,3 +79,31 @@ def align_output(
         effective_rank=None,
         ridge=DAMPING,
     )
+
+
+def _best(start: Thetas, steps: Iterator[Thetas], held_out: StageMismatch) -> Thetas:
+    """Maps after the iteration that is best on held-out frames; ``start`` if none gains anything."""
+    best, least, lost = start, held_out.mismatch(start), 0
+    for step in steps:
+        trial = _moved(start, step, 1.0)
+        mismatch = held_out.mismatch(trial)
+        if mismatch < least:
+            best, least, lost = trial, mismatch, 0
+        elif (lost := lost + 1) == PATIENCE:
+            break
+    return best
+
+
+def _downhill(problem: StageOutput, steps: Iterator[Thetas], before: float) -> tuple[Thetas, float]:
+    """Maps after the last iteration, or a part of the way there, and their mismatch."""
+    for step in deque(steps, maxlen=1):
+        for factor in (1.0, 0.5, 0.25):
+            trial = _moved(problem.thetas, step, factor)
+            mismatch = problem.mismatch(trial)
+            if mismatch < before:
+                return trial, mismatch
+    return problem.thetas, before
+
+
+def _moved(thetas: Thetas, step: Thetas, factor: float) -> Thetas:
+    return {name: theta + factor * step[name] for name, theta in thetas.items()}

@@ -49,7 +49,7 @@ class DistilOptions(BaseModel):
     widened: bool = False
     start_frames: Whole = Field(default=25, ge=1)
     copies: Whole = Field(default=12, ge=0)
-    max_copied_edges: Whole = Field(default=400_000, ge=0)
+    max_copied_edges: Whole = Field(default=300_000, ge=0)
     temperature: float = Field(default=500.0, ge=0)
     interval: float = Field(default=10.0, gt=0)
     displacement: float = Field(default=0.03, gt=0)

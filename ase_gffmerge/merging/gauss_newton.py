@@ -14,7 +14,7 @@ a Kronecker factorisation of the curvature with a diagonal second factor (compar
 1503.05671), preconditions the iteration, which needs nothing but the products :math:`Jv` and :math:`J^\top u`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,8 +57,8 @@ class Linearised(Protocol):
         ...
 
 
-def gauss_newton_step(problem: Linearised, *, iterations: int, damping: float) -> Thetas:
-    """Step δ of all maps after some conjugate-gradient iterations.
+def gauss_newton_steps(problem: Linearised, *, iterations: int, damping: float) -> Iterator[Thetas]:
+    """Step δ of all maps after every conjugate-gradient iteration; fewer iterations regularise more.
 
     Every residual is made orthogonal to all earlier ones again: round-off would take that away, and with it the
     reproducibility of maps that the residuals hardly determine.
@@ -68,7 +68,7 @@ def gauss_newton_step(problem: Linearised, *, iterations: int, damping: float) -
     problem
         Residuals and their linearisation.
     iterations
-        Limit of the iterations; it regularises as much as the damping does.
+        How many at most.
     damping
         μ; as P has the units of the curvature, it is a pure number.
     """
@@ -87,12 +87,12 @@ def gauss_newton_step(problem: Linearised, *, iterations: int, damping: float) -
         length = norm / dot(direction, curved)
         past.append((left, z, norm))
         step, left = _add(step, direction, factor=length), _add(left, curved, factor=-length)
+        yield step
         for earlier, solved, size in past:
             left = _add(left, earlier, factor=-dot(left, solved) / size)
         z = metric.solve(left)
         norm, previous = dot(left, z), norm
         direction = _add(z, direction, factor=norm / previous)
-    return step
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,11 @@ def _transpose(problem: Linearised, vectors: Sequence[Tensor]) -> Thetas:
     for k, vector in enumerate(vectors):
         total = _add(total, problem.pull(k, vector), factor=1.0)
     return total
+
+
+def squared(vectors: Sequence[Tensor]) -> float:
+    """Sum of squares in float64."""
+    return sum(float(vector.double().square().sum()) for vector in vectors)
 
 
 def dot(a: Thetas, b: Thetas) -> float:

@@ -52,7 +52,7 @@ class ReadoutOptions(BaseModel):
     energy_weight: float = Field(default=10.0, ge=0)
     stress_weight: float = Field(default=0.3, ge=0)
     copies: Whole = Field(default=8, ge=0)
-    max_copied_edges: Whole = Field(default=400_000, ge=0)
+    max_copied_edges: Whole = Field(default=300_000, ge=0)
     temperature: float = Field(default=500.0, ge=0)
     interval: float = Field(default=20.0, gt=0)
     displacement: float = Field(default=0.02, gt=0)
@@ -76,8 +76,7 @@ class Recipe(BaseModel):
     ones
         Add a column of ones to ``biased`` layers only, or to ``all`` (a fitted bias without a home is dropped).
     probes, slope_weight
-        Random displacements along which layers must agree in slope too (fewer for large systems), and how much slopes
-        weigh against values.
+        Random displacements along which layers must agree in slope too, and how much slopes weigh against values.
     messages
         Correct all maps of every stage together on the stage's output (message-level targets).
     readout

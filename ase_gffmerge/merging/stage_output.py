@@ -14,18 +14,18 @@ from torch.func import functional_call
 
 from ase_gffmerge.merging.align import advance, layer_inputs, run_stage, stage_inputs
 from ase_gffmerge.merging.duals import differentiable_push
-from ase_gffmerge.merging.gauss_newton import Thetas
+from ase_gffmerge.merging.gauss_newton import Thetas, squared
 from ase_gffmerge.merging.layers import adjustable_maps, is_adjustable
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.territory import Scene, Territory
 from ase_gffmerge.models.potential import Stage, State
 
 
-class StageOutput:
+class StageMismatch:
     r"""Weighted mismatch :math:`\sqrt{a_k / s_{kc}}\,(X^{(t)}_{kc} - f_{kc}(\Theta))` over all specialists.
 
     Every part c of a state (scalars, vectors) and its slopes count relative to their mean square :math:`s_{kc}`. One batch
-    of frames per specialist is used: it already has far more rows than a stage has coefficients.
+    of frames per specialist is used.
 
     Parameters
     ----------
@@ -37,23 +37,28 @@ class StageOutput:
         Calibration scenes, in the order of ``originals``.
     recipe
         Weight of the slopes.
+    batch
+        Which of the territories' scenes.
 
     Attributes
     ----------
-    thetas, grams, residual
-        See :class:`.Linearised`.
     target_norm
         Weighted sum of squares of the targets.
     """
 
     def __init__(
-        self, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
+        self,
+        stage: Stage,
+        originals: Sequence[Stage],
+        territories: Sequence[Territory],
+        recipe: Recipe,
+        *,
+        batch: int = 0,
     ):
         self._stage, self._maps = stage, adjustable_maps(stage)
         names = {module: name for name, module in stage.named_modules()}
         self._layers = {name: names[problem.module] for name, problem in self._maps.items()}
-        self._scenes = [territory.scenes[0] for territory in territories]
-        self.thetas = {name: problem.read().detach().clone() for name, problem in self._maps.items()}
+        self._scenes = [territory.scenes[batch] for territory in territories]
         states = [
             advance(original, scene.target, scene)
             for original, scene in zip(originals, self._scenes, strict=True)
@@ -68,6 +73,52 @@ class StageOutput:
             for dual, factors in zip(states, self._factors, strict=True)
         ]
         self.target_norm = squared(self._targets)
+
+    def _output(self, k: int, thetas: Thetas) -> Tensor:
+        """f_k(Θ), weighted and flat."""
+        scene = self._scenes[k]
+        parameters = self._parameters(thetas)
+
+        def stage_of(*x: Tensor) -> State:
+            return tuple(functional_call(self._stage, parameters, scene.split(x)))
+
+        return _weighted(differentiable_push(stage_of, stage_inputs(scene, True)), self._factors[k])
+
+    def _parameters(self, thetas: Thetas) -> dict[str, Tensor]:
+        """The stage's parameters as differentiable functions of its maps; maps of one layer change their own entries."""
+        found: dict[str, Tensor] = {}
+        for name, problem in self._maps.items():
+            for key, value in problem.parameters(thetas[name]).items():
+                full = f"{self._layers[name]}.{key}"
+                known = self._stage.get_parameter(full).detach()
+                found[full] = found.get(full, known) + value - known
+        return found
+
+    @torch.no_grad()
+    def mismatch(self, thetas: Thetas) -> float:
+        """Squared mismatch of some maps."""
+        return squared([y - self._output(k, thetas) for k, y in enumerate(self._targets)])
+
+
+class StageOutput(StageMismatch):
+    """The mismatch on the first batch, linearised around the stage's present maps.
+
+    Parameters
+    ----------
+    stage, originals, territories, recipe
+        See :class:`StageMismatch`.
+
+    Attributes
+    ----------
+    thetas, grams, residual
+        See :class:`.Linearised`.
+    """
+
+    def __init__(
+        self, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
+    ):
+        super().__init__(stage, originals, territories, recipe)
+        self.thetas = {name: problem.read().detach().clone() for name, problem in self._maps.items()}
         self.grams = {name: torch.zeros(()).to(theta) for name, theta in self.thetas.items()}
         self._outputs: list[Tensor] = []
         self._linear: list[tuple[Tensor, tuple[Tensor, ...]]] = []
@@ -87,16 +138,6 @@ class StageOutput:
         self._outputs.append(output)
         self._linear.append((u, pulled))
 
-    def _output(self, k: int, thetas: Thetas) -> Tensor:
-        """f_k(Θ), weighted and flat."""
-        scene = self._scenes[k]
-        parameters = self._parameters(thetas)
-
-        def stage_of(*x: Tensor) -> State:
-            return tuple(functional_call(self._stage, parameters, scene.split(x)))
-
-        return _weighted(differentiable_push(stage_of, stage_inputs(scene, True)), self._factors[k])
-
     def _grams(self, scene: Scene) -> Thetas:
         """Gram matrix of the rows that enter every map, of mean eigenvalue 1."""
         values = stage_inputs(scene, True).value
@@ -108,21 +149,6 @@ class StageOutput:
                 name: problem.design(entering[self._layers[name]]) for name, problem in self._maps.items()
             }
         return {name: x.T @ x / x.square().sum().clamp(min=1e-30) * x.shape[1] for name, x in rows.items()}
-
-    def _parameters(self, thetas: Thetas) -> dict[str, Tensor]:
-        """The stage's parameters as differentiable functions of its maps; maps of one layer change their own entries."""
-        found: dict[str, Tensor] = {}
-        for name, problem in self._maps.items():
-            for key, value in problem.parameters(thetas[name]).items():
-                full = f"{self._layers[name]}.{key}"
-                known = self._stage.get_parameter(full).detach()
-                found[full] = found.get(full, known) + value - known
-        return found
-
-    @torch.no_grad()
-    def mismatch(self, thetas: Thetas) -> float:
-        """Squared mismatch of other maps, without linearisation."""
-        return squared([y - self._output(k, thetas) for k, y in enumerate(self._targets)])
 
     def forward(self, direction: Thetas) -> list[Tensor]:
         """J v."""
@@ -140,11 +166,6 @@ class StageOutput:
         """Set the stage's maps."""
         for name, problem in self._maps.items():
             problem.write(thetas[name])
-
-
-def squared(vectors: Sequence[Tensor]) -> float:
-    """Sum of squares in float64."""
-    return sum(float(vector.double().square().sum()) for vector in vectors)
 
 
 def _factors(parts: State, weight: float) -> tuple[float, ...]:

@@ -81,9 +81,6 @@ MAX_EDGES, EDGES_PER_ATOM = 12_000, 24
 MAX_SCENES = 4
 """Batches per specialist: far more rows than a layer has coefficients. The readout sees all frames."""
 
-MAX_PROBED_EDGES = 50_000
-"""Edges times probes per specialist; where there are many edges, their derivatives along fewer probes say as much."""
-
 
 def survey(
     specialists: Sequence[Specialist], merged: Potential, weights: Sequence[float], *, probes: int
@@ -93,10 +90,8 @@ def survey(
     for k, (specialist, weight) in enumerate(zip(specialists, weights, strict=True)):
         order = np.random.default_rng(0).permutation(len(specialist.calibration))
         graphs = [_graph(specialist, k, specialist.calibration[i]) for i in order]
-        batches = list(islice(chunks(graphs, MAX_EDGES, size=_size), MAX_SCENES))
-        n_edges = sum(graph.edge_index.shape[1] for batch in batches for graph in batch)
-        affordable = min(probes, max(MAX_PROBED_EDGES // max(n_edges, 1), 1))
-        scenes = [_scene(specialist, merged, batch, probes=affordable) for batch in batches]
+        batches = islice(chunks(graphs, MAX_EDGES, size=_size), MAX_SCENES)
+        scenes = [_scene(specialist, merged, batch, probes=probes) for batch in batches]
         territories.append(Territory(specialist, k, weight, scenes))
     return territories
 
