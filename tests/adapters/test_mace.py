@@ -205,7 +205,7 @@ def test_what_is_not_read_is_refused():
             adapter("mace").read(source)
 
 
-@pytest.mark.parametrize("variant", ["plain", "repulsion", "nonlinear"])
+@pytest.mark.parametrize("variant", ["repulsion", "nonlinear"])
 def test_exports_are_the_vendors_models(variant, tmp_path):
     specialist = Specialist.from_vendor("mace", build(**VARIANTS[variant]))
     path = specialist.export(tmp_path / "again.model")
