@@ -1,9 +1,6 @@
 """The README says nothing that does not run: each block is run here or by ``.ci/run``."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +8,7 @@ import pytest
 from ase.build import molecule
 from ase.calculators.emt import EMT
 from ase.io import write
+from page_blocks import BLOCK, run_block
 
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.merging.report import GOOD, USABLE
@@ -18,7 +16,6 @@ from ase_gffmerge.training.config import load_config
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"<!-- (runs|file): (\S+) -->\n```(bash|python|yaml)\n(.*?)```", re.DOTALL)
 BLOCKS = BLOCK.findall(TEXT)
 TINY = """
 hyper: {channels: 16, n_blocks: 2, n_radial: 8, cutoff: 4.0}
@@ -81,19 +78,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_blocks_run_in_order(folder: Path, merge_cache: Path) -> None:
-    environment = {
-        **os.environ,
-        "GFFMERGE_CACHE": str(merge_cache),
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
     for _, _, language, code in (block for block in BLOCKS if block[:2] == ("runs", "test")):
-        own = (
-            {**environment, "GFFMERGE_CACHE": str(folder / "cache")} if "cache clear" in code else environment
-        )
-        command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
-        done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{code}\n{done.stdout}{done.stderr}"
+        cache = folder / "cache" if "cache clear" in code else merge_cache
+        done = run_block(language, code, folder=folder, cache=cache)
         assert done.stdout.strip()
     for name in ("merged.html", "report.html", "report.png", "md.traj", "relaxed.xyz", "both.safetensors"):
         assert (folder / name).stat().st_size > 0

@@ -44,15 +44,20 @@ def assert_same(ours: Calculator, theirs: Calculator, atoms: Atoms, *, tolerance
         np.testing.assert_allclose(own.get_stress(), atoms.get_stress(), atol=size)
 
 
+def moved(model: torch.nn.Module, *, seed: int, size: float) -> torch.nn.Module:
+    """The model itself, every weight changed by a random part of the mean size of its tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(size * p.abs().mean() * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return model
+
+
 def relatives(vendor: str, build: Callable[[], torch.nn.Module], *, size: float) -> list[Specialist]:
     """Two models moved away from one in float64, each with frames of its own molecule."""
     found = []
     for k, name in enumerate(("rmd17-ethanol", "rmd17-malonaldehyde")):
-        model = build()
-        generator = torch.Generator().manual_seed(k)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(size * p.abs().mean() * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        model = moved(build(), seed=k, size=size)
         frames = Specialist.load(name).calibration[:5]
         found.append(Specialist.from_vendor(vendor, model, calibration=frames, name=name))
     return found
