@@ -49,6 +49,8 @@ from ase_gffmerge.training.refine import merge_and_refine
 
 STAGES = ("models", "table", "distill", "speed", "md")
 METHODS = ("mean", "task_arithmetic", "paper")
+MERGES: dict[str, Any] = {"gffmerge without readout": {"readout": None}, "gffmerge": "gffmerge"}
+"""Recipes: the default, and what of it CHGNet's own format can hold."""
 DISTILLATION = DistilOptions(
     epochs=2, batch_size=2, copies=1, learning_rate=5e-4, stress_weight=20.0, start_frames=10
 )
@@ -69,8 +71,9 @@ def compared(out: Path, specialists: list[Specialist], joint: Specialist) -> dic
     mixture = make_mixture(specialists, base=base, device="cpu")
     tests = [test_frames(out, system) for system in SYSTEMS]
     rows = method_results(mixture, lambda outcome: measured(outcome, tests), out / "methods", methods=METHODS)
-    merged, seconds = merged_default(out, specialists)
-    rows["gffmerge"] = {**errors(merged.potential, out), "seconds": seconds}
+    for name in MERGES:
+        merged, seconds = merged_once(out, specialists, name)
+        rows[name] = {**errors(merged.potential, out), "seconds": seconds}
     return {"base": errors(base.potential, out), **rows, "joint": errors(joint.potential, out)}
 
 
@@ -114,7 +117,7 @@ def speed(out: Path, specialists: list[Specialist], *, rounds: int = 5, steps: i
         calculators = {
             "chgnet": CHGNetCalculator.from_file(str(vendor_file), use_device="cpu"),
             "ours": GFFMergeCalculator(specialists[0], device="cpu"),
-            "merged": GFFMergeCalculator(merged_default(out, specialists)[0], device="cpu"),
+            "merged": GFFMergeCalculator(merged_once(out, specialists, "gffmerge")[0], device="cpu"),
         }
     start = read(frame_file(out, SYSTEMS[0], "test"), index=0)
     seconds: dict[str, list[float]] = {name: [] for name in calculators}
@@ -144,16 +147,16 @@ def _run(start: Any, calculator: Any) -> VelocityVerlet:
     return run
 
 
-def merged_default(out: Path, specialists: list[Specialist]) -> tuple[Specialist, float]:
-    """The default merge, made once, and its processor seconds."""
-    path = model_path(out, f"merged-{MERGE_VERSION}")
+def merged_once(out: Path, specialists: list[Specialist], name: str) -> tuple[Specialist, float]:
+    """One of the merges, made once, and its processor seconds."""
+    path = model_path(out, f"{name.replace(' ', '-')}-{MERGE_VERSION}")
     record = path.with_suffix(".json")
     if not record.exists():
-        say("gffmerge ...")
+        say(f"{name} ...")
         started = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MergeWarning)
-            merged, _ = merge(specialists, device="cpu")
+            merged, _ = merge(specialists, MERGES[name], device="cpu")
         seconds = time.process_time() - started
         merged.save(path)
         record.write_text(json.dumps({"seconds": seconds}))
@@ -200,7 +203,7 @@ def main() -> None:
         result["speed"] = speed(out, specialists)
     if "md" in stages:
         result["dynamics"] = dynamics(
-            out, specialists, merged_default(out, specialists)[0], steps=arguments.steps
+            out, specialists, merged_once(out, specialists, "gffmerge")[0], steps=arguments.steps
         )
     print(json.dumps(result, indent=1) if arguments.json else shown(result))
 
