@@ -11,16 +11,10 @@ import torch
 from e3nn.o3 import Irreps
 from torch import Tensor, nn
 
-from ase_gffmerge.adapters.base import Foreign, load_checkpoint
-from ase_gffmerge.adapters.conversion import (
-    converted,
-    one_number_of_scalars,
-    per_element,
-    require_package,
-    rows_of_elements,
-)
+from ase_gffmerge.adapters.base import Foreign, load_checkpoint, require_own_parts
+from ase_gffmerge.adapters.conversion import converted, one_number_of_scalars, require_package
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.fileformat import first_line
+from ase_gffmerge.fileformat import atomic_write, first_line
 from ase_gffmerge.models import Potential
 
 if TYPE_CHECKING:
@@ -33,7 +27,7 @@ MATERIALS_PROJECT = "PBE and PBE+U of the Materials Project"
 
 
 class SevenNetAdapter:
-    """Reads models of the package ``sevenn``."""
+    """Reads and writes models of the package ``sevenn``."""
 
     vendor = "sevenn"
     architecture = "sevennet-package"
@@ -62,11 +56,19 @@ class SevenNetAdapter:
         )
 
     def write(self, potential: Potential, path: Path) -> Path:
-        """Not possible: the package's checkpoints hold its training, too."""
-        raise FileFormatError(
-            "SevenNet's checkpoints hold the training of a model, which a merged potential does not have; save it as "
-            ".safetensors and serve it with GFFMergeCalculator"
-        )
+        """Write a checkpoint that ``SevenNetCalculator`` loads, in float32, without the state of a training.
+
+        Raises
+        ------
+        FileFormatError
+            When the potential has more than SevenNet has: a widened readout, several embeddings.
+        """
+        from ase_gffmerge.adapters.sevennet_weights import vendor_checkpoint
+
+        require_own_parts(potential, package="SevenNet")
+        content = vendor_checkpoint(potential)  # type: ignore[arg-type]
+        atomic_write(path, lambda temporary: torch.save(content, temporary))
+        return path
 
 
 ADAPTER = SevenNetAdapter()
@@ -98,6 +100,7 @@ def _build(content: Mapping[str, Any], path: Path) -> nn.Module:
 
 def _convert(network: Any) -> "SevenNetPackage":
     """A potential with the network's weights that was seen to compute the same."""
+    from ase_gffmerge.adapters.sevennet_weights import copy_weights
     from ase_gffmerge.models.sevennet_package import SevenNetPackage, SevenNetPackageHyper
 
     if not hasattr(network, "edge_embedding") or not getattr(network, "type_map", None):
@@ -121,7 +124,7 @@ def _convert(network: Any) -> "SevenNetPackage":
     )
     return converted(
         lambda: SevenNetPackage(hyper, species),
-        lambda potential: _copy_weights(potential, network, species),
+        lambda potential: copy_weights(potential, network, species),
         dtype=network.onehot_to_feature_x.linear.weight.dtype,
         vendor_energies=lambda graph: _vendor_energies(network, graph),
         vendor="SevenNet",
@@ -184,38 +187,6 @@ def _arguments(network: Any) -> dict[str, Any]:
         else [],
         "readout_fcn_activation": names[readout.fcn.layer0.act.f] if readout is not None else "silu",
     }
-
-
-def _copy_weights(potential: "SevenNetPackage", network: Any, species: tuple[int, ...]) -> None:
-    """Rows of elements in the order of atomic numbers, self-connections per element."""
-    from ase_gffmerge.models.element_linear import element_weights
-    from ase_gffmerge.models.sevennet_package import BLOCK
-
-    one_hot = torch.eye(len(species))[rows_of_elements(species)]
-    linear = network.onehot_to_feature_x.linear
-    potential.embedding.copy_(linear(one_hot.to(linear.weight))[None])
-    own = dict(potential.named_parameters())
-    for name, value in network.edge_embedding.basis_function.named_parameters():
-        own[f"stages.0.module.basis.{name}"].copy_(value)
-    for block in range(potential.hyper.n_blocks):
-        for part in BLOCK:
-            module = getattr(network, f"{block}_{part}")
-            for name, value in module.named_parameters():
-                product = name == "fc_tensor_product.weight"
-                converted = element_weights(module.fc_tensor_product, one_hot) if product else value
-                own[f"stages.{block + 1}.module.{part}.{name}"].copy_(converted)
-    for name, value in _readout(network).named_parameters():
-        own[f"readout.module.{name}"].copy_(value)
-    rescale = network.rescale_atomic_energy
-    own["readout.scale"].copy_(per_element(rescale.scale, species))
-    potential.references.copy_(per_element(rescale.shift, species))
-
-
-def _readout(network: Any) -> nn.Module:
-    if hasattr(network, "readout_FCN"):
-        found: nn.Module = network.readout_FCN.fcn
-        return found
-    return nn.Sequential(network.reduce_input_to_hidden.linear, network.reduce_hidden_to_energy.linear)
 
 
 def _vendor_energies(network: Any, graph: Any) -> Tensor:

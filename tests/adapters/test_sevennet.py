@@ -11,6 +11,7 @@ from vendor_models import (
     assert_copies_merge_into,
     assert_same,
     default_that_beats_paper_and_mean,
+    moved,
     relatives,
     structures,
 )
@@ -142,6 +143,41 @@ def test_checkpoints_are_read_without_code(tmp_path, capsys):
         adapter("sevenn").read(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("variant", ["linear", "network"])
+def test_exports_are_the_vendors_checkpoints(variant, tmp_path):
+    from sevenn.calculator import SevenNetCalculator
+
+    specialist = Specialist.from_vendor("sevenn", build(**VARIANTS[variant]))
+    path = specialist.export(tmp_path / "again.pth")
+    ours = GFFMergeCalculator(specialist, device="cpu")
+    for atoms in structures():
+        assert_same(ours, SevenNetCalculator(path, device="cpu"), atoms, tolerance=3e-6)
+    weights = specialist.potential.state_dict()
+    for name, again in Specialist.load(f"sevenn:{path}").potential.state_dict().items():
+        torch.testing.assert_close(again, weights[name], rtol=3e-7, atol=0)
+
+
+def test_vendor_files_are_merged_served_and_exported(tmp_path):
+    from sevenn.calculator import SevenNetCalculator
+
+    changes = ({}, {"conv_denominator": 4.0, "scale": [2.0, 1.2, 0.8]})
+    sources = [
+        checkpoint(tmp_path / f"{k}.pth", moved(build(**change), seed=k, size=0.1), **change)
+        for k, change in enumerate(changes)
+    ]
+    recipe = {"readout": None, "messages": False, "probes": 0}
+    calc = GFFMergeCalculator(
+        sources,
+        calibration=[[atoms] for atoms in structures()],
+        recipe=recipe,
+        cache_dir=tmp_path,
+        device="cpu",
+    )
+    path = calc.force_field.export(tmp_path / "merged.pth")
+    for atoms in structures():
+        assert_same(calc, SevenNetCalculator(path, device="cpu"), atoms, tolerance=3e-6)
+
+
 def build_double():
     return build().double()
 
@@ -150,7 +186,9 @@ def test_copies_merge_into_the_original():
     assert_copies_merge_into(relatives("sevenn", build_double, size=0.0)[0])
 
 
-def test_the_default_beats_paper_and_mean():
-    _, report = default_that_beats_paper_and_mean(relatives("sevenn", build_double, size=0.1))
+def test_the_default_beats_paper_and_mean(tmp_path):
+    merged, report = default_that_beats_paper_and_mean(relatives("sevenn", build_double, size=0.1))
     assert "stages.0.module.basis.coeffs" in report.averaged
     assert any("fc_tensor_product[O, 0e]" in row.name for row in report.layers)
+    with pytest.raises(FileFormatError, match="widened readout"):
+        merged.export(tmp_path / "merged.pth")
