@@ -13,16 +13,11 @@ import torch
 from ase.data import atomic_numbers as NUMBERS
 from torch import Tensor
 
-from ase_gffmerge.adapters.base import Foreign
-from ase_gffmerge.adapters.conversion import (
-    converted,
-    one_number_of_scalars,
-    per_element,
-    require_package,
-    rows_of_elements,
-)
-from ase_gffmerge.adapters.nequip_files import find_network, load_network
+from ase_gffmerge.adapters.base import Foreign, require_own_parts
+from ase_gffmerge.adapters.conversion import converted, one_number_of_scalars, require_package
+from ase_gffmerge.adapters.nequip_files import find_network, layers_of, load_network
 from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.fileformat import atomic_write
 from ase_gffmerge.models import Potential
 
 if TYPE_CHECKING:
@@ -30,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class NequIPAdapter:
-    """Reads models of the package ``nequip``."""
+    """Reads and writes models of the package ``nequip``."""
 
     vendor = "nequip"
     architecture = "nequip-package"
@@ -53,11 +48,20 @@ class NequIPAdapter:
         return Foreign(potential=_convert(network), vendor=self.vendor, version=version("nequip"))
 
     def write(self, potential: Potential, path: Path) -> Path:
-        """Not possible: NequIP's files hold its training, too."""
-        raise FileFormatError(
-            "NequIP's own file formats hold the training or the code of a model, which a merged potential does not have; "
-            "save it as .safetensors and serve it with GFFMergeCalculator"
-        )
+        """Write a checkpoint that ``NequIPCalculator`` loads, without the state and the data of a training.
+
+        Raises
+        ------
+        FileFormatError
+            When the potential has more than NequIP has: a widened readout, several embeddings, self-connections of more
+            elements than its embedding tells apart.
+        """
+        from ase_gffmerge.adapters.nequip_weights import vendor_checkpoint
+
+        require_own_parts(potential, package="NequIP")
+        content = vendor_checkpoint(potential)  # type: ignore[arg-type]
+        atomic_write(path, lambda temporary: torch.save(content, temporary))
+        return path
 
 
 ADAPTER = NequIPAdapter()
@@ -65,6 +69,7 @@ ADAPTER = NequIPAdapter()
 
 def _convert(network: Any) -> "NequIPPackage":
     """A potential with the network's weights that was seen to compute the same."""
+    from ase_gffmerge.adapters.nequip_weights import copy_weights
     from ase_gffmerge.models.nequip_package import NequIPPackage, NequIPPackageHyper
 
     names = list(network.per_type_energy_scale_shift.type_names)
@@ -76,22 +81,18 @@ def _convert(network: Any) -> "NequIPPackage":
     arguments = _arguments(network)
     hyper = NequIPPackageHyper(
         cutoff=float(network.edge_norm.r_max),
-        channels=one_number_of_scalars([_n_scalars(layer) for layer in _layers(network)], of="layers"),
-        n_blocks=len(_layers(network)),
+        channels=one_number_of_scalars([_n_scalars(layer) for layer in layers_of(network)], of="layers"),
+        n_blocks=len(layers_of(network)),
         n_radial=int(network.bessel_encode.num_bessels),
         config=json.dumps(arguments, sort_keys=True),
     )
     return converted(
         lambda: NequIPPackage(hyper, species),
-        lambda potential: _copy_weights(potential, network, species),
+        lambda potential: copy_weights(potential, network, species),
         dtype=network.type_embed.embed_module.weight.dtype,
         vendor_energies=lambda graph: _vendor_energies(network, graph, species),
         vendor="nequip",
     )
-
-
-def _layers(network: Any) -> list[Any]:
-    return [module for name, module in network.named_children() if name.endswith("_convnet")]
 
 
 def _n_scalars(layer: Any) -> int:
@@ -101,7 +102,7 @@ def _n_scalars(layer: Any) -> int:
 
 def _arguments(network: Any) -> dict[str, Any]:
     """Arguments of ``FullNequIPGNNModel`` that make such a network."""
-    layers, readout = _layers(network), network.per_atom_energy_readout.mlp_module
+    layers, readout = layers_of(network), network.per_atom_energy_readout.mlp_module
     bessel, norm = network.bessel_encode, layers[0].conv.avg_num_neighbors_norm.norm_const
     for condition, what in (
         (bessel.trainable, "trainable Bessel functions"),
@@ -144,26 +145,6 @@ def _repulsion(network: Any) -> dict[str, Any] | None:
         )
     units = "metal" if float(pair._qqr2exesquare) < 100 else "real"
     return {"units": units, "power": float(pair.cutoff.p)}
-
-
-def _copy_weights(potential: "NequIPPackage", network: Any, species: tuple[int, ...]) -> None:
-    """Rows of elements in the order of atomic numbers, self-connections per element."""
-    from ase_gffmerge.models.element_linear import element_weights
-
-    table = network.type_embed.embed_module.weight[rows_of_elements(species)].double()
-    potential.embedding.copy_(table[None])
-    own = dict(potential.named_parameters())
-    for block, layer in enumerate(_layers(network)):
-        for name, value in layer.named_parameters():
-            converted = element_weights(layer.conv.sc, table) if name == "conv.sc.weight" else value
-            own[f"stages.{block}.module.{name}"].copy_(converted)
-    for name, value in network.per_atom_energy_readout.mlp_module.named_parameters():
-        own[f"readout.module.{name}"].copy_(value)
-    scaling = network.per_type_energy_scale_shift
-    if scaling.has_scales:
-        own["readout.scale"].copy_(per_element(scaling.scales, species))
-    if scaling.has_shifts:
-        potential.references.copy_(per_element(scaling.shifts, species))
 
 
 def _vendor_energies(network: Any, graph: Any, species: tuple[int, ...]) -> Tensor:

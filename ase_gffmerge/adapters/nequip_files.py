@@ -45,6 +45,11 @@ def find_network(model: Any) -> nn.Module:
     )
 
 
+def layers_of(network: Any) -> list[Any]:
+    """Interaction layers of a chain of modules."""
+    return [module for name, module in network.named_children() if name.endswith("_convnet")]
+
+
 def load_network(path: Path, *, trust: bool) -> nn.Module:
     """The chain of modules that a checkpoint or a package holds.
 

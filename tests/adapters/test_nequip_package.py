@@ -11,6 +11,7 @@ from vendor_models import (
     assert_copies_merge_into,
     assert_same,
     default_that_beats_paper_and_mean,
+    moved,
     relatives,
     structures,
 )
@@ -18,7 +19,7 @@ from vendor_models import (
 nequip = pytest.importorskip("nequip", reason="needs the package nequip: pip install nequip")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-from ase_gffmerge import GFFMergeCalculator, Specialist  # noqa: E402
+from ase_gffmerge import GFFMergeCalculator, Specialist, merge  # noqa: E402
 from ase_gffmerge.adapters import adapter  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.testing import check_calculator  # noqa: E402
@@ -170,6 +171,48 @@ def test_what_is_not_read_is_refused(tmp_path, capsys):
         adapter("nequip").read(build(convnet_nonlinearity_scalars={"e": "ssp", "o": "tanh"}))
 
 
+@pytest.mark.parametrize("variant", ["repulsion", "natural parity"])
+def test_exports_are_the_vendors_checkpoints(variant, tmp_path, float64_default):
+    from nequip.integrations.ase import NequIPCalculator
+
+    specialist = Specialist.from_vendor("nequip", build(model_dtype="float64", **VARIANTS[variant]))
+    path = specialist.export(tmp_path / "again.ckpt")
+    again = GFFMergeCalculator(f"nequip:{path}", dtype="float64", device="cpu")
+    ours = GFFMergeCalculator(specialist, dtype="float64", device="cpu")
+    torch.set_default_dtype(torch.float64)
+    for atoms in structures():
+        assert_same(again, ours, atoms.copy(), tolerance=1e-11)
+        assert_same(ours, NequIPCalculator._from_saved_model(path), atoms, tolerance=1e-11)
+
+
+def test_vendor_files_are_merged_served_and_exported(tmp_path, float64_default):
+    from nequip.integrations.ase import NequIPCalculator
+
+    changes = ({}, {"per_type_energy_scales": {"H": 1.0, "C": 1.5, "O": 2.0}})
+    sources = [
+        checkpoint(tmp_path / f"{k}.ckpt", moved(build(**change), seed=k, size=0.1), **change)
+        for k, change in enumerate(changes)
+    ]
+    frames, recipe = [[atoms] for atoms in structures()], {"readout": None, "messages": False, "probes": 0}
+    calc = GFFMergeCalculator(sources, calibration=frames, recipe=recipe, cache_dir=tmp_path, device="cpu")
+    path = calc.force_field.export(tmp_path / "merged.ckpt")
+    torch.set_default_dtype(torch.float64)
+    for atoms in structures():
+        assert_same(calc, NequIPCalculator._from_saved_model(path), atoms, tolerance=3e-6)
+
+
+def build_narrow():
+    return build(type_embed_num_features=2)
+
+
+def test_self_connections_that_the_format_cannot_hold_are_refused(tmp_path):
+    pair = relatives("nequip", build_narrow, size=0.1)
+    assert pair[0].export(tmp_path / "narrow.ckpt").exists()
+    merged, _ = merge(pair, "mean", device="cpu")
+    with pytest.raises(FileFormatError, match="3 elements, which NequIP makes of the 2 features"):
+        merged.export(tmp_path / "merged.ckpt")
+
+
 def build_double():
     return build(model_dtype="float64")
 
@@ -183,3 +226,5 @@ def test_the_default_beats_paper_and_mean(tmp_path):
     assert report.averaged == ("embedding", "readout.scale")
     assert any("sc[O, 0e]" in row.name for row in report.layers)
     assert Specialist.load(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint
+    with pytest.raises(FileFormatError, match="widened readout"):
+        merged.export(tmp_path / "merged.ckpt")
