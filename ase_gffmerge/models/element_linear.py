@@ -106,19 +106,19 @@ def element_weights(product: FullyConnectedTensorProduct, attributes: Tensor) ->
 
 @torch.no_grad()
 def write_product(product: FullyConnectedTensorProduct, weights: Tensor) -> None:
-    """Set a tensor product with one-hot elements to what an :class:`ElementLinear` is; undoes :func:`element_weights`.
+    """Set the weights of a tensor product, one row per attribute; with one-hot elements, undoes :func:`element_weights`.
 
     Parameters
     ----------
     product
         Written in place.
-    weights : (n_species, size)
-        One row per one-hot vector.
+    weights : (n_attributes, size)
+        What an :class:`ElementLinear` has for elements, for each of which one attribute is 1 and the others are 0.
     """
     start = 0
     for scale, view in _paths(product):
-        n_in, n_species, n_out = view.shape
-        block = weights[:, start : start + n_in * n_out].view(n_species, n_in, n_out)
+        n_in, n_attributes, n_out = view.shape
+        block = weights[:, start : start + n_in * n_out].view(n_attributes, n_in, n_out)
         view.copy_(block.transpose(0, 1) / scale)
         start += n_in * n_out
 
