@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.func import functional_call, jvp
 from torch_geometric.data import Batch
 
-from ase_gffmerge.accuracy import chunks
 from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.batches import edge_vectors
 from ase_gffmerge.graphs.derivatives import assemble
+from ase_gffmerge.memory import chunks
 from ase_gffmerge.merging.force_matching import MAX_ATOMS
 from ase_gffmerge.merging.territory import Territory
 from ase_gffmerge.models import Potential

@@ -11,9 +11,9 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from ase_gffmerge.accuracy import chunks
 from ase_gffmerge.dynamics.displaced import displaced
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.memory import chunks
 from ase_gffmerge.merging.force_matching import HELD_OUT, MAX_ATOMS, MAX_ROWS
 from ase_gffmerge.merging.probes import Probes
 from ase_gffmerge.merging.readout import RIDGES, ReadoutFit, fit_readout, random_lift, widened
