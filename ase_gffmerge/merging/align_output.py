@@ -96,7 +96,7 @@ def _best(start: Thetas, steps: Iterator[Thetas], held_out: StageMismatch) -> Th
 
 def _downhill(problem: StageOutput, steps: Iterator[Thetas], before: float) -> tuple[Thetas, float]:
     """Maps after the last iteration, or a part of the way there, and their mismatch."""
-    for step in deque(steps, maxlen=1):
+    for step in deque(steps, maxlen=1):  # none where there is nothing to correct
         for factor in (1.0, 0.5, 0.25):
             trial = _moved(problem.thetas, step, factor)
             mismatch = problem.mismatch(trial)

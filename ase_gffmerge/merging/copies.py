@@ -65,6 +65,8 @@ def visited(
 
 def copies_per_frame(specialist: Specialist, frames: Sequence[Atoms], options: ReadoutOptions) -> int:
     """``options.copies``, or fewer (at least one) where all copies together exceed ``options.max_copied_edges``."""
+    if options.copies <= 1:
+        return options.copies
     n_edges = sum(build_graph(atoms, specialist.cutoff).edge_index.shape[1] for atoms in frames)
     return min(options.copies, max(options.max_copied_edges // max(n_edges, 1), 1))
 

@@ -81,10 +81,8 @@ def is_affine(module: nn.Module) -> bool:
     """Whether the merge can treat a module as one or more :class:`Problem`."""
     if isinstance(module, ElementLinear):
         return len(module.species) <= MAX_ELEMENTS
-    if (
-        isinstance(module, nn.Linear) and module.weight.dim() != 2
-    ):  # a vector, such as Orb's table of energies
-        return False
+    if isinstance(module, nn.Linear) and module.weight.dim() != 2:
+        return False  # a vector, such as Orb's table of energies
     plain = isinstance(module, nn.Linear | GeometricLinear | EquivariantLinear)
     return plain or _is_radial_layer(module) or _is_scaled_linear(module)
 

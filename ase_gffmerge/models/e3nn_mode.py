@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-with torch.serialization.safe_globals(
-    [slice]
-):  # in e3nn 0.4's file of constants, which torch >= 2.6 would refuse
+# e3nn 0.4's file of constants holds slices, which torch >= 2.6 would refuse
+with torch.serialization.safe_globals([slice]):
     import e3nn
     from e3nn.nn import FullyConnectedNet
     from e3nn.o3 import Linear as EquivariantLinear
