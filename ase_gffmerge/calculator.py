@@ -32,7 +32,7 @@ from ase_gffmerge.device import resolve_device
 from ase_gffmerge.disagreement import force_disagreement
 from ase_gffmerge.graphs.verlet_cache import VerletCache
 from ase_gffmerge.serving import Server
-from ase_gffmerge.sources import MergeOptions, Source, resolve, with_frames
+from ase_gffmerge.sources import MergeOptions, Resolved, Source, resolve, with_frames
 from ase_gffmerge.specialist import Specialist
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ class GFFMergeCalculator(Calculator):
     compile
         Fuse the network by ``torch.compile``, once for all structures, which takes half a minute or more; results are the
         same to round-off. ``auto``: on a GPU after 200 evaluations, never on a CPU, where runs stay reproducible to the
-        last bit. Without a compiler: one warning, and evaluation as with ``False``.
+        last bit. Without a compiler: one warning, and evaluation as with ``False``. On a GPU small structures are also
+        replayed as CUDA graphs (:mod:`ase_gffmerge.captured`), unless it is ``False``.
     progress
         Called by the merge with a fraction (0 to 1) and a description.
 
@@ -142,7 +143,7 @@ class GFFMergeCalculator(Calculator):
             target = resolve_device(device)
             sources = specialists if calibration is None else with_frames(specialists, calibration)
             resolved = resolve(sources, options, device=target, progress=progress)
-            self.force_field = _served(resolved.force_field, target, DTYPES[precision])
+            self.force_field = _served(resolved, target, DTYPES[precision])
             self._server = Server(self.force_field, compile=compile)
             self._parents = resolved.parents
         self.cache_hit = resolved.cache_hit
@@ -358,14 +359,12 @@ class GFFMergeCalculator(Calculator):
         return twin
 
 
-def _served(force_field: Specialist, device: torch.device, dtype: torch.dtype) -> Specialist:
-    """Copy the force field to the device, frozen; the caller's object stays as it is."""
-    own = replace(
-        force_field,
-        potential=copy.deepcopy(force_field.potential).eval().requires_grad_(False),
-        gauge=copy.deepcopy(force_field.gauge),
-        calibration=(),
-    )
+def _served(resolved: Resolved, device: torch.device, dtype: torch.dtype) -> Specialist:
+    """Bring the force field to the device, frozen; the caller's object stays as it is."""
+    own = replace(resolved.force_field, calibration=())
+    if resolved.borrowed:
+        own = replace(own, potential=copy.deepcopy(own.potential), gauge=copy.deepcopy(own.gauge))
+    own.potential.eval().requires_grad_(False)
     return own.to(device=device, dtype=dtype)
 
 

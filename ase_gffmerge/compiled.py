@@ -2,14 +2,14 @@ r"""Energies and their derivatives by one function that ``torch.compile`` fused,
 
 What is compiled is :math:`(\mathbf d, z) \mapsto (\partial E/\partial\mathbf d, e, x)`: from the edge vectors to their
 gradient, the energies per atom and the scalars of every block. The numbers of atoms and edges are symbols in it, so that a
-neighbour list that grows and shrinks never compiles again.
+neighbour list that grows and shrinks never compiles again. On a GPU the function is also recorded as a CUDA graph,
+compiled or not (:mod:`ase_gffmerge.captured`).
 """
 
 import os
 import threading
 import types
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
+from ase_gffmerge.captured import CapturedFunction, CudaGraphs, EdgeFunction, Result
+from ase_gffmerge.errors import first_line
 from ase_gffmerge.graphs import Prediction
 from ase_gffmerge.graphs.batches import edge_vectors
 from ase_gffmerge.graphs.derivatives import assemble
@@ -24,6 +26,7 @@ from ase_gffmerge.memory import is_out_of_memory
 from ase_gffmerge.models import Potential
 
 Compile = bool | Literal["auto"]
+Way = Literal["compiled", "recorded"]
 EAGER_STEPS = 200
 """Evaluations on a GPU before ``auto`` compiles: a relaxation is over by then."""
 
@@ -43,15 +46,16 @@ class EdgeGraph:
 
 
 class CompiledPotential:
-    """Predictions of a potential by a compiled function.
+    """Predictions of a potential by functions that were compiled, or recorded as CUDA graphs.
 
     Parameters
     ----------
     potential
         Frozen, in evaluation mode.
     compile
-        ``True``: from the first structure on. ``auto``: on a GPU, after :data:`EAGER_STEPS` evaluations; never on a CPU,
-        where eager evaluation is already fast and compiling in the middle of a run would change its last digits.
+        ``True``: from the first structure on. ``auto``: on a GPU recorded at once, compiled after :data:`EAGER_STEPS`
+        evaluations; never on a CPU, where eager evaluation is already fast and compiling in the middle of a run would
+        change its last digits.
     backend
         Of ``torch.compile``.
     """
@@ -70,14 +74,15 @@ class CompiledPotential:
 
     def _forget(self) -> None:
         """Begin anew, with nothing compiled."""
-        self._function: Callable[..., Any] | None = None
+        self._functions: dict[Way, EdgeFunction] = {}
         self._evaluations, self._failed = 0, False
         self._process, self._lock = os.getpid(), threading.Lock()
 
     def __call__(self, graph: Data) -> tuple[Prediction, list[Tensor]] | None:
         """Give prediction and scalars of every block for a graph or a batch; ``None`` where eager evaluation is due."""
-        if not self._due(graph):
+        if not self._serves(graph):
             return None
+        self._evaluations += 1
         vectors = edge_vectors(graph)
         arguments = (
             vectors.to(self.potential.dtype),
@@ -85,45 +90,64 @@ class CompiledPotential:
             graph.specialist,
             graph.atomic_numbers,
         )
+        result = self._compiled(*arguments)
+        if result is None and self._on_gpu:
+            result = self._evaluate("recorded", *arguments)
+        if result is None:
+            return None
+        gradient, (energies, scalars) = result
+        return assemble(graph, energies, vectors, gradient.to(vectors.dtype)), scalars
+
+    def _serves(self, graph: Data) -> bool:
+        """Whether it has anything to offer. Sizes of 0 and 1 would be compiled on their own."""
+        if self.compile is False or os.getpid() != self._process:
+            return False  # a forked process does not have the compiler's threads
+        if min(len(graph.pos), graph.edge_index.shape[1]) < 2:
+            return False
+        return self._on_gpu or (self.compile is True and not self._failed)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.potential.device.type == "cuda"
+
+    def _compiled(self, *arguments: Tensor) -> Result | None:
+        """Evaluate the compiled function, if it is due and there is a compiler."""
+        if self._failed or (self.compile == "auto" and self._evaluations <= EAGER_STEPS):
+            return None
         try:
-            gradient, (energies, scalars) = self._compiled(*arguments)
+            return self._evaluate("compiled", *arguments)
         except Exception as error:  # whatever a compiler may say
             if is_out_of_memory(error):
                 raise
             self._give_up(error)
-            return None
-        return assemble(graph, energies, vectors, gradient.to(vectors.dtype)), scalars
+        return None
 
-    def _due(self, graph: Data) -> bool:
-        """Whether to compute with the compiled function. Sizes of 0 and 1 would be compiled on their own."""
-        if self.compile is False or self._failed or os.getpid() != self._process:
-            return False  # a forked process does not have the compiler's threads
-        if min(len(graph.pos), graph.edge_index.shape[1]) < 2:
-            return False
-        self._evaluations += 1
-        return self.compile is True or (
-            self.potential.device.type == "cuda" and self._evaluations > EAGER_STEPS
-        )
-
-    def _compiled(self, *arguments: Tensor) -> Any:
-        """Call the function; the first call compiles it while other threads wait."""
-        if self._function is not None:
-            return self._function(*arguments)
+    def _evaluate(self, way: Way, *arguments: Tensor) -> Result:
+        """Call a function; other threads wait for its first call, in which it may be compiled."""
+        if way in self._functions:
+            return self._functions[way](*arguments)
         with self._lock:
-            function = self._function or compiled_gradient(self.potential, backend=self.backend)
+            function = self._functions.get(way) or self._made(way)
             result = function(*arguments)
-            self._function = function
+            self._functions[way] = function
         return result
+
+    def _made(self, way: Way) -> EdgeFunction:
+        eager = way == "recorded"
+        function = differentiated(self.potential) if eager else compiled(self.potential, backend=self.backend)
+        if not self._on_gpu:
+            return function
+        ghost = self.potential.species[0], self.potential.hyper.cutoff
+        return CapturedFunction(function, ghost=ghost, record=CudaGraphs())
 
     def _give_up(self, error: Exception) -> None:
         if not self._failed:
             self._failed = True
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(
-                f"the force field cannot be compiled here and is evaluated step by step, with the same results: {reason}; "
-                "install a C++ compiler (CPU) or Triton (GPU), or a newer torch, or say compile=False",
+                "the force field cannot be compiled here and is evaluated step by step, with the same results: "
+                f"{first_line(error)}; install a C++ compiler (CPU) or Triton (GPU), or a newer torch, or say compile=False",
                 CompileWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,8 +159,22 @@ class CompiledPotential:
         self._forget()
 
 
-def compiled_gradient(potential: Potential, *, backend: str) -> Callable[..., Any]:
-    """Compile ``(vectors, edge_index, specialist, atomic_numbers) -> (gradient, (energies, scalars))``."""
+def differentiated(potential: Potential) -> EdgeFunction:
+    """Give ``(vectors, edge_index, specialist, atomic_numbers) -> (gradient, (energies, scalars))``, by reverse passes."""
+
+    def evaluate(vectors: Tensor, *rest: Tensor) -> Result:
+        with torch.enable_grad():
+            graph: Any = EdgeGraph(vectors.detach().requires_grad_(), *rest)
+            scalars = potential.features(graph)
+            energies = potential.energies(scalars, graph)
+            (gradient,) = torch.autograd.grad(energies.sum(), graph.edge_vectors)
+        return gradient, (energies.detach(), [x.detach() for x in scalars])
+
+    return evaluate
+
+
+def compiled(potential: Potential, *, backend: str) -> EdgeFunction:
+    """Compile the same function; the reverse pass has to be a function as well to be fused."""
 
     def energy(vectors: Tensor, *rest: Tensor) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
         graph: Any = EdgeGraph(vectors, *rest)

@@ -6,6 +6,11 @@ code 2. Errors that reach ASE through the calculator derive from ASE's own class
 """
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class GFFMergeError(Exception):
     """Base class of every error that a user's input or machine can cause."""
 

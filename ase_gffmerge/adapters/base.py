@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy._core import multiarray
 
-from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.errors import FileFormatError, first_line
 from ase_gffmerge.models import Potential
 
 
@@ -103,14 +103,13 @@ def load_checkpoint(path: Path, *, trust: bool) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileFormatError(f"there is no file {path}; check the path") from None
     except Exception as error:  # a damaged pickle can raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         advice = (
             "write it again"
             if trust
             else "if it is whole, it holds Python objects, whose loading would execute code from the file: pass trust=True "
             "for files of your own, or save model.as_dict() or state_dict() alone"
         )
-        raise FileFormatError(f"{path} cannot be read as tensors: {reason}; {advice}") from None
+        raise FileFormatError(f"{path} cannot be read as tensors: {first_line(error)}; {advice}") from None
     if not isinstance(content, dict):
         raise FileFormatError(
             f"{path} holds a {type(content).__name__}, not a dictionary of weights; save the model again"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.errors import FileFormatError, first_line
 from ase_gffmerge.fileformat import read_file, write_file
 
 
@@ -64,7 +64,7 @@ def load_checkpoint(
         return metadata["checkpoint"]
     except (RuntimeError, KeyError, ValueError) as error:
         raise FileFormatError(
-            f"{path} does not belong to this training ({str(error).splitlines()[0]}); delete it"
+            f"{path} does not belong to this training ({first_line(error)}); delete it"
         ) from None
 
 

@@ -1,0 +1,205 @@
+r"""Replay of a network as a CUDA graph, for any number of atoms and edges.
+
+Below some hundred atoms a GPU computes faster than a processor can tell it what to do: a network of a few hundred kernels
+takes as long as launching them. A CUDA graph launches all of them at once, but always the same ones at the same addresses.
+Graphs are therefore filled up to a few sizes, with edges that lead from ghost atoms to themselves and are as long as the
+cutoff. Nothing flows from a ghost to an atom, so its energies and gradients are what they are without it.
+
+A size is recorded when it comes back; a neighbour list that outgrows its size takes the next one, which is recorded in turn
+or was before. Which size a graph takes depends on the graph alone, never on those before it.
+"""
+
+import threading
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ase_gffmerge.errors import first_line
+from ase_gffmerge.memory import is_out_of_memory
+
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Edge vectors (n_edges, 3), edge index (2, n_edges), specialist (n_atoms,) and atomic numbers (n_atoms,)."""
+Result = tuple[Tensor, tuple[Tensor, list[Tensor]]]
+"""Gradient (n_edges, 3), energies (n_atoms,) and scalars (n_atoms, channels) of every block."""
+EdgeFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Result]
+
+GHOSTS = 8
+"""Least number of ghost atoms, which share the superfluous edges: sums over the edges of one atom are slow on a GPU."""
+VISITS = 3
+"""Graphs of a size before it is recorded, which costs as much as five evaluations."""
+RECORDINGS = 4
+"""Sizes that are kept, the latest ones."""
+MAX_EDGES = 50_000
+"""Of a recording: what is larger (500 atoms of 100 neighbours) keeps a GPU busy anyway."""
+
+
+class CaptureWarning(UserWarning):
+    """A force field could not be recorded as a CUDA graph; every kernel is launched by itself, with the same results."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers of atoms and edges of a recording, ghosts included."""
+
+    n_atoms: int
+    n_edges: int
+
+    @classmethod
+    def around(cls, n_atoms: int, n_edges: int) -> "Size":
+        """Give the least size with room for so many atoms and edges, and the ghosts."""
+        return cls(capacity(n_atoms + GHOSTS), capacity(n_edges))
+
+
+def capacity(count: int) -> int:
+    """Least of the numbers 16, 20, 24, 28, 32, 40, 48, ... (four per octave) that is not below ``count``."""
+    step = 4
+    while 8 * step < count:
+        step *= 2
+    return max(4, -(-count // step)) * step
+
+
+Record = Callable[[EdgeFunction, Arguments], tuple[Result, Callable[[], object]]]
+"""Evaluates a function, and gives its result with what writes that of the inputs' later values in its place."""
+
+
+class CudaGraphs:
+    """Records functions as CUDA graphs that share their working memory.
+
+    Only one of them may be replayed at a time, and its outputs must be copied before the next one.
+    """
+
+    WARM_UP = 3
+    """Evaluations before recording: libraries prepare themselves on first use, which cannot be recorded."""
+
+    @cached_property
+    def _pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: EdgeFunction, inputs: Arguments) -> tuple[Result, Callable[[], object]]:
+        """Record one evaluation of ``function`` on ``inputs``."""
+        with torch.cuda.device(inputs[0].device):
+            stream, present = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(present)
+            with torch.cuda.stream(stream):
+                for _ in range(self.WARM_UP):
+                    function(*inputs)
+            present.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # "thread_local": other threads may go on with work of their own
+            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+                outputs = function(*inputs)
+        return outputs, graph.replay
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What is read and written by a replay, always at the same addresses, and the ghosts that fill up its graphs."""
+
+    ghosts: Arguments
+    inputs: Arguments
+    outputs: Result
+    replay: Callable[[], object]
+
+    def __call__(self, arguments: Sequence[Tensor]) -> Result:
+        """Put a graph in the place of the first ghosts, replay, and copy what belongs to it."""
+        edges, atoms = slice(len(arguments[0])), slice(len(arguments[2]))
+        for buffer, values, ghosts, dim in zip(
+            self.inputs, arguments, self.ghosts, (0, 1, 0, 0), strict=True
+        ):
+            n = values.shape[dim]
+            torch.cat([values, ghosts.narrow(dim, n, ghosts.shape[dim] - n)], dim=dim, out=buffer)
+        self.replay()
+        gradient, (energies, scalars) = self.outputs
+        return gradient[edges].clone(), (energies[atoms].clone(), [x[atoms].clone() for x in scalars])
+
+
+class CapturedFunction:
+    """The same function, recorded once for every size of graph that comes back; safe to call from several threads.
+
+    Parameters
+    ----------
+    function
+        Made of kernels alone: nothing in it may wait for a number from the device.
+    ghost
+        Atomic number of the ghosts, and the length of their edges in Å: an element of the network, and its cutoff.
+    record
+        How to record.
+    """
+
+    def __init__(self, function: EdgeFunction, *, ghost: tuple[int, float], record: Record):
+        self.function, self.ghost, self.record = function, ghost, record
+        self._visits: Counter[Size] = Counter()
+        self._recordings: OrderedDict[Size, Recording] = OrderedDict()
+        self._refused: set[Size] = set()
+        self._failed, self._lock = False, threading.Lock()
+
+    def __call__(self, *arguments: Tensor) -> Result:
+        """Evaluate, by a recording where there is one."""
+        n_edges, n_atoms = len(arguments[0]), len(arguments[2])
+        size = Size.around(n_atoms, n_edges)
+        if n_edges <= MAX_EDGES and not self._failed and size not in self._refused:
+            with self._lock:
+                recording = self._recording(size, arguments[0])
+                if recording is not None:
+                    return recording(arguments)
+        return self._launched(arguments)
+
+    def _recording(self, size: Size, vectors: Tensor) -> Recording | None:
+        """Find the recording of a size, or make it if graphs of this size have come often enough."""
+        if size in self._recordings:
+            self._recordings.move_to_end(size)
+            return self._recordings[size]
+        self._visits[size] += 1
+        if self._visits[size] < VISITS:
+            return None
+        if len(self._recordings) >= RECORDINGS:
+            self._recordings.popitem(last=False)
+        ghosts = self._ghosts(size, vectors)
+        inputs = (ghosts[0].clone(), ghosts[1].clone(), ghosts[2].clone(), ghosts[3].clone())
+        try:
+            outputs, replay = self.record(self.function, inputs)
+        except Exception as error:  # whatever CUDA and the network may say
+            self._give_up(size, error)
+            return None
+        recording = self._recordings[size] = Recording(ghosts, inputs, outputs, replay)
+        return recording
+
+    def _ghosts(self, size: Size, vectors: Tensor) -> Arguments:
+        """Graph of nothing but ghosts, on the device and in the type of ``vectors``."""
+        number, distance = self.ghost
+        along_x = vectors.new_zeros(size.n_edges, 3)
+        along_x[:, 0] = distance
+        ghost = size.n_atoms - 1 - torch.arange(size.n_edges, device=vectors.device) % GHOSTS
+        specialist = ghost.new_zeros(size.n_atoms)
+        return along_x, ghost.repeat(2, 1), specialist, torch.full_like(specialist, number)
+
+    def _launched(self, arguments: Sequence[Tensor]) -> Result:
+        """Evaluate kernel by kernel; recordings give their memory back where it is short."""
+        try:
+            return self.function(*arguments)
+        except Exception as error:
+            if not (self._recordings and is_out_of_memory(error)):
+                raise
+        with self._lock:
+            self._recordings.clear()
+        return self.function(*arguments)
+
+    def _give_up(self, size: Size, error: Exception) -> None:
+        """Never record this size again, where memory is short, or else nothing."""
+        if is_out_of_memory(error):
+            self._recordings.clear()
+            self._refused.add(size)
+            return
+        self._failed = True
+        warnings.warn(
+            f"the force field cannot be recorded as a CUDA graph and is launched kernel by kernel, with the same results: "
+            f"{first_line(error)}; a newer torch or driver may help, compile=False avoids the attempt",
+            CaptureWarning,
+            stacklevel=5,
+        )
