@@ -28,7 +28,8 @@ def benchmark(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only these rows: merge, gram, cache, step, compile, schnetpack, nequip, ensemble, neb, memory, scaling."
+            help="Only these rows: merge, gram, cache, step, compile, schnetpack, nequip, torchmd-net, ensemble, neb, "
+            "memory, scaling."
         ),
     ] = None,
     atoms: Annotated[

@@ -1,13 +1,16 @@
-"""Rows of the benchmark against other packages, where they are installed: models of the same size with random weights."""
+"""How the benchmark compares with another package: a model of the same size with random weights, through its calculator."""
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator
-from ase.data import chemical_symbols
 
 from ase_gffmerge.evaluation.benchmark import Bench, Row, md_step, medians
 from ase_gffmerge.models import build_potential
@@ -15,122 +18,99 @@ from ase_gffmerge.specialist import Specialist
 
 CUTOFF = 5.0
 PAINN = {"cutoff": CUTOFF, "channels": 128, "n_blocks": 3, "n_radial": 20}
-NEQUIP = {
-    "cutoff": CUTOFF,
-    "channels": 32,
-    "tensor_channels": 32,
-    "n_blocks": 3,
-    "l_max": 2,
-    "n_radial": 8,
-    "radial_hidden": 64,
-    "radial_layers": 2,
-    "avg_num_neighbors": 10.0,
-}
 
 
-def schnetpack_rows(bench: Bench) -> Iterator[Row]:
-    """Compare with PaiNN of SchNetPack through its own calculator."""
-    yield from _peer_rows(bench, "schnetpack", "painn", PAINN, schnetpack_painn, target=3.0)
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """Model of another package, and ours of the same size.
+
+    Attributes
+    ----------
+    package, module
+        Its name to people and to ``import``.
+    model
+        What the package calls the model.
+    architecture, hyper
+        Of ours.
+    make
+        Gives the package's own calculator for the elements and the device of a bench; the flag says whether to compile.
+    compiles
+        Whether ``make`` can compile.
+    target
+        Ratio of the times to reach; ``None`` where none was set.
+    remark
+        Says what is unequal on these atoms, if anything is.
+    """
+
+    package: str
+    module: str
+    model: str
+    architecture: str
+    hyper: Mapping[str, Any]
+    make: Callable[[Bench, bool], Calculator]
+    compiles: bool = False
+    target: float | None = None
+    remark: Callable[[Atoms], str] = lambda _: ""
 
 
-def nequip_rows(bench: Bench) -> Iterator[Row]:
-    """Compare with NequIP's own implementation, eager, through its own calculator."""
-    yield from _peer_rows(bench, "nequip", "nequip", NEQUIP, nequip_model, target=1.0)
+def peer_rows(bench: Bench, peer: Peer) -> list[Row]:
+    """Compare steps of every size, eager with eager and, where both compile, compiled with compiled.
+
+    What the package prints goes to stderr.
+    """
+    if find_spec(peer.module) is None:
+        return [_nothing(peer, "", f"{peer.package} is not installed")]
+    ways = (False, True) if bench.compile and peer.compiles else (False,)
+    with redirect_stdout(sys.stderr), torch.random.fork_rng(devices=[]):
+        potential = build_potential(peer.architecture, dict(peer.hyper), bench.force_field.species)
+        own = Specialist(name=peer.architecture, potential=potential.eval().requires_grad_(False))
+        return [row for compiled in ways for row in _rows(bench, peer, own, compiled=compiled)]
 
 
-def _peer_rows(
-    bench: Bench,
-    package: str,
-    architecture: str,
-    hyper: dict[str, Any],
-    make_peer: Callable[[tuple[int, ...], torch.device], Calculator],
-    *,
-    target: float,
-) -> Iterator[Row]:
-    what = f"MD step, {package}'s {architecture}"
-    if find_spec(package) is None:
-        yield Row(what=what, against="ours", ratio=None, note=f"{package} is not installed")
-        return
-    device, species = bench.force_field.potential.device, bench.force_field.species
-    with torch.random.fork_rng(devices=[]):
-        potential = build_potential(architecture, hyper, species).eval().requires_grad_(False)
-        try:
-            peer = make_peer(species, device)
-        except Exception as error:  # another package, of any version
-            yield Row(what=what, against="ours", ratio=None, note=f"{package} does not work here: {error}")
-            return
-    own = Specialist(name=architecture, potential=potential)
+def _rows(bench: Bench, peer: Peer, own: Specialist, *, compiled: bool) -> Iterator[Row]:
+    suffix = ", compiled" if compiled else ""
+    make = cache(partial(peer.make, bench, compiled))
     for n_atoms in bench.sizes:
         atoms = bench.structure(n_atoms)
-        steps = {package: md_step(peer, atoms), "ours": md_step(bench.calculator(own, False), atoms)}
-        if bench.compile:
+        try:
+            step = md_step(make(), atoms)
+            step()
+        except Exception as error:  # another package, of any version
+            yield _nothing(peer, suffix, f"{peer.package} does not work here: {_first_line(error)}")
+            return
+        steps = {
+            peer.package + suffix: step,
+            "ours" + suffix: md_step(bench.calculator(own, compiled), atoms),
+        }
+        if bench.compile and not peer.compiles:
             steps["ours, compiled"] = md_step(bench.calculator(own, True), atoms)
         times = medians(steps, repeats=bench.repeats)
-        yield _peer_row(what, times, package, target=target, atoms=atoms)
+        yield _row(
+            peer,
+            suffix,
+            ratio=times[peer.package + suffix] / times["ours" + suffix],
+            milliseconds=times,
+            note="; ".join(filter(None, (f"{len(atoms)} atoms", peer.remark(atoms)))),
+        )
 
 
-def _peer_row(what: str, times: dict[str, float], package: str, *, target: float, atoms: Atoms) -> Row:
+def _nothing(peer: Peer, suffix: str, note: str) -> Row:
+    return Row(what=_what(peer, suffix), against="ours" + suffix, ratio=None, note=note)
+
+
+def _row(peer: Peer, suffix: str, **measured: Any) -> Row:
     return Row(
-        what=what,
-        against="ours",
-        ratio=times[package] / times["ours"],
-        target=target,
+        what=_what(peer, suffix),
+        against="ours" + suffix,
+        target=peer.target,
         sense="at least",
-        milliseconds=times,
-        note=f"{len(atoms)} atoms",
+        **measured,
     )
 
 
-def schnetpack_painn(species: tuple[int, ...], device: torch.device) -> Calculator:
-    """PaiNN of the same size in SchNetPack, with the fastest of its neighbour lists."""
-    from schnetpack.atomistic import Atomwise, Forces, PairwiseDistances
-    from schnetpack.interfaces import SpkCalculator
-    from schnetpack.model import NeuralNetworkPotential
-    from schnetpack.nn import CosineCutoff, GaussianRBF
-    from schnetpack.representation import PaiNN
-    from schnetpack.transform import MatScipyNeighborList
-
-    class InMemory(SpkCalculator):  # its own way to load files does not pass torch's check of pickles
-        def _load_model(self, model_file: Any) -> Any:
-            return model_file.eval()
-
-    channels, cutoff = PAINN["channels"], CosineCutoff(CUTOFF)
-    basis = GaussianRBF(n_rbf=PAINN["n_radial"], cutoff=CUTOFF)
-    model = NeuralNetworkPotential(
-        representation=PaiNN(channels, PAINN["n_blocks"], radial_basis=basis, cutoff_fn=cutoff),
-        input_modules=[PairwiseDistances()],
-        output_modules=[Atomwise(n_in=channels, output_key="energy"), Forces()],
-    )
-    return InMemory(
-        model, MatScipyNeighborList(cutoff=CUTOFF), energy_unit="eV", position_unit="Ang", device=device
-    )
+def _what(peer: Peer, suffix: str) -> str:
+    return f"MD step, {peer.package}'s {peer.model}{suffix}"
 
 
-def nequip_model(species: tuple[int, ...], device: torch.device) -> Calculator:
-    """Model of the same irreps, layers and cutoff in nequip, not compiled.
-
-    It cannot be made without changing torch's default type, on which nothing of this package depends.
-    """
-    from nequip.data.transforms import ChemicalSpeciesToAtomTypeMapper, NeighborListTransform
-    from nequip.integrations.ase import NequIPCalculator
-    from nequip.model import NequIPGNNModel
-    from nequip.utils.global_state import set_global_state
-
-    set_global_state()
-    names = [chemical_symbols[z] for z in species]
-    model = NequIPGNNModel(
-        seed=0,
-        model_dtype="float32",
-        r_max=CUTOFF,
-        type_names=names,
-        num_layers=NEQUIP["n_blocks"],
-        l_max=NEQUIP["l_max"],
-        parity=False,
-        num_features=NEQUIP["channels"],
-        radial_mlp_depth=NEQUIP["radial_layers"],
-        radial_mlp_width=NEQUIP["radial_hidden"],
-        num_bessels=NEQUIP["n_radial"],
-        avg_num_neighbors=NEQUIP["avg_num_neighbors"],
-    )
-    transforms = [ChemicalSpeciesToAtomTypeMapper(names), NeighborListTransform(r_max=CUTOFF)]
-    return NequIPCalculator(model.eval(), device=device, transforms=transforms)
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -2,7 +2,8 @@
 
 from ase_gffmerge.evaluation.benchmark import Measure
 from ase_gffmerge.evaluation.benchmark_merging import cache_rows, gram_rows, merge_rows
-from ase_gffmerge.evaluation.benchmark_peers import nequip_rows, schnetpack_rows
+from ase_gffmerge.evaluation.benchmark_nequip import nequip_rows
+from ase_gffmerge.evaluation.benchmark_schnetpack import schnetpack_rows
 from ase_gffmerge.evaluation.benchmark_steps import (
     compile_rows,
     ensemble_rows,
@@ -11,6 +12,7 @@ from ase_gffmerge.evaluation.benchmark_steps import (
     scaling_rows,
     step_rows,
 )
+from ase_gffmerge.evaluation.benchmark_torchmdnet import torchmdnet_rows
 
 ROWS: dict[str, Measure] = {
     "merge": merge_rows,
@@ -20,6 +22,7 @@ ROWS: dict[str, Measure] = {
     "compile": compile_rows,
     "schnetpack": schnetpack_rows,
     "nequip": nequip_rows,
+    "torchmd-net": torchmdnet_rows,
     "ensemble": ensemble_rows,
     "neb": neb_rows,
     "memory": memory_rows,

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,14 @@ from ase import Atoms
 from ase.build import bulk, molecule
 
 from ase_gffmerge.cli import benchmark
-from ase_gffmerge.evaluation import benchmark_peers
+from ase_gffmerge.evaluation import benchmark_peers, benchmark_schnetpack
 from ase_gffmerge.evaluation.benchmark import Row, crowd
 from ase_gffmerge.evaluation.benchmark_rows import ROWS
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.specialist import Specialist
 
 QUICK = ("--atoms", 3, "--scaling", 6, "--scaling", 12, "--steps", 3, "--repeats", 1, "--device", "cpu")
-PEERS = ("schnetpack", "nequip")
+PEERS = ("schnetpack", "nequip", "torchmd-net")
 
 
 @pytest.fixture
@@ -105,10 +106,13 @@ def test_packages_that_are_not_there_or_do_not_work_are_named(gffmerge, pair, mo
     def broken(*_):
         raise ImportError("cannot import name 'T_co'")
 
-    monkeypatch.setattr(benchmark_peers, "schnetpack_painn", broken)
+    monkeypatch.setattr(
+        benchmark_schnetpack, "SCHNETPACK", replace(benchmark_schnetpack.SCHNETPACK, make=broken)
+    )
     monkeypatch.setattr(benchmark_peers, "find_spec", {"schnetpack": "found"}.get)
     shown = gffmerge("benchmark", pair[0], "--only", *PEERS, *QUICK, "--json").json()["rows"]
     assert [shown[name][0]["note"] for name in PEERS] == [
         "schnetpack does not work here: cannot import name 'T_co'",
         "nequip is not installed",
+        "torchmd-net is not installed",
     ]
