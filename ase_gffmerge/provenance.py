@@ -88,8 +88,7 @@ def unpack_provenance(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]
     keys = tensors.get(SEEN_FRAMES, torch.empty((0, _BYTES), dtype=torch.uint8))
     if keys.dtype != torch.uint8 or keys.shape != (metadata["seen_frames"], _BYTES):
         raise ValueError(f"seen_frames ({metadata['seen_frames']} are announced, the tensor does not fit)")
-    text = keys.numpy().tobytes().hex()
-    seen = tuple(text[k : k + 2 * _BYTES] for k in range(0, len(text), 2 * _BYTES))
+    seen = tuple(keys.numpy().tobytes().hex(" ", _BYTES).split())
     provenance = Provenance(**{**metadata, "lineage": texts(metadata, "lineage"), "seen_frames": seen})
     for name, kind in (
         ("data_set", str),

@@ -51,12 +51,13 @@ class MergeOptions:
 class Resolved:
     """The force field to serve, with JSON-able constructor arguments that lead to it again.
 
-    ``parents`` are what it was merged from, and ``cache_hit`` says whether the merge was found in the cache; both are
-    ``None`` when nothing was to be merged.
+    ``borrowed`` says that somebody else holds it, too, and must find it unchanged. ``parents`` are what it was merged from,
+    and ``cache_hit`` says whether the merge was found in the cache; both are ``None`` when nothing was to be merged.
     """
 
     force_field: Specialist
     arguments: Mapping[str, Any]
+    borrowed: bool = False
     parents: Parents | None = None
     cache_hit: bool | None = None
 
@@ -89,6 +90,7 @@ def resolve(
     return Resolved(
         force_field=force_field,
         arguments={"specialists": [describe(items[0])], "recipe": "gffmerge", "weights": None},
+        borrowed=isinstance(items[0], Specialist),
     )
 
 

@@ -1,5 +1,6 @@
 """A force field with everything a merge needs, in one file."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -29,6 +30,7 @@ from ase_gffmerge.provenance import (
 
 UNITS = {"energy": "eV", "length": "Å"}
 BUNDLED = ("rmd17-base", "rmd17-ethanol", "rmd17-malonaldehyde")
+_BUNDLED_FOLDER = Path(str(files("ase_gffmerge") / "bundled"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +203,8 @@ class Specialist:
             )
         _load_weights(potential, tensors, path)
         potential.eval().requires_grad_(False)
+        if dtype is None and torch.device(device) == potential.device:
+            return specialist
         return specialist.to(device=device, dtype=dtype)
 
     @classmethod
@@ -305,14 +309,19 @@ def symbols(numbers: Sequence[int]) -> str:
 def bundled_path(source: str | Path) -> Path:
     """Path of a bundled specialist, or the path itself."""
     if str(source) in BUNDLED and not Path(source).exists():
-        return Path(str(files("ase_gffmerge") / "bundled" / f"{source}.safetensors"))
+        return _BUNDLED_FOLDER / f"{source}.safetensors"
     return Path(source)
 
 
 def first_not_finite(potential: Potential) -> str | None:
     """Name of the first parameter or buffer that contains NaN or infinity."""
     state = potential.state_dict().items()
-    return next((name for name, value in state if not bool(value.isfinite().all())), None)
+    return next((name for name, value in state if not _is_finite(value)), None)
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity: with one of them no sum is finite, and sums are fast."""
+    return math.isfinite(value.sum()) or bool(value.isfinite().all())
 
 
 def _fresh_potential(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Potential:
@@ -341,12 +350,11 @@ def _unpack_gauge(tensors: Mapping[str, Tensor], potential: Potential) -> Levera
         raise ValueError("the extrapolation gauge (its elements are not those of the potential)")
     fits = whitening.shape == (len(species), size, size)
     if not (
-        fits
-        and 0 < size <= potential.hyper.channels * potential.hyper.n_blocks
-        and whitening.isfinite().all()
+        fits and 0 < size <= potential.hyper.channels * potential.hyper.n_blocks and _is_finite(whitening)
     ):
         raise ValueError("the extrapolation gauge (its matrices do not fit its elements or are not finite)")
-    return LeverageGauge(species, whitening)
+    aligned = whitening.clone()  # as torch allocates: sums in BLAS may depend on it
+    return LeverageGauge(species, aligned).to(device=potential.device)
 
 
 def _load_weights(potential: Potential, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -356,8 +364,9 @@ def _load_weights(potential: Potential, tensors: Mapping[str, Tensor], path: Pat
         for name, value in tensors.items()
         if name.startswith("potential.")
     }
-    if "embedding" in stored and stored["embedding"].dtype in _WEIGHT_TYPES:
-        potential.to(dtype=stored["embedding"].dtype)
+    dtype = stored["embedding"].dtype if "embedding" in stored else potential.dtype
+    if dtype in _WEIGHT_TYPES and dtype != potential.dtype:
+        potential.to(dtype=dtype)
     expected = potential.state_dict()
     for name, value in expected.items():
         if name not in stored:
@@ -385,5 +394,5 @@ def _check_weight(name: str, stored: Tensor, expected: Tensor, path: Path) -> No
         raise FileFormatError(
             f"{path}: tensor {name!r} holds {stored.dtype}, beside others {expected.dtype} is needed; write it again"
         )
-    if not torch.isfinite(stored).all():
+    if not _is_finite(stored):
         raise FileFormatError(f"{path}: tensor {name!r} contains NaN or infinity; the training diverged")

@@ -74,6 +74,14 @@ def test_round_trip_is_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
     assert second.read_bytes() == (tmp_path / "a.safetensors").read_bytes()
 
 
+def test_large_weights_are_finite(tmp_path: Path) -> None:
+    """Although their sum is not."""
+    large = make()
+    torch.nn.init.constant_(large.potential.readout.hidden.weight, torch.finfo(torch.float32).max)
+    loaded = Specialist.load(large.save(tmp_path / "large.safetensors"))
+    assert loaded.fingerprint == large.fingerprint
+
+
 def test_merge_record_round_trip(tmp_path: Path) -> None:
     record = MergeRecord(
         parents=("a", "b"), fingerprints=("1", "2"), recipe={"ridge": 1e-4}, report={"x": [1.5]}
@@ -264,6 +272,7 @@ def test_wrong_metadata(path: Path, key: str, value: object, pattern: str) -> No
         ("potential.embedding", torch.zeros(2, 2), r"'embedding' has shape \(2, 2\)"),
         ("potential.embedding", torch.full((1, 3, 8), torch.nan), "NaN"),
         ("potential.readout.out.bias", torch.tensor([torch.inf]), "NaN or infinity"),
+        ("potential.readout.hidden.bias", torch.tensor([torch.inf, -torch.inf, 0, 0]), "NaN or infinity"),
         ("potential.embedding", torch.zeros(1, 3, 8, dtype=torch.int64), "not real numbers"),
         ("potential.extra", torch.zeros(1), "unexpected tensors"),
         ("provenance.seen_frames", None, "seen_frames"),
