@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ase_gffmerge.merging.recipe import Recipe
     from ase_gffmerge.merging.report import MergeReport
 
+STATE = ("positions", "numbers", "cell", "pbc")
 PROPERTIES = ("energy", "free_energy", "energies", "forces", "stress")
 
 
@@ -213,9 +214,14 @@ class GFFMergeCalculator(Calculator):
         with as_setup_errors():
             self.force_field.check_species(atoms)
 
-    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+    def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
         """List what changed since the last calculation, including the choice of specialists if it matters."""
-        changes = super().check_state(atoms, tol=tol)
+        if self.atoms is None or tol > 0:
+            changes = super().check_state(atoms, tol=tol)
+        else:
+            changes = [
+                name for name in STATE if not np.array_equal(getattr(self.atoms, name), getattr(atoms, name))
+            ]
         if self._conditioned and self.atoms is not None and not same_choice(self.atoms, atoms):
             changes.append(KEY)
         return changes

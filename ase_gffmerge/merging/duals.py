@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch.func import jvp, vmap
 
+from ase_gffmerge.models.rows import many_probes
+
 Tensors = tuple[Tensor, ...]
 
 
@@ -57,5 +59,6 @@ def differentiable_push(function: Callable[..., Any], inputs: Dual) -> Tensors:
     if not inputs.tangent:
         return as_tuple(*inputs.value)
     values_and_tangents = vmap(lambda *t: jvp(as_tuple, inputs.value, t), out_dims=(None, 0))  # type: ignore[arg-type]
-    values, tangents = values_and_tangents(*inputs.tangent)  # type: ignore[misc]
+    with many_probes():
+        values, tangents = values_and_tangents(*inputs.tangent)  # type: ignore[misc]
     return values + tangents
