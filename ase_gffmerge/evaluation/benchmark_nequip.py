@@ -59,7 +59,12 @@ def nequip_model(bench: Bench, compiled: bool) -> Calculator:
     transforms = [ChemicalSpeciesToAtomTypeMapper(names), NeighborListTransform(r_max=CUTOFF)]
     device = bench.force_field.potential.device
     eager = NequIPCalculator(model.eval(), device=device, transforms=transforms)
-    return _compiled(eager, bench.structure(max(bench.sizes))) if compiled else eager
+    if not compiled:
+        return eager
+    example = bench.structure(max(bench.sizes))
+    if not example.pbc.any():
+        example.center(vacuum=CUTOFF)  # the check of what was compiled needs a volume for the stress
+    return _compiled(eager, example)
 
 
 def _compiled(eager: Any, example: Atoms) -> Calculator:

@@ -159,7 +159,8 @@ def test_cells_that_a_minimum_image_is_enough_for() -> None:
     assert neighbours_missed(bulk("Cu") * 8), "upper triangular"
 
 
-def test_nequip_is_compiled_as_its_command_does(bench, monkeypatch) -> None:
+@pytest.mark.parametrize("sizes", [(3,), (3, 24)], ids=["molecule", "liquid"])
+def test_nequip_is_compiled_as_its_command_does(bench, monkeypatch, sizes) -> None:
     class Model:
         def __init__(self, **settings):
             self.metadata = {"r_max": "5.0", "type_names": " ".join(settings["type_names"])}
@@ -176,7 +177,7 @@ def test_nequip_is_compiled_as_its_command_does(bench, monkeypatch) -> None:
             self.model, self.device, self.transforms = model, device, transforms
 
         def atoms_to_data(self, atoms):
-            return {"pos": atoms.positions}
+            return {"pos": atoms.positions, "volume": atoms.get_volume()}
 
         @classmethod
         def from_compiled_model(cls, path, *, device, chemical_species_to_atom_type_map):
@@ -187,6 +188,7 @@ def test_nequip_is_compiled_as_its_command_does(bench, monkeypatch) -> None:
     def aot_export_model(*, model, data, batch_map, output_path, inductor_configs, **options):
         assert output_path.endswith(".nequip.pt2")
         assert options == {"device": "cpu", "input_fields": ["pos"], "output_fields": ["forces"]}
+        assert data["volume"] > 0, "stresses are compared"
         shape = {"atoms": len(data["pos"]), "dynamic": sorted(batch_map), "single": data["single"]}
         Path(output_path).write_text(json.dumps(shape | inductor_configs))
 
@@ -216,15 +218,14 @@ def test_nequip_is_compiled_as_its_command_does(bench, monkeypatch) -> None:
             },
         },
     )
-    rows = nequip_rows(bench)
-    assert [row.what for row in rows] == 2 * ["MD step, nequip's nequip"] + 2 * [
-        "MD step, nequip's nequip, compiled"
-    ]
+    rows = nequip_rows(replace(bench, sizes=sizes))
+    ways = ("MD step, nequip's nequip", "MD step, nequip's nequip, compiled")
+    assert [row.what for row in rows] == [way for way in ways for _ in sizes]
     assert all(row.target == 1.0 and row.ratio > 0 for row in rows)
     metadata = {"r_max": "5.0", "type_names": "H O", "allow_tf32": "0"}
     assert exported == [
         {
-            "atoms": 24,
+            "atoms": max(sizes),
             "dynamic": ["edge", "node"],
             "single": True,
             "aot_inductor.metadata": metadata,
