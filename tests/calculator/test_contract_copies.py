@@ -171,6 +171,18 @@ def test_12_dtype_is_explicit_and_results_are_float64(force_field):
     assert force_field.potential.dtype == torch.float64, "the caller's object stays as it was"
 
 
+def test_12_an_object_stays_the_callers(force_field):
+    force_field.potential.requires_grad_(True).train()
+    calc = GFFMergeCalculator(force_field, dtype="float64", device="cpu")
+    before = everything(cluster(), calc)["energy"]
+    with torch.no_grad():
+        force_field.potential.references += 1.0
+    calc.reset()
+    assert everything(cluster(), calc)["energy"] == before, "the weights are the calculator's own"
+    assert force_field.potential.training
+    assert all(parameter.requires_grad for parameter in force_field.potential.parameters())
+
+
 def test_12_foreign_global_state_has_no_effect(calc):
     reference = everything(cluster(), calc)["forces"]
     with torch.inference_mode():
