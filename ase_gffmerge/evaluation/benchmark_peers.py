@@ -12,6 +12,7 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 
+from ase_gffmerge.errors import first_line
 from ase_gffmerge.evaluation.benchmark import Bench, Row, md_step, medians
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.specialist import Specialist
@@ -76,7 +77,7 @@ def _rows(bench: Bench, peer: Peer, own: Specialist, *, compiled: bool) -> Itera
             step = md_step(make(), atoms)
             step()
         except Exception as error:  # another package, of any version
-            yield _nothing(peer, suffix, f"{peer.package} does not work here: {_first_line(error)}")
+            yield _nothing(peer, suffix, f"{peer.package} does not work here: {first_line(error)}")
             return
         steps = {
             peer.package + suffix: step,
@@ -110,7 +111,3 @@ def _row(peer: Peer, suffix: str, **measured: Any) -> Row:
 
 def _what(peer: Peer, suffix: str) -> str:
     return f"MD step, {peer.package}'s {peer.model}{suffix}"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
