@@ -14,7 +14,6 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,10 +30,13 @@ EdgeFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Result]
 
 GHOSTS = 8
 """Least number of ghost atoms, which share the superfluous edges: sums over the edges of one atom are slow on a GPU."""
-VISITS = 3
-"""Graphs of a size before it is recorded, which costs as much as five evaluations."""
-RECORDINGS = 4
+VISITS, BACKOFF = 3, 4
+"""Graphs of a size before it is recorded, which costs as much as ten evaluations, and the factor by which they become more
+each time that its recording fails or is given up."""
+RECORDINGS = 8
 """Sizes that are kept, the latest ones."""
+FAILURES = 3
+"""After so many nothing is recorded any more; a single one may be the fault of another thread."""
 MAX_EDGES = 50_000
 """Of a recording: what is larger (500 atoms of 100 neighbours) keeps a GPU busy anyway."""
 
@@ -66,35 +68,6 @@ def capacity(count: int) -> int:
 
 Record = Callable[[EdgeFunction, Arguments], tuple[Result, Callable[[], object]]]
 """Evaluates a function, and gives its result with what writes that of the inputs' later values in its place."""
-
-
-class CudaGraphs:
-    """Records functions as CUDA graphs that share their working memory.
-
-    Only one of them may be replayed at a time, and its outputs must be copied before the next one.
-    """
-
-    WARM_UP = 3
-    """Evaluations before recording: libraries prepare themselves on first use, which cannot be recorded."""
-
-    @cached_property
-    def _pool(self) -> Any:
-        return torch.cuda.graph_pool_handle()
-
-    def __call__(self, function: EdgeFunction, inputs: Arguments) -> tuple[Result, Callable[[], object]]:
-        """Record one evaluation of ``function`` on ``inputs``."""
-        with torch.cuda.device(inputs[0].device):
-            stream, present = torch.cuda.Stream(), torch.cuda.current_stream()
-            stream.wait_stream(present)
-            with torch.cuda.stream(stream):
-                for _ in range(self.WARM_UP):
-                    function(*inputs)
-            present.wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # "thread_local": other threads may go on with work of their own
-            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
-                outputs = function(*inputs)
-        return outputs, graph.replay
 
 
 @dataclass(frozen=True)
@@ -135,18 +108,19 @@ class CapturedFunction:
     def __init__(self, function: EdgeFunction, *, ghost: tuple[int, float], record: Record):
         self.function, self.ghost, self.record = function, ghost, record
         self._visits: Counter[Size] = Counter()
+        self._needed: dict[Size, int] = {}
         self._recordings: OrderedDict[Size, Recording] = OrderedDict()
-        self._refused: set[Size] = set()
-        self._failed, self._lock = False, threading.Lock()
+        self._failures, self._lock = 0, threading.Lock()
+        self._stream: Any = None
 
     def __call__(self, *arguments: Tensor) -> Result:
         """Evaluate, by a recording where there is one."""
         n_edges, n_atoms = len(arguments[0]), len(arguments[2])
-        size = Size.around(n_atoms, n_edges)
-        if n_edges <= MAX_EDGES and not self._failed and size not in self._refused:
+        if n_edges <= MAX_EDGES and self._failures < FAILURES:
             with self._lock:
-                recording = self._recording(size, arguments[0])
+                recording = self._recording(Size.around(n_atoms, n_edges), arguments[0])
                 if recording is not None:
+                    self._take_turns(arguments[0].device)
                     return recording(arguments)
         return self._launched(arguments)
 
@@ -156,16 +130,16 @@ class CapturedFunction:
             self._recordings.move_to_end(size)
             return self._recordings[size]
         self._visits[size] += 1
-        if self._visits[size] < VISITS:
+        if self._visits[size] < self._needed.get(size, VISITS):
             return None
         if len(self._recordings) >= RECORDINGS:
-            self._recordings.popitem(last=False)
+            self._forget(next(iter(self._recordings)))
         ghosts = self._ghosts(size, vectors)
         inputs = (ghosts[0].clone(), ghosts[1].clone(), ghosts[2].clone(), ghosts[3].clone())
         try:
             outputs, replay = self.record(self.function, inputs)
         except Exception as error:  # whatever CUDA and the network may say
-            self._give_up(size, error)
+            self._failed(size, error)
             return None
         recording = self._recordings[size] = Recording(ghosts, inputs, outputs, replay)
         return recording
@@ -179,6 +153,15 @@ class CapturedFunction:
         specialist = ghost.new_zeros(size.n_atoms)
         return along_x, ghost.repeat(2, 1), specialist, torch.full_like(specialist, number)
 
+    def _take_turns(self, device: torch.device) -> None:
+        """Let this stream wait for the one that used the recordings before: they share memory."""
+        if device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
     def _launched(self, arguments: Sequence[Tensor]) -> Result:
         """Evaluate kernel by kernel; recordings give their memory back where it is short."""
         try:
@@ -187,19 +170,26 @@ class CapturedFunction:
             if not (self._recordings and is_out_of_memory(error)):
                 raise
         with self._lock:
-            self._recordings.clear()
+            self._forget(*self._recordings)
         return self.function(*arguments)
 
-    def _give_up(self, size: Size, error: Exception) -> None:
-        """Never record this size again, where memory is short, or else nothing."""
+    def _forget(self, *sizes: Size) -> None:
+        """Give up what was recorded, and wait longer before it is recorded again."""
+        for size in sizes:
+            self._recordings.pop(size, None)
+            self._visits[size], self._needed[size] = 0, BACKOFF * self._needed.get(size, VISITS)
+
+    def _failed(self, size: Size, error: Exception) -> None:
+        """Try again later; not for ever, if it is not for lack of memory."""
         if is_out_of_memory(error):
-            self._recordings.clear()
-            self._refused.add(size)
+            self._forget(size, *self._recordings)
             return
-        self._failed = True
-        warnings.warn(
-            f"the force field cannot be recorded as a CUDA graph and is launched kernel by kernel, with the same results: "
-            f"{first_line(error)}; a newer torch or driver may help, compile=False avoids the attempt",
-            CaptureWarning,
-            stacklevel=5,
-        )
+        self._forget(size)
+        self._failures += 1
+        if self._failures == FAILURES:
+            warnings.warn(
+                "the force field cannot be recorded as a CUDA graph and is launched kernel by kernel, with the same results "
+                f"({first_line(error)}); a newer torch or driver may help, compile=False avoids the attempt",
+                CaptureWarning,
+                stacklevel=5,
+            )

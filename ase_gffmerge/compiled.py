@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ase_gffmerge.captured import CapturedFunction, CudaGraphs, EdgeFunction, Result
+from ase_gffmerge.captured import CapturedFunction, EdgeFunction, Result
+from ase_gffmerge.cuda_graphs import CudaGraphs
 from ase_gffmerge.errors import first_line
 from ase_gffmerge.graphs import Prediction
 from ase_gffmerge.graphs.batches import edge_vectors
@@ -115,12 +116,14 @@ class CompiledPotential:
         if self._failed or (self.compile == "auto" and self._evaluations <= EAGER_STEPS):
             return None
         try:
-            return self._evaluate("compiled", *arguments)
+            result = self._evaluate("compiled", *arguments)
         except Exception as error:  # whatever a compiler may say
             if is_out_of_memory(error):
                 raise
             self._give_up(error)
-        return None
+            return None
+        self._functions.pop("recorded", None)  # its recordings keep memory
+        return result
 
     def _evaluate(self, way: Way, *arguments: Tensor) -> Result:
         """Call a function; other threads wait for its first call, in which it may be compiled."""

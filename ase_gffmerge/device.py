@@ -29,7 +29,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
         When CUDA is asked for and not there, or the name is not a device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -41,4 +41,6 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
             f"device {name!r} was asked for but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
             "device(s); use device='cpu' or 'auto', or install a CUDA build of torch"
         )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # other threads may have another one
     return device

@@ -83,9 +83,11 @@ def predict(model: EnergyModel, graph: Data, *, differentiable: bool = False) ->
 def assemble(graph: Data, energies: Tensor, vectors: Tensor, gradient: Tensor) -> Prediction:
     """Sum per-edge gradients (n_edges, 3) in eV/Å into forces and strain derivatives."""
     sender, receiver = graph.edge_index
-    structure = structure_index(graph)
-    n_structures = len(graph.cell)
     forces = torch.zeros_like(graph.pos).index_add(0, receiver, gradient).index_add(0, sender, -gradient)
+    if len(graph.cell) == 1:
+        virial = (vectors.mT @ gradient)[None]
+        return Prediction(energies, energies.sum()[None], forces, 0.5 * (virial + virial.mT))
+    structure, n_structures = structure_index(graph), len(graph.cell)
     outer = vectors[:, :, None] * gradient[:, None, :]
     virial = outer.new_zeros(n_structures, 3, 3).index_add(0, structure[receiver], 0.5 * (outer + outer.mT))
     energy = energies.new_zeros(n_structures).index_add(0, structure, energies)

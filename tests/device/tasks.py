@@ -18,8 +18,9 @@ from rerun import Rerun
 from second_device import numbers, second_device, slopes_by_differences
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.captured import VISITS, CudaGraphs
+from ase_gffmerge.captured import VISITS
 from ase_gffmerge.compiled import CompiledPotential
+from ase_gffmerge.cuda_graphs import CudaGraphs
 from ase_gffmerge.dynamics.replicas import run_replicas
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.merging import duals, stage_output
