@@ -354,7 +354,7 @@ def _unpack_gauge(tensors: Mapping[str, Tensor], potential: Potential) -> Levera
     ):
         raise ValueError("the extrapolation gauge (its matrices do not fit its elements or are not finite)")
     aligned = whitening.clone()  # as torch allocates: sums in BLAS may depend on it
-    return LeverageGauge(species, aligned).to(device=potential.device)
+    return LeverageGauge(species, aligned).eval().to(device=potential.device)
 
 
 def _load_weights(potential: Potential, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -52,7 +52,7 @@ def extrapolation_gauge(potential: Potential, specialists: Sequence[Specialist])
     z, numbers, frame = calibration_features(potential, specialists)
     species = torch.unique(numbers)
     whitening = [_whitening(z[numbers == number], frame[numbers == number]) for number in species]
-    return LeverageGauge(species, torch.stack(whitening).float())
+    return LeverageGauge(species, torch.stack(whitening).float()).eval()
 
 
 def gauged(specialist: Specialist) -> Specialist:
