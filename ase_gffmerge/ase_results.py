@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ase_gffmerge.ase_errors import EvaluationFailed, MemoryFailed, SetupError
 from ase_gffmerge.device import survive_fork
-from ase_gffmerge.errors import DeviceMemoryError
+from ase_gffmerge.errors import DeviceMemoryError, StructureError
 from ase_gffmerge.graphs import Prediction
+from ase_gffmerge.graphs.neighbours import check_reach
 from ase_gffmerge.memory import memory_errors
 
 
 def require_structure(atoms: Atoms | None) -> Atoms:
-    """Raise for structures that hold nothing, or something that is no number."""
+    """Raise for structures that hold nothing, something that is no number, or atoms that got lost."""
     if atoms is None or len(atoms) == 0:
         raise SetupError("there is no structure to calculate: the Atoms object is empty; add atoms to it")
     for name, values in (("positions", atoms.positions), ("cell vectors", atoms.cell.array)):
@@ -29,6 +30,10 @@ def require_structure(atoms: Atoms | None) -> Atoms:
                 f"{name} {bad[:5].tolist()} of {atoms.get_chemical_formula()} contain NaN or infinity; look "
                 "at the step before this one: a too long time step or overlapping atoms are the usual cause"
             )
+    try:
+        check_reach(atoms)
+    except StructureError as error:
+        raise EvaluationFailed(str(error)) from error
     return atoms
 
 

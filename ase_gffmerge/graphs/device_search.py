@@ -12,6 +12,7 @@ from ase import Atoms
 from torch import Tensor
 
 from ase_gffmerge.graphs.neighbours import check_geometry, enclosing_box
+from ase_gffmerge.graphs.wrapping import wrapped
 
 _ONE_AT_A_TIME = threading.Lock()  # kernels are compiled on first use
 
@@ -48,24 +49,26 @@ def device_neighbour_list(atoms: Atoms, cutoff: float, *, device: torch.device) 
     Raises
     ------
     StructureError
-        When positions or cell are not finite, a periodic direction has no cell vector, or the cell is nearly flat.
+        As :func:`~ase_gffmerge.graphs.neighbour_list` does.
     """
     check_geometry(atoms, cutoff)
     if len(atoms) == 0:
         empty = torch.zeros(0, dtype=torch.long, device=device)
         return empty.expand(2, 0), empty.expand(3, 0).T
     origin, box = enclosing_box(atoms, cutoff)
-    positions, cell = (
-        torch.tensor(array, dtype=torch.float64, device=device) for array in (atoms.positions - origin, box)
-    )
+    cells = wrapped(atoms.positions, box, origin=origin, pbc=atoms.pbc)[1]
+    near = atoms.positions - cells @ box - origin
+    positions, cell = (torch.tensor(array, dtype=torch.float64, device=device) for array in (near, box))
     with _ONE_AT_A_TIME:
         (receiver, sender), shifts = _pairs(
             positions, cell.contiguous(), torch.tensor(atoms.pbc, device=device), cutoff
         )
+    receiver, sender, wraps = receiver.long(), sender.long(), torch.tensor(cells, device=device)
+    shifts = shifts.long() + wraps[receiver] - wraps[sender]
     order = torch.arange(len(receiver), device=device)
     for column in (*shifts.T.flip(0), sender, receiver):
         order = order[column[order].argsort(stable=True)]
-    return torch.stack([sender, receiver])[:, order].long(), shifts[order].long()
+    return torch.stack([sender, receiver])[:, order], shifts[order]
 
 
 def _pairs(positions: Tensor, cell: Tensor, pbc: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:

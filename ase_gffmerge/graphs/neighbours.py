@@ -7,11 +7,18 @@ from matscipy.neighbours import neighbour_list as matscipy_neighbour_list
 
 from ase_gffmerge.errors import StructureError
 from ase_gffmerge.graphs.sparse_search import sparse_neighbour_list
+from ase_gffmerge.graphs.wrapping import wrapped
 
 MAX_BINS = 100_000  # of side ``cutoff`` in matscipy's grid; a cell with more that are mostly empty is searched by a tree
 
 MAX_IMAGES = 10_000
 """Of an atom within the cutoff, by the heights of the cell: real cells have a few hundred."""
+
+MAX_COORDINATE = 1e9
+"""Å from the origin; there neighbouring float64 numbers are 1.2e-7 Å apart, as float32 numbers are around 1 Å.
+
+Beyond it the length of a bond would be known less precisely than in single precision, whatever computes with it.
+"""
 
 
 def neighbour_list(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +44,8 @@ def neighbour_list(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]
     Raises
     ------
     StructureError
-        When positions or cell are not finite, a periodic direction has no cell vector, or the cell is nearly flat.
+        When positions or cell are not finite, atoms are further than :data:`MAX_COORDINATE` from the origin, a periodic
+        direction has no cell vector, or the cell is nearly flat.
     """
     check_geometry(atoms, cutoff)
     positions = atoms.get_positions()
@@ -45,13 +53,15 @@ def neighbour_list(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]
         return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3), dtype=np.int64)
     origin, box = enclosing_box(atoms, cutoff)
     bins = np.prod(np.floor(1 / (cutoff * np.linalg.norm(np.linalg.inv(box), axis=0))).clip(1))
+    inside, cells = wrapped(positions, box, origin=origin, pbc=atoms.pbc)
     if bins > max(MAX_BINS, 10 * len(atoms)):
-        found = sparse_neighbour_list(positions, box, origin=origin, pbc=atoms.pbc, cutoff=cutoff)
-    else:
-        found = matscipy_neighbour_list(
-            "ijS", cutoff=cutoff, positions=positions, cell=box, pbc=atoms.pbc, cell_origin=origin
+        receiver, sender, shifts = sparse_neighbour_list(inside, box, pbc=atoms.pbc, cutoff=cutoff)
+    else:  # whose cost grows with the distance of an atom from its cell
+        near = positions - cells @ box
+        receiver, sender, shifts = matscipy_neighbour_list(
+            "ijS", cutoff=cutoff, positions=near, cell=box, pbc=atoms.pbc, cell_origin=origin
         )
-    return _ordered(*found)
+    return _ordered(receiver, sender, shifts + cells[receiver] - cells[sender])
 
 
 def _ordered(receiver: np.ndarray, sender: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -99,6 +109,7 @@ def check_geometry(atoms: Atoms, cutoff: float) -> None:
             f"the positions of atom(s) {bad[:5].tolist()} of {atoms.get_chemical_formula()} are not finite; "
             "look at the step before this one: a too long time step or overlapping atoms are the usual cause"
         )
+    check_reach(atoms)
     cell = atoms.cell.array
     if not np.isfinite(cell).all():
         formula = atoms.get_chemical_formula()
@@ -112,6 +123,20 @@ def check_geometry(atoms: Atoms, cutoff: float) -> None:
             "independent cell vector there; set atoms.cell, or atoms.pbc = False for that direction"
         )
     _check_images(atoms, cutoff)
+
+
+def check_reach(atoms: Atoms) -> None:
+    """Raise :class:`StructureError` for atoms so far away that float64 does not resolve their distances any more."""
+    distances = np.abs(atoms.positions).max(axis=1, initial=0.0)
+    far = np.flatnonzero(distances > MAX_COORDINATE)
+    if far.size:
+        furthest = distances.max()
+        raise StructureError(
+            f"atom(s) {far[:5].tolist()} of {atoms.get_chemical_formula()} are up to {furthest:.1e} Å from the origin, "
+            f"where positions are only known to {np.spacing(furthest):.1e} Å (the limit is {MAX_COORDINATE:.0e} Å); look at "
+            "the step before this one: a too long time step is the usual cause, so try a shorter one; if the structure "
+            "itself is fine, move it to the origin (atoms.positions -= atoms.positions.mean(axis=0))"
+        )
 
 
 def _check_images(atoms: Atoms, cutoff: float) -> None:

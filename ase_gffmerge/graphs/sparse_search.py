@@ -5,16 +5,17 @@ from scipy.spatial import cKDTree
 
 
 def sparse_neighbour_list(
-    positions: np.ndarray, box: np.ndarray, *, origin: np.ndarray, pbc: np.ndarray, cutoff: float
+    inside: np.ndarray, box: np.ndarray, *, pbc: np.ndarray, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs of atoms closer than ``cutoff``, periodic images included.
 
     Parameters
     ----------
-    positions
-        (n_atoms, 3) in Å, not necessarily wrapped.
-    box, origin
-        Vectors (3, 3), as rows, and corner (3,) of a cell in Å; along open directions it holds all atoms.
+    inside
+        Fractional coordinates (n_atoms, 3), from 0 to 1 along periodic directions
+        (:func:`~ase_gffmerge.graphs.wrapping.wrapped`).
+    box
+        Vectors (3, 3) of the cell in Å, as rows.
     pbc
         Which of the three directions are periodic.
     cutoff
@@ -25,18 +26,14 @@ def sparse_neighbour_list(
     receiver, sender : (n_edges,) int64
         Atoms i and j.
     shifts : (n_edges, 3) int64
-        Cell shifts S such that the edge vector is ``r_j - r_i + S @ box``.
+        Cell shifts S such that the edge vector is ``(inside_j - inside_i + S) @ box``.
     """
-    fractional = (positions - origin) @ np.linalg.inv(box)
-    wraps = np.where(pbc, np.floor(fractional), 0.0).astype(np.int64)
-    inside = fractional - wraps
     atom, images = images_within(inside, box, pbc=pbc, cutoff=cutoff)
     receivers, neighbours = cKDTree(inside @ box), cKDTree((inside[atom] + images) @ box)
     pairs = receivers.sparse_distance_matrix(neighbours, cutoff, output_type="ndarray")
     receiver, sender, image = pairs["i"], atom[pairs["j"]], images[pairs["j"]]
     proper = (receiver != sender) | image.any(axis=1)
-    receiver, sender = receiver[proper], sender[proper]
-    return receiver, sender, image[proper] - wraps[sender] + wraps[receiver]
+    return receiver[proper], sender[proper], image[proper]
 
 
 def images_within(

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from ase_gffmerge.graphs.batches import build_graph, edge_vectors
+from ase_gffmerge.graphs.neighbours import MAX_COORDINATE
 
 
 class VerletGraph:
@@ -125,7 +126,8 @@ class VerletGraph:
         furthest = moves.new_zeros(len(cells)).scatter_reduce(
             0, index, (moves - mean[index]).norm(dim=1), "amax"
         )
-        return ~(2 * furthest <= shrinkage * (self.cutoff + self.skin) - self.cutoff)
+        exact = 2 * furthest <= shrinkage * (self.cutoff + self.skin) - self.cutoff
+        return ~exact | (positions.abs() > MAX_COORDINATE).any()  # which a new search refuses
 
     def _update(self, positions: Tensor, cells: Tensor, which: Sequence[int]) -> None:
         """Find the candidate edges of some structures again."""

@@ -223,6 +223,31 @@ def test_other_reasons_to_stop():
     assert run.detail == "atom O0 has an extrapolation grade of 2.00"
 
 
+@pytest.mark.parametrize("pbc", [True, False])
+def test_replicas_that_explode_stop_before_neighbours_are_searched(monkeypatch, pbc):
+    """A search costs time in proportion to the distance, and the others wait for it."""
+    hot, cold = (molecule("H2O", cell=[9, 9, 9], pbc=pbc) for _ in range(2))
+    hot.set_momenta(np.full((3, 3), 1e12))
+    searched = []
+    candidates = VerletGraph._candidates
+    monkeypatch.setattr(VerletGraph, "_candidates", lambda self, k: searched.append(k) or candidates(self, k))
+    options = {
+        "ensemble": "nve",
+        "temperature": 0,
+        "timestep": 0.5,
+        "steps": 4,
+        "every": 1,
+        "thermalize": False,
+    }
+    lost, fine = run_replicas(Springs(stiffness=0.01), [hot, cold], monitor=OFF, **options)
+    assert (lost.stopped, lost.detail) == ("not finite", "an atom moved further than the cutoff in one step")
+    assert fine.stopped is None
+    assert searched == [0, 1]
+    hot.positions[0] += 1e12
+    with pytest.raises(StructureError, match="from the origin"):
+        run_replicas(Springs(), [hot], **options)
+
+
 def test_mobile_ions_may_hop_and_bonds_reach_across_cells():
     crystal = Atoms(
         "LiOC", [[1.9, 0, 0], [3.8, 0, 0], [0.2, 0, 0]], cell=[4, 9, 9], pbc=True

@@ -43,6 +43,13 @@ def lost() -> Atoms:
     return atoms
 
 
+def drifted() -> Atoms:
+    """Millions of cells away, each atom in one of its own."""
+    atoms = skewed_crystal()
+    atoms.positions += np.random.default_rng(0).integers(-(10**7), 10**7, (len(atoms), 3)) @ atoms.cell.array
+    return atoms
+
+
 def left_handed() -> Atoms:
     atoms = skewed_crystal()
     atoms.set_cell(atoms.cell.array[[1, 0, 2]])
@@ -62,6 +69,7 @@ STRUCTURES = {
     "wire": wire,
     "dense": dense,
     "unwrapped": lost,
+    "drifted": drifted,
     "left-handed": left_handed,
     "vacuum": vacuum,
     "own images": lambda: Atoms("H", cell=[1.2, 1.3, 1.4], pbc=True),

@@ -17,6 +17,7 @@ from ase_gffmerge.graphs import neighbour_list
 from ase_gffmerge.graphs.device_search import device_neighbour_list
 from ase_gffmerge.graphs.neighbours import enclosing_box
 from ase_gffmerge.graphs.sparse_search import sparse_neighbour_list
+from ase_gffmerge.graphs.wrapping import wrapped
 
 CPU = torch.device("cpu")
 
@@ -163,7 +164,9 @@ def test_the_search_for_sparse_structures_agrees(kind, pbc, n_atoms, seed):
     positions = rng.uniform(-9.0, 9.0, (n_atoms, 3))
     atoms = Atoms(n_atoms * "H", positions, cell=CELLS[kind], pbc=pbc)
     origin, box = enclosing_box(atoms, 3.1)
-    receiver, sender, shifts = sparse_neighbour_list(positions, box, origin=origin, pbc=atoms.pbc, cutoff=3.1)
+    inside, cells = wrapped(positions, box, origin=origin, pbc=atoms.pbc)
+    receiver, sender, shifts = sparse_neighbour_list(inside, box, pbc=atoms.pbc, cutoff=3.1)
+    shifts = shifts + cells[receiver] - cells[sender]
     found = np.column_stack([receiver, sender, shifts]).tolist()
     assert len(found) == len(set(map(tuple, found)))
     assert set(map(tuple, found)) == images(atoms, 3.1)
