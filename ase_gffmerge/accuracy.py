@@ -9,6 +9,7 @@ from ase.data import chemical_symbols
 from torch_geometric.data import Data
 
 from ase_gffmerge.batched import predict_batches
+from ase_gffmerge.conditioning import with_indices
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.models import Potential
@@ -50,23 +51,34 @@ def predict_frames(
     potential: Potential,
     frames: Sequence[Atoms],
     *,
-    specialist: int = 0,
+    specialist: str | int | None = None,
+    names: Sequence[str] | None = None,
     max_edges: int | None = None,
 ) -> FramePredictions:
     """Evaluate frames in batches (:func:`.predict_batches`), smaller ones if memory is short.
+
+    Parameters
+    ----------
+    specialist
+        For frames that do not say which specialist they belong to, if the potential has an embedding for each.
+    names
+        Names of the specialists in the order of their indices, for frames that name theirs.
 
     Raises
     ------
     FramesError
         When there are no frames, or one holds an element that the potential does not know.
+    StructureError
+        When the potential has an embedding per specialist and a frame names none, or one that is unknown.
     DeviceMemoryError
         When a single frame does not fit into the device's memory.
     """
     check_frames(potential, frames)
-    served = potential.served()
+    served, hyper = potential.served(), potential.hyper
 
     def graph(atoms: Atoms) -> Data:
-        return build_graph(atoms, potential.hyper.cutoff, dtype=potential.dtype, specialist=specialist)
+        prepared = with_indices(atoms, hyper.n_embeddings, names=names, default=specialist)
+        return build_graph(prepared, hyper.cutoff, dtype=potential.dtype)
 
     predictions = predict_batches(
         lambda batch: (predict(served, batch), None),
@@ -118,6 +130,12 @@ def compare(predicted: FramePredictions, reference: FramePredictions) -> Errors:
     )
 
 
-def evaluate(potential: Potential, frames: Sequence[Atoms], *, specialist: int = 0) -> Errors:
-    """Errors of ``potential`` on labelled frames."""
-    return compare(predict_frames(potential, frames, specialist=specialist), labels(frames))
+def evaluate(
+    potential: Potential,
+    frames: Sequence[Atoms],
+    *,
+    specialist: str | int | None = None,
+    names: Sequence[str] | None = None,
+) -> Errors:
+    """Errors of ``potential`` on labelled frames; for ``specialist`` and ``names`` see :func:`predict_frames`."""
+    return compare(predict_frames(potential, frames, specialist=specialist, names=names), labels(frames))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ase_gffmerge.adapters.names import foreign_source
 from ase_gffmerge.calibration import pack_frames, require_sound, unpack_frames
-from ase_gffmerge.conditioning import KEY, specialist_indices
+from ase_gffmerge.conditioning import with_indices, without_choice
 from ase_gffmerge.errors import FileFormatError, StructureError
 from ase_gffmerge.fileformat import digest, first_line, read_file, write_file
 from ase_gffmerge.models import Potential, build_potential
@@ -44,7 +44,7 @@ class Specialist:
     potential
         Weights and architecture, in evaluation mode.
     calibration
-        Unlabelled frames typical of what the specialist knows.
+        Unlabelled frames typical of what the specialist knows; what they say about specialists is taken off them.
     level_of_theory
         For example ``PBE/def2-SVP``.
     provenance
@@ -62,6 +62,10 @@ class Specialist:
     provenance: Provenance = field(default_factory=Provenance)
     merged: MergeRecord | None = None
     gauge: LeverageGauge | None = None
+
+    def __post_init__(self) -> None:
+        """Take what calibration frames say about specialists off them: they are this one's."""
+        object.__setattr__(self, "calibration", tuple(map(without_choice, self.calibration)))
 
     @property
     def cutoff(self) -> float:
@@ -108,13 +112,9 @@ class Specialist:
             For elements or specialists that the potential does not know.
         """
         self.check_species(atoms)
-        conditioned = self.potential.hyper.n_embeddings > 1
-        if not conditioned and KEY not in atoms.arrays:
-            return atoms
-        bare = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-        if conditioned:
-            bare.arrays[KEY] = specialist_indices(atoms, self.specialist_names, default=specialist)
-        return bare
+        return with_indices(
+            atoms, self.potential.hyper.n_embeddings, names=self.specialist_names, default=specialist
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write one ``.safetensors`` file atomically; weights keep their floating-point type.

@@ -10,6 +10,9 @@ from ase_gffmerge.cli.options import DeviceOption, DType, JsonOption, Specialist
 from ase_gffmerge.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
+    from ase import Atoms
+
+    from ase_gffmerge.accuracy import Errors
     from ase_gffmerge.evaluation.md_runs import Contestant
     from ase_gffmerge.specialist import Specialist
 
@@ -50,7 +53,6 @@ def evaluate(
 
     With --md: run dynamics with every model, compare stability, distances of atoms, vibrations, energy conservation.
     """
-    from ase_gffmerge.accuracy import evaluate as errors_of
     from ase_gffmerge.data.readers import read_frames, require_labels
     from ase_gffmerge.device import resolve_device
 
@@ -67,11 +69,23 @@ def evaluate(
         return
     labelled = read_frames(frames)
     require_labels(labelled, frames)
-    errors = {
-        c.label: errors_of(c.force_field.potential, labelled, specialist=c.specialist).to_dict()
-        for c in contestants
+    errors = errors_by_model(contestants, labelled)
+    print_errors({label: found.to_dict() for label, found in errors.items()}, as_json=as_json)
+
+
+def errors_by_model(models: "Sequence[Contestant]", frames: "Sequence[Atoms]") -> "dict[str, Errors]":
+    """Errors on labelled frames, by label."""
+    from ase_gffmerge.accuracy import evaluate
+
+    return {
+        model.label: evaluate(
+            model.force_field.potential,
+            frames,
+            specialist=model.specialist,
+            names=model.force_field.specialist_names,
+        )
+        for model in models
     }
-    print_errors(errors, as_json=as_json)
 
 
 def print_errors(errors: Mapping[str, Mapping[str, Any]], *, as_json: bool) -> None:
@@ -96,26 +110,27 @@ def load_models(sources: Sequence[str], specialist: str | None) -> "list[Contest
         Contestant(
             label=name if names.count(name) == 1 else source,
             force_field=force_field,
-            specialist=0
+            specialist=None
             if several and force_field not in several
-            else specialist_index(force_field, specialist),
+            else known_specialist(force_field, specialist),
         )
         for source, name, force_field in zip(sources, names, loaded, strict=True)
     ]
 
 
-def specialist_index(force_field: "Specialist", name: str | None) -> int:
-    """Index of a specialist of a potential with one embedding each; 0 for any other potential."""
+def known_specialist(force_field: "Specialist", name: str | None) -> str | None:
+    """The same name, if a potential with one embedding per specialist knows it; without a name, frames must say it."""
     from ase_gffmerge.errors import StructureError
 
+    if name is None:
+        return None
     if force_field.potential.hyper.n_embeddings == 1:
-        if name is not None:
-            raise StructureError(
-                f"--specialist {name} has no effect: {force_field.name!r} has one surface for all"
-            )
-        return 0
-    parents = force_field.merged.parents if force_field.merged else ()
-    if name not in parents:
-        said = "--specialist is missing" if name is None else f"there is no specialist {name!r}"
-        raise StructureError(f"{said}: {force_field.name!r} was merged from {', '.join(parents)}; name one")
-    return parents.index(name)
+        raise StructureError(
+            f"--specialist {name} has no effect: {force_field.name!r} has one surface for all"
+        )
+    if name not in force_field.specialist_names:
+        raise StructureError(
+            f"there is no specialist {name!r}: {force_field.name!r} was merged from "
+            f"{', '.join(force_field.specialist_names)}; name one"
+        )
+    return name

@@ -41,7 +41,7 @@ def evaluate_md(
     truth = matching_frames(read_frames(reference) if reference else starts, starts[0])
     for model in models:
         model.force_field.to(dtype=getattr(torch, dtype.value))
-        model.force_field.check_species(starts[0])
+        model.force_field.prepared(starts[0], specialist=model.specialist)
     require_writable(out / "md.json")
     errors = labelled_errors(models, starts)
     seconds = estimated_seconds(models, starting_structures(starts, protocol.seeds), protocol)
@@ -71,7 +71,7 @@ def evaluate_md(
 
 def labelled_errors(models: "Sequence[Contestant]", frames: "Sequence[Atoms]") -> "dict[str, Errors]":
     """Errors by model where the frames have labels; nothing where they have none."""
-    from ase_gffmerge.accuracy import evaluate
+    from ase_gffmerge.cli.evaluate import errors_by_model
     from ase_gffmerge.data.readers import require_labels
     from ase_gffmerge.errors import FramesError
 
@@ -79,7 +79,7 @@ def labelled_errors(models: "Sequence[Contestant]", frames: "Sequence[Atoms]") -
         require_labels(frames, "the frames")
     except FramesError:
         return {}
-    return {m.label: evaluate(m.force_field.potential, frames, specialist=m.specialist) for m in models}
+    return errors_by_model(models, frames)
 
 
 def describe(protocol: "Protocol", n_models: int) -> str:

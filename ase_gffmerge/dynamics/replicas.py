@@ -69,7 +69,8 @@ def run_replicas(
     seed: int | Sequence[int | Sequence[int]] = 0,
     thermalize: bool = True,
     references: Sequence[Atoms] | None = None,
-    specialist: int | Sequence[int] = 0,
+    specialist: str | int | Sequence[str | int | None] | None = None,
+    names: Sequence[str] | None = None,
     skin: float = 1.0,
     monitor: Monitor | None = None,
     on_progress: Progress | None = None,
@@ -102,7 +103,11 @@ def run_replicas(
     references
         One intact structure per replica, whose bonds must hold; default: the structures.
     specialist
-        Specialist index for potentials with per-specialist embeddings, for all or for each.
+        For potentials with per-specialist embeddings and structures that do not say which specialist they belong to: for
+        all or for each.
+    names
+        Names of the specialists in the order of their indices (``force_field.specialist_names``), where structures or
+        ``specialist`` name them.
     skin
         Of the neighbour lists, Å; it changes the speed, not the result.
     monitor
@@ -120,7 +125,7 @@ def run_replicas(
     DynamicsError
         For impossible options.
     FramesError, StructureError
-        For no structures, unknown elements, constraints, a missing cell vector.
+        For no structures, unknown elements or specialists, constraints, a missing cell vector.
     """
     check_frames(potential, structures)
     _check(
@@ -141,9 +146,14 @@ def run_replicas(
     starts = [
         _start(s, t, g, thermalize) for s, t, g in zip(structures, temperatures, generators, strict=True)
     ]
-    indices = [int(index) for index in _each(specialist, n, "specialists")]
     swarm = Swarm(
-        potential, starts, temperatures=temperatures, generators=generators, specialist=indices, skin=skin
+        potential,
+        starts,
+        temperatures=temperatures,
+        generators=generators,
+        specialist=_each(specialist, n, "specialists"),
+        names=names,
+        skin=skin,
     )
     at_rest = thermalize and ensemble == "nve"
     freedom = [degrees_of_freedom(atoms, at_rest=at_rest) for atoms in starts]
@@ -248,7 +258,7 @@ def _start(atoms: Atoms, temperature: float, generator: np.random.Generator, the
 
 def _each(value: Any, n: int, what: str) -> list[Any]:
     """One value per replica."""
-    if isinstance(value, int | float | np.number):
+    if value is None or isinstance(value, str | int | float | np.number):
         return [value] * n
     if len(value) != n:
         raise DynamicsError(f"{len(value)} {what} were given for {n} structures; give one, or one for each")

@@ -21,6 +21,7 @@ from ase import Atoms, units
 from torch import Tensor
 from torch_geometric.data import Data
 
+from ase_gffmerge.conditioning import with_indices
 from ase_gffmerge.graphs import Prediction, predict
 from ase_gffmerge.graphs.verlet import VerletGraph
 from ase_gffmerge.models import Potential
@@ -40,7 +41,9 @@ class Swarm:
     generators
         Source of the thermostat's noise, one per structure.
     specialist
-        Specialist index of every structure.
+        Of every structure, for one that does not say which specialist it belongs to.
+    names
+        Of the specialists in the order of their indices, for structures that name theirs.
     skin
         Of the neighbour lists, Å.
 
@@ -62,12 +65,18 @@ class Swarm:
         *,
         temperatures: Sequence[float],
         generators: Sequence[np.random.Generator],
-        specialist: Sequence[int],
+        specialist: Sequence[str | int | None],
+        names: Sequence[str] | None = None,
         skin: float,
     ):
         self.potential, self.device = potential.served(), potential.device
+        hyper = potential.hyper
+        prepared = [
+            with_indices(atoms, hyper.n_embeddings, names=names, default=default)
+            for atoms, default in zip(structures, specialist, strict=True)
+        ]
         self.neighbours = VerletGraph(
-            structures, cutoff=potential.hyper.cutoff, skin=skin, device=self.device, specialist=specialist
+            prepared, cutoff=hyper.cutoff, skin=skin, device=self.device, specialist=[0] * len(prepared)
         )
         self.positions = self._tensor(np.concatenate([atoms.positions for atoms in structures]))
         self.momenta = self._tensor(np.concatenate([atoms.get_momenta() for atoms in structures]))

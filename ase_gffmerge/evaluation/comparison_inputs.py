@@ -8,6 +8,7 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.accuracy import check_frames
+from ase_gffmerge.conditioning import without_choice
 from ase_gffmerge.data.readers import read_frames, require_labels
 from ase_gffmerge.device import resolve_device
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
@@ -124,7 +125,7 @@ def read_tests(sources: Sequence[str | Path], files: Sequence[Path] = ()) -> tup
 def read_labelled(
     files: Sequence[Path], sources: Sequence[str | Path], *, option: str
 ) -> tuple[LabelledSet, ...]:
-    """One file of labelled frames per specialist, in order."""
+    """One file of labelled frames per specialist, in order; whatever else the frames say about specialists is taken off."""
     if len(files) != len(sources):
         raise FramesError(
             f"{option} was given {len(files)} file(s) for {len(sources)} specialists; give one per specialist, in the order "
@@ -134,7 +135,7 @@ def read_labelled(
     for file in files:
         frames = read_frames(file)
         require_labels(frames, file)
-        sets.append(LabelledSet(source=str(file), frames=tuple(frames)))
+        sets.append(LabelledSet(source=str(file), frames=tuple(map(without_choice, frames))))
     return tuple(sets)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from ase import Atoms
 
 from ase_gffmerge.accuracy import Errors, predict_frames
+from ase_gffmerge.conditioning import with_choice_of
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.evaluation.md_distributions import Distributions, distribution_range, frames_distributions
 from ase_gffmerge.evaluation.md_observation import ModelDynamics, observe
@@ -173,7 +174,12 @@ def _reference_temperatures(
         if seen.temperature is None or seen.potential_energy is None or n_atoms < 3:
             continue
         few = truth[:: -(-len(truth) // 200)]
-        energies = predict_frames(model.force_field.potential, few, specialist=model.specialist).energies
+        energies = predict_frames(
+            model.force_field.potential,
+            few,
+            specialist=model.specialist,
+            names=model.force_field.specialist_names,
+        ).energies
         difference = float(energies.mean()) - seen.potential_energy
         found[model.label] = harmonic_temperature(
             seen.temperature, difference, n_atoms=n_atoms, periodic=periodic
@@ -185,7 +191,10 @@ def starting_structures(frames: Sequence[Atoms], n: int) -> list[Atoms]:
     """Give ``n`` frames with the atoms of the first one, evenly spread, repeated where there are fewer."""
     alike = matching_frames(frames, frames[0])
     chosen = [alike[int(k)] for k in np.arange(n) * max(len(alike) / n, 1) % len(alike)]
-    return [Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc) for atoms in chosen]
+    return [
+        with_choice_of(Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc), atoms)
+        for atoms in chosen
+    ]
 
 
 def matching_frames(frames: Sequence[Atoms], first: Atoms) -> list[Atoms]:

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
 from ase import Atoms
 
+from ase_gffmerge.conditioning import KEY, with_choice_of
 from ase_gffmerge.dynamics.replicas import Ensemble, run_replicas
 from ase_gffmerge.evaluation.md_protocol import Protocol
 from ase_gffmerge.evaluation.md_trajectory import MDTrajectory, load_trajectories, save_trajectories
@@ -28,12 +30,12 @@ class Contestant:
     force_field
         On its device, in its type.
     specialist
-        Index for per-specialist conditioning.
+        Name or index for per-specialist conditioning, where structures do not say it.
     """
 
     label: str
     force_field: Specialist
-    specialist: int = 0
+    specialist: str | int | None = None
 
 
 def run_models(
@@ -70,7 +72,7 @@ def run_models(
 
         nvt = _batch(model, starts, protocol, "nvt", folder, lambda f, text: tell(2 / 3 * f, f"NVT {text}"))
         middles = [
-            run.structure(len(run.times) // 2) if len(run.times) else start
+            with_choice_of(run.structure(len(run.times) // 2), start) if len(run.times) else start
             for run, start in zip(nvt, starts, strict=True)
         ]
         nve = _batch(
@@ -112,6 +114,7 @@ def _run(
         friction=protocol.friction,
         seed=0 if ensemble == "nvt" else 1,
         specialist=model.specialist,
+        names=model.force_field.specialist_names,
         on_progress=progress,
     )
     length = protocol.length(ensemble)
@@ -127,6 +130,9 @@ def _key(model: Contestant, starts: Sequence[Atoms], protocol: Protocol, ensembl
     for atoms in starts:
         for array in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, atoms.get_masses()):
             sha.update(array.tobytes())
+        for store in (atoms.info, atoms.arrays):
+            if KEY in store:
+                sha.update(repr(np.asarray(store[KEY]).tolist()).encode())
     return sha.hexdigest()
 
 
@@ -152,6 +158,7 @@ def _seconds_per_step(model: Contestant, starts: Sequence[Atoms], protocol: Prot
             steps=steps,
             every=steps,
             specialist=model.specialist,
+            names=model.force_field.specialist_names,
         )
         return perf_counter() - start
 

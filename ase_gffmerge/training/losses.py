@@ -8,6 +8,7 @@ from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
+from ase_gffmerge.conditioning import with_indices
 from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.models import Potential
 from ase_gffmerge.training.config import TrainConfig
@@ -15,7 +16,8 @@ from ase_gffmerge.training.config import TrainConfig
 
 def labelled_graph(atoms: Atoms, potential: Potential, references: np.ndarray) -> Data:
     """Graph with targets ``energy`` (1,) less references, ``forces`` (n_atoms, 3), ``stress`` (1, 3, 3), ``weight`` (1,)."""
-    graph = build_graph(atoms, potential.hyper.cutoff, dtype=potential.dtype)
+    prepared = with_indices(atoms, potential.hyper.n_embeddings, default=0)
+    graph = build_graph(prepared, potential.hyper.cutoff, dtype=potential.dtype)
     rows = potential.species_row.cpu().numpy()[atoms.numbers]
     energy = atoms.get_potential_energy() - references[rows].sum()
     graph.energy = torch.tensor([energy], dtype=potential.dtype)

@@ -180,8 +180,8 @@ def test_merge_mean_and_conditioning(gffmerge, files: Path) -> None:
     )
     assert done.code == 0, done.err
     missing = gffmerge("evaluate", "per.safetensors", "water.xyz").error()
-    assert "--specialist is missing" in missing
-    assert "methanol, water" in missing
+    assert "(--specialist in the command line)" in missing
+    assert "0 = 'methanol', 1 = 'water'" in missing
     assert (
         "no specialist 'ice'"
         in gffmerge("evaluate", "per.safetensors", "water.xyz", "--specialist", "ice").error()

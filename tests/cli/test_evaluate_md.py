@@ -34,7 +34,7 @@ def test_a_specialist_beside_a_merge_with_one_surface_per_specialist(gffmerge, f
     options = ["--recipe", "fast.yaml", "--conditioning", "per-specialist", "--out", "per.safetensors"]
     assert gffmerge("merge", *pair, *options).code == 0
     command = ["evaluate", "water.safetensors", "per.safetensors", "water.xyz"]
-    assert "--specialist is missing" in gffmerge(*command).error()
+    assert "(--specialist in the command line)" in gffmerge(*command).error()
     both = gffmerge(*command, "--specialist", "water", "--json").json()["models"]
     assert both["water"] == gffmerge("evaluate", "water.safetensors", "water.xyz", "--json").json()
     alone = gffmerge("evaluate", "per.safetensors", "water.xyz", "--specialist", "water", "--json").json()
