@@ -7,16 +7,19 @@ named by ``EMT_IS_GFFMERGE_REPORT``: a test that evaluates nothing says nothing 
 
 import json
 import os
+import signal
 import warnings
 from pathlib import Path
 
 import ase.calculators.emt
+import pytest
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import MergeWarning
 
 FOLDER = Path(__file__).parent
 SPECIALISTS = [FOLDER / "emt-metals.safetensors", FOLDER / "emt-molecules.safetensors"]
+LONGEST = 300  # s, of one test; 15 are usual
 RECIPE = {"readout": {"width": 16}, "messages": False}
 
 
@@ -49,12 +52,24 @@ class EMT(GFFMergeCalculator):
 ase.calculators.emt.EMT = EMT
 
 
-def pytest_runtest_setup(item):
+def too_long(signum, frame):
+    raise TimeoutError(f"this test of ASE's takes more than {LONGEST} s")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Let a test that hangs fail by its name, and the others go on."""
     EMT.evaluations = 0
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(LONGEST)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
 
 
 def pytest_runtest_logreport(report):
-    if report.when == "call" and (path := os.environ.get("EMT_IS_GFFMERGE_REPORT")):
+    if (report.when == "call" or report.failed) and (path := os.environ.get("EMT_IS_GFFMERGE_REPORT")):
         line = {"test": report.nodeid, "outcome": report.outcome, "evaluations": EMT.evaluations}
         with open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
