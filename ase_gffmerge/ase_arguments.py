@@ -1,10 +1,13 @@
 """What a caller may pass to the calculator, checked: a :class:`.SetupError` for anything else."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from ase_gffmerge.ase_errors import SetupError
+from ase_gffmerge.compiled import Compile
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -36,3 +39,18 @@ def weight_tuple(weights: Sequence[float] | None) -> tuple[float, ...] | None:
         return None if weights is None else tuple(float(weight) for weight in weights)
     except (TypeError, ValueError):
         raise SetupError(f"weights={weights!r} is not a list of numbers, one per specialist") from None
+
+
+def compile_choice(compile: Any) -> Compile:
+    """``auto``, ``True`` or ``False``."""
+    if isinstance(compile, bool | np.bool_):
+        return bool(compile)
+    if isinstance(compile, str) and compile == "auto":
+        return "auto"
+    raise SetupError(f"compile={compile!r} is not known; use 'auto', True or False")
+
+
+def specialist_choice(specialist: Any) -> str | int | None:
+    """Name or index of a specialist as what JSON knows."""
+    choice: str | int | None = None if specialist is None else np.asarray(specialist).item()
+    return choice

@@ -12,8 +12,8 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
 from ase_gffmerge.ase_errors import EvaluationFailed, MemoryFailed, SetupError
-from ase_gffmerge.device import survive_fork
 from ase_gffmerge.errors import DeviceMemoryError, StructureError
+from ase_gffmerge.forked import survive_fork
 from ase_gffmerge.graphs import Prediction
 from ase_gffmerge.graphs.neighbours import check_reach
 from ase_gffmerge.memory import memory_errors

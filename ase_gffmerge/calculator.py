@@ -1,7 +1,6 @@
 """The ASE calculator: the contract between a force field and ASE, nothing else."""
 
 import copy
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,14 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from torch_geometric.data import Data
 
-from ase_gffmerge.ase_arguments import DTYPES, dtype_name, skin_width, weight_tuple
+from ase_gffmerge.ase_arguments import (
+    DTYPES,
+    compile_choice,
+    dtype_name,
+    skin_width,
+    specialist_choice,
+    weight_tuple,
+)
 from ase_gffmerge.ase_batches import evaluate_structures
 from ase_gffmerge.ase_errors import SetupError, as_setup_errors
 from ase_gffmerge.ase_results import (
@@ -30,6 +36,7 @@ from ase_gffmerge.compiled import Compile
 from ase_gffmerge.conditioning import KEY, same_choice, specialist_indices
 from ase_gffmerge.device import resolve_device
 from ase_gffmerge.disagreement import force_disagreement
+from ase_gffmerge.forked import ForkSafeLock
 from ase_gffmerge.graphs.verlet_cache import VerletCache
 from ase_gffmerge.serving import Server
 from ase_gffmerge.sources import MergeOptions, Resolved, Source, resolve, with_frames
@@ -129,10 +136,9 @@ class GFFMergeCalculator(Calculator):
         vars(self).pop("get_spin_polarized", None)  # a reference cycle that would keep the weights alive
         self.implemented_properties = list(PROPERTIES)  # type: ignore[misc]
         self.extras: dict[str, Any] = {}
-        self._lock = threading.RLock()
+        self._lock = ForkSafeLock()
         precision, skin = dtype_name(dtype), skin_width(skin)
-        if compile not in (True, False, "auto"):
-            raise SetupError(f"compile={compile!r} is not known; use 'auto', True or False")
+        compile = compile_choice(compile)
         options = MergeOptions(
             recipe=recipe,
             conditioning=conditioning,
@@ -158,7 +164,7 @@ class GFFMergeCalculator(Calculator):
             skin=skin,
             cache_dir=str(Path(cache_dir).absolute()) if cache_dir is not None else None,
             allow_unrelated=allow_unrelated,
-            specialist=None if specialist is None else np.asarray(specialist).item(),
+            specialist=specialist_choice(specialist),
             compile=compile,
         )
 
@@ -207,7 +213,13 @@ class GFFMergeCalculator(Calculator):
             raise SetupError(f"{', '.join(fixed)} cannot be changed by set(); make a new GFFMergeCalculator")
         if KEY in kwargs:
             self._check_choice(kwargs[KEY])
+            kwargs[KEY] = specialist_choice(kwargs[KEY])
         return super().set(**kwargs)
+
+    def reset(self) -> None:
+        """Forget the last calculation; waits for one that another thread has under way."""
+        with self._lock:
+            super().reset()
 
     def set_atoms(self, atoms: Atoms) -> None:
         """Check the elements when ASE attaches the calculator (``atoms.calc = calc``)."""
@@ -259,6 +271,8 @@ class GFFMergeCalculator(Calculator):
         self.results, self.extras = {}, {}
         super().calculate(atoms, properties, system_changes)
         structure = require_structure(self.atoms)
+        if KEY in structure.info:  # ASE copies the dictionary, not what is in it
+            structure.info[KEY] = copy.deepcopy(structure.info[KEY])
         with torch.inference_mode(False), computing(structure, self.force_field.potential.device):
             graph = self._graph(structure)
             prediction, grades = self._server(graph)
@@ -355,7 +369,7 @@ class GFFMergeCalculator(Calculator):
         vars(self).update(state)
         self.implemented_properties = list(PROPERTIES)  # type: ignore[misc]
         self.parameters = copy.deepcopy(self.parameters)
-        self._lock = threading.RLock()
+        self._lock = ForkSafeLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy the state, share the weights."""

@@ -1,23 +1,11 @@
-"""Choice of the device, and what torch needs in a forked process."""
-
-import os
+"""Choice of the device."""
 
 import torch
 
 from ase_gffmerge.errors import DeviceError
 
-_process = os.getpid()
-
-
-def survive_fork() -> None:
-    """Let torch compute with one thread in a process that was forked; call it before computing.
-
-    Such a process inherits the pools of threads that torch had used, but not the threads, and would wait for them forever.
-    """
-    global _process
-    if os.getpid() != _process:
-        _process = os.getpid()
-        torch.set_num_threads(1)
+TYPES = {"cpu", "cuda"}
+"""Types of devices on which everything runs; others that torch knows lack float64, some operations, or any numbers."""
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
@@ -26,7 +14,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     Raises
     ------
     DeviceError
-        When CUDA is asked for and not there, or the name is not a device.
+        When CUDA is asked for and not there, or the name is not a device, or one of a type that is not supported.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,6 +22,8 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise DeviceError(f"{name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in TYPES:
+        raise DeviceError(f"devices of type {device.type!r} are not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (
         not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
     ):

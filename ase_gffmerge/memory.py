@@ -8,8 +8,8 @@ import torch
 from ase import Atoms
 from torch_geometric.data import Data
 
-from ase_gffmerge.device import survive_fork
 from ase_gffmerge.errors import DeviceMemoryError
+from ase_gffmerge.forked import survive_fork
 
 Item = TypeVar("Item")
 Frame = TypeVar("Frame", Atoms, Data)

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import RLock
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
+
+from ase_gffmerge.forked import ForkSafeLock
 
 # e3nn 0.4's file of constants holds slices, which torch >= 2.6 would refuse
 with torch.serialization.safe_globals([slice]):
@@ -16,7 +17,7 @@ with torch.serialization.safe_globals([slice]):
 
 __all__ = ["EquivariantLinear", "FullyConnectedNet", "eager_e3nn", "keep_plain", "package_mode"]
 
-_lock = RLock()
+_lock = ForkSafeLock()
 
 _EAGER: dict[str, str | bool] = (
     {"jit_mode": "eager"} if "jit_mode" in e3nn.get_optimization_defaults() else {"jit_script_fx": False}

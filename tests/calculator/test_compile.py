@@ -80,5 +80,8 @@ def test_auto_never_compiles_on_a_cpu(monkeypatch) -> None:
 
 def test_compile_is_a_parameter(painn_calc) -> None:
     assert painn_calc.todict()["compile"] == "auto"
-    with pytest.raises(CalculatorSetupError, match="'auto', True or False"):
-        GFFMergeCalculator(random_force_field("painn"), compile="yes")
+    for unknown in ("yes", 1, 0, None):
+        with pytest.raises(CalculatorSetupError, match="'auto', True or False"):
+            GFFMergeCalculator(random_force_field("painn"), compile=unknown)
+    calc = GFFMergeCalculator(random_force_field("painn"), device="cpu", compile=np.False_)
+    assert calc.todict()["compile"] is False

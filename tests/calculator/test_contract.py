@@ -168,6 +168,18 @@ def test_06_watches_the_specialist_choice_only_where_it_is_read(conditioned):
     assert atoms.get_potential_energy() == ethanol
 
 
+def test_06_sees_a_choice_that_is_changed_in_place(conditioned):
+    calc = GFFMergeCalculator(conditioned, dtype="float64", device="cpu")
+    atoms = cluster()
+    atoms.info["specialist"] = [0] * len(atoms)
+    atoms.calc = calc
+    first = atoms.get_potential_energy()
+    atoms.info["specialist"][0] = 1
+    assert atoms.get_potential_energy() != first
+    calc.set(specialist=np.int64(1))
+    assert type(calc.todict()["specialist"]) is int
+
+
 def test_07_unknown_elements_fail_when_attached(calc):
     atoms = molecule("SiH4")
     with pytest.raises(CalculatorSetupError, match=r"contains Si.*it knows H, C, O, Al, Cu"):
@@ -230,10 +242,19 @@ def test_08_structures_that_cannot_be_evaluated(calc):
 # -- the public checks --
 
 
-def test_21_the_public_checks_pass(force_field, tmp_path):
-    """All of points 1 to 18 that can be seen from outside; that each check can fail is tested in ``../testing``."""
+def test_21_the_public_checks_pass(force_field, relatives, tmp_path):
+    """All of points 1 to 18 that can be seen from outside; that each check can fail is tested in ``../testing``.
+
+    A merge that is found in the cache has more to check: a gauge.
+    """
     path = force_field.save(tmp_path / "toy.safetensors")
     report = check_calculator(GFFMergeCalculator(path, dtype="float64", device="cpu"), crystal(), steps=50)
     report.raise_if_failed()
     assert {result.point for result in report.of("passed")} == set(range(1, 19))
     assert {result.name for result in report.of("skipped")} <= {"energy_error_is_of_second_order"}
+    options = {"dtype": "float64", "device": "cpu", "cache_dir": tmp_path / "cache", "recipe": "mean"}
+    assert not GFFMergeCalculator(relatives, **options).cache_hit
+    merged = GFFMergeCalculator(relatives, **options)
+    assert merged.cache_hit
+    assert merged.force_field.gauge is not None
+    check_calculator(merged, relatives[0].calibration[0], steps=50).raise_if_failed()

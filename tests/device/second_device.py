@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from ase_gffmerge.device import TYPES
+
 _setup_privateuseone_for_python_backend("second")
 CPU, SECOND = torch.device("cpu"), torch.device("second:0")
 
@@ -108,6 +110,7 @@ class FromPython(TorchFunctionMode):
 @contextmanager
 def second_device() -> Iterator[str]:
     """Within it there is a second device; gives its name."""
+    TYPES.add(SECOND.type)
     with FromPython(), Dispatch():
         yield str(SECOND)
 

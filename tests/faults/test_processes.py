@@ -17,13 +17,13 @@ SYSTEMS = ("CH3OH", "CH3CHO", "H2O", "CH3CH2OH", "H2CO", "HCOOH", "CO2", "CH4")
 
 
 def test_eight_processes_merge_once_and_get_the_same_bits(processes, files, tmp_path):
-    start, answers = processes.Event(), processes.SimpleQueue()
+    start, answers = processes.Event(), processes.Queue()
     arguments = (files, RECIPE, tmp_path / "cache", start, answers)
     crowd = [processes.Process(target=workers.build_at_once, args=arguments) for _ in range(8)]
     for process in crowd:
         process.start()
     start.set()
-    outcomes = [answers.get() for _ in crowd]
+    outcomes = [answers.get(timeout=60) for _ in crowd]
     for process in crowd:
         process.join(30)
     assert [process.exitcode for process in crowd] == [0] * 8
@@ -100,3 +100,9 @@ def test_forked_processes_equal_serial(processes, calc, threads):
     for one, other, system in zip(serial, forked, SYSTEMS, strict=False):
         np.testing.assert_array_equal(one, other)
         np.testing.assert_array_equal(one, forces_of(calc, system))
+
+
+def test_a_process_forked_in_the_middle_of_an_evaluation_does_not_wait_for_it(processes, calc):
+    answers = processes.SimpleQueue()
+    assert run(processes, workers.fork_while_a_thread_evaluates, calc, answers) == 0
+    np.testing.assert_array_equal(answers.get(), forces_of(calc, "CH3CHO"))

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -214,3 +215,30 @@ def large_enough_to_hang(calc: GFFMergeCalculator) -> None:
     crystal = bulk("C", "diamond", a=3.0, cubic=True) * (4, 4, 4)
     crystal.calc = calc.spawn()
     crystal.get_forces()
+
+
+def fork_while_a_thread_evaluates(calc: GFFMergeCalculator, answers) -> None:
+    """Fork in the middle of an evaluation, which goes on when the child has ended."""
+    from ase.build import molecule
+
+    evaluating, done = threading.Event(), threading.Event()
+    busy, serve = molecule("CH3OH"), calc._server
+
+    def slow(graph):
+        evaluating.set()
+        done.wait(60)
+        return serve(graph)
+
+    calc._server, busy.calc = slow, calc
+    thread = threading.Thread(target=busy.get_forces)
+    thread.start()
+    evaluating.wait(60)
+    if os.fork() == 0:
+        signal.alarm(20)  # ends a child that waits for a thread it does not have
+        calc._server = serve
+        answers.put(ForcesWith(calc)("CH3CHO"))
+        os._exit(0)
+    _, status = os.wait()
+    done.set()
+    thread.join()
+    sys.exit(status != 0)
