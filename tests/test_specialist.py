@@ -250,6 +250,7 @@ def test_missing_metadata(path: Path, key: str) -> None:
         ("hyper", {**HYPER, "channels": -3}, "channels must be at least 1"),
         ("hyper", {**HYPER, "channels": 16}, "shape"),
         ("hyper", {**HYPER, "channels": "many"}, "hyper-parameters"),
+        ("hyper", {**HYPER, "cutoff": True}, "cutoff must be a positive number, not True"),
         ("species", [1, 6], "shape"),
         ("species", [1, 6, 999], "write the file again"),
         ("species", None, "write the file again"),

@@ -68,7 +68,8 @@ class HyperParameters:
                 raise TypeError(f"{entry.name} must be a whole number, not {value!r}")
             if entry.type is int and value < least:
                 raise ValueError(f"{entry.name} must be at least {least}, not {value}")
-            if entry.type is float and not (isinstance(value, Real) and 0 < float(value) < math.inf):
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if entry.type is float and not (number and 0 < float(value) < math.inf):
                 raise ValueError(f"{entry.name} must be a positive number, not {value!r}")
         if self.readout_width and self.readout_blocks > self.n_blocks:
             raise ValueError(f"readout_blocks is {self.readout_blocks}, but there are {self.n_blocks} blocks")
