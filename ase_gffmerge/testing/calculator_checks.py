@@ -17,7 +17,8 @@ from ase_gffmerge.testing import (
     symmetry,
     watching,
 )
-from ase_gffmerge.testing.report import CheckReport
+from ase_gffmerge.testing.report import CheckReport, CheckResult
+from ase_gffmerge.testing.state import is_an_ase_calculator
 from ase_gffmerge.testing.subject import Check, Subject, Tolerances, run_check, served
 
 CHECKS: tuple[Check, ...] = tuple(
@@ -68,9 +69,10 @@ def check_calculator(
     Parameters
     ----------
     calc
-        The calculator. Its results are overwritten.
+        The calculator. Its results are overwritten. Of something that is none, the report says just that.
     atoms
         A structure it can do, which stays as it is; small ones are faster, and a periodic one lets the stress be checked.
+        Structures that the checks make of its atoms have its ``info`` and arrays.
     forces_tol, stress_tol, energy_tol, drift_tol
         Largest errors in eV/Å, eV/Å^3, eV/atom, and of the total energy along dynamics in eV/atom.
     properties
@@ -78,7 +80,8 @@ def check_calculator(
     points
         Which points to check; default: all.
     displacement
-        Step in Å, and strain, of central differences, which are exact to its fourth power.
+        Step in Å, and strain, of central differences, which are exact to its fourth power. What their error may be is
+        added to the tolerance, up to 1e-5 of the largest force or stress.
     timestep, steps
         Of the run at constant energy, in fs.
     rattle
@@ -109,6 +112,8 @@ def check_calculator(
         )
     chosen = _chosen(points)
     structure = _rattled(atoms, rattle)
+    if isinstance(calc, type) or not callable(getattr(calc, "get_property", None)):
+        return _nothing_to_check(calc)
     subject = Subject(
         calc=calc,
         structure=structure,
@@ -121,8 +126,17 @@ def check_calculator(
     results = []
     for function in chosen:
         results.append(run_check(function, subject))
-        calc.reset()
+        subject.reset()
     return CheckReport(f"{type(calc).__name__} on {structure.get_chemical_formula()}", tuple(results))
+
+
+def _nothing_to_check(calc: Any) -> CheckReport:
+    """Report on something that is no calculator at all."""
+    what = f"the class {calc.__name__}" if isinstance(calc, type) else repr(calc)[:60]
+    finding = (
+        f"{what} is no calculator: it cannot be asked for properties (get_property); give an instance of one"
+    )
+    return CheckReport(what, (CheckResult(1, is_an_ase_calculator.__name__, "failed", finding),))
 
 
 def _chosen(points: Iterable[int] | None) -> list[Check]:

@@ -62,14 +62,14 @@ def one_atom_and_no_neighbours(subject: Subject) -> str:
     """A single atom feels no force, and two far apart have the energies of each."""
     singles = []
     for number in sorted(set(subject.structure.numbers.tolist())):
-        results = subject.evaluate(Atoms([number]))
+        results = subject.evaluate(subject.of([number]))
         require(np.isfinite(results["energy"]), f"a single atom has the energy {results['energy']}")
         if "forces" in results:
             force = deviation(results["forces"], np.zeros((1, 3)))
             require(force <= subject.tolerances.forces, f"a single atom feels a force of {force:.3g} eV/Å")
         singles.append((number, results["energy"]))
     number, energy = singles[0]
-    pair = subject.evaluate(Atoms([number] * 2, [[0, 0, 0], [0, 0, 200.0]]))["energy"]
+    pair = subject.evaluate(subject.of([number] * 2, [[0, 0, 0], [0, 0, 200.0]]))["energy"]
     gap = abs(pair - 2 * energy)
     require(gap <= 2 * subject.tolerances.energy, f"two atoms 200 Å apart interact by {gap:.3g} eV")
     return f"two atoms 200 Å apart: {gap:.1e} eV"
@@ -102,7 +102,7 @@ def far_from_the_origin(subject: Subject) -> str:
 @check(9)
 def huge_vacuum(subject: Subject) -> str:
     """A molecule in a box of 1000 Å costs what it costs without a box."""
-    bare = Atoms(subject.structure.numbers, subject.structure.positions)
+    bare = subject.bare()
     boxed = bare.copy()
     boxed.cell, boxed.pbc = [1000.0] * 3, True
     return _same_elsewhere(subject, bare, boxed, "a box of 1000 Å")
@@ -125,7 +125,7 @@ def _seconds(subject: Subject, atoms: Atoms) -> float:
     gc.disable()
     try:
         for _ in range(3):
-            subject.calc.reset()
+            subject.reset()
             started = time.process_time()
             subject.evaluate(atoms)
             best = min(best, time.process_time() - started)
@@ -147,8 +147,10 @@ def the_past_leaves_no_trace(subject: Subject) -> str:
 def edits_in_place_are_noticed(subject: Subject) -> str:
     """Atoms appended, removed, exchanged, and boundary conditions changed, all in one object."""
     atoms = subject.atoms()
+    another = subject.structure[:1]
+    another.positions += [0.9, 1.4, 1.2]
     edits: list[Callable[[Atoms], Any]] = [
-        lambda atoms: atoms.append(Atoms([atoms.numbers[0]], [atoms.positions[0] + [0.9, 1.4, 1.2]])[0]),
+        lambda atoms: atoms.extend(another),
         lambda atoms: atoms.set_positions(atoms.positions[::-1]),
         lambda atoms: atoms.set_positions(atoms.positions * 1.02),
         lambda atoms: atoms.set_pbc(False),
@@ -177,8 +179,8 @@ def _all_fresh(subject: Subject, walk: list[Atoms], got: list[dict[str, Any]], w
     """Compare results with those of a calculator that saw an unrelated structure before."""
     detail = ""
     for atoms, results in zip(walk, got, strict=True):
-        subject.calc.reset()
-        subject.evaluate(Atoms([subject.structure.numbers[0]]))
+        subject.reset()
+        subject.evaluate(subject.of(subject.structure.numbers[:1]))
         detail = subject.compare(results, subject.evaluate(atoms), what=what)
     return detail
 

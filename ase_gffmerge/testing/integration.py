@@ -19,6 +19,7 @@ from ase.md import MTKNPT, VelocityVerlet, thermalize_momenta
 from ase.mep import NEB
 from ase.optimize import BFGS, FIRE
 
+from ase_gffmerge.testing.differences import derivative
 from ase_gffmerge.testing.subject import NotApplicable, Subject, check, counted, deviation, raised_by, require
 
 STEPS = 8
@@ -30,7 +31,7 @@ def _per_step(subject: Subject, run: Callable[[Atoms], object]) -> str:
     """Count the calls of ``calculate`` during a run of ``STEPS`` steps; the first structure is not counted."""
     atoms = subject.atoms()
     thermalize_momenta(atoms, temperature_K=100.0, rng=np.random.default_rng(0))
-    subject.calc.reset()
+    subject.reset()
     with counted(subject.calc) as calls:
         run(atoms)
     if not calls:
@@ -175,11 +176,23 @@ def finite_difference_calculator(subject: Subject) -> str:
         raise NotApplicable("ASE's FiniteDifferenceCalculator wants a volume")
     if len(subject.structure) > FEW_ATOMS:
         raise NotApplicable(f"more than {FEW_ATOMS} atoms; point 14 tries some of them")
-    expected = subject.evaluate(subject.structure)
-    atoms = subject.structure.copy()
-    atoms.calc = FiniteDifferenceCalculator(subject.calc, eps_disp=1e-4, eps_strain=1e-4)
-    got = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
-    return subject.compare(got, expected, what="FiniteDifferenceCalculator")
+    expected, energies = subject.evaluate(subject.structure), []
+
+    def forces(step: float) -> np.ndarray:
+        atoms = subject.atoms(FiniteDifferenceCalculator(subject.calc, eps_disp=step, eps_strain=step))
+        energies.append(atoms.get_potential_energy())
+        return atoms.get_forces()
+
+    numerical, doubt = derivative(forces, subject.displacement)
+    gap = max(deviation(energy, expected["energy"]) for energy in energies)
+    require(gap <= subject.tolerances.energy * len(subject.structure), f"the energy differs by {gap:.3g} eV")
+    error = deviation(numerical, expected["forces"])
+    require(
+        error <= subject.tolerances.forces + doubt,
+        f"its forces differ by {error:.3g} eV/Å (tolerance {subject.tolerances.forces:.1g} and {doubt:.1g} for the "
+        "differences)",
+    )
+    return f"forces to {error:.1e} eV/Å"
 
 
 @check(18)
@@ -189,7 +202,7 @@ def socket_client(subject: Subject) -> str:
     moved = subject.structure.copy()
     moved.positions[0] += 0.1
     expected = [subject.evaluate(atoms) for atoms in (subject.structure, moved)]
-    subject.calc.reset()
+    subject.reset()
     problems: list[BaseException] = []
     with tempfile.TemporaryDirectory() as folder:
         name = Path(folder).name

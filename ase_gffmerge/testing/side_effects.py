@@ -67,7 +67,7 @@ def unusual_state() -> Iterator[None]:
 def leaves_global_state_alone(subject: Subject) -> str:
     """Neither making a calculator nor an evaluation changes what other code relies on."""
     subject.evaluate(subject.structure)  # the first one may import
-    subject.calc.reset()
+    subject.reset()
     with unusual_state():
         before = global_state()
         rebuilt = raised_by(lambda: type(subject.calc)(**subject.calc.todict())) is None
@@ -83,9 +83,9 @@ def leaves_global_state_alone(subject: Subject) -> str:
 @check(13)
 def same_input_gives_the_same_bits(subject: Subject) -> None:
     """Two evaluations of one structure, from scratch, agree bitwise (on a CPU)."""
-    subject.calc.reset()
+    subject.reset()
     first = subject.evaluate(subject.structure)
-    subject.calc.reset()
+    subject.reset()
     second = subject.evaluate(subject.structure)
     for name, value in first.items():
         gap = np.abs(np.asarray(second[name]) - np.asarray(value)).max()

@@ -4,7 +4,6 @@ from typing import Any
 
 import ase.outputs
 import numpy as np
-from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io.jsonio import encode
@@ -15,7 +14,9 @@ from ase_gffmerge.testing.subject import (
     NotApplicable,
     Subject,
     check,
+    declared,
     raised_by,
+    refusal,
     require,
 )
 
@@ -40,6 +41,9 @@ def parameters_can_be_written(subject: Subject) -> None:
 @check(2)
 def serves_what_it_says(subject: Subject) -> str:
     """Every implemented property can be had, and nothing else is in the results."""
+    names = [name for name in declared(subject.calc) if name != "stress" or subject.structure.cell.rank == 3]
+    refused = [name for name in names if refusal(subject.calc, subject.structure, name)]
+    require(not refused, f"{', '.join(refused)} is among implemented_properties, but is refused")
     results = subject.evaluate(subject.structure)
     missing = [name for name, value in results.items() if value is None]
     require(not missing, f"{', '.join(missing)} is among implemented_properties but comes back as None")
@@ -163,7 +167,7 @@ def no_stress_without_a_volume(subject: Subject) -> None:
     """A structure without three cell vectors has no stress, and asking for it says so."""
     if "stress" not in subject.calc.implemented_properties:
         raise NotApplicable("stress is not served")
-    atoms = Atoms(subject.structure.numbers, subject.structure.positions)
+    atoms = subject.bare()
     atoms.calc = subject.calc
     error = raised_by(lambda: atoms.get_stress())
     require(error is not None, "a structure without a cell has a stress")

@@ -94,6 +94,27 @@ class Subject:
         if "stress" in names and self.structure.cell.rank < 3:
             raise NotApplicable("the structure has no volume")
 
+    def of(self, numbers: Sequence[int], positions: Any = None) -> Atoms:
+        """Atoms of elements that the structure holds, open, with its ``info`` and the arrays of atoms of their kind."""
+        known = self.structure.numbers.tolist()
+        atoms = self.structure[[known.index(number) for number in numbers]]
+        atoms.cell, atoms.pbc = None, False
+        atoms.positions = np.zeros((len(atoms), 3)) if positions is None else positions
+        return atoms
+
+    def bare(self) -> Atoms:
+        """Copy of the structure without a cell."""
+        atoms = self.structure.copy()
+        atoms.cell, atoms.pbc = None, False
+        return atoms
+
+    def reset(self) -> None:
+        """Let the calculator forget its results; wrappers like ASE's ``SumCalculator`` have no ``reset()``."""
+        if callable(getattr(self.calc, "reset", None)):
+            self.calc.reset()
+        else:
+            self.calc.atoms, self.calc.results = None, {}
+
     def twin(self) -> Any:
         """Calculator with results of its own: spawned, else a deep copy."""
         spawn = getattr(self.calc, "spawn", None)
@@ -193,12 +214,23 @@ def counted(calc: Any) -> Iterator[list[Sequence[str]]]:
             del calc.calculate
 
 
+def declared(calc: Any) -> tuple[str, ...]:
+    """Properties, of those the contract is about, that the calculator says it implements."""
+    return tuple(name for name in PROPERTIES if name in getattr(calc, "implemented_properties", ()))
+
+
+def refusal(calc: Any, atoms: Atoms, name: str) -> BaseException | None:
+    """ASE's error for properties that are not implemented, if asking for this one raises it."""
+
+    def ask() -> None:
+        own = atoms.copy()
+        own.calc = calc
+        own.calc.get_property(name, own)
+
+    error = raised_by(ask)
+    return error if isinstance(error, PropertyNotImplementedError) else None
+
+
 def served(calc: Any, atoms: Atoms) -> tuple[str, ...]:
-    """Properties, of those the contract is about, that the calculator says it implements and does for ``atoms``."""
-    names = [name for name in PROPERTIES if name in getattr(calc, "implemented_properties", ())]
-    if atoms.cell.rank == 3:
-        return tuple(names)
-    own = atoms.copy()
-    own.calc = calc
-    without = isinstance(raised_by(lambda: own.get_stress()), PropertyNotImplementedError)
-    return tuple(name for name in names if name != "stress" or not without)
+    """Declared properties that the calculator does not refuse for ``atoms``."""
+    return tuple(name for name in declared(calc) if refusal(calc, atoms, name) is None)

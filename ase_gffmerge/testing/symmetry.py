@@ -93,10 +93,10 @@ def _edge_of(subject: Subject, numbers: tuple[int, int]) -> tuple[float, float, 
     """Steps of energy and force where a pair ceases to interact, and that distance."""
 
     def at(r: float) -> tuple[float, float]:
-        results = subject.evaluate(Atoms(list(numbers), [[0, 0, 0], [r, 0, 0]]))
+        results = subject.evaluate(subject.of(numbers, [[0, 0, 0], [r, 0, 0]]))
         return abs(results["energy"] - apart), float(np.abs(results["forces"]).max())
 
-    apart = subject.evaluate(Atoms(list(numbers), [[0, 0, 0], [10 * LONG, 0, 0]]))["energy"]
+    apart = subject.evaluate(subject.of(numbers, [[0, 0, 0], [10 * LONG, 0, 0]]))["energy"]
     if max(at(LONG)) > 0:
         raise NotApplicable(f"a pair still interacts at {LONG} Å")
     inside = next((r for r in np.arange(LONG, SHORT, -SCAN) if max(at(r)) > 0), None)

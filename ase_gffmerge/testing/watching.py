@@ -39,7 +39,7 @@ class _Spied(dict):
         return super().__contains__(key)
 
 
-def keys_read(calc: Any, atoms: Atoms, properties: tuple[str, ...]) -> dict[str, set[str]]:
+def keys_read(subject: Subject) -> dict[str, set[str]]:
     """Keys of ``atoms.info`` and ``atoms.arrays`` that ``calc.calculate`` looks up, in the structure or a copy of it."""
     seen: dict[str, set[str]] = {"info": set(), "arrays": set()}
 
@@ -60,13 +60,14 @@ def keys_read(calc: Any, atoms: Atoms, properties: tuple[str, ...]) -> dict[str,
         def arrays(self, content: Mapping[str, Any]) -> None:
             vars(self)["_arrays"] = _Spied(content, seen["arrays"])
 
+    atoms = subject.structure
     spied = Spied(atoms)
     spied.info = atoms.info
     spied.arrays.update({name: values.copy() for name, values in atoms.arrays.items()})
     for keys in seen.values():
         keys.clear()
-    calc.calculate(spied, list(properties), list(all_changes))
-    calc.reset()
+    subject.calc.calculate(spied, list(subject.properties), list(all_changes))
+    subject.reset()
     return {"info": seen["info"], "arrays": seen["arrays"] - UNPHYSICAL}
 
 
@@ -85,14 +86,14 @@ def _edited(atoms: Atoms, where: str, key: str) -> Atoms:
 @check(6)
 def watches_what_it_reads(subject: Subject) -> str:
     """A change of something the calculator reads, such as ``atoms.info["charge"]``, must not return old results."""
-    keys = keys_read(subject.calc, subject.structure, subject.properties)
+    keys = keys_read(subject)
     pairs = [(where, key) for where in keys for key in sorted(keys[where])]
     for where, key in pairs:
         before = subject.evaluate(subject.structure)["energy"]
         edited = _edited(subject.structure, where, key)
         if subject.calc.calculation_required(edited, ["energy"]):
             continue
-        subject.calc.reset()
+        subject.reset()
         found: list[float] = []
         error = raised_by(lambda edited=edited, found=found: found.append(subject.evaluate(edited)["energy"]))  # type: ignore[misc]
         if error is not None or found[0] != before:

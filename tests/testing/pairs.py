@@ -99,12 +99,22 @@ def changed(name, change):
 StressInGPa = changed("stress", lambda stress: stress * 160.21766208)
 StressFlipped = changed("stress", lambda stress: -stress)
 StressOrder = changed("stress", lambda stress: stress[[0, 1, 2, 5, 4, 3]])
+ForcesSlightlyOff = changed("forces", lambda forces: (1 + 1e-4) * forces)
+StressSlightlyOff = changed("stress", lambda stress: (1 + 1e-4) * stress)
 ForcesOff = changed("forces", lambda forces: 1.01 * forces)
 NetForce = changed("forces", lambda forces: np.add(forces, [0.01, 0, 0]))
 SingleForces = changed("forces", np.float32)
 EnergiesOff = changed("energies", lambda energies: energies + 0.1)
 FreeEnergyOff = changed("free_energy", lambda energy: energy + 0.1)
 Noise = changed("forces", lambda forces: forces + 1e-14 * np.random.default_rng().normal(size=forces.shape))
+
+
+class Stiff(Pairs):
+    """Right, and a hundred times stiffer: so are the errors of central differences."""
+
+    def profile(self, r):
+        energy, slope = super().profile(r)
+        return 100 * energy, 100 * slope
 
 
 class NoFreeEnergy(Pairs):
@@ -174,6 +184,24 @@ class NoticesInfo(ReadsInfo):
         if self.atoms is not None and self.atoms.info.get("charge", 0) != atoms.info.get("charge", 0):
             changes.append("charge")
         return changes
+
+
+class NeedsChoice(Pairs):
+    """As it should be, for a calculator that must be told what to compute, for the structure and for every atom."""
+
+    def evaluate(self, atoms):
+        if len(atoms) and ("choice" not in atoms.info or not atoms.arrays.get("heads", np.zeros(1)).all()):
+            raise CalculatorSetupError(
+                f"atoms.info['choice'] or atoms.arrays['heads'] of {atoms.symbols} is missing"
+            )
+        return super().evaluate(atoms)
+
+    def check_state(self, atoms, tol=1e-15):
+        def chosen(structure):
+            return structure.info.get("choice"), structure.arrays.get("heads", np.zeros(0)).tolist()
+
+        changes = super().check_state(atoms, tol)
+        return changes if self.atoms is None or chosen(self.atoms) == chosen(atoms) else [*changes, "choice"]
 
 
 class NeverCaches(Pairs):

@@ -9,11 +9,14 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
+from ase.calculators.fd import FiniteDifferenceCalculator
 from ase.calculators.lj import LennardJones
+from ase.calculators.mixing import SumCalculator
 from pairs import Pairs
 
-from ase_gffmerge.testing import CheckReport, ContractError, check_calculator
+from ase_gffmerge.testing import CheckReport, ContractError, check_calculator, differences
 from ase_gffmerge.testing.calculator_checks import CHECKS
+from ase_gffmerge.testing.differences import derivative
 
 BROKEN = [
     ("Stranger", "is_an_ase_calculator"),
@@ -170,6 +173,77 @@ def test_report():
     assert not empty.passed
     with pytest.raises(ContractError, match="0 passed"):
         empty.raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    ("name", "point", "slightly_off"),
+    [
+        ("forces_are_the_gradient", 14, pairs.ForcesSlightlyOff),
+        ("stress_is_the_strain_derivative", 14, pairs.StressSlightlyOff),
+        ("finite_difference_calculator", 18, pairs.ForcesSlightlyOff),
+    ],
+)
+def test_central_differences_are_trusted_as_far_as_they_agree(monkeypatch, name, point, slightly_off):
+    """Right forces pass although differences err by more than the tolerance; a ten-thousandth too much fails."""
+
+    def found(calc):
+        return outcome(check_calculator(calc, crystal(), points=[point], displacement=1e-2), name)
+
+    right, wrong = found(pairs.Stiff()), found(slightly_off())
+    assert right.outcome == "passed", right.detail
+    assert wrong.outcome == "failed"
+    assert "for the differences" in wrong.detail
+    monkeypatch.setattr(differences, "RELATIVE", 0.0)
+    assert found(pairs.Stiff()).outcome == "failed"
+
+
+def test_error_of_central_differences():
+    def central(function, step):
+        return np.array([(function(1 + step) - function(1 - step)) / (2 * step)])
+
+    slope, error = derivative(lambda step: central(np.exp, step), 1e-2)
+    assert 0 < abs(slope[0] - np.e) < error < 1e-6
+    slope, error = derivative(lambda step: central(lambda x: 1e6 * (x > 1.003), step), 1e-3)
+    assert error <= 1e-5 * abs(slope[0]), "a step is no excuse"
+
+
+@pytest.mark.parametrize(
+    ("build", "failed"),
+    [
+        (lambda: SumCalculator([Pairs(), Pairs()]), {"results_are_known_to_ase", "todict_rebuilds_it"}),
+        (lambda: FiniteDifferenceCalculator(Pairs()), {"no_stress_without_a_volume", "todict_rebuilds_it"}),
+    ],
+    ids=["sum", "differences"],
+)
+def test_wrappers_that_are_no_calculator_of_ases_are_checked(build, failed):
+    """They have no ``reset()``, and one of them declares properties that what is wrapped lacks."""
+    report = check_calculator(build(), crystal()[:2], points=[1, 2, 4, 5, 8, 11])
+    assert failed | {"is_an_ase_calculator", "serves_what_it_says"} <= {
+        result.name for result in report.failed
+    }
+    assert {"energies_sum_to_the_energy", "forces_sum_to_zero"} - {r.name for r in report.of("skipped")} <= {
+        result.name for result in report.of("passed")
+    }
+    assert not any("has no attribute" in result.detail for result in report.failed), str(report)
+
+
+@pytest.mark.parametrize("nothing", [None, "emt", EMT], ids=str)
+def test_what_is_no_calculator_is_reported(nothing):
+    report = check_calculator(nothing, crystal())
+    assert [result.name for result in report.failed] == ["is_an_ase_calculator"]
+    assert len(report.results) == 1
+    with pytest.raises(ContractError, match="is no calculator"):
+        report.raise_if_failed()
+
+
+@pytest.mark.parametrize("periodic", [True, False])
+def test_structures_that_checks_make_keep_what_the_calculator_needs(periodic):
+    atoms = crystal()
+    if not periodic:
+        atoms.cell, atoms.pbc = None, False
+    atoms.info["choice"] = "bulk"
+    atoms.set_array("heads", np.arange(1, len(atoms) + 1))
+    check_calculator(pairs.NeedsChoice(), atoms, points=[5, 6, 7, 8, 9, 10, 15, 18]).raise_if_failed()
 
 
 def test_impossible_requests():

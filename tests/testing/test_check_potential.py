@@ -8,6 +8,7 @@ from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.models.painn import PaiNN
 from ase_gffmerge.testing import check_potential
+from ase_gffmerge.testing.potential_checks import small_cluster
 
 HYPER = {"channels": 4, "n_blocks": 1, "n_radial": 4, "cutoff": 3.0}
 
@@ -80,7 +81,16 @@ class Shortcut(PaiNN):
         return super().forward(graph) + 0.1
 
 
+class SlightlyWrongForces(PaiNN):
+    """Right energies; a ten-thousandth more of every force."""
+
+    def energies(self, scalars, graph):
+        energies = super().energies(scalars, graph)
+        return energies.detach() + (1 + 1e-4) * (energies - energies.detach())
+
+
 BROKEN = [
+    (SlightlyWrongForces, "forces_are_the_gradient"),
     (ReadsPositions, "geometry_enters_through_edge_vectors"),
     (SingleEnergies, "energies_per_atom_in_float64"),
     (NoEnvelope, "nothing_happens_at_the_cutoff"),
@@ -114,8 +124,24 @@ def test_the_package_s_own_architectures_pass(architecture, as_graph):
     assert check_potential(potential.float(), water(), tolerance=1e-4).passed
 
 
-@pytest.mark.parametrize(("broken", "name"), BROKEN)
-def test_each_broken_promise_is_caught_by_its_check(broken, name):
+@pytest.mark.parametrize("species", [(8,), (1, 8), tuple(range(1, 90))], ids=len)
+@pytest.mark.parametrize("architecture", ["painn", "nequip"])
+def test_a_structure_is_made_if_none_is_given(architecture, species):
     torch.manual_seed(0)
-    report = check_potential(broken(broken.Hyper(**HYPER), (1, 8)).double(), water())
+    hyper = HYPER | ({"tensor_channels": 2} if architecture == "nequip" else {})
+    potential = build_potential(architecture, hyper, species).double()
+    check_potential(potential).raise_if_failed()
+    assert check_potential(potential.float()).passed, "with a tolerance that suits float32"
+    atoms = small_cluster(potential)
+    assert set(atoms.numbers) <= set(species)
+    assert len(set(atoms.numbers)) == min(len(species), len(atoms))
+    graph = build_graph(atoms, potential.hyper.cutoff)
+    assert set(graph.edge_index[0].tolist()) == set(range(len(atoms))), "every atom has a neighbour"
+
+
+@pytest.mark.parametrize(("broken", "name"), BROKEN)
+@pytest.mark.parametrize("build", [water, lambda: None], ids=["water", "default"])
+def test_each_broken_promise_is_caught_by_its_check(broken, name, build):
+    torch.manual_seed(0)
+    report = check_potential(broken(broken.Hyper(**HYPER), (1, 8)).double(), build())
     assert name in {result.name for result in report.failed}, str(report)
