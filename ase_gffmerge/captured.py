@@ -92,6 +92,16 @@ class Recording:
         return gradient[edges].clone(), (energies[atoms].clone(), [x[atoms].clone() for x in scalars])
 
 
+def ghost_graph(size: Size, ghost: tuple[int, float], *, like: Tensor) -> Arguments:
+    """Graph of nothing but ghosts of this atomic number and length of edges, on the device and in the type of ``like``."""
+    number, distance = ghost
+    vectors = like.new_zeros(size.n_edges, 3)
+    vectors[:, 0] = distance
+    atoms = size.n_atoms - 1 - torch.arange(size.n_edges, device=like.device) % GHOSTS
+    specialist = atoms.new_zeros(size.n_atoms)
+    return vectors, atoms.repeat(2, 1), specialist, torch.full_like(specialist, number)
+
+
 class CapturedFunction:
     """The same function, recorded once for every size of graph that comes back; safe to call from several threads.
 
@@ -134,7 +144,7 @@ class CapturedFunction:
             return None
         if len(self._recordings) >= RECORDINGS:
             self._forget(next(iter(self._recordings)))
-        ghosts = self._ghosts(size, vectors)
+        ghosts = ghost_graph(size, self.ghost, like=vectors)
         inputs = (ghosts[0].clone(), ghosts[1].clone(), ghosts[2].clone(), ghosts[3].clone())
         try:
             outputs, replay = self.record(self.function, inputs)
@@ -143,15 +153,6 @@ class CapturedFunction:
             return None
         recording = self._recordings[size] = Recording(ghosts, inputs, outputs, replay)
         return recording
-
-    def _ghosts(self, size: Size, vectors: Tensor) -> Arguments:
-        """Graph of nothing but ghosts, on the device and in the type of ``vectors``."""
-        number, distance = self.ghost
-        along_x = vectors.new_zeros(size.n_edges, 3)
-        along_x[:, 0] = distance
-        ghost = size.n_atoms - 1 - torch.arange(size.n_edges, device=vectors.device) % GHOSTS
-        specialist = ghost.new_zeros(size.n_atoms)
-        return along_x, ghost.repeat(2, 1), specialist, torch.full_like(specialist, number)
 
     def _take_turns(self, device: torch.device) -> None:
         """Let this stream wait for the one that used the recordings before: they share memory."""

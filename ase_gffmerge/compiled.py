@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ase_gffmerge.captured import CapturedFunction, EdgeFunction, Result
+from ase_gffmerge.captured import CapturedFunction, EdgeFunction, Result, Size, ghost_graph
 from ase_gffmerge.cuda_graphs import CudaGraphs
 from ase_gffmerge.errors import first_line
 from ase_gffmerge.graphs import Prediction
@@ -30,6 +30,12 @@ Compile = bool | Literal["auto"]
 Way = Literal["compiled", "recorded"]
 EAGER_STEPS = 200
 """Evaluations on a GPU before ``auto`` compiles: a relaxation is over by then."""
+
+
+TRACED = Size(211, 4099)
+"""Atoms and edges of what is traced. What is equal in it, torch takes to be equal in every structure, so that a first structure
+of two or three atoms, like the components of a vector, would have a function for itself; and work of this size is worth
+sharing among threads."""
 
 
 class CompileWarning(UserWarning):
@@ -87,7 +93,7 @@ class CompiledPotential:
         vectors = edge_vectors(graph)
         arguments = (
             vectors.to(self.potential.dtype),
-            graph.edge_index,
+            graph.edge_index.contiguous(),
             graph.specialist,
             graph.atomic_numbers,
         )
@@ -136,12 +142,13 @@ class CompiledPotential:
         return result
 
     def _made(self, way: Way) -> EdgeFunction:
-        eager = way == "recorded"
-        function = differentiated(self.potential) if eager else compiled(self.potential, backend=self.backend)
-        if not self._on_gpu:
-            return function
         ghost = self.potential.species[0], self.potential.hyper.cutoff
-        return CapturedFunction(function, ghost=ghost, record=CudaGraphs())
+        if way == "compiled":
+            function = compiled(self.potential, backend=self.backend)
+            function(*ghost_graph(TRACED, ghost, like=self.potential.embedding))
+        else:
+            function = differentiated(self.potential)
+        return CapturedFunction(function, ghost=ghost, record=CudaGraphs()) if self._on_gpu else function
 
     def _give_up(self, error: Exception) -> None:
         if not self._failed:

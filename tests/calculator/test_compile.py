@@ -6,6 +6,8 @@ from copy import copy
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
+from ase.build import molecule
 from ase.calculators.calculator import CalculatorSetupError
 from torch._dynamo.utils import counters
 from toys import SMALL, SPECIES, STRUCTURES, crystal, everything, random_force_field
@@ -24,13 +26,16 @@ def fresh_counters():
     torch._dynamo.reset()
 
 
-def test_one_compilation_serves_every_size(architecture, fresh_counters) -> None:
+@pytest.mark.parametrize(
+    "first", [Atoms("H2", [[0, 0, 0], [0, 0, 0.8]]), molecule("H2O"), crystal()], ids=["H2", "H2O", "crystal"]
+)
+def test_one_compilation_serves_every_size(architecture, first, fresh_counters) -> None:
     """What torch traces is what it would compile: once, without breaks, whatever the numbers of atoms and edges."""
     hyper = {**SMALL[architecture], "n_blocks": 1, "cutoff": 4.0}
     potential = build_potential(architecture, hyper, SPECIES).double().requires_grad_(False)
     compiled = CompiledPotential(potential, compile=True, backend="eager")
-    for repeats in ((2, 1, 1), (1, 2, 2), (3, 1, 1)):
-        graph = build_graph(crystal() * repeats, potential.hyper.cutoff)
+    for atoms in (first, *(crystal() * repeats for repeats in ((2, 1, 1), (1, 2, 2), (3, 1, 1)))):
+        graph = build_graph(atoms, potential.hyper.cutoff)
         expected = predict(potential, copy(graph))
         prediction, scalars = compiled(graph)
         for name in ("energies", "energy", "forces", "strain_derivative"):
