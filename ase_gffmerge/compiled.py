@@ -33,9 +33,9 @@ EAGER_STEPS = 200
 
 
 TRACED = Size(211, 4099)
-"""Atoms and edges of what is traced. What is equal in it, torch takes to be equal in every structure, so that a first structure
-of two or three atoms, like the components of a vector, would have a function for itself; and work of this size is worth
-sharing among threads."""
+"""Atoms and edges of what is traced. What is equal in it, torch takes to be equal in every structure; with a first structure
+of two or three atoms, like the components of a vector, it would have to trace again. And work of this size is worth sharing
+among threads."""
 
 
 class CompileWarning(UserWarning):
