@@ -73,7 +73,7 @@ def md(
     from ase_gffmerge.cli.structures import prepared
     from ase_gffmerge.evaluation.dynamics import run_md
 
-    atoms = prepared(model, structure, device=device, dtype=dtype.value, specialist=specialist)
+    atoms = prepared(model, structure, out=out, device=device, dtype=dtype.value, specialist=specialist)
     monitor = extrapolation_monitor(atoms, extrapolation, threshold=threshold, trajectory=out)
     with progress_bar(f"{ensemble.value} at {temperature:g} K") as progress:
         last: list[Sample] = []

@@ -1,5 +1,6 @@
 """Options that several verbs share."""
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,13 @@ class Conditioning(StrEnum):
 
     shared = "shared"
     per_specialist = "per-specialist"
+
+
+def positive(value: float) -> float:
+    """Callback of options that must be positive and finite."""
+    if not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value:g} is not positive and finite.")
+    return value
 
 
 ModelArgument = Annotated[

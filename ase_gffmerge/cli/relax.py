@@ -13,6 +13,7 @@ from ase_gffmerge.cli.options import (
     ModelArgument,
     SpecialistOption,
     StructureArgument,
+    positive,
 )
 from ase_gffmerge.cli.output import note, print_json, print_table, progress_bar
 
@@ -30,9 +31,11 @@ class Optimizer(StrEnum):
 def relax(
     model: ModelArgument,
     structure: StructureArgument,
-    out: Annotated[Path, typer.Option(help="Structure to write, in any format of ASE.", show_default=False)],
-    fmax: Annotated[float, typer.Option(help="Largest force at the end, eV/Å.")] = 0.01,
-    steps: Annotated[int, typer.Option(help="Largest number of steps.")] = 1000,
+    out: Annotated[
+        Path, typer.Option(help="Structure to write, in a format that ASE reads.", show_default=False)
+    ],
+    fmax: Annotated[float, typer.Option(help="Largest force at the end, eV/Å.", callback=positive)] = 0.01,
+    steps: Annotated[int, typer.Option(help="Largest number of steps.", min=1)] = 1000,
     cell: Annotated[bool, typer.Option("--cell", help="Relax the cell as well.")] = False,
     optimizer: Annotated[Optimizer, typer.Option(help="bfgs or fire.")] = Optimizer.bfgs,
     dtype: Annotated[DType, typer.Option(help="Of the network.")] = DType.float64,
@@ -44,9 +47,10 @@ def relax(
     from ase_gffmerge.cli.structures import prepared
 
     file_format = output_format(out)
-    atoms = prepared(model, structure, device=device, dtype=dtype.value, specialist=specialist)
+    atoms = prepared(model, structure, out=out, device=device, dtype=dtype.value, specialist=specialist)
     check_cell(atoms, cell)
     before = energy(atoms)
+    try_format(atoms, file_format)
     taken, converged = optimise(atoms, cell=cell, optimizer=optimizer, fmax=fmax, steps=steps)
     write_structure(atoms, out, file_format)
     document: dict[str, Any] = {
@@ -96,8 +100,8 @@ def check_cell(atoms: "Atoms", cell: bool) -> None:
 
 
 def output_format(out: Path) -> str:
-    """ASE's name of the format of ``out``; refuses unknown suffixes and folders that cannot be written."""
-    from ase.io.formats import UnknownFileTypeError, filetype, ioformats
+    """ASE's name of the format of ``out``; refuses what is no file of structures, and folders that cannot be written."""
+    from ase.io.formats import UnknownFileTypeError, filetype, get_compression, ioformats
 
     from ase_gffmerge.errors import FileFormatError
     from ase_gffmerge.fileformat import require_writable
@@ -106,16 +110,44 @@ def output_format(out: Path) -> str:
         name = filetype(str(out), read=False)
     except UnknownFileTypeError:
         name = ""
-    if name not in ioformats or not ioformats[name].can_write:
-        raise FileFormatError(f"ASE cannot write {out}: use .xyz, .extxyz, .cif or .traj")
+    both_ways = name in ioformats and ioformats[name].can_write and ioformats[name].can_read
+    if not both_ways or name in DATABASES or get_compression(str(out))[1]:
+        raise FileFormatError(
+            f"cannot write the structure to {out}: that is no file of structures that ASE writes and reads again, but of an "
+            f"unknown kind, or a picture, a database or compressed; {USABLE}"
+        )
     require_writable(out)
     return "extxyz" if name == "xyz" else name
 
 
+DATABASES = ("db", "mysql", "postgresql")
+USABLE = "use .xyz, .extxyz, .cif or .traj"
+
+
+def try_format(atoms: "Atoms", file_format: str) -> None:
+    """Refuse a format that cannot hold the structure: before it is relaxed, not after."""
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        write_structure(atoms, Path(folder, "structure"), file_format)
+
+
 def write_structure(atoms: "Atoms", out: Path, file_format: str) -> None:
-    """Write the structure atomically."""
+    """Write the structure atomically, under a temporary name without a suffix that would say more than the format."""
     from ase.io import write
 
+    from ase_gffmerge.errors import FileFormatError, first_line
     from ase_gffmerge.fileformat import atomic_write
 
-    atomic_write(out, lambda temporary: write(temporary, atoms, format=file_format))
+    def attempt(temporary: Path) -> None:
+        try:
+            write(temporary, atoms, format=file_format)
+        except OSError:
+            raise
+        except Exception as error:  # whatever the writers of so many formats raise
+            raise FileFormatError(
+                f"ASE cannot write {atoms.get_chemical_formula()} in the format {file_format!r} ({first_line(error)}); "
+                f"{USABLE}"
+            ) from error
+
+    atomic_write(out, attempt)

@@ -40,6 +40,7 @@ def sample(
 
     Broken, overlapping or overheated structures are refused and counted; a fifth of the frames are displaced copies.
     """
+    from ase_gffmerge.cli.structures import require_other
     from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.device import resolve_device
     from ase_gffmerge.sampling.sample import SampleOptions, sample_frames
@@ -51,6 +52,8 @@ def sample(
         given["temperatures"] = temperatures
     options = validated(SampleOptions, given, source="gffmerge sample")
     check_outputs(out, attach)
+    if out:
+        require_other(out, structures)
     force_field = load(specialist).to(device=resolve_device(device))
     starts = [atoms for path in structures for atoms in read_frames(path)]
     with progress_bar("sampling") as progress:

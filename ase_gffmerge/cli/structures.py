@@ -1,5 +1,6 @@
 """Reading the structure that a verb works on, with a calculator attached."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,26 @@ def read_structure(path: Path) -> "Atoms":
     return atoms
 
 
-def prepared(model: str, structure: Path, *, device: str, dtype: str, specialist: str | None) -> "Atoms":
-    """Read the structure and attach the model as its calculator; unknown elements are refused here."""
+def require_other(out: Path, inputs: Sequence[Path]) -> None:
+    """Refuse to write over what is read."""
+    from ase_gffmerge.errors import FileFormatError
+
+    if any(out.exists() and path.exists() and out.samefile(path) for path in inputs):
+        raise FileFormatError(
+            f"cannot write {out}: it is the input, which would be lost; give --out another name"
+        )
+
+
+def prepared(
+    model: str, structure: Path, *, out: Path, device: str, dtype: str, specialist: str | None
+) -> "Atoms":
+    """Read the structure and attach the model as its calculator.
+
+    Unknown elements are refused here, and so is an ``out`` that would overwrite the input.
+    """
     from ase_gffmerge.calculator import GFFMergeCalculator
 
+    require_other(out, [structure, Path(model)])
     atoms = read_structure(structure)
     atoms.calc = GFFMergeCalculator([model], device=device, dtype=dtype, specialist=specialist)  # type: ignore[arg-type]
     return atoms

@@ -82,9 +82,11 @@ def run_md(
     StructureError
         For ``npt`` without a cell in three directions.
     """
-    _check(
-        atoms, ensemble=ensemble, steps=steps, timestep=timestep, temperature=temperature, interval=interval
+    _check_options(ensemble=ensemble, steps=steps, interval=interval, seed=seed)
+    _check_conditions(
+        timestep=timestep, temperature=temperature, friction=friction, pressure=pressure, ensemble=ensemble
     )
+    _check_structure(atoms, ensemble)
     rng = np.random.default_rng(seed)
     if thermalize:
         new_momenta(atoms, temperature, rng=rng)
@@ -121,17 +123,31 @@ def run_md(
     )
 
 
-def _check(
-    atoms: Atoms, *, ensemble: str, steps: int, timestep: float, temperature: float, interval: int
-) -> None:
+def _check_options(*, ensemble: str, steps: int, interval: int, seed: int) -> None:
     if ensemble not in ENSEMBLES:
         raise DynamicsError(f"unknown ensemble {ensemble!r}; choose one of {', '.join(ENSEMBLES)}")
     if steps < 1 or interval < 1:
         raise DynamicsError(f"{steps} steps sampled every {interval}: both must be at least 1")
-    if not timestep > 0 or not temperature >= 0:
-        raise DynamicsError(
-            f"a time step of {timestep} fs at {temperature} K is impossible; both must be positive"
-        )
+    if seed < 0:
+        raise DynamicsError(f"a seed of {seed} is impossible; give a whole number that is not negative")
+
+
+def _check_conditions(
+    *, timestep: float, temperature: float, friction: float, pressure: float, ensemble: str
+) -> None:
+    if not 0 < timestep < np.inf:
+        raise DynamicsError(f"a time step of {timestep} fs is impossible; it must be positive and finite")
+    if not 0 <= temperature < np.inf:
+        raise DynamicsError(f"{temperature} K are impossible; a temperature is not negative, and finite")
+    if ensemble == "npt" and temperature == 0:
+        raise DynamicsError("npt has no thermostat for 0 K; give a positive temperature, or use nve")
+    if not 0 <= friction < np.inf:
+        raise DynamicsError(f"a friction of {friction}/fs is impossible; it must not be negative, and finite")
+    if not np.isfinite(pressure):
+        raise DynamicsError(f"a pressure of {pressure} GPa is impossible; it must be finite")
+
+
+def _check_structure(atoms: Atoms, ensemble: str) -> None:
     if len(atoms) == 0:
         raise StructureError("the structure has no atoms; give one with at least one")
     if ensemble == "npt" and not (atoms.pbc.all() and atoms.cell.rank == 3):

@@ -1,5 +1,6 @@
 """What is run to judge a potential by its dynamics."""
 
+import math
 from dataclasses import dataclass
 
 from ase_gffmerge.dynamics.replicas import Ensemble
@@ -43,10 +44,10 @@ class Protocol:
         """Refuse what cannot be run."""
         if self.seeds < 1:
             raise DynamicsError(f"{self.seeds} seeds: nothing would be run; give at least 1")
-        if not (self.timestep > 0 and self.temperature > 0 and self.picoseconds > 0):
+        if not all(0 < value < math.inf for value in (self.timestep, self.temperature, self.picoseconds)):
             raise DynamicsError(
                 f"a time step of {self.timestep:g} fs, a temperature of {self.temperature:g} K or a time of "
-                f"{self.picoseconds:g} ps is impossible; all must be positive"
+                f"{self.picoseconds:g} ps is impossible; all must be positive and finite"
             )
         if self.steps("nve") < 10 * self.every("nve"):
             raise DynamicsError(
