@@ -14,13 +14,14 @@ from ase_gffmerge.specialist import Specialist
 
 RIDGE = 1e-6
 FRAMES = 100
+SINGLE = "a single force field: nothing was merged"
 
 
 def merge_rows(bench: Bench) -> Iterator[Row]:
     """Tell how long the merge took; it is paid once."""
     record = bench.force_field.merged
     if record is None:
-        yield Row(what="merge", against="", ratio=None, note="a single force field: nothing was merged")
+        yield Row(what="merge", against="", ratio=None, note=SINGLE)
         return
     seconds = sum(MergeReport.from_dict(record.report).seconds.values())
     yield Row(
@@ -95,7 +96,9 @@ def linear_rows(force_field: Specialist, *, n_frames: int) -> list[tuple[Tensor,
 
 def cache_rows(bench: Bench) -> Iterator[Row]:
     """Compare building the calculator of all specialists from the cache with that of one specialist."""
+    what, against = "calculator from the cache", "calculator of one specialist"
     if len(bench.specialists) < 2:
+        yield Row(what=what, against=against, ratio=None, note=SINGLE)
         return
     times = medians(
         {
@@ -105,8 +108,8 @@ def cache_rows(bench: Bench) -> Iterator[Row]:
         repeats=bench.repeats,
     )
     yield Row(
-        what="calculator from the cache",
-        against="calculator of one specialist",
+        what=what,
+        against=against,
         ratio=times["cache hit"] / times["one specialist"],
         target=1.2,
         milliseconds=times,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from ase_gffmerge.evaluation.benchmark import Bench, Row, md_step, medians
+from ase_gffmerge.evaluation.benchmark_merging import SINGLE
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.models import Potential
 
@@ -78,8 +79,11 @@ def compile_rows(bench: Bench) -> Iterator[Row]:
 def ensemble_rows(bench: Bench) -> Iterator[Row]:
     """Compare the specialists, evaluated one after the other, with their merge."""
     k = len(bench.specialists)
+    if k < 2:
+        yield Row(what="ensemble", against="merged", ratio=None, note=SINGLE)
+        return
     known = set.intersection(*(set(s.species) for s in bench.specialists))
-    for n_atoms in bench.sizes if k > 1 else ():
+    for n_atoms in bench.sizes:
         atoms = bench.structure(n_atoms)
         if not known >= set(atoms.numbers):
             yield Row(
