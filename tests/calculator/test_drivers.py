@@ -1,14 +1,19 @@
 """What ASE does with a calculator: dynamics, relaxation, files, composition."""
 
 import io
+import os
+from threading import Thread
+from uuid import uuid4
 
 import numpy as np
 import pytest
-from ase import units
+from ase import Atoms, units
 from ase.build import bulk
 from ase.calculators.fd import FiniteDifferenceCalculator
 from ase.calculators.loggingcalc import LoggingCalculator
 from ase.calculators.mixing import SumCalculator
+from ase.calculators.socketio import SocketClient, SocketIOCalculator
+from ase.calculators.subprocesscalculator import Client, PackedCalculator, PythonSubProcessCalculator
 from ase.constraints import FixCom
 from ase.db import connect
 from ase.filters import FrechetCellFilter
@@ -19,6 +24,7 @@ from ase.optimize import BFGS, FIRE
 from toys import cluster, crystal
 
 from ase_gffmerge import serving
+from ase_gffmerge.errors import StructureError
 from ase_gffmerge.extrapolation import predict_graded
 
 
@@ -180,6 +186,71 @@ def test_18_sum_logging_and_finite_difference_calculators(calc):
     atoms.calc = FiniteDifferenceCalculator(calc, eps_disp=1e-4, eps_strain=1e-4)
     assert np.abs(atoms.get_forces() - forces).max() < 1e-7
     assert np.abs(atoms.get_stress() - stress).max() < 1e-8
+
+
+def relaxed(atoms, calc):
+    """Positions, energy, forces and stress after a few steps of a relaxation."""
+    atoms.calc = calc
+    BFGS(atoms, logfile=None).run(fmax=0, steps=3)
+    return atoms.get_positions(), atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs Unix sockets")
+def test_18_socket_client(calc):
+    """A driver reaches the calculator over the i-PI protocol, which carries a virial for the stress."""
+    name = f"gffmerge-{uuid4().hex}"  # ASE makes the path of it
+    served = crystal()
+    served.calc = calc
+    with SocketIOCalculator(unixsocket=name, timeout=30) as driver:
+        client = SocketClient(unixsocket=name, timeout=30)
+        thread = Thread(target=client.run, args=(served, True))
+        thread.start()
+        results = relaxed(crystal(), driver)
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    for got, expected in zip(results, relaxed(crystal(), calc.spawn()), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
+
+
+class Packed(PackedCalculator):
+    """A calculator that goes to its process by pickle."""
+
+    def __init__(self, calc):
+        self.calc = calc
+
+    def unpack_calculator(self):
+        return self.calc
+
+
+class WorkerThread:
+    """ASE's worker over pipes, as a thread: a process would take seconds to import."""
+
+    def execute(self):
+        (there, stdin), (stdout, back) = os.pipe(), os.pipe()
+        self.stdin, self.stdout = os.fdopen(stdin, "wb"), os.fdopen(stdout, "rb")
+        self.thread = Thread(target=self.work, args=(there, back))
+        self.thread.start()
+        return self
+
+    def work(self, there, back):
+        with open(there, "rb") as requests, open(back, "wb") as answers:
+            worker = Client(requests, answers)
+            worker.mainloop(worker.recv().unpack_calculator())
+
+    def communicate(self):
+        self.thread.join(timeout=30)
+        self.stdin.close(), self.stdout.close()
+
+
+def test_18_subprocess_calculator(calc):
+    """It goes to the other side by pickle, is asked through ``calculate``, and an error there arrives here."""
+    with PythonSubProcessCalculator(Packed(calc), WorkerThread()) as remote:
+        results = relaxed(crystal(), remote)
+        assert remote.backend().todict() == calc.todict()
+        with pytest.raises(StructureError, match="Pu"):
+            Atoms("Pu", calculator=remote).get_forces()
+    for got, expected in zip(results, relaxed(crystal(), calc), strict=True):
+        assert np.array_equal(got, expected)
 
 
 def test_results_reach_the_log(calc):
