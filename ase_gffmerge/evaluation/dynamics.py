@@ -13,7 +13,7 @@ from ase.md.md import MolecularDynamics
 
 from ase_gffmerge.dynamics.bonds import Bonds, bonds_intact, broken_bonds, find_bonds
 from ase_gffmerge.dynamics.momenta import degrees_of_freedom, new_momenta
-from ase_gffmerge.errors import DynamicsError, StructureError
+from ase_gffmerge.errors import DynamicsError, StructureError, first_line
 from ase_gffmerge.evaluation.mdresult import MDResult, Sample
 from ase_gffmerge.evaluation.trajectory import frame_writer
 
@@ -94,7 +94,7 @@ def run_md(
     bonds = find_bonds(atoms)
     samples: list[Sample] = []
     broken: set[tuple[int, int]] = set()
-    with _resting_centre(atoms, ensemble), frame_writer(trajectory) as write:
+    with _resting_centre(atoms, ensemble), _explained(timestep), frame_writer(trajectory) as write:
         dynamics = _integrator(
             atoms, ensemble, temperature, timestep, friction=friction, pressure=pressure, rng=rng
         )
@@ -186,6 +186,18 @@ def _integrator(
         tdamp=100 * dt,
         pdamp=1000 * dt,
     )
+
+
+@contextmanager
+def _explained(timestep: float) -> Iterator[None]:
+    """Say what it means when an integrator ends in an operation that has no result."""
+    try:
+        yield
+    except (ArithmeticError, np.linalg.LinAlgError) as error:
+        raise DynamicsError(
+            f"the integrator cannot go on ({first_line(error)}); a too long time step (now {timestep:g} fs) or a too large "
+            "temperature, friction or pressure is the usual cause, so try smaller ones"
+        ) from error
 
 
 @contextmanager

@@ -48,6 +48,14 @@ def test_one_line_and_no_file(gffmerge, files: Path, arguments: tuple[object, ..
     assert {path: path.read_bytes() for path in files.iterdir()} == before
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("option", [("--timestep", 1e200), ("--timestep", 1e5, "--steps", 5)])
+def test_integrators_that_give_up(gffmerge, files: Path, option: tuple[object, ...]) -> None:
+    ended = gffmerge("md", *DIAMOND, "--temperature", 300, *option)
+    assert ended.code == 2
+    assert "the integrator cannot go on (" in ended.err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("device", ["mps", "meta", "privateuseone", "xpu:0"])
 @pytest.mark.parametrize(
     "verb", [("md", *WATER, *NVT, "--temperature", 300), ("evaluate", *WATER), ("benchmark", WATER[0])]
