@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.errors import FileFormatError, first_line
 
 FORMAT = "ase-gffmerge"
 
@@ -176,11 +176,6 @@ def _content(path: Path, *, with_tensors: bool) -> tuple[dict[str, str], dict[st
             f"{path} is not a readable safetensors file ({first_line(error)}); it is truncated, altered or of another "
             "kind: copy or download it again. Pickled checkpoints are never opened."
         ) from None
-
-
-def first_line(error: Exception) -> str:
-    """Message of an error without the stack that torch adds."""
-    return str(error).partition("\n")[0]
 
 
 def _header(handle: BinaryIO) -> dict[str, str]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from ase_gffmerge.adapters.names import foreign_source
 from ase_gffmerge.calibration import pack_frames, require_sound, unpack_frames
 from ase_gffmerge.conditioning import with_indices, without_choice
-from ase_gffmerge.errors import FileFormatError, StructureError
-from ase_gffmerge.fileformat import digest, first_line, read_file, write_file
+from ase_gffmerge.errors import FileFormatError, StructureError, first_line
+from ase_gffmerge.fileformat import digest, read_file, write_file
 from ase_gffmerge.models import Potential, build_potential
 from ase_gffmerge.models.leverage import LeverageGauge
 from ase_gffmerge.provenance import (
@@ -192,7 +192,7 @@ class Specialist:
             )
             units = metadata["units"]
         except FileFormatError as error:
-            raise FileFormatError(f"{path}: {error}") from None
+            raise FileFormatError(f"{path}: {first_line(error)}") from None
         except _GARBLED as error:
             raise FileFormatError(
                 f"{path}: metadata lack or garble {first_line(error)}; write the file again"

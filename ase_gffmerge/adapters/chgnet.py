@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ase_gffmerge.adapters.base import Foreign, load_checkpoint, require_own_parts
-from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.fileformat import atomic_write, first_line
+from ase_gffmerge.errors import FileFormatError, first_line
+from ase_gffmerge.fileformat import atomic_write
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.chgnet import CHGNet, CHGNetHyper
 

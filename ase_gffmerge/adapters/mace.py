@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ase_gffmerge.adapters.base import Foreign
 from ase_gffmerge.adapters.conversion import converted, per_element, require_package, rows_of_elements
-from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.fileformat import first_line
+from ase_gffmerge.errors import FileFormatError, first_line
 from ase_gffmerge.models import Potential
 
 if TYPE_CHECKING:

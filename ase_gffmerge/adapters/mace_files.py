@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.adapters.base import load_checkpoint, require_own_parts
-from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.fileformat import atomic_write, first_line
+from ase_gffmerge.errors import FileFormatError, first_line
+from ase_gffmerge.fileformat import atomic_write
 from ase_gffmerge.models.e3nn_mode import package_mode
 from ase_gffmerge.models.element_linear import write_product
 from ase_gffmerge.models.mace_package import TABLES, MACEPackage, build_network

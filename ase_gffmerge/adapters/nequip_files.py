@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from ase_gffmerge.adapters.base import load_checkpoint
-from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.fileformat import first_line
+from ase_gffmerge.errors import FileFormatError, first_line
 from ase_gffmerge.models.e3nn_mode import package_mode
 
 BUILDERS = ("NequIPGNNModel", "PresetNequIPGNNModel", "FullNequIPGNNModel")

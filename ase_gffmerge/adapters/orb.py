@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ase_gffmerge.adapters.base import Foreign, load_checkpoint, require_own_parts
 from ase_gffmerge.adapters.conversion import converted, require_package
-from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.fileformat import atomic_write, first_line
+from ase_gffmerge.errors import FileFormatError, first_line
+from ase_gffmerge.fileformat import atomic_write
 from ase_gffmerge.models import Potential
 
 if TYPE_CHECKING:

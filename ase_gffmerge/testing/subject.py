@@ -10,6 +10,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 
+from ase_gffmerge.errors import first_line
 from ase_gffmerge.testing.report import CheckResult, Outcome
 
 PROPERTIES = ("energy", "free_energy", "energies", "forces", "stress")
@@ -163,12 +164,8 @@ def run_check(function: Callable[..., str | None], subject: Any) -> CheckResult:
     except CheckFailed as finding:
         outcome, detail = "failed", str(finding)
     except Exception as error:
-        outcome, detail = "failed", f"raised {type(error).__name__}: {_first_line(error)}"
+        outcome, detail = "failed", f"raised {type(error).__name__}: {first_line(error)[:300]}"
     return CheckResult(function.point, function.__name__, outcome, detail)  # type: ignore[attr-defined]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:300]
 
 
 def require(condition: bool, finding: str) -> None:
