@@ -8,6 +8,7 @@ import typer
 
 from ase_gffmerge.cli.options import JsonOption
 from ase_gffmerge.cli.output import note, print_json
+from ase_gffmerge.cli.structures import require_other
 
 
 def convert(
@@ -46,6 +47,7 @@ def convert(
     from ase_gffmerge.training.frames import bare
 
     foreign = foreign_source(source)
+    require_other(out, [foreign[1] if foreign else source, *filter(None, [calibration])])
     specialist = Specialist.from_vendor(*foreign, trust=trust) if foreign else load(source)
     given = {"name": name, "level_of_theory": level_of_theory}
     specialist = replace(specialist, **{key: value for key, value in given.items() if value})  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import typer
 
 from ase_gffmerge.cli.options import DeviceOption, JsonOption
 from ase_gffmerge.cli.output import note, print_json, progress_bar
+from ase_gffmerge.cli.structures import require_other
 from ase_gffmerge.cli.train import EpochWatch
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def distill(
     chosen = chosen.model_copy(update={"refine": options})
     loaded = [load(source) for source in specialists]
     extra = [read_frames(path) for path in frames] if frames else None
+    require_other(out, [*specialists, *(frames or ()), *filter(None, [init])])
     require_writable(out)
     start = load(init) if init else merged_start(loaded, chosen, device)
     with progress_bar("distilling") as progress:

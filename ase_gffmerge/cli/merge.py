@@ -8,6 +8,7 @@ import typer
 
 from ase_gffmerge.cli.options import Conditioning, DeviceOption, JsonOption
 from ase_gffmerge.cli.output import Progress, note, print_json, progress_bar
+from ase_gffmerge.cli.structures import require_other
 
 if TYPE_CHECKING:
     from ase_gffmerge.merging.recipe import Recipe
@@ -51,6 +52,7 @@ def merge(
     )
     loaded = [load(source) for source in specialists]
     for path in filter(None, (out, report)):
+        require_other(path, specialists)
         require_writable(path)
     with progress_bar("merging") as progress:
         merged, result, loop = solve(

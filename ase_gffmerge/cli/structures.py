@@ -19,11 +19,11 @@ def read_structure(path: Path) -> "Atoms":
     return atoms
 
 
-def require_other(out: Path, inputs: Sequence[Path]) -> None:
+def require_other(out: Path, inputs: Sequence[str | Path]) -> None:
     """Refuse to write over what is read."""
     from ase_gffmerge.errors import FileFormatError
 
-    if any(out.exists() and path.exists() and out.samefile(path) for path in inputs):
+    if any(out.exists() and Path(path).exists() and out.samefile(path) for path in inputs):
         raise FileFormatError(
             f"cannot write {out}: it is the input, which would be lost; give --out another name"
         )

@@ -9,6 +9,7 @@ import typer
 
 from ase_gffmerge.cli.options import DeviceOption, JsonOption
 from ase_gffmerge.cli.output import Progress, note, print_json, print_table, progress_bar
+from ase_gffmerge.cli.structures import require_other
 
 if TYPE_CHECKING:
     from ase_gffmerge.accuracy import Errors
@@ -50,6 +51,7 @@ def train(
     from ase_gffmerge.training.references import load_references
 
     options = load_config(config, model=model, epochs=epochs, seed=seed)
+    require_other(out, [*frames, *(test or ()), *filter(None, [init])])
     started = perf_counter()
     with progress_bar("training") as progress:
         watch = EpochWatch(options.epochs, progress)

@@ -38,6 +38,10 @@ BAD = [
     (("relax", *WATER, "--out", "out.xyz.gz"), "cannot write the structure to out.xyz.gz"),
     (("relax", *WATER, "--out", "out.vasp"), "in the format 'vasp'"),
     (("sample", *WATER, "--out", "water.xyz", "--n", 1), "it is the input"),
+    (("merge", "base.safetensors", "water.safetensors", "--out", "water.safetensors"), "it is the input"),
+    (("distill", "base.safetensors", "water.safetensors", "--out", "base.safetensors"), "it is the input"),
+    (("train", "water.xyz", "--init", "base.safetensors", "--out", "base.safetensors"), "it is the input"),
+    (("convert", "water.safetensors", "water.safetensors"), "it is the input"),
 ]
 
 
