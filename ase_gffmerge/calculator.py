@@ -73,7 +73,8 @@ class GFFMergeCalculator(Calculator):
     device
         ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     dtype
-        ``float32`` or ``float64``, of the network; geometry and results are always float64.
+        ``float32`` or ``float64``, of the network; geometry and results are always float64. On a GPU products are rounded to
+        TF32 only if you ask torch for it (``torch.set_float32_matmul_precision``).
     skin
         Å by which neighbours are searched beyond the cutoff, so that a search lasts for many steps; 0 searches every time.
         It never changes a result.
