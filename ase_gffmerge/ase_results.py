@@ -69,17 +69,23 @@ def ase_results(prediction: Prediction, atoms: Atoms) -> dict[str, Any]:
     return results
 
 
+MIN_VOLUME = 1e-100
+"""Å^3; in less there is no stress that a number could hold."""
+
+
 def has_volume(atoms: Atoms) -> bool:
     """Whether the cell has three independent vectors (one that is not finite is reported elsewhere)."""
-    return not np.isfinite(atoms.cell.array).all() or atoms.cell.rank == 3
+    if not np.isfinite(atoms.cell.array).all():
+        return True
+    return atoms.cell.rank == 3 and atoms.cell.volume > MIN_VOLUME
 
 
 def require_volume(atoms: Atoms) -> None:
     """Raise ``PropertyNotImplementedError`` for structures that have no stress."""
     if not has_volume(atoms):
         raise PropertyNotImplementedError(
-            f"{atoms.get_chemical_formula()} has no volume and so no stress: only {atoms.cell.rank} of three cell "
-            "vectors are independent; set atoms.cell"
+            f"{atoms.get_chemical_formula()} has no volume and so no stress: {atoms.cell.rank} of three cell vectors are "
+            f"independent, and they span {atoms.cell.volume:.1g} Å^3; set atoms.cell"
         )
 
 

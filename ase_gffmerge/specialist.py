@@ -85,6 +85,8 @@ class Specialist:
     def check_species(self, atoms: Atoms) -> None:
         """Raise :class:`StructureError` when ``atoms`` holds elements that the potential does not know."""
         unknown = sorted(set(atoms.numbers.tolist()) - set(self.species))
+        if unknown and not 0 <= unknown[0] <= unknown[-1] < len(chemical_symbols):
+            raise StructureError(f"some of the atomic numbers {unknown} do not exist; look at atoms.numbers")
         if unknown:
             raise StructureError(
                 f"{atoms.get_chemical_formula()} contains {symbols(unknown)}, which {self.name!r} does not "

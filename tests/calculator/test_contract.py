@@ -180,6 +180,23 @@ def test_06_sees_a_choice_that_is_changed_in_place(conditioned):
     assert type(calc.todict()["specialist"]) is int
 
 
+@pytest.mark.parametrize("number", [-1, 119, 200])
+def test_07_atomic_numbers_that_do_not_exist(calc, number):
+    atoms = crystal()
+    atoms.numbers[0] = number
+    with pytest.raises(CalculatorSetupError, match="do not exist"):
+        atoms.calc = calc
+
+
+def test_08_a_volume_that_is_no_number_has_no_stress(calc):
+    atoms = cluster()
+    atoms.set_cell([1e-200] * 3)
+    atoms.calc = calc
+    assert np.isfinite(atoms.get_forces()).all()
+    with pytest.raises(PropertyNotImplementedError, match="no volume"):
+        atoms.get_stress()
+
+
 def test_07_unknown_elements_fail_when_attached(calc):
     atoms = molecule("SiH4")
     with pytest.raises(CalculatorSetupError, match=r"contains Si.*it knows H, C, O, Al, Cu"):
