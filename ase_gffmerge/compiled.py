@@ -133,8 +133,9 @@ class CompiledPotential:
 
     def _evaluate(self, way: Way, *arguments: Tensor) -> Result:
         """Call a function; other threads wait for its first call, in which it may be compiled."""
-        if way in self._functions:
-            return self._functions[way](*arguments)
+        known = self._functions.get(way)  # which another thread may take away
+        if known is not None:
+            return known(*arguments)
         with self._lock:
             function = self._functions.get(way) or self._made(way)
             result = function(*arguments)

@@ -25,7 +25,7 @@ def require_other(out: Path, inputs: Sequence[str | Path]) -> None:
 
     if any(out.exists() and Path(path).exists() and out.samefile(path) for path in inputs):
         raise FileFormatError(
-            f"cannot write {out}: it is the input, which would be lost; give --out another name"
+            f"cannot write {out}: it is the input, which would be lost; choose another name"
         )
 
 
