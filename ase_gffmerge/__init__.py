@@ -7,30 +7,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ase_gffmerge.calculator import GFFMergeCalculator as GFFMergeCalculator
-    from ase_gffmerge.dynamics.replicas import run_replicas as run_replicas
-    from ase_gffmerge.evaluation.extrapolation import ExtrapolationMonitor as ExtrapolationMonitor
-    from ase_gffmerge.merging.extrapolation import gauged as gauged
-    from ase_gffmerge.merging.hooked import merge_calculators as merge_calculators
+    from ase_gffmerge.dynamics.batched_md import run_replicas as run_replicas
+    from ase_gffmerge.dynamics.extrapolation_monitor import ExtrapolationMonitor as ExtrapolationMonitor
+    from ase_gffmerge.engines.ase.calculator import GFFMergeCalculator as GFFMergeCalculator
+    from ase_gffmerge.forcefield.force_field import Specialist as Specialist
+    from ase_gffmerge.forcefield.leverage_fit import gauged as gauged
+    from ase_gffmerge.merging.external_calculators import merge_calculators as merge_calculators
     from ase_gffmerge.merging.merge import merge as merge
     from ase_gffmerge.merging.recipe import Recipe as Recipe
-    from ase_gffmerge.specialist import Specialist as Specialist
-    from ase_gffmerge.training.distil import distil as distil
-    from ase_gffmerge.training.refine import merge_and_refine as merge_and_refine
+    from ase_gffmerge.training.distill import distil as distil
+    from ase_gffmerge.workflows.merge_and_distill import merge_and_refine as merge_and_refine
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ExtrapolationMonitor": "ase_gffmerge.evaluation.extrapolation",
-    "GFFMergeCalculator": "ase_gffmerge.calculator",
+    "ExtrapolationMonitor": "ase_gffmerge.dynamics.extrapolation_monitor",
+    "GFFMergeCalculator": "ase_gffmerge.engines.ase.calculator",
     "Recipe": "ase_gffmerge.merging.recipe",
-    "Specialist": "ase_gffmerge.specialist",
-    "gauged": "ase_gffmerge.merging.extrapolation",
-    "distil": "ase_gffmerge.training.distil",
+    "Specialist": "ase_gffmerge.forcefield.force_field",
+    "gauged": "ase_gffmerge.forcefield.leverage_fit",
+    "distil": "ase_gffmerge.training.distill",
     "merge": "ase_gffmerge.merging.merge",
-    "merge_calculators": "ase_gffmerge.merging.hooked",
-    "merge_and_refine": "ase_gffmerge.training.refine",
-    "run_replicas": "ase_gffmerge.dynamics.replicas",
+    "merge_calculators": "ase_gffmerge.merging.external_calculators",
+    "merge_and_refine": "ase_gffmerge.workflows.merge_and_distill",
+    "run_replicas": "ase_gffmerge.dynamics.batched_md",
 }
 __all__ = [
     "ExtrapolationMonitor",

@@ -2,7 +2,7 @@
 
 All user-facing errors derive from :class:`GFFMergeError`; the command line turns them into one line and exit
 code 2. Errors that reach ASE through the calculator derive from ASE's own classes as well (see
-:mod:`ase_gffmerge.calculator`).
+:mod:`ase_gffmerge.engines.ase.calculator`).
 """
 
 

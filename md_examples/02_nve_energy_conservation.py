@@ -9,8 +9,8 @@ from ase import Atoms, units
 from ase.md import VelocityVerlet
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.evaluation.bundled import bundled_test_frames
-from ase_gffmerge.evaluation.dynamics import new_momenta
+from ase_gffmerge.dynamics.ase_md import new_momenta
+from ase_gffmerge.forcefield.bundled import bundled_test_frames
 
 TEMPERATURE = 300
 

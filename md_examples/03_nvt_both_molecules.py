@@ -6,8 +6,8 @@ from pathlib import Path
 from ase.io import read
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.evaluation.bundled import bundled_test_frames
-from ase_gffmerge.evaluation.dynamics import run_md
+from ase_gffmerge.dynamics.ase_md import run_md
+from ase_gffmerge.forcefield.bundled import bundled_test_frames
 
 NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
 TEMPERATURE = 500

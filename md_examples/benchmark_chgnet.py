@@ -37,7 +37,7 @@ from training_plan import model_path, say
 from ase_gffmerge import GFFMergeCalculator, Specialist, merge
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.evaluation.comparison_inputs import make_mixture
+from ase_gffmerge.evaluation.comparison.inputs import make_mixture
 from ase_gffmerge.merging.distil_options import DistilOptions
 from ase_gffmerge.merging.merge import MERGE_VERSION
 from ase_gffmerge.merging.recipe import Recipe
@@ -45,7 +45,7 @@ from ase_gffmerge.methods import Outcome
 from ase_gffmerge.models import Potential
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.joint import train_jointly
-from ase_gffmerge.training.refine import merge_and_refine
+from ase_gffmerge.workflows.merge_and_distill import merge_and_refine
 
 STAGES = ("models", "table", "distill", "speed", "md")
 METHODS = ("mean", "task_arithmetic", "paper")

@@ -28,19 +28,19 @@ from matplotlib.figure import Figure
 from training_plan import say
 
 from ase_gffmerge import Specialist
-from ase_gffmerge.accuracy import evaluate
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.evaluation.plots import save_figure
-from ase_gffmerge.fileformat import atomic_write, read_file
+from ase_gffmerge.evaluation.analysis.plots import save_figure
+from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.merging.distil_options import DistilOptions
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models import Potential
-from ase_gffmerge.training.distil import distil
+from ase_gffmerge.storage.tensor_file import atomic_write, read_file
+from ase_gffmerge.training.distill import distil
 from ase_gffmerge.training.frames import bare
 from ase_gffmerge.training.joint import FINE_TUNING, train_jointly
-from ase_gffmerge.training.refine import starting_point as narrow_merge
+from ase_gffmerge.workflows.merge_and_distill import starting_point as narrow_merge
 
 MOLECULES = ("ethanol", "malonaldehyde")
 NAMES = tuple(f"rmd17-{molecule}" for molecule in MOLECULES)

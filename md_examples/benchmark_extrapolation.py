@@ -28,15 +28,15 @@ from ase import Atoms
 from scipy.stats import spearmanr
 
 from ase_gffmerge import GFFMergeCalculator, Specialist
-from ase_gffmerge.accuracy import labels, predict_frames
 from ase_gffmerge.cli.output import print_json
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.disagreement import force_disagreement
-from ase_gffmerge.dynamics.replicas import run_replicas
+from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.extrapolation import grades
 from ase_gffmerge.graphs import batch_graphs, build_graph
-from ase_gffmerge.memory import chunks
+from ase_gffmerge.inference.disagreement import force_disagreement
+from ase_gffmerge.inference.metrics import labels, predict_frames
+from ase_gffmerge.inference.predict import grades
+from ase_gffmerge.runtime.batching import chunks
 
 INSIDE = ("ethanol", "malonaldehyde")
 OUTSIDE = ("toluene", "salicylic", "aspirin", "uracil")

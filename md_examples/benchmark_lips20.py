@@ -36,12 +36,12 @@ from stress_accuracy import kinetic_check, stress_mae, virial_check
 from training_plan import model_path, say
 
 from ase_gffmerge import Specialist, merge
-from ase_gffmerge.accuracy import evaluate
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.device import resolve_device
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.evaluation.comparison_inputs import make_mixture
+from ase_gffmerge.evaluation.comparison.inputs import make_mixture
+from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.methods import METHODS, Outcome
+from ase_gffmerge.runtime.devices import resolve_device
 
 STAGES = ("models", "virials", "table", "md")
 AIMD_TIMESTEP = 0.5

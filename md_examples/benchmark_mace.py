@@ -20,9 +20,9 @@ from ase.io import write
 from mace.modules import ScaleShiftMACE, interaction_classes
 
 from ase_gffmerge import Specialist, merge
-from ase_gffmerge.accuracy import evaluate, predict_frames
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.models.e3nn_mode import package_mode
+from ase_gffmerge.inference.metrics import evaluate, predict_frames
+from ase_gffmerge.models.layers.e3nn_compat import package_mode
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
 

@@ -23,17 +23,17 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge import GFFMergeCalculator, Specialist
-from ase_gffmerge.accuracy import evaluate
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.evaluation.bundled import bundled_test_frames
-from ase_gffmerge.evaluation.md_evaluation import MDEvaluation, evaluate_dynamics
-from ase_gffmerge.evaluation.md_plots import plot_dynamics
-from ase_gffmerge.evaluation.md_protocol import Protocol
-from ase_gffmerge.evaluation.md_runs import Contestant
-from ase_gffmerge.evaluation.md_table import conditions, header, rows
+from ase_gffmerge.evaluation.md.evaluate import MDEvaluation, evaluate_dynamics
+from ase_gffmerge.evaluation.md.plots import plot_dynamics
+from ase_gffmerge.evaluation.md.protocol import Protocol
+from ase_gffmerge.evaluation.md.runs import Contestant
+from ase_gffmerge.evaluation.md.table import conditions, header, rows
+from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.merging.loop_options import TrajectoryOptions
-from ase_gffmerge.sampling.own_trajectory import follow
+from ase_gffmerge.workflows.rollouts import follow
 
 MOLECULES = ("ethanol", "malonaldehyde")
 NAMES = tuple(f"rmd17-{molecule}" for molecule in MOLECULES)

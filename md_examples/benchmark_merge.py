@@ -22,10 +22,10 @@ from ase import Atoms
 from training_plan import TrainingPlan, say, trained
 
 from ase_gffmerge import GFFMergeCalculator, Specialist, merge
-from ase_gffmerge.accuracy import evaluate
 from ase_gffmerge.data.readers import read_frames
+from ase_gffmerge.dynamics.ase_md import run_md
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.evaluation.dynamics import run_md
+from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.training.config import TrainConfig
 

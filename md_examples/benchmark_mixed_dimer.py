@@ -30,10 +30,10 @@ from training_plan import TrainingPlan, model_path, say, trained, write_frames
 from xtb_frames import LEVEL_OF_THEORY, dimer_frames, labelled, relaxed, sampled
 
 from ase_gffmerge import Specialist
-from ase_gffmerge.accuracy import evaluate
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.evaluation.bundled import bundled_test_frames
-from ase_gffmerge.evaluation.comparison_inputs import make_mixture
+from ase_gffmerge.evaluation.comparison.inputs import make_mixture
+from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.methods import METHODS, Outcome
 from ase_gffmerge.training.config import TrainConfig
 

@@ -20,13 +20,13 @@ from training_plan import say
 
 from ase_gffmerge import Specialist
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.evaluation.comparison import SPECIALIST, Comparison, compare_methods
-from ase_gffmerge.evaluation.comparison_inputs import LabelledSet, make_mixture
-from ase_gffmerge.evaluation.comparison_plot import plot_comparison
-from ase_gffmerge.evaluation.comparison_store import RowStore
-from ase_gffmerge.evaluation.comparison_table import markdown
-from ase_gffmerge.sources import load
-from ase_gffmerge.specialist import BUNDLED
+from ase_gffmerge.evaluation.comparison.compare import SPECIALIST, Comparison, compare_methods
+from ase_gffmerge.evaluation.comparison.inputs import LabelledSet, make_mixture
+from ase_gffmerge.evaluation.comparison.plot import plot_comparison
+from ase_gffmerge.evaluation.comparison.store import RowStore
+from ase_gffmerge.evaluation.comparison.table import markdown
+from ase_gffmerge.forcefield.force_field import BUNDLED
+from ase_gffmerge.workflows.load_or_merge import load
 
 MIXTURES: Mapping[str, tuple[str, ...]] = {
     "K=2": ("ethanol", "malonaldehyde"),

@@ -7,10 +7,10 @@ from lips20_models import BASE_SYSTEMS, SPECIES, STRESS_WEIGHT, SYSTEMS, THEORY,
 from training_plan import TrainingPlan, model_path, say, trained
 
 from ase_gffmerge import Specialist
-from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.data.readers import read_frames
+from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.references import fit_references
+from ase_gffmerge.training.reference_energies import fit_references
 
 BASE, JOINT = "chgnet", "joint"
 REFERENCE_FRAMES = 10

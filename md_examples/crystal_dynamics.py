@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.dynamics.replicas import ReplicaRun, run_replicas
-from ase_gffmerge.evaluation.observables import diffusion_coefficient, radial_distributions, without_drift
+from ase_gffmerge.dynamics.batched_md import ReplicaRun, run_replicas
+from ase_gffmerge.evaluation.analysis import diffusion_coefficient, radial_distributions, without_drift
 from ase_gffmerge.models import Potential
 
 TEMPERATURES = (300, 600)

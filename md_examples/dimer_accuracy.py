@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.accuracy import FramePredictions, compare, labels, predict_frames
+from ase_gffmerge.inference.metrics import FramePredictions, compare, labels, predict_frames
 from ase_gffmerge.models import Potential
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from training_plan import say
 
-from ase_gffmerge.evaluation.measurement import run_timed
+from ase_gffmerge.evaluation.comparison.measurement import run_timed
 from ase_gffmerge.merging.merge import MERGE_VERSION
 from ase_gffmerge.methods import METHODS, Mixture, Outcome, get_method
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
-from ase_gffmerge.accuracy import Errors
 from ase_gffmerge.data.manifest import load_manifest
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.inference.metrics import Errors
 
 
 @dataclass(frozen=True, kw_only=True)

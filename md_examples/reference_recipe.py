@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ase_gffmerge import Specialist
 from ase_gffmerge.graphs import batch_graphs, build_graph
-from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.memory import chunks
-from ase_gffmerge.merging.layers import is_affine, rows_entering
-from ase_gffmerge.merging.territory import MAX_EDGES
+from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.merging.affine_maps import is_affine, rows_entering
+from ase_gffmerge.merging.calibration import MAX_EDGES
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.batching import chunks
 
 RIDGE = 1e-6
 

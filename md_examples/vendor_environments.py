@@ -15,13 +15,13 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES, LINEAR = "tests/adapters/test_pages.py", "tests/models/test_element_linear.py"
+PAGES, LINEAR = "tests/integrations/test_pages.py", "tests/models/test_element_linear.py"
 TESTS = {
-    "chgnet": ["tests/adapters/test_chgnet.py"],
-    "nequip": ["tests/adapters/test_nequip_package.py", PAGES, LINEAR],
-    "sevennet": ["tests/adapters/test_sevennet.py", PAGES, LINEAR],
-    "orb": ["tests/adapters/test_orb.py", PAGES],
-    "mace": ["tests/adapters/test_mace.py", PAGES, LINEAR],
+    "chgnet": ["tests/integrations/test_chgnet.py"],
+    "nequip": ["tests/integrations/test_nequip_package.py", PAGES, LINEAR],
+    "sevennet": ["tests/integrations/test_sevennet.py", PAGES, LINEAR],
+    "orb": ["tests/integrations/test_orb.py", PAGES],
+    "mace": ["tests/integrations/test_mace.py", PAGES, LINEAR],
 }
 TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
 SHOWN = ("torch", "e3nn", "ase", "numpy", "chgnet", "nequip", "sevenn", "orb-models", "mace-torch")

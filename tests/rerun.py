@@ -1,6 +1,6 @@
 """Stands for CUDA graphs where there is no CUDA."""
 
-from ase_gffmerge.captured import Size
+from ase_gffmerge.inference.cuda_graphs import Size
 
 
 class Rerun:

@@ -5,7 +5,7 @@ from ase import Atoms
 from ase.build import bulk, fcc111
 
 OWN_ARCHITECTURES = ("painn", "nequip")
-"""Architectures that this project trains; those of other packages are tested in ``tests/adapters``."""
+"""Architectures that this project trains; those of other packages are tested in ``tests/integrations``."""
 
 
 def rattled_slab() -> Atoms:

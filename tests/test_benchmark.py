@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ase_gffmerge import Specialist
-from ase_gffmerge.accuracy import evaluate
-from ase_gffmerge.evaluation.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge.inference.metrics import evaluate
 
 SCRIPT = Path(__file__).parents[1] / "md_examples" / "benchmark_merge.py"
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ase_gffmerge import Specialist, gauged
-from ase_gffmerge.accuracy import labels
-from ase_gffmerge.evaluation.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge.inference.metrics import labels
 
 SCRIPT = Path(__file__).parents[1] / "md_examples" / "benchmark_extrapolation.py"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ase_gffmerge import Specialist
-from ase_gffmerge.evaluation.md_protocol import Protocol
+from ase_gffmerge.evaluation.md.protocol import Protocol
 from ase_gffmerge.merging.loop_options import TrajectoryOptions
 
 SCRIPT = Path(__file__).parents[1] / "md_examples" / "benchmark_md.py"

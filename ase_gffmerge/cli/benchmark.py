@@ -12,8 +12,8 @@ from ase_gffmerge.cli.output import Progress, print_json, progress_bar
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
 
-    from ase_gffmerge.evaluation.benchmark import Bench, Row
-    from ase_gffmerge.specialist import Specialist
+    from ase_gffmerge.evaluation.benchmark.harness import Bench, Row
+    from ase_gffmerge.forcefield.force_field import Specialist
 
 DEFAULT = ["rmd17-ethanol", "rmd17-malonaldehyde"]
 MERGE_SHARE = 0.4
@@ -54,10 +54,10 @@ def benchmark(
     Everything that is compared is measured in turn within one run. Other packages take part where they are installed.
     """
     from ase_gffmerge.errors import BenchmarkError
-    from ase_gffmerge.evaluation.benchmark import run_benchmark
-    from ase_gffmerge.evaluation.benchmark_plot import plot_scaling
-    from ase_gffmerge.evaluation.benchmark_rows import ROWS
-    from ase_gffmerge.fileformat import require_writable
+    from ase_gffmerge.evaluation.benchmark.harness import run_benchmark
+    from ase_gffmerge.evaluation.benchmark.plot import plot_scaling
+    from ase_gffmerge.evaluation.benchmark.rows import ROWS
+    from ase_gffmerge.storage.tensor_file import require_writable
 
     if plot:
         require_writable(plot)
@@ -97,10 +97,10 @@ def make_bench(
     sources: Sequence[str], *, device: str, dtype: DType, progress: Progress, **options: Any
 ) -> "Bench":
     """Load the specialists, merge several through the cache, and say how calculators are made."""
-    from ase_gffmerge.calculator import GFFMergeCalculator
+    from ase_gffmerge.engines.ase.calculator import GFFMergeCalculator
     from ase_gffmerge.errors import BenchmarkError
-    from ase_gffmerge.evaluation.benchmark import Bench
-    from ase_gffmerge.sources import load
+    from ase_gffmerge.evaluation.benchmark.harness import Bench
+    from ase_gffmerge.workflows.load_or_merge import load
 
     def from_files(count: int, progress: Progress | None = None) -> GFFMergeCalculator:
         return GFFMergeCalculator(

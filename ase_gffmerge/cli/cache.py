@@ -9,7 +9,7 @@ from ase_gffmerge.cli.options import JsonOption
 from ase_gffmerge.cli.output import print_json
 
 if TYPE_CHECKING:
-    from ase_gffmerge.cache import CacheEntry
+    from ase_gffmerge.workflows.cache import CacheEntry
 
 app = typer.Typer(help="List, verify and clear the cache of merged potentials.", no_args_is_help=True)
 DirOption = Annotated[
@@ -20,7 +20,7 @@ DirOption = Annotated[
 @app.command("list")
 def list_entries(directory: DirOption = None, as_json: JsonOption = False) -> None:
     """List merged potentials, oldest first."""
-    from ase_gffmerge.cache import MergeCache
+    from ase_gffmerge.workflows.cache import MergeCache
 
     cache = MergeCache(directory)
     entries = [describe(entry) for entry in cache.entries()]
@@ -36,7 +36,7 @@ def list_entries(directory: DirOption = None, as_json: JsonOption = False) -> No
 @app.command("verify")
 def verify(directory: DirOption = None, as_json: JsonOption = False) -> None:
     """Read every entry and compare its digest; exit code 1 when one is corrupt."""
-    from ase_gffmerge.cache import MergeCache
+    from ase_gffmerge.workflows.cache import MergeCache
 
     cache = MergeCache(directory)
     checks = [{**describe(check.entry), "ok": check.ok, "problem": check.problem} for check in cache.verify()]
@@ -54,7 +54,7 @@ def verify(directory: DirOption = None, as_json: JsonOption = False) -> None:
 @app.command("clear")
 def clear(directory: DirOption = None, as_json: JsonOption = False) -> None:
     """Delete all entries."""
-    from ase_gffmerge.cache import MergeCache
+    from ase_gffmerge.workflows.cache import MergeCache
 
     cache = MergeCache(directory)
     deleted = [describe(entry) for entry in cache.clear()]

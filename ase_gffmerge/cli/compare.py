@@ -11,10 +11,10 @@ from ase_gffmerge.cli.output import Progress, note, print_json, progress_bar
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ase_gffmerge.evaluation.comparison import Comparison
-    from ase_gffmerge.evaluation.comparison_inputs import LabelledSet
-    from ase_gffmerge.evaluation.comparison_store import RowStore
-    from ase_gffmerge.evaluation.comparison_table import MethodTable
+    from ase_gffmerge.evaluation.comparison.compare import Comparison
+    from ase_gffmerge.evaluation.comparison.inputs import LabelledSet
+    from ase_gffmerge.evaluation.comparison.store import RowStore
+    from ase_gffmerge.evaluation.comparison.table import MethodTable
     from ase_gffmerge.methods import Mixture
 
 FRAMES_HELP = "one file per specialist, in order; several values, or repeat the option"
@@ -46,10 +46,10 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare all ways to use specialists together on frames that none of them has seen."""
-    from ase_gffmerge.evaluation.comparison_inputs import make_mixture, read_labelled, read_tests
-    from ase_gffmerge.evaluation.comparison_store import RowStore, default_folder
-    from ase_gffmerge.fileformat import require_writable
-    from ase_gffmerge.sources import load
+    from ase_gffmerge.evaluation.comparison.inputs import make_mixture, read_labelled, read_tests
+    from ase_gffmerge.evaluation.comparison.store import RowStore, default_folder
+    from ase_gffmerge.storage.tensor_file import require_writable
+    from ase_gffmerge.workflows.load_or_merge import load
 
     for path in filter(None, (markdown, plot)):
         require_writable(path)
@@ -88,7 +88,7 @@ def watched(
     progress: Progress,
 ) -> "Comparison":
     """Compare; after Ctrl-C say how to go on."""
-    from ase_gffmerge.evaluation.comparison import compare_methods
+    from ase_gffmerge.evaluation.comparison.compare import compare_methods
 
     try:
         return compare_methods(
@@ -107,9 +107,9 @@ def watched(
 
 def write_files(comparison: "Comparison", markdown: Path | None, plot: Path | None) -> None:
     """Write the Markdown file and the plot, where asked for."""
-    from ase_gffmerge.evaluation.comparison_plot import plot_comparison
-    from ase_gffmerge.evaluation.comparison_table import markdown as tables
-    from ase_gffmerge.fileformat import atomic_write
+    from ase_gffmerge.evaluation.comparison.plot import plot_comparison
+    from ase_gffmerge.evaluation.comparison.table import markdown as tables
+    from ase_gffmerge.storage.tensor_file import atomic_write
 
     if markdown:
         text = tables(comparison).encode()
@@ -122,7 +122,7 @@ def print_comparison(comparison: "Comparison") -> None:
     """Print all tables for people, as wide as they are where the output is no terminal."""
     from rich.console import Console
 
-    from ase_gffmerge.evaluation.comparison_table import footnotes, method_tables
+    from ase_gffmerge.evaluation.comparison.table import footnotes, method_tables
 
     console = Console()
     if not console.is_terminal:

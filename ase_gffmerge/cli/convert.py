@@ -39,12 +39,12 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """Make a specialist of another package's force field, or write that package's format."""
-    from ase_gffmerge.adapters import foreign_source
     from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.data.splits import calibration_frames
-    from ase_gffmerge.sources import load
-    from ase_gffmerge.specialist import Specialist
+    from ase_gffmerge.forcefield.force_field import Specialist
+    from ase_gffmerge.integrations import foreign_source
     from ase_gffmerge.training.frames import bare
+    from ase_gffmerge.workflows.load_or_merge import load
 
     foreign = foreign_source(source)
     require_other(out, [foreign[1] if foreign else source, *filter(None, [calibration])])

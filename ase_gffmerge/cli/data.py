@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ase_gffmerge.data.fetch import fetch
+from ase_gffmerge.data.download import fetch
 from ase_gffmerge.data.manifest import Manifest, list_manifests, load_manifest
 
 app = typer.Typer(help="List, show and fetch public data sets.", no_args_is_help=True)

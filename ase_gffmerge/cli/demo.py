@@ -11,8 +11,8 @@ from ase_gffmerge.cli.options import DeviceOption, DType, JsonOption
 from ase_gffmerge.cli.output import Progress, note, plain, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from ase_gffmerge.calculator import GFFMergeCalculator
-    from ase_gffmerge.evaluation.demo import DemoResult
+    from ase_gffmerge.engines.ase.calculator import GFFMergeCalculator
+    from ase_gffmerge.evaluation.comparison.demo import DemoResult
 
 NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
 
@@ -31,9 +31,9 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Merge the bundled specialists, compare with the baselines, run both molecules with one calculator."""
-    from ase_gffmerge.evaluation.demo import DemoResult, compare_models, run_dynamics
-    from ase_gffmerge.fileformat import require_writable
-    from ase_gffmerge.sources import load
+    from ase_gffmerge.evaluation.comparison.demo import DemoResult, compare_models, run_dynamics
+    from ase_gffmerge.storage.tensor_file import require_writable
+    from ase_gffmerge.workflows.load_or_merge import load
 
     require_writable(out / "demo.json")
     with progress_bar("merging") as progress:
@@ -65,7 +65,7 @@ def merged_calculator(
     """Merge through the cache; returns the seconds of merging or loading as well, without imports."""
     from time import perf_counter
 
-    from ase_gffmerge.calculator import GFFMergeCalculator
+    from ase_gffmerge.engines.ase.calculator import GFFMergeCalculator
 
     start = perf_counter()
     calc = GFFMergeCalculator(NAMES, dtype=dtype.value, device=device, cache_dir=cache_dir, progress=progress)
@@ -74,9 +74,9 @@ def merged_calculator(
 
 def write_results(result: "DemoResult", out: Path) -> None:
     """Write the table (Markdown and JSON) and the parity plot."""
-    from ase_gffmerge.evaluation.demo_table import markdown
-    from ase_gffmerge.evaluation.parity import plot_parity
-    from ase_gffmerge.fileformat import atomic_write
+    from ase_gffmerge.evaluation.analysis.parity import plot_parity
+    from ase_gffmerge.evaluation.comparison.demo_table import markdown
+    from ase_gffmerge.storage.tensor_file import atomic_write
 
     texts = {
         "demo.md": markdown(result),
@@ -93,7 +93,7 @@ def print_result(result: "DemoResult") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ase_gffmerge.evaluation.demo_table import conditions, header, rows
+    from ase_gffmerge.evaluation.comparison.demo_table import conditions, header, rows
 
     first, *others = header(result)
     table = Table(first, title=f"Merge of {' and '.join(result.names)}", box=SIMPLE)

@@ -13,8 +13,8 @@ from ase_gffmerge.cli.structures import require_other
 from ase_gffmerge.cli.train import EpochWatch
 
 if TYPE_CHECKING:
+    from ase_gffmerge.forcefield.force_field import Specialist
     from ase_gffmerge.merging.recipe import Recipe
-    from ase_gffmerge.specialist import Specialist
 
 
 def distill(
@@ -43,13 +43,13 @@ def distill(
     A killed distillation continues when the same command is run again.
     """
     from ase_gffmerge.data.readers import read_frames
-    from ase_gffmerge.evaluation.plots import plot_history
-    from ase_gffmerge.fileformat import require_writable
+    from ase_gffmerge.evaluation.analysis.plots import plot_history
     from ase_gffmerge.merging.distil_options import DistilOptions
     from ase_gffmerge.merging.recipe import load_recipe
-    from ase_gffmerge.sources import load
+    from ase_gffmerge.storage.tensor_file import require_writable
     from ase_gffmerge.training.checkpoint import checkpoint_path
-    from ase_gffmerge.training.distil import distil
+    from ase_gffmerge.training.distill import distil
+    from ase_gffmerge.workflows.load_or_merge import load
 
     chosen = load_recipe(recipe)
     options = (chosen.refine or DistilOptions()).model_copy(update={"epochs": epochs} if epochs else {})
@@ -83,11 +83,11 @@ def distill(
 
 def merged_start(specialists: "Sequence[Specialist]", recipe: "Recipe", device: str) -> "Specialist":
     """Merge through the cache; the verdict on this start does not matter."""
-    from ase_gffmerge.device import resolve_device
     from ase_gffmerge.errors import MergeWarning
     from ase_gffmerge.merging.compatibility import check_compatible
-    from ase_gffmerge.sources import MergeOptions, resolve
-    from ase_gffmerge.training.refine import starting_point
+    from ase_gffmerge.runtime.devices import resolve_device
+    from ase_gffmerge.workflows.load_or_merge import MergeOptions, resolve
+    from ase_gffmerge.workflows.merge_and_distill import starting_point
 
     check_compatible(specialists, recipe)
     given, plain = starting_point(specialists, recipe)

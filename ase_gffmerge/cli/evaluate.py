@@ -12,9 +12,9 @@ from ase_gffmerge.cli.output import print_json, print_table
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from ase_gffmerge.accuracy import Errors
-    from ase_gffmerge.evaluation.md_runs import Contestant
-    from ase_gffmerge.specialist import Specialist
+    from ase_gffmerge.evaluation.md.runs import Contestant
+    from ase_gffmerge.forcefield.force_field import Specialist
+    from ase_gffmerge.inference.metrics import Errors
 
 UNITS = {"force_mae": "eV/Å", "force_rmse": "eV/Å", "energy_mae": "eV/atom"}
 MD = "Dynamics (--md)"
@@ -54,7 +54,7 @@ def evaluate(
     With --md: run dynamics with every model, compare stability, distances of atoms, vibrations, energy conservation.
     """
     from ase_gffmerge.data.readers import read_frames, require_labels
-    from ase_gffmerge.device import resolve_device
+    from ase_gffmerge.runtime.devices import resolve_device
 
     target = resolve_device(device)
     contestants = load_models(models, specialist)
@@ -62,7 +62,7 @@ def evaluate(
         contestant.force_field.to(device=target)
     if md:
         from ase_gffmerge.cli.evaluate_md import evaluate_md
-        from ase_gffmerge.evaluation.md_protocol import Protocol
+        from ase_gffmerge.evaluation.md.protocol import Protocol
 
         protocol = Protocol(temperature=temperature, picoseconds=time, timestep=timestep, seeds=seeds)
         evaluate_md(contestants, frames, protocol, reference=reference, dtype=dtype, out=out, as_json=as_json)
@@ -75,7 +75,7 @@ def evaluate(
 
 def errors_by_model(models: "Sequence[Contestant]", frames: "Sequence[Atoms]") -> "dict[str, Errors]":
     """Errors on labelled frames, by label."""
-    from ase_gffmerge.accuracy import evaluate
+    from ase_gffmerge.inference.metrics import evaluate
 
     return {
         model.label: evaluate(
@@ -100,8 +100,8 @@ def print_errors(errors: Mapping[str, Mapping[str, Any]], *, as_json: bool) -> N
 
 def load_models(sources: Sequence[str], specialist: str | None) -> "list[Contestant]":
     """Load every source; ``specialist`` concerns those with one surface per specialist."""
-    from ase_gffmerge.evaluation.md_runs import Contestant
-    from ase_gffmerge.sources import load
+    from ase_gffmerge.evaluation.md.runs import Contestant
+    from ase_gffmerge.workflows.load_or_merge import load
 
     loaded = [load(source) for source in sources]
     names = [force_field.name for force_field in loaded]

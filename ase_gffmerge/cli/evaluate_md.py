@@ -13,10 +13,10 @@ from ase_gffmerge.cli.output import note, plain, print_json, progress_bar
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from ase_gffmerge.accuracy import Errors
-    from ase_gffmerge.evaluation.md_evaluation import MDEvaluation
-    from ase_gffmerge.evaluation.md_protocol import Protocol
-    from ase_gffmerge.evaluation.md_runs import Contestant
+    from ase_gffmerge.evaluation.md.evaluate import MDEvaluation
+    from ase_gffmerge.evaluation.md.protocol import Protocol
+    from ase_gffmerge.evaluation.md.runs import Contestant
+    from ase_gffmerge.inference.metrics import Errors
 
 
 def evaluate_md(
@@ -33,9 +33,9 @@ def evaluate_md(
     import torch
 
     from ase_gffmerge.data.readers import read_frames
-    from ase_gffmerge.evaluation.md_evaluation import evaluate_dynamics, matching_frames, starting_structures
-    from ase_gffmerge.evaluation.md_runs import estimated_seconds
-    from ase_gffmerge.fileformat import require_writable
+    from ase_gffmerge.evaluation.md.evaluate import evaluate_dynamics, matching_frames, starting_structures
+    from ase_gffmerge.evaluation.md.runs import estimated_seconds
+    from ase_gffmerge.storage.tensor_file import require_writable
 
     starts = read_frames(frames)
     truth = matching_frames(read_frames(reference) if reference else starts, starts[0])
@@ -97,8 +97,8 @@ def duration(seconds: float) -> str:
 
 def write_results(evaluation: "MDEvaluation", out: Path) -> None:
     """Write numbers and plot."""
-    from ase_gffmerge.evaluation.md_plots import plot_dynamics
-    from ase_gffmerge.fileformat import atomic_write
+    from ase_gffmerge.evaluation.md.plots import plot_dynamics
+    from ase_gffmerge.storage.tensor_file import atomic_write
 
     text = json.dumps(plain(evaluation.to_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     atomic_write(out / "md.json", lambda path: _write(path, text))
@@ -111,7 +111,7 @@ def _write(path: Path, text: str) -> None:
 
 def print_evaluation(evaluation: "MDEvaluation") -> None:
     """Print one row per quantity, one column per model."""
-    from ase_gffmerge.evaluation.md_table import conditions, header, rows
+    from ase_gffmerge.evaluation.md.table import conditions, header, rows
 
     table = [header(evaluation), *rows(evaluation)]
     widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]

@@ -6,13 +6,13 @@ from ase_gffmerge.cli.options import JsonOption, ModelArgument
 from ase_gffmerge.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from ase_gffmerge.specialist import Specialist
+    from ase_gffmerge.forcefield.force_field import Specialist
 
 
 def info(model: ModelArgument, as_json: JsonOption = False) -> None:
     """Show architecture, elements, level of theory, training, errors, and how a merged file was made."""
-    from ase_gffmerge.sources import load
-    from ase_gffmerge.specialist import bundled_path
+    from ase_gffmerge.forcefield.force_field import bundled_path
+    from ase_gffmerge.workflows.load_or_merge import load
 
     document = {"path": str(bundled_path(model)), **describe(load(model))}
     if as_json:
@@ -25,7 +25,7 @@ def describe(force_field: "Specialist") -> dict[str, Any]:
     """Everything but weights and frames, JSON-able."""
     from ase.data import chemical_symbols
 
-    from ase_gffmerge.specialist import UNITS
+    from ase_gffmerge.forcefield.force_field import UNITS
 
     potential = force_field.potential
     elements = [chemical_symbols[number] for number in potential.species]

@@ -19,8 +19,8 @@ from ase_gffmerge.cli.output import note, print_json, print_table, progress_bar
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from ase_gffmerge.evaluation.extrapolation import ExtrapolationMonitor
-    from ase_gffmerge.evaluation.mdresult import Sample
+    from ase_gffmerge.dynamics.extrapolation_monitor import ExtrapolationMonitor
+    from ase_gffmerge.dynamics.result import Sample
 
 
 class Ensemble(StrEnum):
@@ -71,7 +71,7 @@ def md(
     nve: velocity Verlet; nvt: Langevin; npt: Martyna-Tobias-Klein with a flexible cell.
     """
     from ase_gffmerge.cli.structures import prepared
-    from ase_gffmerge.evaluation.dynamics import run_md
+    from ase_gffmerge.dynamics.ase_md import run_md
 
     atoms = prepared(model, structure, out=out, device=device, dtype=dtype.value, specialist=specialist)
     monitor = extrapolation_monitor(atoms, extrapolation, threshold=threshold, trajectory=out)
@@ -136,7 +136,7 @@ def extrapolation_monitor(
     atoms: "Atoms", choice: Extrapolation | None, *, threshold: float, trajectory: Path
 ) -> "ExtrapolationMonitor | None":
     """Watch the run as asked for; by default warn where the model has a gauge."""
-    from ase_gffmerge.evaluation.extrapolation import ExtrapolationMonitor
+    from ase_gffmerge.dynamics.extrapolation_monitor import ExtrapolationMonitor
 
     if choice is Extrapolation.off or (choice is None and atoms.calc.force_field.gauge is None):
         return None

@@ -11,10 +11,10 @@ from ase_gffmerge.cli.output import Progress, note, print_json, progress_bar
 from ase_gffmerge.cli.structures import require_other
 
 if TYPE_CHECKING:
+    from ase_gffmerge.forcefield.force_field import Specialist
     from ase_gffmerge.merging.recipe import Recipe
     from ase_gffmerge.merging.report import MergeReport
-    from ase_gffmerge.sampling.closed_loop import ClosedLoopResult
-    from ase_gffmerge.specialist import Specialist
+    from ase_gffmerge.workflows.active_learning import ClosedLoopResult
 
 
 def merge(
@@ -40,9 +40,9 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Merge specialists by least squares and write one potential with its report."""
-    from ase_gffmerge.fileformat import require_writable
     from ase_gffmerge.merging.recipe import load_recipe
-    from ase_gffmerge.sources import load
+    from ase_gffmerge.storage.tensor_file import require_writable
+    from ase_gffmerge.workflows.load_or_merge import load
 
     chosen = load_recipe(
         recipe,
@@ -81,17 +81,17 @@ def solve(
 ) -> "tuple[Specialist, MergeReport, ClosedLoopResult | None]":
     """Merge as the recipe says, or with a loop of so many rounds; the loop, where nothing follows it."""
     from ase_gffmerge.merging.loop_options import ClosedLoopOptions
-    from ase_gffmerge.validation import validated
+    from ase_gffmerge.storage.documents import validated
 
     if rounds:
         given = {"rounds": rounds, "temperature": temperature}
         options = validated(ClosedLoopOptions, given, source="gffmerge merge --closed-loop")
         recipe = recipe.model_copy(update={"closed_loop": options})
     if recipe.closed_loop is None or recipe.refine is not None:
-        from ase_gffmerge.training.refine import merge_and_refine
+        from ase_gffmerge.workflows.merge_and_distill import merge_and_refine
 
         return *merge_and_refine(specialists, recipe, device=device, progress=progress), None
-    from ase_gffmerge.sampling.closed_loop import closed_loop
+    from ase_gffmerge.workflows.active_learning import closed_loop
 
     result = closed_loop(specialists, recipe, device=device, progress=progress)
     return result.merged, result.report, result

@@ -9,7 +9,7 @@ from ase_gffmerge.cli.options import DeviceOption, JsonOption
 from ase_gffmerge.cli.output import note, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
-    from ase_gffmerge.sampling.sample import SampleResult
+    from ase_gffmerge.sampling.calibration_frames import SampleResult
 
 
 def sample(
@@ -42,10 +42,10 @@ def sample(
     """
     from ase_gffmerge.cli.structures import require_other
     from ase_gffmerge.data.readers import read_frames
-    from ase_gffmerge.device import resolve_device
-    from ase_gffmerge.sampling.sample import SampleOptions, sample_frames
-    from ase_gffmerge.sources import load
-    from ase_gffmerge.validation import validated
+    from ase_gffmerge.runtime.devices import resolve_device
+    from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames
+    from ase_gffmerge.storage.documents import validated
+    from ase_gffmerge.workflows.load_or_merge import load
 
     given: dict[str, Any] = {"n": n, "time": time, "copies": copies, "relax": relax, "seed": seed}
     if temperatures:
@@ -73,7 +73,7 @@ def sample(
 def check_outputs(out: Path | None, attach: Path | None) -> None:
     """Refuse a run whose result would be lost."""
     from ase_gffmerge.errors import FileFormatError
-    from ase_gffmerge.fileformat import require_writable
+    from ase_gffmerge.storage.tensor_file import require_writable
 
     if out is None and attach is None:
         raise FileFormatError(
@@ -91,7 +91,7 @@ def write_extxyz(out: Path, result: "SampleResult") -> None:
     """Write all frames atomically."""
     from ase.io import write
 
-    from ase_gffmerge.fileformat import atomic_write
+    from ase_gffmerge.storage.tensor_file import atomic_write
 
     atomic_write(out, lambda temporary: write(temporary, list(result.frames), format="extxyz"))
 

@@ -36,7 +36,7 @@ def prepared(
 
     Unknown elements are refused here, and so is an ``out`` that would overwrite the input.
     """
-    from ase_gffmerge.calculator import GFFMergeCalculator
+    from ase_gffmerge.engines.ase.calculator import GFFMergeCalculator
 
     require_other(out, [structure, Path(model)])
     atoms = read_structure(structure)

@@ -12,8 +12,8 @@ from ase_gffmerge.cli.output import Progress, note, print_json, print_table, pro
 from ase_gffmerge.cli.structures import require_other
 
 if TYPE_CHECKING:
-    from ase_gffmerge.accuracy import Errors
-    from ase_gffmerge.specialist import Specialist
+    from ase_gffmerge.forcefield.force_field import Specialist
+    from ase_gffmerge.inference.metrics import Errors
     from ase_gffmerge.training.state import History
 
 FRAMES_HELP = "Labelled frames: extxyz or another file ASE reads, rMD17 or MD17 npz, DeePMD folder."
@@ -44,11 +44,11 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a specialist; a killed training continues when the same command is run again."""
-    from ase_gffmerge.evaluation.plots import plot_history
-    from ase_gffmerge.sources import load
+    from ase_gffmerge.evaluation.analysis.plots import plot_history
     from ase_gffmerge.training import train as training
     from ase_gffmerge.training.config import load_config
-    from ase_gffmerge.training.references import load_references
+    from ase_gffmerge.training.reference_energies import load_references
+    from ase_gffmerge.workflows.load_or_merge import load
 
     options = load_config(config, model=model, epochs=epochs, seed=seed)
     require_other(out, [*frames, *(test or ()), *filter(None, [init])])

@@ -1,7 +1,7 @@
 """Data manifests: one YAML document per public data set says where it is, whose it is, and what it holds.
 
 The documents live in ``data_manifests/`` at the top of the repository and are installed with the package.
-They hold no data: :func:`ase_gffmerge.data.fetch.fetch` downloads the files, checks them and converts them.
+They hold no data: :func:`ase_gffmerge.data.download.fetch` downloads the files, checks them and converts them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from ase_gffmerge.errors import DataError
-from ase_gffmerge.validation import parse_yaml
+from ase_gffmerge.storage.documents import parse_yaml
 
 
 def _relative(path: str) -> str:

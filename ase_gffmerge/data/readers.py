@@ -12,7 +12,7 @@ from ase import Atoms
 from ase.io.formats import UnknownFileTypeError, string2index
 
 from ase_gffmerge.data.deepmd import is_deepmd, read_deepmd
-from ase_gffmerge.data.fingerprints import geometry_fingerprint, hash_frames
+from ase_gffmerge.data.hashing import geometry_fingerprint, hash_frames
 from ase_gffmerge.data.npz import read_npz
 from ase_gffmerge.errors import FileFormatError, FramesError
 

@@ -12,10 +12,10 @@ from ase.md import MTKNPT, Langevin, VelocityVerlet
 from ase.md.md import MolecularDynamics
 
 from ase_gffmerge.dynamics.bonds import Bonds, bonds_intact, broken_bonds, find_bonds
-from ase_gffmerge.dynamics.momenta import degrees_of_freedom, new_momenta
+from ase_gffmerge.dynamics.result import MDResult, Sample
+from ase_gffmerge.dynamics.trajectory_io import frame_writer
+from ase_gffmerge.dynamics.velocities import degrees_of_freedom, new_momenta
 from ase_gffmerge.errors import DynamicsError, StructureError, first_line
-from ase_gffmerge.evaluation.mdresult import MDResult, Sample
-from ase_gffmerge.evaluation.trajectory import frame_writer
 
 __all__ = [
     "Bonds",

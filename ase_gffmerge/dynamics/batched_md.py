@@ -8,11 +8,11 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from ase_gffmerge.accuracy import check_frames
-from ase_gffmerge.dynamics.momenta import degrees_of_freedom, new_momenta
-from ase_gffmerge.dynamics.monitor import Monitor, Stop, Watch
-from ase_gffmerge.dynamics.swarm import Swarm
+from ase_gffmerge.dynamics.langevin import Swarm
+from ase_gffmerge.dynamics.stopping import Monitor, Stop, Watch
+from ase_gffmerge.dynamics.velocities import degrees_of_freedom, new_momenta
 from ase_gffmerge.errors import DynamicsError, StructureError
+from ase_gffmerge.inference.metrics import check_frames
 from ase_gffmerge.models import Potential
 
 Ensemble = Literal["nve", "nvt"]

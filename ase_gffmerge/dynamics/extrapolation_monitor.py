@@ -9,7 +9,7 @@ import numpy as np
 from ase import Atoms
 
 from ase_gffmerge.errors import ExtrapolationError, ExtrapolationWarning, GFFMergeError, UngaugedError
-from ase_gffmerge.fileformat import require_writable
+from ase_gffmerge.storage.tensor_file import require_writable
 
 Action = Literal["warn", "stop", "record"]
 KEY = "extrapolation"

@@ -21,7 +21,7 @@ from ase import Atoms, units
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ase_gffmerge.conditioning import with_indices
+from ase_gffmerge.forcefield.conditioning import with_indices
 from ase_gffmerge.graphs import Prediction, predict
 from ase_gffmerge.graphs.verlet import VerletGraph
 from ase_gffmerge.models import Potential

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ase_gffmerge.evaluation.observables.energies import energy_slope
+from ase_gffmerge.dynamics.energies import energy_slope
 
 
 @dataclass(frozen=True)

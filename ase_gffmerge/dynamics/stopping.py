@@ -12,10 +12,10 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from ase_gffmerge.dynamics.bonds import find_bonds
-from ase_gffmerge.dynamics.swarm import Swarm
-from ase_gffmerge.extrapolation import grades
-from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.dynamics.langevin import Swarm
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.inference.predict import grades
 
 Grade = Callable[[Data], Tensor]
 """A batch graph in, an extrapolation grade per atom (n_atoms,) out; 1 is the edge of what the model knows."""

@@ -4,7 +4,7 @@ Needs ``torch-sim-atomistic`` (``pip install "ase-gffmerge[torchsim]"``)::
 
     import torch_sim
     from ase_gffmerge import GFFMergeCalculator
-    from ase_gffmerge.torchsim import TorchSimModel
+    from ase_gffmerge.engines.torchsim import TorchSimModel
 
     model = TorchSimModel(GFFMergeCalculator(["rmd17-ethanol", "rmd17-malonaldehyde"]).force_field)
     relaxed = torch_sim.optimize(structures, model, optimizer=torch_sim.optimizers.fire)
@@ -18,16 +18,16 @@ from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Data
 
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.graphs.verlet import VerletGraph
-from ase_gffmerge.serving import Server
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.inference.predictor import Server
 
 try:
     from torch_sim.models.interface import ModelInterface
     from torch_sim.state import SimState
 except ModuleNotFoundError as error:
     raise ImportError(
-        "TorchSim is not installed, and ase_gffmerge.torchsim is a model for it; pip install torch-sim-atomistic"
+        "TorchSim is not installed, and ase_gffmerge.engines.torchsim is a model for it; pip install torch-sim-atomistic"
     ) from error
 
 

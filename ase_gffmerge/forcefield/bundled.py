@@ -7,7 +7,7 @@ from ase import Atoms
 
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.specialist import BUNDLED
+from ase_gffmerge.forcefield.force_field import BUNDLED
 
 
 def bundled_test_frames(name: str) -> list[Atoms]:

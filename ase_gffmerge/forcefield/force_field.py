@@ -12,14 +12,11 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from torch import Tensor
 
-from ase_gffmerge.adapters.names import foreign_source
-from ase_gffmerge.calibration import pack_frames, require_sound, unpack_frames
-from ase_gffmerge.conditioning import with_indices, without_choice
 from ase_gffmerge.errors import FileFormatError, StructureError, first_line
-from ase_gffmerge.fileformat import digest, read_file, write_file
-from ase_gffmerge.models import Potential, build_potential
-from ase_gffmerge.models.leverage import LeverageGauge
-from ase_gffmerge.provenance import (
+from ase_gffmerge.forcefield.calibration_tensors import pack_frames, require_sound, unpack_frames
+from ase_gffmerge.forcefield.conditioning import with_indices, without_choice
+from ase_gffmerge.forcefield.leverage import LeverageGauge
+from ase_gffmerge.forcefield.provenance import (
     MergeRecord,
     Provenance,
     pack_seen,
@@ -27,6 +24,9 @@ from ase_gffmerge.provenance import (
     unpack_merge_record,
     unpack_provenance,
 )
+from ase_gffmerge.integrations.registry import foreign_source
+from ase_gffmerge.models import Potential, build_potential
+from ase_gffmerge.storage.tensor_file import digest, read_file, write_file
 
 UNITS = {"energy": "eV", "length": "Å"}
 BUNDLED = ("rmd17-base", "rmd17-ethanol", "rmd17-malonaldehyde")
@@ -225,7 +225,7 @@ class Specialist:
         Parameters
         ----------
         vendor
-            One of :func:`ase_gffmerge.adapters.vendors`.
+            One of :func:`ase_gffmerge.integrations.vendors`.
         source
             Path of the vendor's file, a name of its pretrained weights, or its model in memory.
         calibration
@@ -242,7 +242,7 @@ class Specialist:
         FileFormatError
             When there is no such file, it holds code and is not trusted, or a model that the adapter cannot read.
         """
-        from ase_gffmerge.adapters import adapter
+        from ase_gffmerge.integrations import adapter
 
         foreign = adapter(vendor).read(source, trust=trust)
         if broken := first_not_finite(foreign.potential):
@@ -275,7 +275,7 @@ class Specialist:
         FileFormatError
             When the architecture is no other package's, or holds what its format cannot.
         """
-        from ase_gffmerge.adapters import adapter_for
+        from ase_gffmerge.integrations import adapter_for
 
         return adapter_for(self.potential.architecture).write(self.potential, Path(path))
 

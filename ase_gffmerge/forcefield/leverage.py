@@ -8,7 +8,7 @@ The leverage of an atom's features z with respect to the calibration atoms of it
 
 is the standard deviation of a linear readout's energy of that atom, up to the noise (last-layer prediction rigidity, Bigi,
 Chong, Ceriotti & Grasselli, arXiv 2403.02251; D-optimality in Podryabinkin & Shapeev, doi:10.1016/j.commatsci.2017.08.031).
-The scale :math:`s_Z` puts the furthest calibration atom at 1 (:mod:`ase_gffmerge.merging.extrapolation`).
+The scale :math:`s_Z` puts the furthest calibration atom at 1 (:mod:`ase_gffmerge.forcefield.leverage_fit`).
 """
 
 from collections.abc import Sequence

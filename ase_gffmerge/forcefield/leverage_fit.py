@@ -22,12 +22,12 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.leverage import LeverageGauge
 from ase_gffmerge.graphs import batch_graphs, build_graph
-from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.memory import chunks, in_parts
+from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.models import Potential
-from ase_gffmerge.models.leverage import LeverageGauge
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.runtime.batching import chunks, in_parts
 
 RIDGE = 1e-4
 """μ in units of the mean eigenvalue of the Gram matrix."""

@@ -27,7 +27,7 @@ class Provenance:
     errors
         Errors on its own test frames: ``force_mae``, ``force_rmse`` (eV/Å), ``energy_mae`` (eV/atom).
     seen_frames
-        Keys (:func:`~ase_gffmerge.data.fingerprints.geometry_key`) of all training and validation frames, those of the
+        Keys (:func:`~ase_gffmerge.data.hashing.geometry_key`) of all training and validation frames, those of the
         ancestors among them, ascending: no test frame may be one of these. Empty when nothing is known.
     origin
         Package and version of a foreign force field that this one was read from, or descends from.
@@ -64,8 +64,8 @@ class MergeRecord:
     report
         The merge report as JSON-able dictionary.
     key
-        The cache's name of this merge (:func:`~ase_gffmerge.cache.cache_key`), so that an entry of the cache says which one
-        it is; empty elsewhere.
+        The cache's name of this merge (:func:`~ase_gffmerge.workflows.cache.cache_key`), so that an entry of the cache
+        says which one it is; empty elsewhere.
     """
 
     parents: tuple[str, ...]

@@ -11,7 +11,7 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from ase_gffmerge.graphs.neighbours import check_geometry, enclosing_box
+from ase_gffmerge.graphs.neighbor_list import check_geometry, enclosing_box
 from ase_gffmerge.graphs.wrapping import wrapped
 
 _ONE_AT_A_TIME = threading.Lock()  # kernels are compiled on first use

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ase_gffmerge.graphs.batches import edge_vectors, structure_index
+from ase_gffmerge.graphs.graph import edge_vectors, structure_index
 
 
 class EnergyModel(Protocol):

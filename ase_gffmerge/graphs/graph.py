@@ -8,8 +8,8 @@ from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
-from ase_gffmerge.graphs.device_search import device_neighbour_list, searches_on
-from ase_gffmerge.graphs.neighbours import neighbour_list
+from ase_gffmerge.graphs.cuda_neighbor_list import device_neighbour_list, searches_on
+from ase_gffmerge.graphs.neighbor_list import neighbour_list
 
 
 def build_graph(

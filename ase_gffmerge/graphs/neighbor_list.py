@@ -6,7 +6,7 @@ from ase.geometry import complete_cell
 from matscipy.neighbours import neighbour_list as matscipy_neighbour_list
 
 from ase_gffmerge.errors import StructureError
-from ase_gffmerge.graphs.sparse_search import sparse_neighbour_list
+from ase_gffmerge.graphs.cell_list_kdtree import sparse_neighbour_list
 from ase_gffmerge.graphs.wrapping import wrapped
 
 MAX_BINS = 100_000  # of side ``cutoff`` in matscipy's grid; a cell with more that are mostly empty is searched by a tree

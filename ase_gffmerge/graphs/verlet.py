@@ -28,8 +28,8 @@ from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ase_gffmerge.graphs.batches import build_graph, edge_vectors
-from ase_gffmerge.graphs.neighbours import MAX_COORDINATE
+from ase_gffmerge.graphs.graph import build_graph, edge_vectors
+from ase_gffmerge.graphs.neighbor_list import MAX_COORDINATE
 
 
 class VerletGraph:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from ase_gffmerge.graphs import Prediction, batch_graphs
-from ase_gffmerge.memory import chunks, in_parts
+from ase_gffmerge.runtime.batching import chunks, in_parts
 
 Predictor = Callable[[Data], tuple[Prediction, Tensor | None]]
 """A batch in, its prediction out, with extrapolation grades (n_atoms,) or ``None``."""
@@ -46,7 +46,7 @@ def predict_together(
     Parameters
     ----------
     predictor
-        What evaluates a batch, for example :func:`~ase_gffmerge.extrapolation.predict_graded` of a force field.
+        What evaluates a batch, for example :func:`~ase_gffmerge.inference.predict.predict_graded` of a force field.
     graphs
         One per structure, anywhere; they are not changed.
     device

@@ -3,7 +3,7 @@ r"""Energies and their derivatives by one function that ``torch.compile`` fused,
 What is compiled is :math:`(\mathbf d, z) \mapsto (\partial E/\partial\mathbf d, e, x)`: from the edge vectors to their
 gradient, the energies per atom and the scalars of every block. The numbers of atoms and edges are symbols in it, so that a
 neighbour list that grows and shrinks never compiles again. On a GPU the function is also recorded as a CUDA graph,
-compiled or not (:mod:`ase_gffmerge.captured`).
+compiled or not (:mod:`ase_gffmerge.inference.cuda_graphs`).
 """
 
 import os
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ase_gffmerge.captured import CapturedFunction, EdgeFunction, Result, Size, ghost_graph
-from ase_gffmerge.cuda_graphs import CudaGraphs
 from ase_gffmerge.errors import first_line
 from ase_gffmerge.graphs import Prediction
-from ase_gffmerge.graphs.batches import edge_vectors
 from ase_gffmerge.graphs.derivatives import assemble
-from ase_gffmerge.memory import is_out_of_memory
+from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.inference.cuda_capture import CudaGraphs
+from ase_gffmerge.inference.cuda_graphs import CapturedFunction, EdgeFunction, Result, Size, ghost_graph
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.batching import is_out_of_memory
 
 Compile = bool | Literal["auto"]
 Way = Literal["compiled", "recorded"]

@@ -8,7 +8,7 @@ from weakref import WeakSet
 
 import torch
 
-from ase_gffmerge.captured import Arguments, EdgeFunction, Result
+from ase_gffmerge.inference.cuda_graphs import Arguments, EdgeFunction, Result
 
 _ONE_AT_A_TIME = (
     threading.Lock()

@@ -14,9 +14,9 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.errors import StructureError
-from ase_gffmerge.extrapolation import predict_graded
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.graphs import build_graph
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.inference.predict import predict_graded
 
 
 def force_disagreement(specialists: Sequence[Specialist], atoms: Atoms) -> np.ndarray:

@@ -8,10 +8,10 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from torch_geometric.data import Data
 
-from ase_gffmerge.batched import predict_batches
-from ase_gffmerge.conditioning import with_indices
 from ase_gffmerge.errors import FramesError
+from ase_gffmerge.forcefield.conditioning import with_indices
 from ase_gffmerge.graphs import build_graph, predict
+from ase_gffmerge.inference.batches import predict_batches
 from ase_gffmerge.models import Potential
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.graphs import Prediction, predict
-from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.graphs.graph import edge_vectors
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def grades(force_field: Specialist, graph: Data) -> Tensor | None:
     Parameters
     ----------
     force_field
-        A merged force field, or a specialist with a gauge (:func:`~ase_gffmerge.merging.extrapolation.gauged`).
+        A merged force field, or a specialist with a gauge (:func:`~ase_gffmerge.forcefield.leverage_fit.gauged`).
     graph
         On the device of the force field; it is not changed.
 

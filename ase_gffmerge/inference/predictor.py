@@ -5,10 +5,10 @@ from dataclasses import replace
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ase_gffmerge.compiled import Compile, CompiledPotential
-from ase_gffmerge.extrapolation import predict_graded
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.graphs import Prediction
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.inference.compiled import Compile, CompiledPotential
+from ase_gffmerge.inference.predict import predict_graded
 
 
 class Server:
@@ -19,7 +19,7 @@ class Server:
     force_field
         Frozen, on its device; its weights are shared.
     compile
-        Whether to compile, see :class:`~ase_gffmerge.compiled.CompiledPotential`.
+        Whether to compile, see :class:`~ase_gffmerge.inference.compiled.CompiledPotential`.
     """
 
     def __init__(self, force_field: Specialist, *, compile: Compile):
@@ -28,7 +28,7 @@ class Server:
         self._compiled = CompiledPotential(force_field.potential, compile=compile)
 
     def __call__(self, graph: Data, *, graded: bool = True) -> tuple[Prediction, Tensor | None]:
-        """Prediction and grades (n_atoms,) as :func:`~ase_gffmerge.extrapolation.predict_graded` gives them.
+        """Prediction and grades (n_atoms,) as :func:`~ase_gffmerge.inference.predict.predict_graded` gives them.
 
         Grades are ``None`` when they are not wanted (``graded``), or there is no gauge.
         """

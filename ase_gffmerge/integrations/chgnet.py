@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ase_gffmerge.adapters.base import Foreign, load_checkpoint, require_own_parts
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.fileformat import atomic_write
+from ase_gffmerge.integrations.base import Foreign, load_checkpoint, require_own_parts
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.chgnet import CHGNet, CHGNetHyper
+from ase_gffmerge.storage.tensor_file import atomic_write
 
 N_ELEMENTS = 94
 """CHGNet knows hydrogen to plutonium."""

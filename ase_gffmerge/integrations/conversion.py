@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ase_gffmerge.adapters.same import require_same
 from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.integrations.same import require_same
 from ase_gffmerge.models import Potential
 
 P = TypeVar("P", bound=Potential)

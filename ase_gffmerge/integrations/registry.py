@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from ase_gffmerge.errors import FileFormatError
 
 if TYPE_CHECKING:
-    from ase_gffmerge.adapters.base import Adapter
+    from ase_gffmerge.integrations.base import Adapter
 
 _MODULES = {
-    vendor: f"ase_gffmerge.adapters.{module}"
+    vendor: f"ase_gffmerge.integrations.{module}"
     for vendor, module in (
         ("chgnet", "chgnet"),
         ("nequip", "nequip"),

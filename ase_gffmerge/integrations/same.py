@@ -9,7 +9,7 @@ from torch_geometric.data import Data
 
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.graphs import batch_graphs, build_graph
-from ase_gffmerge.graphs.batches import edge_vectors
+from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.models import Potential
 
 TOLERANCE = 1e-3

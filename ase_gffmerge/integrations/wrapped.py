@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from ase_gffmerge.models.e3nn_mode import keep_plain
-from ase_gffmerge.models.element_linear import ElementLinear
-from ase_gffmerge.models.potential import HyperParameters, Potential, Stage, State
+from ase_gffmerge.models.base import HyperParameters, Potential, Stage, State
+from ase_gffmerge.models.layers.e3nn_compat import keep_plain
+from ase_gffmerge.models.layers.element_linear import ElementLinear
 
 Entries = dict[str, Tensor]
 

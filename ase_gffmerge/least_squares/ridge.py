@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ase_gffmerge.merging.statistics import Gram
+from ase_gffmerge.least_squares.gram import Gram
 
 EXACT_TRACE, SIGNS = 2000, 16
 """Unknowns up to which the effective rank is exact, and the number of random vectors of signs beyond."""

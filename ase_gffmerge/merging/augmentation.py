@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.dynamics.displaced import displaced
-from ase_gffmerge.dynamics.replicas import run_replicas
+from ase_gffmerge.data.perturb import displaced
+from ase_gffmerge.dynamics.batched_md import run_replicas
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.merging.recipe import ReadoutOptions
-from ase_gffmerge.specialist import Specialist
 
 MASS, TIMESTEP, FRICTION = 12.0, 2.0, 0.05
 """Of every atom in u; fs; 1/fs."""

@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ase_gffmerge.merging.layers import adjustable_maps, affine_maps
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.merging.affine_maps import adjustable_maps, affine_maps
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models import Potential, build_potential
-from ase_gffmerge.specialist import Specialist
 
 
 def mean_potential(specialists: Sequence[Specialist], recipe: Recipe) -> Potential:

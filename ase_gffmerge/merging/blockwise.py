@@ -18,12 +18,12 @@ iteration to stop: specialists that are nearly the same leave a mismatch that is
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from ase_gffmerge.merging.gauss_newton import Thetas, gauss_newton_steps, squared
+from ase_gffmerge.least_squares.gauss_newton import Thetas, gauss_newton_steps, squared
+from ase_gffmerge.merging.calibration import Territory
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.stage_output import StageMismatch, StageOutput
-from ase_gffmerge.merging.territory import Territory
-from ase_gffmerge.models.potential import Stage
+from ase_gffmerge.models.base import Stage
 
 ITERATIONS, DAMPING = 15, 1e-3
 """Conjugate-gradient iterations, and the damping μ of the step."""

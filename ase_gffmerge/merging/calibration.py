@@ -11,12 +11,12 @@ from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.memory import chunks
-from ase_gffmerge.merging.duals import Dual, Tensors, push
-from ase_gffmerge.models.potential import Geometry, Potential
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.merging.tangents import Dual, Tensors, push
+from ase_gffmerge.models.base import Geometry, Potential
+from ase_gffmerge.runtime.batching import chunks
 
 
 @dataclass

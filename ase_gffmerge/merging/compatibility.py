@@ -5,12 +5,12 @@ from itertools import combinations
 
 import torch
 
-from ase_gffmerge.calibration import require_sound
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, RecipeError
-from ase_gffmerge.merging.layers import affine_maps
+from ase_gffmerge.forcefield.calibration_tensors import require_sound
+from ase_gffmerge.forcefield.force_field import Specialist, first_not_finite, symbols
+from ase_gffmerge.merging.affine_maps import affine_maps
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models import Potential
-from ase_gffmerge.specialist import Specialist, first_not_finite, symbols
 
 
 def check_compatible(specialists: Sequence[Specialist], recipe: Recipe) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ase_gffmerge.accuracy import FramePredictions, compare, predict_frames
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.inference.metrics import FramePredictions, compare, predict_frames
 from ase_gffmerge.merging.report import Disagreement, Parity
 from ase_gffmerge.models import Potential
-from ase_gffmerge.specialist import Specialist
 
 PARITY_SAMPLE = 600
 

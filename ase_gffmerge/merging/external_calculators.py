@@ -17,13 +17,13 @@ import torch
 from ase import Atoms
 from torch import Tensor, nn
 
-from ase_gffmerge.accuracy import FramePredictions
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
-from ase_gffmerge.merging.diagnosis import disagreement
-from ase_gffmerge.merging.layers import Problem, is_affine, problems, rows_entering
+from ase_gffmerge.inference.metrics import FramePredictions
+from ase_gffmerge.least_squares.gram import Gram, normalised_sum
+from ase_gffmerge.least_squares.ridge import ridge_solve
+from ase_gffmerge.merging.affine_maps import Problem, is_affine, problems, rows_entering
+from ase_gffmerge.merging.diagnostics import disagreement
 from ase_gffmerge.merging.report import Disagreement, LayerReport
-from ase_gffmerge.merging.solve import ridge_solve
-from ase_gffmerge.merging.statistics import Gram, normalised_sum
 
 MAX_ROWS = 4096
 """Rows of a layer that are kept of one frame, chosen at random."""

@@ -13,15 +13,15 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.memory import chunks
-from ase_gffmerge.merging.copies import copies_per_frame, with_copies
-from ase_gffmerge.merging.probes import Probes
-from ase_gffmerge.merging.readout import fit_readout, random_lift, readout_rows, widened
+from ase_gffmerge.least_squares.gram import Gram
+from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
+from ase_gffmerge.merging.calibration import Territory
+from ase_gffmerge.merging.directions import Probes
+from ase_gffmerge.merging.readout_fit import fit_readout, random_lift, readout_rows, widened
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.merging.report import LayerReport
-from ase_gffmerge.merging.statistics import Gram
-from ase_gffmerge.merging.territory import Territory
 from ase_gffmerge.models import Potential, build_potential
+from ase_gffmerge.runtime.batching import chunks
 
 HELD_OUT = 5
 """Every fifth frame (with its copies) chooses the ridge."""

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.merging.duals import Dual, Tensors, push
-from ase_gffmerge.merging.layers import Problem, is_affine, problems, rows_entering, with_ones
+from ase_gffmerge.least_squares.gram import Gram, normalised_sum, symmetric_product
+from ase_gffmerge.least_squares.ridge import ridge_solve
+from ase_gffmerge.merging.affine_maps import Problem, is_affine, problems, rows_entering, with_ones
+from ase_gffmerge.merging.calibration import Scene, Territory
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
-from ase_gffmerge.merging.solve import ridge_solve
-from ase_gffmerge.merging.statistics import Gram, normalised_sum, symmetric_product
-from ase_gffmerge.merging.territory import Scene, Territory
-from ase_gffmerge.models.potential import Stage
+from ase_gffmerge.merging.tangents import Dual, Tensors, push
+from ase_gffmerge.models.base import Stage
 
 
 class _Reached(Exception):

@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, Field
 
-from ase_gffmerge.validation import STRICT, Seed, Whole
+from ase_gffmerge.storage.documents import STRICT, Seed, Whole
 
 
 class TrajectoryOptions(BaseModel):

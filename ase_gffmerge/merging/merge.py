@@ -17,25 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.device import resolve_device
 from ase_gffmerge.errors import MergeWarning, RecipeError
-from ase_gffmerge.memory import memory_errors
-from ase_gffmerge.merging.align import advance, align_layers, run_stage, stage_inputs
-from ase_gffmerge.merging.align_output import align_output
+from ase_gffmerge.forcefield.force_field import MergeRecord, Provenance, Specialist
+from ase_gffmerge.forcefield.leverage_fit import extrapolation_gauge
+from ase_gffmerge.merging.affine_maps import adjustable_maps
 from ase_gffmerge.merging.average import averaged_parameters, mean_potential, on_all_elements
+from ase_gffmerge.merging.blockwise import align_output
+from ase_gffmerge.merging.calibration import Scene, Territory, survey
 from ase_gffmerge.merging.compatibility import check_compatible
-from ase_gffmerge.merging.diagnosis import diagnose
-from ase_gffmerge.merging.duals import Dual, Tensors, push
-from ase_gffmerge.merging.extrapolation import extrapolation_gauge
+from ase_gffmerge.merging.diagnostics import diagnose
 from ase_gffmerge.merging.force_matching import match_forces
-from ase_gffmerge.merging.layers import adjustable_maps
+from ase_gffmerge.merging.layerwise import advance, align_layers, run_stage, stage_inputs
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
-from ase_gffmerge.merging.references import align_references
+from ase_gffmerge.merging.reference_energies import align_references
 from ase_gffmerge.merging.report import LayerReport, MergeReport
-from ase_gffmerge.merging.territory import Scene, Territory, survey
+from ase_gffmerge.merging.tangents import Dual, Tensors, push
 from ase_gffmerge.models import Potential
-from ase_gffmerge.models.potential import Stage
-from ase_gffmerge.specialist import MergeRecord, Provenance, Specialist
+from ase_gffmerge.models.base import Stage
+from ase_gffmerge.runtime.batching import memory_errors
+from ase_gffmerge.runtime.devices import resolve_device
 
 MERGE_VERSION = 7
 """Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""

@@ -27,14 +27,14 @@ from torch.nn.functional import one_hot, silu
 from torch_geometric.data import Batch
 
 from ase_gffmerge.graphs import Prediction, predict
-from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.merging.duals import Dual, push
-from ase_gffmerge.merging.probes import Probes
-from ase_gffmerge.merging.solve import Solution, regularised_factor, ridge_solve
-from ase_gffmerge.merging.statistics import Gram
+from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.least_squares.gram import Gram
+from ase_gffmerge.least_squares.ridge import Solution, regularised_factor, ridge_solve
+from ase_gffmerge.merging.directions import Probes
+from ase_gffmerge.merging.tangents import Dual, push
 from ase_gffmerge.models import Potential
-from ase_gffmerge.models.readout import WidenedReadout
-from ase_gffmerge.models.sparse_linear import SparseLinear
+from ase_gffmerge.models.layers.readout import WidenedReadout
+from ase_gffmerge.models.layers.sparse_linear import SparseLinear
 
 RIDGES = tuple(10.0**-exponent for exponent in range(3, 9))
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ase_gffmerge.errors import RecipeError
 from ase_gffmerge.merging.distil_options import DistilOptions
 from ase_gffmerge.merging.loop_options import ClosedLoopOptions
-from ase_gffmerge.validation import STRICT, Seed, Whole, explain, read_options, shown, with_text_keys
+from ase_gffmerge.storage.documents import STRICT, Seed, Whole, explain, read_options, shown, with_text_keys
 
 
 class ReadoutOptions(BaseModel):

@@ -20,8 +20,8 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from ase_gffmerge.accuracy import predict_frames
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.inference.metrics import predict_frames
 
 
 def align_references(specialists: Sequence[Specialist]) -> dict[str, dict[str, float]]:

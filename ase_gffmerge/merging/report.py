@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from ase_gffmerge.errors import FileFormatError
 
 if TYPE_CHECKING:
-    from ase_gffmerge.merging.solve import Solution
+    from ase_gffmerge.least_squares.ridge import Solution
 
 Verdict = Literal["good", "usable after distillation", "failed"]
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ase_gffmerge.merging.align import advance, layer_inputs, run_stage, stage_inputs
-from ase_gffmerge.merging.duals import differentiable_push
-from ase_gffmerge.merging.gauss_newton import Thetas, squared
-from ase_gffmerge.merging.layers import adjustable_maps, is_adjustable
+from ase_gffmerge.least_squares.gauss_newton import Thetas, squared
+from ase_gffmerge.merging.affine_maps import adjustable_maps, is_adjustable
+from ase_gffmerge.merging.calibration import Scene, Territory
+from ase_gffmerge.merging.layerwise import advance, layer_inputs, run_stage, stage_inputs
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.territory import Scene, Territory
-from ase_gffmerge.models.potential import Stage, State
+from ase_gffmerge.merging.tangents import differentiable_push
+from ase_gffmerge.models.base import Stage, State
 
 
 class StageMismatch:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from ase_gffmerge.models.rows import many_probes
+from ase_gffmerge.models.layers.gather import many_probes
 
 Tensors = tuple[Tensor, ...]
 

@@ -5,12 +5,12 @@ Importing this package fills :data:`METHODS`, one module per method or family.
 
 from importlib import import_module
 
-from ase_gffmerge.methods.method import METHODS, Method, Mixture, Need, Outcome, get_method, register
+from ase_gffmerge.methods.base import METHODS, Method, Mixture, Need, Outcome, get_method, register
 
 __all__ = ["METHODS", "Method", "Mixture", "Need", "Outcome", "get_method", "register"]
 
 _IN_TABLE_ORDER = (
-    "references",
+    "ensemble",
     "mean",
     "task_arithmetic",
     "ties",
@@ -21,7 +21,7 @@ _IN_TABLE_ORDER = (
     "git_rebasin",
     "emr",
     "closed_form",
-    "training",
+    "trained",
 )
 
 for _module in _IN_TABLE_ORDER:

@@ -9,8 +9,8 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.errors import RecipeError
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.models import Potential
-from ase_gffmerge.specialist import Specialist
 
 Progress = Callable[[float, str], None]
 

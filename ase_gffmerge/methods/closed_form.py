@@ -1,7 +1,7 @@
 """Merging by least-squares problems, layer by layer: this package's method, and the published one."""
 
+from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
 from ase_gffmerge.methods.mean import merge_by_recipe
-from ase_gffmerge.methods.method import Mixture, Need, Outcome, Progress, register
 
 
 @register("paper", citation="GffMerge, arXiv 2606.03232", needs=(Need.FRAMES,), merges=True)

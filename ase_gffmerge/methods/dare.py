@@ -10,10 +10,10 @@ drop rates see the same numbers.
 import torch
 from torch import Tensor
 
-from ase_gffmerge.methods.method import Mixture, Need, Outcome, Progress, register
+from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
+from ase_gffmerge.methods.grid_search import Yardstick, grid_of, tune
 from ase_gffmerge.methods.task_arithmetic import add_task_vectors
-from ase_gffmerge.methods.tuning import Yardstick, grid_of, tune
-from ase_gffmerge.methods.weights import WeightSpace
+from ase_gffmerge.methods.weight_space import WeightSpace
 from ase_gffmerge.models import Potential
 
 RATES = (0.1, 0.3, 0.5, 0.9)

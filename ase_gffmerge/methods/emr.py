@@ -15,9 +15,9 @@ belongs to, so this is not one potential energy surface: a reference for how muc
 import torch
 from torch import Tensor
 
-from ase_gffmerge.methods.method import Mixture, Need, Outcome, Progress, register
+from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
 from ase_gffmerge.methods.ties import elect_signs
-from ase_gffmerge.methods.weights import WeightSpace
+from ase_gffmerge.methods.weight_space import WeightSpace
 
 
 def elect_task_vector(task_vectors: Tensor) -> Tensor:

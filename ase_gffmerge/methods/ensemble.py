@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
-from ase_gffmerge.graphs.batches import structure_index
-from ase_gffmerge.methods.method import Mixture, Need, Outcome, Progress, register
-from ase_gffmerge.methods.tuning import Yardstick
-from ase_gffmerge.methods.weights import aligned_copies
+from ase_gffmerge.forcefield.force_field import symbols
+from ase_gffmerge.graphs.graph import structure_index
+from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
+from ase_gffmerge.methods.grid_search import Yardstick
+from ase_gffmerge.methods.weight_space import aligned_copies
 from ase_gffmerge.models import Potential
-from ase_gffmerge.specialist import symbols
 
 
 @register("best_single", citation="the one specialist closest to all", needs=(Need.FRAMES,))

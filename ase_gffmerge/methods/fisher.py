@@ -29,11 +29,11 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.memory import chunks
-from ase_gffmerge.methods.method import Mixture, Need, Outcome, Progress, register
-from ase_gffmerge.methods.tuning import Yardstick, grid_of, tune
-from ase_gffmerge.methods.weights import WeightSpace, weighted_mean
+from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
+from ase_gffmerge.methods.grid_search import Yardstick, grid_of, tune
+from ase_gffmerge.methods.weight_space import WeightSpace, weighted_mean
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.batching import chunks
 
 FLOORS = (1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0)
 """Values of ε that are tried."""

@@ -23,18 +23,18 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from ase_gffmerge.errors import IncompatibleSpecialistsError
+from ase_gffmerge.forcefield.force_field import Specialist, symbols
 from ase_gffmerge.graphs import batch_graphs, build_graph
-from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.memory import chunks
+from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.recipe import PRESETS
-from ase_gffmerge.methods.channel_similarity import Similarities, channel_moments, similarities
-from ase_gffmerge.methods.method import Mixture, Need, Outcome, Progress, register
-from ase_gffmerge.methods.permutations import permuted
-from ase_gffmerge.methods.tuning import Yardstick, grid_of, tune
-from ase_gffmerge.methods.weights import aligned_copies
+from ase_gffmerge.methods.activation_similarity import Similarities, channel_moments, similarities
+from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
+from ase_gffmerge.methods.grid_search import Yardstick, grid_of, tune
+from ase_gffmerge.methods.permutation_symmetry import permuted
+from ase_gffmerge.methods.weight_space import aligned_copies
 from ase_gffmerge.models import Potential
-from ase_gffmerge.specialist import Specialist, symbols
+from ase_gffmerge.runtime.batching import chunks
 
 TIE = 1e-9
 """Bonus for a channel that stays where it is, where 1 is the similarity of a channel to itself."""

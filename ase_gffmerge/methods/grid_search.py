@@ -20,12 +20,12 @@ from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from ase_gffmerge.accuracy import check_frames
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.memory import chunks
-from ase_gffmerge.methods.method import Outcome, Progress
+from ase_gffmerge.inference.metrics import check_frames
+from ase_gffmerge.methods.base import Outcome, Progress
 from ase_gffmerge.models import Potential
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.runtime.batching import chunks
 
 N_FRAMES = 20
 """Calibration frames per specialist that trials are judged on."""

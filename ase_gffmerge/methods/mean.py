@@ -5,7 +5,7 @@ from typing import Any
 
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.merging.merge import merge
-from ase_gffmerge.methods.method import Mixture, Outcome, Progress, register
+from ase_gffmerge.methods.base import Mixture, Outcome, Progress, register
 
 
 def merge_by_recipe(mixture: Mixture, preset: str, *, progress: Progress) -> Outcome:

@@ -23,9 +23,9 @@ from e3nn import o3
 from torch import Tensor
 
 from ase_gffmerge.errors import IncompatibleSpecialistsError
-from ase_gffmerge.merging.layers import affine_maps
+from ase_gffmerge.merging.affine_maps import affine_maps
 from ase_gffmerge.models import Potential
-from ase_gffmerge.models.coupling import natural
+from ase_gffmerge.models.layers.tensor_product import natural
 from ase_gffmerge.models.nequip import Interaction
 from ase_gffmerge.models.painn import Message
 
@@ -53,7 +53,7 @@ class ChannelGroups:
     embedding
         Group of the columns of the embedding table.
     maps
-        The ends of every affine map, by the name of its :class:`~ase_gffmerge.merging.layers.Problem`.
+        The ends of every affine map, by the name of its :class:`~ase_gffmerge.merging.affine_maps.Problem`.
     """
 
     embedding: str

@@ -21,13 +21,13 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
+from ase_gffmerge.merging.affine_maps import affine_maps
 from ase_gffmerge.merging.average import mean_potential
-from ase_gffmerge.merging.layers import affine_maps
 from ase_gffmerge.merging.recipe import PRESETS
-from ase_gffmerge.methods.method import Mixture, Need, Outcome, Progress, register
-from ase_gffmerge.methods.permutations import channel_groups
-from ase_gffmerge.methods.tuning import Yardstick, grid_of, tune
-from ase_gffmerge.methods.weights import aligned_copies
+from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
+from ase_gffmerge.methods.grid_search import Yardstick, grid_of, tune
+from ase_gffmerge.methods.permutation_symmetry import channel_groups
+from ase_gffmerge.methods.weight_space import aligned_copies
 from ase_gffmerge.models import Potential
 
 SHARES = (0.25, 0.5, 0.75)

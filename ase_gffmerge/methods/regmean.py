@@ -26,19 +26,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.merging.align import advance, layer_inputs, run_stage
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.least_squares.gram import Gram
+from ase_gffmerge.least_squares.ridge import ridge_solve
+from ase_gffmerge.merging.affine_maps import affine_maps, problems
 from ase_gffmerge.merging.average import mean_potential
-from ase_gffmerge.merging.duals import push
-from ase_gffmerge.merging.layers import affine_maps, problems
+from ase_gffmerge.merging.calibration import Scene, Territory, survey
+from ase_gffmerge.merging.layerwise import advance, layer_inputs, run_stage
 from ase_gffmerge.merging.recipe import PRESETS
-from ase_gffmerge.merging.solve import ridge_solve
-from ase_gffmerge.merging.statistics import Gram
-from ase_gffmerge.merging.territory import Scene, Territory, survey
-from ase_gffmerge.methods.method import Mixture, Need, Outcome, Progress, register
-from ase_gffmerge.methods.tuning import Yardstick, grid_of, tune
-from ase_gffmerge.methods.weights import aligned_copies
+from ase_gffmerge.merging.tangents import push
+from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
+from ase_gffmerge.methods.grid_search import Yardstick, grid_of, tune
+from ase_gffmerge.methods.weight_space import aligned_copies
 from ase_gffmerge.models import Potential
-from ase_gffmerge.specialist import Specialist
 
 ALPHAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 """Values of α that are tried."""

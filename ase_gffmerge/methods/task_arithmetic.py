@@ -8,9 +8,9 @@ r"""Task arithmetic: the base plus a multiple of the sum of the task vectors.
 import torch
 from torch import Tensor
 
-from ase_gffmerge.methods.method import Mixture, Need, Outcome, Progress, register
-from ase_gffmerge.methods.tuning import Yardstick, grid_of, tune
-from ase_gffmerge.methods.weights import WeightSpace
+from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
+from ase_gffmerge.methods.grid_search import Yardstick, grid_of, tune
+from ase_gffmerge.methods.weight_space import WeightSpace
 from ase_gffmerge.models import Potential
 
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)

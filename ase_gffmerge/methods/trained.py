@@ -5,9 +5,9 @@ import warnings
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.merging.distil_options import DistilOptions
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.methods.method import Mixture, Need, Outcome, Progress, register
+from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
 from ase_gffmerge.training.joint import FINE_TUNING, train_jointly
-from ase_gffmerge.training.refine import merge_and_refine
+from ase_gffmerge.workflows.merge_and_distill import merge_and_refine
 
 
 @register(

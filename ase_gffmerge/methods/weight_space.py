@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from ase_gffmerge.errors import IncompatibleSpecialistsError, RecipeError
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.merging.average import blank_potential, mean_references
 from ase_gffmerge.merging.merge import working_copies
-from ase_gffmerge.merging.references import align_references
-from ase_gffmerge.methods.method import Mixture
+from ase_gffmerge.merging.reference_energies import align_references
+from ase_gffmerge.methods.base import Mixture
 from ase_gffmerge.models import Potential
-from ase_gffmerge.specialist import Specialist
 
 
 @dataclass(frozen=True, kw_only=True)

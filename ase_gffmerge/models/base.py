@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from ase_gffmerge.models.exact import ExactBuffers
-from ase_gffmerge.models.radial import BesselBasis, polynomial_cutoff
-from ase_gffmerge.models.readout import MLPReadout, WidenedReadout
+from ase_gffmerge.models.layers.buffers import ExactBuffers
+from ase_gffmerge.models.layers.radial import BesselBasis, polynomial_cutoff
+from ase_gffmerge.models.layers.readout import MLPReadout, WidenedReadout
 
 State = tuple[Tensor, ...]
 

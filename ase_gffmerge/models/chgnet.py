@@ -20,7 +20,7 @@ L                         ``out``
 ========================  ==========================
 
 The basis frequencies are parameters of the network, so that the first stage, :class:`Bases`, takes the edge vectors
-themselves. Weights of the authors' package fit in; see :mod:`ase_gffmerge.adapters.chgnet`.
+themselves. Weights of the authors' package fit in; see :mod:`ase_gffmerge.integrations.chgnet`.
 """
 
 import math
@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch_geometric.data import Data
 
-from ase_gffmerge.models.joined_linear import JoinedLinear, Part
-from ase_gffmerge.models.line_graph import angles_between, undirected
-from ase_gffmerge.models.potential import HyperParameters, Potential, Stage, State
-from ase_gffmerge.models.rows import take_rows
+from ase_gffmerge.models.base import HyperParameters, Potential, Stage, State
+from ase_gffmerge.models.layers.gather import take_rows
+from ase_gffmerge.models.layers.gather_linear import JoinedLinear, Part
+from ase_gffmerge.models.layers.line_graph import angles_between, undirected
 
 
 @dataclass(frozen=True, kw_only=True)

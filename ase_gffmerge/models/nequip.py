@@ -35,11 +35,11 @@ from torch import Tensor
 from torch.nn.functional import silu
 from torch_geometric.data import Data
 
-from ase_gffmerge.models.coupling import Convolution, CoupledHarmonics, natural
-from ase_gffmerge.models.e3nn_mode import eager_e3nn, keep_plain
-from ase_gffmerge.models.gate import SILU_SCALE, Gate
-from ase_gffmerge.models.potential import EdgeGeometry, HyperParameters, Potential, Stage, State
-from ase_gffmerge.models.rows import take_rows
+from ase_gffmerge.models.base import EdgeGeometry, HyperParameters, Potential, Stage, State
+from ase_gffmerge.models.layers.e3nn_compat import eager_e3nn, keep_plain
+from ase_gffmerge.models.layers.gate import SILU_SCALE, Gate
+from ase_gffmerge.models.layers.gather import take_rows
+from ase_gffmerge.models.layers.tensor_product import Convolution, CoupledHarmonics, natural
 
 
 @dataclass(frozen=True, kw_only=True)

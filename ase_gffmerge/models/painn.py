@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch_geometric.data import Data
 
-from ase_gffmerge.models.painn_served import ServedMessage
-from ase_gffmerge.models.potential import EdgeGeometry, HyperParameters, Potential, Stage, State
-from ase_gffmerge.models.rows import take_rows
+from ase_gffmerge.models.base import EdgeGeometry, HyperParameters, Potential, Stage, State
+from ase_gffmerge.models.layers.gather import take_rows
+from ase_gffmerge.models.painn_cpu import ServedMessage
 
 NORM_OFFSET = 1e-8
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
-from ase_gffmerge.models.potential import EdgeGeometry, Stage, State
+from ase_gffmerge.models.base import EdgeGeometry, Stage, State
 
 BLOCK = 32_768
 """Edges times channels of one block: its dozen temporaries then fit into 2 MB."""

@@ -6,19 +6,19 @@ from numbers import Integral
 from typing import Any
 
 from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.models.base import Potential
 from ase_gffmerge.models.chgnet import CHGNet
 from ase_gffmerge.models.nequip import NequIP
 from ase_gffmerge.models.painn import PaiNN
-from ase_gffmerge.models.potential import Potential
 
 _ARCHITECTURES: dict[str, type[Potential]] = {cls.architecture: cls for cls in (PaiNN, NequIP, CHGNet)}
 
 
 _PACKAGES = {
-    "nequip-package": ("nequip", "ase_gffmerge.models.nequip_package", "NequIPPackage"),
-    "sevennet-package": ("sevenn", "ase_gffmerge.models.sevennet_package", "SevenNetPackage"),
-    "orb-package": ("orb_models", "ase_gffmerge.models.orb_package", "OrbPackage"),
-    "mace-package": ("mace", "ase_gffmerge.models.mace_package", "MACEPackage"),
+    "nequip-package": ("nequip", "ase_gffmerge.integrations.nequip.model", "NequIPPackage"),
+    "sevennet-package": ("sevenn", "ase_gffmerge.integrations.sevennet.model", "SevenNetPackage"),
+    "orb-package": ("orb_models", "ase_gffmerge.integrations.orb.model", "OrbPackage"),
+    "mace-package": ("mace", "ase_gffmerge.integrations.mace.model", "MACEPackage"),
 }
 """Architectures whose modules another package brings: that package, our module and our class."""
 

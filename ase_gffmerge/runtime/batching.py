@@ -9,7 +9,7 @@ from ase import Atoms
 from torch_geometric.data import Data
 
 from ase_gffmerge.errors import DeviceMemoryError
-from ase_gffmerge.forked import survive_fork
+from ase_gffmerge.runtime.forking import survive_fork
 
 Item = TypeVar("Item")
 Frame = TypeVar("Frame", Atoms, Data)

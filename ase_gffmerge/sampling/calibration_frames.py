@@ -10,14 +10,14 @@ import numpy as np
 from ase import Atoms
 from pydantic import Field
 
-from ase_gffmerge.dynamics.displaced import displaced
-from ase_gffmerge.dynamics.monitor import Monitor, standard_monitor
-from ase_gffmerge.dynamics.replicas import run_replicas
+from ase_gffmerge.data.perturb import displaced
+from ase_gffmerge.dynamics.batched_md import run_replicas
+from ase_gffmerge.dynamics.stopping import Monitor, standard_monitor
 from ase_gffmerge.errors import FramesError
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.models import Potential
-from ase_gffmerge.sampling.judge import judge
-from ase_gffmerge.sampling.ladder import Ladder, LadderOptions, climb
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.sampling.screening import judge
+from ase_gffmerge.sampling.temperature_ladder import Ladder, LadderOptions, climb
 
 Progress = Callable[[float, str], None]
 RELAXATION, DAMPING = 500.0, 0.05

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.dynamics.monitor import Monitor, Stop, Watch
-from ase_gffmerge.dynamics.swarm import Swarm
-from ase_gffmerge.memory import chunks
+from ase_gffmerge.dynamics.langevin import Swarm
+from ase_gffmerge.dynamics.stopping import Monitor, Stop, Watch
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.batching import chunks
 
 
 def judge(

@@ -11,10 +11,10 @@ import numpy as np
 from ase import Atoms
 from pydantic import BaseModel, ConfigDict, Field
 
-from ase_gffmerge.dynamics.monitor import Monitor
-from ase_gffmerge.dynamics.replicas import ReplicaRun, run_replicas
+from ase_gffmerge.dynamics.batched_md import ReplicaRun, run_replicas
+from ase_gffmerge.dynamics.stopping import Monitor
 from ase_gffmerge.models import Potential
-from ase_gffmerge.sampling.decorrelation import decorrelation_time
+from ase_gffmerge.sampling.statistical_inefficiency import decorrelation_time
 
 INTERVAL, SEGMENT = 10.0, 1000.0
 """Time in fs between candidate frames, and between two looks at whether there are enough."""

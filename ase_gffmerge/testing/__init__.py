@@ -3,8 +3,8 @@
 >>> from ase_gffmerge.testing import check_calculator, check_potential
 """
 
-from ase_gffmerge.testing.calculator_checks import check_calculator
-from ase_gffmerge.testing.potential_checks import check_potential
+from ase_gffmerge.testing.calculator.checks import check_calculator
+from ase_gffmerge.testing.potential import check_potential
 from ase_gffmerge.testing.report import CheckReport, CheckResult, ContractError
 
 __all__ = ["CheckReport", "CheckResult", "ContractError", "check_calculator", "check_potential"]

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ase_gffmerge.testing.subject import deviation
+from ase_gffmerge.testing.calculator.harness import deviation
 
 RELATIVE = 1e-5
 """Largest share of a derivative that its error may be said to be: a check must not pass for want of smoothness."""

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from ase_gffmerge.graphs import build_graph, predict
-from ase_gffmerge.graphs.batches import batch_graphs, edge_vectors
 from ase_gffmerge.graphs.derivatives import EnergyModel
+from ase_gffmerge.graphs.graph import batch_graphs, edge_vectors
 from ase_gffmerge.models import Potential
-from ase_gffmerge.models.potential import Stage, State
+from ase_gffmerge.models.base import Stage, State
+from ase_gffmerge.testing.calculator.harness import NotApplicable, check, deviation, require, run_check
+from ase_gffmerge.testing.calculator.side_effects import global_state
 from ase_gffmerge.testing.differences import derivative
 from ase_gffmerge.testing.report import CheckReport
-from ase_gffmerge.testing.side_effects import global_state
-from ase_gffmerge.testing.subject import NotApplicable, check, deviation, require, run_check
 
 STEP = 1e-3  # Å, of central differences
 CLUSTER = 7  # atoms

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.fileformat import read_file, write_file
+from ase_gffmerge.storage.tensor_file import read_file, write_file
 
 
 class CheckpointWarning(UserWarning):

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from ase_gffmerge.errors import RecipeError
-from ase_gffmerge.validation import STRICT, Seed, explain, read_options
+from ase_gffmerge.storage.documents import STRICT, Seed, explain, read_options
 
 
 class TrainConfig(BaseModel):

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from ase import Atoms
 
-from ase_gffmerge.data.fingerprints import geometry_keys, hash_frames
-from ase_gffmerge.device import resolve_device
+from ase_gffmerge.data.hashing import geometry_keys, hash_frames
 from ase_gffmerge.errors import IncompatibleSpecialistsError, MergeWarning
+from ase_gffmerge.forcefield.force_field import MergeRecord, Provenance, Specialist
+from ase_gffmerge.forcefield.leverage_fit import extrapolation_gauge
 from ase_gffmerge.merging.distil_options import DistilOptions
-from ase_gffmerge.merging.extrapolation import extrapolation_gauge
 from ase_gffmerge.models import Potential
-from ase_gffmerge.specialist import MergeRecord, Provenance, Specialist
+from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.distil_report import distilled_report
-from ase_gffmerge.training.lessons import Lesson
+from ase_gffmerge.training.distill_report import distilled_report
+from ase_gffmerge.training.distill_targets import Lesson
 from ase_gffmerge.training.loop import Callback, fit
-from ase_gffmerge.training.school import School, enrol, lesson_loss, parameter_groups, weights_of
 from ase_gffmerge.training.soap import SOAP
 from ase_gffmerge.training.state import History
+from ase_gffmerge.training.teachers import School, enrol, lesson_loss, parameter_groups, weights_of
 
 
 def distil(

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch_geometric.data import Data
 
+from ase_gffmerge.forcefield.force_field import MergeRecord, Specialist
 from ase_gffmerge.graphs import batch_graphs, predict
 from ase_gffmerge.merging.average import mean_potential
-from ase_gffmerge.merging.diagnosis import diagnose
+from ase_gffmerge.merging.diagnostics import diagnose
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.models import Potential
-from ase_gffmerge.specialist import MergeRecord, Specialist
 
 BATCH = 50
 """Graphs per batch."""

@@ -8,18 +8,18 @@ import torch
 from ase import Atoms
 from torch_geometric.data import Data
 
-from ase_gffmerge.accuracy import check_frames
-from ase_gffmerge.dynamics.displaced import displaced
+from ase_gffmerge.data.perturb import displaced
 from ase_gffmerge.errors import FramesError
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.memory import chunks
-from ase_gffmerge.merging.copies import copies_per_frame, with_copies
+from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.inference.metrics import check_frames
+from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
 from ase_gffmerge.merging.distil_options import DistilOptions
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.models import Potential
-from ase_gffmerge.sampling.sample import SampleOptions, sample_frames
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.runtime.batching import chunks
+from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames
 from ase_gffmerge.training.frames import bare
 
 HELD_OUT = 10
@@ -69,7 +69,7 @@ def prepare_lesson(specialist: Specialist, options: DistilOptions, *, extra: Seq
 
 
 def copied(specialist: Specialist, frames: Sequence[Atoms], options: DistilOptions) -> list[Atoms]:
-    """Frames with copies that the specialist visits from them, see :mod:`ase_gffmerge.merging.copies`."""
+    """Frames with copies that the specialist visits from them, see :mod:`ase_gffmerge.merging.augmentation`."""
     copying = ReadoutOptions(**options.model_dump(include=COPYING))
     return with_copies(specialist, frames, copying, n_copies=copies_per_frame(specialist, frames, copying))
 
@@ -83,7 +83,7 @@ def twins(frames: Sequence[Atoms], options: DistilOptions) -> list[Atoms]:
 def taught_graphs(
     teacher: Specialist, student: Potential, frames: Sequence[Atoms], *, index: int, features: bool
 ) -> list[Data]:
-    """Graphs with the teacher's predictions as targets, see :func:`~ase_gffmerge.training.losses.labelled_graph`.
+    """Graphs with the teacher's predictions as targets, see :func:`~ase_gffmerge.training.loss.labelled_graph`.
 
     Parameters
     ----------

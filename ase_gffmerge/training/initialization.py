@@ -7,10 +7,10 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
+from ase_gffmerge.forcefield.force_field import Specialist, symbols
 from ase_gffmerge.models import Potential, build_potential
-from ase_gffmerge.specialist import Specialist, symbols
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.references import fit_references, warn_of_offset
+from ase_gffmerge.training.reference_energies import fit_references, warn_of_offset
 
 NEW_MODELS: Mapping[str, Mapping[str, float]] = {"painn": {"norm_offset": 1e-3}}
 """Hyper-parameters of new models where they are not the defaults, which are those of old files. Forces of PaiNN are then

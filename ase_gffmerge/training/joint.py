@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from ase import Atoms
 
-from ase_gffmerge.device import resolve_device
 from ase_gffmerge.errors import FramesError
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.models import Potential
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.frames import hash_labelled, hold_out
-from ase_gffmerge.training.initial import check_parent
+from ase_gffmerge.training.initialization import check_parent
 from ase_gffmerge.training.loop import Callback, fit
-from ase_gffmerge.training.losses import labelled_graphs, weigh
+from ase_gffmerge.training.loss import labelled_graphs, weigh
 from ase_gffmerge.training.state import History
 
 FINE_TUNING = TrainConfig(epochs=70, batch_size=5, learning_rate=2e-4)
@@ -44,7 +44,7 @@ def train_jointly(
     config
         Options; ``validation`` frames of each sequence, but at most half of them, are held out.
     checkpoint, device, callback
-        As for :func:`~ase_gffmerge.training.distil.distil`.
+        As for :func:`~ase_gffmerge.training.distill.distil`.
 
     Raises
     ------

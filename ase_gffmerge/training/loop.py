@@ -11,11 +11,11 @@ from torch_geometric.data import Batch, Data
 
 from ase_gffmerge.errors import GFFMergeError
 from ase_gffmerge.graphs import batch_graphs
-from ase_gffmerge.memory import memory_errors
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.batching import memory_errors
 from ase_gffmerge.training.checkpoint import can_resume
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.losses import loss_terms, validate
+from ase_gffmerge.training.loss import loss_terms, validate
 from ase_gffmerge.training.state import History, TrainingState, stale
 
 Callback = Callable[[int, dict[str, float]], None]
@@ -66,11 +66,11 @@ def fit(
     potential
         Trained in place; on its own device.
     training, validation
-        Graphs with targets, see :func:`~ase_gffmerge.training.losses.labelled_graph`.
+        Graphs with targets, see :func:`~ase_gffmerge.training.loss.labelled_graph`.
     config
         Options.
     loss
-        Scalar loss of a batch; default: :func:`~ase_gffmerge.training.losses.loss_terms`.
+        Scalar loss of a batch; default: :func:`~ase_gffmerge.training.loss.loss_terms`.
     optimizer
         Fresh optimiser of the parameters; a group's ``lr_scale`` multiplies the schedule's rate. Default: Adam.
     patience

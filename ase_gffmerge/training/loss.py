@@ -8,7 +8,7 @@ from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
-from ase_gffmerge.conditioning import with_indices
+from ase_gffmerge.forcefield.conditioning import with_indices
 from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.models import Potential
 from ase_gffmerge.training.config import TrainConfig

@@ -8,15 +8,15 @@ import torch
 from ase import Atoms
 from torch_geometric.data import Batch, Data
 
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.merging.distil_options import DistilOptions
 from ase_gffmerge.merging.merge import working_copies
-from ase_gffmerge.merging.references import align_references
+from ase_gffmerge.merging.reference_energies import align_references
 from ase_gffmerge.models import Potential
-from ase_gffmerge.specialist import Specialist
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.lessons import Lesson, prepare_lesson, taught_graphs
+from ase_gffmerge.training.distill_targets import Lesson, prepare_lesson, taught_graphs
 from ase_gffmerge.training.loop import Loss
-from ase_gffmerge.training.losses import loss_terms, weigh
+from ase_gffmerge.training.loss import loss_terms, weigh
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,20 @@ from typing import Any
 
 from ase import Atoms
 
-from ase_gffmerge.accuracy import Errors, evaluate
-from ase_gffmerge.data.fingerprints import geometry_keys
+from ase_gffmerge.data.hashing import geometry_keys
 from ase_gffmerge.data.readers import hash_frames
 from ase_gffmerge.data.splits import calibration_frames
-from ase_gffmerge.device import resolve_device
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.fileformat import require_writable
-from ase_gffmerge.specialist import Provenance, Specialist
+from ase_gffmerge.forcefield.force_field import Provenance, Specialist
+from ase_gffmerge.inference.metrics import Errors, evaluate
+from ase_gffmerge.runtime.devices import resolve_device
+from ase_gffmerge.storage.tensor_file import require_writable
 from ase_gffmerge.training.checkpoint import checkpoint_path
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.frames import bare, hash_labelled, labelled_frames, split_frames
-from ase_gffmerge.training.initial import initial_specialist
+from ase_gffmerge.training.initialization import initial_specialist
 from ase_gffmerge.training.loop import Callback, fit
-from ase_gffmerge.training.losses import labelled_graphs
+from ase_gffmerge.training.loss import labelled_graphs
 from ase_gffmerge.training.state import History
 
 

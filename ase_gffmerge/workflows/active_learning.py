@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from ase_gffmerge.device import resolve_device
 from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.merging.loop_options import ClosedLoopOptions
 from ase_gffmerge.merging.merge import Progress, merge
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
-from ase_gffmerge.sampling.ladder import bare, evenly
-from ase_gffmerge.sampling.own_trajectory import OwnTrajectory, follow
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.runtime.devices import resolve_device
+from ase_gffmerge.sampling.temperature_ladder import bare, evenly
+from ase_gffmerge.workflows.rollouts import OwnTrajectory, follow
 
 
 @dataclass(frozen=True, kw_only=True)

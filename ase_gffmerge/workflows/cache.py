@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import platformdirs
 from filelock import BaseFileLock, FileLock
 
-from ase_gffmerge.data.fingerprints import hash_frames
+from ase_gffmerge.data.hashing import hash_frames
 from ase_gffmerge.errors import CacheError, CacheWarning, FileFormatError
-from ase_gffmerge.fileformat import read_metadata, remove_leftovers
-from ase_gffmerge.shortcuts import SUFFIX as SHORTCUT
-from ase_gffmerge.shortcuts import Shortcut, read_shortcut, write_shortcut
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.storage.tensor_file import read_metadata, remove_leftovers
+from ase_gffmerge.workflows.shortcuts import SUFFIX as SHORTCUT
+from ase_gffmerge.workflows.shortcuts import Shortcut, read_shortcut, write_shortcut
 
 if TYPE_CHECKING:
     from ase_gffmerge.merging.recipe import Recipe
@@ -160,7 +160,7 @@ class MergeCache:
             return _store(build(), path), False
 
     def recall(self, content: str) -> Specialist | None:
-        """Load the merge that files of this content led to before, see :func:`~ase_gffmerge.shortcuts.hash_content`."""
+        """Load the merge that files of this content led to before (:func:`~.shortcuts.hash_content`)."""
         shortcut = read_shortcut(self.directory, content)
         return _load(self.path(shortcut.key), shortcut.fingerprints, warn=False) if shortcut else None
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from ase import Atoms
 
-from ase_gffmerge.adapters import foreign_source
-from ase_gffmerge.ase_errors import FileSetupError, SetupError
 from ase_gffmerge.data.readers import read_frames
+from ase_gffmerge.engines.ase.errors import FileSetupError, SetupError
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.parents import Parents
-from ase_gffmerge.shortcuts import hash_content
-from ase_gffmerge.specialist import BUNDLED, Specialist, bundled_path
+from ase_gffmerge.forcefield.force_field import BUNDLED, Specialist, bundled_path
+from ase_gffmerge.integrations import foreign_source
+from ase_gffmerge.workflows.parents import Parents
+from ase_gffmerge.workflows.shortcuts import hash_content
 
 if TYPE_CHECKING:
     from ase_gffmerge.merging.recipe import Recipe
@@ -27,7 +27,7 @@ Source = str | Path | Specialist
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """How several specialists become one; see :class:`~ase_gffmerge.calculator.GFFMergeCalculator`."""
+    """How several specialists become one; see :class:`~ase_gffmerge.engines.ase.calculator.GFFMergeCalculator`."""
 
     recipe: "str | Path | Mapping[str, Any] | Recipe" = "gffmerge"
     conditioning: str | None = None
@@ -80,7 +80,7 @@ def resolve(
     device
         Where the merge is computed.
     progress
-        Handed to :func:`~ase_gffmerge.training.refine.merge_and_refine`.
+        Handed to :func:`~ase_gffmerge.workflows.merge_and_distill.merge_and_refine`.
     """
     items = as_list(sources)
     if len(items) > 1:
@@ -216,8 +216,8 @@ def _merged(
     device: torch.device,
     progress: Callable[[float, str], None] | None,
 ) -> Resolved:
-    from ase_gffmerge.cache import MergeCache, cache_key
-    from ase_gffmerge.training.refine import merge_and_refine
+    from ase_gffmerge.workflows.cache import MergeCache, cache_key
+    from ase_gffmerge.workflows.merge_and_distill import merge_and_refine
 
     recipe = options.load_recipe()
     cache = MergeCache(options.cache_dir)

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.merging.distil_options import DistilOptions
 from ase_gffmerge.merging.merge import Progress, merge
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
-from ase_gffmerge.sampling.closed_loop import closed_loop
-from ase_gffmerge.sampling.ladder import evenly
-from ase_gffmerge.specialist import Specialist
-from ase_gffmerge.training.distil import distil
+from ase_gffmerge.sampling.temperature_ladder import evenly
+from ase_gffmerge.training.distill import distil
 from ase_gffmerge.training.loop import Callback
+from ase_gffmerge.workflows.active_learning import closed_loop
 
 MERGE_SHARE = 0.1
 """Fraction of the progress bar that belongs to the merge."""

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ase_gffmerge.ase_errors import FileSetupError
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.engines.ase.errors import FileSetupError
+from ase_gffmerge.forcefield.force_field import Specialist
 
 
 class Parents:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.accuracy import Errors, compare, labels, predict_frames
-from ase_gffmerge.dynamics.monitor import standard_monitor
-from ase_gffmerge.dynamics.replicas import ReplicaRun, run_replicas
+from ase_gffmerge.dynamics.batched_md import ReplicaRun, run_replicas
+from ase_gffmerge.dynamics.stopping import standard_monitor
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.inference.metrics import Errors, compare, labels, predict_frames
 from ase_gffmerge.merging.loop_options import TrajectoryOptions
-from ase_gffmerge.specialist import Specialist
 
 Progress = Callable[[float, str], None]
 SPACING = 20.0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.fileformat import SCHEMA, atomic_write, remove_leftovers
+from ase_gffmerge.storage.tensor_file import SCHEMA, atomic_write, remove_leftovers
 
 if TYPE_CHECKING:
     from ase_gffmerge.merging.recipe import Recipe
@@ -32,7 +32,7 @@ class Shortcut:
     content
         What :func:`hash_content` says about the files and the recipe.
     key
-        Name of the entry, see :func:`~ase_gffmerge.cache.cache_key`.
+        Name of the entry, see :func:`~ase_gffmerge.workflows.cache.cache_key`.
     fingerprints
         Of the specialists in the files.
     """

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from ase_gffmerge.accuracy import evaluate
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models import Potential
-from ase_gffmerge.specialist import Specialist
 from research.trunk import Trunk, build_trunk
 
 REPEATS = 25

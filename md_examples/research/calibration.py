@@ -12,8 +12,8 @@ from functools import partial
 import numpy as np
 from ase import Atoms
 
+from ase_gffmerge.merging.calibration import Territory
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.territory import Territory
 from research.bench import Bench, Outcome, Trial
 from research.readout_fit import CHEAP, Setting, fitted, on_shared_trunk
 from research.trunk import build_trunk

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ase_gffmerge.merging.align import advance, layer_input, run_stage
-from ase_gffmerge.merging.duals import Dual, differentiable_push
-from ase_gffmerge.merging.layers import Problem, problems
+from ase_gffmerge.merging.affine_maps import Problem, problems
+from ase_gffmerge.merging.calibration import Scene, Territory
+from ase_gffmerge.merging.layerwise import advance, layer_input, run_stage
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
-from ase_gffmerge.merging.territory import Scene, Territory
-from ase_gffmerge.models.potential import Stage, State
+from ase_gffmerge.merging.tangents import Dual, differentiable_push
+from ase_gffmerge.models.base import Stage, State
 from research.messages import MessageSolution, MessageTerm, solve_messages
 
 CLOSING = {"Message": ("out",), "Update": ("out",), "Interaction": ("linear_down", "skip")}

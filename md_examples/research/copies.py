@@ -19,10 +19,10 @@ from functools import partial
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.dynamics.replicas import run_replicas
+from ase_gffmerge.dynamics.batched_md import run_replicas
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.merging.calibration import Territory
 from ase_gffmerge.merging.recipe import ReadoutOptions
-from ase_gffmerge.merging.territory import Territory
-from ase_gffmerge.specialist import Specialist
 from research.bench import Bench, Outcome, Trial
 from research.readout_fit import CHEAP, Copies, Setting, fitted, on_shared_trunk, rattled
 from research.trunk import Trunk

@@ -12,14 +12,14 @@ from torch.nn.functional import one_hot, silu
 from torch_geometric.data import Batch
 
 from ase_gffmerge.graphs import Prediction, predict
-from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.merging.duals import Dual, push
-from ase_gffmerge.merging.probes import Probes
-from ase_gffmerge.merging.readout import lifted_derivatives, readout_rows, widened
+from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.merging.directions import Probes
+from ase_gffmerge.merging.readout_fit import lifted_derivatives, readout_rows, widened
 from ase_gffmerge.merging.recipe import ReadoutOptions
+from ase_gffmerge.merging.tangents import Dual, push
 from ase_gffmerge.models import Potential
+from ase_gffmerge.models.layers.readout import WidenedReadout
 from ase_gffmerge.models.painn import PaiNN
-from ase_gffmerge.models.readout import WidenedReadout
 
 
 class FeatureReadout(WidenedReadout):
@@ -122,7 +122,7 @@ def feature_rows(
     frame_weights: Tensor,
     energy_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`~ase_gffmerge.merging.readout.readout_rows` for any readout, with the same arguments."""
+    """:func:`~ase_gffmerge.merging.readout_fit.readout_rows` for any readout, with the same arguments."""
     readout = widened(potential)
     if not isinstance(readout, FeatureReadout):
         return readout_rows(

@@ -17,12 +17,12 @@ from torch.func import functional_call, jvp
 from torch_geometric.data import Batch
 
 from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
-from ase_gffmerge.graphs.batches import edge_vectors
 from ase_gffmerge.graphs.derivatives import assemble
-from ase_gffmerge.memory import chunks
+from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.merging.calibration import Territory
 from ase_gffmerge.merging.force_matching import MAX_ATOMS
-from ase_gffmerge.merging.territory import Territory
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.batching import chunks
 from research.bench import Bench, Outcome, Trial, shared
 from research.least_squares import Parameters, gauss_newton_step
 from research.readout_fit import CHEAP, Setting, fit_potentials, fitted, rattled

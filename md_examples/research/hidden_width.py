@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
+from ase_gffmerge.merging.calibration import Territory
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.territory import Territory
+from ase_gffmerge.models.base import EdgeGeometry, Stage, State
 from ase_gffmerge.models.painn import Message, Update
-from ase_gffmerge.models.potential import EdgeGeometry, Stage, State
 from research.bench import Trial
 from research.stages import walked
 from research.trunk import SolveStage, standard_stage

@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable, Sequence
 
-from ase_gffmerge.merging.align import align_layers, run_stage, stage_inputs
-from ase_gffmerge.merging.align_output import align_output
+from ase_gffmerge.merging.blockwise import align_output
+from ase_gffmerge.merging.calibration import Territory
 from ase_gffmerge.merging.force_matching import match_forces
+from ase_gffmerge.merging.layerwise import align_layers, run_stage, stage_inputs
 from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe
-from ase_gffmerge.merging.territory import Territory
-from ase_gffmerge.models.potential import Stage
+from ase_gffmerge.models.base import Stage
 from research.bench import Bench, Outcome, Trial, shared
 from research.closing_maps import align_messages
 from research.copies import Dynamics

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
-from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.merging.align import affine_layers, combine, layer_input, run_stage, stage_inputs
-from ase_gffmerge.merging.duals import push
-from ase_gffmerge.merging.layers import Problem, problems
+from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.least_squares.gram import Gram
+from ase_gffmerge.least_squares.ridge import ridge_solve
+from ase_gffmerge.merging.affine_maps import Problem, problems
+from ase_gffmerge.merging.calibration import Scene, Territory, survey
+from ase_gffmerge.merging.layerwise import affine_layers, combine, layer_input, run_stage, stage_inputs
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.solve import ridge_solve
-from ase_gffmerge.merging.statistics import Gram
-from ase_gffmerge.merging.territory import Scene, Territory, survey
+from ase_gffmerge.merging.tangents import push
 from ase_gffmerge.models import Potential
-from ase_gffmerge.models.potential import Stage
+from ase_gffmerge.models.base import Stage
 from research.bench import Bench, Outcome, Trial
 from research.closing_maps import align_messages
 from research.readout_fit import Setting, fit_potentials, fitted

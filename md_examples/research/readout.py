@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from ase_gffmerge.merging.readout import random_lift, widened
+from ase_gffmerge.merging.readout_fit import random_lift, widened
 from ase_gffmerge.models import Potential
-from ase_gffmerge.models.readout import WidenedReadout
+from ase_gffmerge.models.layers.readout import WidenedReadout
 from research.bench import Bench, Outcome, Trial
 from research.features import ElementReadout, GatedReadout, with_norms, with_readout
 from research.readout_fit import CHEAP, Setting, fitted, on_shared_trunk, whitened

@@ -11,18 +11,18 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from ase_gffmerge.dynamics.displaced import displaced
+from ase_gffmerge.data.perturb import displaced
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.memory import chunks
+from ase_gffmerge.least_squares.gram import Gram
+from ase_gffmerge.least_squares.ridge import regularised_factor, ridge_solve
+from ase_gffmerge.merging.calibration import Territory
+from ase_gffmerge.merging.directions import Probes
 from ase_gffmerge.merging.force_matching import HELD_OUT, MAX_ATOMS, MAX_ROWS
-from ase_gffmerge.merging.probes import Probes
-from ase_gffmerge.merging.readout import RIDGES, ReadoutFit, fit_readout, random_lift, widened
+from ase_gffmerge.merging.readout_fit import RIDGES, ReadoutFit, fit_readout, random_lift, widened
 from ase_gffmerge.merging.recipe import ReadoutOptions
-from ase_gffmerge.merging.solve import regularised_factor, ridge_solve
-from ase_gffmerge.merging.statistics import Gram
-from ase_gffmerge.merging.territory import Territory
 from ase_gffmerge.models import Potential
-from ase_gffmerge.models.readout import WidenedReadout
+from ase_gffmerge.models.layers.readout import WidenedReadout
+from ase_gffmerge.runtime.batching import chunks
 from research.bench import Bench, Outcome, shared
 from research.features import feature_rows, lifted_inputs
 from research.trunk import Trunk

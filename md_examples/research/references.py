@@ -7,7 +7,7 @@ import torch
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.merge import merge, working_copies
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.references import align_references
+from ase_gffmerge.merging.reference_energies import align_references
 from research.bench import Bench, Outcome, Trial, shared
 
 FAMILY = "reference"

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ase_gffmerge.merging.align import align_layers, run_stage, stage_inputs
+from ase_gffmerge.merging.calibration import Territory
+from ase_gffmerge.merging.layerwise import align_layers, run_stage, stage_inputs
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.territory import Territory
-from ase_gffmerge.models.potential import Stage
+from ase_gffmerge.models.base import Stage
 from research.bench import Bench, Outcome, Trial
 from research.closing_maps import CLOSING, align_messages
 from research.readout_fit import Setting, fitted

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.merging.align import advance, align_layers, run_stage, stage_inputs
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.merging.average import mean_potential
-from ase_gffmerge.merging.duals import Dual, Tensors, push
+from ase_gffmerge.merging.calibration import Scene, Territory, survey
+from ase_gffmerge.merging.layerwise import advance, align_layers, run_stage, stage_inputs
 from ase_gffmerge.merging.merge import working_copies
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.references import align_references
-from ase_gffmerge.merging.territory import Scene, Territory, survey
+from ase_gffmerge.merging.reference_energies import align_references
+from ase_gffmerge.merging.tangents import Dual, Tensors, push
 from ase_gffmerge.models import Potential
-from ase_gffmerge.models.potential import Stage
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.models.base import Stage
 from research.closing_maps import align_messages
 
 SolveStage = Callable[[str, Stage, Sequence[Stage], Sequence[Territory], Recipe], Stage]

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from ase_gffmerge.evaluation.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.merging.distil_options import DistilOptions
-from ase_gffmerge.specialist import Specialist
 
 QUICK = DistilOptions(epochs=2, copies=1, temperature=0.0)
 

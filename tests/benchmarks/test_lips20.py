@@ -15,10 +15,10 @@ from ase.md import thermalize_momenta
 from ase.md.velocitydistribution import Stationary
 
 from ase_gffmerge import merge
-from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.data.readers import read_frames
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.specialist import Specialist
 
 UNIT = {"Li7P3S11": "Li2PS3", "Li4P2S6": "Li2PS2", "beta-Li3PS4": "Li3PS2", "gamma-Li3PS4": "Li3PS4"}
 N_FRAMES = 24

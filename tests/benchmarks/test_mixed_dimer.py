@@ -8,8 +8,8 @@ import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.evaluation.bundled import bundled_test_frames
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.force_field import Specialist
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from ase_gffmerge.accuracy import evaluate, predict_frames
-from ase_gffmerge.evaluation.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.merging.align import align_layers, run_stage, stage_inputs
+from ase_gffmerge.inference.metrics import evaluate, predict_frames
+from ase_gffmerge.merging.directions import Probes
 from ase_gffmerge.merging.force_matching import match_forces
-from ase_gffmerge.merging.probes import Probes
+from ase_gffmerge.merging.layerwise import align_layers, run_stage, stage_inputs
 from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe
-from ase_gffmerge.specialist import Specialist
 
 NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
 SMALL = ReadoutOptions(width=12, inputs=192, copies=1, temperature=0.0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ase_gffmerge import GFFMergeCalculator, Specialist
-from ase_gffmerge.evaluation.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.bundled import bundled_test_frames
 from ase_gffmerge.models import build_potential
 
 

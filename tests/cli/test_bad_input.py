@@ -7,12 +7,12 @@ import torch
 from ase.build import molecule
 from ase.io import read, write
 
-from ase_gffmerge.device import resolve_device
 from ase_gffmerge.errors import DeviceError, DynamicsError
-from ase_gffmerge.evaluation.benchmark import Bench
-from ase_gffmerge.evaluation.benchmark_rows import ROWS
-from ase_gffmerge.evaluation.md_protocol import Protocol
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.evaluation.benchmark.harness import Bench
+from ase_gffmerge.evaluation.benchmark.rows import ROWS
+from ase_gffmerge.evaluation.md.protocol import Protocol
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.runtime.devices import resolve_device
 
 WATER = ("water.safetensors", "water.xyz")
 NVT = ("--ensemble", "nvt", "--steps", 2, "--out", "out.traj")

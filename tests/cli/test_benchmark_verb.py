@@ -10,11 +10,12 @@ from ase import Atoms
 from ase.build import bulk, molecule
 
 from ase_gffmerge.cli import benchmark
-from ase_gffmerge.evaluation import benchmark_peers, benchmark_schnetpack
-from ase_gffmerge.evaluation.benchmark import Row, crowd
-from ase_gffmerge.evaluation.benchmark_rows import ROWS
+from ase_gffmerge.evaluation.benchmark import peers as benchmark_peers
+from ase_gffmerge.evaluation.benchmark import schnetpack as benchmark_schnetpack
+from ase_gffmerge.evaluation.benchmark.harness import Row, crowd
+from ase_gffmerge.evaluation.benchmark.rows import ROWS
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.specialist import Specialist
 
 QUICK = ("--atoms", 3, "--scaling", 6, "--scaling", 12, "--steps", 3, "--repeats", 1, "--device", "cpu")
 PEERS = ("schnetpack", "nequip", "torchmd-net")

@@ -12,7 +12,7 @@ import torch
 from ase import Atoms
 from ase.io import read, write
 
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.forcefield.force_field import Specialist
 
 
 def entries(folder: Path) -> set[str]:

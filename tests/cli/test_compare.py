@@ -11,11 +11,11 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from ase_gffmerge.cli.variadic import spread
-from ase_gffmerge.data.fingerprints import geometry_keys
-from ase_gffmerge.evaluation import comparison
-from ase_gffmerge.fileformat import digest, read_file
+from ase_gffmerge.data.hashing import geometry_keys
+from ase_gffmerge.evaluation.comparison import compare as comparison
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.methods import METHODS, Outcome
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.storage.tensor_file import digest, read_file
 
 BUNDLED = ("rmd17-ethanol", "rmd17-malonaldehyde")
 PAIR = ("methanol.safetensors", "water.safetensors")

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from ase_gffmerge.fileformat import read_file
-from ase_gffmerge.specialist import Specialist
-from ase_gffmerge.training import distil as distillation
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.storage.tensor_file import read_file
+from ase_gffmerge.training import distill as distillation
 from ase_gffmerge.training.checkpoint import checkpoint_path
 
 PAIR = ("methanol.safetensors", "water.safetensors")

@@ -85,7 +85,7 @@ def test_interrupted(gffmerge, files: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ase_gffmerge.evaluation.md_evaluation.run_models", stop)
+    monkeypatch.setattr("ase_gffmerge.evaluation.md.evaluate.run_models", stop)
     stopped = gffmerge("evaluate", "water.safetensors", "water.xyz", *SHORT)
     assert stopped.code == 130
     assert "gffmerge-md holds the finished runs, and the same command goes on from there" in stopped.err

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ase_gffmerge.sampling import closed_loop
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.workflows import active_learning as closed_loop
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from ase.build import molecule
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 
-from ase_gffmerge.accuracy import labels
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.evaluation.dynamics import run_md
+from ase_gffmerge.dynamics.ase_md import run_md
+from ase_gffmerge.inference.metrics import labels
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.training.losses import labelled_graph
+from ase_gffmerge.training.loss import labelled_graph
 
 
 def trained_on(atoms) -> np.ndarray:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from ase_gffmerge.device import TYPES
+from ase_gffmerge.runtime.devices import TYPES
 
 _setup_privateuseone_for_python_backend("second")
 CPU, SECOND = torch.device("cpu"), torch.device("second:0")

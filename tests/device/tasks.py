@@ -18,18 +18,19 @@ from rerun import Rerun
 from second_device import numbers, second_device, slopes_by_differences
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.captured import VISITS
-from ase_gffmerge.compiled import CompiledPotential
-from ase_gffmerge.cuda_graphs import CudaGraphs
-from ase_gffmerge.dynamics.replicas import run_replicas
+from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.merging import duals, stage_output
+from ase_gffmerge.forcefield.force_field import Provenance, Specialist
+from ase_gffmerge.inference.compiled import CompiledPotential
+from ase_gffmerge.inference.cuda_capture import CudaGraphs
+from ase_gffmerge.inference.cuda_graphs import VISITS
+from ase_gffmerge.merging import stage_output
+from ase_gffmerge.merging import tangents as duals
 from ase_gffmerge.merging.distil_options import DistilOptions
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.specialist import Provenance, Specialist
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.distil import distil
+from ase_gffmerge.training.distill import distil
 from ase_gffmerge.training.train import train
 
 HYPER = {

@@ -14,14 +14,15 @@ from ase.build import bulk, molecule
 from ase.calculators.lj import LennardJones
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.evaluation import benchmark_nequip, benchmark_torchmdnet
-from ase_gffmerge.evaluation.benchmark import Bench
-from ase_gffmerge.evaluation.benchmark_nequip import NEQUIP, nequip_rows
-from ase_gffmerge.evaluation.benchmark_peers import CUTOFF, PAINN, Peer, peer_rows
-from ase_gffmerge.evaluation.benchmark_schnetpack import SCHNETPACK
-from ase_gffmerge.evaluation.benchmark_torchmdnet import neighbours_missed, torchmdnet_rows
+from ase_gffmerge.evaluation.benchmark import nequip as benchmark_nequip
+from ase_gffmerge.evaluation.benchmark import torchmdnet as benchmark_torchmdnet
+from ase_gffmerge.evaluation.benchmark.harness import Bench
+from ase_gffmerge.evaluation.benchmark.nequip import NEQUIP, nequip_rows
+from ase_gffmerge.evaluation.benchmark.peers import CUTOFF, PAINN, Peer, peer_rows
+from ase_gffmerge.evaluation.benchmark.schnetpack import SCHNETPACK
+from ase_gffmerge.evaluation.benchmark.torchmdnet import neighbours_missed, torchmdnet_rows
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.specialist import Specialist
 
 TINY = {"channels": 4, "n_blocks": 1, "n_radial": 4, "cutoff": 3.0}
 REAL = (SCHNETPACK, benchmark_nequip.PEER, *benchmark_torchmdnet.PEERS)

@@ -12,10 +12,10 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
 from ase_gffmerge import Specialist
-from ase_gffmerge.accuracy import evaluate
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.evaluation.bundled import bundled_test_frames
-from ase_gffmerge.specialist import BUNDLED, bundled_path
+from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.force_field import BUNDLED, bundled_path
+from ase_gffmerge.inference.metrics import evaluate
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,25 +16,26 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ase_gffmerge.accuracy import evaluate
-from ase_gffmerge.data.fingerprints import geometry_keys
+from ase_gffmerge.data.hashing import geometry_keys
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, RecipeError
-from ase_gffmerge.evaluation import comparison_store, measurement
-from ase_gffmerge.evaluation.comparison import Comparison, compare_methods
-from ase_gffmerge.evaluation.comparison_inputs import (
+from ase_gffmerge.evaluation.comparison import measurement
+from ase_gffmerge.evaluation.comparison import store as comparison_store
+from ase_gffmerge.evaluation.comparison.compare import Comparison, compare_methods
+from ase_gffmerge.evaluation.comparison.inputs import (
     LabelledSet,
     bundled_ancestor,
     make_mixture,
     read_tests,
 )
-from ase_gffmerge.evaluation.comparison_plot import plot_comparison
-from ase_gffmerge.evaluation.comparison_store import RowStore
-from ase_gffmerge.evaluation.comparison_table import footnotes, markdown, method_tables
-from ase_gffmerge.evaluation.leaks import check_leaks, frames_seen
-from ase_gffmerge.evaluation.measurement import n_parameters, relative_cost
+from ase_gffmerge.evaluation.comparison.leakage import check_leaks, frames_seen
+from ase_gffmerge.evaluation.comparison.measurement import n_parameters, relative_cost
+from ase_gffmerge.evaluation.comparison.plot import plot_comparison
+from ase_gffmerge.evaluation.comparison.store import RowStore
+from ase_gffmerge.evaluation.comparison.table import footnotes, markdown, method_tables
+from ase_gffmerge.forcefield.force_field import Provenance, Specialist
+from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.methods import METHODS, Method, Mixture, Need, Outcome
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.specialist import Provenance, Specialist
 
 SMALL = {
     "painn": {"channels": 8, "n_blocks": 1, "n_radial": 4, "cutoff": 4.0},

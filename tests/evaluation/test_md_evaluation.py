@@ -10,20 +10,20 @@ import torch
 from ase import Atoms, units
 from ase.build import bulk, molecule
 
-from ase_gffmerge.accuracy import evaluate
 from ase_gffmerge.errors import DynamicsError, FramesError, StructureError
-from ase_gffmerge.evaluation import md_runs
-from ase_gffmerge.evaluation.bundled import bundled_test_frames
-from ase_gffmerge.evaluation.md_distributions import distribution_range, frames_distributions
-from ase_gffmerge.evaluation.md_evaluation import MDEvaluation, evaluate_dynamics, starting_structures
-from ase_gffmerge.evaluation.md_observation import mean_diffusion, observe
-from ase_gffmerge.evaluation.md_plots import plot_dynamics
-from ase_gffmerge.evaluation.md_protocol import Protocol
-from ase_gffmerge.evaluation.md_runs import Contestant, estimated_seconds, run_models
-from ase_gffmerge.evaluation.md_table import conditions, header, rows
-from ase_gffmerge.evaluation.md_trajectory import MDTrajectory, load_trajectories, save_trajectories
+from ase_gffmerge.evaluation.md import runs as md_runs
+from ase_gffmerge.evaluation.md.distributions import distribution_range, frames_distributions
+from ase_gffmerge.evaluation.md.evaluate import MDEvaluation, evaluate_dynamics, starting_structures
+from ase_gffmerge.evaluation.md.observables import mean_diffusion, observe
+from ase_gffmerge.evaluation.md.plots import plot_dynamics
+from ase_gffmerge.evaluation.md.protocol import Protocol
+from ase_gffmerge.evaluation.md.runs import Contestant, estimated_seconds, run_models
+from ase_gffmerge.evaluation.md.table import conditions, header, rows
+from ase_gffmerge.evaluation.md.trajectory import MDTrajectory, load_trajectories, save_trajectories
+from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.models import Potential, build_potential
-from ase_gffmerge.specialist import Specialist
 
 HYPER = {
     "painn": {"channels": 8, "n_blocks": 1, "n_radial": 4, "cutoff": 4.0},

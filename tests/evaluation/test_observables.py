@@ -8,7 +8,7 @@ from ase.geometry.rdf import get_rdf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ase_gffmerge.evaluation.observables import (
+from ase_gffmerge.evaluation.analysis import (
     Distribution,
     diffusion_coefficient,
     distance_distribution,

@@ -6,12 +6,17 @@ from pathlib import Path
 import pytest
 from harness import RECIPE, tiny_specialists
 
-from ase_gffmerge.cache import MergeCache, cache_key
-from ase_gffmerge.merging.extrapolation import gauged
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.leverage_fit import gauged
 from ase_gffmerge.merging.merge import merge
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.workflows.cache import MergeCache, cache_key
 
-PRELOADED = ["pytest", "ase_gffmerge.calculator", "ase_gffmerge.merging.merge", "ase_gffmerge.training.train"]
+PRELOADED = [
+    "pytest",
+    "ase_gffmerge.engines.ase.calculator",
+    "ase_gffmerge.merging.merge",
+    "ase_gffmerge.training.train",
+]
 
 
 @pytest.fixture

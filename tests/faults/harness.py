@@ -10,10 +10,10 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.provenance import Provenance
-from ase_gffmerge.specialist import Specialist
 
 HYPER = {"channels": 4, "n_blocks": 1, "n_radial": 3, "cutoff": 3.0}
 RECIPE = load_recipe("mean")

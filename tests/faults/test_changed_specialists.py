@@ -9,11 +9,11 @@ from harness import RECIPE, run
 from workers import merge_into_cache
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.cache import MergeCache
 from ase_gffmerge.errors import GFFMergeError
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.merging.merge import distinct
 from ase_gffmerge.merging.recipe import load_recipe
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.workflows.cache import MergeCache
 
 
 def calculator(files, tmp_path, **options) -> GFFMergeCalculator:

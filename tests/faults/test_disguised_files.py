@@ -15,12 +15,12 @@ from harness import RECIPE, explains, same_content
 from safetensors.torch import save_file
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.ase_errors import FileSetupError
-from ase_gffmerge.cache import MergeCache
+from ase_gffmerge.engines.ase.errors import FileSetupError
 from ase_gffmerge.errors import CacheWarning, FileFormatError
-from ase_gffmerge.fileformat import SCHEMA, digest, read_file, read_metadata
-from ase_gffmerge.specialist import Specialist
-from ase_gffmerge.validation import shown
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.storage.documents import shown
+from ase_gffmerge.storage.tensor_file import SCHEMA, digest, read_file, read_metadata
+from ase_gffmerge.workflows.cache import MergeCache
 
 
 def refused(path: Path, pattern: str | None = None) -> None:

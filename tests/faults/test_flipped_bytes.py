@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from harness import RECIPE, explains, same_content
 
-from ase_gffmerge.cache import MergeCache
 from ase_gffmerge.errors import CacheWarning, FileFormatError
-from ase_gffmerge.fileformat import read_file, write_file
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.storage.tensor_file import read_file, write_file
 from ase_gffmerge.training.checkpoint import can_resume
+from ase_gffmerge.workflows.cache import MergeCache
 
 
 def header_end(data: bytes) -> int:

@@ -12,10 +12,10 @@ import workers
 from harness import RECIPE, run, same_content
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.cache import MergeCache, cache_key
 from ase_gffmerge.errors import CacheError, CacheWarning, FileFormatError, GFFMergeError, RecipeError
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.merging.recipe import load_recipe
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.workflows.cache import MergeCache, cache_key
 
 
 @pytest.fixture

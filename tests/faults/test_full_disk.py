@@ -12,9 +12,9 @@ from ase.io import read
 from harness import RECIPE, labelled_water, run, same_content
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.cache import MergeCache
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.training.checkpoint import checkpoint_path
+from ase_gffmerge.workflows.cache import MergeCache
 
 pytest.importorskip("resource", reason="this platform cannot limit the size of files")
 

@@ -22,10 +22,10 @@ from safetensors.torch import save
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import FileFormatError, GFFMergeError, RecipeError
-from ase_gffmerge.fileformat import SCHEMA, digest, read_file, read_metadata
-from ase_gffmerge.merging.extrapolation import gauged
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.leverage_fit import gauged
 from ase_gffmerge.merging.recipe import PRESETS, Recipe, load_recipe
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.storage.tensor_file import SCHEMA, digest, read_file, read_metadata
 from ase_gffmerge.training.config import load_config
 
 CASES = int(os.environ.get("GFFMERGE_FUZZ_CASES", "0"))

@@ -14,12 +14,12 @@ from ase.io import read
 from harness import RECIPE, labelled_water, run, same_content
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.cache import MergeCache
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.merging.recipe import load_recipe
-from ase_gffmerge.specialist import Specialist
 from ase_gffmerge.training.checkpoint import checkpoint_path
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
+from ase_gffmerge.workflows.cache import MergeCache
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this platform has no SIGKILL")
 

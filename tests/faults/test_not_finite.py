@@ -10,7 +10,6 @@ from ase.build import molecule
 from harness import RECIPE, same_content
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.cache import MergeCache
 from ase_gffmerge.errors import (
     FileFormatError,
     FramesError,
@@ -18,9 +17,10 @@ from ase_gffmerge.errors import (
     IncompatibleSpecialistsError,
     RecipeError,
 )
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import PRESETS, load_recipe
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.workflows.cache import MergeCache
 
 VALUES = [float("nan"), float("inf"), -float("inf")]
 

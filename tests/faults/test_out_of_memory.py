@@ -9,16 +9,16 @@ from ase.build import molecule
 from ase.calculators.calculator import CalculationFailed
 from harness import RECIPE, labelled_water
 
-import ase_gffmerge.accuracy as accuracy
-import ase_gffmerge.extrapolation as extrapolation
-import ase_gffmerge.merging.extrapolation as gauge_module
+import ase_gffmerge.forcefield.leverage_fit as gauge_module
+import ase_gffmerge.inference.metrics as accuracy
+import ase_gffmerge.inference.predict as extrapolation
 import ase_gffmerge.training.loop as loop
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.errors import DeviceMemoryError
-from ase_gffmerge.memory import in_parts, is_out_of_memory
-from ase_gffmerge.merging.extrapolation import extrapolation_gauge
+from ase_gffmerge.forcefield.leverage_fit import extrapolation_gauge
+from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.merging.merge import merge
+from ase_gffmerge.runtime.batching import in_parts, is_out_of_memory
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
 

@@ -11,7 +11,7 @@ from ase.build import molecule
 from harness import RECIPE, run
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.cache import MergeCache
+from ase_gffmerge.workflows.cache import MergeCache
 
 SYSTEMS = ("CH3OH", "CH3CHO", "H2O", "CH3CH2OH", "H2CO", "HCOOH", "CO2", "CH4")
 

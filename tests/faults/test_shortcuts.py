@@ -8,10 +8,12 @@ import pytest
 from ase.build import molecule
 from harness import RECIPE, same_content
 
-from ase_gffmerge import GFFMergeCalculator, shortcuts, sources
-from ase_gffmerge.cache import MergeCache
+from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.workflows import load_or_merge as sources
+from ase_gffmerge.workflows import shortcuts
+from ase_gffmerge.workflows.cache import MergeCache
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-import ase_gffmerge.fileformat as fileformat
+import ase_gffmerge.storage.tensor_file as fileformat
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.cache import MergeCache
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.workflows.cache import MergeCache
 
 torch.set_num_threads(1)
 
@@ -96,7 +96,7 @@ def dynamics(model: Path, trajectory: Path, fatal: int) -> None:
     """Run molecular dynamics, and die after a sample."""
     from ase.build import molecule
 
-    from ase_gffmerge.evaluation.dynamics import run_md
+    from ase_gffmerge.dynamics.ase_md import run_md
 
     atoms = molecule("H2O")
     atoms.calc = GFFMergeCalculator(model)

@@ -10,9 +10,11 @@ from ase import Atoms
 from structures import skewed_crystal
 
 from ase_gffmerge.errors import StructureError
-from ase_gffmerge.graphs import batches, build_graph, neighbour_list, neighbours, predict
-from ase_gffmerge.graphs.device_search import device_neighbour_list
-from ase_gffmerge.graphs.neighbours import MAX_COORDINATE
+from ase_gffmerge.graphs import build_graph, neighbour_list, predict
+from ase_gffmerge.graphs import graph as batches
+from ase_gffmerge.graphs import neighbor_list as neighbours
+from ase_gffmerge.graphs.cuda_neighbor_list import device_neighbour_list
+from ase_gffmerge.graphs.neighbor_list import MAX_COORDINATE
 from ase_gffmerge.graphs.verlet import VerletGraph
 
 CPU = torch.device("cpu")

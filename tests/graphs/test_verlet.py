@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ase_gffmerge.errors import StructureError
-from ase_gffmerge.graphs import batches, build_graph
+from ase_gffmerge.graphs import build_graph
+from ase_gffmerge.graphs import graph as batches
 from ase_gffmerge.graphs.verlet import strain_maps
 from ase_gffmerge.graphs.verlet_cache import VerletCache
 

@@ -11,8 +11,8 @@ from ase import Atoms
 from ase.build import molecule
 from structures import OWN_ARCHITECTURES
 
+from ase_gffmerge.forcefield.force_field import Provenance, Specialist
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.specialist import Provenance, Specialist
 
 SMALL = {
     "painn": {"channels": 8, "n_blocks": 2, "n_radial": 6, "cutoff": 4.0},

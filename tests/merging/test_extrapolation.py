@@ -13,16 +13,16 @@ from hypothesis.extra import numpy as hnp
 
 from ase_gffmerge import Specialist, merge
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.extrapolation import grades, predict_graded
-from ase_gffmerge.fileformat import read_file, write_file
-from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.merging.extrapolation import (
+from ase_gffmerge.forcefield.leverage_fit import (
     RIDGE,
     calibration_features,
     extrapolation_gauge,
     gauged,
     left_out_leverages,
 )
+from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.inference.predict import grades, predict_graded
+from ase_gffmerge.storage.tensor_file import read_file, write_file
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_specialist_gauged_by_its_own_frames(family) -> None:
 
 def test_bundled_pair_tells_broken_from_whole() -> None:
     """Held-out frames are inside for a realistic specialist, a torn molecule is far outside, and the file stays small."""
-    from ase_gffmerge.evaluation.bundled import bundled_test_frames
+    from ase_gffmerge.forcefield.bundled import bundled_test_frames
 
     force_field = gauged(Specialist.load("rmd17-ethanol"))
     frames = bundled_test_frames("rmd17-ethanol")

@@ -9,7 +9,6 @@ from ase import Atoms
 from ase.build import bulk
 
 from ase_gffmerge import Specialist, merge
-from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.errors import (
     DeviceError,
     FramesError,
@@ -18,6 +17,7 @@ from ase_gffmerge.errors import (
     RecipeError,
 )
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.merging.recipe import PRESETS, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 

@@ -11,8 +11,8 @@ from ase import Atoms
 from ase.build import molecule
 
 from ase_gffmerge import Specialist, merge
-from ase_gffmerge.accuracy import compare, predict_frames
 from ase_gffmerge.errors import IncompatibleSpecialistsError
+from ase_gffmerge.inference.metrics import compare, predict_frames
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.models import Potential, build_potential
 

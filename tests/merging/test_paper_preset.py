@@ -7,7 +7,7 @@ from torch import nn
 
 from ase_gffmerge import merge
 from ase_gffmerge.graphs import batch_graphs, build_graph
-from ase_gffmerge.graphs.batches import edge_vectors
+from ase_gffmerge.graphs.graph import edge_vectors
 
 
 def rows_of_every_linear(specialist) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -5,12 +5,12 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.graphs.batches import edge_vectors
+from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.least_squares.gram import Gram
+from ase_gffmerge.merging.directions import Probes, displacement_directions
 from ase_gffmerge.merging.force_matching import MAX_UNKNOWNS, widen
-from ase_gffmerge.merging.probes import Probes, displacement_directions
-from ase_gffmerge.merging.readout import fit_readout, lifted_derivatives, random_lift, readout_rows
+from ase_gffmerge.merging.readout_fit import fit_readout, lifted_derivatives, random_lift, readout_rows
 from ase_gffmerge.merging.recipe import ReadoutOptions
-from ase_gffmerge.merging.statistics import Gram
 
 OPTIONS = ReadoutOptions(width=12, blocks=2)
 ELEMENTS = torch.tensor([0, 1, 2])

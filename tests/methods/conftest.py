@@ -10,10 +10,10 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 
+from ase_gffmerge.forcefield.force_field import Provenance, Specialist
 from ase_gffmerge.merging.recipe import PRESETS, load_recipe
 from ase_gffmerge.methods import Mixture, dare, fisher, task_arithmetic, ties
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.specialist import Provenance, Specialist
 
 SMALL = {
     "painn": {"channels": 6, "n_blocks": 2, "n_radial": 5, "cutoff": 4.0},

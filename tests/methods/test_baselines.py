@@ -12,16 +12,16 @@ from ase.build import molecule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.methods import METHODS, Mixture, fisher
 from ase_gffmerge.methods.dare import drop_and_rescale
 from ase_gffmerge.methods.emr import elect_task_vector, masked_and_rescaled
 from ase_gffmerge.methods.fisher import fisher_information, squared_derivatives
+from ase_gffmerge.methods.grid_search import Yardstick
 from ase_gffmerge.methods.task_arithmetic import add_task_vectors
 from ase_gffmerge.methods.ties import disjoint_mean, elect_signs, trim
-from ase_gffmerge.methods.tuning import Yardstick
 from ase_gffmerge.models import Potential
-from ase_gffmerge.specialist import Specialist
 
 TASK_VECTORS = torch.tensor([[3.0, -1.0, 0.5, 0.1, 2.0], [-1.0, -4.0, 0.2, 2.0, -2.0]])
 ALL = torch.ones(2, 5, dtype=torch.bool)

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structures import OWN_ARCHITECTURES
 
-from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.errors import IncompatibleSpecialistsError
-from ase_gffmerge.merging.layers import affine_maps
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.inference.metrics import predict_frames
+from ase_gffmerge.merging.affine_maps import affine_maps
 from ase_gffmerge.methods import Mixture, get_method
 from ase_gffmerge.methods.git_rebasin import matched_orders
-from ase_gffmerge.methods.permutations import channel_groups, permuted
+from ase_gffmerge.methods.permutation_symmetry import channel_groups, permuted
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.specialist import Specialist
 
 NEQUIP = {
     "channels": 5,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from ase.build import molecule
 
-from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.errors import RecipeError
+from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.methods import METHODS, Mixture, Need, Outcome, get_method, register
 
 PRESETS = ("paper", "gffmerge")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from ase.build import molecule
 
-from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
+from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.methods import METHODS, Mixture
-from ase_gffmerge.methods.tuning import Yardstick
+from ase_gffmerge.methods.grid_search import Yardstick
 
 
 def run(name: str, mixture: Mixture):

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ase_gffmerge.graphs import batch_graphs, build_graph
-from ase_gffmerge.graphs.batches import edge_vectors
-from ase_gffmerge.merging.territory import survey
+from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.merging.calibration import survey
 from ase_gffmerge.methods import get_method
 from ase_gffmerge.methods.regmean import input_grams, merge_blockwise, regression_mean, solve_maps
 

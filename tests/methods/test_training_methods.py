@@ -6,10 +6,11 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from ase_gffmerge.accuracy import predict_frames
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.merging.distil_options import DistilOptions
-from ase_gffmerge.methods import METHODS, Mixture, Need, Outcome, training
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.methods import METHODS, Mixture, Need, Outcome
+from ase_gffmerge.methods import trained as training
 from ase_gffmerge.training.config import TrainConfig
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.errors import FramesError
+from ase_gffmerge.inference.metrics import predict_frames
+from ase_gffmerge.methods.grid_search import Yardstick, grid_of, tune
 from ase_gffmerge.methods.task_arithmetic import add_task_vectors
-from ase_gffmerge.methods.tuning import Yardstick, grid_of, tune
-from ase_gffmerge.methods.weights import WeightSpace
+from ase_gffmerge.methods.weight_space import WeightSpace
 
 
 def silent(fraction: float, text: str) -> None:

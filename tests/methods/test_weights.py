@@ -7,10 +7,10 @@ import pytest
 import torch
 from ase.build import molecule
 
-from ase_gffmerge.accuracy import predict_frames
 from ase_gffmerge.errors import IncompatibleSpecialistsError, RecipeError
+from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.methods import METHODS, Mixture
-from ase_gffmerge.methods.weights import WeightSpace, weighted_mean
+from ase_gffmerge.methods.weight_space import WeightSpace, weighted_mean
 
 ELEMENTWISE = ("task_arithmetic", "ties", "dare", "fisher", "emr")
 

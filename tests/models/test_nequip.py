@@ -7,10 +7,10 @@ import torch
 from e3nn import o3
 
 from ase_gffmerge.graphs import build_graph
-from ase_gffmerge.graphs.batches import edge_vectors
+from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.models.coupling import Convolution, CoupledHarmonics, natural
-from ase_gffmerge.models.gate import SILU_SCALE, Gate
+from ase_gffmerge.models.layers.gate import SILU_SCALE, Gate
+from ase_gffmerge.models.layers.tensor_product import Convolution, CoupledHarmonics, natural
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.models.painn import PaiNN
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.initial import NEW_MODELS, random_potential
+from ase_gffmerge.training.initialization import NEW_MODELS, random_potential
 
 SMALL = {"cutoff": 4.0, "channels": 8, "n_blocks": 2, "n_radial": 6}
 

@@ -9,7 +9,7 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.graphs.batches import edge_vectors
+from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.models import build_potential
 
 

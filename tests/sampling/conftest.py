@@ -7,8 +7,8 @@ import pytest
 import torch
 from ase.build import molecule
 
+from ase_gffmerge.forcefield.force_field import Provenance, Specialist
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.specialist import Provenance, Specialist
 
 SMALL = {
     "painn": {"channels": 8, "n_blocks": 1, "n_radial": 5, "cutoff": 4.0},

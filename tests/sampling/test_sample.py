@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from springs import Bonded
 
 from ase_gffmerge import Specialist
-from ase_gffmerge.dynamics.displaced import displaced
-from ase_gffmerge.dynamics.monitor import Monitor
+from ase_gffmerge.data.perturb import displaced
+from ase_gffmerge.dynamics.stopping import Monitor
 from ase_gffmerge.errors import FramesError, RecipeError
-from ase_gffmerge.sampling.decorrelation import decorrelation_time, inefficiency
-from ase_gffmerge.sampling.judge import judge
-from ase_gffmerge.sampling.sample import SampleOptions, sample_frames
-from ase_gffmerge.validation import validated
+from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames
+from ase_gffmerge.sampling.screening import judge
+from ase_gffmerge.sampling.statistical_inefficiency import decorrelation_time, inefficiency
+from ase_gffmerge.storage.documents import validated
 
 FAST = {"n": 20, "temperatures": (50.0, 150.0), "time": 0.3, "equilibration": 0.05, "timestep": 1.0}
 WATER, CO, OH = molecule("H2O"), Atoms("CO", [[0, 0, 0], [1.4, 0, 0]]), Atoms("OH", [[0, 0, 0], [1.0, 0, 0]])
@@ -97,7 +97,7 @@ def test_frames_are_as_wanted_and_reproducible(springs):
 
 
 def test_sampling_goes_on_until_there_are_enough(springs, monkeypatch):
-    monkeypatch.setattr("ase_gffmerge.sampling.ladder.SEGMENT", 50.0)
+    monkeypatch.setattr("ase_gffmerge.sampling.temperature_ladder.SEGMENT", 50.0)
     few, many = (
         sample_frames(springs, [CO], SampleOptions(**{**FAST, "time": 2.0, "n": n, "relax": False}))
         for n in (4, 40)

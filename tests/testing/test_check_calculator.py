@@ -15,7 +15,7 @@ from ase.calculators.mixing import SumCalculator
 from pairs import Pairs
 
 from ase_gffmerge.testing import CheckReport, ContractError, check_calculator, differences
-from ase_gffmerge.testing.calculator_checks import CHECKS
+from ase_gffmerge.testing.calculator.checks import CHECKS
 from ase_gffmerge.testing.differences import derivative
 
 BROKEN = [

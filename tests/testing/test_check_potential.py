@@ -8,7 +8,7 @@ from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.models.painn import PaiNN
 from ase_gffmerge.testing import check_potential
-from ase_gffmerge.testing.potential_checks import small_cluster
+from ase_gffmerge.testing.potential import small_cluster
 
 HYPER = {"channels": 4, "n_blocks": 1, "n_radial": 4, "cutoff": 3.0}
 

@@ -11,7 +11,7 @@ from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
-from ase_gffmerge.data.fingerprints import geometry_keys
+from ase_gffmerge.data.hashing import geometry_keys
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import (
     DeviceError,
@@ -23,13 +23,13 @@ from ase_gffmerge.errors import (
     ReferenceWarning,
     StructureError,
 )
-from ase_gffmerge.fileformat import read_file
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.storage.tensor_file import read_file
 from ase_gffmerge.training.checkpoint import CheckpointWarning, checkpoint_path, differences
 from ase_gffmerge.training.config import TrainConfig, load_config
 from ase_gffmerge.training.loop import TrainingError, one_cycle
-from ase_gffmerge.training.losses import labelled_graph, loss_terms
-from ase_gffmerge.training.references import fit_references, load_references, warn_of_offset
+from ase_gffmerge.training.loss import labelled_graph, loss_terms
+from ase_gffmerge.training.reference_energies import fit_references, load_references, warn_of_offset
 from ase_gffmerge.training.train import train
 
 TINY = {"channels": 8, "n_blocks": 1, "n_radial": 6}
@@ -417,7 +417,7 @@ def test_one_cycle_rises_and_falls() -> None:
 
 
 def test_loss_curve(tmp_path: Path) -> None:
-    from ase_gffmerge.evaluation.plots import plot_history
+    from ase_gffmerge.evaluation.analysis.plots import plot_history
     from ase_gffmerge.training.state import History
 
     rows = [{"loss": 1 / epoch, "force_mae": 0.5 / epoch, "energy_mae": 0.0} for epoch in range(1, 40)]

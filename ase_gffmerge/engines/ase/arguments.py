@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ase_gffmerge.ase_errors import SetupError
-from ase_gffmerge.compiled import Compile
+from ase_gffmerge.engines.ase.errors import SetupError
+from ase_gffmerge.inference.compiled import Compile
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 

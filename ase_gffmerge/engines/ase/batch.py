@@ -11,8 +11,8 @@ from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 from torch import Tensor
 
-from ase_gffmerge.ase_errors import EvaluationFailed, SetupError, as_setup_errors
-from ase_gffmerge.ase_results import (
+from ase_gffmerge.engines.ase.errors import EvaluationFailed, SetupError, as_setup_errors
+from ase_gffmerge.engines.ase.results import (
     as_array,
     ase_results,
     memory_failures,
@@ -20,11 +20,11 @@ from ase_gffmerge.ase_results import (
     require_structure,
     require_volume,
 )
-from ase_gffmerge.batched import predict_batches
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.graphs import Prediction, build_graph
-from ase_gffmerge.graphs.neighbours import check_geometry
-from ase_gffmerge.serving import Server
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.graphs.neighbor_list import check_geometry
+from ase_gffmerge.inference.batches import predict_batches
+from ase_gffmerge.inference.predictor import Server
 
 GRADE = "extrapolation"
 

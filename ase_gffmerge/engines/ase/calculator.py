@@ -14,7 +14,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from torch_geometric.data import Data
 
-from ase_gffmerge.ase_arguments import (
+from ase_gffmerge.engines.ase.arguments import (
     DTYPES,
     compile_choice,
     dtype_name,
@@ -22,9 +22,9 @@ from ase_gffmerge.ase_arguments import (
     specialist_choice,
     weight_tuple,
 )
-from ase_gffmerge.ase_batches import evaluate_structures
-from ase_gffmerge.ase_errors import SetupError, as_setup_errors
-from ase_gffmerge.ase_results import (
+from ase_gffmerge.engines.ase.batch import evaluate_structures
+from ase_gffmerge.engines.ase.errors import SetupError, as_setup_errors
+from ase_gffmerge.engines.ase.results import (
     as_array,
     ase_results,
     computing,
@@ -32,15 +32,15 @@ from ase_gffmerge.ase_results import (
     require_structure,
     require_volume,
 )
-from ase_gffmerge.compiled import Compile
-from ase_gffmerge.conditioning import KEY, same_choice, specialist_indices
-from ase_gffmerge.device import resolve_device
-from ase_gffmerge.disagreement import force_disagreement
-from ase_gffmerge.forked import ForkSafeLock
+from ase_gffmerge.forcefield.conditioning import KEY, same_choice, specialist_indices
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.graphs.verlet_cache import VerletCache
-from ase_gffmerge.serving import Server
-from ase_gffmerge.sources import MergeOptions, Resolved, Source, resolve, with_frames
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.inference.compiled import Compile
+from ase_gffmerge.inference.disagreement import force_disagreement
+from ase_gffmerge.inference.predictor import Server
+from ase_gffmerge.runtime.devices import resolve_device
+from ase_gffmerge.runtime.forking import ForkSafeLock
+from ase_gffmerge.workflows.load_or_merge import MergeOptions, Resolved, Source, resolve, with_frames
 
 if TYPE_CHECKING:
     from ase_gffmerge.merging.recipe import Recipe
@@ -91,7 +91,7 @@ class GFFMergeCalculator(Calculator):
         Fuse the network by ``torch.compile``, once for all structures, which takes half a minute or more; results are the
         same to round-off. ``auto``: on a GPU after 200 evaluations, never on a CPU, where runs stay reproducible to the
         last bit. Without a compiler: one warning, and evaluation as with ``False``. On a GPU small structures are also
-        replayed as CUDA graphs (:mod:`ase_gffmerge.captured`), unless it is ``False``.
+        replayed as CUDA graphs (:mod:`ase_gffmerge.inference.cuda_graphs`), unless it is ``False``.
     progress
         Called by the merge with a fraction (0 to 1) and a description.
 

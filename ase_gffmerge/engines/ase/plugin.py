@@ -17,7 +17,7 @@ def _plugins() -> tuple[Any, ...]:
             plugin = import_module(home).CalculatorPlugin(
                 name="gffmerge",
                 citation="GffMerge, arXiv 2606.03232",
-                implementation="ase_gffmerge.calculator.GFFMergeCalculator",
+                implementation="ase_gffmerge.engines.ase.calculator.GFFMergeCalculator",
             )
         except Exception:  # of any kind: an exception here would break `ase info` for the whole user
             continue

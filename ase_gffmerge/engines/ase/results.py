@@ -11,12 +11,12 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
-from ase_gffmerge.ase_errors import EvaluationFailed, MemoryFailed, SetupError
+from ase_gffmerge.engines.ase.errors import EvaluationFailed, MemoryFailed, SetupError
 from ase_gffmerge.errors import DeviceMemoryError, StructureError
-from ase_gffmerge.forked import survive_fork
 from ase_gffmerge.graphs import Prediction
-from ase_gffmerge.graphs.neighbours import check_reach
-from ase_gffmerge.memory import memory_errors
+from ase_gffmerge.graphs.neighbor_list import check_reach
+from ase_gffmerge.runtime.batching import memory_errors
+from ase_gffmerge.runtime.forking import survive_fork
 
 
 def require_structure(atoms: Atoms | None) -> Atoms:

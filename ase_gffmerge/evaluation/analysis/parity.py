@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ase_gffmerge.evaluation.plots import save_figure
+from ase_gffmerge.evaluation.analysis.plots import save_figure
 
 COLOURS = {"specialist": "#222222", "gffmerge": "#2a8fb0", "paper": "#d1793b", "mean": "#b8b8b8"}
 

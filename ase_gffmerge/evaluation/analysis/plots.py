@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ase_gffmerge.fileformat import atomic_write
+from ase_gffmerge.storage.tensor_file import atomic_write
 
 if TYPE_CHECKING:
     from ase_gffmerge.training.state import History

@@ -12,7 +12,7 @@ import numpy as np
 from ase.data import chemical_symbols
 from matscipy.neighbours import neighbour_list
 
-from ase_gffmerge.evaluation.observables.distances import Distribution, bin_edges
+from ase_gffmerge.evaluation.analysis.distances import Distribution, bin_edges
 
 
 def radial_distributions(

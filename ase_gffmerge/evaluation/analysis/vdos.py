@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from ase import units
 
-from ase_gffmerge.evaluation.observables.diffusion import summed_correlation
+from ase_gffmerge.evaluation.analysis.diffusion import summed_correlation
 
 PER_FS_IN_INVERSE_CM = 1e15 / (100 * units._c)
 """One oscillation per fs as a wavenumber in cm⁻¹."""

@@ -12,7 +12,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 
 from ase_gffmerge.errors import BenchmarkError
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.forcefield.force_field import Specialist
 
 MakeCalculator = Callable[[Specialist, bool], Calculator]
 """Gives a calculator of one force field on the benchmark's device; the flag says whether to compile."""

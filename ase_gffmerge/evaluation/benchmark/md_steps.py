@@ -11,8 +11,8 @@ from ase.mep import NEB
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ase_gffmerge.evaluation.benchmark import Bench, Row, md_step, medians
-from ase_gffmerge.evaluation.benchmark_merging import SINGLE
+from ase_gffmerge.evaluation.benchmark.harness import Bench, Row, md_step, medians
+from ase_gffmerge.evaluation.benchmark.merging import SINGLE
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.models import Potential
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.evaluation.benchmark import Bench, Row, medians
+from ase_gffmerge.evaluation.benchmark.harness import Bench, Row, medians
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.least_squares.gram import Gram
+from ase_gffmerge.least_squares.ridge import ridge_solve
 from ase_gffmerge.merging.report import MergeReport
-from ase_gffmerge.merging.solve import ridge_solve
-from ase_gffmerge.merging.statistics import Gram
-from ase_gffmerge.specialist import Specialist
 
 RIDGE = 1e-6
 FRAMES = 100

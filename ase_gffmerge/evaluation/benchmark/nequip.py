@@ -9,8 +9,8 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 from ase.data import chemical_symbols
 
-from ase_gffmerge.evaluation.benchmark import Bench, Row
-from ase_gffmerge.evaluation.benchmark_peers import CUTOFF, Peer, peer_rows
+from ase_gffmerge.evaluation.benchmark.harness import Bench, Row
+from ase_gffmerge.evaluation.benchmark.peers import CUTOFF, Peer, peer_rows
 
 NEQUIP = {
     "cutoff": CUTOFF,

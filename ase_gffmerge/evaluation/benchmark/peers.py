@@ -13,9 +13,9 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 
 from ase_gffmerge.errors import first_line
-from ase_gffmerge.evaluation.benchmark import Bench, Row, md_step, medians
+from ase_gffmerge.evaluation.benchmark.harness import Bench, Row, md_step, medians
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.specialist import Specialist
 
 CUTOFF = 5.0
 PAINN = {"cutoff": CUTOFF, "channels": 128, "n_blocks": 3, "n_radial": 20}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ase_gffmerge.evaluation.benchmark import Row
-from ase_gffmerge.evaluation.plots import save_figure
+from ase_gffmerge.evaluation.analysis.plots import save_figure
+from ase_gffmerge.evaluation.benchmark.harness import Row
 
 
 def plot_scaling(rows: Mapping[str, Sequence[Row]], path: Path) -> Path:

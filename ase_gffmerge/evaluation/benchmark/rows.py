@@ -1,10 +1,7 @@
 """The rows of the benchmark by name; a new one is a function from a :class:`~.benchmark.Bench` to its rows."""
 
-from ase_gffmerge.evaluation.benchmark import Measure
-from ase_gffmerge.evaluation.benchmark_merging import cache_rows, gram_rows, merge_rows
-from ase_gffmerge.evaluation.benchmark_nequip import nequip_rows
-from ase_gffmerge.evaluation.benchmark_schnetpack import schnetpack_rows
-from ase_gffmerge.evaluation.benchmark_steps import (
+from ase_gffmerge.evaluation.benchmark.harness import Measure
+from ase_gffmerge.evaluation.benchmark.md_steps import (
     compile_rows,
     ensemble_rows,
     memory_rows,
@@ -12,7 +9,10 @@ from ase_gffmerge.evaluation.benchmark_steps import (
     scaling_rows,
     step_rows,
 )
-from ase_gffmerge.evaluation.benchmark_torchmdnet import torchmdnet_rows
+from ase_gffmerge.evaluation.benchmark.merging import cache_rows, gram_rows, merge_rows
+from ase_gffmerge.evaluation.benchmark.nequip import nequip_rows
+from ase_gffmerge.evaluation.benchmark.schnetpack import schnetpack_rows
+from ase_gffmerge.evaluation.benchmark.torchmdnet import torchmdnet_rows
 
 ROWS: dict[str, Measure] = {
     "merge": merge_rows,

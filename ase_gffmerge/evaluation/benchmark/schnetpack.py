@@ -4,8 +4,8 @@ from typing import Any
 
 from ase.calculators.calculator import Calculator
 
-from ase_gffmerge.evaluation.benchmark import Bench, Row
-from ase_gffmerge.evaluation.benchmark_peers import CUTOFF, PAINN, Peer, peer_rows
+from ase_gffmerge.evaluation.benchmark.harness import Bench, Row
+from ase_gffmerge.evaluation.benchmark.peers import CUTOFF, PAINN, Peer, peer_rows
 
 
 def schnetpack_rows(bench: Bench) -> list[Row]:

@@ -16,8 +16,8 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 
-from ase_gffmerge.evaluation.benchmark import Bench, Row
-from ase_gffmerge.evaluation.benchmark_peers import CUTOFF, PAINN, Peer, peer_rows
+from ase_gffmerge.evaluation.benchmark.harness import Bench, Row
+from ase_gffmerge.evaluation.benchmark.peers import CUTOFF, PAINN, Peer, peer_rows
 
 SETTINGS = {
     "precision": 32,

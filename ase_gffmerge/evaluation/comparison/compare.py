@@ -6,13 +6,13 @@ from itertools import combinations
 from typing import Any
 
 from ase_gffmerge.errors import GFFMergeError
-from ase_gffmerge.evaluation.comparison_inputs import LabelledSet, check_elements
-from ase_gffmerge.evaluation.comparison_store import RowStore
-from ase_gffmerge.evaluation.leaks import check_leaks, frames_seen, unrecorded
-from ase_gffmerge.evaluation.measurement import Measurement, measure, measure_specialists
+from ase_gffmerge.evaluation.comparison.inputs import LabelledSet, check_elements
+from ase_gffmerge.evaluation.comparison.leakage import check_leaks, frames_seen, unrecorded
+from ase_gffmerge.evaluation.comparison.measurement import Measurement, measure, measure_specialists
+from ase_gffmerge.evaluation.comparison.store import RowStore
 from ase_gffmerge.merging.compatibility import related
 from ase_gffmerge.methods import METHODS, Method, Mixture, Need, get_method
-from ase_gffmerge.methods.method import Progress
+from ase_gffmerge.methods.base import Progress
 
 SPECIALIST = "specialist"
 UNITS = {
@@ -106,7 +106,7 @@ def compare_methods(
     Parameters
     ----------
     mixture
-        The specialists, see :func:`~ase_gffmerge.evaluation.comparison_inputs.make_mixture`.
+        The specialists, see :func:`~ase_gffmerge.evaluation.comparison.inputs.make_mixture`.
     tests
         Labelled frames, one set per specialist, in order.
     methods

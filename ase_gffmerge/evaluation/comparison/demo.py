@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from ase.calculators.calculator import Calculator
 
-from ase_gffmerge.accuracy import labels, predict_frames
-from ase_gffmerge.evaluation.bundled import bundled_test_frames
-from ase_gffmerge.evaluation.dynamics import run_md
-from ase_gffmerge.evaluation.mdresult import MDResult, Sample
-from ase_gffmerge.evaluation.measurement import run_timed
+from ase_gffmerge.dynamics.ase_md import run_md
+from ase_gffmerge.dynamics.result import MDResult, Sample
+from ase_gffmerge.evaluation.comparison.measurement import run_timed
+from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.inference.metrics import labels, predict_frames
 from ase_gffmerge.methods import Mixture, get_method
 from ase_gffmerge.models import Potential
-from ase_gffmerge.specialist import Specialist
 
 BASELINES = ("mean", "paper")
 DEFAULT = "gffmerge"

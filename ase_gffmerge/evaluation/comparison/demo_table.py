@@ -1,6 +1,6 @@
 """The demo's results as one table: cells for the terminal, Markdown for the folder."""
 
-from ase_gffmerge.evaluation.demo import DEFAULT, TEMPERATURES, TIMESTEP, DemoResult
+from ase_gffmerge.evaluation.comparison.demo import DEFAULT, TEMPERATURES, TIMESTEP, DemoResult
 
 
 def header(result: DemoResult) -> list[str]:

@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from ase import Atoms
 
-from ase_gffmerge.accuracy import check_frames
-from ase_gffmerge.conditioning import without_choice
 from ase_gffmerge.data.readers import read_frames, require_labels
-from ase_gffmerge.device import resolve_device
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
-from ase_gffmerge.evaluation.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.conditioning import without_choice
+from ase_gffmerge.forcefield.force_field import BUNDLED, Specialist, bundled_path
+from ase_gffmerge.inference.metrics import check_frames
 from ase_gffmerge.merging.compatibility import check_compatible
 from ase_gffmerge.merging.merge import working_copies
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.methods import Mixture
-from ase_gffmerge.specialist import BUNDLED, Specialist, bundled_path
+from ase_gffmerge.runtime.devices import resolve_device
 
 
 @dataclass(frozen=True, kw_only=True)

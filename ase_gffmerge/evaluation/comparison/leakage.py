@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence, Set
 
-from ase_gffmerge.data.fingerprints import geometry_key, geometry_keys
+from ase_gffmerge.data.hashing import geometry_key, geometry_keys
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.evaluation.comparison_inputs import LabelledSet
+from ase_gffmerge.evaluation.comparison.inputs import LabelledSet
 from ase_gffmerge.methods import Mixture
 
 

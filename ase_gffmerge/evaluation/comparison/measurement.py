@@ -11,12 +11,12 @@ import torch
 from ase import Atoms
 from torch_geometric.data import Data
 
-from ase_gffmerge.accuracy import Errors, evaluate
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.evaluation.comparison_inputs import LabelledSet
+from ase_gffmerge.evaluation.comparison.inputs import LabelledSet
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.inference.metrics import Errors, evaluate
 from ase_gffmerge.methods import Method, Mixture, Outcome
-from ase_gffmerge.methods.method import Progress
+from ase_gffmerge.methods.base import Progress
 from ase_gffmerge.models import Potential
 
 WARM_UP, REPEATS = 3, 21

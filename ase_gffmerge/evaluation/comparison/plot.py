@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ase_gffmerge.evaluation.comparison import SPECIALIST, Comparison
-from ase_gffmerge.evaluation.plots import save_figure
+from ase_gffmerge.evaluation.analysis.plots import save_figure
+from ase_gffmerge.evaluation.comparison.compare import SPECIALIST, Comparison
 
 ONE_SURFACE, TOLD_APART = "#0072B2", "#E69F00"  # Okabe and Ito: told apart by colour-blind readers
 PANELS_PER_ROW = 3

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ase_gffmerge import __version__
-from ase_gffmerge.cache import MergeCache
-from ase_gffmerge.data.fingerprints import hash_frames
-from ase_gffmerge.evaluation.comparison_inputs import LabelledSet
-from ase_gffmerge.evaluation.measurement import Measurement
-from ase_gffmerge.fileformat import atomic_write, require_writable
+from ase_gffmerge.data.hashing import hash_frames
+from ase_gffmerge.evaluation.comparison.inputs import LabelledSet
+from ase_gffmerge.evaluation.comparison.measurement import Measurement
+from ase_gffmerge.forcefield.force_field import Specialist
 from ase_gffmerge.merging.merge import MERGE_VERSION
 from ase_gffmerge.methods import Method, Mixture, Need
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.storage.tensor_file import atomic_write, require_writable
 from ase_gffmerge.training.frames import hash_labelled
+from ase_gffmerge.workflows.cache import MergeCache
 
 
 def default_folder() -> Path:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ase_gffmerge.evaluation.comparison import SPECIALIST, Comparison
+from ase_gffmerge.evaluation.comparison.compare import SPECIALIST, Comparison
 
 TITLES = {
     "force_mae": "Force MAE (meV/Å)",

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.evaluation.observables import Distribution, distance_distribution, radial_distributions
+from ase_gffmerge.evaluation.analysis import Distribution, distance_distribution, radial_distributions
 
 Distributions = Mapping[str, Distribution]
 CRYSTAL_RANGE = 6.0

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.accuracy import Errors, predict_frames
-from ase_gffmerge.conditioning import with_choice_of
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.evaluation.md_distributions import Distributions, distribution_range, frames_distributions
-from ase_gffmerge.evaluation.md_observation import ModelDynamics, observe
-from ase_gffmerge.evaluation.md_protocol import Protocol
-from ase_gffmerge.evaluation.md_runs import Contestant, Progress, run_models
-from ase_gffmerge.evaluation.observables import distribution_mae, harmonic_temperature, spectral_overlap
+from ase_gffmerge.evaluation.analysis import distribution_mae, harmonic_temperature, spectral_overlap
+from ase_gffmerge.evaluation.md.distributions import Distributions, distribution_range, frames_distributions
+from ase_gffmerge.evaluation.md.observables import ModelDynamics, observe
+from ase_gffmerge.evaluation.md.protocol import Protocol
+from ase_gffmerge.evaluation.md.runs import Contestant, Progress, run_models
+from ase_gffmerge.forcefield.conditioning import with_choice_of
+from ase_gffmerge.inference.metrics import Errors, predict_frames
 
 UNITS = {
     "stability_time": "ps",
@@ -132,7 +132,7 @@ def evaluate_dynamics(
     errors
         To be passed on to the result.
     folder
-        Where finished runs are kept, see :func:`~ase_gffmerge.evaluation.md_runs.run_models`.
+        Where finished runs are kept, see :func:`~ase_gffmerge.evaluation.md.runs.run_models`.
 
     Raises
     ------

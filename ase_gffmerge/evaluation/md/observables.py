@@ -7,11 +7,8 @@ from typing import Any
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
 
-from ase_gffmerge.dynamics.monitor import Monitor
-from ase_gffmerge.evaluation.md_distributions import Distributions, distributions
-from ase_gffmerge.evaluation.md_protocol import Protocol
-from ase_gffmerge.evaluation.md_trajectory import MDTrajectory
-from ase_gffmerge.evaluation.observables import (
+from ase_gffmerge.dynamics.stopping import Monitor
+from ase_gffmerge.evaluation.analysis import (
     Diffusion,
     Spectrum,
     diffusion_coefficient,
@@ -21,6 +18,9 @@ from ase_gffmerge.evaluation.observables import (
     vibrational_spectrum,
     without_drift,
 )
+from ase_gffmerge.evaluation.md.distributions import Distributions, distributions
+from ase_gffmerge.evaluation.md.protocol import Protocol
+from ase_gffmerge.evaluation.md.trajectory import MDTrajectory
 
 MIN_DIFFUSION_FRAMES = 100
 
@@ -111,7 +111,7 @@ def observe(
     Parameters
     ----------
     r_max
-        Range of the distributions in Å, see :func:`~ase_gffmerge.evaluation.md_distributions.distribution_range`.
+        Range of the distributions in Å, see :func:`~ase_gffmerge.evaluation.md.distributions.distribution_range`.
     """
     begin = protocol.equilibration * protocol.length("nvt")
     temperatures = np.concatenate([run.temperatures[run.times >= begin] for run in nvt])

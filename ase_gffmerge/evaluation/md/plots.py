@@ -7,10 +7,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ase_gffmerge.evaluation.md_evaluation import MDEvaluation
-from ase_gffmerge.evaluation.md_observation import ModelDynamics
-from ase_gffmerge.evaluation.observables import Distribution
-from ase_gffmerge.evaluation.plots import save_figure
+from ase_gffmerge.evaluation.analysis import Distribution
+from ase_gffmerge.evaluation.analysis.plots import save_figure
+from ase_gffmerge.evaluation.md.evaluate import MDEvaluation
+from ase_gffmerge.evaluation.md.observables import ModelDynamics
 
 COLOURS = ("#d1793b", "#2a8fb0", "#5b8c3a", "#8a5a9e", "#b03a48", "#6b6b6b")
 REFERENCE = "#222222"

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from ase_gffmerge.dynamics.replicas import Ensemble
+from ase_gffmerge.dynamics.batched_md import Ensemble
 from ase_gffmerge.errors import DynamicsError
 
 RECORD_FS = {"nvt": 10.0, "nve": 2.0}

@@ -9,11 +9,11 @@ from time import perf_counter
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.conditioning import KEY, with_choice_of
-from ase_gffmerge.dynamics.replicas import Ensemble, run_replicas
-from ase_gffmerge.evaluation.md_protocol import Protocol
-from ase_gffmerge.evaluation.md_trajectory import MDTrajectory, load_trajectories, save_trajectories
-from ase_gffmerge.specialist import Specialist
+from ase_gffmerge.dynamics.batched_md import Ensemble, run_replicas
+from ase_gffmerge.evaluation.md.protocol import Protocol
+from ase_gffmerge.evaluation.md.trajectory import MDTrajectory, load_trajectories, save_trajectories
+from ase_gffmerge.forcefield.conditioning import KEY, with_choice_of
+from ase_gffmerge.forcefield.force_field import Specialist
 
 Progress = Callable[[float, str], None]
 TRIAL_STEPS = 20

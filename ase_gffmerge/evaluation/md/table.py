@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ase_gffmerge.accuracy import Errors
-from ase_gffmerge.evaluation.md_evaluation import MDEvaluation
-from ase_gffmerge.evaluation.md_observation import ModelDynamics, mean_diffusion
-from ase_gffmerge.evaluation.observables import spectral_overlap
-from ase_gffmerge.evaluation.observables.diffusion import SQUARE_CM_PER_S
+from ase_gffmerge.evaluation.analysis import spectral_overlap
+from ase_gffmerge.evaluation.analysis.diffusion import SQUARE_CM_PER_S
+from ase_gffmerge.evaluation.md.evaluate import MDEvaluation
+from ase_gffmerge.evaluation.md.observables import ModelDynamics, mean_diffusion
+from ase_gffmerge.inference.metrics import Errors
 
 Row = list[str]
 

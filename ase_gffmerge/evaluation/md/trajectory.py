@@ -10,9 +10,9 @@ from zipfile import BadZipFile
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.dynamics.replicas import ReplicaRun
-from ase_gffmerge.evaluation.observables.energies import kinetic_energies
-from ase_gffmerge.fileformat import atomic_write
+from ase_gffmerge.dynamics.batched_md import ReplicaRun
+from ase_gffmerge.dynamics.energies import kinetic_energies
+from ase_gffmerge.storage.tensor_file import atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)

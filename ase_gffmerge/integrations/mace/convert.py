@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ase_gffmerge.adapters.base import Foreign
-from ase_gffmerge.adapters.conversion import converted, per_element, require_package, rows_of_elements
 from ase_gffmerge.errors import FileFormatError, first_line
+from ase_gffmerge.integrations.base import Foreign
+from ase_gffmerge.integrations.conversion import converted, per_element, require_package, rows_of_elements
 from ase_gffmerge.models import Potential
 
 if TYPE_CHECKING:
-    from ase_gffmerge.models.mace_package import MACEPackage
+    from ase_gffmerge.integrations.mace.model import MACEPackage
 
 
 class MACEAdapter:
@@ -40,7 +40,7 @@ class MACEAdapter:
             that are not known here.
         """
         require_package("mace", models="MACE", distribution="mace-torch")
-        from ase_gffmerge.adapters.mace_files import find_network, load_network
+        from ase_gffmerge.integrations.mace.io import find_network, load_network
 
         if isinstance(source, str | Path):
             source = load_network(Path(source), trust=trust)
@@ -55,7 +55,7 @@ class MACEAdapter:
         FileFormatError
             When the potential has more than MACE has: a widened readout, several embeddings.
         """
-        from ase_gffmerge.adapters.mace_files import save_network
+        from ase_gffmerge.integrations.mace.io import save_network
 
         return save_network(potential, path)  # type: ignore[arg-type]
 
@@ -68,8 +68,8 @@ RADIAL_TYPES = {"BesselBasis": "bessel", "GaussianBasis": "gaussian", "Chebychev
 
 def _convert(network: Any, head: int) -> "MACEPackage":
     """A potential with the network's weights that was seen to compute the same as the network with that head."""
-    from ase_gffmerge.adapters.mace_files import single_head
-    from ase_gffmerge.models.mace_package import MACEPackage, MACEPackageHyper
+    from ase_gffmerge.integrations.mace.io import single_head
+    from ase_gffmerge.integrations.mace.model import MACEPackage, MACEPackageHyper
 
     try:
         single = single_head(network, head)
@@ -177,8 +177,8 @@ def _own_weight(module: Any, name: str, value: Tensor, order: Tensor) -> Tensor:
     """What a parameter of an interaction or a product becomes."""
     from e3nn.o3 import FullyConnectedTensorProduct
 
-    from ase_gffmerge.models.element_linear import element_weights
-    from ase_gffmerge.models.mace_package import TABLES
+    from ase_gffmerge.integrations.mace.model import TABLES
+    from ase_gffmerge.models.layers.element_linear import element_weights
 
     if name == "skip_tp.weight" and isinstance(module.skip_tp, FullyConnectedTensorProduct):
         return element_weights(module.skip_tp, torch.eye(len(order))[order])

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.adapters.base import load_checkpoint, require_own_parts
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.fileformat import atomic_write
-from ase_gffmerge.models.e3nn_mode import package_mode
-from ase_gffmerge.models.element_linear import write_product
-from ase_gffmerge.models.mace_package import TABLES, MACEPackage, build_network
+from ase_gffmerge.integrations.base import load_checkpoint, require_own_parts
+from ase_gffmerge.integrations.mace.model import TABLES, MACEPackage, build_network
+from ase_gffmerge.models.layers.e3nn_compat import package_mode
+from ase_gffmerge.models.layers.element_linear import write_product
+from ase_gffmerge.storage.tensor_file import atomic_write
 
 READ = "give a .model file, a MACECalculator, or a MACE or ScaleShiftMACE of mace.modules"
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch_geometric.data import Data
 
-from ase_gffmerge.models.chain import ChainPotential, Entries, Link, PackageHyper, SummedReadout
-from ase_gffmerge.models.e3nn_mode import package_mode
-from ase_gffmerge.models.element_linear import ElementLinear
-from ase_gffmerge.models.potential import HyperParameters, State
+from ase_gffmerge.integrations.wrapped import ChainPotential, Entries, Link, PackageHyper, SummedReadout
+from ase_gffmerge.models.base import HyperParameters, State
+from ase_gffmerge.models.layers.e3nn_compat import package_mode
+from ase_gffmerge.models.layers.element_linear import ElementLinear
 
 with redirect_stdout(sys.stderr):  # on which the package tells at import what it does not find
     from mace.modules import (

@@ -13,15 +13,15 @@ import torch
 from ase.data import atomic_numbers as NUMBERS
 from torch import Tensor
 
-from ase_gffmerge.adapters.base import Foreign, require_own_parts
-from ase_gffmerge.adapters.conversion import converted, one_number_of_scalars, require_package
-from ase_gffmerge.adapters.nequip_files import find_network, layers_of, load_network
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.fileformat import atomic_write
+from ase_gffmerge.integrations.base import Foreign, require_own_parts
+from ase_gffmerge.integrations.conversion import converted, one_number_of_scalars, require_package
+from ase_gffmerge.integrations.nequip.io import find_network, layers_of, load_network
 from ase_gffmerge.models import Potential
+from ase_gffmerge.storage.tensor_file import atomic_write
 
 if TYPE_CHECKING:
-    from ase_gffmerge.models.nequip_package import NequIPPackage
+    from ase_gffmerge.integrations.nequip.model import NequIPPackage
 
 
 class NequIPAdapter:
@@ -56,7 +56,7 @@ class NequIPAdapter:
             When the potential has more than NequIP has: a widened readout, several embeddings, self-connections of more
             elements than its embedding tells apart.
         """
-        from ase_gffmerge.adapters.nequip_weights import vendor_checkpoint
+        from ase_gffmerge.integrations.nequip.weights import vendor_checkpoint
 
         require_own_parts(potential, package="NequIP")
         content = vendor_checkpoint(potential)  # type: ignore[arg-type]
@@ -69,8 +69,8 @@ ADAPTER = NequIPAdapter()
 
 def _convert(network: Any) -> "NequIPPackage":
     """A potential with the network's weights that was seen to compute the same."""
-    from ase_gffmerge.adapters.nequip_weights import copy_weights
-    from ase_gffmerge.models.nequip_package import NequIPPackage, NequIPPackageHyper
+    from ase_gffmerge.integrations.nequip.model import NequIPPackage, NequIPPackageHyper
+    from ase_gffmerge.integrations.nequip.weights import copy_weights
 
     names = list(network.per_type_energy_scale_shift.type_names)
     if unknown := [name for name in names if name not in NUMBERS]:

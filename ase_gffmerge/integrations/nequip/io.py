@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ase_gffmerge.adapters.base import load_checkpoint
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.models.e3nn_mode import package_mode
+from ase_gffmerge.integrations.base import load_checkpoint
+from ase_gffmerge.models.layers.e3nn_compat import package_mode
 
 BUILDERS = ("NequIPGNNModel", "PresetNequIPGNNModel", "FullNequIPGNNModel")
 """Functions of ``nequip.model`` whose models are read."""
@@ -96,7 +96,7 @@ def _from_checkpoint(content: Mapping[str, Any], path: Path) -> nn.Module:
     """Build the network that a checkpoint describes, and load its weights: their running mean if there is one."""
     import nequip.model
 
-    from ase_gffmerge.models.nequip_package import nested_builders
+    from ase_gffmerge.integrations.nequip.model import nested_builders
 
     try:
         config, state = dict(content["hyper_parameters"]["model"]), content["state_dict"]

@@ -8,12 +8,12 @@ from ase.data import chemical_symbols
 from nequip.model import FullNequIPGNNModel
 from torch import Tensor
 
-from ase_gffmerge.adapters.conversion import per_element, rows_of_elements
-from ase_gffmerge.adapters.nequip_files import MODEL, ZBL_TARGET, layers_of
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.models.e3nn_mode import package_mode
-from ase_gffmerge.models.element_linear import element_weights, write_product
-from ase_gffmerge.models.nequip_package import NequIPPackage, nested_builders
+from ase_gffmerge.integrations.conversion import per_element, rows_of_elements
+from ase_gffmerge.integrations.nequip.io import MODEL, ZBL_TARGET, layers_of
+from ase_gffmerge.integrations.nequip.model import NequIPPackage, nested_builders
+from ase_gffmerge.models.layers.e3nn_compat import package_mode
+from ase_gffmerge.models.layers.element_linear import element_weights, write_product
 
 TRAINING_MODULE = "nequip.train.NequIPLightningModule"
 """The package's class that reads a checkpoint."""

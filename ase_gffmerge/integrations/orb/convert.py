@@ -15,14 +15,14 @@ import torch
 from ase import Atoms
 from torch import Tensor, nn
 
-from ase_gffmerge.adapters.base import Foreign, load_checkpoint, require_own_parts
-from ase_gffmerge.adapters.conversion import converted, require_package
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.fileformat import atomic_write
+from ase_gffmerge.integrations.base import Foreign, load_checkpoint, require_own_parts
+from ase_gffmerge.integrations.conversion import converted, require_package
 from ase_gffmerge.models import Potential
+from ase_gffmerge.storage.tensor_file import atomic_write
 
 if TYPE_CHECKING:
-    from ase_gffmerge.models.orb_package import OrbPackage, OrbPackageHyper
+    from ase_gffmerge.integrations.orb.model import OrbPackage, OrbPackageHyper
 
 OMAT, MPA = "PBE and PBE+U of OMat24", "PBE and PBE+U of the Materials Project and Alexandria"
 
@@ -98,8 +98,8 @@ class OrbAdapter:
         FileFormatError
             When the potential has more than Orb has: a widened readout, several embeddings.
         """
-        from ase_gffmerge.adapters.orb_weights import vendor_state
-        from ase_gffmerge.models.orb_package import OrbPackage
+        from ase_gffmerge.integrations.orb.model import OrbPackage
+        from ase_gffmerge.integrations.orb.weights import vendor_state
 
         assert isinstance(potential, OrbPackage)
         require_own_parts(potential, package="Orb")
@@ -113,7 +113,7 @@ ADAPTER = OrbAdapter()
 
 def _from_file(source: str, *, trust: bool) -> "tuple[nn.Module, OrbPackageHyper, str]":
     """The network in a file, its hyper-parameters, and what it was trained on."""
-    from ase_gffmerge.adapters.orb_weights import hyper_of, network_of
+    from ase_gffmerge.integrations.orb.weights import hyper_of, network_of
 
     name, path = _located(source)
     content = load_checkpoint(path, trust=trust)
@@ -184,7 +184,7 @@ def _settings(architecture: Any, path: Path) -> tuple[dict[str, Any], str]:
 
 def _from_object(source: Any) -> "tuple[nn.Module, OrbPackageHyper]":
     """An uncompiled copy of a network in memory, and its hyper-parameters."""
-    from ase_gffmerge.adapters.orb_weights import hyper_of, network_of
+    from ase_gffmerge.integrations.orb.weights import hyper_of, network_of
 
     network = source if hasattr(source, "heads") else getattr(source, "model", None)
     if not isinstance(network, nn.Module) or not hasattr(network, "heads"):
@@ -238,8 +238,8 @@ def _require_readable(state: Any, origin: str, *, direct: bool = False) -> None:
 
 def _convert(network: nn.Module, hyper: "OrbPackageHyper") -> "OrbPackage":
     """A potential with the network's weights that was seen to compute the same."""
-    from ase_gffmerge.adapters.orb_weights import copy_weights
-    from ase_gffmerge.models.orb_package import OrbPackage
+    from ase_gffmerge.integrations.orb.model import OrbPackage
+    from ase_gffmerge.integrations.orb.weights import copy_weights
 
     return converted(
         lambda: OrbPackage(hyper, SPECIES),

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch_geometric.data import Data
 
-from ase_gffmerge.graphs.batches import structure_index
-from ase_gffmerge.models.chain import ChainPotential, Entries, Link
-from ase_gffmerge.models.e3nn_mode import package_mode
-from ase_gffmerge.models.potential import HyperParameters, State
+from ase_gffmerge.graphs.graph import structure_index
+from ase_gffmerge.integrations.wrapped import ChainPotential, Entries, Link
+from ase_gffmerge.models.base import HyperParameters, State
+from ase_gffmerge.models.layers.e3nn_compat import package_mode
 
 STATE = ("nodes", "edges")
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.models.e3nn_mode import package_mode
-from ase_gffmerge.models.orb_package import OrbPackage, OrbPackageHyper, build_network
+from ase_gffmerge.integrations.orb.model import OrbPackage, OrbPackageHyper, build_network
+from ase_gffmerge.models.layers.e3nn_compat import package_mode
 
 EMBEDDING, REFERENCES = "model.atom_emb.embeddings.weight", "heads.energy.reference.linear.weight"
 

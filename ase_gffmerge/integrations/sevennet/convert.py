@@ -11,14 +11,14 @@ import torch
 from e3nn.o3 import Irreps
 from torch import Tensor, nn
 
-from ase_gffmerge.adapters.base import Foreign, load_checkpoint, require_own_parts
-from ase_gffmerge.adapters.conversion import converted, one_number_of_scalars, require_package
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.fileformat import atomic_write
+from ase_gffmerge.integrations.base import Foreign, load_checkpoint, require_own_parts
+from ase_gffmerge.integrations.conversion import converted, one_number_of_scalars, require_package
 from ase_gffmerge.models import Potential
+from ase_gffmerge.storage.tensor_file import atomic_write
 
 if TYPE_CHECKING:
-    from ase_gffmerge.models.sevennet_package import SevenNetPackage
+    from ase_gffmerge.integrations.sevennet.model import SevenNetPackage
 
 PRETRAINED = ("7net-0", "7net-0_22may2024", "7net-l3i5")
 """Names of weights that come with the package and are read; all were trained on the Materials Project."""
@@ -63,7 +63,7 @@ class SevenNetAdapter:
         FileFormatError
             When the potential has more than SevenNet has: a widened readout, several embeddings.
         """
-        from ase_gffmerge.adapters.sevennet_weights import vendor_checkpoint
+        from ase_gffmerge.integrations.sevennet.weights import vendor_checkpoint
 
         require_own_parts(potential, package="SevenNet")
         content = vendor_checkpoint(potential)  # type: ignore[arg-type]
@@ -100,8 +100,8 @@ def _build(content: Mapping[str, Any], path: Path) -> nn.Module:
 
 def _convert(network: Any) -> "SevenNetPackage":
     """A potential with the network's weights that was seen to compute the same."""
-    from ase_gffmerge.adapters.sevennet_weights import copy_weights
-    from ase_gffmerge.models.sevennet_package import SevenNetPackage, SevenNetPackageHyper
+    from ase_gffmerge.integrations.sevennet.model import SevenNetPackage, SevenNetPackageHyper
+    from ase_gffmerge.integrations.sevennet.weights import copy_weights
 
     if not hasattr(network, "edge_embedding") or not getattr(network, "type_map", None):
         raise FileFormatError(

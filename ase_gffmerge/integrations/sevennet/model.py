@@ -14,10 +14,10 @@ from sevenn.model_build import build_E3_equivariant_model
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from ase_gffmerge.models.chain import ChainPotential, Entries, Link, PackageHyper, ScaledReadout
-from ase_gffmerge.models.e3nn_mode import package_mode
-from ase_gffmerge.models.element_linear import ElementLinear
-from ase_gffmerge.models.potential import HyperParameters, State
+from ase_gffmerge.integrations.wrapped import ChainPotential, Entries, Link, PackageHyper, ScaledReadout
+from ase_gffmerge.models.base import HyperParameters, State
+from ase_gffmerge.models.layers.e3nn_compat import package_mode
+from ase_gffmerge.models.layers.element_linear import ElementLinear
 
 BLOCK = (
     "self_connection_intro",

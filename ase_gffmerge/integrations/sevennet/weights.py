@@ -8,9 +8,9 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
-from ase_gffmerge.adapters.conversion import per_element, rows_of_elements
-from ase_gffmerge.models.element_linear import element_weights, write_product
-from ase_gffmerge.models.sevennet_package import BLOCK, SevenNetPackage, build_network
+from ase_gffmerge.integrations.conversion import per_element, rows_of_elements
+from ase_gffmerge.integrations.sevennet.model import BLOCK, SevenNetPackage, build_network
+from ase_gffmerge.models.layers.element_linear import element_weights, write_product
 
 
 @torch.no_grad()

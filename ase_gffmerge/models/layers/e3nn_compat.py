@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from ase_gffmerge.forked import ForkSafeLock
+from ase_gffmerge.runtime.forking import ForkSafeLock
 
 # e3nn 0.4's file of constants holds slices, which torch >= 2.6 would refuse
 with torch.serialization.safe_globals([slice]):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from ase_gffmerge.models.coupling import natural
+from ase_gffmerge.models.layers.tensor_product import natural
 
 SILU_SCALE = 1.6765324703310918
 """c = <silu(z)^2>^(-1/2) for normally distributed z."""

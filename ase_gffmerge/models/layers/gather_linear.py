@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.models.rows import take_rows
+from ase_gffmerge.models.layers.gather import take_rows
 
 Part = tuple[Tensor, Tensor | None]
 """Features (m, d) and the row that each of n rows takes; ``None`` when the features are those rows already."""

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ase_gffmerge.models.exact import ExactBuffers
+from ase_gffmerge.models.layers.buffers import ExactBuffers
 
 
 def polynomial_cutoff(lengths: Tensor, cutoff: float) -> Tensor:

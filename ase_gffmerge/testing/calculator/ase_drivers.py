@@ -19,8 +19,16 @@ from ase.md import MTKNPT, VelocityVerlet, thermalize_momenta
 from ase.mep import NEB
 from ase.optimize import BFGS, FIRE
 
+from ase_gffmerge.testing.calculator.harness import (
+    NotApplicable,
+    Subject,
+    check,
+    counted,
+    deviation,
+    raised_by,
+    require,
+)
 from ase_gffmerge.testing.differences import derivative
-from ase_gffmerge.testing.subject import NotApplicable, Subject, check, counted, deviation, raised_by, require
 
 STEPS = 8
 PER_STEP = 1.3  # evaluations; what asks for energy, forces and stress one by one costs two or three

@@ -6,35 +6,35 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.testing import (
+from ase_gffmerge.testing.calculator import (
+    ase_drivers,
     copies,
+    derivatives,
     failures,
-    geometry,
-    integration,
-    physics,
+    instrumentation,
+    results,
     side_effects,
-    state,
+    structures,
     symmetry,
-    watching,
 )
+from ase_gffmerge.testing.calculator.harness import Check, Subject, Tolerances, run_check, served
+from ase_gffmerge.testing.calculator.results import is_an_ase_calculator
 from ase_gffmerge.testing.report import CheckReport, CheckResult
-from ase_gffmerge.testing.state import is_an_ase_calculator
-from ase_gffmerge.testing.subject import Check, Subject, Tolerances, run_check, served
 
 CHECKS: tuple[Check, ...] = tuple(
     sorted(
         (
             function
             for part in (
-                state,
-                watching,
+                results,
+                instrumentation,
                 failures,
-                geometry,
+                structures,
                 copies,
                 side_effects,
-                physics,
+                derivatives,
                 symmetry,
-                integration,
+                ase_drivers,
             )
             for function in part.CHECKS
         ),

@@ -5,7 +5,7 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ase_gffmerge.testing.subject import NotApplicable, Subject, check, require
+from ase_gffmerge.testing.calculator.harness import NotApplicable, Subject, check, require
 
 THREADS = 3
 

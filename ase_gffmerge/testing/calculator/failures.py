@@ -3,7 +3,7 @@
 import numpy as np
 from ase.calculators.calculator import CalculationFailed, CalculatorSetupError, PropertyNotImplementedError
 
-from ase_gffmerge.testing.subject import NotApplicable, Subject, check, raised_by, require
+from ase_gffmerge.testing.calculator.harness import NotApplicable, Subject, check, raised_by, require
 
 OGANESSON = 118
 

@@ -7,7 +7,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import all_changes
 
-from ase_gffmerge.testing.subject import CheckFailed, Subject, check, raised_by
+from ase_gffmerge.testing.calculator.harness import CheckFailed, Subject, check, raised_by
 
 UNPHYSICAL = {
     "numbers",

@@ -8,7 +8,7 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io.jsonio import encode
 
-from ase_gffmerge.testing.subject import (
+from ase_gffmerge.testing.calculator.harness import (
     GPA_PER_EV_PER_ANGSTROM3,
     CheckFailed,
     NotApplicable,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ase_gffmerge.testing.subject import NotApplicable, Subject, check, raised_by, require
+from ase_gffmerge.testing.calculator.harness import NotApplicable, Subject, check, raised_by, require
 
 STEPS = 20
 EARLY = 5

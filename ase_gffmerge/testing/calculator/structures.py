@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.testing.subject import CheckFailed, Subject, check, deviation, raised_by, require
+from ase_gffmerge.testing.calculator.harness import CheckFailed, Subject, check, deviation, raised_by, require
 
 SLOWER = 5.0  # a structure elsewhere may cost at most this many times ...
 SECONDS = 0.05  # ... and this much more: timings are noisy

@@ -6,7 +6,7 @@ import numpy as np
 from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 
-from ase_gffmerge.testing.subject import NotApplicable, Subject, check, require
+from ase_gffmerge.testing.calculator.harness import NotApplicable, Subject, check, require
 
 SHORT, LONG, SCAN = 0.5, 20.0, 0.1  # Å
 FLOOR = 1e-10  # eV, eV/Å: round-off

@@ -1,0 +1,1 @@
+"""The force field inside simulation engines: ASE, TorchSim."""

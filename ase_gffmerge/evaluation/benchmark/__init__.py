@@ -1,0 +1,1 @@
+"""What a force field costs: rows of ratios measured in one run."""

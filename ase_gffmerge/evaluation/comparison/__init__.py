@@ -1,0 +1,1 @@
+"""Compare merging methods on the same specialists and test frames."""

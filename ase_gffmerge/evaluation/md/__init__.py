@@ -1,0 +1,1 @@
+"""How stable a force field is in molecular dynamics, and whether it visits the right structures."""

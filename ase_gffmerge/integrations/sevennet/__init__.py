@@ -1,0 +1,1 @@
+"""Force fields of the package SevenNet."""

@@ -1,0 +1,1 @@
+"""Least squares on tensors: Gram statistics, ridge regression, Gauss-Newton steps."""

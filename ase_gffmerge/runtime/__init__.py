@@ -1,0 +1,1 @@
+"""The machine: devices, batches that fit into memory, forked processes."""

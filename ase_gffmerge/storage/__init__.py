@@ -1,0 +1,1 @@
+"""Files: tensors with a header, atomic writes, validated documents."""

@@ -1,0 +1,337 @@
+"""CHGNet: the vendor's results, the vendor's files, and merges."""
+
+import json
+import pickle
+import warnings
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+
+from ase_gffmerge import GFFMergeCalculator, Specialist, merge, merge_calculators
+from ase_gffmerge.engines.ase.errors import SetupError
+from ase_gffmerge.errors import FileFormatError, MergeWarning
+from ase_gffmerge.inference.compiled import CompileWarning
+from ase_gffmerge.inference.metrics import predict_frames
+from ase_gffmerge.integrations import adapter, vendors
+from ase_gffmerge.testing import check_calculator
+
+pytest.importorskip("chgnet", reason="needs the package chgnet: pip install chgnet")
+warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def rocksalt(seed: int, *, symbols: str = "NaCl", a: float = 5.6) -> Atoms:
+    crystal = bulk(symbols, "rocksalt", a, cubic=True)
+    crystal.rattle(0.15, seed=seed)
+    return crystal
+
+
+def phosphate() -> Atoms:
+    """Three elements, angles, a skewed cell."""
+    atoms = molecule("PH3")
+    atoms.numbers[1:] = (8, 8, 3)
+    atoms.positions *= 1.2
+    atoms.set_cell([[5.0, 0, 0], [1.0, 5.5, 0], [0.4, -0.3, 4.8]])
+    atoms.pbc = True
+    return atoms
+
+
+STRUCTURES = {"salt": lambda: rocksalt(1), "phosphate": phosphate, "metal": lambda: bulk("Cu", a=3.7)}
+
+
+@pytest.fixture(scope="module")
+def vendor_calculator():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from chgnet.model import CHGNet, CHGNetCalculator
+
+        return CHGNetCalculator(CHGNet.load(verbose=False), use_device="cpu", return_site_energies=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_other_pretrained_weights_give_the_vendors_results():
+    from chgnet.model import CHGNet, CHGNetCalculator
+
+    theirs, ours = rocksalt(1), rocksalt(1)
+    theirs.calc = CHGNetCalculator(CHGNet.load(model_name="r2scan", verbose=False), use_device="cpu")
+    ours.calc = GFFMergeCalculator("chgnet:r2scan", device="cpu")
+    np.testing.assert_allclose(ours.get_forces(), theirs.get_forces(), atol=1e-4)
+    assert ours.get_potential_energy() == pytest.approx(theirs.get_potential_energy(), abs=2e-6 * len(ours))
+
+
+def test_compiling_is_refused_once_with_the_same_results(original):
+    with pytest.warns(CompileWarning, match="not compiled") as caught:
+        calc = GFFMergeCalculator(original, device="cpu", compile=True)
+    assert len(caught) == 1
+    plain = GFFMergeCalculator(original, device="cpu")
+    assert calc.get_potential_energy(rocksalt(1)) == plain.get_potential_energy(rocksalt(1))
+
+
+@pytest.fixture(scope="module")
+def original() -> Specialist:
+    return Specialist.from_chgnet("0.3.0")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted(STRUCTURES))
+def test_results_are_the_vendors(original, vendor_calculator, name):
+    theirs, ours = STRUCTURES[name](), STRUCTURES[name]()
+    theirs.calc, ours.calc = vendor_calculator, GFFMergeCalculator(original, device="cpu")
+    n = len(ours)
+    assert ours.get_potential_energy() == pytest.approx(theirs.get_potential_energy(), abs=2e-6 * n)
+    np.testing.assert_allclose(ours.get_forces(), theirs.get_forces(), atol=1e-4)
+    np.testing.assert_allclose(ours.get_stress(), theirs.get_stress(), atol=1e-6)
+    np.testing.assert_allclose(ours.get_potential_energies(), theirs.get_potential_energies(), atol=1e-5)
+
+
+def test_the_contract_holds():
+    """Tolerances of a short-ranged network with steep third derivatives."""
+    calc = GFFMergeCalculator("chgnet:0.3.0", device="cpu", dtype="float64")
+    check_calculator(
+        calc, bulk("NaCl", "rocksalt", a=5.5), forces_tol=1e-5, stress_tol=1e-6
+    ).raise_if_failed()
+
+
+SMALL = {
+    f"{kind}_dim": 16
+    for kind in ("atom_fea", "bond_fea", "angle_fea", "atom_conv_hidden", "bond_conv_hidden")
+}
+SMALL |= {"mlp_hidden_dims": [16], "num_radial": 7, "num_angular": 7, "n_conv": 3, "atom_graph_cutoff": 4.0}
+
+
+def checkpoint(path, seed: int | None = None, *, small: bool = False, **arguments):
+    """What the vendor's trainer saves: fine-tuned weights, optimiser and history beside them."""
+    from chgnet.model import CHGNet
+
+    torch.manual_seed(0)
+    model = CHGNet(**(SMALL | arguments)) if small else CHGNet.load(verbose=False)
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            size = 0.02 * parameter.detach().abs().mean()
+            parameter.data.add_(size * torch.randn(parameter.shape, generator=generator))
+    content = model.as_dict()
+    content["model_args"] |= arguments
+    torch.save({"model": content, "optimizer": {}, "trainer_args": {"targets": "efsm"}}, path)
+    return path, model
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_goes_in_and_out_bitwise(tmp_path):
+    path, model = checkpoint(tmp_path / "fine tuned é.pth.tar", seed=3)
+    specialist = Specialist.load(f"chgnet:{path}")
+    assert specialist.name == "fine tuned é"
+    assert specialist.provenance.origin.startswith("chgnet")
+    written = specialist.export(tmp_path / "again.pth.tar")
+    from chgnet.model import CHGNet
+
+    again = CHGNet.from_file(str(written))
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    copy = Specialist.load(specialist.save(tmp_path / "copy.safetensors"))
+    assert copy.fingerprint == specialist.fingerprint
+    assert copy.provenance.origin == specialist.provenance.origin
+    assert Specialist.from_chgnet(again).fingerprint == specialist.fingerprint
+
+
+class Trap:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_files_that_are_no_chgnet_are_refused(tmp_path, capsys):
+    good, _ = checkpoint(tmp_path / "good.pth.tar")
+    capsys.readouterr()
+    torch.save({"model": Trap()}, tmp_path / "trap.pth.tar")
+    torch.save({"weights": 1}, tmp_path / "other.pth.tar")
+    torch.save([1], tmp_path / "list.pth.tar")
+    (tmp_path / "cut.pth.tar").write_bytes(good.read_bytes()[:1000])
+    (tmp_path / "pickle.pth.tar").write_bytes(pickle.dumps({"model": 1}, protocol=0))
+    checkpoint(tmp_path / "gelu.pth.tar", non_linearity="gelu")
+    checkpoint(tmp_path / "narrow.pth.tar", bond_fea_dim=32)
+    content = torch.load(good)
+    content["model"]["state_dict"]["atom_embedding.embedding.weight"][0, 0] = torch.nan
+    torch.save(content, tmp_path / "nan.pth.tar")
+    capsys.readouterr()
+    for name, words in {
+        "trap": "trust=True",
+        "cut": "cannot be read",
+        "other": "no CHGNet",
+        "list": "not a dictionary",
+        "pickle": "no CHGNet|cannot be read",
+        "gelu": "non_linearity",
+        "narrow": "widths",
+        "missing": "no file",
+        "nan": "NaN or infinity",
+    }.items():
+        with pytest.raises(FileFormatError, match=words):
+            Specialist.load(f"chgnet:{tmp_path / name}.pth.tar")
+    with pytest.raises(FileFormatError, match="is a folder"):
+        Specialist.load(f"chgnet:{tmp_path}")
+    with pytest.raises(FileFormatError, match="a list is no CHGNet"):
+        Specialist.from_chgnet([good])
+    assert capsys.readouterr().out == ""
+    assert vendors()[0] == "chgnet"
+
+
+def perturbed(original: Specialist, seed: int, frames: list[Atoms]) -> Specialist:
+    potential = deepcopy(original.potential)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in potential.named_parameters():
+        if not name.endswith("frequencies"):
+            size = 0.1 * parameter.abs().mean()
+            parameter.data.add_(size * torch.randn(parameter.shape, generator=generator))
+    return Specialist(name=f"s{seed}", potential=potential, calibration=tuple(frames))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Specialist:
+    """A small random CHGNet, which merges in seconds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path, _ = checkpoint(tmp_path_factory.mktemp("small") / "small.pth.tar", small=True)
+    return Specialist.load(f"chgnet:{path}")
+
+
+@pytest.fixture(scope="module")
+def pair(small) -> list[Specialist]:
+    """Two children with salts of their own."""
+    salts = (("NaCl", 5.6), ("LiF", 4.0))
+    return [
+        perturbed(small, k, [rocksalt(10 * k + i, symbols=symbols, a=a) for i in range(5)])
+        for k, (symbols, a) in enumerate(salts)
+    ]
+
+
+QUICK = {"readout": {"width": 64}, "probes": 1}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_copies_merge_into_the_original(small):
+    frames = tuple(rocksalt(seed) for seed in range(2))
+    potential = deepcopy(small.potential).double()
+    potential.readout.out.weight.data *= 1000  # random weights alone make forces like round-off
+    copies = [Specialist(name=n, potential=potential, calibration=frames) for n in "ab"]
+    merged, report = merge(copies, {**QUICK, "allow_identical": True}, device="cpu")
+    before, after = (predict_frames(p, frames) for p in (potential, merged.potential))
+    scale = np.abs(np.concatenate(before.forces)).max()
+    np.testing.assert_allclose(np.concatenate(after.forces), np.concatenate(before.forces), atol=1e-6 * scale)
+    assert report.verdict == "good"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_default_beats_paper_beats_mean(pair, tmp_path):
+    """On frames of both salts that the merge did not see, against each specialist's own forces."""
+    tests = [[rocksalt(100, symbols="NaCl")], [rocksalt(101, symbols="LiF", a=4.0)]]
+
+    def error(recipe) -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MergeWarning)
+            merged, _ = merge(pair, recipe, device="cpu")
+        errors = []
+        for specialist, frames in zip(pair, tests, strict=True):
+            theirs, ours = (predict_frames(s.potential, frames).forces[0] for s in (specialist, merged))
+            errors.append(np.abs(ours - theirs).mean() / np.abs(theirs).mean())
+        return max(errors)
+
+    default, paper, mean = error(QUICK), error("paper"), error("mean")
+    assert default < paper
+    assert default < 0.7 * mean
+
+
+@pytest.mark.parametrize("recipe", ["paper", {**QUICK, "readout": None}])
+@pytest.mark.filterwarnings("ignore")
+def test_crystals_without_angles_merge(small, recipe):
+    """No three atoms of sparse sodium are near enough: the layers of angles see no rows, and keep the mean."""
+    frames = []
+    for seed in range(2):
+        atoms = bulk("Na", "bcc", a=4.3, cubic=True)
+        atoms.rattle(0.05, seed=seed)
+        frames.append(atoms)
+    pair = [perturbed(small, seed, frames) for seed in (1, 2)]
+    merged, _ = merge(pair, recipe, device="cpu")
+    assert np.isfinite(predict_frames(merged.potential, frames).forces).all()
+    a, b, ours = (s.potential.get_parameter("stages.3.gated.core.weight") for s in (*pair, merged))
+    torch.testing.assert_close(ours, (a + b) / 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_vendor_files_are_merged_served_and_exported(tmp_path, vendor_calculator):
+    paths = [checkpoint(tmp_path / f"{k}.pth.tar", seed=k, small=True)[0] for k in (1, 2)]
+    frames = [[rocksalt(seed) for seed in range(2)], [rocksalt(seed, a=5.4) for seed in range(2)]]
+    calc = GFFMergeCalculator(
+        [f"chgnet:{path}" for path in paths],
+        calibration=frames,
+        recipe={"readout": None, "probes": 1},
+        cache_dir=tmp_path / "cache",
+        device="cpu",
+    )
+    assert calc.report is not None
+    exported = calc.force_field.export(tmp_path / "merged.pth.tar")
+    from chgnet.model import CHGNetCalculator
+
+    theirs, ours = rocksalt(7), rocksalt(7)
+    theirs.calc, ours.calc = CHGNetCalculator.from_file(str(exported), use_device="cpu"), calc
+    np.testing.assert_allclose(ours.get_forces(), theirs.get_forces(), atol=1e-4)
+    again = GFFMergeCalculator(**calc.parameters)
+    assert again.cache_hit is None  # the cached file itself
+    assert again.get_potential_energy(rocksalt(7)) == ours.get_potential_energy()
+
+
+def test_the_command_line_converts(small, tmp_path, capsys):
+    from ase.io import write
+
+    from ase_gffmerge.cli import app
+
+    def run(*arguments) -> str:
+        app([str(argument) for argument in arguments], standalone_mode=False)
+        return capsys.readouterr().out
+
+    checkpoint_file = small.export(tmp_path / "small.pth.tar")
+    write(tmp_path / "salt.xyz", [rocksalt(seed) for seed in range(5)], format="extxyz")
+    options = ("--calibration", tmp_path / "salt.xyz", "--frames", 3, "--level-of-theory", "PBE", "--json")
+    facts = json.loads(run("convert", f"chgnet:{checkpoint_file}", tmp_path / "small.safetensors", *options))
+    assert facts["frames"] == 3
+    specialist = Specialist.load(tmp_path / "small.safetensors")
+    assert specialist.fingerprint == small.fingerprint
+    assert specialist.level_of_theory == "PBE"
+    assert "chgnet" in run("info", tmp_path / "small.safetensors")
+    run("convert", tmp_path / "small.safetensors", tmp_path / "again.pth.tar")
+    assert Specialist.load(f"chgnet:{tmp_path / 'again.pth.tar'}").fingerprint == small.fingerprint
+
+
+def test_calibration_is_one_entry_per_specialist(small, tmp_path):
+    with pytest.raises(SetupError, match="each of the 2 specialists"):
+        GFFMergeCalculator([small, small], calibration=[[rocksalt(0)]], cache_dir=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_vendors_calculators_merge_through_hooks(tmp_path):
+    """The way for packages without an adapter, on one that has one."""
+    from chgnet.model import CHGNetCalculator
+
+    files = [checkpoint(tmp_path / f"{k}.pth.tar", seed=k, small=True, n_conv=2)[0] for k in (1, 2)]
+    calculators = [CHGNetCalculator.from_file(str(file), use_device="cpu") for file in files]
+    frames = [[rocksalt(0)], [rocksalt(1, symbols="LiF", a=4.0)]]
+    result = merge_calculators(calculators, frames, module=lambda calc: calc.model)
+    ours, theirs = (
+        sum(row.energy_mae for row in result.disagreements if row.model == kind)
+        for kind in ("merged", "mean")
+    )
+    assert ours < theirs
+    assert "atom_embedding.embedding.weight" in result.averaged
+
+
+def test_what_the_vendors_format_cannot_hold_is_not_exported(pair, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged, _ = merge(pair, {"messages": False, "readout": {"width": 8, "copies": 1}}, device="cpu")
+    with pytest.raises(FileFormatError, match="widened readout"):
+        merged.export(tmp_path / "no.pth.tar")
+    with pytest.raises(FileFormatError, match="no format but"):
+        Specialist.load("rmd17-ethanol").export(tmp_path / "no.pth.tar")
+    assert adapter("chgnet").architecture == merged.potential.architecture

@@ -1,0 +1,75 @@
+"""Each vendor's page shows a way from two checkpoints to dynamics that runs, in the environment of that vendor."""
+
+import re
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from ase.io import write
+from page_blocks import BLOCK, run_block
+from vendor_models import moved
+
+from ase_gffmerge import Specialist
+from ase_gffmerge.integrations import vendors
+from ase_gffmerge.merging.report import MergeReport
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FOLDER = Path(__file__).parents[2] / "md_examples" / "vendors"
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.md"))}
+TESTS = {"nequip": "test_nequip_package", "sevennet": "test_sevennet", "orb": "test_orb", "mace": "test_mace"}
+"""Modules with ``build`` and ``checkpoint``, which are skipped where the vendor's package is absent."""
+
+SMALLER = {"mace": {"num_interactions": 1, "correlation": 2, "max_ell": 1}}
+"""What is changed to make a page take a few seconds less."""
+
+NAMES = ("ethanol", "malonaldehyde")
+
+
+def code_of(page: str) -> str:
+    """Its only block, which is to be run."""
+    ((kind, target, language, code),) = BLOCK.findall(PAGES[page])
+    assert (kind, target, language) == ("runs", "test", "python")
+    return code
+
+
+def fine_tuned(page: str, package: ModuleType, folder: Path) -> None:
+    """Files with the names in the code: two models that were moved away from one, and frames of a molecule each."""
+    (suffix,) = set(re.findall(r"\{name\}(\.\w+)", code_of(page))) - {".xyz"}
+    for seed, name in enumerate(NAMES):
+        model, path = package.build(**SMALLER.get(page, {})), folder / f"{name}{suffix}"
+        moved(model, seed=seed, size=0.1)
+        if suffix == ".model":
+            torch.save(model, path)
+        else:
+            package.checkpoint(path, model)
+        write(folder / f"{name}.xyz", Specialist.load(f"rmd17-{name}").calibration[:5])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_two_checkpoints_become_one_calculator(page, tmp_path):
+    package, code = import_module(TESTS[page]), code_of(page)
+    fine_tuned(page, package, tmp_path)
+    output = run_block("python", code, folder=tmp_path, cache=tmp_path / "cache").stdout
+    assert abs(float(re.search(r"changed by (\S+) eV", output)[1])) < 0.05
+    merged = Specialist.load(tmp_path / "merged.safetensors")
+    assert merged.specialist_names == NAMES
+    errors = {"mean": [], "merged": []}
+    for row in MergeReport.from_dict(merged.merged.report).disagreements:
+        errors.setdefault(row.model, []).append(row.force_mae / row.force_rms)
+    assert max(errors["merged"]) < max(errors["mean"])
+    if found := re.search(r"(\S+) eV here, (\S+) eV by MACE", output):
+        np.testing.assert_allclose(*map(float, found.groups()), atol=1e-5)
+    if written := re.search(r'export\("(\S+)"\)', code):
+        assert (tmp_path / written[1]).stat().st_size > 0
+
+
+def test_every_other_vendor_has_a_page():
+    named = {word for text in PAGES.values() for word in re.findall(r"named `(\w+):", text)}
+    assert named == set(vendors()) - {"chgnet"}
+    for page, text in PAGES.items():
+        assert f"vendor_environments.py {page}`" in text
+        assert f'".[{page}]"' in text

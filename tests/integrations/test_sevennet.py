@@ -1,0 +1,194 @@
+"""SevenNet of the package sevenn: the vendor's results, the vendor's files, and merges."""
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from ase.build import bulk
+from vendor_models import (
+    Trap,
+    assert_copies_merge_into,
+    assert_same,
+    default_that_beats_paper_and_mean,
+    moved,
+    relatives,
+    structures,
+)
+
+sevenn = pytest.importorskip("sevenn", reason="needs the package sevenn: pip install sevenn")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+from ase_gffmerge import GFFMergeCalculator, Specialist  # noqa: E402
+from ase_gffmerge.errors import FileFormatError  # noqa: E402
+from ase_gffmerge.integrations import adapter  # noqa: E402
+from ase_gffmerge.testing import check_calculator  # noqa: E402
+
+TYPES = (6, 1, 8)
+CONFIG = {
+    "cutoff": 4.0,
+    "channel": 6,
+    "irreps_manual": ["6x0e", "6x0e+4x1o", "6x0e"],
+    "lmax": 1,
+    "lmax_edge": -1,
+    "lmax_node": -1,
+    "is_parity": True,
+    "num_convolution_layer": 2,
+    "radial_basis": {"radial_basis_name": "bessel", "bessel_basis_num": 6},
+    "cutoff_function": {"cutoff_function_name": "poly_cut", "poly_cut_p_value": 6},
+    "act_radial": "silu",
+    "act_scalar": {"e": "silu", "o": "tanh"},
+    "act_gate": {"e": "silu", "o": "tanh"},
+    "weight_nn_hidden_neurons": [8],
+    "self_connection_type": "nequip",
+    "interaction_type": "nequip",
+    "conv_denominator": 3.0,
+    "train_denominator": False,
+    "train_shift_scale": False,
+    "use_bias_in_linear": False,
+    "_normalize_sph": True,
+    "readout_as_fcn": False,
+}
+VARIANTS = {
+    "plain": {},
+    "linear": {
+        "self_connection_type": "linear",
+        "is_parity": False,
+        "irreps_manual": ["6x0e", "6x0e+4x1e+2x2e", "6x0e"],
+        "lmax": 2,
+        "cutoff_function": {"cutoff_function_name": "XPLOR", "cutoff_on": 3.5},
+    },
+    "network": {"readout_as_fcn": True, "readout_fcn_hidden_neurons": [8], "readout_fcn_activation": "silu"},
+}
+
+
+def complete(config: dict) -> dict:
+    elements = {"_number_of_species": len(TYPES), "_type_map": {z: i for i, z in enumerate(TYPES)}}
+    return {**CONFIG, "shift": [-2.0, -1.0, -3.0], "scale": [2.0, 1.5, 1.0], **elements, **config}
+
+
+def build(seed: int = 0, **changes):
+    from sevenn.model_build import build_E3_equivariant_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build_E3_equivariant_model(complete(changes)).eval()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_results_are_the_vendors(variant):
+    from sevenn.calculator import SevenNetCalculator
+
+    model = build(**VARIANTS[variant])
+    ours = GFFMergeCalculator(Specialist.from_vendor("sevenn", model), device="cpu")
+    for atoms in structures():
+        theirs = SevenNetCalculator(model, file_type="model_instance", device="cpu")
+        assert_same(ours, theirs, atoms, tolerance=3e-6)
+
+
+def test_pretrained_weights_are_the_vendors():
+    from sevenn.calculator import SevenNetCalculator
+
+    salt = bulk("NaCl", "rocksalt", a=5.6)
+    salt.rattle(0.1, seed=2)
+    specialist = Specialist.load("sevenn:7net-0")
+    assert len(specialist.species) == 89
+    assert specialist.level_of_theory.startswith("PBE")
+    ours, theirs = GFFMergeCalculator(specialist, device="cpu"), SevenNetCalculator("7net-0", device="cpu")
+    assert_same(ours, theirs, salt, tolerance=3e-6)
+
+
+def test_the_contract_holds(tmp_path):
+    path = Specialist.from_vendor("sevenn", build().double()).save(tmp_path / "s.safetensors")
+    calc = GFFMergeCalculator(path, dtype="float64", device="cpu")
+    check_calculator(calc, bulk("C", a=3.6)).raise_if_failed()
+
+
+def test_casts_change_weights_alone():
+    potential = Specialist.from_vendor("sevenn", build(**VARIANTS["linear"])).potential.double()
+    exact = {name: buffer.clone() for name, buffer in potential.named_buffers()}
+    copy = deepcopy(potential).float().double()
+    for name, buffer in copy.named_buffers():
+        assert torch.equal(buffer, exact[name]), name
+
+
+def checkpoint(path, model, **config):
+    """What the vendor's training saves, as far as weights and model go."""
+    content = {"version": sevenn.__version__, **complete(config)}
+    state = model.state_dict()
+    torch.save({"config": content, "model_state_dict": state, "epoch": 3, "hash": np.float64(1)}, path)
+    return f"sevenn:{path}"
+
+
+def test_checkpoints_are_read_without_code(tmp_path, capsys):
+    model = build()
+    read = Specialist.load(checkpoint(tmp_path / "a.pth", model))
+    assert read.fingerprint == Specialist.from_vendor("sevenn", model).fingerprint
+    assert Specialist.load(read.save(tmp_path / "a.safetensors")).fingerprint == read.fingerprint
+    torch.save({"weights": 1}, tmp_path / "empty.pth")
+    torch.save({"config": Trap()}, tmp_path / "trap.pth")
+    sources = {
+        "no checkpoint": f"sevenn:{tmp_path / 'empty.pth'}",
+        "can build": checkpoint(tmp_path / "wide.pth", model, weight_nn_hidden_neurons=[9]),
+        "trust=True": f"sevenn:{tmp_path / 'trap.pth'}",
+        "no file": "sevenn:7net-of-nobody",
+    }
+    for words, source in sources.items():
+        with pytest.raises(FileFormatError, match=words):
+            Specialist.load(source)
+    assert "executed" not in capsys.readouterr().out
+    with pytest.raises(FileFormatError, match="biases"):
+        adapter("sevenn").read(build(use_bias_in_linear=True))
+    with pytest.raises(FileFormatError, match="no SevenNet model"):
+        adapter("sevenn").read(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("variant", ["linear", "network"])
+def test_exports_are_the_vendors_checkpoints(variant, tmp_path):
+    from sevenn.calculator import SevenNetCalculator
+
+    specialist = Specialist.from_vendor("sevenn", build(**VARIANTS[variant]))
+    path = specialist.export(tmp_path / "again.pth")
+    ours = GFFMergeCalculator(specialist, device="cpu")
+    for atoms in structures():
+        assert_same(ours, SevenNetCalculator(path, device="cpu"), atoms, tolerance=3e-6)
+    weights = specialist.potential.state_dict()
+    for name, again in Specialist.load(f"sevenn:{path}").potential.state_dict().items():
+        torch.testing.assert_close(again, weights[name], rtol=3e-7, atol=0)
+
+
+def test_vendor_files_are_merged_served_and_exported(tmp_path):
+    from sevenn.calculator import SevenNetCalculator
+
+    changes = ({}, {"conv_denominator": 4.0, "scale": [2.0, 1.2, 0.8]})
+    sources = [
+        checkpoint(tmp_path / f"{k}.pth", moved(build(**change), seed=k, size=0.1), **change)
+        for k, change in enumerate(changes)
+    ]
+    recipe = {"readout": None, "messages": False, "probes": 0}
+    calc = GFFMergeCalculator(
+        sources,
+        calibration=[[atoms] for atoms in structures()],
+        recipe=recipe,
+        cache_dir=tmp_path,
+        device="cpu",
+    )
+    path = calc.force_field.export(tmp_path / "merged.pth")
+    for atoms in structures():
+        assert_same(calc, SevenNetCalculator(path, device="cpu"), atoms, tolerance=3e-6)
+
+
+def build_double():
+    return build().double()
+
+
+def test_copies_merge_into_the_original():
+    assert_copies_merge_into(relatives("sevenn", build_double, size=0.0)[0])
+
+
+def test_the_default_beats_paper_and_mean(tmp_path):
+    merged, report = default_that_beats_paper_and_mean(relatives("sevenn", build_double, size=0.1))
+    assert "stages.0.module.basis.coeffs" in report.averaged
+    assert any("fc_tensor_product[O, 0e]" in row.name for row in report.layers)
+    with pytest.raises(FileFormatError, match="widened readout"):
+        merged.export(tmp_path / "merged.pth")

@@ -1,0 +1,180 @@
+"""Step 4: the linearisation against finite differences, the step against NumPy's lstsq, the outcome on real stages."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from ase_gffmerge.least_squares.gauss_newton import dot, gauss_newton_steps
+from ase_gffmerge.merging.affine_maps import adjustable_maps
+from ase_gffmerge.merging.average import mean_potential
+from ase_gffmerge.merging.blockwise import align_output
+from ase_gffmerge.merging.calibration import survey
+from ase_gffmerge.merging.merge import working_copies
+from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.merging.stage_output import StageMismatch, StageOutput
+
+
+@dataclass
+class Dense:
+    """A linear problem with known Jacobians per map, in two batches."""
+
+    jacobians: dict[str, list[torch.Tensor]]
+    residual: list[torch.Tensor]
+    thetas: dict[str, torch.Tensor]
+    grams: dict[str, torch.Tensor]
+
+    def forward(self, direction):
+        return [
+            sum(self.jacobians[name][k] @ direction[name].flatten() for name in self.jacobians)
+            for k in range(len(self.residual))
+        ]
+
+    def pull(self, k, vector):
+        return {
+            name: (blocks[k].T @ vector).reshape(self.thetas[name].shape)
+            for name, blocks in self.jacobians.items()
+        }
+
+
+def random_problem(shapes: dict[str, tuple[int, int]]) -> Dense:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    roots = {name: randn(3 * d, d) for name, (d, _) in shapes.items()}
+    return Dense(
+        {name: [randn(20, d * m), randn(30, d * m)] for name, (d, m) in shapes.items()},
+        [randn(20), randn(30)],
+        {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()},
+        {name: root.T @ root for name, root in roots.items()},
+    )
+
+
+def test_a_converged_step_is_dense_least_squares() -> None:
+    problem = random_problem({"a": (4, 3), "b": (2, 5)})
+    *_, step = gauss_newton_steps(problem, iterations=300, damping=0.0)
+    dense = np.vstack(
+        [np.hstack([problem.jacobians[name][k].numpy() for name in ("a", "b")]) for k in range(2)]
+    )
+    expected, *_ = np.linalg.lstsq(dense, torch.cat(problem.residual).numpy(), rcond=None)
+    found = torch.cat([step["a"].flatten(), step["b"].flatten()])
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_damping_shortens_the_step() -> None:
+    problem = random_problem({"a": (4, 3)})
+    free, damped = ([*gauss_newton_steps(problem, iterations=100, damping=mu)][-1] for mu in (0.0, 10.0))
+    assert dot(damped, damped) < 0.5 * dot(free, free)
+
+
+def test_nothing_to_correct_is_no_step() -> None:
+    problem = random_problem({"a": (4, 3)})
+    problem.residual = [torch.zeros_like(r) for r in problem.residual]
+    assert not list(gauss_newton_steps(problem, iterations=5, damping=0.0))
+
+
+@pytest.fixture(params=["painn", "nequip"])
+def scene_of_merge(request, family):
+    """The mean of two specialists in float64, its parents, and their frames before the first stage."""
+    parents = working_copies(family(request.param, 2), torch.device("cpu"))
+    for parent in parents:
+        parent.potential.double()
+    mean = mean_potential(parents, Recipe())
+    return mean, parents, survey(parents, mean, (1.0, 1.0), probes=2)
+
+
+def test_products_are_those_of_the_jacobian(scene_of_merge) -> None:
+    """Jv against central differences of the output, and uᵀ(Jv) = (Jᵀu)ᵀv."""
+    mean, parents, territories = scene_of_merge
+    name, stage = next(mean.named_stages())
+    problem = StageOutput(
+        stage, [p.potential.get_submodule(name) for p in parents], territories, Recipe(probes=2)
+    )
+    generator = torch.Generator().manual_seed(1)
+    v = {
+        key: torch.randn(theta.shape, generator=generator, dtype=theta.dtype)
+        for key, theta in problem.thetas.items()
+    }
+    u = [torch.randn(r.shape, generator=generator, dtype=r.dtype) for r in problem.residual]
+    jv = problem.forward(v)
+    back = sum(dot(problem.pull(k, vector), v) for k, vector in enumerate(u))
+    assert sum(float(a @ b) for a, b in zip(u, jv, strict=True)) == pytest.approx(back)
+    h = 1e-5
+    with torch.no_grad():
+        for k, column in enumerate(jv):
+            ahead, behind = (
+                problem._output(k, {key: theta + s * h * v[key] for key, theta in problem.thetas.items()})
+                for s in (1, -1)
+            )
+            torch.testing.assert_close((ahead - behind) / (2 * h), column, rtol=1e-5, atol=1e-7)
+    assert problem.mismatch(problem.thetas) == pytest.approx(
+        sum(float(r.square().sum()) for r in problem.residual)
+    )
+
+
+def test_the_mismatch_falls_and_is_what_the_report_says(scene_of_merge) -> None:
+    mean, parents, territories = scene_of_merge
+    name, stage = next(mean.named_stages())
+    originals = [p.potential.get_submodule(name) for p in parents]
+    before = deepcopy(stage)
+    report = align_output(name, stage, originals, territories, Recipe(probes=2))
+    assert report.residual_after < report.residual_before
+    old, new = (StageOutput(s, originals, territories, Recipe(probes=2)) for s in (before, stage))
+    assert report.residual_before == pytest.approx(old.mismatch(old.thetas) / old.target_norm)
+    assert report.residual_after == pytest.approx(new.mismatch(new.thetas) / new.target_norm)
+
+
+def test_the_mismatch_at_the_start_is_known_from_the_linearisation(scene_of_merge, monkeypatch) -> None:
+    """Only the full step, which succeeds here, is evaluated."""
+    mean, parents, territories = scene_of_merge
+    name, stage = next(mean.named_stages())
+    evaluated, plain = [], StageOutput.mismatch
+    monkeypatch.setattr(
+        StageOutput, "mismatch", lambda self, thetas: evaluated.append(thetas) or plain(self, thetas)
+    )
+    align_output(
+        name, stage, [p.potential.get_submodule(name) for p in parents], territories, Recipe(probes=2)
+    )
+    assert len(evaluated) == 1
+
+
+def test_a_stage_that_agrees_stays(family) -> None:
+    (parent,) = working_copies(family("painn", 2)[:1], torch.device("cpu"))
+    territories = survey([parent], parent.potential, (1.0,), probes=2)
+    name, stage = next(parent.potential.named_stages())
+    weights = deepcopy(stage.state_dict())
+    report = align_output(name, stage, [deepcopy(stage)], territories, Recipe(probes=2))
+    assert report.residual_after < 1e-10
+    for key, value in stage.state_dict().items():
+        torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-6)
+
+
+def test_held_out_frames_end_the_iterations(family, monkeypatch) -> None:
+    """Two batches per specialist: what is fitted to the first one must not lose on the second."""
+    monkeypatch.setattr("ase_gffmerge.merging.calibration.MAX_EDGES", 250)
+    parents = working_copies(family("painn", 2), torch.device("cpu"))
+    mean = mean_potential(parents, Recipe())
+    territories = survey(parents, mean, (1.0, 1.0), probes=2)
+    assert all(len(territory.scenes) > 1 for territory in territories)
+    name, stage = next(mean.named_stages())
+    originals = [p.potential.get_submodule(name) for p in parents]
+    held_out, fitted = (
+        StageMismatch(stage, originals, territories, Recipe(probes=2), batch=batch) for batch in (1, 0)
+    )
+
+    def mismatches() -> list[float]:
+        maps = {key: problem.read().clone() for key, problem in adjustable_maps(stage).items()}
+        return [one.mismatch(maps) for one in (held_out, fitted)]
+
+    before = mismatches()
+    report = align_output(name, stage, originals, territories, Recipe(probes=2))
+    after = mismatches()
+    assert after[0] < before[0]
+    assert report.residual_after == pytest.approx(after[1] / fitted.target_norm)
+    align_output(name, stage, originals, territories, Recipe(probes=2))
+    again = mismatches()
+    assert again[0] <= after[0]

@@ -1,0 +1,429 @@
+"""Distillation: the student comes closer to its teachers, never reads a label, resumes exactly, and stops in time."""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.singlepoint import SinglePointCalculator
+from structures import OWN_ARCHITECTURES
+
+from ase_gffmerge import GFFMergeCalculator
+from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, MergeWarning, RecipeError
+from ase_gffmerge.forcefield.force_field import Provenance, Specialist
+from ase_gffmerge.graphs import build_graph, predict
+from ase_gffmerge.merging.distil_options import DistilOptions
+from ase_gffmerge.merging.merge import merge
+from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe, load_recipe
+from ase_gffmerge.merging.report import MergeReport
+from ase_gffmerge.models import build_potential
+from ase_gffmerge.training.checkpoint import checkpoint_path
+from ase_gffmerge.training.config import TrainConfig
+from ase_gffmerge.training.distill import distil
+from ase_gffmerge.training.distill_targets import prepare_lesson
+from ase_gffmerge.training.joint import train_jointly
+from ase_gffmerge.training.loss import labelled_graphs, weigh
+from ase_gffmerge.training.soap import SOAP
+from ase_gffmerge.training.state import History, stale
+from ase_gffmerge.training.teachers import parameter_groups
+from ase_gffmerge.workflows.merge_and_distill import merge_and_refine, starting_point
+
+pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
+
+SMALL = {
+    "painn": {"channels": 8, "n_blocks": 1, "n_radial": 6, "cutoff": 4.0},
+    "nequip": {"channels": 4, "n_blocks": 1, "n_radial": 6, "cutoff": 4.0, "l_max": 1, "radial_hidden": 8},
+}
+TRAINING = {"epochs": 4, "batch_size": 4, "learning_rate": 1e-2, "force_weight": 10.0, "feature_weight": 0.0}
+QUICK = DistilOptions(**TRAINING, copies=0, temperature=0.0)
+MOLECULES = ("CH3OH", "HCOOH", "H2CO")
+
+
+def rattled(name: str, n: int, seed: int) -> tuple[Atoms, ...]:
+    rng = np.random.default_rng(seed)
+    start = bulk(name, cubic=True) if name in ("Cu", "Al") else molecule(name)
+    frames = [start.copy() for _ in range(n)]
+    for atoms in frames:
+        atoms.positions += 0.08 * rng.standard_normal(atoms.positions.shape)
+    return tuple(frames)
+
+
+def relatives(
+    architecture: str, names: tuple[str, ...] = MOLECULES[:2], size: float = 0.3
+) -> list[Specialist]:
+    """Specialists that are perturbed copies of one random base."""
+    torch.manual_seed(0)
+    species = (13, 29) if names[0] == "Cu" else (1, 6, 8)
+    base = build_potential(architecture, SMALL[architecture], species).double().eval().requires_grad_(False)
+    root = Specialist(name="base", potential=base, level_of_theory="toy").fingerprint
+    made = []
+    for k, name in enumerate(names):
+        potential, generator = deepcopy(base), torch.Generator().manual_seed(k + 1)
+        for p in potential.parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            p.add_(size * p.abs().mean() * noise)
+        made.append(
+            Specialist(
+                name=f"{name}-{k}",
+                potential=potential,
+                calibration=rattled(name, 10, seed=k),
+                level_of_theory="toy",
+                provenance=Provenance(lineage=(root,)),
+            )
+        )
+    return made
+
+
+def mean_of(specialists: list[Specialist], **options: object) -> Specialist:
+    return merge(specialists, load_recipe("mean", **options), device="cpu")[0]
+
+
+def scores(history: History) -> list[float]:
+    return [
+        QUICK.force_weight * row["force_mae"] + row["energy_mae"] for row in (history.start, *history.rows)
+    ]
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+def stop_after(epoch: int) -> Callable[[int, dict[str, float]], None]:
+    def callback(done: int, losses: dict[str, float]) -> None:
+        if done == epoch:
+            raise Stop
+
+    return callback
+
+
+@pytest.mark.parametrize("architecture", OWN_ARCHITECTURES)
+@pytest.mark.parametrize("conditioning", ["shared", "per-specialist"])
+def test_disagreement_falls_and_is_recorded(architecture: str, conditioning: str, tmp_path: Path) -> None:
+    specialists = relatives(architecture, size=0.1)
+    start = mean_of(specialists, conditioning=conditioning)
+    before = start.fingerprint
+    distilled, history = distil(start, specialists, QUICK, device="cpu")
+    assert min(scores(history)[1:]) < 0.7 * scores(history)[0]
+    assert start.fingerprint == before
+    record = distilled.merged
+    assert record is not None
+    assert record.recipe["refine"] == QUICK.model_dump()
+    old, new = (MergeReport.from_dict(m.merged.report) for m in (start, distilled))
+    assert new.relative_disagreement < 0.9 * old.relative_disagreement
+    assert set(new.seconds) == {*old.seconds, "distillation"}
+    assert distilled.provenance.epochs == 4
+    assert distilled.provenance.n_train == 2 * 9 * 2
+    loaded = Specialist.load(distilled.save(tmp_path / "a.safetensors"))
+    assert loaded.fingerprint == distilled.fingerprint
+    assert loaded.merged is not None
+    assert json.dumps(vars(loaded.merged), sort_keys=True) == json.dumps(vars(record), sort_keys=True)
+
+
+@pytest.mark.parametrize("architecture", OWN_ARCHITECTURES)
+def test_features_are_matched_on_request(architecture: str) -> None:
+    specialists = relatives(architecture)
+    start = mean_of(specialists)
+
+    def mismatch(model: Specialist) -> float:
+        graphs = [build_graph(atoms, 4.0) for atoms in specialists[0].calibration]
+        total = 0.0
+        for graph in graphs:
+            graph.edge_vectors = graph.pos[graph.edge_index[0]] - graph.pos[graph.edge_index[1]]
+            pair = [torch.cat(m.potential.features(graph), -1) for m in (model, specialists[0])]
+            total += float((pair[0] - pair[1]).abs().mean())
+        return total
+
+    without, with_features = (
+        distil(start, specialists, QUICK.model_copy(update={"feature_weight": w}), device="cpu")[0]
+        for w in (0.0, 30.0)
+    )
+    assert mismatch(with_features) < 0.8 * mismatch(without)
+
+
+@pytest.mark.parametrize("architecture", OWN_ARCHITECTURES)
+def test_copies_of_one_specialist_are_left_alone(architecture: str) -> None:
+    first = relatives(architecture)[0]
+    twins = [first, first]
+    start = mean_of(twins, allow_identical=True)
+    options = QUICK.model_copy(update={"epochs": 50, "patience": 2, "copies": 0})
+    distilled, history = distil(start, twins, options, device="cpu")
+    assert len(history.rows) == 2
+    assert distilled.fingerprint == start.fingerprint
+
+
+def test_labels_are_never_read() -> None:
+    specialists = relatives("painn")
+    extra = [rattled(name, 4, seed=9) for name in MOLECULES[:2]]
+
+    def poisoned(frames: tuple[Atoms, ...]) -> list[Atoms]:
+        copies = [atoms.copy() for atoms in frames]
+        for atoms in copies:
+            wrong = {
+                "energy": np.nan,
+                "forces": np.full((len(atoms), 3), np.nan),
+                "stress": np.full(6, np.nan),
+            }
+            atoms.calc = SinglePointCalculator(atoms, **wrong)
+        return copies
+
+    start, options = mean_of(specialists), QUICK.model_copy(update={"epochs": 1})
+    poisoned_specialists = [s.with_calibration(poisoned(s.calibration)) for s in specialists]
+    clean = distil(start, specialists, options, frames=extra, device="cpu")[0]
+    spoilt = distil(start, poisoned_specialists, options, frames=[poisoned(f) for f in extra], device="cpu")[
+        0
+    ]
+    assert clean.fingerprint == spoilt.fingerprint
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_resumed_equals_uninterrupted(stop: int, tmp_path: Path) -> None:
+    specialists = relatives("painn")
+    start, checkpoint = mean_of(specialists), checkpoint_path(tmp_path / "a.safetensors")
+    whole, history = distil(start, specialists, QUICK, device="cpu")
+    with pytest.raises(Stop):
+        distil(start, specialists, QUICK, checkpoint=checkpoint, device="cpu", callback=stop_after(stop))
+    epochs: list[int] = []
+    resumed, again = distil(
+        start,
+        specialists,
+        QUICK,
+        checkpoint=checkpoint,
+        device="cpu",
+        callback=lambda epoch, _: epochs.append(epoch),
+    )
+    assert epochs == list(range(stop + 1, 5))
+    assert (again.start, again.rows) == (history.start, history.rows)
+    for name, value in whole.potential.state_dict().items():
+        assert torch.equal(value, resumed.potential.state_dict()[name]), name
+
+
+def test_stresses_of_crystals_are_learnt() -> None:
+    specialists = relatives("painn", ("Cu", "Al"))
+    start = mean_of(specialists)
+    options = QUICK.model_copy(update={"epochs": 8, "stress_weight": 100.0})
+    distilled, _ = distil(start, specialists, options, device="cpu")
+
+    def stress(model: Specialist) -> np.ndarray:
+        graphs = [build_graph(atoms, 4.0) for atoms in specialists[0].calibration]
+        return np.array([predict(model.potential, graph).stress(graph.cell).numpy() for graph in graphs])
+
+    before, after = (np.abs(stress(model) - stress(specialists[0])).mean() for model in (start, distilled))
+    assert after < 0.7 * before
+
+
+def test_sampled_frames_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = relatives("painn")[0]
+    n = len(prepare_lesson(first, QUICK).training)
+    from ase_gffmerge.training import distill_targets as lessons
+
+    class Result:
+        frames = rattled("CH3OH", 5, seed=7)
+
+    monkeypatch.setattr(lessons, "sample_frames", lambda *_: Result)
+    lesson = prepare_lesson(first, QUICK.model_copy(update={"sampled": 5}))
+    assert len(lesson.training) == n + 5 * 2
+    held_out = {atoms.positions.tobytes() for atoms in lesson.held_out}
+    assert len(held_out) == 1
+    assert not held_out & {atoms.positions.tobytes() for atoms in lesson.training}
+
+
+def test_every_frame_has_visited_copies_and_displaced_twins() -> None:
+    first = relatives("painn")[0]
+    lesson = prepare_lesson(first, QUICK.model_copy(update={"copies": 2, "temperature": 300.0}))
+    assert len(lesson.training) == 9 * 3 * 2
+    frames, copies, twins = lesson.training[:9], lesson.training[9:27], lesson.training[27:]
+    for original, twin in zip((*frames, *copies), twins, strict=True):
+        assert 0.01 < np.std(twin.positions - original.positions) < 0.06
+    moved = [np.abs(copy.positions - frames[i // 2].positions).max() for i, copy in enumerate(copies)]
+    assert min(moved) > 1e-3
+    few = prepare_lesson(first, QUICK.model_copy(update={"copies": 5, "max_copied_edges": 60}))
+    assert len(few.training) == 9 * 2 * 2
+
+
+# -- refusals --
+
+
+def test_refusals() -> None:
+    specialists = relatives("painn", MOLECULES)
+    start = mean_of(specialists[:2])
+    with pytest.raises(IncompatibleSpecialistsError, match="in their order"):
+        distil(start, specialists[1::-1], QUICK)
+    with pytest.raises(IncompatibleSpecialistsError, match="frames were given for 1"):
+        distil(start, specialists[:2], QUICK, frames=[[]])
+    with pytest.raises(IncompatibleSpecialistsError, match="other elements"):
+        distil(relatives("painn", ("Cu", "Al"))[0], specialists[:2], QUICK)
+    with pytest.raises(FramesError, match="at least two are needed"):
+        distil(start, [s.with_calibration(s.calibration[:1]) for s in specialists[:2]], QUICK)
+    matching = QUICK.model_copy(update={"feature_weight": 1.0})
+    with pytest.raises(IncompatibleSpecialistsError, match="feature_weight"):
+        distil(relatives("nequip")[0], specialists[:2], matching)
+    with pytest.raises(RecipeError, match="merge_and_refine"):
+        merge(specialists[:2], Recipe(refine=QUICK))
+    with pytest.raises(RecipeError, match="did you mean 'epochs'"):
+        load_recipe({"refine": {"epoch": 3}})
+
+
+# -- refine: merge and distil at load time --
+
+
+def test_refine_through_the_calculator_is_cached(tmp_path: Path) -> None:
+    paths = [s.save(tmp_path / f"{s.name}.safetensors") for s in relatives("painn")]
+    recipe = {"preset": "gffmerge", "refine": QUICK.model_dump()}
+    fresh, cached = (
+        GFFMergeCalculator(paths, recipe=recipe, cache_dir=tmp_path, device="cpu") for _ in range(2)
+    )
+    assert (fresh.cache_hit, cached.cache_hit) == (False, True)
+    assert fresh.force_field.fingerprint == cached.force_field.fingerprint
+    assert "distillation" in cached.report.seconds
+    plain = GFFMergeCalculator(
+        paths, recipe={"preset": "gffmerge", "readout": None}, cache_dir=tmp_path, device="cpu"
+    )
+    assert fresh.report.relative_disagreement < plain.report.relative_disagreement
+
+
+@pytest.mark.parametrize(("widened", "width"), [(False, 0), (True, 16)])
+def test_the_readout_stays_wide_only_on_request(widened: bool, width: int) -> None:
+    options = QUICK.model_copy(update={"widened": widened, "epochs": 1})
+    seen: list[float] = []
+    merged, report = merge_and_refine(
+        relatives("painn"),
+        Recipe(readout=ReadoutOptions(width=16, blocks=1, copies=1), refine=options),
+        device="cpu",
+        progress=lambda fraction, _: seen.append(fraction),
+    )
+    assert merged.potential.hyper.readout_width == width
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+    assert merged.merged is not None
+    assert report == MergeReport.from_dict(merged.merged.report)
+
+
+@pytest.mark.parametrize(("changes", "used"), [({}, 2), ({"widened": True}, 10)])
+def test_a_narrow_start_is_solved_on_few_frames(changes: dict[str, object], used: int) -> None:
+    specialists = relatives("painn")
+    options = QUICK.model_copy(update={"start_frames": 2, **changes})
+    given, plain = starting_point(specialists, Recipe(refine=options))
+    assert plain.refine is None
+    assert [len(s.calibration) for s in given] == [used, used]
+    assert all(s.calibration[0] == t.calibration[0] for s, t in zip(given, specialists, strict=True))
+
+
+def test_verdict_is_told() -> None:
+    specialists = relatives("painn")
+    options = QUICK.model_copy(update={"epochs": 1, "learning_rate": 1e-6})
+    with pytest.warns(MergeWarning, match="distil it longer"):
+        distil(mean_of(specialists), specialists, options, device="cpu")
+
+
+# -- joint training, weights, early stop, optimiser --
+
+
+def labelled(specialist: Specialist, frames: tuple[Atoms, ...]) -> list[Atoms]:
+    """Frames with a specialist's predictions as labels."""
+    made = []
+    for atoms in frames:
+        prediction = predict(specialist.potential, build_graph(atoms, 4.0))
+        copy = atoms.copy()
+        copy.calc = SinglePointCalculator(
+            copy, energy=float(prediction.energy), forces=prediction.forces.numpy()
+        )
+        made.append(copy)
+    return made
+
+
+@pytest.mark.parametrize("architecture", OWN_ARCHITECTURES)
+def test_joint_training_learns_all_labels(architecture: str) -> None:
+    specialists = relatives(architecture)
+    data = [labelled(s, s.calibration[: 10 - 4 * k]) for k, s in enumerate(specialists)]
+    config = TrainConfig(epochs=6, batch_size=4, learning_rate=3e-3, validation=2)
+    potential, history = train_jointly(mean_of(specialists), data, config, device="cpu")
+    assert len(history.rows) == 6
+    assert history.rows[-1]["loss"] < 0.8 * history.rows[0]["loss"]
+    assert not any(p.requires_grad for p in potential.parameters())
+    with pytest.raises(FramesError, match="labelled frames of every specialist"):
+        train_jointly(mean_of(specialists), [data[0], []], config)
+
+
+def test_groups_of_unequal_size_count_the_same() -> None:
+    specialists = relatives("painn")
+    groups = [
+        labelled_graphs(labelled(s, s.calibration[: 2 + 6 * k]), s.potential)
+        for k, s in enumerate(specialists)
+    ]
+    weigh(groups, [1.0, 4.0])
+    says = [sum(float(graph.weight) * len(graph.pos) for graph in group) for group in groups]
+    assert says[0] == pytest.approx(4 * says[1])
+    weigh(groups)
+    says = [sum(float(graph.weight) * len(graph.pos) for graph in group) for group in groups]
+    assert says[0] == pytest.approx(says[1])
+    assert sum(says) == pytest.approx(sum(len(graph.pos) for group in groups for graph in group))
+
+
+def test_patience() -> None:
+    config = TrainConfig()
+
+    def history(*errors: float) -> History:
+        start, *rows = [{"force_mae": e, "energy_mae": 0.0} for e in errors]
+        return History(rows, start)
+
+    assert not stale(history(3.0), config, 2)
+    assert not stale(history(3.0, 4.0), config, 2)
+    assert stale(history(3.0, 4.0, 3.0), config, 2)
+    assert not stale(history(3.0, 4.0, 2.0), config, 2)
+    assert not stale(history(3.0, 2.0, 4.0), config, 2)
+    assert stale(history(3.0, 2.0, 4.0, 2.5), config, 2)
+
+
+def test_soap_without_rotation_is_adam() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(7, generator=generator, dtype=torch.float64)
+    curvature = torch.linspace(1, 30, 7, dtype=torch.float64)
+    ends = []
+    for optimiser in (
+        lambda p: SOAP(p, lr=0.1, betas=(0.9, 0.99)),
+        lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.9, 0.99)),
+    ):
+        x = start.clone().requires_grad_()
+        method = optimiser([x])
+        for _ in range(20):
+            method.zero_grad()
+            (curvature * x.square()).sum().backward()
+            method.step()
+        ends.append(x.detach())
+    torch.testing.assert_close(*ends)
+
+
+def test_soap_does_not_see_a_rotation() -> None:
+    """Unlike Adam it finds the axes of a rotated problem: the same steps in another basis, up to slow starts."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    stretch = torch.diag(torch.logspace(-2, 1, 6, dtype=torch.float64))
+    q = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q
+
+    def residual(method: type[torch.optim.Optimizer]) -> float:
+        x = torch.zeros(6, 4, dtype=torch.float64, requires_grad=True)
+        optimiser = method([x], lr=0.03)
+        for _ in range(300):
+            optimiser.zero_grad()
+            (stretch @ q @ (x - target)).square().sum().backward()
+            optimiser.step()
+        return float((stretch @ q @ (x - target)).square().sum().detach())
+
+    assert residual(SOAP) < 0.3 * residual(torch.optim.Adam)
+
+
+def test_wide_readouts_learn_slowly() -> None:
+    hyper = {**SMALL["painn"], "readout_width": 16, "readout_blocks": 1}
+    wide = build_potential("painn", hyper, (1, 6))
+    plain, slow = parameter_groups(wide)
+    assert slow["lr_scale"] == 4 / 16
+    assert {id(p) for p in slow["params"]} == {
+        id(p) for name, p in wide.named_parameters() if name.startswith("readout.") and "mlp" not in name
+    }
+    assert len(plain["params"]) + len(slow["params"]) == len(list(wide.parameters()))
+    assert len(parameter_groups(build_potential("painn", SMALL["painn"], (1, 6)))) == 1
