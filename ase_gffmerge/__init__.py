@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from ase_gffmerge.dynamics.batched_md import run_replicas as run_replicas
     from ase_gffmerge.dynamics.extrapolation_monitor import ExtrapolationMonitor as ExtrapolationMonitor
     from ase_gffmerge.engines.ase.calculator import GFFMergeCalculator as GFFMergeCalculator
-    from ase_gffmerge.forcefield.force_field import Specialist as Specialist
-    from ase_gffmerge.forcefield.leverage_fit import gauged as gauged
+    from ase_gffmerge.forcefield.force_field import ForceField as ForceField
+    from ase_gffmerge.forcefield.leverage_fit import with_extrapolation_grade as with_extrapolation_grade
     from ase_gffmerge.merging.external_calculators import merge_calculators as merge_calculators
     from ase_gffmerge.merging.merge import merge as merge
     from ase_gffmerge.merging.recipe import Recipe as Recipe
-    from ase_gffmerge.training.distill import distil as distil
+    from ase_gffmerge.training.distill import distill as distill
     from ase_gffmerge.workflows.merge_and_distill import merge_and_refine as merge_and_refine
 
 __version__ = "0.1.0"
@@ -24,9 +24,9 @@ _HOMES = {
     "ExtrapolationMonitor": "ase_gffmerge.dynamics.extrapolation_monitor",
     "GFFMergeCalculator": "ase_gffmerge.engines.ase.calculator",
     "Recipe": "ase_gffmerge.merging.recipe",
-    "Specialist": "ase_gffmerge.forcefield.force_field",
-    "gauged": "ase_gffmerge.forcefield.leverage_fit",
-    "distil": "ase_gffmerge.training.distill",
+    "ForceField": "ase_gffmerge.forcefield.force_field",
+    "with_extrapolation_grade": "ase_gffmerge.forcefield.leverage_fit",
+    "distill": "ase_gffmerge.training.distill",
     "merge": "ase_gffmerge.merging.merge",
     "merge_calculators": "ase_gffmerge.merging.external_calculators",
     "merge_and_refine": "ase_gffmerge.workflows.merge_and_distill",
@@ -34,16 +34,16 @@ _HOMES = {
 }
 __all__ = [
     "ExtrapolationMonitor",
+    "ForceField",
     "GFFMergeCalculator",
     "Recipe",
-    "Specialist",
     "__version__",
-    "distil",
-    "gauged",
+    "distill",
     "merge",
     "merge_and_refine",
     "merge_calculators",
     "run_replicas",
+    "with_extrapolation_grade",
 ]
 
 

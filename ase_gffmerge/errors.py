@@ -59,7 +59,7 @@ class DataError(GFFMergeError):
     """A data manifest is invalid, or a download failed or has the wrong hash."""
 
 
-class UngaugedError(GFFMergeError):
+class MissingExtrapolationGradeError(GFFMergeError):
     """A force field has no extrapolation gauge, so nothing can tell where it extrapolates."""
 
 

@@ -13,7 +13,7 @@ from ase.build import molecule
 from ase.calculators.emt import EMT
 from ase.io import write
 
-from ase_gffmerge import GFFMergeCalculator, Specialist
+from ase_gffmerge import ForceField, GFFMergeCalculator
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
 
@@ -34,8 +34,8 @@ def labelled_frames(name: str, n: int) -> list[Atoms]:
 
 
 def trained(
-    folder: Path, name: str, files: list[Path], config: TrainConfig, base: Specialist | None
-) -> Specialist:
+    folder: Path, name: str, files: list[Path], config: TrainConfig, base: ForceField | None
+) -> ForceField:
     """Train on extxyz files and leave a specialist file in ``folder``."""
     specialist, _, errors = train(
         files, folder / f"{name}.safetensors", config, init=base, n_calibration=30, test=files, device="cpu"

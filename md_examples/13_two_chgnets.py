@@ -18,7 +18,7 @@ from ase.io import write
 from ase.md import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 
-from ase_gffmerge import GFFMergeCalculator, Specialist
+from ase_gffmerge import ForceField, GFFMergeCalculator
 from ase_gffmerge.errors import MergeWarning, ReferenceWarning
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
@@ -45,7 +45,7 @@ def labelled_frames(element: str, n: int, base: GFFMergeCalculator) -> list[Atom
     return frames
 
 
-def fine_tuned(folder: Path, element: str, frames: list[Atoms], base: Specialist) -> Path:
+def fine_tuned(folder: Path, element: str, frames: list[Atoms], base: ForceField) -> Path:
     """A checkpoint as CHGNet's trainer writes it."""
     write(folder / f"{element}.xyz", frames, format="extxyz")
     config = TrainConfig(epochs=6, batch_size=5, learning_rate=1e-3, ema_decay=0.9, validation=2)
@@ -65,7 +65,7 @@ def main() -> None:
     """Fine-tune, merge, compare, run."""
     warnings.simplefilter("ignore", MergeWarning)
     warnings.simplefilter("ignore", ReferenceWarning)
-    base = Specialist.from_chgnet("0.3.0")
+    base = ForceField.from_chgnet("0.3.0")
     pretrained = GFFMergeCalculator(base, device="cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

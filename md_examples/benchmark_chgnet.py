@@ -26,6 +26,7 @@ from ase import units
 from ase.io import read
 from ase.md import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
+from ase_gffmerge.merging.distill_options import DistillOptions
 from benchmark_lips20 import columns, measured, rounded, test_frames
 from chgnet_models import BASE, FINE_TUNING, JOINT, models, plan
 from crystal_dynamics import side_by_side
@@ -34,14 +35,13 @@ from method_table import method_results, table
 from reference_recipe import reference_recipe
 from training_plan import model_path, say
 
-from ase_gffmerge import GFFMergeCalculator, Specialist, merge
+from ase_gffmerge import ForceField, GFFMergeCalculator, merge
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.evaluation.comparison.inputs import make_mixture
-from ase_gffmerge.merging.distil_options import DistilOptions
+from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs
 from ase_gffmerge.merging.merge import MERGE_VERSION
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.methods import Outcome
+from ase_gffmerge.methods import MergeOutput
 from ase_gffmerge.models import Potential
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.joint import train_jointly
@@ -51,7 +51,7 @@ STAGES = ("models", "table", "distill", "speed", "md")
 METHODS = ("mean", "task_arithmetic", "paper")
 MERGES: dict[str, Any] = {"gffmerge without readout": {"readout": None}, "gffmerge": "gffmerge"}
 """Recipes: the default, and what of it CHGNet's own format can hold."""
-DISTILLATION = DistilOptions(
+DISTILLATION = DistillOptions(
     epochs=1, batch_size=2, copies=0, learning_rate=5e-4, stress_weight=20.0, start_frames=10
 )
 """Short: once over the calibration frames and their displaced twins."""
@@ -62,15 +62,17 @@ TIMED_FRAMES = 8
 def errors(potential: Potential, out: Path) -> dict[str, Any]:
     """Errors on the test frames of both crystals."""
     tests = [test_frames(out, system) for system in SYSTEMS]
-    return measured(Outcome(potentials=(potential,)), tests)
+    return measured(MergeOutput(potentials=(potential,)), tests)
 
 
-def compared(out: Path, specialists: list[Specialist], joint: Specialist) -> dict[str, Any]:
+def compared(out: Path, specialists: list[ForceField], joint: ForceField) -> dict[str, Any]:
     """Errors of specialists, base, joint fine-tuning, and of the methods that need no training."""
-    base = Specialist.load(model_path(out, BASE))
-    mixture = make_mixture(specialists, base=base, device="cpu")
+    base = ForceField.load(model_path(out, BASE))
+    merge_inputs = make_merge_inputs(specialists, base=base, device="cpu")
     tests = [test_frames(out, system) for system in SYSTEMS]
-    rows = method_results(mixture, lambda outcome: measured(outcome, tests), out / "methods", methods=METHODS)
+    rows = method_results(
+        merge_inputs, lambda merge_output: measured(merge_output, tests), out / "methods", methods=METHODS
+    )
     for name in MERGES:
         merged, seconds = merged_once(out, specialists, name)
         rows[name] = {**errors(merged.potential, out), "seconds": seconds}
@@ -83,12 +85,12 @@ def joint_seconds(out: Path) -> float:
     config = plan(JOINT, out, FINE_TUNING).config
     short = TrainConfig(**{**config.model_dump(), "epochs": 1, "validation": 0})
     started = time.process_time()
-    train_jointly(Specialist.load(model_path(out, BASE)), labelled, short, device="cpu")
+    train_jointly(ForceField.load(model_path(out, BASE)), labelled, short, device="cpu")
     per_frame = (time.process_time() - started) / (len(SYSTEMS) * TIMED_FRAMES)
     return per_frame * len(SYSTEMS) * FINE_TUNING.frames * config.epochs
 
 
-def distilled(out: Path, specialists: list[Specialist]) -> dict[str, Any]:
+def distilled(out: Path, specialists: list[ForceField]) -> dict[str, Any]:
     """Errors of the label-free distillation, its processor seconds and those of joint fine-tuning."""
     path, record = model_path(out, "distilled"), out / "distilled.json"
     if not record.exists():
@@ -107,7 +109,7 @@ def distilled(out: Path, specialists: list[Specialist]) -> dict[str, Any]:
     return found
 
 
-def speed(out: Path, specialists: list[Specialist], *, rounds: int = 5, steps: int = 4) -> dict[str, float]:
+def speed(out: Path, specialists: list[ForceField], *, rounds: int = 5, steps: int = 4) -> dict[str, float]:
     """Seconds per step of dynamics, by CHGNet's own calculator and by ours in turns, and of statistics and solves."""
     from chgnet.model import CHGNetCalculator
 
@@ -147,7 +149,7 @@ def _run(start: Any, calculator: Any) -> VelocityVerlet:
     return run
 
 
-def merged_once(out: Path, specialists: list[Specialist], name: str) -> tuple[Specialist, float]:
+def merged_once(out: Path, specialists: list[ForceField], name: str) -> tuple[ForceField, float]:
     """One of the merges, made once, and its processor seconds."""
     path = model_path(out, f"{name.replace(' ', '-')}-{MERGE_VERSION}")
     record = path.with_suffix(".json")
@@ -160,11 +162,11 @@ def merged_once(out: Path, specialists: list[Specialist], name: str) -> tuple[Sp
         seconds = time.process_time() - started
         merged.save(path)
         record.write_text(json.dumps({"seconds": seconds}))
-    return Specialist.load(path), json.loads(record.read_text())["seconds"]
+    return ForceField.load(path), json.loads(record.read_text())["seconds"]
 
 
 def dynamics(
-    out: Path, specialists: Sequence[Specialist], merged: Specialist, *, steps: int
+    out: Path, specialists: Sequence[ForceField], merged: ForceField, *, steps: int
 ) -> dict[str, Any]:
     """Runs of both crystals with specialist and merged potential, from their first test frame."""
     result = {}

@@ -24,20 +24,20 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
+from ase_gffmerge.merging.distill_options import DistillOptions
 from matplotlib.figure import Figure
 from training_plan import say
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.analysis.plots import save_figure
 from ase_gffmerge.inference.metrics import evaluate
-from ase_gffmerge.merging.distil_options import DistilOptions
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models import Potential
 from ase_gffmerge.storage.tensor_file import atomic_write, read_file
-from ase_gffmerge.training.distill import distil
+from ase_gffmerge.training.distill import distill
 from ase_gffmerge.training.frames import bare
 from ase_gffmerge.training.joint import FINE_TUNING, train_jointly
 from ase_gffmerge.workflows.merge_and_distill import starting_point as narrow_merge
@@ -112,8 +112,8 @@ class Bench:
         Folder of the measurements.
     """
 
-    specialists: list[Specialist]
-    base: Specialist
+    specialists: list[ForceField]
+    base: ForceField
     training: list[list[Atoms]]
     tests: list[list[Atoms]]
     size: Size
@@ -156,8 +156,8 @@ def open_bench(data: Path, out: Path, size: Size) -> Bench:
 
     out.mkdir(parents=True, exist_ok=True)
     return Bench(
-        specialists=[Specialist.load(name) for name in NAMES],
-        base=Specialist.load("rmd17-base"),
+        specialists=[ForceField.load(name) for name in NAMES],
+        base=ForceField.load("rmd17-base"),
         training=read("train", size.labelled),
         tests=read("test", size.tests),
         size=size,
@@ -187,7 +187,7 @@ def joint(bench: Bench) -> dict[str, Any]:
     return {"seconds": rows[-1]["seconds"], **bench.errors(potential), "curve": rows}
 
 
-def averaged(base: Specialist, checkpoint: Path) -> Potential:
+def averaged(base: ForceField, checkpoint: Path) -> Potential:
     """The moving average of the weights in a checkpoint of a training that began at ``base``."""
     _, tensors = read_file(checkpoint)
     potential = deepcopy(base.potential)
@@ -197,7 +197,7 @@ def averaged(base: Specialist, checkpoint: Path) -> Potential:
     return potential
 
 
-def starting_point(kind: str, specialists: Sequence[Specialist], base: Specialist) -> Specialist:
+def starting_point(kind: str, specialists: Sequence[ForceField], base: ForceField) -> ForceField:
     """What a distillation starts from."""
     if kind == "base":
         return base
@@ -207,7 +207,7 @@ def starting_point(kind: str, specialists: Sequence[Specialist], base: Specialis
 
 
 def distillation(
-    bench: Bench, kind: str, options: DistilOptions, n_frames: int | None = None
+    bench: Bench, kind: str, options: DistillOptions, n_frames: int | None = None
 ) -> dict[str, Any]:
     """One distillation with its errors before and after; ``n_frames`` training frames replace the calibration frames."""
     specialists = bench.specialists
@@ -217,7 +217,7 @@ def distillation(
     watch = Stopwatch()
     start = starting_point(kind, specialists, bench.base)
     before = watch.pause(lambda: {"seconds": watch.seconds, **bench.errors(start.potential)})
-    distilled, history = distil(start, specialists, options, device="cpu")
+    distilled, history = distill(start, specialists, options, device="cpu")
     return {
         "seconds": watch.seconds,
         **bench.errors(distilled.potential),
@@ -227,14 +227,14 @@ def distillation(
     }
 
 
-def shortened(options: DistilOptions, share: float, n_given: int, n_usual: int) -> DistilOptions:
+def shortened(options: DistillOptions, share: float, n_given: int, n_usual: int) -> DistillOptions:
     """Options with ``share`` of the steps in one or more epochs, for another number of frames of one's own."""
     epochs = max(1, round(options.epochs * share))
     total = n_usual * (1 + options.copies) * options.epochs * share / epochs
     return options.model_copy(update={"epochs": epochs, "copies": max(0, round(total / n_given) - 1)})
 
 
-def measure(bench: Bench, options: DistilOptions) -> dict[str, Any]:
+def measure(bench: Bench, options: DistillOptions) -> dict[str, Any]:
     """All runs by name; finished ones are read from the folder."""
     usual = len(bench.specialists[0].calibration)
     runs: dict[str, Any] = {}
@@ -360,7 +360,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", MergeWarning)
     bench = open_bench(arguments.data, arguments.out, FULL)
-    runs = measure(bench, DistilOptions())
+    runs = measure(bench, DistillOptions())
     result = summary(bench, runs)
     text = table(runs, result["specialist"])
     (arguments.out / "table.md").write_text(text + "\n", encoding="utf-8")

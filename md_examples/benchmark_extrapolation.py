@@ -27,7 +27,7 @@ import torch
 from ase import Atoms
 from scipy.stats import spearmanr
 
-from ase_gffmerge import GFFMergeCalculator, Specialist
+from ase_gffmerge import ForceField, GFFMergeCalculator
 from ase_gffmerge.cli.output import print_json
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.dynamics.batched_md import run_replicas
@@ -81,8 +81,8 @@ def measure(
     kind: str,
     frames: Sequence[Atoms],
     forces: Sequence[np.ndarray],
-    force_field: Specialist,
-    specialists: Sequence[Specialist],
+    force_field: ForceField,
+    specialists: Sequence[ForceField],
 ) -> Part:
     """Compare a force field with the right forces (eV/Å) of the frames."""
     found = predict_frames(force_field.potential, frames).forces
@@ -98,7 +98,7 @@ def measure(
     )
 
 
-def hot_frames(specialist: Specialist, starts: Sequence[Atoms], temperature: float) -> list[Atoms]:
+def hot_frames(specialist: ForceField, starts: Sequence[Atoms], temperature: float) -> list[Atoms]:
     """Frames of eight runs with the specialist (0.5 ps each, every 20 fs after the first 0.1 ps), as long as they hold."""
     runs = run_replicas(
         specialist.potential,
@@ -121,14 +121,14 @@ def displaced_frames(frames: Sequence[Atoms], size: float) -> list[Atoms]:
     return copies
 
 
-def hotter(specialist: Specialist, test: Sequence[Atoms]) -> dict[str, list[Atoms]]:
+def hotter(specialist: ForceField, test: Sequence[Atoms]) -> dict[str, list[Atoms]]:
     """Frames of a molecule away from where its specialist was calibrated, by name."""
     bare = [atoms.copy() for atoms in test]
     frames = {f"{t} K": hot_frames(specialist, bare, t) for t in TEMPERATURES}
     return frames | {f"displaced {size} Å": displaced_frames(bare[:60], size) for size in DISPLACEMENTS}
 
 
-def parts_of(data: Path, force_field: Specialist, specialists: Sequence[Specialist]) -> dict[str, Part]:
+def parts_of(data: Path, force_field: ForceField, specialists: Sequence[ForceField]) -> dict[str, Part]:
     """Every kind of frames, measured."""
     parts: dict[str, Part] = {}
 
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", MergeWarning)
-    specialists = [Specialist.load(f"rmd17-{molecule}") for molecule in INSIDE]
+    specialists = [ForceField.load(f"rmd17-{molecule}") for molecule in INSIDE]
     force_field = GFFMergeCalculator([s.name for s in specialists], device="cpu").force_field
     parts = parts_of(arguments.data, force_field, specialists)
     result = summary(parts)

@@ -35,12 +35,12 @@ from method_table import Column, default_methods, method_results, table
 from stress_accuracy import kinetic_check, stress_mae, virial_check
 from training_plan import model_path, say
 
-from ase_gffmerge import Specialist, merge
+from ase_gffmerge import ForceField, merge
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.evaluation.comparison.inputs import make_mixture
+from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs
 from ase_gffmerge.inference.metrics import evaluate
-from ase_gffmerge.methods import METHODS, Outcome
+from ase_gffmerge.methods import METHODS, MergeOutput
 from ase_gffmerge.runtime.devices import resolve_device
 
 STAGES = ("models", "virials", "table", "md")
@@ -50,12 +50,12 @@ N_PAIRS = 120
 """Pairs of frames one step apart that the virials' kinetic part is looked for in."""
 
 
-def measured(outcome: Outcome, tests: Sequence[Sequence[Atoms]]) -> dict[str, Any]:
+def measured(merge_output: MergeOutput, tests: Sequence[Sequence[Atoms]]) -> dict[str, Any]:
     """Errors on the test frames of every crystal: forces, energy per atom, and stress (eV/Å^3)."""
     return {
         name: {
-            **evaluate(outcome.potential(k), test, specialist=k).to_dict(),
-            "stress_mae": stress_mae(outcome.potential(k), test, specialist=k),
+            **evaluate(merge_output.potential(k), test, specialist=k).to_dict(),
+            "stress_mae": stress_mae(merge_output.potential(k), test, specialist=k),
         }
         for k, (name, test) in enumerate(zip(SYSTEMS, tests, strict=True))
     }
@@ -67,25 +67,25 @@ def test_frames(out: Path, system: str) -> list[Atoms]:
 
 
 def compared(
-    out: Path, specialists: list[Specialist], methods: Sequence[str] | None, device: str
+    out: Path, specialists: list[ForceField], methods: Sequence[str] | None, device: str
 ) -> dict[str, Any]:
     """Errors of the specialists and of all methods, and where the default merge spends its time."""
-    mixture = make_mixture(specialists, base=Specialist.load(model_path(out, BASE)), device=device)
+    merge_inputs = make_merge_inputs(specialists, base=ForceField.load(model_path(out, BASE)), device=device)
     tests = [test_frames(out, name) for name in SYSTEMS]
     results = method_results(
-        mixture,
-        lambda outcome: measured(outcome, tests),
+        merge_inputs,
+        lambda merge_output: measured(merge_output, tests),
         out / "methods",
-        methods=methods or default_methods(mixture),
+        methods=methods or default_methods(merge_inputs),
     )
     return {"methods": results, "phases": merge_phases(merged(out, specialists, device))}
 
 
-def merged(out: Path, specialists: list[Specialist], device: str) -> Specialist:
+def merged(out: Path, specialists: list[ForceField], device: str) -> ForceField:
     """The default merge, made once."""
     path = model_path(out, "merged")
     if path.exists():
-        old = Specialist.load(path)
+        old = ForceField.load(path)
         if old.merged and set(old.merged.fingerprints) == {s.fingerprint for s in specialists}:
             return old
     with warnings.catch_warnings():
@@ -95,14 +95,14 @@ def merged(out: Path, specialists: list[Specialist], device: str) -> Specialist:
     return new
 
 
-def merge_phases(specialist: Specialist) -> dict[str, float]:
+def merge_phases(specialist: ForceField) -> dict[str, float]:
     """Seconds of every phase of a merge."""
     assert specialist.merged is not None
     return dict(specialist.merged.report["seconds"])
 
 
 def dynamics(
-    data: Path, out: Path, specialists: list[Specialist], device: str, *, steps: int
+    data: Path, out: Path, specialists: list[ForceField], device: str, *, steps: int
 ) -> dict[str, Any]:
     """Runs of every crystal with its specialist and with the merged potential, from its first frame."""
     target = resolve_device(device)
@@ -170,7 +170,7 @@ def main() -> None:
     size = SMALL if arguments.small or resolve_device(device).type == "cpu" else FULL
     make_frames(arguments.data, out, size)
     specialists = models(out, size, device)
-    base = Specialist.load(model_path(out, BASE)).potential
+    base = ForceField.load(model_path(out, BASE)).potential
     stages = STAGES[: STAGES.index(arguments.stage) + 1] if arguments.stage else STAGES
     result: dict[str, Any] = {"hyper": size.hyper}
     if "virials" in stages:

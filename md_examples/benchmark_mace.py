@@ -19,7 +19,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 from mace.modules import ScaleShiftMACE, interaction_classes
 
-from ase_gffmerge import Specialist, merge
+from ase_gffmerge import ForceField, merge
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.inference.metrics import evaluate, predict_frames
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
@@ -39,7 +39,7 @@ RECIPES: dict[str, Any] = {
 }
 
 
-def labelled_frames(specialist: Specialist) -> list[Atoms]:
+def labelled_frames(specialist: ForceField) -> list[Atoms]:
     """Its calibration frames with its own energies and forces."""
     frames = [atoms.copy() for atoms in specialist.calibration]
     found = predict_frames(specialist.potential, frames)
@@ -48,7 +48,7 @@ def labelled_frames(specialist: Specialist) -> list[Atoms]:
     return frames
 
 
-def untrained(like: Specialist) -> Specialist:
+def untrained(like: ForceField) -> ForceField:
     """A small MACE in float32 with the reference energies of another force field."""
     from e3nn.o3 import Irreps  # after mace, without which torch refuses e3nn 0.4's file of constants
 
@@ -75,21 +75,21 @@ def untrained(like: Specialist) -> Specialist:
             atomic_inter_scale=1.0,
             atomic_inter_shift=0.0,
         )
-    return Specialist.from_vendor("mace", network).to(dtype=torch.float32)
+    return ForceField.from_vendor("mace", network).to(dtype=torch.float32)
 
 
-def trained(out: Path, name: str, frames: list[Atoms], init: Specialist, config: TrainConfig) -> Specialist:
+def trained(out: Path, name: str, frames: list[Atoms], init: ForceField, config: TrainConfig) -> ForceField:
     """Train once; what is there is loaded."""
     path = out / f"{name}.safetensors"
     if not path.exists():
         write(out / f"{name}.xyz", frames, format="extxyz")
         train([out / f"{name}.xyz"], path, config, init=init)
-    return Specialist.load(path)
+    return ForceField.load(path)
 
 
 def run(out: Path) -> dict[str, list[float]]:
     """Force MAE in meV/Å on the test frames of both molecules, per model."""
-    bundled = [Specialist.load(name) for name in MOLECULES]
+    bundled = [ForceField.load(name) for name in MOLECULES]
     frames = [labelled_frames(specialist) for specialist in bundled]
     seen, tests = [f[:-N_TEST] for f in frames], [f[-N_TEST:] for f in frames]
     mixed = [atoms for found in seen for atoms in found[::2]]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from ase import Atoms
 
-from ase_gffmerge import GFFMergeCalculator, Specialist
+from ase_gffmerge import ForceField, GFFMergeCalculator
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.md.evaluate import MDEvaluation, evaluate_dynamics
@@ -51,8 +51,8 @@ def reference_frames(molecule: str, data: Path | None) -> list[Atoms]:
 
 
 def own_trajectories(
-    merged: Specialist,
-    specialists: Sequence[Specialist],
+    merged: ForceField,
+    specialists: Sequence[ForceField],
     tests: Sequence[Sequence[Atoms]],
     options: TrajectoryOptions,
 ) -> dict[str, Any]:
@@ -71,12 +71,12 @@ def own_trajectories(
 
 
 def compare_dynamics(
-    molecule: str, merged: Specialist, *, protocol: Protocol, data: Path | None, out: Path
+    molecule: str, merged: ForceField, *, protocol: Protocol, data: Path | None, out: Path
 ) -> MDEvaluation:
     """Specialist and merged potential on one molecule."""
     frames = bundled_test_frames(f"rmd17-{molecule}")
     reference = reference_frames(molecule, data)
-    specialist = Specialist.load(f"rmd17-{molecule}", dtype=torch.float32)
+    specialist = ForceField.load(f"rmd17-{molecule}", dtype=torch.float32)
     models = [
         Contestant(label="specialist", force_field=specialist),
         Contestant(label="merged", force_field=merged),
@@ -115,7 +115,7 @@ def main() -> None:
     warnings.simplefilter("ignore", MergeWarning)
     protocol = Protocol(temperature=arguments.temperature, picoseconds=arguments.ps, seeds=arguments.seeds)
     merged = GFFMergeCalculator(NAMES, recipe=arguments.recipe, device="cpu", dtype="float32").force_field
-    specialists = [Specialist.load(name, dtype=torch.float32) for name in NAMES]
+    specialists = [ForceField.load(name, dtype=torch.float32) for name in NAMES]
     tests = [reference_frames(molecule, arguments.data) for molecule in MOLECULES]
     result: dict[str, Any] = {
         "own_trajectories": own_trajectories(

@@ -21,7 +21,7 @@ import torch
 from ase import Atoms
 from training_plan import TrainingPlan, say, trained
 
-from ase_gffmerge import GFFMergeCalculator, Specialist, merge
+from ase_gffmerge import ForceField, GFFMergeCalculator, merge
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.dynamics.ase_md import run_md
 from ase_gffmerge.errors import MergeWarning
@@ -35,7 +35,7 @@ RECIPES = ("mean", "paper", "gffmerge")
 NEQUIP = {"channels": 32, "tensor_channels": 16, "n_blocks": 2, "l_max": 1, "cutoff": 4.0}
 
 
-def force_maes(specialists: list[Specialist], tests: list[list[Atoms]]) -> dict[str, Any]:
+def force_maes(specialists: list[ForceField], tests: list[list[Atoms]]) -> dict[str, Any]:
     """Force MAE (eV/Å) and energy MAE (eV/atom) of specialists and merges, and seconds of every merge."""
     names = [specialist.name for specialist in specialists]
     result: dict[str, Any] = {"force_mae": {}, "energy_mae": {}, "merge_seconds": {}, "phases": {}}
@@ -83,7 +83,7 @@ def evaluation_cost(test: list[Atoms]) -> dict[str, float]:
     return {**median, "ratio": median["merged"] / median["specialist"]}
 
 
-def per_specialist(name: str, specialists: list[Specialist], tests: list[list[Atoms]]) -> dict[str, float]:
+def per_specialist(name: str, specialists: list[ForceField], tests: list[list[Atoms]]) -> dict[str, float]:
     """Force MAE (eV/Å) of a recipe with per-specialist conditioning."""
     recipe = load_recipe(name, conditioning="per-specialist")
     merged, _ = merge(specialists, recipe, device="cpu")
@@ -120,7 +120,7 @@ def dynamics(tests: list[list[Atoms]]) -> dict[str, Any]:
 
 def painn_pair(tests: list[list[Atoms]]) -> dict[str, Any]:
     """Errors of the bundled pair, seconds to build the calculator, and cost per call."""
-    specialists = [Specialist.load(name) for name in NAMES]
+    specialists = [ForceField.load(name) for name in NAMES]
     found = force_maes(specialists, tests)
     for name in ("paper", "gffmerge"):
         found["force_mae"][f"{name}, per-specialist"] = per_specialist(name, specialists, tests)
@@ -131,9 +131,9 @@ def painn_pair(tests: list[list[Atoms]]) -> dict[str, Any]:
     }
 
 
-def nequip_pair(data: Path, folder: Path) -> list[Specialist]:
+def nequip_pair(data: Path, folder: Path) -> list[ForceField]:
     """Train (or load) a small NequIP base and its two specialists, on the reference energies of the bundled base."""
-    bundled = Specialist.load("rmd17-base")
+    bundled = ForceField.load("rmd17-base")
     references = dict(zip(bundled.species, bundled.potential.references.tolist()))
 
     def plan(

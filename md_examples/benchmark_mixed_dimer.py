@@ -29,12 +29,12 @@ from method_table import Column, default_methods, method_results, table
 from training_plan import TrainingPlan, model_path, say, trained, write_frames
 from xtb_frames import LEVEL_OF_THEORY, dimer_frames, labelled, relaxed, sampled
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.evaluation.comparison.inputs import make_mixture
+from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs
 from ase_gffmerge.forcefield.bundled import bundled_test_frames
 from ase_gffmerge.inference.metrics import evaluate
-from ase_gffmerge.methods import METHODS, Outcome
+from ase_gffmerge.methods import METHODS, MergeOutput
 from ase_gffmerge.training.config import TrainConfig
 
 BASE = "base"
@@ -132,7 +132,7 @@ def plan(name: str, out: Path, size: Size) -> TrainingPlan:
     )
 
 
-def models(out: Path, size: Size, device: str) -> list[Specialist]:
+def models(out: Path, size: Size, device: str) -> list[ForceField]:
     """The specialists, trained from their base if they are not there."""
     trained(plan(BASE, out, size), out, device=device)
     return [trained(plan(name, out, size), out, device=device) for name in MOLECULES]
@@ -166,27 +166,27 @@ def dimer_parts(dimers: list[Atoms], n_first: int) -> DimerFrames:
     )
 
 
-def measured(outcome: Outcome, tests: list[list[Atoms]], frames: DimerFrames) -> dict[str, Any]:
+def measured(merge_output: MergeOutput, tests: list[list[Atoms]], frames: DimerFrames) -> dict[str, Any]:
     """Errors on the molecules' own test frames and, of a single potential, on the dimer."""
-    own = [evaluate(outcome.potential(k), test, specialist=k) for k, test in enumerate(tests)]
+    own = [evaluate(merge_output.potential(k), test, specialist=k) for k, test in enumerate(tests)]
     result: dict[str, Any] = {"own": {name: e.to_dict() for name, e in zip(MOLECULES, own)}}
-    if len(outcome.potentials) == 1 and outcome.potentials[0].hyper.n_embeddings == 1:
-        result["dimer"] = dimer_errors(frames.predict(outcome.potentials[0]), frames.labels())
+    if len(merge_output.potentials) == 1 and merge_output.potentials[0].hyper.n_embeddings == 1:
+        result["dimer"] = dimer_errors(frames.predict(merge_output.potentials[0]), frames.labels())
     return result
 
 
-def compared(out: Path, specialists: list[Specialist], methods: Sequence[str] | None) -> dict[str, Any]:
+def compared(out: Path, specialists: list[ForceField], methods: Sequence[str] | None) -> dict[str, Any]:
     """Errors of the specialists and of all methods."""
-    mixture = make_mixture(specialists, base=Specialist.load(model_path(out, BASE)), device="cpu")
+    merge_inputs = make_merge_inputs(specialists, base=ForceField.load(model_path(out, BASE)), device="cpu")
     tests = [read_frames(frame_file(out, name, "test")) for name in MOLECULES]
     frames = dimer_parts(read_frames(frame_file(out, "dimer", "test")), len(tests[0][0]))
     results = method_results(
-        mixture,
-        lambda outcome: measured(outcome, tests, frames),
+        merge_inputs,
+        lambda merge_output: measured(merge_output, tests, frames),
         out / "methods",
-        methods=methods or default_methods(mixture),
+        methods=methods or default_methods(merge_inputs),
     )
-    apart = frames.without_interaction(*(s.potential for s in mixture.specialists))
+    apart = frames.without_interaction(*(s.potential for s in merge_inputs.specialists))
     results["specialist"]["dimer"] = dimer_errors(apart, frames.labels())
     return {"n_dimers": len(frames.dimers), "typical": typical_size(frames.labels()), "methods": results}
 

@@ -18,10 +18,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from training_plan import say
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.evaluation.comparison.compare import SPECIALIST, Comparison, compare_methods
-from ase_gffmerge.evaluation.comparison.inputs import LabelledSet, make_mixture
+from ase_gffmerge.evaluation.comparison.inputs import LabelledSet, make_merge_inputs
 from ase_gffmerge.evaluation.comparison.plot import plot_comparison
 from ase_gffmerge.evaluation.comparison.store import RowStore
 from ase_gffmerge.evaluation.comparison.table import markdown
@@ -45,7 +45,7 @@ class Inputs:
     specialists: Path
     test_frames: int
 
-    def specialist(self, molecule: str) -> Specialist:
+    def specialist(self, molecule: str) -> ForceField:
         """The bundled specialist of a molecule, or the one in the folder."""
         name = f"rmd17-{molecule}"
         return load(name if name in BUNDLED else self.specialists / f"{name}.safetensors")
@@ -65,7 +65,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     compared = {
         name: compared_mixture(name, inputs, options.out, methods=options.methods)
-        for name in options.mixtures
+        for name in options.merge_inputs_list
     }
     document = {name: comparison.to_dict() for name, comparison in compared.items()}
     document["growth"] = growth(compared)
@@ -90,13 +90,13 @@ def arguments() -> argparse.Namespace:
 def compared_mixture(name: str, inputs: Inputs, out: Path, *, methods: Sequence[str] | None) -> Comparison:
     """All methods on one mixture; its table and plot go to ``out``."""
     molecules = MIXTURES[name]
-    mixture = make_mixture([inputs.specialist(molecule) for molecule in molecules], device="cpu")
+    merge_inputs = make_merge_inputs([inputs.specialist(molecule) for molecule in molecules], device="cpu")
     tests = [inputs.tests(molecule) for molecule in molecules]
     comparison = compare_methods(
-        mixture,
+        merge_inputs,
         tests,
         methods,
-        store=RowStore(out / "rows", mixture, tests),
+        store=RowStore(out / "rows", merge_inputs, tests),
         progress=lambda fraction, text: say(f"{name} {100 * fraction:3.0f} %  {text}"),
     )
     stem = name.replace(" ", "-").replace("=", "")

@@ -6,7 +6,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from lips20_models import BASE_SYSTEMS, SPECIES, STRESS_WEIGHT, SYSTEMS, THEORY, Size, evenly, frame_file
 from training_plan import TrainingPlan, model_path, say, trained
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.training.config import TrainConfig
@@ -19,19 +19,19 @@ FINE_TUNING = Size(hyper={}, frames=200, base_epochs=0, epochs=6, batch_size=2, 
 """A fine-tuning for two processor cores; energies and forces are still falling at its end."""
 
 
-def base_model(out: Path) -> Specialist:
+def base_model(out: Path) -> ForceField:
     """CHGNet 0.3.0 with reference energies shifted to those of the labels, as a file in ``out``."""
     path = model_path(out, BASE)
     if not path.exists():
         say("shifting the reference energies of CHGNet")
-        base = Specialist.from_chgnet("0.3.0", name=BASE, level_of_theory=THEORY)
+        base = ForceField.from_chgnet("0.3.0", name=BASE, level_of_theory=THEORY)
         for z, shift in reference_shifts(base, out).items():
             base.potential.references[base.species.index(z)] += shift
         base.save(path)
-    return Specialist.load(path)
+    return ForceField.load(path)
 
 
-def reference_shifts(base: Specialist, out: Path) -> dict[int, float]:
+def reference_shifts(base: ForceField, out: Path) -> dict[int, float]:
     """Least-squares energies per element (eV) of what the labels of all four systems have more than the base says."""
     residuals = []
     for system in (*BASE_SYSTEMS, *SYSTEMS):
@@ -64,7 +64,7 @@ def plan(name: str, out: Path, size: Size) -> TrainingPlan:
     )
 
 
-def models(out: Path, size: Size, device: str) -> tuple[list[Specialist], Specialist]:
+def models(out: Path, size: Size, device: str) -> tuple[list[ForceField], ForceField]:
     """Specialists and the jointly trained model, fine-tuned if they are not there."""
     base_model(out)
     specialists = [trained(plan(name, out, size), out, device=device) for name in SYSTEMS]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from training_plan import TrainingPlan, trained, write_frames
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.data.splits import time_block_split
 from ase_gffmerge.training.config import TrainConfig
@@ -115,7 +115,7 @@ def plan(name: str, out: Path, size: Size) -> TrainingPlan:
     )
 
 
-def models(out: Path, size: Size, device: str) -> list[Specialist]:
+def models(out: Path, size: Size, device: str) -> list[ForceField]:
     """The specialists, trained from their base if they are not there."""
     trained(plan(BASE, out, size), out, device=device)
     return [trained(plan(name, out, size), out, device=device) for name in SYSTEMS]

@@ -9,26 +9,32 @@ from training_plan import say
 
 from ase_gffmerge.evaluation.comparison.measurement import run_timed
 from ase_gffmerge.merging.merge import MERGE_VERSION
-from ase_gffmerge.methods import METHODS, Mixture, Outcome, get_method
+from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, get_method
 
 Results = dict[str, dict[str, Any]]
 Column = Callable[[dict[str, Any]], float | None]
 
 
-def default_methods(mixture: Mixture) -> list[str]:
+def default_methods(merge_inputs: MergeInputs) -> list[str]:
     """Methods that need no training and nothing that the mixture lacks."""
-    return [name for name, method in METHODS.items() if not method.trains and not method.missing(mixture)]
+    return [
+        name for name, method in METHODS.items() if not method.trains and not method.missing(merge_inputs)
+    ]
 
 
-def references(mixture: Mixture) -> Iterator[tuple[str, Outcome]]:
+def references(merge_inputs: MergeInputs) -> Iterator[tuple[str, MergeOutput]]:
     """Every specialist on its own territory, and each of them everywhere."""
-    yield "specialist", Outcome(potentials=tuple(s.potential for s in mixture.specialists))
-    for specialist in mixture.specialists:
-        yield f"{specialist.name} alone", Outcome(potentials=(specialist.potential,))
+    yield "specialist", MergeOutput(potentials=tuple(s.potential for s in merge_inputs.specialists))
+    for specialist in merge_inputs.specialists:
+        yield f"{specialist.name} alone", MergeOutput(potentials=(specialist.potential,))
 
 
 def method_results(
-    mixture: Mixture, measure: Callable[[Outcome], dict[str, Any]], folder: Path, *, methods: Sequence[str]
+    merge_inputs: MergeInputs,
+    measure: Callable[[MergeOutput], dict[str, Any]],
+    folder: Path,
+    *,
+    methods: Sequence[str],
 ) -> Results:
     """Measure the specialists and every method; what ``folder`` remembers of the same weights is not run again.
 
@@ -43,25 +49,25 @@ def method_results(
     methods
         Names in the registry.
     """
-    results = {name: measure(outcome) for name, outcome in references(mixture)}
+    results = {name: measure(merge_output) for name, merge_output in references(merge_inputs)}
     for name in methods:
-        results[name] = _remembered(name, mixture, measure, folder / f"{name}.json")
+        results[name] = _remembered(name, merge_inputs, measure, folder / f"{name}.json")
         say(f"{name}: {results[name]['seconds']:.1f} s")
     return results
 
 
 def _remembered(
-    name: str, mixture: Mixture, measure: Callable[[Outcome], dict[str, Any]], path: Path
+    name: str, merge_inputs: MergeInputs, measure: Callable[[MergeOutput], dict[str, Any]], path: Path
 ) -> dict[str, Any]:
     identity = {
         "merge_version": MERGE_VERSION if get_method(name).merges else None,
-        "specialists": [[s.fingerprint, len(s.calibration)] for s in mixture.specialists],
+        "specialists": [[s.fingerprint, len(s.calibration)] for s in merge_inputs.specialists],
     }
     if path.exists() and (saved := json.loads(path.read_text()))["identity"] == identity:
         return saved["result"]
     say(f"{name} ...")
-    outcome, seconds = run_timed(get_method(name), mixture)
-    result = {**measure(outcome), "seconds": seconds, "settings": dict(outcome.settings)}
+    merge_output, seconds = run_timed(get_method(name), merge_inputs)
+    result = {**measure(merge_output), "seconds": seconds, "settings": dict(merge_output.settings)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"identity": identity, "result": result}, indent=1))
     return result

@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import fill
 
 from ase_gffmerge.data.manifest import load_manifest
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.metrics import Errors
 
 
@@ -34,7 +34,7 @@ def published_hash(file_name: str) -> str | None:
     return {file.path: file.sha256 for file in load_manifest("rmd17").files}.get(file_name)
 
 
-def model_card(specialist: Specialist, plan: Plan, measured: Mapping[str, Errors], *, file_hash: str) -> str:
+def model_card(specialist: ForceField, plan: Plan, measured: Mapping[str, Errors], *, file_hash: str) -> str:
     """Write the card: what, whose data, how, how good, for what not, hashes, command."""
     sections = (
         f"# {specialist.name}",
@@ -47,7 +47,7 @@ def model_card(specialist: Specialist, plan: Plan, measured: Mapping[str, Errors
     return "\n\n".join(sections) + "\n"
 
 
-def facts(specialist: Specialist, plan: Plan) -> str:
+def facts(specialist: ForceField, plan: Plan) -> str:
     """Say what the model is and whose data it knows."""
     manifest = load_manifest("rmd17")
     citation = manifest.citations[0]
@@ -68,7 +68,7 @@ def facts(specialist: Specialist, plan: Plan) -> str:
     return "\n\n".join(fill(line, 110) for line in lines)
 
 
-def training(specialist: Specialist, plan: Plan) -> str:
+def training(specialist: ForceField, plan: Plan) -> str:
     """Say which frames were used and how."""
     origin = specialist.provenance
     start = f"from the weights of `{plan.parent}`" if plan.parent else "from random weights"
@@ -102,7 +102,7 @@ def limits(plan: Plan) -> str:
     return "## Limits\n\n" + fill(text, 110)
 
 
-def hashes(specialist: Specialist, plan: Plan, file_hash: str) -> str:
+def hashes(specialist: ForceField, plan: Plan, file_hash: str) -> str:
     """Fingerprints of weights, frames and files, and the command."""
     files = [f"rmd17_{molecule}_{part}_01.npz" for molecule in plan.molecules for part in ("train", "test")]
     rows = {

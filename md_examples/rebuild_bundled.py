@@ -20,7 +20,7 @@ from training_plan import TrainingPlan, parent_model, trained
 
 import ase_gffmerge
 from ase_gffmerge.data.readers import hash_frames, read_frames
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.frames import split_frames
@@ -117,7 +117,7 @@ def config_of(plan: Plan) -> TrainConfig:
 def enter_seen_frames(name: str, data: Path, out: Path) -> None:
     """Record the frames of a finished training and of its ancestors' in the file; refuses frames of another training."""
     plan, path = PLANS[name], out / f"{name}.safetensors"
-    specialist = Specialist.load(path)
+    specialist = ForceField.load(path)
     training, validation = split_frames(
         [data_file(data, molecule, "train") for molecule in plan.molecules], config_of(plan)
     )
@@ -128,10 +128,10 @@ def enter_seen_frames(name: str, data: Path, out: Path) -> None:
     print(f"{path} has seen {len(seen)} frames, its ancestors' among them")
 
 
-def load_named(name: str, out: Path) -> Specialist:
+def load_named(name: str, out: Path) -> ForceField:
     """Load a bundled model; one that was trained under another name is stored under its own."""
     path = out / f"{name}.safetensors"
-    specialist = Specialist.load(path)
+    specialist = ForceField.load(path)
     if specialist.name != name:
         specialist = replace(specialist, name=name)
         specialist.save(path)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.merging.affine_maps import is_affine, rows_entering
@@ -45,7 +45,7 @@ class NormalEquations:
 
 
 @torch.no_grad()
-def reference_recipe(specialists: Sequence[Specialist]) -> tuple[dict[str, Tensor], float]:
+def reference_recipe(specialists: Sequence[ForceField]) -> tuple[dict[str, Tensor], float]:
     """Coefficients of every plain linear layer, and the seconds that they took."""
     started = time.perf_counter()
     equations: dict[str, NormalEquations] = {}

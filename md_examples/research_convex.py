@@ -20,7 +20,7 @@ from research.bench import Bench, Trial, measure
 from research.catalogue import all_trials
 from research.rows import Rows, markdown, plot
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import GFFMergeError, MergeWarning
 
@@ -64,7 +64,7 @@ def load_bench(
     if len(sources) != len(pair):
         raise GFFMergeError(f"{len(sources)} specialists for {len(pair)} molecules; give one file for each")
     return Bench(
-        specialists=tuple(Specialist.load(source) for source in sources),
+        specialists=tuple(ForceField.load(source) for source in sources),
         pools=tuple(tuple(read_frames(data / f"rmd17_{m}_train_01.npz")) for m in pair),
         tests=tuple(tuple(read_frames(data / f"rmd17_{m}_test_01.npz", index=slice(0, n))) for m in pair),
         folder=out,

@@ -8,7 +8,7 @@ from pathlib import Path
 from ase import Atoms
 from ase.io import write
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
 
@@ -60,15 +60,15 @@ def write_frames(path: Path, frames: Sequence[Atoms]) -> None:
     unfinished.replace(path)
 
 
-def parent_model(name: str | None, folder: Path) -> Specialist | None:
+def parent_model(name: str | None, folder: Path) -> ForceField | None:
     """The model of that name in ``folder``, else the bundled one."""
     if name is None:
         return None
     own = model_path(folder, name)
-    return Specialist.load(own if own.exists() else name)
+    return ForceField.load(own if own.exists() else name)
 
 
-def trained(plan: TrainingPlan, folder: Path, *, device: str = "auto") -> Specialist:
+def trained(plan: TrainingPlan, folder: Path, *, device: str = "auto") -> ForceField:
     """Train a model unless ``folder`` holds it; a killed training continues from its last epoch."""
     path = model_path(folder, plan.name)
     if not path.exists():
@@ -84,7 +84,7 @@ def trained(plan: TrainingPlan, folder: Path, *, device: str = "auto") -> Specia
             device=device,
             callback=lambda epoch, losses: say(f"{plan.name} {epoch}/{plan.config.epochs} {_brief(losses)}"),
         )
-    return Specialist.load(path)
+    return ForceField.load(path)
 
 
 def _brief(losses: Mapping[str, float]) -> str:

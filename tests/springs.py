@@ -16,7 +16,7 @@ class Springs:
     def __init__(self, *, stiffness: float = 20.0, length: float = 1.0):
         self.stiffness, self.length = stiffness, length
 
-    def served(self) -> "Springs":
+    def for_inference(self) -> "Springs":
         return self
 
     def __call__(self, graph: Data) -> torch.Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 from ase_gffmerge.forcefield.bundled import bundled_test_frames
 from ase_gffmerge.inference.metrics import evaluate
 
@@ -24,7 +24,7 @@ def benchmark():
 @pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 def test_force_maes_of_the_bundled_pair_keep_their_order(benchmark) -> None:
     """On 20 calibration frames each: the default recipe is far below the paper preset and the mean."""
-    specialists = [Specialist.load(name) for name in benchmark.NAMES]
+    specialists = [ForceField.load(name) for name in benchmark.NAMES]
     tests = [bundled_test_frames(name) for name in benchmark.NAMES]
     few = [specialist.with_calibration(specialist.calibration[:20]) for specialist in specialists]
     result = benchmark.force_maes(few, tests)

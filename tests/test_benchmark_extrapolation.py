@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ase_gffmerge import Specialist, gauged
+from ase_gffmerge import ForceField, with_extrapolation_grade
 from ase_gffmerge.forcefield.bundled import bundled_test_frames
 from ase_gffmerge.inference.metrics import labels
 
@@ -23,8 +23,8 @@ def benchmark():
 
 def test_grade_ranks_the_errors_of_a_specialist(benchmark, tmp_path, capsys) -> None:
     """Inside: its own test frames; outside: those of another molecule, with DFT labels."""
-    specialists = [Specialist.load(f"rmd17-{name}") for name in benchmark.INSIDE]
-    force_field = gauged(specialists[0])
+    specialists = [ForceField.load(f"rmd17-{name}") for name in benchmark.INSIDE]
+    force_field = with_extrapolation_grade(specialists[0])
     parts = {}
     for kind, name in (("inside", "rmd17-ethanol"), ("outside", "rmd17-malonaldehyde")):
         frames = bundled_test_frames(name)[:20]

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 from ase_gffmerge.evaluation.md.protocol import Protocol
 from ase_gffmerge.merging.loop_options import TrajectoryOptions
 
@@ -25,7 +25,7 @@ def benchmark() -> ModuleType:
 
 
 def test_own_trajectories_of_a_specialist_agree_with_itself(benchmark: ModuleType) -> None:
-    pair = [Specialist.load(name, dtype=torch.float32) for name in benchmark.NAMES]
+    pair = [ForceField.load(name, dtype=torch.float32) for name in benchmark.NAMES]
     tests = [benchmark.reference_frames(molecule, None)[:5] for molecule in benchmark.MOLECULES]
     brief = TrajectoryOptions(time=0.02, replicas=1, max_grade=None)
     found = benchmark.own_trajectories(pair[0], pair, tests, brief)
@@ -36,7 +36,7 @@ def test_own_trajectories_of_a_specialist_agree_with_itself(benchmark: ModuleTyp
 
 
 def test_one_molecule_side_by_side(benchmark: ModuleType, tmp_path: Path) -> None:
-    same = Specialist.load("rmd17-ethanol", dtype=torch.float32)
+    same = ForceField.load("rmd17-ethanol", dtype=torch.float32)
     protocol = Protocol(picoseconds=0.04, seeds=1)
     found = benchmark.compare_dynamics("ethanol", same, protocol=protocol, data=None, out=tmp_path).to_dict()
     specialist, merged = found["models"]["specialist"], found["models"]["merged"]

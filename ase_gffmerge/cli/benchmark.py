@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
 
     from ase_gffmerge.evaluation.benchmark.harness import Bench, Row
-    from ase_gffmerge.forcefield.force_field import Specialist
+    from ase_gffmerge.forcefield.force_field import ForceField
 
 DEFAULT = ["rmd17-ethanol", "rmd17-malonaldehyde"]
 MERGE_SHARE = 0.4
@@ -107,7 +107,7 @@ def make_bench(
             list(sources[:count]), device=device, dtype=dtype.value, compile=False, progress=progress
         )
 
-    def calculator(force_field: "Specialist", compiled: bool) -> "Calculator":
+    def calculator(force_field: "ForceField", compiled: bool) -> "Calculator":
         return GFFMergeCalculator(force_field, device=device, dtype=dtype.value, compile=compiled)
 
     specialists = tuple(load(source) for source in sources)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ase_gffmerge.evaluation.comparison.inputs import LabelledSet
     from ase_gffmerge.evaluation.comparison.store import RowStore
     from ase_gffmerge.evaluation.comparison.table import MethodTable
-    from ase_gffmerge.methods import Mixture
+    from ase_gffmerge.methods import MergeInputs
 
 FRAMES_HELP = "one file per specialist, in order; several values, or repeat the option"
 
@@ -46,7 +46,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare all ways to use specialists together on frames that none of them has seen."""
-    from ase_gffmerge.evaluation.comparison.inputs import make_mixture, read_labelled, read_tests
+    from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs, read_labelled, read_tests
     from ase_gffmerge.evaluation.comparison.store import RowStore, default_folder
     from ase_gffmerge.storage.tensor_file import require_writable
     from ase_gffmerge.workflows.load_or_merge import load
@@ -55,15 +55,15 @@ def compare(
         require_writable(path)
     tests = read_tests(specialists, test or ())
     labelled = read_labelled(labels, specialists, option="--labels") if labels else ()
-    mixture = make_mixture(
+    merge_inputs = make_merge_inputs(
         [load(source) for source in specialists],
         base=load(base) if base else None,
         labelled=labelled,
         device=device,
     )
-    store = RowStore(resume or default_folder(), mixture, tests, fresh=fresh)
+    store = RowStore(resume or default_folder(), merge_inputs, tests, fresh=fresh)
     with progress_bar("comparing") as progress:
-        comparison = watched(mixture, tests, split_names(methods), labelled, store, progress)
+        comparison = watched(merge_inputs, tests, split_names(methods), labelled, store, progress)
     write_files(comparison, markdown, plot)
     if as_json:
         print_json(comparison.to_dict())
@@ -80,7 +80,7 @@ def split_names(methods: list[str] | None) -> list[str] | None:
 
 
 def watched(
-    mixture: "Mixture",
+    merge_inputs: "MergeInputs",
     tests: "tuple[LabelledSet, ...]",
     methods: list[str] | None,
     labelled: "tuple[LabelledSet, ...]",
@@ -92,7 +92,7 @@ def watched(
 
     try:
         return compare_methods(
-            mixture,
+            merge_inputs,
             tests,
             methods,
             labelled=labelled,

@@ -41,14 +41,14 @@ def convert(
     """Make a specialist of another package's force field, or write that package's format."""
     from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.data.splits import calibration_frames
-    from ase_gffmerge.forcefield.force_field import Specialist
-    from ase_gffmerge.integrations import foreign_source
+    from ase_gffmerge.forcefield.force_field import ForceField
+    from ase_gffmerge.integrations import vendor_source
     from ase_gffmerge.training.frames import bare
     from ase_gffmerge.workflows.load_or_merge import load
 
-    foreign = foreign_source(source)
-    require_other(out, [foreign[1] if foreign else source, *filter(None, [calibration])])
-    specialist = Specialist.from_vendor(*foreign, trust=trust) if foreign else load(source)
+    converted = vendor_source(source)
+    require_other(out, [converted[1] if converted else source, *filter(None, [calibration])])
+    specialist = ForceField.from_vendor(*converted, trust=trust) if converted else load(source)
     given = {"name": name, "level_of_theory": level_of_theory}
     specialist = replace(specialist, **{key: value for key, value in given.items() if value})  # type: ignore[arg-type]
     if calibration is not None:

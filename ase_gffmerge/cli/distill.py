@@ -13,7 +13,7 @@ from ase_gffmerge.cli.structures import require_other
 from ase_gffmerge.cli.train import EpochWatch
 
 if TYPE_CHECKING:
-    from ase_gffmerge.forcefield.force_field import Specialist
+    from ase_gffmerge.forcefield.force_field import ForceField
     from ase_gffmerge.merging.recipe import Recipe
 
 
@@ -44,15 +44,15 @@ def distill(
     """
     from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.evaluation.analysis.plots import plot_history
-    from ase_gffmerge.merging.distil_options import DistilOptions
+    from ase_gffmerge.merging.distill_options import DistillOptions
     from ase_gffmerge.merging.recipe import load_recipe
     from ase_gffmerge.storage.tensor_file import require_writable
     from ase_gffmerge.training.checkpoint import checkpoint_path
-    from ase_gffmerge.training.distill import distil
+    from ase_gffmerge.training.distill import distill
     from ase_gffmerge.workflows.load_or_merge import load
 
     chosen = load_recipe(recipe)
-    options = (chosen.refine or DistilOptions()).model_copy(update={"epochs": epochs} if epochs else {})
+    options = (chosen.refine or DistillOptions()).model_copy(update={"epochs": epochs} if epochs else {})
     chosen = chosen.model_copy(update={"refine": options})
     loaded = [load(source) for source in specialists]
     extra = [read_frames(path) for path in frames] if frames else None
@@ -63,7 +63,7 @@ def distill(
         progress(0.0, "the specialists label their frames")
         watch = EpochWatch(options.epochs, progress)
         try:
-            distilled, history = distil(
+            distilled, history = distill(
                 start,
                 loaded,
                 options,
@@ -81,7 +81,7 @@ def distill(
     report(distilled, run, history.start, as_json=as_json)
 
 
-def merged_start(specialists: "Sequence[Specialist]", recipe: "Recipe", device: str) -> "Specialist":
+def merged_start(specialists: "Sequence[ForceField]", recipe: "Recipe", device: str) -> "ForceField":
     """Merge through the cache; the verdict on this start does not matter."""
     from ase_gffmerge.errors import MergeWarning
     from ase_gffmerge.merging.compatibility import check_compatible
@@ -98,7 +98,7 @@ def merged_start(specialists: "Sequence[Specialist]", recipe: "Recipe", device: 
         ).force_field
 
 
-def report(distilled: "Specialist", run: dict[str, Any], start: dict[str, float], *, as_json: bool) -> None:
+def report(distilled: "ForceField", run: dict[str, Any], start: dict[str, float], *, as_json: bool) -> None:
     """Print the result."""
     from ase_gffmerge.merging.report import MergeReport
 

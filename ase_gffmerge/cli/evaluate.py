@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ase import Atoms
 
     from ase_gffmerge.evaluation.md.runs import Contestant
-    from ase_gffmerge.forcefield.force_field import Specialist
+    from ase_gffmerge.forcefield.force_field import ForceField
     from ase_gffmerge.inference.metrics import Errors
 
 UNITS = {"force_mae": "eV/Å", "force_rmse": "eV/Å", "energy_mae": "eV/atom"}
@@ -118,7 +118,7 @@ def load_models(sources: Sequence[str], specialist: str | None) -> "list[Contest
     ]
 
 
-def known_specialist(force_field: "Specialist", name: str | None) -> str | None:
+def known_specialist(force_field: "ForceField", name: str | None) -> str | None:
     """The same name, if a potential with one embedding per specialist knows it; without a name, frames must say it."""
     from ase_gffmerge.errors import StructureError
 

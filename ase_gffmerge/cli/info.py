@@ -6,7 +6,7 @@ from ase_gffmerge.cli.options import JsonOption, ModelArgument
 from ase_gffmerge.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from ase_gffmerge.forcefield.force_field import Specialist
+    from ase_gffmerge.forcefield.force_field import ForceField
 
 
 def info(model: ModelArgument, as_json: JsonOption = False) -> None:
@@ -21,7 +21,7 @@ def info(model: ModelArgument, as_json: JsonOption = False) -> None:
         print_table(readable(document))
 
 
-def describe(force_field: "Specialist") -> dict[str, Any]:
+def describe(force_field: "ForceField") -> dict[str, Any]:
     """Everything but weights and frames, JSON-able."""
     from ase.data import chemical_symbols
 
@@ -48,7 +48,7 @@ def describe(force_field: "Specialist") -> dict[str, Any]:
     }
 
 
-def merge_record(force_field: "Specialist") -> dict[str, Any] | None:
+def merge_record(force_field: "ForceField") -> dict[str, Any] | None:
     """How a merged file was made; ``None`` for a specialist."""
     merged = force_field.merged
     if merged is None:

@@ -138,7 +138,7 @@ def extrapolation_monitor(
     """Watch the run as asked for; by default warn where the model has a gauge."""
     from ase_gffmerge.dynamics.extrapolation_monitor import ExtrapolationMonitor
 
-    if choice is Extrapolation.off or (choice is None and atoms.calc.force_field.gauge is None):
+    if choice is Extrapolation.off or (choice is None and atoms.calc.force_field.extrapolation_grade is None):
         return None
     action = (choice or Extrapolation.warn).value
     file = trajectory.with_name(f"{trajectory.stem}-extrapolation.extxyz") if action == "record" else None

@@ -11,7 +11,7 @@ from ase_gffmerge.cli.output import Progress, note, print_json, progress_bar
 from ase_gffmerge.cli.structures import require_other
 
 if TYPE_CHECKING:
-    from ase_gffmerge.forcefield.force_field import Specialist
+    from ase_gffmerge.forcefield.force_field import ForceField
     from ase_gffmerge.merging.recipe import Recipe
     from ase_gffmerge.merging.report import MergeReport
     from ase_gffmerge.workflows.active_learning import ClosedLoopResult
@@ -71,14 +71,14 @@ def merge(
 
 
 def solve(
-    specialists: "Sequence[Specialist]",
+    specialists: "Sequence[ForceField]",
     recipe: "Recipe",
     *,
     rounds: int,
     temperature: float,
     device: str,
     progress: Progress,
-) -> "tuple[Specialist, MergeReport, ClosedLoopResult | None]":
+) -> "tuple[ForceField, MergeReport, ClosedLoopResult | None]":
     """Merge as the recipe says, or with a loop of so many rounds; the loop, where nothing follows it."""
     from ase_gffmerge.merging.loop_options import ClosedLoopOptions
     from ase_gffmerge.storage.documents import validated

@@ -30,7 +30,7 @@ def positive(value: float) -> float:
 
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="Specialist or merged file, or a bundled name.", show_default=False)
+    str, typer.Argument(help="Force-field file, or a bundled name.", show_default=False)
 ]
 StructureArgument = Annotated[
     Path, typer.Argument(help="Structure: any file ASE reads, or frames (the first one).", show_default=False)

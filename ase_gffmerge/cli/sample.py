@@ -19,7 +19,7 @@ def sample(
     ],
     out: Annotated[Path | None, typer.Option(help="Frames to write (.extxyz).", show_default=False)] = None,
     attach: Annotated[
-        Path | None, typer.Option(help="Specialist to write with these calibration frames (.safetensors).")
+        Path | None, typer.Option(help="Force field to write with these calibration frames (.safetensors).")
     ] = None,
     n: Annotated[int, typer.Option("--n", help="Frames wanted.")] = 100,
     temperatures: Annotated[

@@ -12,7 +12,7 @@ from ase_gffmerge.cli.output import Progress, note, print_json, print_table, pro
 from ase_gffmerge.cli.structures import require_other
 
 if TYPE_CHECKING:
-    from ase_gffmerge.forcefield.force_field import Specialist
+    from ase_gffmerge.forcefield.force_field import ForceField
     from ase_gffmerge.inference.metrics import Errors
     from ase_gffmerge.training.state import History
 
@@ -21,7 +21,7 @@ FRAMES_HELP = "Labelled frames: extxyz or another file ASE reads, rMD17 or MD17 
 
 def train(
     frames: Annotated[list[Path], typer.Argument(help=FRAMES_HELP, show_default=False)],
-    out: Annotated[Path, typer.Option(help="Specialist file to write (.safetensors).", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Force-field file to write (.safetensors).", show_default=False)],
     model: Annotated[
         str | None, typer.Option(help="painn or nequip [default: of --init, else painn].")
     ] = None,
@@ -99,7 +99,7 @@ class EpochWatch:
 
 
 def summary(
-    trained: "tuple[Specialist, History, Errors | None]", out: Path, curve: Path, seconds: float
+    trained: "tuple[ForceField, History, Errors | None]", out: Path, curve: Path, seconds: float
 ) -> dict[str, Any]:
     """Describe the result as one JSON-able document."""
     specialist, history, errors = trained

@@ -8,8 +8,8 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from ase_gffmerge.dynamics.langevin import Swarm
-from ase_gffmerge.dynamics.stopping import Monitor, Stop, Watch
+from ase_gffmerge.dynamics.langevin import BatchedLangevin
+from ase_gffmerge.dynamics.stopping import Stop, StoppingCriteria, StoppingTracker
 from ase_gffmerge.dynamics.velocities import degrees_of_freedom, new_momenta
 from ase_gffmerge.errors import DynamicsError, StructureError
 from ase_gffmerge.inference.metrics import check_frames
@@ -72,7 +72,7 @@ def run_replicas(
     specialist: str | int | Sequence[str | int | None] | None = None,
     names: Sequence[str] | None = None,
     skin: float = 1.0,
-    monitor: Monitor | None = None,
+    monitor: StoppingCriteria | None = None,
     on_progress: Progress | None = None,
 ) -> list[ReplicaRun]:
     """Run every structure as a replica of its own, all of them in one batch.
@@ -146,7 +146,7 @@ def run_replicas(
     starts = [
         _start(s, t, g, thermalize) for s, t, g in zip(structures, temperatures, generators, strict=True)
     ]
-    swarm = Swarm(
+    swarm = BatchedLangevin(
         potential,
         starts,
         temperatures=temperatures,
@@ -158,7 +158,7 @@ def run_replicas(
     at_rest = thermalize and ensemble == "nve"
     freedom = [degrees_of_freedom(atoms, at_rest=at_rest) for atoms in starts]
     intact = starts if references is None else _each(list(references), n, "references")
-    watch = Watch(monitor or Monitor(), swarm, intact, freedom=freedom)
+    watch = StoppingTracker(monitor or StoppingCriteria(), swarm, intact, freedom=freedom)
     records = [_Record(atoms, t) for atoms, t in zip(starts, temperatures, strict=True)]
     tell = on_progress or (lambda fraction, text: None)
     friction = friction if ensemble == "nvt" else 0.0
@@ -167,8 +167,8 @@ def run_replicas(
 
 
 def _run(
-    swarm: Swarm,
-    watch: Watch,
+    swarm: BatchedLangevin,
+    watch: StoppingTracker,
     records: list["_Record"],
     *,
     timestep: float,
@@ -198,7 +198,7 @@ def _run(
             tell(step / steps, f"{len(moving)} of {len(records)} replicas at {step * timestep / 1000:.2f} ps")
 
 
-def _record(swarm: Swarm, watch: Watch, moving: Sequence["_Record"], time: float) -> None:
+def _record(swarm: BatchedLangevin, watch: StoppingTracker, moving: Sequence["_Record"], time: float) -> None:
     arrays = [x.cpu().numpy() for x in (swarm.positions, swarm.momenta, swarm.forces)]
     rows = np.stack(
         [x.cpu().numpy() for x in (swarm.energies, swarm.kinetic_energies(), watch.temperatures())], axis=1

@@ -8,7 +8,12 @@ import ase.io
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.errors import ExtrapolationError, ExtrapolationWarning, GFFMergeError, UngaugedError
+from ase_gffmerge.errors import (
+    ExtrapolationError,
+    ExtrapolationWarning,
+    GFFMergeError,
+    MissingExtrapolationGradeError,
+)
 from ase_gffmerge.storage.tensor_file import require_writable
 
 Action = Literal["warn", "stop", "record"]
@@ -50,7 +55,7 @@ class ExtrapolationMonitor:
 
     Raises
     ------
-    UngaugedError
+    MissingExtrapolationGradeError
         When the calculator serves a force field without a gauge.
     GFFMergeError
         For options that do not fit each other.
@@ -84,7 +89,7 @@ class ExtrapolationMonitor:
                 f"a file goes with action='record' and no other, not with {action!r} and {file}"
             )
         self.atoms, self.calculator = atoms, atoms.calc if calculator is None else calculator
-        require_gauge(self.calculator)
+        require_extrapolation_grade(self.calculator)
         self.file = None if file is None else Path(file)
         if self.file is not None:
             require_writable(self.file)
@@ -136,16 +141,16 @@ class ExtrapolationMonitor:
         ase.io.write(self.file, frame, format="extxyz", append=True)
 
 
-def require_gauge(calculator: Any) -> None:
-    """Raise :class:`UngaugedError` when a calculator will not serve extrapolation grades."""
+def require_extrapolation_grade(calculator: Any) -> None:
+    """Raise :class:`MissingExtrapolationGradeError` when a calculator will not serve extrapolation grades."""
     force_field = getattr(calculator, "force_field", None)
-    if getattr(force_field, "gauge", None) is not None:
+    if getattr(force_field, "extrapolation_grade", None) is not None:
         return
     if force_field is None:
-        raise UngaugedError(
+        raise MissingExtrapolationGradeError(
             f"{type(calculator).__name__} serves no extrapolation grade; give the GFFMergeCalculator as calculator="
         )
-    raise UngaugedError(
+    raise MissingExtrapolationGradeError(
         f"{force_field.name!r} has no extrapolation gauge: it is a single specialist, or a merge by an older version; merge "
-        "again, or give the calculator ase_gffmerge.gauged(Specialist.load(...))"
+        "again, or give the calculator ase_gffmerge.gauged(ForceField.load(...))"
     )

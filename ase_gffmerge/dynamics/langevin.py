@@ -27,7 +27,7 @@ from ase_gffmerge.graphs.verlet import VerletGraph
 from ase_gffmerge.models import Potential
 
 
-class Swarm:
+class BatchedLangevin:
     """Positions, momenta and forces of a batch of replicas, float64 on the potential's device, in ASE's units.
 
     Parameters
@@ -69,7 +69,7 @@ class Swarm:
         names: Sequence[str] | None = None,
         skin: float,
     ):
-        self.potential, self.device = potential.served(), potential.device
+        self.potential, self.device = potential.for_inference(), potential.device
         hyper = potential.hyper
         prepared = [
             with_indices(atoms, hyper.n_embeddings, names=names, default=default)

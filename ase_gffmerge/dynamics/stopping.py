@@ -12,8 +12,8 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from ase_gffmerge.dynamics.bonds import find_bonds
-from ase_gffmerge.dynamics.langevin import Swarm
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.dynamics.langevin import BatchedLangevin
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.inference.predict import grades
 
@@ -22,7 +22,7 @@ Grade = Callable[[Data], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Monitor:
+class StoppingCriteria:
     """What stops a replica; ``None`` switches a criterion off. Energies that are not finite always stop it.
 
     Attributes
@@ -48,17 +48,17 @@ class Monitor:
     max_grade: float = 2.0
 
 
-def standard_monitor(force_field: Specialist, *, max_grade: float | None = 2.0) -> Monitor:
+def standard_criteria(force_field: ForceField, *, max_grade: float | None = 2.0) -> StoppingCriteria:
     """A monitor that also looks at the extrapolation grade, if the force field has a gauge; ``None``: it does not."""
-    if force_field.gauge is None or max_grade is None:
-        return Monitor()
+    if force_field.extrapolation_grade is None or max_grade is None:
+        return StoppingCriteria()
 
     def grade(graph: Data) -> Tensor:
         found = grades(force_field, graph)
         assert found is not None
         return found
 
-    return Monitor(grade=grade, max_grade=max_grade)
+    return StoppingCriteria(grade=grade, max_grade=max_grade)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Stop:
 
 
 @dataclass(frozen=True)
-class WatchedBonds:
+class BondCriterion:
     """Bonds of one replica: ``pairs`` (n, 2), image ``offsets`` (n, 3) in Å, largest ``limits`` (n,) in Å."""
 
     pairs: np.ndarray
@@ -78,7 +78,7 @@ class WatchedBonds:
     limits: np.ndarray
 
     @classmethod
-    def of(cls, atoms: Atoms, monitor: Monitor) -> "WatchedBonds":
+    def of(cls, atoms: Atoms, monitor: StoppingCriteria) -> "BondCriterion":
         """Bonds of the structure as it is now, without those of mobile elements."""
         bonds = find_bonds(atoms)
         hops = np.isin(atoms.numbers, [chemical_symbols.index(symbol) for symbol in monitor.mobile])
@@ -89,7 +89,7 @@ class WatchedBonds:
         return cls(pairs, nearest - vectors, (monitor.stretch or np.inf) * bonds.lengths[held])
 
 
-class Watch:
+class StoppingTracker:
     """A monitor at work on a swarm.
 
     Parameters
@@ -105,12 +105,17 @@ class Watch:
     """
 
     def __init__(
-        self, monitor: Monitor, swarm: Swarm, references: Sequence[Atoms], *, freedom: Sequence[int]
+        self,
+        monitor: StoppingCriteria,
+        swarm: BatchedLangevin,
+        references: Sequence[Atoms],
+        *,
+        freedom: Sequence[int],
     ):
         self.monitor, self.swarm = monitor, swarm
         self.freedom = torch.as_tensor(freedom, dtype=torch.float64, device=swarm.device)
         self.radii = torch.as_tensor(covalent_radii, dtype=torch.float64, device=swarm.device)
-        self._bonds = [WatchedBonds.of(atoms, monitor) for atoms in references]
+        self._bonds = [BondCriterion.of(atoms, monitor) for atoms in references]
         self._join()
 
     def _join(self) -> None:

@@ -18,9 +18,9 @@ from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs.verlet import VerletGraph
-from ase_gffmerge.inference.predictor import Server
+from ase_gffmerge.inference.predictor import Predictor
 
 try:
     from torch_sim.models.interface import ModelInterface
@@ -48,10 +48,10 @@ class TorchSimModel(ModelInterface):
         Of the neighbour lists, Å; it changes the speed, not the result.
     """
 
-    def __init__(self, force_field: Specialist, *, specialist: str | int | None = None, skin: float = 1.0):
+    def __init__(self, force_field: ForceField, *, specialist: str | int | None = None, skin: float = 1.0):
         super().__init__()
         self.force_field, self.specialist, self.skin = force_field, specialist, skin
-        self._server = Server(force_field, compile=False)
+        self._server = Predictor(force_field, compile=False)
         self._device, self._dtype = force_field.potential.device, torch.float64
         self._compute_forces = self._compute_stress = True
         self._memory_scales_with = "n_atoms_x_density"

@@ -15,7 +15,7 @@ from torch import Tensor
 from ase_gffmerge.errors import FileFormatError, StructureError, first_line
 from ase_gffmerge.forcefield.calibration_tensors import pack_frames, require_sound, unpack_frames
 from ase_gffmerge.forcefield.conditioning import with_indices, without_choice
-from ase_gffmerge.forcefield.leverage import LeverageGauge
+from ase_gffmerge.forcefield.leverage import ExtrapolationGrade
 from ase_gffmerge.forcefield.provenance import (
     MergeRecord,
     Provenance,
@@ -24,7 +24,7 @@ from ase_gffmerge.forcefield.provenance import (
     unpack_merge_record,
     unpack_provenance,
 )
-from ase_gffmerge.integrations.registry import foreign_source
+from ase_gffmerge.integrations.registry import vendor_source
 from ase_gffmerge.models import Potential, build_potential
 from ase_gffmerge.storage.tensor_file import digest, read_file, write_file
 
@@ -34,7 +34,7 @@ _BUNDLED_FOLDER = Path(str(files("ase_gffmerge") / "bundled"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Specialist:
+class ForceField:
     """A potential, its calibration frames and its history.
 
     Attributes
@@ -61,7 +61,7 @@ class Specialist:
     level_of_theory: str = "unknown"
     provenance: Provenance = field(default_factory=Provenance)
     merged: MergeRecord | None = None
-    gauge: LeverageGauge | None = None
+    extrapolation_grade: ExtrapolationGrade | None = None
 
     def __post_init__(self) -> None:
         """Take what calibration frames say about specialists off them: they are this one's."""
@@ -135,8 +135,10 @@ class Specialist:
         require_sound(self.calibration, self.name)
         tensors = {f"potential.{name}": value for name, value in self.potential.state_dict().items()}
         tensors |= pack_frames(self.calibration) | pack_seen(self.provenance)
-        if self.gauge is not None:
-            tensors |= {f"gauge.{name}": value for name, value in self.gauge.state_dict().items()}
+        if self.extrapolation_grade is not None:
+            tensors |= {
+                f"gauge.{name}": value for name, value in self.extrapolation_grade.state_dict().items()
+            }
         metadata: dict[str, Any] = {
             "name": self.name,
             "architecture": self.potential.architecture,
@@ -170,8 +172,8 @@ class Specialist:
         FileFormatError
             When the file is missing, truncated, altered, of an unknown version, or not what it says.
         """
-        if foreign := foreign_source(source):
-            return cls.from_vendor(*foreign).to(device=device, dtype=dtype)
+        if converted := vendor_source(source):
+            return cls.from_vendor(*converted).to(device=device, dtype=dtype)
         path = bundled_path(source)
         metadata, tensors = read_file(path)
         if "checkpoint" in metadata:
@@ -190,7 +192,7 @@ class Specialist:
                 level_of_theory=require_kind(metadata["level_of_theory"], str, "level_of_theory"),
                 provenance=unpack_provenance(metadata["provenance"], tensors),
                 merged=unpack_merge_record(merged) if merged else None,
-                gauge=_unpack_gauge(tensors, potential),
+                extrapolation_grade=_unpack_extrapolation_grade(tensors, potential),
             )
             units = metadata["units"]
         except FileFormatError as error:
@@ -244,8 +246,8 @@ class Specialist:
         """
         from ase_gffmerge.integrations import adapter
 
-        foreign = adapter(vendor).read(source, trust=trust)
-        if broken := first_not_finite(foreign.potential):
+        converted = adapter(vendor).read(source, trust=trust)
+        if broken := first_not_finite(converted.potential):
             raise FileFormatError(
                 f"{vendor}:{source}: its parameter {broken!r} contains NaN or infinity; the training diverged"
             )
@@ -255,11 +257,14 @@ class Specialist:
             else ""
         )
         return cls(
-            name=name or foreign.name or stem or f"{vendor}-{source if isinstance(source, str) else 'model'}",
-            potential=foreign.potential,
+            name=name
+            or converted.name
+            or stem
+            or f"{vendor}-{source if isinstance(source, str) else 'model'}",
+            potential=converted.potential,
             calibration=tuple(calibration),
-            level_of_theory=level_of_theory or foreign.level_of_theory,
-            provenance=Provenance(origin=f"{foreign.vendor} {foreign.version}".strip()),
+            level_of_theory=level_of_theory or converted.level_of_theory,
+            provenance=Provenance(origin=f"{converted.vendor} {converted.version}".strip()),
         )
 
     @classmethod
@@ -282,8 +287,8 @@ class Specialist:
     def to(self, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Self:
         """Cast and move the weights in place; returns self."""
         self.potential.to(device=device, dtype=dtype)
-        if self.gauge is not None:
-            self.gauge.to(device=device, dtype=dtype)
+        if self.extrapolation_grade is not None:
+            self.extrapolation_grade.to(device=device, dtype=dtype)
         return self
 
     def with_calibration(self, frames: Sequence[Atoms]) -> Self:
@@ -341,7 +346,9 @@ def _fresh_potential(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor])
     return build_potential(metadata["architecture"], hyper, tuple(species))
 
 
-def _unpack_gauge(tensors: Mapping[str, Tensor], potential: Potential) -> LeverageGauge | None:
+def _unpack_extrapolation_grade(
+    tensors: Mapping[str, Tensor], potential: Potential
+) -> ExtrapolationGrade | None:
     """The gauge of a file; files of older merges, and of most specialists, have none."""
     if "gauge.species" not in tensors:
         return None
@@ -356,7 +363,7 @@ def _unpack_gauge(tensors: Mapping[str, Tensor], potential: Potential) -> Levera
     ):
         raise ValueError("the extrapolation gauge (its matrices do not fit its elements or are not finite)")
     aligned = whitening.clone()  # as torch allocates: sums in BLAS may depend on it
-    return LeverageGauge(species, aligned).eval().to(device=potential.device)
+    return ExtrapolationGrade(species, aligned).eval().to(device=potential.device)
 
 
 def _load_weights(potential: Potential, tensors: Mapping[str, Tensor], path: Path) -> None:

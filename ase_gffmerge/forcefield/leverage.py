@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 
-class LeverageGauge(nn.Module):
+class ExtrapolationGrade(nn.Module):
     r"""Extrapolation grade :math:`g_i = \lVert z_i W_{Z_i}\rVert` per atom.
 
     Parameters

@@ -22,8 +22,8 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from ase_gffmerge.forcefield.force_field import Specialist
-from ase_gffmerge.forcefield.leverage import LeverageGauge
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.leverage import ExtrapolationGrade
 from ase_gffmerge.graphs import batch_graphs, build_graph
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.models import Potential
@@ -39,12 +39,14 @@ MAX_ATOMS = 500
 """Atoms per batch."""
 
 
-def extrapolation_gauge(potential: Potential, specialists: Sequence[Specialist]) -> LeverageGauge | None:
+def fit_extrapolation_grade(
+    potential: Potential, specialists: Sequence[ForceField]
+) -> ExtrapolationGrade | None:
     """Gauge of ``potential`` by the calibration frames of ``specialists``, whose indices are their positions.
 
     Returns
     -------
-    LeverageGauge or None
+    ExtrapolationGrade or None
         Its matrices are float32; ``None`` when there are no calibration frames.
     """
     if not any(specialist.calibration for specialist in specialists):
@@ -52,20 +54,22 @@ def extrapolation_gauge(potential: Potential, specialists: Sequence[Specialist])
     z, numbers, frame = calibration_features(potential, specialists)
     species = torch.unique(numbers)
     whitening = [_whitening(z[numbers == number], frame[numbers == number]) for number in species]
-    return LeverageGauge(species, torch.stack(whitening).float()).eval()
+    return ExtrapolationGrade(species, torch.stack(whitening).float()).eval()
 
 
-def gauged(specialist: Specialist) -> Specialist:
+def with_extrapolation_grade(specialist: ForceField) -> ForceField:
     """Copy of a force field with a gauge from its own calibration frames.
 
     Use it for a specialist, and again after anything that changes a potential's weights: the old gauge no longer fits.
     """
-    return replace(specialist, gauge=extrapolation_gauge(specialist.potential, [specialist]))
+    return replace(
+        specialist, extrapolation_grade=fit_extrapolation_grade(specialist.potential, [specialist])
+    )
 
 
 @torch.no_grad()
 def calibration_features(
-    potential: Potential, specialists: Sequence[Specialist]
+    potential: Potential, specialists: Sequence[ForceField]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features z (n_atoms, d) in float64, atomic numbers (n_atoms,) and frame indices (n_atoms,) of all frames."""
     sizes = [len(atoms) for specialist in specialists for atoms in specialist.calibration]

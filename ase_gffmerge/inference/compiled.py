@@ -22,7 +22,7 @@ from ase_gffmerge.graphs import Prediction
 from ase_gffmerge.graphs.derivatives import assemble
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.inference.cuda_capture import CudaGraphs
-from ase_gffmerge.inference.cuda_graphs import CapturedFunction, EdgeFunction, Result, Size, ghost_graph
+from ase_gffmerge.inference.cuda_graphs import CapturedFunction, EdgeFunction, Result, Size, padding_graph
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.batching import is_out_of_memory
 
@@ -143,13 +143,17 @@ class CompiledPotential:
         return result
 
     def _made(self, way: Way) -> EdgeFunction:
-        ghost = self.potential.species[0], self.potential.hyper.cutoff
+        padding_atom = self.potential.species[0], self.potential.hyper.cutoff
         if way == "compiled":
             function = compiled(self.potential, backend=self.backend)
-            function(*ghost_graph(TRACED, ghost, like=self.potential.embedding))
+            function(*padding_graph(TRACED, padding_atom, like=self.potential.embedding))
         else:
             function = differentiated(self.potential)
-        return CapturedFunction(function, ghost=ghost, record=CudaGraphs()) if self._on_gpu else function
+        return (
+            CapturedFunction(function, padding_atom=padding_atom, record=CudaGraphs())
+            if self._on_gpu
+            else function
+        )
 
     def _give_up(self, error: Exception) -> None:
         if not self._failed:

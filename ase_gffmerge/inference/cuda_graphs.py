@@ -28,7 +28,7 @@ Result = tuple[Tensor, tuple[Tensor, list[Tensor]]]
 """Gradient (n_edges, 3), energies (n_atoms,) and scalars (n_atoms, channels) of every block."""
 EdgeFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Result]
 
-GHOSTS = 8
+PADDING_ATOMS = 8
 """Least number of ghost atoms, which share the superfluous edges: sums over the edges of one atom are slow on a GPU."""
 VISITS, BACKOFF = 3, 4
 """Graphs of a size before it is recorded, which costs as much as ten evaluations, and the factor by which they become more
@@ -55,7 +55,7 @@ class Size:
     @classmethod
     def around(cls, n_atoms: int, n_edges: int) -> "Size":
         """Give the least size with room for so many atoms and edges, and the ghosts."""
-        return cls(capacity(n_atoms + GHOSTS), capacity(n_edges))
+        return cls(capacity(n_atoms + PADDING_ATOMS), capacity(n_edges))
 
 
 def capacity(count: int) -> int:
@@ -74,7 +74,7 @@ Record = Callable[[EdgeFunction, Arguments], tuple[Result, Callable[[], object]]
 class Recording:
     """What is read and written by a replay, always at the same addresses, and the ghosts that fill up its graphs."""
 
-    ghosts: Arguments
+    padding: Arguments
     inputs: Arguments
     outputs: Result
     replay: Callable[[], object]
@@ -82,22 +82,22 @@ class Recording:
     def __call__(self, arguments: Sequence[Tensor]) -> Result:
         """Put a graph in the place of the first ghosts, replay, and copy what belongs to it."""
         edges, atoms = slice(len(arguments[0])), slice(len(arguments[2]))
-        for buffer, values, ghosts, dim in zip(
-            self.inputs, arguments, self.ghosts, (0, 1, 0, 0), strict=True
+        for buffer, values, padding, dim in zip(
+            self.inputs, arguments, self.padding, (0, 1, 0, 0), strict=True
         ):
             n = values.shape[dim]
-            torch.cat([values, ghosts.narrow(dim, n, ghosts.shape[dim] - n)], dim=dim, out=buffer)
+            torch.cat([values, padding.narrow(dim, n, padding.shape[dim] - n)], dim=dim, out=buffer)
         self.replay()
         gradient, (energies, scalars) = self.outputs
         return gradient[edges].clone(), (energies[atoms].clone(), [x[atoms].clone() for x in scalars])
 
 
-def ghost_graph(size: Size, ghost: tuple[int, float], *, like: Tensor) -> Arguments:
+def padding_graph(size: Size, padding_atom: tuple[int, float], *, like: Tensor) -> Arguments:
     """Graph of nothing but ghosts of this atomic number and length of edges, on the device and in the type of ``like``."""
-    number, distance = ghost
+    number, distance = padding_atom
     vectors = like.new_zeros(size.n_edges, 3)
     vectors[:, 0] = distance
-    atoms = size.n_atoms - 1 - torch.arange(size.n_edges, device=like.device) % GHOSTS
+    atoms = size.n_atoms - 1 - torch.arange(size.n_edges, device=like.device) % PADDING_ATOMS
     specialist = atoms.new_zeros(size.n_atoms)
     return vectors, atoms.repeat(2, 1), specialist, torch.full_like(specialist, number)
 
@@ -115,8 +115,8 @@ class CapturedFunction:
         How to record.
     """
 
-    def __init__(self, function: EdgeFunction, *, ghost: tuple[int, float], record: Record):
-        self.function, self.ghost, self.record = function, ghost, record
+    def __init__(self, function: EdgeFunction, *, padding_atom: tuple[int, float], record: Record):
+        self.function, self.padding_atom, self.record = function, padding_atom, record
         self._visits: Counter[Size] = Counter()
         self._needed: dict[Size, int] = {}
         self._recordings: OrderedDict[Size, Recording] = OrderedDict()
@@ -144,14 +144,14 @@ class CapturedFunction:
             return None
         if len(self._recordings) >= RECORDINGS:
             self._forget(next(iter(self._recordings)))
-        ghosts = ghost_graph(size, self.ghost, like=vectors)
-        inputs = (ghosts[0].clone(), ghosts[1].clone(), ghosts[2].clone(), ghosts[3].clone())
+        padding = padding_graph(size, self.padding_atom, like=vectors)
+        inputs = (padding[0].clone(), padding[1].clone(), padding[2].clone(), padding[3].clone())
         try:
             outputs, replay = self.record(self.function, inputs)
         except Exception as error:  # whatever CUDA and the network may say
             self._failed(size, error)
             return None
-        recording = self._recordings[size] = Recording(ghosts, inputs, outputs, replay)
+        recording = self._recordings[size] = Recording(padding, inputs, outputs, replay)
         return recording
 
     def _take_turns(self, device: torch.device) -> None:

@@ -14,12 +14,12 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.errors import StructureError
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.inference.predict import predict_graded
 
 
-def force_disagreement(specialists: Sequence[Specialist], atoms: Atoms) -> np.ndarray:
+def force_disagreement(specialists: Sequence[ForceField], atoms: Atoms) -> np.ndarray:
     """Standard deviation of the specialists' forces, (n_atoms,) in eV/Å, over those that know all elements.
 
     Raises
@@ -38,7 +38,7 @@ def force_disagreement(specialists: Sequence[Specialist], atoms: Atoms) -> np.nd
     return (forces - forces.mean(dim=0)).square().sum(dim=2).mean(dim=0).sqrt().numpy()
 
 
-def _forces(specialist: Specialist, atoms: Atoms) -> torch.Tensor:
+def _forces(specialist: ForceField, atoms: Atoms) -> torch.Tensor:
     """Forces (n_atoms, 3) of one specialist, which reads no specialist index."""
     bare = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
     graph = build_graph(bare, specialist.cutoff).to(specialist.potential.device)

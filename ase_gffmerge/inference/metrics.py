@@ -74,7 +74,7 @@ def predict_frames(
         When a single frame does not fit into the device's memory.
     """
     check_frames(potential, frames)
-    served, hyper = potential.served(), potential.hyper
+    served, hyper = potential.for_inference(), potential.hyper
 
     def graph(atoms: Atoms) -> Data:
         prepared = with_indices(atoms, hyper.n_embeddings, names=names, default=specialist)

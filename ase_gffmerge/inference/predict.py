@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import Prediction, predict
 from ase_gffmerge.graphs.graph import edge_vectors
 
 
 @torch.no_grad()
-def grades(force_field: Specialist, graph: Data) -> Tensor | None:
+def grades(force_field: ForceField, graph: Data) -> Tensor | None:
     """Extrapolation grade of every atom of a graph or a batch of graphs.
 
     Parameters
     ----------
     force_field
-        A merged force field, or a specialist with a gauge (:func:`~ase_gffmerge.forcefield.leverage_fit.gauged`).
+        A force field with an extrapolation grade.
     graph
         On the device of the force field; it is not changed.
 
@@ -27,29 +27,31 @@ def grades(force_field: Specialist, graph: Data) -> Tensor | None:
     Tensor or None
         (n_atoms,), where 1 is the edge of the calibration set; ``None`` when the force field has no gauge.
     """
-    if force_field.gauge is None:
+    if force_field.extrapolation_grade is None:
         return None
     graph = copy(graph)
     graph.edge_vectors = edge_vectors(graph).to(force_field.potential.dtype)
-    return force_field.gauge(force_field.potential.features(graph), graph.atomic_numbers)
+    return force_field.extrapolation_grade(force_field.potential.features(graph), graph.atomic_numbers)
 
 
-def predict_graded(force_field: Specialist, graph: Data) -> tuple[Prediction, Tensor | None]:
+def predict_graded(force_field: ForceField, graph: Data) -> tuple[Prediction, Tensor | None]:
     """Energies, forces and strain derivatives, with the grades (n_atoms,) of the same forward pass if there is a gauge.
 
     Geometry is in the type of the graph up to the edge vectors, whatever type the weights have: vectors far from the origin
     keep their digits, and forces sum to zero, also in float32.
     """
-    potential, gauge = force_field.potential, force_field.gauge
+    potential, extrapolation_grade = force_field.potential, force_field.extrapolation_grade
     kept: list[Tensor] = []
 
     def energies(graph: Data) -> Tensor:
         graph.edge_vectors = graph.edge_vectors.to(potential.dtype)
-        if gauge is None:
+        if extrapolation_grade is None:
             return potential(graph)
         scalars = potential.features(graph)
         kept.extend(x.detach() for x in scalars)
         return potential.energies(scalars, graph)
 
     prediction = predict(energies, graph)
-    return prediction, None if gauge is None else gauge(kept, graph.atomic_numbers)
+    return prediction, None if extrapolation_grade is None else extrapolation_grade(
+        kept, graph.atomic_numbers
+    )

@@ -5,13 +5,13 @@ from dataclasses import replace
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import Prediction
 from ase_gffmerge.inference.compiled import Compile, CompiledPotential
 from ase_gffmerge.inference.predict import predict_graded
 
 
-class Server:
+class Predictor:
     """Energies, forces, strain derivatives and grades of graphs; safe to call from several threads.
 
     Parameters
@@ -22,9 +22,9 @@ class Server:
         Whether to compile, see :class:`~ase_gffmerge.inference.compiled.CompiledPotential`.
     """
 
-    def __init__(self, force_field: Specialist, *, compile: Compile):
-        self._graded = replace(force_field, potential=force_field.potential.served())
-        self._bare = replace(self._graded, gauge=None)
+    def __init__(self, force_field: ForceField, *, compile: Compile):
+        self._graded = replace(force_field, potential=force_field.potential.for_inference())
+        self._bare = replace(self._graded, extrapolation_grade=None)
         self._compiled = CompiledPotential(force_field.potential, compile=compile)
 
     def __call__(self, graph: Data, *, graded: bool = True) -> tuple[Prediction, Tensor | None]:
@@ -35,5 +35,7 @@ class Server:
         compiled, force_field = self._compiled(graph), self._graded if graded else self._bare
         if compiled is None:
             return predict_graded(force_field, graph)
-        (prediction, scalars), gauge = compiled, force_field.gauge
-        return prediction, None if gauge is None else gauge(scalars, graph.atomic_numbers)
+        (prediction, scalars), extrapolation_grade = compiled, force_field.extrapolation_grade
+        return prediction, None if extrapolation_grade is None else extrapolation_grade(
+            scalars, graph.atomic_numbers
+        )

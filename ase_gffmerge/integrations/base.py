@@ -18,7 +18,7 @@ from ase_gffmerge.models import Potential
 
 
 @dataclass(frozen=True, kw_only=True)
-class Foreign:
+class ConvertedModel:
     """What an adapter reads.
 
     Attributes
@@ -57,7 +57,7 @@ class Adapter(Protocol):
     vendor: str
     architecture: str
 
-    def read(self, source: Any, *, trust: bool = False) -> Foreign:
+    def read(self, source: Any, *, trust: bool = False) -> ConvertedModel:
         """Convert a vendor's model, its file, or a name of pretrained weights.
 
         Parameters

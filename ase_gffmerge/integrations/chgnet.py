@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.integrations.base import Foreign, load_checkpoint, require_own_parts
+from ase_gffmerge.integrations.base import ConvertedModel, load_checkpoint, require_own_parts
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.chgnet import CHGNet, CHGNetHyper
 from ase_gffmerge.storage.tensor_file import atomic_write
@@ -43,7 +43,7 @@ class CHGNetAdapter:
     vendor = "chgnet"
     architecture = CHGNet.architecture
 
-    def read(self, source: Any, *, trust: bool = False) -> Foreign:
+    def read(self, source: Any, *, trust: bool = False) -> ConvertedModel:
         """Convert a ``CHGNet``, a checkpoint of its trainer, or a name in :data:`PRETRAINED`.
 
         Raises
@@ -94,7 +94,7 @@ def pretrained(name: str) -> Path:
     return next(folder.glob("*.pth.tar"))
 
 
-def _convert(content: Mapping[str, Any], origin: str, theory: str) -> Foreign:
+def _convert(content: Mapping[str, Any], origin: str, theory: str) -> ConvertedModel:
     """Potential of a dictionary with ``state_dict`` and ``model_args``."""
     try:
         state, arguments = dict(content["state_dict"]), dict(content["model_args"])
@@ -111,7 +111,7 @@ def _convert(content: Mapping[str, Any], origin: str, theory: str) -> Foreign:
         raise FileFormatError(
             f"{origin} holds no CHGNet of version 0.3.0's kind ({first_line(error)}); give what CHGNet's trainer saves"
         ) from None
-    return Foreign(
+    return ConvertedModel(
         potential=potential.eval().requires_grad_(False),
         vendor="chgnet",
         version=str(arguments.get("version") or ""),

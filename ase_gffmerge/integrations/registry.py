@@ -48,7 +48,7 @@ def adapter_for(architecture: str) -> "Adapter":
     )
 
 
-def foreign_source(source: str | Path) -> tuple[str, str] | None:
+def vendor_source(source: str | Path) -> tuple[str, str] | None:
     """Vendor and the rest of ``vendor:rest``; ``None`` for anything else, files with a colon in their names among it."""
     vendor, colon, rest = str(source).partition(":")
     return (vendor, rest) if colon and vendor in _MODULES and not Path(source).exists() else None

@@ -1,8 +1,8 @@
 """Networks of other packages that are chains of modules, each a function from a dictionary of tensors to another one.
 
 A few entries of the dictionary are handed from module to module: they are the *state* of the potential. Others depend on
-the edge vectors alone: they are the parts of the *geometry*. Everything else is indices. A :class:`Link` is a module of the
-package together with the names of the entries that it reads and writes.
+the edge vectors alone: they are the parts of the *geometry*. Everything else is indices. A :class:`ModuleStage` is a module
+of the package together with the names of the entries that it reads and writes.
 """
 
 import json
@@ -65,7 +65,7 @@ class ChainGeometry:
         return {**self.indices, **dict(zip(self.names, self.parts, strict=True))}
 
 
-class Link(Stage):
+class ModuleStage(Stage):
     """A module of another package as a stage.
 
     Parameters

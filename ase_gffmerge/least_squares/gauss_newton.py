@@ -52,7 +52,7 @@ class Linearised(Protocol):
         """J v."""
         ...
 
-    def pull(self, k: int, vector: Tensor) -> Thetas:
+    def vjp(self, k: int, vector: Tensor) -> Thetas:
         """Batch k's part of Jᵀ u."""
         ...
 
@@ -72,7 +72,7 @@ def gauss_newton_steps(problem: Linearised, *, iterations: int, damping: float) 
     damping
         μ; as P has the units of the curvature, it is a pure number.
     """
-    metric = Kronecker.of(problem)
+    metric = KroneckerPreconditioner.of(problem)
     left = _transpose(problem, problem.residual)
     step = {name: torch.zeros_like(value) for name, value in left.items()}
     direction = z = metric.solve(left)
@@ -96,7 +96,7 @@ def gauss_newton_steps(problem: Linearised, *, iterations: int, damping: float) 
 
 
 @dataclass(frozen=True)
-class Kronecker:
+class KroneckerPreconditioner:
     """The metric P: per map a Gram matrix ``inputs`` (d, d), its Cholesky factor, and ``outputs`` b (m,)."""
 
     inputs: Thetas
@@ -104,7 +104,7 @@ class Kronecker:
     outputs: Thetas
 
     @classmethod
-    def of(cls, problem: Linearised) -> "Kronecker":
+    def of(cls, problem: Linearised) -> "KroneckerPreconditioner":
         """Estimate b so that the diagonal of P has the size of the diagonal of JᵀJ."""
         inputs = {name: _floored(gram) for name, gram in problem.grams.items()}
         diagonal = _diagonal(problem)
@@ -142,7 +142,7 @@ def _diagonal(problem: Linearised) -> Thetas:
         generator = torch.Generator().manual_seed(0)
         for _ in range(SIGNS):
             signs = 2.0 * torch.randint(0, 2, residual.shape, generator=generator).to(residual) - 1
-            for name, value in problem.pull(k, signs).items():
+            for name, value in problem.vjp(k, signs).items():
                 total[name] += value.square() / SIGNS
     return total
 
@@ -151,7 +151,7 @@ def _transpose(problem: Linearised, vectors: Sequence[Tensor]) -> Thetas:
     """Jᵀ u, the sum over batches."""
     total = {name: torch.zeros_like(theta) for name, theta in problem.thetas.items()}
     for k, vector in enumerate(vectors):
-        total = _add(total, problem.pull(k, vector), factor=1.0)
+        total = _add(total, problem.vjp(k, vector), factor=1.0)
     return total
 
 

@@ -1,7 +1,7 @@
 r"""Affine layers as least-squares problems.
 
 Every supported layer maps rows linearly, :math:`y = [x\ 1]\,\Theta`, once its input is cut into rows of the right
-kind. A :class:`Problem` is one such map:
+kind. A :class:`AffineMap` is one such map:
 
 * ``nn.Linear`` (and torch_geometric's ``Linear``): rows are all leading dimensions, so the Cartesian components of a
   vector feature (n_atoms, 3, channels) are extra rows; a bias adds a column of ones.
@@ -34,7 +34,7 @@ MAX_ELEMENTS = 16
 
 
 @dataclass(frozen=True)
-class Problem:
+class AffineMap:
     """One affine map Θ (d_in [+ 1], d_out) inside a layer.
 
     Attributes
@@ -78,7 +78,7 @@ def with_ones(rows: Tensor) -> Tensor:
 
 
 def is_affine(module: nn.Module) -> bool:
-    """Whether the merge can treat a module as one or more :class:`Problem`."""
+    """Whether the merge can treat a module as one or more :class:`AffineMap`."""
     if isinstance(module, ElementLinear):
         return len(module.species) <= MAX_ELEMENTS
     if isinstance(module, nn.Linear) and module.weight.dim() != 2:
@@ -94,7 +94,7 @@ def rows_entering(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
     return module.joined(*inputs) if isinstance(module, JoinedLinear) else inputs[0]
 
 
-def problems(name: str, module: nn.Module) -> Iterator[Problem]:
+def problems(name: str, module: nn.Module) -> Iterator[AffineMap]:
     """The affine maps of one layer."""
     if isinstance(module, EquivariantLinear):
         yield from _equivariant_problems(name, module)
@@ -108,7 +108,7 @@ def problems(name: str, module: nn.Module) -> Iterator[Problem]:
         yield _linear_problem(name, module)  # type: ignore[arg-type]
 
 
-def affine_maps(root: nn.Module) -> dict[str, Problem]:
+def affine_maps(root: nn.Module) -> dict[str, AffineMap]:
     """All affine maps inside a module, by name."""
     layers = [(name, module) for name, module in root.named_modules() if is_affine(module)]
     return {problem.name: problem for name, module in layers for problem in problems(name, module)}
@@ -119,7 +119,7 @@ def is_adjustable(module: nn.Module) -> bool:
     return is_affine(module) or (isinstance(module, nn.LayerNorm) and module.bias is not None)
 
 
-def adjustable_maps(root: nn.Module) -> dict[str, Problem]:
+def adjustable_maps(root: nn.Module) -> dict[str, AffineMap]:
     """All affine maps inside a module, and scales and shifts of its layer norms."""
     norms = [(name, module) for name, module in root.named_modules() if isinstance(module, nn.LayerNorm)]
     own = {name: _norm_problem(name, norm) for name, norm in norms if is_adjustable(norm)}
@@ -130,7 +130,7 @@ def _flat_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _linear_problem(name: str, layer: nn.Linear) -> Problem:
+def _linear_problem(name: str, layer: nn.Linear) -> AffineMap:
     has_bias = layer.bias is not None
 
     def read() -> Tensor:
@@ -141,10 +141,10 @@ def _linear_problem(name: str, layer: nn.Linear) -> Problem:
         weight = {"weight": theta[: layer.weight.shape[1]].T}
         return weight | {"bias": theta[-1]} if has_bias else weight
 
-    return Problem(name, layer, has_bias, _flat_rows, read, parameters)
+    return AffineMap(name, layer, has_bias, _flat_rows, read, parameters)
 
 
-def _norm_problem(name: str, norm: nn.LayerNorm) -> Problem:
+def _norm_problem(name: str, norm: nn.LayerNorm) -> AffineMap:
     """Scale and shift of every channel; the rows are what is scaled, one number each."""
 
     def rows(x: Tensor) -> Tensor:
@@ -153,18 +153,18 @@ def _norm_problem(name: str, norm: nn.LayerNorm) -> Problem:
     def read() -> Tensor:
         return torch.stack([norm.weight.detach(), norm.bias.detach()])
 
-    return Problem(name, norm, True, rows, read, lambda theta: {"weight": theta[0], "bias": theta[1]})
+    return AffineMap(name, norm, True, rows, read, lambda theta: {"weight": theta[0], "bias": theta[1]})
 
 
 def _is_radial_layer(module: nn.Module) -> bool:
     return type(module).__module__ == FullyConnectedNet.__module__ and type(module).__name__ == "_Layer"
 
 
-def _radial_problem(name: str, layer: nn.Module) -> Problem:
+def _radial_problem(name: str, layer: nn.Module) -> AffineMap:
     width_in, var_in, var_out = float(layer.h_in), float(layer.var_in), float(layer.var_out)  # type: ignore[arg-type]
     scale = (width_in * var_in) ** -0.5 * (1.0 if layer.act is not None else var_out**0.5)
     weight = layer.get_parameter("weight")
-    return Problem(
+    return AffineMap(
         name,
         layer,
         False,
@@ -179,7 +179,7 @@ def _is_scaled_linear(module: nn.Module) -> bool:
     return type(module).__name__ == "ScalarLinearLayer" and not hasattr(module, "parametrizations")
 
 
-def _scaled_problem(name: str, layer: nn.Module) -> Problem:
+def _scaled_problem(name: str, layer: nn.Module) -> AffineMap:
     weight, scale = layer.get_parameter("weight"), layer.get_buffer("alpha")
     bias = dict(layer.named_parameters()).get("bias")
 
@@ -191,17 +191,17 @@ def _scaled_problem(name: str, layer: nn.Module) -> Problem:
         own = {"weight": theta[: len(weight)] / scale}
         return own if bias is None else own | {"bias": theta[-1]}
 
-    return Problem(name, layer, bias is not None, _flat_rows, read, parameters)
+    return AffineMap(name, layer, bias is not None, _flat_rows, read, parameters)
 
 
-def _element_problems(name: str, layer: ElementLinear) -> Iterator[Problem]:
+def _element_problems(name: str, layer: ElementLinear) -> Iterator[AffineMap]:
     for row, number in enumerate(layer.species):
         for i_out, (_, irrep) in enumerate(layer.irreps_out):
             if any(block.i_out == i_out for block in layer.blocks):
                 yield _element_problem(f"{name}[{chemical_symbols[number]}, {irrep}]", layer, row, i_out)
 
 
-def _element_problem(name: str, layer: ElementLinear, row: int, i_out: int) -> Problem:
+def _element_problem(name: str, layer: ElementLinear, row: int, i_out: int) -> AffineMap:
     blocks = [block for block in layer.blocks if block.i_out == i_out]
     dim = layer.irreps_out[i_out].ir.dim
 
@@ -220,10 +220,10 @@ def _element_problem(name: str, layer: ElementLinear, row: int, i_out: int) -> P
             weight[row, block.coefficients] = piece.flatten()
         return {"weight": weight}
 
-    return Problem(name, layer, False, rows, read, parameters)
+    return AffineMap(name, layer, False, rows, read, parameters)
 
 
-def _equivariant_problems(name: str, layer: EquivariantLinear) -> Iterator[Problem]:
+def _equivariant_problems(name: str, layer: EquivariantLinear) -> Iterator[AffineMap]:
     """One problem per output irrep; e3nn stores the weights of its instructions one after the other."""
     if any(instruction.i_in < 0 for instruction in layer.instructions):
         raise NotImplementedError(
@@ -235,7 +235,7 @@ def _equivariant_problems(name: str, layer: EquivariantLinear) -> Iterator[Probl
             yield _equivariant_problem(f"{name}[{irrep}]", layer, paths, irrep.dim)
 
 
-def _equivariant_problem(name: str, layer: EquivariantLinear, paths: list[int], dim: int) -> Problem:
+def _equivariant_problem(name: str, layer: EquivariantLinear, paths: list[int], dim: int) -> AffineMap:
     inputs = [layer.instructions[i].i_in for i in paths]
     slices = layer.irreps_in.slices()
 
@@ -259,4 +259,4 @@ def _equivariant_problem(name: str, layer: EquivariantLinear, paths: list[int], 
             pieces.append(piece.flatten())
         return {"weight": torch.cat(pieces)}
 
-    return Problem(name, layer, False, rows, read, parameters)
+    return AffineMap(name, layer, False, rows, read, parameters)

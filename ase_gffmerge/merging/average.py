@@ -6,13 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.affine_maps import adjustable_maps, affine_maps
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models import Potential, build_potential
 
 
-def mean_potential(specialists: Sequence[Specialist], recipe: Recipe) -> Potential:
+def mean_potential(specialists: Sequence[ForceField], recipe: Recipe) -> Potential:
     """Weighted mean of all weights, on the device and in the type of the first specialist.
 
     Embeddings and other weights per element are averaged over the specialists that know it; with ``recipe.normalise`` an
@@ -76,7 +76,7 @@ def averaged_parameters(potential: Potential, recipe: Recipe) -> tuple[str, ...]
     return tuple(name for name, _ in potential.named_parameters() if name not in solved)
 
 
-def blank_potential(specialists: Sequence[Specialist], *, n_tables: int = 1) -> Potential:
+def blank_potential(specialists: Sequence[ForceField], *, n_tables: int = 1) -> Potential:
     """A frozen potential of the specialists' kind for all their elements, its weights still random.
 
     Parameters
@@ -93,7 +93,7 @@ def blank_potential(specialists: Sequence[Specialist], *, n_tables: int = 1) -> 
     return potential.to(dtype=first.dtype, device=first.device).eval().requires_grad_(False)
 
 
-def on_all_elements(specialists: Sequence[Specialist]) -> list[Specialist]:
+def on_all_elements(specialists: Sequence[ForceField]) -> list[ForceField]:
     """Give every specialist weights for the elements of all of them, so that their layers are alike.
 
     The weights of elements that a specialist does not know are zero; its frames have no such atoms. Architectures whose
@@ -109,7 +109,7 @@ def on_all_elements(specialists: Sequence[Specialist]) -> list[Specialist]:
 
 
 @torch.no_grad()
-def _on_all_elements(specialist: Specialist, specialists: Sequence[Specialist]) -> Potential:
+def _on_all_elements(specialist: ForceField, specialists: Sequence[ForceField]) -> Potential:
     potential = blank_potential([specialist, *specialists])
     by_element = potential.element_parameters()
     for name, parameter in potential.named_parameters():
@@ -124,26 +124,26 @@ def _on_all_elements(specialist: Specialist, specialists: Sequence[Specialist]) 
     return potential
 
 
-def _known_elements(specialists: Sequence[Specialist], species: Sequence[int]) -> Tensor:
+def _known_elements(specialists: Sequence[ForceField], species: Sequence[int]) -> Tensor:
     """Ones where a specialist knows an element, else zeros (n_specialists, n_species)."""
     return torch.stack([_by_element(s, torch.ones(len(s.species)), species) for s in specialists])
 
 
-def mean_references(specialists: Sequence[Specialist], species: Sequence[int], share: Tensor) -> Tensor:
+def mean_references(specialists: Sequence[ForceField], species: Sequence[int], share: Tensor) -> Tensor:
     """Reference energies (n_species,) in eV, averaged with weights (n_specialists,) over those that know an element."""
     tables = torch.stack([_by_element(s, s.potential.references.cpu(), species) for s in specialists])
     weights = _known_elements(specialists, species) * share[:, None]
     return (weights * tables).sum(0) / weights.sum(0)
 
 
-def _by_element(specialist: Specialist, values: Tensor, species: Sequence[int]) -> Tensor:
+def _by_element(specialist: ForceField, values: Tensor, species: Sequence[int]) -> Tensor:
     """Spread per-element values of one specialist over the union of the elements; zero where unknown."""
     out = torch.zeros(len(species), *values.shape[1:], dtype=torch.float64)
     out[[species.index(z) for z in specialist.species]] = values.double()
     return out
 
 
-def _occurrences(specialists: Sequence[Specialist], species: Sequence[int]) -> Tensor:
+def _occurrences(specialists: Sequence[ForceField], species: Sequence[int]) -> Tensor:
     """Fraction of each element among the calibration atoms, (n_specialists, n_species); ones where nobody has it."""
     counts = torch.zeros(len(specialists), len(species), dtype=torch.float64)
     for k, specialist in enumerate(specialists):

@@ -19,10 +19,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from ase_gffmerge.least_squares.gauss_newton import Thetas, gauss_newton_steps, squared
-from ase_gffmerge.merging.calibration import Territory
+from ase_gffmerge.merging.calibration import CalibrationSet
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
-from ase_gffmerge.merging.stage_output import StageMismatch, StageOutput
+from ase_gffmerge.merging.stage_output import LinearizedBlock, StageMismatch
 from ase_gffmerge.models.base import Stage
 
 ITERATIONS, DAMPING = 15, 1e-3
@@ -36,7 +36,7 @@ def align_output(
     name: str,
     merged: Stage,
     originals: Sequence[Stage],
-    territories: Sequence[Territory],
+    calibration_sets: Sequence[CalibrationSet],
     recipe: Recipe,
     *,
     iterations: int = ITERATIONS,
@@ -58,11 +58,11 @@ def align_output(
     iterations
         Of conjugate gradients.
     """
-    problem = StageOutput(merged, originals, territories, recipe)
+    problem = LinearizedBlock(merged, originals, calibration_sets, recipe)
     steps = gauss_newton_steps(problem, iterations=iterations, damping=DAMPING)
     before = squared(problem.residual)
-    if all(len(territory.scenes) > 1 for territory in territories):
-        held_out = StageMismatch(merged, originals, territories, recipe, batch=1)
+    if all(len(calibration_set.scenes) > 1 for calibration_set in calibration_sets):
+        held_out = StageMismatch(merged, originals, calibration_sets, recipe, batch=1)
         found = _best(problem.thetas, steps, held_out)
         after = problem.mismatch(found)
     else:
@@ -94,7 +94,7 @@ def _best(start: Thetas, steps: Iterator[Thetas], held_out: StageMismatch) -> Th
     return best
 
 
-def _downhill(problem: StageOutput, steps: Iterator[Thetas], before: float) -> tuple[Thetas, float]:
+def _downhill(problem: LinearizedBlock, steps: Iterator[Thetas], before: float) -> tuple[Thetas, float]:
     """Maps after the last iteration, or a part of the way there, and their mismatch."""
     for step in deque(steps, maxlen=1):  # none where there is nothing to correct
         for factor in (1.0, 0.5, 0.25):

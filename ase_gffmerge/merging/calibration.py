@@ -11,16 +11,16 @@ from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import edge_vectors
-from ase_gffmerge.merging.tangents import Dual, Tensors, push
+from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models.base import Geometry, Potential
 from ase_gffmerge.runtime.batching import chunks
 
 
 @dataclass
-class Scene:
+class CalibrationBatch:
     """One batch of one specialist's frames, walked stage by stage.
 
     Attributes
@@ -52,7 +52,7 @@ class Scene:
 
 
 @dataclass
-class Territory:
+class CalibrationSet:
     """What one specialist knows.
 
     Attributes
@@ -63,10 +63,10 @@ class Territory:
         Its calibration frames, or as many of them as the layers need, in batches.
     """
 
-    specialist: Specialist
+    specialist: ForceField
     index: int
     weight: float
-    scenes: list[Scene]
+    scenes: list[CalibrationBatch]
 
     @cached_property
     def mean_square_force(self) -> float:
@@ -82,21 +82,21 @@ MAX_SCENES = 4
 """Batches per specialist: far more rows than a layer has coefficients. The readout sees all frames."""
 
 
-def survey(
-    specialists: Sequence[Specialist], merged: Potential, weights: Sequence[float], *, probes: int
-) -> list[Territory]:
+def build_calibration(
+    specialists: Sequence[ForceField], merged: Potential, weights: Sequence[float], *, probes: int
+) -> list[CalibrationSet]:
     """Build graphs of calibration frames, in shuffled batches up to :data:`MAX_SCENES`, and embed them in both models."""
-    territories = []
+    calibration_sets = []
     for k, (specialist, weight) in enumerate(zip(specialists, weights, strict=True)):
         order = np.random.default_rng(0).permutation(len(specialist.calibration))
         graphs = [_graph(specialist, k, specialist.calibration[i]) for i in order]
         batches = islice(chunks(graphs, MAX_EDGES, size=_size), MAX_SCENES)
         scenes = [_scene(specialist, merged, batch, probes=probes) for batch in batches]
-        territories.append(Territory(specialist, k, weight, scenes))
-    return territories
+        calibration_sets.append(CalibrationSet(specialist, k, weight, scenes))
+    return calibration_sets
 
 
-def _graph(specialist: Specialist, index: int, atoms: Atoms) -> Data:
+def _graph(specialist: ForceField, index: int, atoms: Atoms) -> Data:
     graph = build_graph(atoms, specialist.cutoff, dtype=specialist.potential.dtype)
     graph.specialist.fill_(index)
     return graph
@@ -106,16 +106,18 @@ def _size(graph: Data) -> int:
     return max(graph.edge_index.shape[1], EDGES_PER_ATOM * len(graph.pos))
 
 
-def _scene(specialist: Specialist, merged: Potential, graphs: Sequence[Data], *, probes: int) -> Scene:
+def _scene(
+    specialist: ForceField, merged: Potential, graphs: Sequence[Data], *, probes: int
+) -> CalibrationBatch:
     potential = specialist.potential
     batch = batch_graphs(graphs).to(potential.device)
     positions = Dual((batch.pos,), (_displacements(batch.pos, probes),) if probes else ())
 
-    geometry = push(lambda r: potential.edge_functions(edge_vectors(batch, r)), positions)
+    geometry = pushforward(lambda r: potential.edge_functions(edge_vectors(batch, r)), positions)
     batch.edge_vectors = edge_vectors(batch)
     edges = potential.geometry(batch)
     ours, theirs = (_constant(model.embed(batch), probes) for model in (merged, potential))
-    return Scene(batch, edges, geometry, ours, theirs)
+    return CalibrationBatch(batch, edges, geometry, ours, theirs)
 
 
 def _displacements(positions: Tensor, probes: int) -> Tensor:

@@ -7,13 +7,13 @@ import torch
 
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, RecipeError
 from ase_gffmerge.forcefield.calibration_tensors import require_sound
-from ase_gffmerge.forcefield.force_field import Specialist, first_not_finite, symbols
+from ase_gffmerge.forcefield.force_field import ForceField, first_not_finite, symbols
 from ase_gffmerge.merging.affine_maps import affine_maps
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models import Potential
 
 
-def check_compatible(specialists: Sequence[Specialist], recipe: Recipe) -> None:
+def check_compatible(specialists: Sequence[ForceField], recipe: Recipe) -> None:
     """Refuse what cannot be merged.
 
     Raises
@@ -42,7 +42,7 @@ def check_compatible(specialists: Sequence[Specialist], recipe: Recipe) -> None:
         )
 
 
-def _check_alone(specialist: Specialist, recipe: Recipe) -> None:
+def _check_alone(specialist: ForceField, recipe: Recipe) -> None:
     if specialist.merged or specialist.potential.hyper.readout_width:
         raise IncompatibleSpecialistsError(
             f"{specialist.name!r} is itself a merged potential; merge its parents and the new specialist in one go"
@@ -50,7 +50,7 @@ def _check_alone(specialist: Specialist, recipe: Recipe) -> None:
     if not specialist.calibration and recipe.method != "mean":
         raise FramesError(
             f"{specialist.name!r} carries no calibration frames, without which a merge cannot see what it knows; add "
-            "some with Specialist.with_calibration(frames), or train with --calibration N"
+            "some with ForceField.with_calibration(frames), or train with --calibration N"
         )
     if broken := first_not_finite(specialist.potential):
         raise IncompatibleSpecialistsError(
@@ -67,7 +67,7 @@ def _check_alone(specialist: Specialist, recipe: Recipe) -> None:
             )
 
 
-def _check_pair(first: Specialist, second: Specialist, recipe: Recipe) -> None:
+def _check_pair(first: ForceField, second: ForceField, recipe: Recipe) -> None:
     pair = f"{first.name!r} and {second.name!r}"
     if first.potential.architecture != second.potential.architecture:
         raise IncompatibleSpecialistsError(
@@ -98,7 +98,7 @@ def _check_pair(first: Specialist, second: Specialist, recipe: Recipe) -> None:
         )
 
 
-def related(first: Specialist, second: Specialist) -> bool:
+def related(first: ForceField, second: ForceField) -> bool:
     """Whether two specialists share an ancestor on record, or are closer to each other than to zero."""
     ancestors = {*first.provenance.lineage, first.fingerprint} & {
         *second.provenance.lineage,
@@ -107,7 +107,7 @@ def related(first: Specialist, second: Specialist) -> bool:
     return bool(ancestors) or weight_distance(first, second) < 1.0
 
 
-def weight_distance(first: Specialist, second: Specialist) -> float:
+def weight_distance(first: ForceField, second: ForceField) -> float:
     r"""Distance of all affine maps in units of their size, :math:`\|w_a-w_b\| / \sqrt{\|w_a\|\,\|w_b\|}`.
 
     About 1.4 for independent initialisations, well below 1 for fine-tuned relatives. Embeddings, norms and basis functions

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.metrics import FramePredictions, compare, predict_frames
 from ase_gffmerge.merging.report import Disagreement, Parity
 from ase_gffmerge.models import Potential
@@ -13,7 +13,7 @@ PARITY_SAMPLE = 600
 
 
 def diagnose(
-    specialists: Sequence[Specialist], mean: Potential, merged: Potential
+    specialists: Sequence[ForceField], mean: Potential, merged: Potential
 ) -> tuple[tuple[Disagreement, ...], tuple[Parity, ...]]:
     """Evaluate all models on every specialist's calibration frames."""
     rows: list[Disagreement] = []

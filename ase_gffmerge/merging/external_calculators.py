@@ -21,7 +21,7 @@ from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.inference.metrics import FramePredictions
 from ase_gffmerge.least_squares.gram import Gram, normalised_sum
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.merging.affine_maps import Problem, is_affine, problems, rows_entering
+from ase_gffmerge.merging.affine_maps import AffineMap, is_affine, problems, rows_entering
 from ase_gffmerge.merging.diagnostics import disagreement
 from ase_gffmerge.merging.report import Disagreement, LayerReport
 
@@ -273,7 +273,7 @@ def twin(atoms: Atoms, *, seed: int) -> Atoms:
     return copy
 
 
-def _rows(problem: Problem, their: Problem, x: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+def _rows(problem: AffineMap, their: AffineMap, x: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of the merged network's input, and what the other network makes of its own; always the same choice of them."""
     rows, targets = problem.design(x), their.design(own) @ their.read()
     if len(rows) > MAX_ROWS:

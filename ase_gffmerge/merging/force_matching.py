@@ -15,9 +15,9 @@ from ase import Atoms
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
-from ase_gffmerge.merging.calibration import Territory
+from ase_gffmerge.merging.calibration import CalibrationSet
 from ase_gffmerge.merging.directions import Probes
-from ase_gffmerge.merging.readout_fit import fit_readout, random_lift, readout_rows, widened
+from ase_gffmerge.merging.readout_fit import draw_random_features, fit_readout, readout_rows, widened
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.models import Potential, build_potential
@@ -37,7 +37,9 @@ MAX_UNKNOWNS = 8192
 """Coefficients of all elements together; their Gram matrix takes 0.5 GB."""
 
 
-def widen(potential: Potential, options: ReadoutOptions, *, n_elements: int = 1) -> Potential:
+def with_random_feature_readout(
+    potential: Potential, options: ReadoutOptions, *, n_elements: int = 1
+) -> Potential:
     """Copy of ``potential`` with a widened readout at θ = c = 0: the same energies and forces.
 
     With many elements to solve for, the readout is narrower than ``options.width``.
@@ -66,7 +68,7 @@ def widen(potential: Potential, options: ReadoutOptions, *, n_elements: int = 1)
 @torch.no_grad()
 def match_forces(
     potential: Potential,
-    territories: Sequence[Territory],
+    calibration_sets: Sequence[CalibrationSet],
     options: ReadoutOptions,
     *,
     progress: Callable[[float], None],
@@ -83,37 +85,45 @@ def match_forces(
         Root mean square force error (with the weighted energy error) on held-out frames, relative to the specialists'
         root mean square force.
     """
-    frames = [atoms for territory in territories for atoms in territory.specialist.calibration]
+    frames = [
+        atoms for calibration_set in calibration_sets for atoms in calibration_set.specialist.calibration
+    ]
     numbers = np.unique(np.concatenate([atoms.numbers for atoms in frames]))
-    merged = widen(potential, options, n_elements=len(numbers))
+    merged = with_random_feature_readout(potential, options, n_elements=len(numbers))
     readout = widened(merged)
-    scenes = [scene for territory in territories for scene in territory.scenes]
+    scenes = [scene for calibration_set in calibration_sets for scene in calibration_set.scenes]
     rows = torch.cat(
-        [readout.lifted([scalars.value[0] for scalars in scene.merged_scalars]) for scene in scenes]
+        [readout.random_features([scalars.value[0] for scalars in scene.merged_scalars]) for scene in scenes]
     )
-    random_lift(readout, rows, seed=options.seed)
+    draw_random_features(readout, rows, seed=options.seed)
     elements = merged.species_row[torch.as_tensor(numbers, device=merged.device)]
     width = readout.lift.out_features
     size = len(elements) * (width + 1)
     grams = [Gram.zero(size, 1, device=merged.device) for _ in range(2)]
-    for k, territory in enumerate(territories):
-        n_copies = copies_per_frame(territory.specialist, territory.specialist.calibration, options)
-        for held_out, group in enumerate(_split(territory.specialist.calibration)):
-            labelled = with_copies(territory.specialist, group, options, n_copies=n_copies)
-            share = len(group) / len(territory.specialist.calibration)
-            grams[held_out] += _territory_gram(merged, territory, labelled, options, elements, share=share)
-            progress((2 * k + held_out + 1) / (2 * len(territories)))
+    for k, calibration_set in enumerate(calibration_sets):
+        n_copies = copies_per_frame(
+            calibration_set.specialist, calibration_set.specialist.calibration, options
+        )
+        for held_out, group in enumerate(_split(calibration_set.specialist.calibration)):
+            labelled = with_copies(calibration_set.specialist, group, options, n_copies=n_copies)
+            share = len(group) / len(calibration_set.specialist.calibration)
+            grams[held_out] += _calibration_gram(
+                merged, calibration_set, labelled, options, elements, share=share
+            )
+            progress((2 * k + held_out + 1) / (2 * len(calibration_sets)))
     fit = fit_readout(*grams)
     theta, constants = fit.solution.theta[:, 0].split([len(elements) * width, len(elements)])
     readout.theta[elements] = theta.view(len(elements), -1).to(merged.dtype)
     readout.constants[elements] = constants.to(merged.dtype)
-    share = sum(territory.weight * _held_out_share(territory) for territory in territories)
+    share = sum(
+        calibration_set.weight * _held_out_share(calibration_set) for calibration_set in calibration_sets
+    )
     relative_square = fit.held_out * grams[1].yy / (3 * share) if share else fit.held_out
     return merged, LayerReport.of("readout.theta", "readout", fit.solution), relative_square**0.5
 
 
-def _held_out_share(territory: Territory) -> float:
-    frames = territory.specialist.calibration
+def _held_out_share(calibration_set: CalibrationSet) -> float:
+    frames = calibration_set.specialist.calibration
     return len(_split(frames)[1]) / len(frames)
 
 
@@ -123,9 +133,9 @@ def _split(frames: Sequence[Atoms]) -> tuple[list[Atoms], list[Atoms]]:
     return [atoms for i, atoms in enumerate(frames) if i % HELD_OUT != HELD_OUT - 1], held_out
 
 
-def _territory_gram(
+def _calibration_gram(
     merged: Potential,
-    territory: Territory,
+    calibration_set: CalibrationSet,
     frames: Sequence[Atoms],
     options: ReadoutOptions,
     elements: torch.Tensor,
@@ -140,7 +150,13 @@ def _territory_gram(
     batches = list(chunks(frames, MAX_ATOMS))
     for i, chunk in enumerate(batches):
         row, target = _batch_rows(
-            merged, territory, chunk, options, elements, weight=share / len(frames), seed=options.seed + i
+            merged,
+            calibration_set,
+            chunk,
+            options,
+            elements,
+            weight=share / len(frames),
+            seed=options.seed + i,
         )
         rows.append(row)
         targets.append(target)
@@ -152,7 +168,7 @@ def _territory_gram(
 
 def _batch_rows(
     merged: Potential,
-    territory: Territory,
+    calibration_set: CalibrationSet,
     frames: Sequence[Atoms],
     options: ReadoutOptions,
     elements: torch.Tensor,
@@ -161,12 +177,12 @@ def _batch_rows(
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows and targets of one batch, labelled by the specialist; every frame has the given weight."""
-    specialist = territory.specialist
+    specialist = calibration_set.specialist
     graphs = [build_graph(atoms, specialist.cutoff, dtype=merged.dtype) for atoms in frames]
     for graph in graphs:
-        graph.specialist.fill_(territory.index)
+        graph.specialist.fill_(calibration_set.index)
     batch = batch_graphs(graphs).to(merged.device)
-    target = predict(specialist.potential.served(), batch)
+    target = predict(specialist.potential.for_inference(), batch)
     n_atoms = torch.bincount(batch.batch).to(merged.dtype)
     return readout_rows(
         merged,
@@ -174,6 +190,6 @@ def _batch_rows(
         target,
         Probes.draw(batch, options.probes, stress_weight=options.stress_weight, seed=seed),
         elements=elements,
-        frame_weights=territory.weight * weight / (n_atoms * territory.mean_square_force),
+        frame_weights=calibration_set.weight * weight / (n_atoms * calibration_set.mean_square_force),
         energy_weight=options.energy_weight,
     )

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from ase_gffmerge.least_squares.gram import Gram, normalised_sum, symmetric_product
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.merging.affine_maps import Problem, is_affine, problems, rows_entering, with_ones
-from ase_gffmerge.merging.calibration import Scene, Territory
+from ase_gffmerge.merging.affine_maps import AffineMap, is_affine, problems, rows_entering, with_ones
+from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
-from ase_gffmerge.merging.tangents import Dual, Tensors, push
+from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models.base import Stage
 
 
@@ -74,10 +74,10 @@ def affine_layers(root: nn.Module, run: Callable[[], Any]) -> list[str]:
     return list(layer_inputs(root, run))
 
 
-Runner = Callable[[nn.Module, Scene, Tensors], Any]
+Runner = Callable[[nn.Module, CalibrationBatch, Tensors], Any]
 """``run(module, scene, tensors)`` evaluates the module under alignment on the tensors of :data:`Inputs`."""
 
-Inputs = Callable[[Scene, bool], Dual]
+Inputs = Callable[[CalibrationBatch, bool], Dual]
 """What enters the module in a scene: in the merged model (``True``) or in the specialist."""
 
 
@@ -85,7 +85,7 @@ def align_layers(
     prefix: str,
     merged: nn.Module,
     originals: Sequence[nn.Module],
-    territories: Sequence[Territory],
+    calibration_sets: Sequence[CalibrationSet],
     recipe: Recipe,
     *,
     run: Runner,
@@ -109,11 +109,11 @@ def align_layers(
         How to evaluate the module on a scene.
     """
     reports = []
-    first = territories[0].scenes[0]
+    first = calibration_sets[0].scenes[0]
     at_once = recipe.inputs == "specialist" and not recipe.probes
     known = [
-        _own_grams(original, territory, recipe, run=run, inputs=inputs) if at_once else {}
-        for original, territory in zip(originals, territories, strict=True)
+        _own_grams(original, calibration_set, recipe, run=run, inputs=inputs) if at_once else {}
+        for original, calibration_set in zip(originals, calibration_sets, strict=True)
     ]
     names = (
         known[0] if at_once else affine_layers(merged, lambda: run(merged, first, inputs(first, True).value))
@@ -122,26 +122,30 @@ def align_layers(
         ours = list(problems(name, merged.get_submodule(name)))
         theirs = [list(problems(name, original.get_submodule(name))) for original in originals]
 
-        def entering(module: nn.Module, scene: Scene, of_merged: bool, name: str = name) -> Dual:
+        def entering(module: nn.Module, scene: CalibrationBatch, of_merged: bool, name: str = name) -> Dual:
             layer = module.get_submodule(name)
-            return push(
+            return pushforward(
                 lambda *x: layer_input(layer, lambda: run(module, scene, x)), inputs(scene, of_merged)
             )
 
         grams = [
             found.get(name)
             or _layer_grams(
-                territory, ours, their, recipe, entering=entering, merged=merged, original=original
+                calibration_set, ours, their, recipe, entering=entering, merged=merged, original=original
             )
-            for found, original, their, territory in zip(known, originals, theirs, territories, strict=True)
+            for found, original, their, calibration_set in zip(
+                known, originals, theirs, calibration_sets, strict=True
+            )
         ]
         for i, problem in enumerate(ours):
-            reports.append(_solve_layer(prefix, problem, [gram[i] for gram in grams], territories, recipe))
+            reports.append(
+                _solve_layer(prefix, problem, [gram[i] for gram in grams], calibration_sets, recipe)
+            )
     return reports
 
 
 def _own_grams(
-    original: nn.Module, territory: Territory, recipe: Recipe, *, run: Runner, inputs: Inputs
+    original: nn.Module, calibration_set: CalibrationSet, recipe: Recipe, *, run: Runner, inputs: Inputs
 ) -> dict[str, list[Gram]]:
     r"""Statistics of all layers of one specialist from one pass over its frames, when the rows are its own.
 
@@ -149,7 +153,7 @@ def _own_grams(
     follow from G; layers that cut the same rows from the same input share it.
     """
     totals: dict[str, list[Gram]] = {}
-    for scene in territory.scenes:
+    for scene in calibration_set.scenes:
         entering = layer_inputs(original, lambda s=scene: run(original, s, inputs(s, False).value))  # type: ignore[misc]
         products: dict[Any, Tensor] = {}
         for name, x in entering.items():
@@ -171,26 +175,26 @@ def _gram_of_own(xx: Tensor, theta: Tensor, n_rows: int) -> Gram:
     return Gram(xx, xy, float((theta * xy[: len(theta)]).sum()), float(n_rows))
 
 
-def _design(problem: Problem, inputs: Tensor, recipe: Recipe) -> Tensor:
+def _design(problem: AffineMap, inputs: Tensor, recipe: Recipe) -> Tensor:
     """Rows of the unknowns, with the reference recipe's column of ones for layers without bias."""
     return problem.design(inputs) if recipe.ones == "biased" else with_ones(problem.rows(inputs))
 
 
 def _layer_grams(
-    territory: Territory,
-    ours: Sequence[Problem],
-    theirs: Sequence[Problem],
+    calibration_set: CalibrationSet,
+    ours: Sequence[AffineMap],
+    theirs: Sequence[AffineMap],
     recipe: Recipe,
     *,
-    entering: Callable[[nn.Module, Scene, bool], Dual],
+    entering: Callable[[nn.Module, CalibrationBatch, bool], Dual],
     merged: nn.Module,
     original: nn.Module,
 ) -> list[Gram]:
     """Statistics of one specialist: rows of the merged (or its own) input, targets of its own output."""
-    device = territory.scenes[0].graph.pos.device
+    device = calibration_set.scenes[0].graph.pos.device
     values = [Gram.zero(*_size(problem, recipe), device=device) for problem in ours]
     slopes = list(values)
-    for scene in territory.scenes:
+    for scene in calibration_set.scenes:
         own = entering(original, scene, False)
         x = entering(merged, scene, True) if recipe.inputs == "merged" else own
         for i, (problem, their) in enumerate(zip(ours, theirs, strict=True)):
@@ -206,15 +210,15 @@ def _layer_grams(
     return [value.balanced(slope, recipe.slope_weight) for value, slope in zip(values, slopes, strict=True)]
 
 
-def _size(problem: Problem, recipe: Recipe) -> tuple[int, int]:
+def _size(problem: AffineMap, recipe: Recipe) -> tuple[int, int]:
     """Shape of the unknowns, with the reference recipe's extra row for layers without bias."""
     d, m = problem.read().shape
     return d + (recipe.ones == "all" and not problem.has_bias), m
 
 
-def combine(grams: Sequence[Gram], territories: Sequence[Territory], recipe: Recipe) -> Gram:
+def combine(grams: Sequence[Gram], calibration_sets: Sequence[CalibrationSet], recipe: Recipe) -> Gram:
     """Weighted statistics of all specialists, normalised if the recipe says so."""
-    weights = [territory.weight for territory in territories]
+    weights = [calibration_set.weight for calibration_set in calibration_sets]
     if recipe.normalise:
         return normalised_sum(list(grams), weights)
     total = grams[0] * weights[0]
@@ -224,9 +228,13 @@ def combine(grams: Sequence[Gram], territories: Sequence[Territory], recipe: Rec
 
 
 def _solve_layer(
-    prefix: str, problem: Problem, grams: Sequence[Gram], territories: Sequence[Territory], recipe: Recipe
+    prefix: str,
+    problem: AffineMap,
+    grams: Sequence[Gram],
+    calibration_sets: Sequence[CalibrationSet],
+    recipe: Recipe,
 ) -> LayerReport:
-    gram = combine(grams, territories, recipe)
+    gram = combine(grams, calibration_sets, recipe)
     mean = problem.read().double()
     if len(gram.xx) > len(mean):
         mean = torch.cat([mean, mean.new_zeros(1, mean.shape[1])])
@@ -237,16 +245,16 @@ def _solve_layer(
     return LayerReport.of(f"{prefix}.{problem.name}", "layer", solution, before=gram.residual(mean))
 
 
-def run_stage(stage: nn.Module, scene: Scene, tensors: Tensors) -> Any:
+def run_stage(stage: nn.Module, scene: CalibrationBatch, tensors: Tensors) -> Any:
     """Evaluate a stage on the tensors of :func:`stage_inputs`."""
     return stage(*scene.split(tensors))
 
 
-def stage_inputs(scene: Scene, of_merged: bool) -> Dual:
+def stage_inputs(scene: CalibrationBatch, of_merged: bool) -> Dual:
     """State before the stage, and geometry."""
     return (scene.merged if of_merged else scene.target) + scene.geometry
 
 
-def advance(stage: Stage, state: Dual, scene: Scene) -> Dual:
+def advance(stage: Stage, state: Dual, scene: CalibrationBatch) -> Dual:
     """State after the stage."""
-    return push(lambda *x: tuple(run_stage(stage, scene, x)), state + scene.geometry)
+    return pushforward(lambda *x: tuple(run_stage(stage, scene, x)), state + scene.geometry)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.errors import MergeWarning, RecipeError
-from ase_gffmerge.forcefield.force_field import MergeRecord, Provenance, Specialist
-from ase_gffmerge.forcefield.leverage_fit import extrapolation_gauge
+from ase_gffmerge.forcefield.force_field import ForceField, MergeRecord, Provenance
+from ase_gffmerge.forcefield.leverage_fit import fit_extrapolation_grade
 from ase_gffmerge.merging.affine_maps import adjustable_maps
 from ase_gffmerge.merging.average import averaged_parameters, mean_potential, on_all_elements
 from ase_gffmerge.merging.blockwise import align_output
-from ase_gffmerge.merging.calibration import Scene, Territory, survey
+from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
 from ase_gffmerge.merging.compatibility import check_compatible
 from ase_gffmerge.merging.diagnostics import diagnose
 from ase_gffmerge.merging.force_matching import match_forces
@@ -31,7 +31,7 @@ from ase_gffmerge.merging.layerwise import advance, align_layers, run_stage, sta
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.merging.reference_energies import align_references
 from ase_gffmerge.merging.report import LayerReport, MergeReport
-from ase_gffmerge.merging.tangents import Dual, Tensors, push
+from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.base import Stage
 from ase_gffmerge.runtime.batching import memory_errors
@@ -44,12 +44,12 @@ Progress = Callable[[float, str], None]
 
 
 def merge(
-    specialists: Sequence[Specialist],
+    specialists: Sequence[ForceField],
     recipe: str | Recipe | dict[str, Any] = "gffmerge",
     *,
     device: str | torch.device = "auto",
     progress: Progress | None = None,
-) -> tuple[Specialist, MergeReport]:
+) -> tuple[ForceField, MergeReport]:
     """Merge specialists into one potential by solving least-squares problems.
 
     Parameters
@@ -65,8 +65,8 @@ def merge(
 
     Returns
     -------
-    merged : Specialist
-        A force field with ``merged`` set; save it with :meth:`Specialist.save`.
+    merged : ForceField
+        A force field with ``merged`` set; save it with :meth:`ForceField.save`.
     report : MergeReport
 
     Raises
@@ -94,7 +94,7 @@ def merge(
         with clock("report"):
             disagreements, parity = diagnose(parents, mean, potential)
         with clock("extrapolation"):
-            gauge = extrapolation_gauge(potential, parents)
+            extrapolation_grade = fit_extrapolation_grade(potential, parents)
     report = MergeReport(
         specialists=tuple(s.name for s in parents),
         layers=layers,
@@ -108,10 +108,12 @@ def merge(
     tell(1.0, report.verdict)
     if recipe.method != "mean" and report.verdict != "good":
         warnings.warn(_verdict_message(report), MergeWarning, stacklevel=2)
-    return replace(_as_specialist(specialists, potential, recipe, report), gauge=gauge), report
+    return replace(
+        _as_specialist(specialists, potential, recipe, report), extrapolation_grade=extrapolation_grade
+    ), report
 
 
-def working_copies(specialists: Sequence[Specialist], device: torch.device) -> list[Specialist]:
+def working_copies(specialists: Sequence[ForceField], device: torch.device) -> list[ForceField]:
     """Copies on one device, in the highest of their precisions, with distinct names."""
     dtype = max((s.potential.dtype for s in specialists), key=lambda kind: torch.finfo(kind).bits)
     return [
@@ -130,7 +132,7 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 
 def _solve(
-    mean: Potential, parents: Sequence[Specialist], recipe: Recipe, clock: "_Clock", tell: Progress
+    mean: Potential, parents: Sequence[ForceField], recipe: Recipe, clock: "_Clock", tell: Progress
 ) -> tuple[Potential, tuple[LayerReport, ...], float | None]:
     """Build the merged potential from the mean: layers, plain readout, force-matched readout."""
     potential = deepcopy(mean)
@@ -140,14 +142,14 @@ def _solve(
     with torch.no_grad(), clock("layers"):
         tell(0.05, "graphs")
         parents = on_all_elements(parents)
-        territories = survey(parents, potential, weights, probes=recipe.probes)
-        layers = _align_stages(potential, parents, territories, recipe, tell)
-        layers += _align_readout(potential, parents, territories, recipe)
+        calibration_sets = build_calibration(parents, potential, weights, probes=recipe.probes)
+        layers = _align_stages(potential, parents, calibration_sets, recipe, tell)
+        layers += _align_readout(potential, parents, calibration_sets, recipe)
     if recipe.readout is None:
         return potential, tuple(layers), None
     with clock("readout"):
         potential, row, held_out = match_forces(
-            potential, territories, recipe.readout, progress=lambda x: tell(0.6 + 0.35 * x, "readout")
+            potential, calibration_sets, recipe.readout, progress=lambda x: tell(0.6 + 0.35 * x, "readout")
         )
     return potential, (*layers, row), held_out
 
@@ -167,8 +169,8 @@ class _Clock:
 
 def _align_stages(
     merged: Potential,
-    parents: Sequence[Specialist],
-    territories: Sequence[Territory],
+    parents: Sequence[ForceField],
+    calibration_sets: Sequence[CalibrationSet],
     recipe: Recipe,
     tell: Progress,
 ) -> list[LayerReport]:
@@ -179,34 +181,39 @@ def _align_stages(
         tell(0.1 + 0.5 * i / len(merged.stages), name)
         originals: list[Stage] = [parent.potential.get_submodule(name) for parent in parents]  # type: ignore[misc]
         reports += align_layers(
-            name, stage, originals, territories, recipe, run=run_stage, inputs=stage_inputs
+            name, stage, originals, calibration_sets, recipe, run=run_stage, inputs=stage_inputs
         )
         if recipe.messages and adjustable_maps(stage):
-            reports.append(align_output(name, stage, originals, territories, recipe))
-        for original, territory in zip(originals, territories, strict=True):
-            for scene in territory.scenes:
+            reports.append(align_output(name, stage, originals, calibration_sets, recipe))
+        for original, calibration_set in zip(originals, calibration_sets, strict=True):
+            for scene in calibration_set.scenes:
                 scene.target = advance(original, scene.target, scene)
                 if follows:
                     scene.merged = advance(stage, scene.merged, scene)
                 if stage.emits_scalars:
-                    scene.target_scalars.append(push(lambda *x: merged.scalars(x), scene.target))
-                    scene.merged_scalars.append(push(lambda *x: merged.scalars(x), scene.merged))
+                    scene.target_scalars.append(pushforward(lambda *x: merged.scalars(x), scene.target))
+                    scene.merged_scalars.append(pushforward(lambda *x: merged.scalars(x), scene.merged))
     return reports
 
 
 def _align_readout(
-    merged: Potential, parents: Sequence[Specialist], territories: Sequence[Territory], recipe: Recipe
+    merged: Potential,
+    parents: Sequence[ForceField],
+    calibration_sets: Sequence[CalibrationSet],
+    recipe: Recipe,
 ) -> list[LayerReport]:
     """The plain readout, treated like any other layers."""
 
-    def run(readout: nn.Module, scene: Scene, scalars: Tensors) -> Tensor:
+    def run(readout: nn.Module, scene: CalibrationBatch, scalars: Tensors) -> Tensor:
         return readout(scalars, merged.species_row[scene.graph.atomic_numbers])
 
-    def inputs(scene: Scene, of_merged: bool) -> Dual:
+    def inputs(scene: CalibrationBatch, of_merged: bool) -> Dual:
         return sum(scene.merged_scalars if of_merged else scene.target_scalars, start=Dual((), ()))
 
     originals = [parent.potential.readout for parent in parents]
-    return align_layers("readout", merged.readout, originals, territories, recipe, run=run, inputs=inputs)
+    return align_layers(
+        "readout", merged.readout, originals, calibration_sets, recipe, run=run, inputs=inputs
+    )
 
 
 def _verdict_message(report: MergeReport) -> str:
@@ -220,8 +227,8 @@ def _verdict_message(report: MergeReport) -> str:
 
 
 def _as_specialist(
-    specialists: Sequence[Specialist], potential: Potential, recipe: Recipe, report: MergeReport
-) -> Specialist:
+    specialists: Sequence[ForceField], potential: Potential, recipe: Recipe, report: MergeReport
+) -> ForceField:
     theories = dict.fromkeys(s.level_of_theory for s in specialists)
     record = MergeRecord(
         parents=report.specialists,
@@ -229,7 +236,7 @@ def _as_specialist(
         recipe=recipe.model_dump(mode="json"),
         report=report.to_dict(),
     )
-    return Specialist(
+    return ForceField(
         name="+".join(record.parents),
         potential=potential.requires_grad_(False).eval(),
         level_of_theory=" + ".join(theories),

@@ -31,9 +31,9 @@ from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import Solution, regularised_factor, ridge_solve
 from ase_gffmerge.merging.directions import Probes
-from ase_gffmerge.merging.tangents import Dual, push
+from ase_gffmerge.merging.tangents import Dual, pushforward
 from ase_gffmerge.models import Potential
-from ase_gffmerge.models.layers.readout import WidenedReadout
+from ase_gffmerge.models.layers.readout import RandomFeatureReadout
 from ase_gffmerge.models.layers.sparse_linear import SparseLinear
 
 RIDGES = tuple(10.0**-exponent for exponent in range(3, 9))
@@ -58,7 +58,9 @@ class ReadoutFit:
     held_out: float
 
 
-def random_lift(readout: WidenedReadout, rows: Tensor, *, seed: int, spread: float = 0.5) -> None:
+def draw_random_features(
+    readout: RandomFeatureReadout, rows: Tensor, *, seed: int, spread: float = 0.5
+) -> None:
     r"""Draw A and b so that :math:`A z + b` has zero mean and standard deviation ``spread`` over rows z (n_atoms, d)."""
     mean, deviation = rows.double().mean(0), rows.double().std(0).clamp(min=1e-6)
     generator = torch.Generator().manual_seed(seed)
@@ -72,28 +74,28 @@ def random_lift(readout: WidenedReadout, rows: Tensor, *, seed: int, spread: flo
         lift.bias.copy_(spread * (b - (a * mean[read]).sum(-1).flatten()))
 
 
-def lifted_derivatives(potential: Potential, graph: Batch, probes: Probes) -> tuple[Tensor, Tensor]:
+def random_feature_derivatives(potential: Potential, graph: Batch, probes: Probes) -> tuple[Tensor, Tensor]:
     """Readout inputs z (n_atoms, d) and their derivatives (n_probes, n_atoms, d) along the probes."""
     readout = widened(potential)
 
     def inputs(vectors: Tensor) -> Tensor:
         graph.edge_vectors = vectors
-        return readout.lifted(potential.features(graph))
+        return readout.random_features(potential.features(graph))
 
     vectors = edge_vectors(graph)
-    z = push(inputs, Dual((vectors,), (probes.tangents(graph, vectors),)))
+    z = pushforward(inputs, Dual((vectors,), (probes.tangents(graph, vectors),)))
     return z.value[0], z.tangent[0]
 
 
-def widened(potential: Potential) -> WidenedReadout:
+def widened(potential: Potential) -> RandomFeatureReadout:
     """The potential's readout, which must be a widened one."""
-    if not isinstance(potential.readout, WidenedReadout):
+    if not isinstance(potential.readout, RandomFeatureReadout):
         raise TypeError("force matching needs a widened readout")
     return potential.readout
 
 
 def slope_rows(
-    readout: WidenedReadout, z: Tensor, dz: Tensor, cell: Tensor, n_cells: int
+    readout: RandomFeatureReadout, z: Tensor, dz: Tensor, cell: Tensor, n_cells: int
 ) -> Iterator[Tensor]:
     r"""Rows :math:`\sum_i \partial\phi(z_i)\cdot\dot z_i` for each probe, summed over the atoms of a cell.
 
@@ -139,7 +141,7 @@ def readout_rows(
         See :class:`~ase_gffmerge.merging.recipe.ReadoutOptions`.
     """
     readout, base = widened(potential), predict(potential, graph)
-    z, dz = lifted_derivatives(potential, graph, probes)
+    z, dz = random_feature_derivatives(potential, graph, probes)
     element = torch.searchsorted(elements, potential.species_row[graph.atomic_numbers])
     n_frames, n_elements = len(frame_weights), len(elements)
     cell = graph.batch * n_elements + element

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from ase_gffmerge.errors import RecipeError
-from ase_gffmerge.merging.distil_options import DistilOptions
+from ase_gffmerge.merging.distill_options import DistillOptions
 from ase_gffmerge.merging.loop_options import ClosedLoopOptions
 from ase_gffmerge.storage.documents import STRICT, Seed, Whole, explain, read_options, shown, with_text_keys
 
@@ -107,7 +107,7 @@ class Recipe(BaseModel):
     messages: bool = True
     readout: ReadoutOptions | None = ReadoutOptions()
     closed_loop: ClosedLoopOptions | None = None
-    refine: DistilOptions | None = None
+    refine: DistillOptions | None = None
     conditioning: Literal["shared", "per-specialist"] = "shared"
     weights: tuple[float, ...] | None = None
     allow_unrelated: bool = False

@@ -20,11 +20,11 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.metrics import predict_frames
 
 
-def align_references(specialists: Sequence[Specialist]) -> dict[str, dict[str, float]]:
+def align_references(specialists: Sequence[ForceField]) -> dict[str, dict[str, float]]:
     """Put all specialists on the first one's zero of energy, in place.
 
     Returns
@@ -44,14 +44,14 @@ def align_references(specialists: Sequence[Specialist]) -> dict[str, dict[str, f
     return shifts
 
 
-def _table_difference(first: Specialist, other: Specialist) -> dict[int, float]:
+def _table_difference(first: ForceField, other: ForceField) -> dict[int, float]:
     """Difference of the reference energies (eV) of the elements that both know."""
     ours, theirs = (dict(zip(s.species, s.potential.references.tolist())) for s in (first, other))
     return {z: theirs[z] - ours[z] for z in ours if z in theirs}
 
 
 def _counts_from_another_zero(
-    first: Specialist, other: Specialist, frames: Sequence[Atoms], delta: dict[int, float]
+    first: ForceField, other: ForceField, frames: Sequence[Atoms], delta: dict[int, float]
 ) -> bool:
     energies = [predict_frames(specialist.potential, frames).energies for specialist in (first, other)]
     difference = energies[1] - energies[0]

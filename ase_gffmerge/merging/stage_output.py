@@ -14,10 +14,10 @@ from torch.func import functional_call
 
 from ase_gffmerge.least_squares.gauss_newton import Thetas, squared
 from ase_gffmerge.merging.affine_maps import adjustable_maps, is_adjustable
-from ase_gffmerge.merging.calibration import Scene, Territory
+from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet
 from ase_gffmerge.merging.layerwise import advance, layer_inputs, run_stage, stage_inputs
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.tangents import differentiable_push
+from ase_gffmerge.merging.tangents import differentiable_pushforward
 from ase_gffmerge.models.base import Stage, State
 
 
@@ -50,7 +50,7 @@ class StageMismatch:
         self,
         stage: Stage,
         originals: Sequence[Stage],
-        territories: Sequence[Territory],
+        calibration_sets: Sequence[CalibrationSet],
         recipe: Recipe,
         *,
         batch: int = 0,
@@ -58,15 +58,15 @@ class StageMismatch:
         self._stage, self._maps = stage, adjustable_maps(stage)
         names = {module: name for name, module in stage.named_modules()}
         self._layers = {name: names[problem.module] for name, problem in self._maps.items()}
-        self._scenes = [territory.scenes[batch] for territory in territories]
+        self._scenes = [calibration_set.scenes[batch] for calibration_set in calibration_sets]
         states = [
             advance(original, scene.target, scene)
             for original, scene in zip(originals, self._scenes, strict=True)
         ]
         self._factors = [
-            _factors(dual.value, territory.weight)
-            + _factors(dual.tangent, territory.weight * recipe.slope_weight)
-            for dual, territory in zip(states, territories, strict=True)
+            _factors(dual.value, calibration_set.weight)
+            + _factors(dual.tangent, calibration_set.weight * recipe.slope_weight)
+            for dual, calibration_set in zip(states, calibration_sets, strict=True)
         ]
         self._targets = [
             _weighted(dual.value + dual.tangent, factors)
@@ -82,7 +82,7 @@ class StageMismatch:
         def stage_of(*x: Tensor) -> State:
             return tuple(functional_call(self._stage, parameters, scene.split(x)))
 
-        return _weighted(differentiable_push(stage_of, stage_inputs(scene, True)), self._factors[k])
+        return _weighted(differentiable_pushforward(stage_of, stage_inputs(scene, True)), self._factors[k])
 
     def _parameters(self, thetas: Thetas) -> dict[str, Tensor]:
         """The stage's parameters as differentiable functions of its maps; maps of one layer change their own entries."""
@@ -100,7 +100,7 @@ class StageMismatch:
         return squared([y - self._output(k, thetas) for k, y in enumerate(self._targets)])
 
 
-class StageOutput(StageMismatch):
+class LinearizedBlock(StageMismatch):
     """The mismatch on the first batch, linearised around the stage's present maps.
 
     Parameters
@@ -115,9 +115,13 @@ class StageOutput(StageMismatch):
     """
 
     def __init__(
-        self, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
+        self,
+        stage: Stage,
+        originals: Sequence[Stage],
+        calibration_sets: Sequence[CalibrationSet],
+        recipe: Recipe,
     ):
-        super().__init__(stage, originals, territories, recipe)
+        super().__init__(stage, originals, calibration_sets, recipe)
         self.thetas = {name: problem.read().detach().clone() for name, problem in self._maps.items()}
         self.grams = {name: torch.zeros(()).to(theta) for name, theta in self.thetas.items()}
         self._outputs: list[Tensor] = []
@@ -138,7 +142,7 @@ class StageOutput(StageMismatch):
         self._outputs.append(output)
         self._linear.append((u, pulled))
 
-    def _grams(self, scene: Scene) -> Thetas:
+    def _grams(self, scene: CalibrationBatch) -> Thetas:
         """Gram matrix of the rows that enter every map, of mean eigenvalue 1."""
         values = stage_inputs(scene, True).value
         with torch.no_grad():
@@ -155,7 +159,7 @@ class StageOutput(StageMismatch):
         along = [direction[name] for name in self._leaves]
         return [torch.autograd.grad(p, u, along, retain_graph=True)[0] for u, p in self._linear]
 
-    def pull(self, k: int, vector: Tensor) -> Thetas:
+    def vjp(self, k: int, vector: Tensor) -> Thetas:
         """Specialist k's part of Jᵀ u."""
         gradients = torch.autograd.grad(
             self._outputs[k], list(self._leaves.values()), vector, retain_graph=True

@@ -5,9 +5,17 @@ Importing this package fills :data:`METHODS`, one module per method or family.
 
 from importlib import import_module
 
-from ase_gffmerge.methods.base import METHODS, Method, Mixture, Need, Outcome, get_method, register
+from ase_gffmerge.methods.base import (
+    METHODS,
+    MergeInputs,
+    MergeOutput,
+    Method,
+    Requirement,
+    get_method,
+    register,
+)
 
-__all__ = ["METHODS", "Method", "Mixture", "Need", "Outcome", "get_method", "register"]
+__all__ = ["METHODS", "MergeInputs", "MergeOutput", "Method", "Requirement", "get_method", "register"]
 
 _IN_TABLE_ORDER = (
     "ensemble",

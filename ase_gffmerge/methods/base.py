@@ -9,13 +9,13 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.errors import RecipeError
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import Potential
 
 Progress = Callable[[float, str], None]
 
 
-class Need(StrEnum):
+class Requirement(StrEnum):
     """What a method needs beside the specialists' weights."""
 
     FRAMES = "frames"
@@ -27,7 +27,7 @@ class Need(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixture:
+class MergeInputs:
     """What every method is given.
 
     Attributes
@@ -42,23 +42,23 @@ class Mixture:
         Where to compute.
     """
 
-    specialists: tuple[Specialist, ...]
-    base: Specialist | None = None
+    specialists: tuple[ForceField, ...]
+    base: ForceField | None = None
     labelled: tuple[Sequence[Atoms], ...] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def provides(self, need: Need) -> bool:
+    def provides(self, need: Requirement) -> bool:
         """Whether the mixture holds what a method needs."""
         held = {
-            Need.FRAMES: all(s.calibration for s in self.specialists),
-            Need.BASE: self.base is not None,
-            Need.LABELS: self.labelled is not None,
+            Requirement.FRAMES: all(s.calibration for s in self.specialists),
+            Requirement.BASE: self.base is not None,
+            Requirement.LABELS: self.labelled is not None,
         }
         return held[need]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class MergeOutput:
     """What a method makes of a mixture.
 
     Attributes
@@ -78,7 +78,7 @@ class Outcome:
         return self.potentials[specialist if len(self.potentials) > 1 else 0]
 
 
-MethodFunction = Callable[[Mixture, Progress], Outcome]
+MethodFunction = Callable[[MergeInputs, Progress], MergeOutput]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,15 +103,15 @@ class Method:
 
     name: str
     citation: str
-    needs: frozenset[Need]
+    needs: frozenset[Requirement]
     trains: bool
     tells_specialists_apart: bool
     merges: bool = False
     run: MethodFunction
 
-    def missing(self, mixture: Mixture) -> tuple[Need, ...]:
+    def missing(self, merge_inputs: MergeInputs) -> tuple[Requirement, ...]:
         """What the method needs and the mixture lacks."""
-        return tuple(sorted(need for need in self.needs if not mixture.provides(need)))
+        return tuple(sorted(need for need in self.needs if not merge_inputs.provides(need)))
 
 
 METHODS: dict[str, Method] = {}
@@ -122,7 +122,7 @@ def register(
     name: str,
     *,
     citation: str,
-    needs: Sequence[Need] = (),
+    needs: Sequence[Requirement] = (),
     trains: bool = False,
     tells_specialists_apart: bool = False,
     merges: bool = False,

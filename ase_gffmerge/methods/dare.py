@@ -10,8 +10,8 @@ drop rates see the same numbers.
 import torch
 from torch import Tensor
 
-from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
-from ase_gffmerge.methods.grid_search import Yardstick, grid_of, tune
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.task_arithmetic import add_task_vectors
 from ase_gffmerge.methods.weight_space import WeightSpace
 from ase_gffmerge.models import Potential
@@ -34,11 +34,11 @@ def drop_and_rescale(task_vectors: Tensor, noise: Tensor, *, rate: float) -> Ten
     return torch.where(noise >= rate, task_vectors, 0.0) / (1 - rate)
 
 
-@register("dare", citation="Yu et al., arXiv 2311.03099", needs=(Need.FRAMES, Need.BASE))
-def dare(mixture: Mixture, progress: Progress) -> Outcome:
+@register("dare", citation="Yu et al., arXiv 2311.03099", needs=(Requirement.FRAMES, Requirement.BASE))
+def dare(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """DARE with drop rate and λ of least disagreement."""
-    space = WeightSpace.of(mixture)
-    noise = torch.stack([_noise(s.fingerprint, space.origin) for s in mixture.specialists])
+    space = WeightSpace.of(merge_inputs)
+    noise = torch.stack([_noise(s.fingerprint, space.origin) for s in merge_inputs.specialists])
     scales = [share / len(space.specialists) for share in SHARES]
 
     def build(rate: float, scale: float) -> Potential:
@@ -46,8 +46,8 @@ def dare(mixture: Mixture, progress: Progress) -> Outcome:
         return space.potential(add_task_vectors(space.origin, dropped, scale=scale))
 
     with torch.no_grad():
-        yardstick = Yardstick.of(space.specialists)
-        return tune(build, grid_of(rate=RATES, scale=scales), yardstick, progress=progress).outcome()
+        metric = DisagreementMetric.of(space.specialists)
+        return tune(build, grid_of(rate=RATES, scale=scales), metric, progress=progress).merge_output()
 
 
 def _noise(fingerprint: str, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ belongs to, so this is not one potential energy surface: a reference for how muc
 import torch
 from torch import Tensor
 
-from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
 from ase_gffmerge.methods.ties import elect_signs
 from ase_gffmerge.methods.weight_space import WeightSpace
 
@@ -33,13 +33,15 @@ def masked_and_rescaled(task_vectors: Tensor, elected: Tensor) -> Tensor:
     return masked * task_vectors.abs().sum(1, keepdim=True) / torch.where(sizes > 0, sizes, 1.0)
 
 
-@register("emr", citation="Huang et al., arXiv 2405.17461", needs=(Need.BASE,), tells_specialists_apart=True)
-def emr(mixture: Mixture, progress: Progress) -> Outcome:
+@register(
+    "emr", citation="Huang et al., arXiv 2405.17461", needs=(Requirement.BASE,), tells_specialists_apart=True
+)
+def emr(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """EMR-Merging: one potential per specialist, all made of one task vector."""
-    space = WeightSpace.of(mixture)
+    space = WeightSpace.of(merge_inputs)
     progress(0.5, "election")
     kept = masked_and_rescaled(space.task_vectors, elect_task_vector(space.task_vectors))
-    return Outcome(
+    return MergeOutput(
         potentials=tuple(
             space.potential(space.origin + task_vector, references_of=k) for k, task_vector in enumerate(kept)
         )

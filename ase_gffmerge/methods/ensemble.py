@@ -10,14 +10,14 @@ from torch_geometric.data import Data
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.force_field import symbols
 from ase_gffmerge.graphs.graph import structure_index
-from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
-from ase_gffmerge.methods.grid_search import Yardstick
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.grid_search import DisagreementMetric
 from ase_gffmerge.methods.weight_space import aligned_copies
 from ase_gffmerge.models import Potential
 
 
-@register("best_single", citation="the one specialist closest to all", needs=(Need.FRAMES,))
-def best_single(mixture: Mixture, progress: Progress) -> Outcome:
+@register("best_single", citation="the one specialist closest to all", needs=(Requirement.FRAMES,))
+def best_single(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Choose the specialist whose forces on everybody's calibration frames differ least from their owners'.
 
     Raises
@@ -25,7 +25,7 @@ def best_single(mixture: Mixture, progress: Progress) -> Outcome:
     IncompatibleSpecialistsError
         When no specialist knows all elements of all frames.
     """
-    specialists = aligned_copies(mixture)
+    specialists = aligned_copies(merge_inputs)
     elements = {int(z) for s in specialists for atoms in s.calibration for z in atoms.numbers}
     able = [s for s in specialists if elements <= set(s.species)]
     if not able:
@@ -33,13 +33,13 @@ def best_single(mixture: Mixture, progress: Progress) -> Outcome:
             f"no specialist knows all elements of the calibration frames ({symbols(sorted(elements))}), so none can stand "
             "for all; leave best_single out of this comparison"
         )
-    yardstick = Yardstick.of(specialists)
+    metric = DisagreementMetric.of(specialists)
     disagreements = []
     for i, specialist in enumerate(able):
         progress(i / len(able), specialist.name)
-        disagreements.append(yardstick.disagreement(specialist.potential))
+        disagreements.append(metric.disagreement(specialist.potential))
     best = able[disagreements.index(min(disagreements))]
-    return Outcome(potentials=(best.potential,), settings={"specialist": best.name})
+    return MergeOutput(potentials=(best.potential,), settings={"specialist": best.name})
 
 
 class Ensemble(nn.Module):
@@ -60,9 +60,9 @@ class Ensemble(nn.Module):
         self.architecture, self.hyper = members[0].architecture, members[0].hyper
         self.species = tuple(sorted({z for member in members for z in member.species}))
 
-    def served(self) -> "Ensemble":
+    def for_inference(self) -> "Ensemble":
         """Give the ensemble of what serves its members."""
-        return Ensemble([member.served() for member in self.members])  # type: ignore[operator]
+        return Ensemble([member.for_inference() for member in self.members])  # type: ignore[operator]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,14 +100,16 @@ class Ensemble(nn.Module):
     @staticmethod
     def _knows(member: Potential, graph: Data, structure: Tensor) -> Tensor:
         """Whether a member knows all elements of the structure that an atom belongs to (n_atoms,)."""
-        foreign = member.species_row[graph.atomic_numbers] < 0
-        counts = torch.zeros(len(graph.cell), device=foreign.device).index_add(0, structure, foreign.float())
+        converted = member.species_row[graph.atomic_numbers] < 0
+        counts = torch.zeros(len(graph.cell), device=converted.device).index_add(
+            0, structure, converted.float()
+        )
         return counts[structure] == 0
 
 
 @register("ensemble", citation="mean of the specialists' outputs")
-def ensemble(mixture: Mixture, progress: Progress) -> Outcome:
+def ensemble(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """All specialists at once, K times the cost: the mean of their energies and forces."""
     progress(0.0, "references")
-    members = Ensemble([s.potential for s in aligned_copies(mixture)])
-    return Outcome(potentials=(cast("Potential", members),))
+    members = Ensemble([s.potential for s in aligned_copies(merge_inputs)])
+    return MergeOutput(potentials=(cast("Potential", members),))

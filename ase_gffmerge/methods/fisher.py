@@ -29,8 +29,8 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
-from ase_gffmerge.methods.grid_search import Yardstick, grid_of, tune
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.weight_space import WeightSpace, weighted_mean
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.batching import chunks
@@ -94,18 +94,18 @@ def squared_derivatives(model: Potential, batch: Batch, energy_signs: Tensor, fo
     return torch.cat([gradient.flatten() for gradient in gradients]).double().square()
 
 
-@register("fisher", citation="Matena and Raffel, arXiv 2111.09832", needs=(Need.FRAMES,))
-def fisher(mixture: Mixture, progress: Progress) -> Outcome:
+@register("fisher", citation="Matena and Raffel, arXiv 2111.09832", needs=(Requirement.FRAMES,))
+def fisher(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Fisher merging with the floor of least disagreement."""
-    space = WeightSpace.of(mixture)
-    yardstick = Yardstick.of(space.specialists)
+    space = WeightSpace.of(merge_inputs)
+    metric = DisagreementMetric.of(space.specialists)
     weights = _relative_information(space, progress)
 
     def build(floor: float) -> Potential:
         return space.potential(weighted_mean(space.vectors, space.known * (weights + floor)))
 
     grid = grid_of(floor=FLOORS)
-    return tune(build, grid, yardstick, progress=lambda x, text: progress(0.8 + 0.2 * x, text)).outcome()
+    return tune(build, grid, metric, progress=lambda x, text: progress(0.8 + 0.2 * x, text)).merge_output()
 
 
 def _relative_information(space: WeightSpace, progress: Progress) -> Tensor:

@@ -23,14 +23,14 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from ase_gffmerge.errors import IncompatibleSpecialistsError
-from ase_gffmerge.forcefield.force_field import Specialist, symbols
+from ase_gffmerge.forcefield.force_field import ForceField, symbols
 from ase_gffmerge.graphs import batch_graphs, build_graph
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.methods.activation_similarity import Similarities, channel_moments, similarities
-from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
-from ase_gffmerge.methods.grid_search import Yardstick, grid_of, tune
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.permutation_symmetry import permuted
 from ase_gffmerge.methods.weight_space import aligned_copies
 from ase_gffmerge.models import Potential
@@ -45,11 +45,11 @@ POWERS = (0.0, 0.5, 1.0)
 MAX_ATOMS = 500
 
 
-@register("git_rebasin", citation="Ainsworth et al., arXiv 2209.04836", needs=(Need.FRAMES,))
+@register("git_rebasin", citation="Ainsworth et al., arXiv 2209.04836", needs=(Requirement.FRAMES,))
 @torch.no_grad()
-def git_rebasin(mixture: Mixture, progress: Progress) -> Outcome:
+def git_rebasin(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Mean of the specialists after their hidden channels were brought into one order."""
-    parents = aligned_copies(mixture)
+    parents = aligned_copies(merge_inputs)
     progress(0.0, "activations on the frames of all specialists")
     graphs = [graph for parent in _with_common_frames(parents) for graph in _batches(parent)]
     moments = channel_moments([parent.potential for parent in parents], graphs)
@@ -62,13 +62,11 @@ def git_rebasin(mixture: Mixture, progress: Progress) -> Outcome:
         ]
         return mean_potential(moved, PRESETS["mean"])
 
-    yardstick = Yardstick.of(parents)
-    trial = tune(
-        build, grid_of(power=POWERS), yardstick, progress=lambda x, text: progress(0.5 + 0.5 * x, text)
-    )
+    metric = DisagreementMetric.of(parents)
+    trial = tune(build, grid_of(power=POWERS), metric, progress=lambda x, text: progress(0.5 + 0.5 * x, text))
     reference, orders = matched_orders(similarities(moments, len(parents), **trial.settings))
     found: dict[str, float | str] = {"reference": parents[reference].name, "moved": _fraction_moved(orders)}
-    return Outcome(potentials=(trial.potential,), settings=found | dict(trial.settings))
+    return MergeOutput(potentials=(trial.potential,), settings=found | dict(trial.settings))
 
 
 def matched_orders(similarity: Similarities) -> tuple[int, list[dict[str, Tensor]]]:
@@ -107,7 +105,7 @@ def _fraction_moved(orders: Sequence[Mapping[str, Tensor]]) -> float:
     return float(moved.double().mean())
 
 
-def _batches(specialist: Specialist) -> Iterator[Batch]:
+def _batches(specialist: ForceField) -> Iterator[Batch]:
     """Calibration frames in batches with edge vectors."""
     potential = specialist.potential
     for frames in chunks(specialist.calibration, MAX_ATOMS):
@@ -117,7 +115,7 @@ def _batches(specialist: Specialist) -> Iterator[Batch]:
         yield batch
 
 
-def _with_common_frames(specialists: Sequence[Specialist]) -> list[Specialist]:
+def _with_common_frames(specialists: Sequence[ForceField]) -> list[ForceField]:
     """Specialists with their calibration frames, cut down to the elements that all of them know."""
     common = set.intersection(*(set(s.species) for s in specialists))
     trimmed = []

@@ -20,10 +20,10 @@ from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.inference.metrics import check_frames
-from ase_gffmerge.methods.base import Outcome, Progress
+from ase_gffmerge.methods.base import MergeOutput, Progress
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.batching import chunks
 
@@ -36,7 +36,7 @@ Settings = Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Yardstick:
+class DisagreementMetric:
     """What the specialists themselves say on some of their calibration frames.
 
     Attributes
@@ -51,7 +51,7 @@ class Yardstick:
     forces: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, specialists: Sequence[Specialist], *, n_frames: int = N_FRAMES) -> Self:
+    def of(cls, specialists: Sequence[ForceField], *, n_frames: int = N_FRAMES) -> Self:
         """Evaluate the specialists, all on one device, on at most ``n_frames`` evenly chosen frames each.
 
         Raises
@@ -92,13 +92,17 @@ class Trial:
     potential: Potential
     disagreement: float
 
-    def outcome(self) -> Outcome:
+    def merge_output(self) -> MergeOutput:
         """The potential with its settings, as a method returns it."""
-        return Outcome(potentials=(self.potential,), settings=dict(self.settings))
+        return MergeOutput(potentials=(self.potential,), settings=dict(self.settings))
 
 
 def tune(
-    build: Callable[..., Potential], grid: Sequence[Settings], yardstick: Yardstick, *, progress: Progress
+    build: Callable[..., Potential],
+    grid: Sequence[Settings],
+    metric: DisagreementMetric,
+    *,
+    progress: Progress,
 ) -> Trial:
     """Try every point of a grid and keep the one of least disagreement, the first one among equals.
 
@@ -117,7 +121,7 @@ def tune(
     for i, settings in enumerate(grid):
         progress(i / len(grid), ", ".join(f"{name} {value:g}" for name, value in settings.items()))
         potential = build(**settings)
-        disagreement = yardstick.disagreement(potential)
+        disagreement = metric.disagreement(potential)
         if best is None or disagreement < best.disagreement:
             best = Trial(settings=settings, potential=potential, disagreement=disagreement)
     assert best is not None

@@ -5,10 +5,10 @@ from typing import Any
 
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.merging.merge import merge
-from ase_gffmerge.methods.base import Mixture, Outcome, Progress, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, register
 
 
-def merge_by_recipe(mixture: Mixture, preset: str, *, progress: Progress) -> Outcome:
+def merge_by_recipe(merge_inputs: MergeInputs, preset: str, *, progress: Progress) -> MergeOutput:
     """Merge with one of :data:`~ase_gffmerge.merging.recipe.PRESETS`, silently: a comparison tells how good it is."""
     recipe: dict[str, Any] = {
         "preset": preset,
@@ -18,11 +18,11 @@ def merge_by_recipe(mixture: Mixture, preset: str, *, progress: Progress) -> Out
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)
-        merged, _ = merge(mixture.specialists, recipe, device=mixture.device, progress=progress)
-    return Outcome(potentials=(merged.potential,))
+        merged, _ = merge(merge_inputs.specialists, recipe, device=merge_inputs.device, progress=progress)
+    return MergeOutput(potentials=(merged.potential,))
 
 
 @register("mean", citation="Wortsman et al. (model soups), arXiv 2203.05482", merges=True)
-def mean(mixture: Mixture, progress: Progress) -> Outcome:
+def mean(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Mean of the weights, embedding rows in proportion to how often each specialist's frames have the element."""
-    return merge_by_recipe(mixture, "mean", progress=progress)
+    return merge_by_recipe(merge_inputs, "mean", progress=progress)

@@ -53,7 +53,7 @@ class ChannelGroups:
     embedding
         Group of the columns of the embedding table.
     maps
-        The ends of every affine map, by the name of its :class:`~ase_gffmerge.merging.affine_maps.Problem`.
+        The ends of every affine map, by the name of its :class:`~ase_gffmerge.merging.affine_maps.AffineMap`.
     """
 
     embedding: str

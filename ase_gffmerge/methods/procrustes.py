@@ -24,8 +24,8 @@ from torch import Tensor
 from ase_gffmerge.merging.affine_maps import affine_maps
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.recipe import PRESETS
-from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
-from ase_gffmerge.methods.grid_search import Yardstick, grid_of, tune
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.permutation_symmetry import channel_groups
 from ase_gffmerge.methods.weight_space import aligned_copies
 from ase_gffmerge.models import Potential
@@ -52,11 +52,11 @@ def turned(theta: Tensor, reference: Tensor) -> Tensor:
     return (u @ vt).T @ theta
 
 
-@register("procrustes", citation="Schönemann, doi:10.1007/BF02289451", needs=(Need.FRAMES,))
+@register("procrustes", citation="Schönemann, doi:10.1007/BF02289451", needs=(Requirement.FRAMES,))
 @torch.no_grad()
-def procrustes(mixture: Mixture, progress: Progress) -> Outcome:
+def procrustes(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Mean of weights whose input bases were turned, layer by layer, towards those of one specialist."""
-    parents = aligned_copies(mixture)
+    parents = aligned_copies(merge_inputs)
     mean = mean_potential(parents, PRESETS["mean"])
 
     def build(reference: float, share: float) -> Potential:
@@ -64,9 +64,9 @@ def procrustes(mixture: Mixture, progress: Progress) -> Outcome:
 
     equal_say = (len(parents) - 1) / len(parents)
     grid = grid_of(reference=range(len(parents)), share=sorted({*SHARES, equal_say}))
-    trial = tune(build, grid, Yardstick.of(parents), progress=progress)
+    trial = tune(build, grid, DisagreementMetric.of(parents), progress=progress)
     name = parents[int(trial.settings["reference"])].name
-    return Outcome(potentials=(trial.potential,), settings=dict(trial.settings) | {"reference": name})
+    return MergeOutput(potentials=(trial.potential,), settings=dict(trial.settings) | {"reference": name})
 
 
 def merge_turned(

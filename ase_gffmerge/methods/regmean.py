@@ -26,17 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import ridge_solve
 from ase_gffmerge.merging.affine_maps import affine_maps, problems
 from ase_gffmerge.merging.average import mean_potential
-from ase_gffmerge.merging.calibration import Scene, Territory, survey
+from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
 from ase_gffmerge.merging.layerwise import advance, layer_inputs, run_stage
 from ase_gffmerge.merging.recipe import PRESETS
-from ase_gffmerge.merging.tangents import push
-from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
-from ase_gffmerge.methods.grid_search import Yardstick, grid_of, tune
+from ase_gffmerge.merging.tangents import pushforward
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.weight_space import aligned_copies
 from ase_gffmerge.models import Potential
 
@@ -100,16 +100,16 @@ def solve_maps(
         problem.write(torch.cat([solution.to(theta), theta[d:]]))
 
 
-@register("regmean", citation="Jin et al., arXiv 2212.09849", needs=(Need.FRAMES,), merges=True)
+@register("regmean", citation="Jin et al., arXiv 2212.09849", needs=(Requirement.FRAMES,), merges=True)
 @torch.no_grad()
-def regmean(mixture: Mixture, progress: Progress) -> Outcome:
+def regmean(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Regression mean with the Gram matrices of every specialist's own activations."""
-    parents = aligned_copies(mixture)
+    parents = aligned_copies(merge_inputs)
     mean = mean_potential(parents, PRESETS["mean"])
     grams: list[Grams] = []
-    for parent, territory in zip(parents, _survey(parents, mean), strict=True):
+    for parent, calibration_set in zip(parents, _survey(parents, mean), strict=True):
         progress(0.5 * len(grams) / len(parents), f"inputs of {parent.name}")
-        runs = [partial(parent.potential, scene.graph) for scene in territory.scenes]
+        runs = [partial(parent.potential, scene.graph) for scene in calibration_set.scenes]
         grams.append(input_grams(parent.potential, runs))
 
     def build(alpha: float) -> Potential:
@@ -118,30 +118,38 @@ def regmean(mixture: Mixture, progress: Progress) -> Outcome:
         return merged
 
     grid = grid_of(alpha=ALPHAS)
-    trial = tune(build, grid, Yardstick.of(parents), progress=lambda x, text: progress(0.5 + 0.5 * x, text))
-    return trial.outcome()
+    trial = tune(
+        build, grid, DisagreementMetric.of(parents), progress=lambda x, text: progress(0.5 + 0.5 * x, text)
+    )
+    return trial.merge_output()
 
 
-@register("regmean++", citation="Nguyen et al., arXiv 2508.03121", needs=(Need.FRAMES,), merges=True)
+@register("regmean++", citation="Nguyen et al., arXiv 2508.03121", needs=(Requirement.FRAMES,), merges=True)
 @torch.no_grad()
-def regmean_plus_plus(mixture: Mixture, progress: Progress) -> Outcome:
+def regmean_plus_plus(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Regression mean with what the merged model as built so far sends into every block."""
-    parents = aligned_copies(mixture)
+    parents = aligned_copies(merge_inputs)
     mean = mean_potential(parents, PRESETS["mean"])
-    territories = _survey(parents, mean)
+    calibration_sets = _survey(parents, mean)
 
     def build(alpha: float) -> Potential:
-        return merge_blockwise(mean, parents, territories, alpha=alpha)
+        return merge_blockwise(mean, parents, calibration_sets, alpha=alpha)
 
-    return tune(build, grid_of(alpha=ALPHAS), Yardstick.of(parents), progress=progress).outcome()
+    return tune(
+        build, grid_of(alpha=ALPHAS), DisagreementMetric.of(parents), progress=progress
+    ).merge_output()
 
 
-def _survey(parents: Sequence[Specialist], mean: Potential) -> list[Territory]:
-    return survey(parents, mean, len(parents) * [1.0], probes=0)
+def _survey(parents: Sequence[ForceField], mean: Potential) -> list[CalibrationSet]:
+    return build_calibration(parents, mean, len(parents) * [1.0], probes=0)
 
 
 def merge_blockwise(
-    mean: Potential, parents: Sequence[Specialist], territories: Sequence[Territory], *, alpha: float
+    mean: Potential,
+    parents: Sequence[ForceField],
+    calibration_sets: Sequence[CalibrationSet],
+    *,
+    alpha: float,
 ) -> Potential:
     """Merge block after block on the merged model's own states.
 
@@ -155,9 +163,12 @@ def merge_blockwise(
         Factor of the off-diagonal elements of the Gram matrices.
     """
     merged = deepcopy(mean)
-    scenes = [[replace(scene, merged_scalars=[]) for scene in territory.scenes] for territory in territories]
+    scenes = [
+        [replace(scene, merged_scalars=[]) for scene in calibration_set.scenes]
+        for calibration_set in calibration_sets
+    ]
 
-    def run_readout(readout: nn.Module, scene: Scene) -> Tensor:
+    def run_readout(readout: nn.Module, scene: CalibrationBatch) -> Tensor:
         scalars = [dual.value[0] for dual in scene.merged_scalars]
         return readout(scalars, merged.species_row[scene.graph.atomic_numbers])
 
@@ -167,22 +178,22 @@ def merge_blockwise(
         for scene in chain.from_iterable(scenes):
             scene.merged = advance(stage, scene.merged, scene)
             if stage.emits_scalars:
-                scene.merged_scalars.append(push(lambda *x: merged.scalars(x), scene.merged))
+                scene.merged_scalars.append(pushforward(lambda *x: merged.scalars(x), scene.merged))
     readouts = [parent.potential.readout for parent in parents]
     _merge_block(merged.readout, readouts, scenes, run=run_readout, alpha=alpha)
     return merged
 
 
-def _run_stage(stage: nn.Module, scene: Scene) -> Any:
+def _run_stage(stage: nn.Module, scene: CalibrationBatch) -> Any:
     return run_stage(stage, scene, (scene.merged + scene.geometry).value)
 
 
 def _merge_block(
     merged: nn.Module,
     originals: Sequence[nn.Module],
-    scenes: Sequence[Sequence[Scene]],
+    scenes: Sequence[Sequence[CalibrationBatch]],
     *,
-    run: Callable[[nn.Module, Scene], Any],
+    run: Callable[[nn.Module, CalibrationBatch], Any],
     alpha: float,
 ) -> None:
     """Merge the affine maps of one block, with inputs from each specialist's block on the merged model's state."""

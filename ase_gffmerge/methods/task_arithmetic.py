@@ -8,8 +8,8 @@ r"""Task arithmetic: the base plus a multiple of the sum of the task vectors.
 import torch
 from torch import Tensor
 
-from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
-from ase_gffmerge.methods.grid_search import Yardstick, grid_of, tune
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.weight_space import WeightSpace
 from ase_gffmerge.models import Potential
 
@@ -22,15 +22,19 @@ def add_task_vectors(base: Tensor, task_vectors: Tensor, *, scale: float) -> Ten
     return base + scale * task_vectors.sum(0)
 
 
-@register("task_arithmetic", citation="Ilharco et al., arXiv 2212.04089", needs=(Need.FRAMES, Need.BASE))
-def task_arithmetic(mixture: Mixture, progress: Progress) -> Outcome:
+@register(
+    "task_arithmetic",
+    citation="Ilharco et al., arXiv 2212.04089",
+    needs=(Requirement.FRAMES, Requirement.BASE),
+)
+def task_arithmetic(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Task arithmetic with λ of least disagreement."""
-    space = WeightSpace.of(mixture)
+    space = WeightSpace.of(merge_inputs)
     scales = [share / len(space.specialists) for share in SHARES]
 
     def build(scale: float) -> Potential:
         return space.potential(add_task_vectors(space.origin, space.task_vectors, scale=scale))
 
     with torch.no_grad():
-        yardstick = Yardstick.of(space.specialists)
-        return tune(build, grid_of(scale=scales), yardstick, progress=progress).outcome()
+        metric = DisagreementMetric.of(space.specialists)
+        return tune(build, grid_of(scale=scales), metric, progress=progress).merge_output()

@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from ase_gffmerge.methods.base import Mixture, Need, Outcome, Progress, register
-from ase_gffmerge.methods.grid_search import Yardstick, grid_of, tune
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.weight_space import WeightSpace, weighted_mean
 from ase_gffmerge.models import Potential
 
@@ -51,16 +51,16 @@ def disjoint_mean(task_vectors: Tensor, signs: Tensor) -> Tensor:
     return weighted_mean(task_vectors, task_vectors * signs > 0)
 
 
-@register("ties", citation="Yadav et al., arXiv 2306.01708", needs=(Need.FRAMES, Need.BASE))
-def ties(mixture: Mixture, progress: Progress) -> Outcome:
+@register("ties", citation="Yadav et al., arXiv 2306.01708", needs=(Requirement.FRAMES, Requirement.BASE))
+def ties(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """TIES with density and λ of least disagreement."""
-    space = WeightSpace.of(mixture)
+    space = WeightSpace.of(merge_inputs)
 
     def build(density: float, scale: float) -> Potential:
         trimmed = trim(space.task_vectors, space.known, density=density)
         return space.potential(space.origin + scale * disjoint_mean(trimmed, elect_signs(trimmed)))
 
     with torch.no_grad():
-        yardstick = Yardstick.of(space.specialists)
+        metric = DisagreementMetric.of(space.specialists)
         grid = grid_of(density=DENSITIES, scale=SCALES)
-        return tune(build, grid, yardstick, progress=progress).outcome()
+        return tune(build, grid, metric, progress=progress).merge_output()

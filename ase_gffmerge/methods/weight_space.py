@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ase_gffmerge.errors import IncompatibleSpecialistsError, RecipeError
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.average import blank_potential, mean_references
 from ase_gffmerge.merging.merge import working_copies
 from ase_gffmerge.merging.reference_energies import align_references
-from ase_gffmerge.methods.base import Mixture
+from ase_gffmerge.methods.base import MergeInputs
 from ase_gffmerge.models import Potential
 
 
@@ -42,14 +42,14 @@ class WeightSpace:
         Weights of the base, or ``None``. Rows of elements that only specialists know are the mean of theirs.
     """
 
-    specialists: tuple[Specialist, ...]
+    specialists: tuple[ForceField, ...]
     vectors: Tensor
     known: Tensor
     base: Tensor | None
     _blank: Potential
 
     @classmethod
-    def of(cls, mixture: Mixture) -> Self:
+    def of(cls, merge_inputs: MergeInputs) -> Self:
         """Read the weights of a mixture.
 
         Raises
@@ -57,16 +57,16 @@ class WeightSpace:
         IncompatibleSpecialistsError
             When the base has another architecture or other hyper-parameters than the specialists.
         """
-        specialists = aligned_copies(mixture)
+        specialists = aligned_copies(merge_inputs)
         with torch.random.fork_rng(devices=[]):
             blank = blank_potential(specialists)
         blank.references.copy_(mean_references(specialists, blank.species, torch.ones(len(specialists))))
         vectors, known = zip(*(_flatten(s, blank.species) for s in specialists), strict=True)
         stacked, seen = torch.stack(vectors), torch.stack(known)
         base = None
-        if mixture.base is not None:
-            _check_base(mixture.base, specialists[0])
-            own, own_known = (x.to(stacked.device) for x in _flatten(mixture.base, blank.species))
+        if merge_inputs.base is not None:
+            _check_base(merge_inputs.base, specialists[0])
+            own, own_known = (x.to(stacked.device) for x in _flatten(merge_inputs.base, blank.species))
             base = torch.where(own_known, own, weighted_mean(stacked, seen))
         return cls(specialists=tuple(specialists), vectors=stacked, known=seen, base=base, _blank=blank)
 
@@ -114,9 +114,9 @@ class WeightSpace:
         return potential
 
 
-def aligned_copies(mixture: Mixture) -> list[Specialist]:
+def aligned_copies(merge_inputs: MergeInputs) -> list[ForceField]:
     """Copies of the specialists on the mixture's device, in one precision and on one zero of energy."""
-    specialists = working_copies(mixture.specialists, mixture.device)
+    specialists = working_copies(merge_inputs.specialists, merge_inputs.device)
     with torch.no_grad():
         align_references(specialists)
     return specialists
@@ -128,7 +128,7 @@ def weighted_mean(vectors: Tensor, weights: Tensor) -> Tensor:
     return (weights * vectors).sum(0) / torch.where(total > 0, total, 1.0)
 
 
-def _flatten(specialist: Specialist, species: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _flatten(specialist: ForceField, species: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Weights (P,) in float64 with embedding rows for ``species``, and whether the specialist knows them."""
     known = torch.tensor([z in specialist.species for z in species], device=specialist.potential.device)
     rows = specialist.potential.species_row[list(species)]
@@ -144,7 +144,7 @@ def _flatten(specialist: Specialist, species: Sequence[int]) -> tuple[Tensor, Te
     return torch.cat(values), torch.cat(mask)
 
 
-def _check_base(base: Specialist, specialist: Specialist) -> None:
+def _check_base(base: ForceField, specialist: ForceField) -> None:
     ours, theirs = specialist.potential, base.potential
     if (ours.architecture, ours.hyper) != (theirs.architecture, theirs.hyper):
         raise IncompatibleSpecialistsError(

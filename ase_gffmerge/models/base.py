@@ -22,7 +22,7 @@ from torch_geometric.data import Data
 
 from ase_gffmerge.models.layers.buffers import ExactBuffers
 from ase_gffmerge.models.layers.radial import BesselBasis, polynomial_cutoff
-from ase_gffmerge.models.layers.readout import MLPReadout, WidenedReadout
+from ase_gffmerge.models.layers.readout import MLPReadout, RandomFeatureReadout
 
 State = tuple[Tensor, ...]
 
@@ -192,7 +192,7 @@ class Potential(ExactBuffers):
         self.stages = nn.ModuleList()
         self.readout: nn.Module = self.own_readout()
         if hyper.readout_width:
-            self.readout = WidenedReadout(
+            self.readout = RandomFeatureReadout(
                 self.readout,
                 hyper.channels,
                 len(self.species),
@@ -210,7 +210,7 @@ class Potential(ExactBuffers):
         """Names of the parameters (n_species, ...) that have a row per element, beside the embedding."""
         return ()
 
-    def served(self) -> Self:
+    def for_inference(self) -> Self:
         """Give what computes the same energies and their first derivatives faster, from weights that must not change.
 
         It shares the weights. Architectures without a faster way give themselves.

@@ -24,7 +24,7 @@ from torch_geometric.data import Data
 
 from ase_gffmerge.models.base import EdgeGeometry, HyperParameters, Potential, Stage, State
 from ase_gffmerge.models.layers.gather import take_rows
-from ase_gffmerge.models.painn_cpu import ServedMessage
+from ase_gffmerge.models.painn_cpu import InferenceMessage
 
 NORM_OFFSET = 1e-8
 
@@ -112,12 +112,12 @@ class PaiNN(Potential):
             self.stages.append(Message(hyper.channels, hyper.n_radial))
             self.stages.append(Update(hyper.channels, hyper.norm_offset))
 
-    def served(self) -> Self:
+    def for_inference(self) -> Self:
         """Give a copy with messages in blocks (:mod:`.painn_served`), which shares the weights."""
         twin = copy(self)
         twin._modules = dict(self._modules)
         twin.stages = nn.ModuleList(
-            ServedMessage(stage) if type(stage) is Message else stage for stage in self.stages
+            InferenceMessage(stage) if type(stage) is Message else stage for stage in self.stages
         ).train(self.training)
         return twin
 

@@ -35,7 +35,7 @@ BLOCK = 32_768
 """Edges times channels of one block: its dozen temporaries then fit into 2 MB."""
 
 
-class ServedMessage(Stage):
+class InferenceMessage(Stage):
     """The same sums as a message layer, for weights that stay as they are.
 
     What fits into one block, and everything on other devices than a CPU, is left to the layer itself.

@@ -12,11 +12,11 @@ from pydantic import Field
 
 from ase_gffmerge.data.perturb import displaced
 from ase_gffmerge.dynamics.batched_md import run_replicas
-from ase_gffmerge.dynamics.stopping import Monitor, standard_monitor
+from ase_gffmerge.dynamics.stopping import StoppingCriteria, standard_criteria
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import Potential
-from ase_gffmerge.sampling.screening import judge
+from ase_gffmerge.sampling.screening import screen
 from ase_gffmerge.sampling.temperature_ladder import Ladder, LadderOptions, climb
 
 Progress = Callable[[float, str], None]
@@ -87,11 +87,11 @@ class SampleResult:
 
 
 def sample_frames(
-    specialist: Specialist,
+    specialist: ForceField,
     structures: Sequence[Atoms],
     options: SampleOptions | None = None,
     *,
-    monitor: Monitor | None = None,
+    monitor: StoppingCriteria | None = None,
     progress: Progress | None = None,
 ) -> SampleResult:
     """Sample calibration frames by short molecular dynamics with the specialist itself.
@@ -119,7 +119,7 @@ def sample_frames(
         For no structures or unknown elements, or when not a single frame survives.
     """
     began = time.perf_counter()
-    options, monitor = options or SampleOptions(), monitor or standard_monitor(specialist)
+    options, monitor = options or SampleOptions(), monitor or standard_criteria(specialist)
     _check(specialist)
     starts, rejected = _relaxed(specialist.potential, structures, options, monitor)
     n_displaced = round(options.rattled * options.n)
@@ -150,7 +150,7 @@ def sample_frames(
     )
 
 
-def _check(specialist: Specialist) -> None:
+def _check(specialist: ForceField) -> None:
     if specialist.potential.hyper.n_embeddings > 1:
         raise FramesError(
             f"{specialist.name!r} has one embedding per specialist, so no surface of its own to sample; sample each "
@@ -163,7 +163,7 @@ def _counts(rejected: Mapping[str, int]) -> str:
 
 
 def _relaxed(
-    potential: Potential, structures: Sequence[Atoms], options: SampleOptions, monitor: Monitor
+    potential: Potential, structures: Sequence[Atoms], options: SampleOptions, monitor: StoppingCriteria
 ) -> tuple[list[Atoms], Counter[str]]:
     """Structures cooled to rest, and why some were lost on the way."""
     if not options.relax:
@@ -185,7 +185,7 @@ def _relaxed(
 
 
 def _displaced(
-    potential: Potential, ladder: Ladder, n: int, options: SampleOptions, monitor: Monitor
+    potential: Potential, ladder: Ladder, n: int, options: SampleOptions, monitor: StoppingCriteria
 ) -> tuple[list[Atoms], Counter[str]]:
     """``n`` displaced copies of sampled frames, drawn until enough are accepted or as many again were refused."""
     rng = np.random.default_rng((options.seed, n))
@@ -196,7 +196,7 @@ def _displaced(
         copies = [
             displaced(ladder.frames[k], rattle=options.rattle, strain=options.strain, rng=rng) for k in chosen
         ]
-        stops = judge(potential, copies, [ladder.references[k] for k in chosen], monitor=monitor)
+        stops = screen(potential, copies, [ladder.references[k] for k in chosen], monitor=monitor)
         refused.update(stop.reason for stop in stops if stop)
         accepted += [copy for copy, stop in zip(copies, stops, strict=True) if stop is None]
     for atoms in accepted:

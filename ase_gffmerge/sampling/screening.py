@@ -5,18 +5,18 @@ from collections.abc import Sequence
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.dynamics.langevin import Swarm
-from ase_gffmerge.dynamics.stopping import Monitor, Stop, Watch
+from ase_gffmerge.dynamics.langevin import BatchedLangevin
+from ase_gffmerge.dynamics.stopping import Stop, StoppingCriteria, StoppingTracker
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.batching import chunks
 
 
-def judge(
+def screen(
     potential: Potential,
     frames: Sequence[Atoms],
     references: Sequence[Atoms],
     *,
-    monitor: Monitor,
+    monitor: StoppingCriteria,
     max_atoms: int = 2000,
 ) -> list[Stop | None]:
     """Say what is wrong with each frame, compared with the intact structure it comes from.
@@ -37,7 +37,7 @@ def judge(
     found: list[Stop | None] = []
     for group in chunks(frames, max_atoms):
         part = references[len(found) : len(found) + len(group)]
-        stops = _judge(potential, [_at_rest(atoms) for atoms in group], part, monitor)
+        stops = _screen(potential, [_at_rest(atoms) for atoms in group], part, monitor)
         found += [stops.get(k) for k in range(len(group))]
     return found
 
@@ -46,13 +46,13 @@ def _at_rest(atoms: Atoms) -> Atoms:
     return Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
 
 
-def _judge(
-    potential: Potential, frames: Sequence[Atoms], references: Sequence[Atoms], monitor: Monitor
+def _screen(
+    potential: Potential, frames: Sequence[Atoms], references: Sequence[Atoms], monitor: StoppingCriteria
 ) -> dict[int, Stop]:
     n = len(frames)
     generators = [np.random.default_rng(0)] * n
-    swarm = Swarm(
+    swarm = BatchedLangevin(
         potential, frames, temperatures=[0.0] * n, generators=generators, specialist=[0] * n, skin=0.0
     )
     freedom = [3 * len(atoms) for atoms in frames]
-    return Watch(monitor, swarm, references, freedom=freedom).stops(recording=True)
+    return StoppingTracker(monitor, swarm, references, freedom=freedom).stops(recording=True)

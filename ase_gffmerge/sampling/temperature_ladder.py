@@ -12,7 +12,7 @@ from ase import Atoms
 from pydantic import BaseModel, ConfigDict, Field
 
 from ase_gffmerge.dynamics.batched_md import ReplicaRun, run_replicas
-from ase_gffmerge.dynamics.stopping import Monitor
+from ase_gffmerge.dynamics.stopping import StoppingCriteria
 from ase_gffmerge.models import Potential
 from ase_gffmerge.sampling.statistical_inefficiency import decorrelation_time
 
@@ -109,7 +109,7 @@ def climb(
     options: LadderOptions,
     *,
     n: int,
-    monitor: Monitor,
+    monitor: StoppingCriteria,
     progress: Callable[[float, str], None],
 ) -> Ladder:
     """Run every structure at every temperature until there are ``n`` decorrelated frames, or time is over.
@@ -158,7 +158,7 @@ def _segment(
     options: LadderOptions,
     *,
     segment: int,
-    monitor: Monitor,
+    monitor: StoppingCriteria,
     progress: Callable[[float, str], None],
 ) -> None:
     every = max(1, round(INTERVAL / options.timestep))

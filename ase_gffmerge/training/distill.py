@@ -17,30 +17,30 @@ from ase import Atoms
 
 from ase_gffmerge.data.hashing import geometry_keys, hash_frames
 from ase_gffmerge.errors import IncompatibleSpecialistsError, MergeWarning
-from ase_gffmerge.forcefield.force_field import MergeRecord, Provenance, Specialist
-from ase_gffmerge.forcefield.leverage_fit import extrapolation_gauge
-from ase_gffmerge.merging.distil_options import DistilOptions
+from ase_gffmerge.forcefield.force_field import ForceField, MergeRecord, Provenance
+from ase_gffmerge.forcefield.leverage_fit import fit_extrapolation_grade
+from ase_gffmerge.merging.distill_options import DistillOptions
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.distill_report import distilled_report
-from ase_gffmerge.training.distill_targets import Lesson
+from ase_gffmerge.training.distill_targets import DistillationSet
 from ase_gffmerge.training.loop import Callback, fit
 from ase_gffmerge.training.soap import SOAP
 from ase_gffmerge.training.state import History
-from ase_gffmerge.training.teachers import School, enrol, lesson_loss, parameter_groups, weights_of
+from ase_gffmerge.training.teachers import Teachers, distillation_loss, enrol, parameter_groups, weights_of
 
 
-def distil(
-    merged: Specialist,
-    specialists: Sequence[Specialist],
-    options: DistilOptions | None = None,
+def distill(
+    merged: ForceField,
+    specialists: Sequence[ForceField],
+    options: DistillOptions | None = None,
     *,
     frames: Sequence[Sequence[Atoms]] | None = None,
     checkpoint: Path | None = None,
     device: str | torch.device = "auto",
     callback: Callback | None = None,
-) -> tuple[Specialist, History]:
+) -> tuple[ForceField, History]:
     """Fine-tune a merged potential on its specialists' predictions; no labels are read.
 
     Parameters
@@ -62,7 +62,7 @@ def distil(
 
     Returns
     -------
-    distilled : Specialist
+    distilled : ForceField
         Never worse than ``merged`` on held-out frames; its report is that of the distilled potential.
     history : History
 
@@ -73,30 +73,32 @@ def distil(
     TrainingError
         When the loss is no longer finite.
     """
-    options, started = options or DistilOptions(), time.perf_counter()
+    options, started = options or DistillOptions(), time.perf_counter()
     check_student(merged, specialists, options, frames)
     student = deepcopy(merged.potential).to(device=resolve_device(device)).train().requires_grad_(True)
     given = frames if frames is not None else [()] * len(specialists)
-    school = enrol(student, specialists, options, frames=given, weights=weights_of(merged, len(specialists)))
+    teachers = enrol(
+        student, specialists, options, frames=given, weights=weights_of(merged, len(specialists))
+    )
     config = TrainConfig(**options.model_dump(include=set(TrainConfig.model_fields)))
     potential, history = fit(
         student,
-        [graph for group in school.training for graph in group],
-        [graph for group in school.held_out for graph in group],
+        [graph for group in teachers.training for graph in group],
+        [graph for group in teachers.held_out for graph in group],
         config,
-        loss=lesson_loss(config, options.feature_weight),
+        loss=distillation_loss(config, options.feature_weight),
         optimizer=SOAP(parameter_groups(student), lr=config.learning_rate),
         patience=options.patience,
         checkpoint=checkpoint,
-        run=run_identity(merged, specialists, options, school.lessons),
+        run=run_identity(merged, specialists, options, teachers.distillation_sets),
         callback=callback,
     )
     seconds = time.perf_counter() - started
-    distilled = graduate(merged, specialists, options, school, potential, seconds=seconds)
+    distilled = graduate(merged, specialists, options, teachers, potential, seconds=seconds)
     provenance = Provenance(
         data_set="merged and distilled",
         lineage=tuple(s.fingerprint for s in specialists),
-        n_train=sum(map(len, school.training)),
+        n_train=sum(map(len, teachers.training)),
         epochs=len(history.rows),
         seed=options.seed,
         seen_frames=seen_frames((merged, *specialists), given),
@@ -106,22 +108,22 @@ def distil(
 
 
 def graduate(
-    merged: Specialist,
-    specialists: Sequence[Specialist],
-    options: DistilOptions,
-    school: School,
+    merged: ForceField,
+    specialists: Sequence[ForceField],
+    options: DistillOptions,
+    teachers: Teachers,
     potential: Potential,
     *,
     seconds: float,
-) -> Specialist:
+) -> ForceField:
     """The student with its final weights, and the report on them; warns when its verdict is not good."""
     report = distilled_report(
         merged.merged,
         potential,
-        school.teachers,
-        school.held_out,
+        teachers.teachers,
+        teachers.held_out,
         seconds=seconds,
-        energy_shifts=school.energy_shifts,
+        energy_shifts=teachers.energy_shifts,
     )
     if report.verdict != "good":
         warnings.warn(
@@ -137,14 +139,14 @@ def graduate(
         recipe={**recipe, "refine": options.model_dump(mode="json")},
         report=report.to_dict(),
     )
-    gauge = extrapolation_gauge(potential, school.teachers)
-    return replace(merged, potential=potential, merged=record, gauge=gauge)
+    extrapolation_grade = fit_extrapolation_grade(potential, teachers.teachers)
+    return replace(merged, potential=potential, merged=record, extrapolation_grade=extrapolation_grade)
 
 
 def check_student(
-    merged: Specialist,
-    specialists: Sequence[Specialist],
-    options: DistilOptions,
+    merged: ForceField,
+    specialists: Sequence[ForceField],
+    options: DistillOptions,
     frames: Sequence[Sequence[Atoms]] | None,
 ) -> None:
     """Raise :class:`IncompatibleSpecialistsError` when ``merged`` cannot learn from ``specialists``."""
@@ -175,18 +177,24 @@ def _feature_size(potential: Potential) -> tuple[str, int, int]:
 
 
 def run_identity(
-    merged: Specialist, specialists: Sequence[Specialist], options: DistilOptions, lessons: Sequence[Lesson]
+    merged: ForceField,
+    specialists: Sequence[ForceField],
+    options: DistillOptions,
+    distillation_sets: Sequence[DistillationSet],
 ) -> dict[str, Any]:
     """Everything that decides the outcome, JSON-able: only a checkpoint of the same identity is continued."""
     return {
         "options": options.model_dump(mode="json"),
         "merged": merged.fingerprint,
         "specialists": [specialist.fingerprint for specialist in specialists],
-        "frames": [hash_frames((*lesson.training, *lesson.held_out)) for lesson in lessons],
+        "frames": [
+            hash_frames((*distillation_set.training, *distillation_set.held_out))
+            for distillation_set in distillation_sets
+        ],
     }
 
 
-def seen_frames(models: Sequence[Specialist], frames: Sequence[Sequence[Atoms]]) -> tuple[str, ...]:
+def seen_frames(models: Sequence[ForceField], frames: Sequence[Sequence[Atoms]]) -> tuple[str, ...]:
     """Keys of the frames that the models have seen and of further ones, ascending."""
     inherited = {key for model in models for key in model.provenance.seen_frames}
     return tuple(sorted({*inherited, *geometry_keys([atoms for group in frames for atoms in group])}))

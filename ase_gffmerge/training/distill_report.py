@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch_geometric.data import Data
 
-from ase_gffmerge.forcefield.force_field import MergeRecord, Specialist
+from ase_gffmerge.forcefield.force_field import ForceField, MergeRecord
 from ase_gffmerge.graphs import batch_graphs, predict
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.diagnostics import diagnose
@@ -20,7 +20,7 @@ BATCH = 50
 def distilled_report(
     record: MergeRecord | None,
     potential: Potential,
-    teachers: Sequence[Specialist],
+    teachers: Sequence[ForceField],
     held_out: Sequence[Sequence[Data]],
     *,
     seconds: float,

@@ -10,12 +10,12 @@ from torch_geometric.data import Data
 
 from ase_gffmerge.data.perturb import displaced
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.inference.metrics import check_frames
 from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
-from ase_gffmerge.merging.distil_options import DistilOptions
+from ase_gffmerge.merging.distill_options import DistillOptions
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.batching import chunks
@@ -36,14 +36,16 @@ MAX_ATOMS = 500
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistillationSet:
     """Frames of one specialist's territory: to learn from, and held out."""
 
     training: tuple[Atoms, ...]
     held_out: tuple[Atoms, ...]
 
 
-def prepare_lesson(specialist: Specialist, options: DistilOptions, *, extra: Sequence[Atoms] = ()) -> Lesson:
+def prepare_distillation_set(
+    specialist: ForceField, options: DistillOptions, *, extra: Sequence[Atoms] = ()
+) -> DistillationSet:
     """Split a specialist's calibration frames and ``extra`` ones, then add sampled frames and displaced copies.
 
     Raises
@@ -65,23 +67,23 @@ def prepare_lesson(specialist: Specialist, options: DistilOptions, *, extra: Seq
         sampling = SampleOptions(n=options.sampled, seed=options.seed)
         training += [bare(atoms) for atoms in sample_frames(specialist, given[:STARTS], sampling).frames]
     training = copied(specialist, training, options)
-    return Lesson((*training, *twins(training, options)), tuple(held_out))
+    return DistillationSet((*training, *twins(training, options)), tuple(held_out))
 
 
-def copied(specialist: Specialist, frames: Sequence[Atoms], options: DistilOptions) -> list[Atoms]:
+def copied(specialist: ForceField, frames: Sequence[Atoms], options: DistillOptions) -> list[Atoms]:
     """Frames with copies that the specialist visits from them, see :mod:`ase_gffmerge.merging.augmentation`."""
     copying = ReadoutOptions(**options.model_dump(include=COPYING))
     return with_copies(specialist, frames, copying, n_copies=copies_per_frame(specialist, frames, copying))
 
 
-def twins(frames: Sequence[Atoms], options: DistilOptions) -> list[Atoms]:
+def twins(frames: Sequence[Atoms], options: DistillOptions) -> list[Atoms]:
     """Every frame with displaced atoms and, for crystals, a strained cell."""
     rng = np.random.default_rng(options.seed)
     return [displaced(a, rattle=options.displacement, strain=options.strain, rng=rng) for a in frames]
 
 
 def taught_graphs(
-    teacher: Specialist, student: Potential, frames: Sequence[Atoms], *, index: int, features: bool
+    teacher: ForceField, student: Potential, frames: Sequence[Atoms], *, index: int, features: bool
 ) -> list[Data]:
     """Graphs with the teacher's predictions as targets, see :func:`~ase_gffmerge.training.loss.labelled_graph`.
 

@@ -7,7 +7,7 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
-from ase_gffmerge.forcefield.force_field import Specialist, symbols
+from ase_gffmerge.forcefield.force_field import ForceField, symbols
 from ase_gffmerge.models import Potential, build_potential
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.reference_energies import fit_references, warn_of_offset
@@ -21,9 +21,9 @@ def initial_specialist(
     frames: Sequence[Atoms],
     config: TrainConfig,
     *,
-    init: Specialist | None,
+    init: ForceField | None,
     references: Mapping[int, float] | None,
-) -> Specialist:
+) -> ForceField:
     """Weights to start from: a copy of those of ``init``, or random ones with fitted references.
 
     Raises
@@ -50,7 +50,7 @@ def initial_specialist(
     for z, energy in table.items():
         if z in potential.species:
             potential.references[potential.species.index(z)] = energy
-    return Specialist(name="", potential=potential, level_of_theory=theory)
+    return ForceField(name="", potential=potential, level_of_theory=theory)
 
 
 def random_potential(config: TrainConfig, species: tuple[int, ...]) -> Potential:
@@ -61,7 +61,7 @@ def random_potential(config: TrainConfig, species: tuple[int, ...]) -> Potential
         return build_potential(name, {**NEW_MODELS.get(name, {}), **config.hyper}, species)
 
 
-def check_parent(init: Specialist, elements: Sequence[int], config: TrainConfig) -> None:
+def check_parent(init: ForceField, elements: Sequence[int], config: TrainConfig) -> None:
     """Raise :class:`IncompatibleSpecialistsError` when ``init`` cannot start this training."""
     unknown = sorted(set(elements) - set(init.species))
     if unknown:

@@ -8,7 +8,7 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.training.config import TrainConfig
@@ -23,7 +23,7 @@ FINE_TUNING = TrainConfig(epochs=70, batch_size=5, learning_rate=2e-4)
 
 
 def train_jointly(
-    base: Specialist,
+    base: ForceField,
     labelled: Sequence[Sequence[Atoms]],
     config: TrainConfig = FINE_TUNING,
     *,
@@ -44,7 +44,7 @@ def train_jointly(
     config
         Options; ``validation`` frames of each sequence, but at most half of them, are held out.
     checkpoint, device, callback
-        As for :func:`~ase_gffmerge.training.distill.distil`.
+        As for :func:`~ase_gffmerge.training.distill.distill`.
 
     Raises
     ------

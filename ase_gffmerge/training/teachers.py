@@ -8,23 +8,23 @@ import torch
 from ase import Atoms
 from torch_geometric.data import Batch, Data
 
-from ase_gffmerge.forcefield.force_field import Specialist
-from ase_gffmerge.merging.distil_options import DistilOptions
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.merging.distill_options import DistillOptions
 from ase_gffmerge.merging.merge import working_copies
 from ase_gffmerge.merging.reference_energies import align_references
 from ase_gffmerge.models import Potential
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.distill_targets import Lesson, prepare_lesson, taught_graphs
+from ase_gffmerge.training.distill_targets import DistillationSet, prepare_distillation_set, taught_graphs
 from ase_gffmerge.training.loop import Loss
 from ase_gffmerge.training.loss import loss_terms, weigh
 
 
 @dataclass(frozen=True)
-class School:
+class Teachers:
     """Teachers on the student's device, and their lessons as graphs with targets, one sequence per teacher."""
 
-    teachers: list[Specialist]
-    lessons: list[Lesson]
+    teachers: list[ForceField]
+    distillation_sets: list[DistillationSet]
     training: list[list[Data]]
     held_out: list[list[Data]]
     energy_shifts: dict[str, dict[str, float]]
@@ -32,35 +32,40 @@ class School:
 
 def enrol(
     student: Potential,
-    specialists: Sequence[Specialist],
-    options: DistilOptions,
+    specialists: Sequence[ForceField],
+    options: DistillOptions,
     *,
     frames: Sequence[Sequence[Atoms]],
     weights: Sequence[float],
-) -> School:
+) -> Teachers:
     """Let every specialist label its frames, and give all specialists a say by their weights."""
     teachers = [
         replace(copy, potential=copy.potential.to(dtype=student.dtype))
         for copy in working_copies(specialists, student.device)
     ]
     shifts = align_references(teachers)
-    lessons = [prepare_lesson(s, options, extra=extra) for s, extra in zip(teachers, frames, strict=True)]
+    distillation_sets = [
+        prepare_distillation_set(s, options, extra=extra) for s, extra in zip(teachers, frames, strict=True)
+    ]
     training, held_out = (
         [
             taught_graphs(teacher, student, chosen, index=k, features=options.feature_weight > 0)
             for k, (teacher, chosen) in enumerate(zip(teachers, parts, strict=True))
         ]
-        for parts in ([lesson.training for lesson in lessons], [lesson.held_out for lesson in lessons])
+        for parts in (
+            [distillation_set.training for distillation_set in distillation_sets],
+            [distillation_set.held_out for distillation_set in distillation_sets],
+        )
     )
     scales = [
         max(mean_force(graphs), 1e-6) / weight for graphs, weight in zip(training, weights, strict=True)
     ]
     for groups in (training, held_out):
         weigh(groups, scales)
-    return School(teachers, lessons, training, held_out, shifts)
+    return Teachers(teachers, distillation_sets, training, held_out, shifts)
 
 
-def weights_of(merged: Specialist, n: int) -> Sequence[float]:
+def weights_of(merged: ForceField, n: int) -> Sequence[float]:
     """How much each of ``n`` specialists counted in the merge."""
     weights = merged.merged.recipe.get("weights") if merged.merged else None
     return weights or (1.0,) * n
@@ -71,7 +76,7 @@ def mean_force(graphs: Sequence[Data]) -> float:
     return float(torch.cat([graph.forces for graph in graphs]).abs().mean())
 
 
-def lesson_loss(config: TrainConfig, feature_weight: float) -> Loss:
+def distillation_loss(config: TrainConfig, feature_weight: float) -> Loss:
     """Errors of energies, forces and stresses, and of node features relative to their size."""
 
     def loss(potential: Potential, batch: Batch) -> torch.Tensor:

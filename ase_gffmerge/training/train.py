@@ -11,7 +11,7 @@ from ase_gffmerge.data.hashing import geometry_keys
 from ase_gffmerge.data.readers import hash_frames
 from ase_gffmerge.data.splits import calibration_frames
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.forcefield.force_field import Provenance, Specialist
+from ase_gffmerge.forcefield.force_field import ForceField, Provenance
 from ase_gffmerge.inference.metrics import Errors, evaluate
 from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.storage.tensor_file import require_writable
@@ -30,13 +30,13 @@ def train(
     config: TrainConfig,
     *,
     name: str | None = None,
-    init: Specialist | None = None,
+    init: ForceField | None = None,
     references: Mapping[int, float] | None = None,
     n_calibration: int = 100,
     test: Sequence[Path] = (),
     device: str = "auto",
     callback: Callback | None = None,
-) -> tuple[Specialist, History, Errors | None]:
+) -> tuple[ForceField, History, Errors | None]:
     """Train a specialist and write it to ``out``; a killed run continues from its last epoch.
 
     Parameters
@@ -117,7 +117,7 @@ def train(
 
 
 def run_identity(
-    config: TrainConfig, start: Specialist, *, init: Specialist | None, frames: Sequence[Atoms]
+    config: TrainConfig, start: ForceField, *, init: ForceField | None, frames: Sequence[Atoms]
 ) -> dict[str, Any]:
     """Everything that decides the outcome, JSON-able: only a checkpoint of the same identity is continued."""
     return {
@@ -130,12 +130,12 @@ def run_identity(
     }
 
 
-def lineage(init: Specialist | None) -> tuple[str, ...]:
+def lineage(init: ForceField | None) -> tuple[str, ...]:
     """Fingerprints of the ancestors of a child of ``init``, root first."""
     return (*init.provenance.lineage, init.fingerprint) if init else ()
 
 
-def seen_frames(frames: Sequence[Atoms], *, init: Specialist | None) -> tuple[str, ...]:
+def seen_frames(frames: Sequence[Atoms], *, init: ForceField | None) -> tuple[str, ...]:
     """Keys of the frames that a child of ``init`` and its ancestors have seen, ascending."""
     inherited = init.provenance.seen_frames if init else ()
     return tuple(sorted({*inherited, *geometry_keys(frames)}))

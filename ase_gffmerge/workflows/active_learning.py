@@ -16,7 +16,7 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.loop_options import ClosedLoopOptions
 from ase_gffmerge.merging.merge import Progress, merge
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
@@ -88,7 +88,7 @@ class ClosedLoopResult:
         Which of them it is.
     """
 
-    merged: Specialist
+    merged: ForceField
     report: MergeReport
     rounds: tuple[RoundReport, ...]
     chosen: int
@@ -115,7 +115,7 @@ class ClosedLoopResult:
 
 
 def closed_loop(
-    specialists: Sequence[Specialist],
+    specialists: Sequence[ForceField],
     recipe: str | Recipe | dict[str, Any] = "gffmerge",
     options: ClosedLoopOptions | None = None,
     *,
@@ -165,7 +165,7 @@ def closed_loop(
 class _Merge:
     """What :func:`merge` returned, and what it warned of."""
 
-    merged: Specialist
+    merged: ForceField
     report: MergeReport
     said: list[warnings.WarningMessage]
 
@@ -198,7 +198,7 @@ class _Stage:
 
 
 def _round(
-    specialists: Sequence[Specialist],
+    specialists: Sequence[ForceField],
     recipe: Recipe,
     options: ClosedLoopOptions,
     index: int,
@@ -229,7 +229,7 @@ def _settled(rounds: Sequence[RoundReport], tolerance: float) -> bool:
     return rounds[-1].disagreement >= (1 - tolerance) * min(entry.disagreement for entry in rounds[:-1])
 
 
-def _with_visited(specialist: Specialist, visited: Sequence[Atoms], n: int) -> Specialist:
+def _with_visited(specialist: ForceField, visited: Sequence[Atoms], n: int) -> ForceField:
     """The specialist with up to ``n`` of the visited frames, spread evenly, among its calibration frames."""
     chosen = [bare(visited[k]) for k in evenly(len(visited), n)]
     return specialist.with_calibration((*specialist.calibration, *chosen))

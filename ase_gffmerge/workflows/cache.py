@@ -18,7 +18,7 @@ from filelock import BaseFileLock, FileLock
 
 from ase_gffmerge.data.hashing import hash_frames
 from ase_gffmerge.errors import CacheError, CacheWarning, FileFormatError
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.storage.tensor_file import read_metadata, remove_leftovers
 from ase_gffmerge.workflows.shortcuts import SUFFIX as SHORTCUT
 from ase_gffmerge.workflows.shortcuts import Shortcut, read_shortcut, write_shortcut
@@ -72,7 +72,7 @@ class CacheCheck:
         return self.problem is None
 
 
-def cache_key(specialists: Sequence[Specialist], recipe: "Recipe") -> str:
+def cache_key(specialists: Sequence[ForceField], recipe: "Recipe") -> str:
     """SHA-256 over all that decides a merge's outcome, including whether it is refused.
 
     Covers every specialist's weights, species, calibration frames, name, level of theory and lineage in the
@@ -88,7 +88,7 @@ def cache_key(specialists: Sequence[Specialist], recipe: "Recipe") -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def _identity(specialist: Specialist) -> dict[str, object]:
+def _identity(specialist: ForceField) -> dict[str, object]:
     return {
         "name": specialist.name,
         "weights": specialist.fingerprint,
@@ -122,8 +122,8 @@ class MergeCache:
         return self.directory / f"{key}{SUFFIX}"
 
     def get_or_build(
-        self, specialists: Sequence[Specialist], recipe: "Recipe", build: Callable[[], Specialist]
-    ) -> tuple[Specialist, bool]:
+        self, specialists: Sequence[ForceField], recipe: "Recipe", build: Callable[[], ForceField]
+    ) -> tuple[ForceField, bool]:
         """Load the merge of ``specialists`` by ``recipe``, or build and store it while other processes wait.
 
         A full disk costs the entry (with a :class:`CacheWarning`), not the merge.
@@ -139,7 +139,7 @@ class MergeCache:
 
         Returns
         -------
-        merged : Specialist
+        merged : ForceField
             Read from the stored file in either case, so that a hit equals a miss to the last bit.
         hit : bool
             Whether it had been there.
@@ -159,12 +159,12 @@ class MergeCache:
             remove_leftovers(path)  # whoever wrote them held the lock, and was killed
             return _store(build(), path), False
 
-    def recall(self, content: str) -> Specialist | None:
+    def recall(self, content: str) -> ForceField | None:
         """Load the merge that files of this content led to before (:func:`~.shortcuts.hash_content`)."""
         shortcut = read_shortcut(self.directory, content)
         return _load(self.path(shortcut.key), shortcut.fingerprints, warn=False) if shortcut else None
 
-    def remember(self, content: str, merged: Specialist) -> None:
+    def remember(self, content: str, merged: ForceField) -> None:
         """Note that files of this content lead to ``merged``, if that is an entry."""
         if merged.merged is not None and merged.merged.key:
             record = merged.merged
@@ -235,15 +235,15 @@ def _unusable(directory: str | Path, error: Exception) -> CacheError:
     )
 
 
-def _read_entry(path: Path) -> Specialist:
+def _read_entry(path: Path) -> ForceField:
     """Read and verify an entry, which says itself which merge it is: a file may have been renamed, or be a link."""
-    merged = Specialist.load(path)
+    merged = ForceField.load(path)
     if merged.merged is None or merged.merged.key != path.stem:
         raise FileFormatError(f"{path} does not hold the merge that its name stands for; clear the cache")
     return merged
 
 
-def _load(path: Path, fingerprints: Sequence[str], *, warn: bool) -> Specialist | None:
+def _load(path: Path, fingerprints: Sequence[str], *, warn: bool) -> ForceField | None:
     """Read and verify an entry; ``None`` if there is none, or one that is corrupt or of another merge."""
     if not os.path.isfile(path):
         return None
@@ -258,7 +258,7 @@ def _load(path: Path, fingerprints: Sequence[str], *, warn: bool) -> Specialist 
     return merged
 
 
-def _store(merged: Specialist, path: Path) -> Specialist:
+def _store(merged: ForceField, path: Path) -> ForceField:
     """Write an entry and read it back; a full disk costs the entry, not the merge."""
     record = replace(merged.merged, key=path.stem) if merged.merged else None
     try:

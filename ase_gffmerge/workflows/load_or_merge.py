@@ -14,15 +14,15 @@ from ase import Atoms
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.engines.ase.errors import FileSetupError, SetupError
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.forcefield.force_field import BUNDLED, Specialist, bundled_path
-from ase_gffmerge.integrations import foreign_source
+from ase_gffmerge.forcefield.force_field import BUNDLED, ForceField, bundled_path
+from ase_gffmerge.integrations import vendor_source
 from ase_gffmerge.workflows.parents import Parents
 from ase_gffmerge.workflows.shortcuts import hash_content
 
 if TYPE_CHECKING:
     from ase_gffmerge.merging.recipe import Recipe
 
-Source = str | Path | Specialist
+Source = str | Path | ForceField
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Resolved:
     and ``cache_hit`` says whether the merge was found in the cache; both are ``None`` when nothing was to be merged.
     """
 
-    force_field: Specialist
+    force_field: ForceField
     arguments: Mapping[str, Any]
     borrowed: bool = False
     parents: Parents | None = None
@@ -74,7 +74,7 @@ def resolve(
     Parameters
     ----------
     sources
-        One or several of: bundled name, path of a ``.safetensors`` file, ``vendor:what``, :class:`Specialist`.
+        One or several of: bundled name, path of a ``.safetensors`` file, ``vendor:what``, :class:`ForceField`.
     options
         Used for several sources; for a single one they are only checked against what it is.
     device
@@ -90,7 +90,7 @@ def resolve(
     return Resolved(
         force_field=force_field,
         arguments={"specialists": [describe(items[0])], "recipe": "gffmerge", "weights": None},
-        borrowed=isinstance(items[0], Specialist),
+        borrowed=isinstance(items[0], ForceField),
     )
 
 
@@ -102,7 +102,7 @@ def as_list(sources: Source | Iterable[Source]) -> list[Source]:
     SetupError
         For an empty list, or something that is no source.
     """
-    single = isinstance(sources, str | Path | Specialist | Mapping) or not isinstance(sources, Iterable)
+    single = isinstance(sources, str | Path | ForceField | Mapping) or not isinstance(sources, Iterable)
     items: list[Any] = [sources] if single else list(sources)  # type: ignore[arg-type]
     if not items:
         raise SetupError(
@@ -113,17 +113,17 @@ def as_list(sources: Source | Iterable[Source]) -> list[Source]:
         if isinstance(item, Mapping) and "fingerprint" in item:
             raise SetupError(
                 f"specialist {item.get('name')!r} was given to the calculator as an object in memory, which "
-                "its parameters cannot bring back; save it with Specialist.save and give the path"
+                "its parameters cannot bring back; save it with ForceField.save and give the path"
             )
-        if not isinstance(item, str | Path | Specialist):
+        if not isinstance(item, str | Path | ForceField):
             raise SetupError(
                 f"{item!r} ({type(item).__name__}) is no specialist; give a bundled name, a path or a "
-                "Specialist"
+                "ForceField"
             )
     return items
 
 
-def load(source: Source) -> Specialist:
+def load(source: Source) -> ForceField:
     """Load a source with its weights as stored; objects are returned as they are.
 
     Raises
@@ -131,13 +131,13 @@ def load(source: Source) -> Specialist:
     FileFormatError
         For names that do not exist, with the nearest one that does, and for unusable files.
     """
-    if isinstance(source, Specialist):
+    if isinstance(source, ForceField):
         return source
-    if not foreign_source(source) and not os.path.exists(bundled_path(source)):
+    if not vendor_source(source) and not os.path.exists(bundled_path(source)):
         close = get_close_matches(str(source), BUNDLED, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"the bundled names are {', '.join(BUNDLED)}"
         raise FileSetupError(f"there is no specialist {str(source)!r}, neither bundled nor as a file; {hint}")
-    return Specialist.load(source)
+    return ForceField.load(source)
 
 
 def with_frames(
@@ -167,16 +167,16 @@ def _frames(frames: str | Path | Sequence[Atoms]) -> Sequence[Atoms]:
 
 def describe(source: Source) -> str | dict[str, str]:
     """Describe a source as JSON: its bundled name, its absolute path, or what the object in memory is."""
-    if isinstance(source, Specialist):
+    if isinstance(source, ForceField):
         return {"name": source.name, "fingerprint": source.fingerprint}
-    if foreign := foreign_source(source):
-        vendor, rest = foreign
+    if converted := vendor_source(source):
+        vendor, rest = converted
         what, at, path = ("", "", rest) if Path(rest).exists() else rest.rpartition("@")
         return f"{vendor}:{what}{at}{Path(path).absolute() if Path(path).exists() else path}"
     return str(source) if bundled_path(source) != Path(source) else str(Path(source).absolute())
 
 
-def check_single(force_field: Specialist, options: MergeOptions) -> None:
+def check_single(force_field: ForceField, options: MergeOptions) -> None:
     """Raise :class:`SetupError` for options that a single force field does not follow."""
     if options.weights is not None:
         raise SetupError(
@@ -192,7 +192,7 @@ def check_single(force_field: Specialist, options: MergeOptions) -> None:
         )
 
 
-def _warn_again(force_field: Specialist, recipe: "Recipe") -> None:
+def _warn_again(force_field: ForceField, recipe: "Recipe") -> None:
     """Say about a cached merge what was said when it was made."""
     from ase_gffmerge.merging.report import GOOD, MergeReport
 
@@ -221,7 +221,7 @@ def _merged(
 
     recipe = options.load_recipe()
     cache = MergeCache(options.cache_dir)
-    paths = [bundled_path(item) for item in items if not isinstance(item, Specialist)]
+    paths = [bundled_path(item) for item in items if not isinstance(item, ForceField)]
     in_files = len(paths) == len(items)  # an object has no path, but its merge has one
     content = hash_content(paths, recipe) if in_files else None
     if content and (known := cache.recall(content)):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ase_gffmerge.engines.ase.errors import FileSetupError
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 
 
 class Parents:
@@ -20,7 +20,7 @@ class Parents:
 
     def __init__(
         self,
-        loaded: Sequence[Specialist] | None = None,
+        loaded: Sequence[ForceField] | None = None,
         *,
         paths: Sequence[Path] = (),
         fingerprints: Sequence[str] = (),
@@ -28,7 +28,7 @@ class Parents:
         self._paths, self._fingerprints = [path.absolute() for path in paths], tuple(fingerprints)
         self._loaded = None if loaded is None else tuple(s.with_calibration(()) for s in loaded)
 
-    def load(self) -> tuple[Specialist, ...]:
+    def load(self) -> tuple[ForceField, ...]:
         """Give the specialists, in the order of their indices.
 
         Raises
@@ -41,8 +41,8 @@ class Parents:
         return self._loaded
 
 
-def _unchanged(path: Path, fingerprint: str) -> Specialist:
-    specialist = Specialist.load(path).with_calibration(())
+def _unchanged(path: Path, fingerprint: str) -> ForceField:
+    specialist = ForceField.load(path).with_calibration(())
     if specialist.fingerprint != fingerprint:
         raise FileSetupError(
             f"{path} holds another specialist than the one that was merged; make a new calculator of the specialists as "

@@ -9,8 +9,8 @@ import numpy as np
 from ase import Atoms
 
 from ase_gffmerge.dynamics.batched_md import ReplicaRun, run_replicas
-from ase_gffmerge.dynamics.stopping import standard_monitor
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.dynamics.stopping import standard_criteria
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.metrics import Errors, compare, labels, predict_frames
 from ase_gffmerge.merging.loop_options import TrajectoryOptions
 
@@ -64,8 +64,8 @@ class OwnTrajectory:
 
 
 def follow(
-    merged: Specialist,
-    specialists: Sequence[Specialist],
+    merged: ForceField,
+    specialists: Sequence[ForceField],
     options: TrajectoryOptions,
     *,
     seed: int = 0,
@@ -105,11 +105,11 @@ def follow(
         friction=options.friction,
         seed=[(options.seed, seed, k) for k in range(len(owner))],
         specialist=owner if merged.potential.hyper.n_embeddings > 1 else 0,
-        monitor=standard_monitor(merged, max_grade=options.max_grade),
+        monitor=standard_criteria(merged, max_grade=options.max_grade),
         on_progress=progress,
     )
     return tuple(
-        _judged(specialist, [run for run, k in zip(runs, owner, strict=True) if k == index], options)
+        _screened(specialist, [run for run, k in zip(runs, owner, strict=True) if k == index], options)
         for index, specialist in enumerate(specialists)
     )
 
@@ -120,7 +120,9 @@ def _starts(frames: Sequence[Atoms], n: int, *, seed: tuple[int, int]) -> list[A
     return [frames[order[k % len(order)]] for k in range(n)]
 
 
-def _judged(specialist: Specialist, runs: Sequence[ReplicaRun], options: TrajectoryOptions) -> OwnTrajectory:
+def _screened(
+    specialist: ForceField, runs: Sequence[ReplicaRun], options: TrajectoryOptions
+) -> OwnTrajectory:
     visited = tuple(atoms for run in runs for atoms in run.frames[1:])
     predicted = predict_frames(specialist.potential, visited) if visited else None
     times = [1000 * options.time if run.stopped_at_fs is None else run.stopped_at_fs for run in runs]

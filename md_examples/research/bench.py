@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.merging.recipe import Recipe
@@ -39,7 +39,7 @@ class Bench:
         Where the trunk and the results are kept.
     """
 
-    specialists: tuple[Specialist, ...]
+    specialists: tuple[ForceField, ...]
     pools: tuple[tuple[Atoms, ...], ...]
     tests: tuple[tuple[Atoms, ...], ...]
     folder: Path
@@ -56,7 +56,7 @@ class Bench:
         spread = [np.linspace(0, len(pool) - 1, min(n, len(pool))).astype(int) for pool in self.pools]
         return tuple(tuple(pool[i] for i in chosen) for pool, chosen in zip(self.pools, spread, strict=True))
 
-    def calibrated(self, n: int) -> list[Specialist]:
+    def calibrated(self, n: int) -> list[ForceField]:
         """The specialists with ``n`` calibration frames from their pools."""
         frames = self.pool_frames(n)
         return [s.with_calibration(f) for s, f in zip(self.specialists, frames, strict=True)]
@@ -73,7 +73,7 @@ class Bench:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class MergeOutput:
     """What a trial leaves.
 
     Attributes
@@ -112,7 +112,7 @@ class Trial:
     name: str
     family: str
     changes: str
-    run: Callable[[Bench], Outcome]
+    run: Callable[[Bench], MergeOutput]
     order: int = 50
     costs: bool = False
 
@@ -157,6 +157,6 @@ def mean_force_mae(row: dict[str, Any]) -> float:
     return statistics.fmean(row["force_mae"].values())
 
 
-def shared(potential: Potential, specialists: Sequence[Specialist]) -> tuple[Potential, ...]:
+def shared(potential: Potential, specialists: Sequence[ForceField]) -> tuple[Potential, ...]:
     """One surface for all specialists."""
     return (potential,) * len(specialists)

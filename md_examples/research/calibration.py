@@ -12,18 +12,18 @@ from functools import partial
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.merging.calibration import Territory
+from ase_gffmerge.merging.calibration import CalibrationSet
 from ase_gffmerge.merging.recipe import Recipe
-from research.bench import Bench, Outcome, Trial
+from research.bench import Bench, MergeOutput, Trial
 from research.readout_fit import CHEAP, Setting, fitted, on_shared_trunk
 from research.trunk import build_trunk
 
 FAMILY = "calibration"
 
 
-def density_weights(territory: Territory, frames: Sequence[Atoms], *, power: float) -> np.ndarray:
+def density_weights(calibration_set: CalibrationSet, frames: Sequence[Atoms], *, power: float) -> np.ndarray:
     """Weights ρ^power of frames (n_frames,), with mean 1 over the calibration frames."""
-    centres = np.array([a.get_all_distances().ravel() for a in territory.specialist.calibration])
+    centres = np.array([a.get_all_distances().ravel() for a in calibration_set.specialist.calibration])
     between = np.linalg.norm(centres[:, None] - centres, axis=-1)
     width = 0.5 * np.median(between[np.triu_indices(len(centres), 1)])
 
@@ -35,12 +35,12 @@ def density_weights(territory: Territory, frames: Sequence[Atoms], *, power: flo
     return own**power / (density(between) ** power).mean()
 
 
-def with_frames(n: int) -> Callable[[Bench], Outcome]:
+def with_frames(n: int) -> Callable[[Bench], MergeOutput]:
     """Trunk and readout calibrated on ``n`` frames per specialist."""
     return lambda bench: fitted(build_trunk(bench.calibrated(n), Recipe()), Setting())
 
 
-def readout_with_frames(n: int, *, copies: int, probes: int) -> Callable[[Bench], Outcome]:
+def readout_with_frames(n: int, *, copies: int, probes: int) -> Callable[[Bench], MergeOutput]:
     """Readout fitted on ``n`` frames per specialist, trunk on the usual ones."""
     options = CHEAP.model_copy(update={"copies": copies, "probes": probes})
     return lambda bench: fitted(bench.trunk, Setting(options=options, frames=bench.pool_frames(n)))

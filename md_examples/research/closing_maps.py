@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ase_gffmerge.merging.affine_maps import Problem, problems
-from ase_gffmerge.merging.calibration import Scene, Territory
+from ase_gffmerge.merging.affine_maps import AffineMap, problems
+from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet
 from ase_gffmerge.merging.layerwise import advance, layer_input, run_stage
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
-from ase_gffmerge.merging.tangents import Dual, differentiable_push
+from ase_gffmerge.merging.tangents import Dual, differentiable_pushforward
 from ase_gffmerge.models.base import Stage, State
 from research.messages import MessageSolution, MessageTerm, solve_messages
 
@@ -23,7 +23,7 @@ def align_messages(
     name: str,
     merged: Stage,
     originals: Sequence[Stage],
-    territories: Sequence[Territory],
+    calibration_sets: Sequence[CalibrationSet],
     recipe: Recipe,
     *,
     closing: Sequence[str] = (),
@@ -45,11 +45,11 @@ def align_messages(
     closing
         Other layers than those of ``CLOSING``.
     """
-    scenes = [territory.scenes[0] for territory in territories]
+    scenes = [calibration_set.scenes[0] for calibration_set in calibration_sets]
     targets = [
         advance(original, scene.target, scene) for original, scene in zip(originals, scenes, strict=True)
     ]
-    scales = [_part_scales(dual, t.weight, recipe) for dual, t in zip(targets, territories, strict=True)]
+    scales = [_part_scales(dual, t.weight, recipe) for dual, t in zip(targets, calibration_sets, strict=True)]
     reports = []
     for layer in closing or CLOSING[type(merged).__name__]:
         for problem in problems(layer, merged.get_submodule(layer)):
@@ -64,7 +64,9 @@ def align_messages(
     return reports
 
 
-def _output_of(stage: Stage, layer: str, problem: Problem, scene: Scene) -> Callable[[Tensor], State]:
+def _output_of(
+    stage: Stage, layer: str, problem: AffineMap, scene: CalibrationBatch
+) -> Callable[[Tensor], State]:
     """Stage output and its slopes as a function of the closing map, on the merged model's state."""
     inputs = scene.merged + scene.geometry
 
@@ -74,7 +76,7 @@ def _output_of(stage: Stage, layer: str, problem: Problem, scene: Scene) -> Call
         def stage_of(*x: Tensor) -> State:
             return tuple(functional_call(stage, parameters, scene.split(x)))
 
-        return differentiable_push(stage_of, inputs)
+        return differentiable_pushforward(stage_of, inputs)
 
     return output
 
@@ -86,7 +88,9 @@ def _part_scales(state: Dual, weight: float, recipe: Recipe) -> tuple[float, ...
     return tuple(w / square if square > 0 else 0.0 for w, square in zip(weights, squares, strict=True))
 
 
-def _closing_metric(stage: Stage, layer: str, problem: Problem, scenes: Sequence[Scene]) -> Tensor:
+def _closing_metric(
+    stage: Stage, layer: str, problem: AffineMap, scenes: Sequence[CalibrationBatch]
+) -> Tensor:
     """Gram matrix of the closing layer's inputs, for the preconditioner."""
     total = torch.zeros((), device=scenes[0].graph.pos.device)
     for scene in scenes:
@@ -98,7 +102,7 @@ def _closing_metric(stage: Stage, layer: str, problem: Problem, scenes: Sequence
 
 
 def _message_report(
-    name: str, problem: Problem, solution: MessageSolution, terms: Sequence[MessageTerm]
+    name: str, problem: AffineMap, solution: MessageSolution, terms: Sequence[MessageTerm]
 ) -> LayerReport:
     return LayerReport(
         name=name,

@@ -20,10 +20,10 @@ import numpy as np
 from ase import Atoms
 
 from ase_gffmerge.dynamics.batched_md import run_replicas
-from ase_gffmerge.forcefield.force_field import Specialist
-from ase_gffmerge.merging.calibration import Territory
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.merging.calibration import CalibrationSet
 from ase_gffmerge.merging.recipe import ReadoutOptions
-from research.bench import Bench, Outcome, Trial
+from research.bench import Bench, MergeOutput, Trial
 from research.readout_fit import CHEAP, Copies, Setting, fitted, on_shared_trunk, rattled
 from research.trunk import Trunk
 
@@ -39,7 +39,7 @@ def rotation_onto(positions: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 def thermal(
     frames: Sequence[Atoms],
-    territory: Territory,
+    calibration_set: CalibrationSet,
     options: ReadoutOptions,
     *,
     scale: float,
@@ -60,7 +60,7 @@ def thermal(
         Only so many frames, those that are closest once they are turned onto the displaced one, tell the fluctuations.
     """
     rng = np.random.default_rng(options.seed)
-    centred = [a.positions - a.positions.mean(0) for a in territory.specialist.calibration]
+    centred = [a.positions - a.positions.mean(0) for a in calibration_set.specialist.calibration]
     copies = []
     for atoms in frames:
         own = atoms.positions - atoms.positions.mean(0)
@@ -101,7 +101,7 @@ class Dynamics:
     probes: int = CHEAP.probes
     width: int = CHEAP.width
 
-    def visited(self, specialist: Specialist) -> dict[bytes, list[Atoms]]:
+    def visited(self, specialist: ForceField) -> dict[bytes, list[Atoms]]:
         """Copies of every calibration frame, by its positions."""
         starts = [atoms.copy() for atoms in specialist.calibration]
         for atoms in starts:
@@ -124,18 +124,22 @@ class Dynamics:
             for start, run in zip(starts, runs, strict=True)
         }
 
-    def __call__(self, bench: Bench) -> Outcome:
+    def __call__(self, bench: Bench) -> MergeOutput:
         """Sample, then fit the readout of the shared trunk."""
         return self.on(bench.trunk)
 
-    def on(self, trunk: Trunk) -> Outcome:
+    def on(self, trunk: Trunk) -> MergeOutput:
         """Sample, then fit the readout of a trunk."""
         start = time.process_time()
-        found = [self.visited(territory.specialist) for territory in trunk.territories]
+        found = [self.visited(calibration_set.specialist) for calibration_set in trunk.calibration_sets]
         options = CHEAP.model_copy(update={"probes": self.probes, "width": self.width})
 
-        def copies(frames: Sequence[Atoms], territory: Territory, options: ReadoutOptions) -> list[Atoms]:
-            return [copy for atoms in frames for copy in found[territory.index][atoms.positions.tobytes()]]
+        def copies(
+            frames: Sequence[Atoms], calibration_set: CalibrationSet, options: ReadoutOptions
+        ) -> list[Atoms]:
+            return [
+                copy for atoms in frames for copy in found[calibration_set.index][atoms.positions.tobytes()]
+            ]
 
         spent = time.process_time() - start
         outcome = fitted(trunk, Setting(copies=copies, options=options), extra_seconds=spent)

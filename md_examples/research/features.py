@@ -14,15 +14,15 @@ from torch_geometric.data import Batch
 from ase_gffmerge.graphs import Prediction, predict
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.merging.directions import Probes
-from ase_gffmerge.merging.readout_fit import lifted_derivatives, readout_rows, widened
+from ase_gffmerge.merging.readout_fit import random_feature_derivatives, readout_rows, widened
 from ase_gffmerge.merging.recipe import ReadoutOptions
-from ase_gffmerge.merging.tangents import Dual, push
+from ase_gffmerge.merging.tangents import Dual, pushforward
 from ase_gffmerge.models import Potential
-from ase_gffmerge.models.layers.readout import WidenedReadout
+from ase_gffmerge.models.layers.readout import RandomFeatureReadout
 from ase_gffmerge.models.painn import PaiNN
 
 
-class FeatureReadout(WidenedReadout):
+class FeatureReadout(RandomFeatureReadout):
     """A widened readout with other features; subclasses define :meth:`phi`."""
 
     def phi(self, z: Tensor, species: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class FeatureReadout(WidenedReadout):
 
     def forward(self, scalars: Sequence[Tensor], species: Tensor) -> Tensor:
         """Map L tensors (n_atoms, channels) and element rows (n_atoms,) to energies (n_atoms,) in eV."""
-        features = self.phi(self.lifted(scalars), species)
+        features = self.phi(self.random_features(scalars), species)
         return self.mlp(scalars, species) + (features * self.theta[species]).sum(-1) + self.constants[species]
 
 
@@ -82,7 +82,7 @@ def with_norms(potential: Potential, options: ReadoutOptions) -> Potential:
     hyper, n_species = potential.hyper, len(potential.species)
     wide = PaiNNWithNorms(hyper, potential.species).to(dtype=potential.dtype)
     wide.load_state_dict(potential.state_dict())
-    readout = WidenedReadout(
+    readout = RandomFeatureReadout(
         wide.readout, hyper.channels, n_species, width=options.width, blocks=2 * hyper.n_blocks
     )
     wide.readout = readout.to(wide.embedding)
@@ -109,7 +109,7 @@ def with_readout(kind: type[FeatureReadout], potential: Potential, options: Read
 def lifted_inputs(potential: Potential, graph: Batch) -> Tensor:
     """Inputs z (n_atoms, d) of the readout's projection."""
     graph.edge_vectors = edge_vectors(graph)
-    return widened(potential).lifted(potential.features(graph))
+    return widened(potential).random_features(potential.features(graph))
 
 
 def feature_rows(
@@ -135,8 +135,8 @@ def feature_rows(
             energy_weight=energy_weight,
         )
     base, species = predict(potential, graph), potential.species_row[graph.atomic_numbers]
-    z, dz = lifted_derivatives(potential, graph, probes)
-    features = push(lambda z: readout.phi(z, species), Dual((z,), (dz,)))
+    z, dz = random_feature_derivatives(potential, graph, probes)
+    features = pushforward(lambda z: readout.phi(z, species), Dual((z,), (dz,)))
     element = torch.searchsorted(elements, species)
     n_frames, n_elements = len(frame_weights), len(elements)
     cell = graph.batch * n_elements + element

@@ -19,11 +19,11 @@ from torch_geometric.data import Batch
 from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.derivatives import assemble
 from ase_gffmerge.graphs.graph import edge_vectors
-from ase_gffmerge.merging.calibration import Territory
+from ase_gffmerge.merging.calibration import CalibrationSet
 from ase_gffmerge.merging.force_matching import MAX_ATOMS
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.batching import chunks
-from research.bench import Bench, Outcome, Trial, shared
+from research.bench import Bench, MergeOutput, Trial, shared
 from research.least_squares import Parameters, gauss_newton_step
 from research.readout_fit import CHEAP, Setting, fit_potentials, fitted, rattled
 
@@ -50,11 +50,11 @@ class Labelled:
         return energy * self.energy_weights, forces.view(-1, 3) * self.force_weight
 
 
-def labelled(territory: Territory, frames: Sequence[Atoms], dtype: torch.dtype) -> list[Labelled]:
+def labelled(calibration_set: CalibrationSet, frames: Sequence[Atoms], dtype: torch.dtype) -> list[Labelled]:
     """Frames labelled by their specialist; all rows together weigh as in the force-matched readout."""
-    specialist = territory.specialist
+    specialist = calibration_set.specialist
     n_rows = 3 * sum(map(len, frames))
-    square = territory.weight / (n_rows * territory.mean_square_force)
+    square = calibration_set.weight / (n_rows * calibration_set.mean_square_force)
     batches = []
     for group in chunks(frames, MAX_ATOMS):
         batch = batch_graphs([build_graph(atoms, specialist.cutoff, dtype=dtype) for atoms in group])
@@ -126,15 +126,20 @@ class ForceProblem:
 
 
 def linearised(
-    potential: Potential, territories: Sequence[Territory], *, iterations: int, copies: int, damping: float
+    potential: Potential,
+    calibration_sets: Sequence[CalibrationSet],
+    *,
+    iterations: int,
+    copies: int,
+    damping: float,
 ) -> Potential:
     """Copy of a potential after one Gauss-Newton step on the calibration frames and their copies."""
     options = CHEAP.model_copy(update={"copies": copies})
     batches = []
-    for territory in territories:
-        frames = territory.specialist.calibration
-        frames = (*frames, *(rattled(frames, territory, options) if copies else ()))
-        batches += labelled(territory, frames, potential.dtype)
+    for calibration_set in calibration_sets:
+        frames = calibration_set.specialist.calibration
+        frames = (*frames, *(rattled(frames, calibration_set, options) if copies else ()))
+        batches += labelled(calibration_set, frames, potential.dtype)
     step = gauss_newton_step(ForceProblem(potential, batches), iterations=iterations, damping=damping)
     moved = deepcopy(potential)
     with torch.no_grad():
@@ -143,36 +148,36 @@ def linearised(
     return moved
 
 
-def after_readout(iterations: int, *, copies: int, damping: float = 1e-3) -> Callable[[Bench], Outcome]:
+def after_readout(iterations: int, *, copies: int, damping: float = 1e-3) -> Callable[[Bench], MergeOutput]:
     """The cheap reference, then the step."""
 
-    def run(bench: Bench) -> Outcome:
+    def run(bench: Bench) -> MergeOutput:
         first = fitted(bench.trunk, Setting())
         start = time.process_time()
         potential = linearised(
             first.potentials[0],
-            bench.trunk.territories,
+            bench.trunk.calibration_sets,
             iterations=iterations,
             copies=copies,
             damping=damping,
         )
         spent = first.seconds + time.process_time() - start
-        return Outcome(potentials=shared(potential, bench.specialists), seconds=spent)
+        return MergeOutput(potentials=shared(potential, bench.specialists), seconds=spent)
 
     return run
 
 
-def before_readout(iterations: int, *, copies: int, damping: float = 1e-3) -> Callable[[Bench], Outcome]:
+def before_readout(iterations: int, *, copies: int, damping: float = 1e-3) -> Callable[[Bench], MergeOutput]:
     """The step on the trunk with its plain readout, then the widened readout."""
 
-    def run(bench: Bench) -> Outcome:
-        start, territories = time.process_time(), bench.trunk.territories
+    def run(bench: Bench) -> MergeOutput:
+        start, calibration_sets = time.process_time(), bench.trunk.calibration_sets
         moved = linearised(
-            bench.trunk.potential, territories, iterations=iterations, copies=copies, damping=damping
+            bench.trunk.potential, calibration_sets, iterations=iterations, copies=copies, damping=damping
         )
-        potentials, _ = fit_potentials(shared(moved, bench.specialists), territories, Setting())
+        potentials, _ = fit_potentials(shared(moved, bench.specialists), calibration_sets, Setting())
         seconds = bench.trunk.seconds + time.process_time() - start
-        return Outcome(potentials=tuple(potentials), seconds=seconds)
+        return MergeOutput(potentials=tuple(potentials), seconds=seconds)
 
     return run
 

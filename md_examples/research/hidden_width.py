@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from ase_gffmerge.merging.calibration import Territory
+from ase_gffmerge.merging.calibration import CalibrationSet
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models.base import EdgeGeometry, Stage, State
 from ase_gffmerge.models.painn import Message, Update
@@ -105,13 +105,19 @@ def with_random_hidden(width: int) -> SolveStage:
     """Widen every stage but the first, then solve as usual."""
 
     def solve(
-        name: str, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
+        name: str,
+        stage: Stage,
+        originals: Sequence[Stage],
+        calibration_sets: Sequence[CalibrationSet],
+        recipe: Recipe,
     ) -> Stage:
         assert isinstance(stage, Message | Update)
-        states = [scene.merged.value for territory in territories for scene in territory.scenes]
+        states = [
+            scene.merged.value for calibration_set in calibration_sets for scene in calibration_set.scenes
+        ]
         if any(vectors.any() for _, vectors in states):
             stage = widened_stage(stage, torch.cat([hidden_rows(stage, state) for state in states]), width)
-        return standard_stage(name, stage, originals, territories, recipe)
+        return standard_stage(name, stage, originals, calibration_sets, recipe)
 
     return solve
 

@@ -4,12 +4,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from ase_gffmerge.merging.blockwise import align_output
-from ase_gffmerge.merging.calibration import Territory
+from ase_gffmerge.merging.calibration import CalibrationSet
 from ase_gffmerge.merging.force_matching import match_forces
 from ase_gffmerge.merging.layerwise import align_layers, run_stage, stage_inputs
 from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe
 from ase_gffmerge.models.base import Stage
-from research.bench import Bench, Outcome, Trial, shared
+from research.bench import Bench, MergeOutput, Trial, shared
 from research.closing_maps import align_messages
 from research.copies import Dynamics
 from research.stages import walked
@@ -20,32 +20,36 @@ def jointly(*, iterations: int = 15, messages: bool = False) -> SolveStage:
     """Layers in turn, with ``messages`` the closing maps again, then one step on all maps of the stage."""
 
     def solve(
-        name: str, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
+        name: str,
+        stage: Stage,
+        originals: Sequence[Stage],
+        calibration_sets: Sequence[CalibrationSet],
+        recipe: Recipe,
     ) -> Stage:
-        align_layers(name, stage, originals, territories, recipe, run=run_stage, inputs=stage_inputs)
+        align_layers(name, stage, originals, calibration_sets, recipe, run=run_stage, inputs=stage_inputs)
         if messages:
-            align_messages(name, stage, originals, territories, recipe)
-        align_output(name, stage, originals, territories, recipe, iterations=iterations)
+            align_messages(name, stage, originals, calibration_sets, recipe)
+        align_output(name, stage, originals, calibration_sets, recipe, iterations=iterations)
         return stage
 
     return solve
 
 
-def with_visited_copies(bench: Bench) -> Outcome:
+def with_visited_copies(bench: Bench) -> MergeOutput:
     """Joint solves, then the readout on copies that the specialists' dynamics visit."""
     dynamics = Dynamics(copies=8, steps=10, timestep=2.0, equal_masses=True)
     return dynamics.on(build_trunk(bench.specialists, Recipe(), solve_stage=jointly()))
 
 
-def with_product_readout(bench: Bench) -> Outcome:
+def with_product_readout(bench: Bench) -> MergeOutput:
     """Closing maps alone, then the product's readout with its defaults."""
     trunk = build_trunk(bench.specialists, Recipe())
     start = time.process_time()
     potential, _, _ = match_forces(
-        trunk.potential, trunk.territories, ReadoutOptions(), progress=lambda fraction: None
+        trunk.potential, trunk.calibration_sets, ReadoutOptions(), progress=lambda fraction: None
     )
     spent = time.process_time() - start
-    return Outcome(
+    return MergeOutput(
         potentials=shared(potential, bench.specialists),
         seconds=trunk.seconds + spent,
         note=f"readout {spent:.0f} s",
@@ -55,7 +59,7 @@ def with_product_readout(bench: Bench) -> Outcome:
 def trials() -> list[Trial]:
     """All trials of this module."""
     what = "Gauss-Newton iterations on all maps of a stage instead of its closing maps"
-    rows: list[tuple[str, str, Callable[[Bench], Outcome], int]] = [
+    rows: list[tuple[str, str, Callable[[Bench], MergeOutput], int]] = [
         ("joint block", f"15 {what}", walked(jointly()), 25),
         ("joint block 5", f"5 {what}", walked(jointly(iterations=5)), 25),
         ("joint block 30", f"30 {what}", walked(jointly(iterations=30)), 25),

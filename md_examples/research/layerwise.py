@@ -19,19 +19,19 @@ from torch_geometric.data import Batch
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.merging.affine_maps import Problem, problems
-from ase_gffmerge.merging.calibration import Scene, Territory, survey
+from ase_gffmerge.merging.affine_maps import AffineMap, problems
+from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
 from ase_gffmerge.merging.layerwise import affine_layers, combine, layer_input, run_stage, stage_inputs
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.tangents import push
+from ase_gffmerge.merging.tangents import pushforward
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.base import Stage
-from research.bench import Bench, Outcome, Trial
+from research.bench import Bench, MergeOutput, Trial
 from research.closing_maps import align_messages
 from research.readout_fit import Setting, fit_potentials, fitted
 from research.trunk import SolveStage, build_trunk, go_on
 
-RowWeights = Callable[[Territory, int, str], Tensor | None]
+RowWeights = Callable[[CalibrationSet, int, str], Tensor | None]
 """Weights (n_rows,) of a layer's rows in one scene of a territory, or ``None`` for ones."""
 
 Correct = Callable[[Gram, Tensor, Tensor], Tensor]
@@ -42,41 +42,44 @@ def solve_layers(
     name: str,
     merged: Stage,
     originals: Sequence[Stage],
-    territories: Sequence[Territory],
+    calibration_sets: Sequence[CalibrationSet],
     recipe: Recipe,
     *,
-    row_weights: RowWeights = lambda territory, scene, layer: None,
+    row_weights: RowWeights = lambda calibration_set, scene, layer: None,
     correct: Correct = lambda gram, prior, theta: theta,
 ) -> None:
     """Solve the layers of a stage in execution order, as the product does, with weighted rows or corrected solutions."""
-    first = territories[0].scenes[0]
+    first = calibration_sets[0].scenes[0]
     values = stage_inputs(first, True).value
     for layer in affine_layers(merged, lambda: run_stage(merged, first, values)):
         for i, problem in enumerate(problems(layer, merged.get_submodule(layer))):
             grams = []
-            for original, territory in zip(originals, territories, strict=True):
+            for original, calibration_set in zip(originals, calibration_sets, strict=True):
                 their = list(problems(layer, original.get_submodule(layer)))[i]
-                weights = [row_weights(territory, s, f"{name}.{layer}") for s in range(len(territory.scenes))]
-                grams.append(_gram(problem, their, layer, merged, original, territory, recipe, weights))
-            gram, prior = combine(grams, territories, recipe), problem.read().double()
+                weights = [
+                    row_weights(calibration_set, s, f"{name}.{layer}")
+                    for s in range(len(calibration_set.scenes))
+                ]
+                grams.append(_gram(problem, their, layer, merged, original, calibration_set, recipe, weights))
+            gram, prior = combine(grams, calibration_sets, recipe), problem.read().double()
             theta = ridge_solve(gram, prior, ridge=recipe.ridge).theta
             problem.write(correct(gram, prior, theta).to(problem.read()))
 
 
 def _gram(
-    problem: Problem,
-    their: Problem,
+    problem: AffineMap,
+    their: AffineMap,
     layer: str,
     merged: Stage,
     original: Stage,
-    territory: Territory,
+    calibration_set: CalibrationSet,
     recipe: Recipe,
     weights: Sequence[Tensor | None],
 ) -> Gram:
     """Statistics of values and slopes of one territory."""
     theta = their.read()
     values = slopes = Gram.zero(*problem.read().shape)
-    for scene, weight in zip(territory.scenes, weights, strict=True):
+    for scene, weight in zip(calibration_set.scenes, weights, strict=True):
         x, own = (_entering(stage, layer, scene, ours) for stage, ours in ((merged, True), (original, False)))
         design = problem.design(x.value[0])
         root = torch.ones(len(design), 1) if weight is None else weight.sqrt()[:, None]
@@ -89,9 +92,9 @@ def _gram(
     return values.balanced(slopes, recipe.slope_weight)
 
 
-def _entering(stage: Stage, layer: str, scene: Scene, of_merged: bool):
+def _entering(stage: Stage, layer: str, scene: CalibrationBatch, of_merged: bool):
     module = stage.get_submodule(layer)
-    return push(
+    return pushforward(
         lambda *x: layer_input(module, lambda: run_stage(stage, scene, x)), stage_inputs(scene, of_merged)
     )
 
@@ -123,18 +126,24 @@ def by_sensitivity() -> SolveStage:
     """Layers with rows weighted by sensitivity, then the usual message-level solves."""
     known: dict[tuple[int, int], dict[str, Tensor]] = {}
 
-    def weights(territory: Territory, scene: int, layer: str) -> Tensor | None:
-        key = (territory.index, scene)
+    def weights(calibration_set: CalibrationSet, scene: int, layer: str) -> Tensor | None:
+        key = (calibration_set.index, scene)
         if key not in known:
-            known[key] = sensitivities(territory.specialist.potential, territory.scenes[scene].graph)
+            known[key] = sensitivities(
+                calibration_set.specialist.potential, calibration_set.scenes[scene].graph
+            )
         square = known[key].get(layer)
         return None if square is None else square / square.mean().clamp(min=1e-30) + 0.1
 
     def solve(
-        name: str, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
+        name: str,
+        stage: Stage,
+        originals: Sequence[Stage],
+        calibration_sets: Sequence[CalibrationSet],
+        recipe: Recipe,
     ) -> Stage:
-        solve_layers(name, stage, originals, territories, recipe, row_weights=weights)
-        align_messages(name, stage, originals, territories, recipe)
+        solve_layers(name, stage, originals, calibration_sets, recipe, row_weights=weights)
+        align_messages(name, stage, originals, calibration_sets, recipe)
         return stage
 
     return solve
@@ -153,11 +162,11 @@ def truncated(rank: int) -> Correct:
 
 
 @torch.no_grad()
-def corrected(potential: Potential, territory: Territory, recipe: Recipe, rank: int) -> Potential:
+def corrected(potential: Potential, calibration_set: CalibrationSet, recipe: Recipe, rank: int) -> Potential:
     """Copy of the merged potential with low-rank corrections of every stage's layers for one specialist."""
     own = deepcopy(potential)
-    parent = territory.specialist
-    alone = survey([parent], own, [1.0], probes=recipe.probes)
+    parent = calibration_set.specialist
+    alone = build_calibration([parent], own, [1.0], probes=recipe.probes)
     for name, stage in own.named_stages():
         originals: list[Stage] = [parent.potential.get_submodule(name)]  # type: ignore[list-item]
         solve_layers(name, stage, originals, alone, recipe, correct=truncated(rank))
@@ -165,18 +174,18 @@ def corrected(potential: Potential, territory: Territory, recipe: Recipe, rank: 
     return own
 
 
-def low_rank(rank: int) -> Callable[[Bench], Outcome]:
+def low_rank(rank: int) -> Callable[[Bench], MergeOutput]:
     """Corrections of every specialist, then one readout for all of them."""
 
-    def run(bench: Bench) -> Outcome:
+    def run(bench: Bench) -> MergeOutput:
         trunk, start = bench.trunk, time.process_time()
-        models = [corrected(trunk.potential, t, Recipe(), rank) for t in trunk.territories]
-        potentials, _ = fit_potentials(models, trunk.territories, Setting())
+        models = [corrected(trunk.potential, t, Recipe(), rank) for t in trunk.calibration_sets]
+        potentials, _ = fit_potentials(models, trunk.calibration_sets, Setting())
         seconds = trunk.seconds + time.process_time() - start
         stages = trunk.potential.stages
         extra = sum(rank * sum(m.weight.shape) for m in stages.modules() if isinstance(m, nn.Linear))
         share = extra / sum(p.numel() for p in stages.parameters())
-        return Outcome(
+        return MergeOutput(
             potentials=tuple(potentials),
             seconds=seconds,
             note=f"must know the specialist; {100 * share:.0f} % more weights per specialist",

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from ase_gffmerge.merging.readout_fit import random_lift, widened
+from ase_gffmerge.merging.readout_fit import draw_random_features, widened
 from ase_gffmerge.models import Potential
-from ase_gffmerge.models.layers.readout import WidenedReadout
-from research.bench import Bench, Outcome, Trial
+from ase_gffmerge.models.layers.readout import RandomFeatureReadout
+from research.bench import Bench, MergeOutput, Trial
 from research.features import ElementReadout, GatedReadout, with_norms, with_readout
 from research.readout_fit import CHEAP, Setting, fitted, on_shared_trunk, whitened
 
@@ -35,32 +35,32 @@ def draw(lift: torch.nn.Linear, rows: Tensor, root: Tensor, *, seed: int = 0) ->
     lift.bias.copy_(b - a @ rows.double().mean(0))
 
 
-def unscaled(readout: WidenedReadout, rows: Tensor, element: Tensor) -> None:
+def unscaled(readout: RandomFeatureReadout, rows: Tensor, element: Tensor) -> None:
     """Isotropic directions: inputs keep their own scales."""
     draw(readout.lift, rows, torch.eye(rows.shape[1], dtype=torch.float64))
 
 
-def per_element(readout: WidenedReadout, rows: Tensor, element: Tensor) -> None:
+def per_element(readout: RandomFeatureReadout, rows: Tensor, element: Tensor) -> None:
     """The product's whitened directions, for each element from its own atoms."""
     assert isinstance(readout, ElementReadout)
     for row in element.unique().tolist():
-        stand_in = WidenedReadout(
+        stand_in = RandomFeatureReadout(
             readout.mlp,
             readout.mlp.hidden.in_features,
             1,
             width=readout.lift.out_features,
             blocks=readout.blocks,
         )
-        random_lift(stand_in, rows[element == row], seed=row)
+        draw_random_features(stand_in, rows[element == row], seed=row)
         readout.lifts[row].load_state_dict(stand_in.lift.state_dict())
 
 
-def gated(readout: WidenedReadout, rows: Tensor, element: Tensor) -> None:
+def gated(readout: RandomFeatureReadout, rows: Tensor, element: Tensor) -> None:
     """Whitened directions for projection and gate."""
     assert isinstance(readout, GatedReadout)
     whitened(readout, rows, element)
     lift = {name: value.clone() for name, value in readout.lift.state_dict().items()}
-    random_lift(readout, rows, seed=1, spread=1.0)
+    draw_random_features(readout, rows, seed=1, spread=1.0)
     readout.gate.load_state_dict(readout.lift.state_dict())
     readout.lift.load_state_dict(lift)
 
@@ -76,13 +76,13 @@ def gradient_outer_product(potential: Potential, rows: Tensor, element: Tensor) 
     return gradients.T @ gradients / len(gradients)
 
 
-def learned(power: float) -> Callable[[Bench], Outcome]:
+def learned(power: float) -> Callable[[Bench], MergeOutput]:
     """Directions learned from a first fit."""
 
-    def run(bench: Bench) -> Outcome:
+    def run(bench: Bench) -> MergeOutput:
         seen: dict[str, Tensor] = {}
 
-        def remember(readout: WidenedReadout, rows: Tensor, element: Tensor) -> None:
+        def remember(readout: RandomFeatureReadout, rows: Tensor, element: Tensor) -> None:
             seen.update(rows=rows, element=element)
             whitened(readout, rows, element)
 
@@ -125,12 +125,24 @@ def _option_trials() -> list[Trial]:
 def trials() -> list[Trial]:
     """All trials of this family."""
     rows: tuple[tuple[str, str, Setting, int, bool], ...] = (
-        ("norms", "norms of the vector features too", Setting(widen=with_norms), 18, True),
-        ("gated", "gated features", Setting(widen=partial(with_readout, GatedReadout), lift=gated), 19, True),
+        (
+            "norms",
+            "norms of the vector features too",
+            Setting(with_random_feature_readout=with_norms),
+            18,
+            True,
+        ),
+        (
+            "gated",
+            "gated features",
+            Setting(with_random_feature_readout=partial(with_readout, GatedReadout), lift=gated),
+            19,
+            True,
+        ),
         (
             "per-element A",
             "a random projection per element",
-            Setting(widen=partial(with_readout, ElementReadout), lift=per_element),
+            Setting(with_random_feature_readout=partial(with_readout, ElementReadout), lift=per_element),
             19,
             True,
         ),

@@ -15,15 +15,15 @@ from ase_gffmerge.data.perturb import displaced
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import regularised_factor, ridge_solve
-from ase_gffmerge.merging.calibration import Territory
+from ase_gffmerge.merging.calibration import CalibrationSet
 from ase_gffmerge.merging.directions import Probes
 from ase_gffmerge.merging.force_matching import HELD_OUT, MAX_ATOMS, MAX_ROWS
-from ase_gffmerge.merging.readout_fit import RIDGES, ReadoutFit, fit_readout, random_lift, widened
+from ase_gffmerge.merging.readout_fit import RIDGES, ReadoutFit, draw_random_features, fit_readout, widened
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.models import Potential
-from ase_gffmerge.models.layers.readout import WidenedReadout
+from ase_gffmerge.models.layers.readout import RandomFeatureReadout
 from ase_gffmerge.runtime.batching import chunks
-from research.bench import Bench, Outcome, shared
+from research.bench import Bench, MergeOutput, shared
 from research.features import feature_rows, lifted_inputs
 from research.trunk import Trunk
 
@@ -39,14 +39,14 @@ CHEAP = ReadoutOptions(
 )
 """The cheap reference that trials are compared with: dense features, rattled copies."""
 
-Copies = Callable[[Sequence[Atoms], Territory, ReadoutOptions], list[Atoms]]
+Copies = Callable[[Sequence[Atoms], CalibrationSet, ReadoutOptions], list[Atoms]]
 """Further frames near the given ones of a territory."""
 
-Lift = Callable[[WidenedReadout, Tensor, Tensor], None]
+Lift = Callable[[RandomFeatureReadout, Tensor, Tensor], None]
 """``lift(readout, rows, element)`` draws the projection for inputs (n_atoms, d) of elements (n_atoms,)."""
 
 
-def rattled(frames: Sequence[Atoms], territory: Territory, options: ReadoutOptions) -> list[Atoms]:
+def rattled(frames: Sequence[Atoms], calibration_set: CalibrationSet, options: ReadoutOptions) -> list[Atoms]:
     """Copies with every atom displaced on its own."""
     rng = np.random.default_rng(options.seed)
     return [
@@ -56,9 +56,9 @@ def rattled(frames: Sequence[Atoms], territory: Territory, options: ReadoutOptio
     ]
 
 
-def whitened(readout: WidenedReadout, rows: Tensor, element: Tensor, *, spread: float = 0.5) -> None:
+def whitened(readout: RandomFeatureReadout, rows: Tensor, element: Tensor, *, spread: float = 0.5) -> None:
     """The product's features: random directions in inputs scaled to unit variance."""
-    random_lift(readout, rows, seed=0, spread=spread)
+    draw_random_features(readout, rows, seed=0, spread=spread)
 
 
 def with_wide_readout(potential: Potential, options: ReadoutOptions) -> Potential:
@@ -66,7 +66,7 @@ def with_wide_readout(potential: Potential, options: ReadoutOptions) -> Potentia
     hyper, n_species = potential.hyper, len(potential.species)
     blocks = min(options.blocks, hyper.n_blocks)
     own = deepcopy(potential.readout)
-    readout = WidenedReadout(own, hyper.channels, n_species, width=options.width, blocks=blocks)
+    readout = RandomFeatureReadout(own, hyper.channels, n_species, width=options.width, blocks=blocks)
     wide = deepcopy(potential)
     wide.hyper = replace(hyper, readout_width=options.width, readout_blocks=blocks)
     wide.readout = readout.to(potential.embedding)
@@ -97,15 +97,15 @@ class Setting:
     frames: tuple[tuple[Atoms, ...], ...] | None = None
     copies: Copies = rattled
     lift: Lift = whitened
-    widen: Callable[[Potential, ReadoutOptions], Potential] = with_wide_readout
+    with_random_feature_readout: Callable[[Potential, ReadoutOptions], Potential] = with_wide_readout
     shared_theta: bool = False
     ridge: Literal["held-out", "gcv"] = "held-out"
-    frame_weights: Callable[[Territory, Sequence[Atoms]], np.ndarray] | None = None
+    frame_weights: Callable[[CalibrationSet, Sequence[Atoms]], np.ndarray] | None = None
 
 
 @torch.no_grad()
 def fit_potentials(
-    potentials: Sequence[Potential], territories: Sequence[Territory], setting: Setting
+    potentials: Sequence[Potential], calibration_sets: Sequence[CalibrationSet], setting: Setting
 ) -> tuple[list[Potential], ReadoutFit]:
     """Fit one readout on all territories, with one trunk per territory (often the same).
 
@@ -117,22 +117,22 @@ def fit_potentials(
         Solution and the ridge chosen.
     """
     given = {id(p): p for p in potentials}
-    wide = {key: setting.widen(p, setting.options) for key, p in given.items()}
+    wide = {key: setting.with_random_feature_readout(p, setting.options) for key, p in given.items()}
     merged = [wide[id(p)] for p in potentials]
-    scenes = [(m, scene) for m, t in zip(merged, territories, strict=True) for scene in t.scenes]
+    scenes = [(m, scene) for m, t in zip(merged, calibration_sets, strict=True) for scene in t.scenes]
     element = torch.cat([m.species_row[scene.graph.atomic_numbers] for m, scene in scenes])
     first = widened(merged[0])
     setting.lift(first, torch.cat([lifted_inputs(m, scene.graph) for m, scene in scenes]), element)
     for model in merged[1:]:
         model.readout = first
-    frames = setting.frames or tuple(t.specialist.calibration for t in territories)
+    frames = setting.frames or tuple(t.specialist.calibration for t in calibration_sets)
     elements = merged[0].species_row[
         torch.as_tensor(np.unique(np.concatenate([a.numbers for f in frames for a in f])))
     ]
     size = len(elements) * (setting.options.width + 1)
     grams = [Gram.zero(size, 1) for _ in range(2)]
-    for model, territory, own in zip(merged, territories, frames, strict=True):
-        for part, gram in enumerate(territory_grams(model, territory, own, setting, elements)):
+    for model, calibration_set, own in zip(merged, calibration_sets, frames, strict=True):
+        for part, gram in enumerate(territory_grams(model, calibration_set, own, setting, elements)):
             grams[part] += gram
     fit, theta = solve_readout(grams, setting, n_elements=len(elements))
     first.theta[elements] = theta[: -len(elements)].view(len(elements), -1).to(first.theta)
@@ -147,10 +147,14 @@ def split(frames: Sequence[Atoms]) -> tuple[list[Atoms], list[Atoms]]:
 
 
 def territory_grams(
-    merged: Potential, territory: Territory, frames: Sequence[Atoms], setting: Setting, elements: Tensor
+    merged: Potential,
+    calibration_set: CalibrationSet,
+    frames: Sequence[Atoms],
+    setting: Setting,
+    elements: Tensor,
 ) -> list[Gram]:
     """Statistics of the frames to fit and of those held out, with their copies; together they weigh a_k / s_k."""
-    groups = [[*group, *setting.copies(group, territory, setting.options)] for group in split(frames)]
+    groups = [[*group, *setting.copies(group, calibration_set, setting.options)] for group in split(frames)]
     n_frames = sum(map(len, groups))
     size = len(elements) * (setting.options.width + 1)
     grams = []
@@ -158,7 +162,9 @@ def territory_grams(
         total, rows, targets = Gram.zero(size, 1), [], []
         batches = list(chunks(group, MAX_ATOMS))
         for i, batch in enumerate(batches):
-            row, target = batch_rows(merged, territory, batch, setting, elements, n_frames=n_frames, seed=i)
+            row, target = batch_rows(
+                merged, calibration_set, batch, setting, elements, n_frames=n_frames, seed=i
+            )
             rows.append(row)
             targets.append(target)
             if sum(map(len, rows)) >= MAX_ROWS or i == len(batches) - 1:
@@ -170,7 +176,7 @@ def territory_grams(
 
 def batch_rows(
     merged: Potential,
-    territory: Territory,
+    calibration_set: CalibrationSet,
     frames: Sequence[Atoms],
     setting: Setting,
     elements: Tensor,
@@ -179,12 +185,14 @@ def batch_rows(
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Rows and targets of one batch, labelled by the specialist."""
-    specialist, options = territory.specialist, setting.options
+    specialist, options = calibration_set.specialist, setting.options
     graphs = [build_graph(atoms, specialist.cutoff, dtype=merged.dtype) for atoms in frames]
     batch = batch_graphs(graphs)
-    weights = territory.weight / (n_frames * torch.bincount(batch.batch) * territory.mean_square_force)
+    weights = calibration_set.weight / (
+        n_frames * torch.bincount(batch.batch) * calibration_set.mean_square_force
+    )
     if setting.frame_weights is not None:
-        weights = weights * torch.as_tensor(setting.frame_weights(territory, frames))
+        weights = weights * torch.as_tensor(setting.frame_weights(calibration_set, frames))
     return feature_rows(
         merged,
         batch,
@@ -222,17 +230,19 @@ def fit_by_gcv(gram: Gram) -> ReadoutFit:
     return ReadoutFit(ridge_solve(gram, prior, ridge=ridge), ridge, best)
 
 
-def fitted(trunk: Trunk, setting: Setting, *, extra_seconds: float = 0.0) -> Outcome:
+def fitted(trunk: Trunk, setting: Setting, *, extra_seconds: float = 0.0) -> MergeOutput:
     """Fit the readout of a finished trunk; ``extra_seconds`` were spent on frames or features before."""
     start = time.process_time()
     potentials, fit = fit_potentials(
-        shared(trunk.potential, [t.specialist for t in trunk.territories]), trunk.territories, setting
+        shared(trunk.potential, [t.specialist for t in trunk.calibration_sets]),
+        trunk.calibration_sets,
+        setting,
     )
     seconds = trunk.seconds + extra_seconds + time.process_time() - start
     note = f"ridge {fit.ridge:.0e}, rank {fit.solution.effective_rank:.0f}"
-    return Outcome(potentials=tuple(potentials), seconds=seconds, note=note)
+    return MergeOutput(potentials=tuple(potentials), seconds=seconds, note=note)
 
 
-def on_shared_trunk(setting: Setting) -> Callable[[Bench], Outcome]:
+def on_shared_trunk(setting: Setting) -> Callable[[Bench], MergeOutput]:
     """A trial that changes only the readout."""
     return lambda bench: fitted(bench.trunk, setting)

@@ -8,37 +8,39 @@ from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.merge import merge, working_copies
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.reference_energies import align_references
-from research.bench import Bench, Outcome, Trial, shared
+from research.bench import Bench, MergeOutput, Trial, shared
 
 FAMILY = "reference"
 
 
-def specialists(bench: Bench) -> Outcome:
+def specialists(bench: Bench) -> MergeOutput:
     """Every specialist on its own territory."""
-    return Outcome(potentials=tuple(s.potential for s in bench.specialists), seconds=0.0)
+    return MergeOutput(potentials=tuple(s.potential for s in bench.specialists), seconds=0.0)
 
 
 @torch.no_grad()
-def mean(bench: Bench) -> Outcome:
+def mean(bench: Bench) -> MergeOutput:
     """The mean of all weights."""
     start = time.process_time()
     parents = working_copies(bench.specialists, torch.device("cpu"))
     align_references(parents)
     potential = mean_potential(parents, Recipe())
-    return Outcome(potentials=shared(potential, parents), seconds=time.process_time() - start)
+    return MergeOutput(potentials=shared(potential, parents), seconds=time.process_time() - start)
 
 
-def narrow(bench: Bench) -> Outcome:
+def narrow(bench: Bench) -> MergeOutput:
     """Steps 1-4 alone."""
-    return Outcome(potentials=shared(bench.trunk.potential, bench.specialists), seconds=bench.trunk.seconds)
+    return MergeOutput(
+        potentials=shared(bench.trunk.potential, bench.specialists), seconds=bench.trunk.seconds
+    )
 
 
-def product(bench: Bench) -> Outcome:
+def product(bench: Bench) -> MergeOutput:
     """The product's default merge as a user calls it, its report included."""
     start = time.process_time()
     merged, _ = merge(bench.specialists, device="cpu")
     seconds = time.process_time() - start
-    return Outcome(potentials=shared(merged.potential, bench.specialists), seconds=seconds)
+    return MergeOutput(potentials=shared(merged.potential, bench.specialists), seconds=seconds)
 
 
 def trials() -> list[Trial]:

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ase_gffmerge.merging.calibration import Territory
+from ase_gffmerge.merging.calibration import CalibrationSet
 from ase_gffmerge.merging.layerwise import align_layers, run_stage, stage_inputs
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models.base import Stage
-from research.bench import Bench, Outcome, Trial
+from research.bench import Bench, MergeOutput, Trial
 from research.closing_maps import CLOSING, align_messages
 from research.readout_fit import Setting, fitted
 from research.trunk import SolveStage, build_trunk, standard_stage
@@ -16,12 +16,16 @@ FAMILY = "trunk"
 
 
 def filters_too(
-    name: str, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
+    name: str,
+    stage: Stage,
+    originals: Sequence[Stage],
+    calibration_sets: Sequence[CalibrationSet],
+    recipe: Recipe,
 ) -> Stage:
     """Message-level solves for ``out`` and then for the filter network, in which PaiNN's messages are linear too."""
-    align_layers(name, stage, originals, territories, recipe, run=run_stage, inputs=stage_inputs)
+    align_layers(name, stage, originals, calibration_sets, recipe, run=run_stage, inputs=stage_inputs)
     closing = CLOSING[type(stage).__name__] + ("filters",) * hasattr(stage, "filters")
-    align_messages(name, stage, originals, territories, recipe, closing=closing)
+    align_messages(name, stage, originals, calibration_sets, recipe, closing=closing)
     return stage
 
 
@@ -29,17 +33,21 @@ def messages_only_in(*wanted: str) -> SolveStage:
     """Message-level solves in the named stages only."""
 
     def solve(
-        name: str, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
+        name: str,
+        stage: Stage,
+        originals: Sequence[Stage],
+        calibration_sets: Sequence[CalibrationSet],
+        recipe: Recipe,
     ) -> Stage:
         own = recipe.model_copy(update={"messages": name in wanted})
-        return standard_stage(name, stage, originals, territories, own)
+        return standard_stage(name, stage, originals, calibration_sets, own)
 
     return solve
 
 
 def walked(
     solve_stage: SolveStage = standard_stage, *, sweeps: int = 1, **options: Any
-) -> Callable[[Bench], Outcome]:
+) -> Callable[[Bench], MergeOutput]:
     """A trunk of its own, then the cheap readout."""
     recipe = Recipe(**options)
     return lambda bench: fitted(
@@ -47,7 +55,7 @@ def walked(
     )
 
 
-def messages_in_last_block(bench: Bench) -> Outcome:
+def messages_in_last_block(bench: Bench) -> MergeOutput:
     """Message-level solves in the stages of the last block only."""
     potential = bench.specialists[0].potential
     per_block = len(potential.stages) // potential.hyper.n_blocks
@@ -57,7 +65,7 @@ def messages_in_last_block(bench: Bench) -> Outcome:
 
 def trials() -> list[Trial]:
     """All trials of this family."""
-    rows: list[tuple[str, str, Callable[[Bench], Outcome], int]] = [
+    rows: list[tuple[str, str, Callable[[Bench], MergeOutput], int]] = [
         ("filters", "filter network as a further closing map", walked(filters_too), 21),
         ("two sweeps", "second sweep anchored at the first", walked(sweeps=2), 22),
         ("messages none", "no message-level solves", walked(messages=False), 55),

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.average import mean_potential
-from ase_gffmerge.merging.calibration import Scene, Territory, survey
+from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
 from ase_gffmerge.merging.layerwise import advance, align_layers, run_stage, stage_inputs
 from ase_gffmerge.merging.merge import working_copies
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.reference_energies import align_references
-from ase_gffmerge.merging.tangents import Dual, Tensors, push
+from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.base import Stage
 from research.closing_maps import align_messages
 
-SolveStage = Callable[[str, Stage, Sequence[Stage], Sequence[Territory], Recipe], Stage]
+SolveStage = Callable[[str, Stage, Sequence[Stage], Sequence[CalibrationSet], Recipe], Stage]
 """Aligns one stage of the merged model with the specialists' and returns it, or the stage that shall take its place."""
 
 
@@ -28,23 +28,27 @@ class Trunk:
     """A merged potential whose stages are done, with the scenes that its readout will be fitted on."""
 
     potential: Potential
-    territories: list[Territory]
+    calibration_sets: list[CalibrationSet]
     seconds: float
 
 
 def standard_stage(
-    name: str, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory], recipe: Recipe
+    name: str,
+    stage: Stage,
+    originals: Sequence[Stage],
+    calibration_sets: Sequence[CalibrationSet],
+    recipe: Recipe,
 ) -> Stage:
     """Every layer in turn, then the closing maps on the stage's output."""
-    align_layers(name, stage, originals, territories, recipe, run=run_stage, inputs=stage_inputs)
+    align_layers(name, stage, originals, calibration_sets, recipe, run=run_stage, inputs=stage_inputs)
     if recipe.messages:
-        align_messages(name, stage, originals, territories, recipe)
+        align_messages(name, stage, originals, calibration_sets, recipe)
     return stage
 
 
 @torch.no_grad()
 def build_trunk(
-    specialists: Sequence[Specialist],
+    specialists: Sequence[ForceField],
     recipe: Recipe,
     *,
     solve_stage: SolveStage = standard_stage,
@@ -57,38 +61,41 @@ def build_trunk(
     potential = mean_potential(parents, recipe)
     weights = recipe.weights or (1.0,) * len(parents)
     for _ in range(sweeps):
-        territories = survey(parents, potential, weights, probes=recipe.probes)
+        calibration_sets = build_calibration(parents, potential, weights, probes=recipe.probes)
         for i, (name, _) in enumerate(potential.named_stages()):
             originals: list[Stage] = [p.potential.get_submodule(name) for p in parents]  # type: ignore[misc]
-            stage = solve_stage(name, potential.stages[i], originals, territories, recipe)
+            stage = solve_stage(name, potential.stages[i], originals, calibration_sets, recipe)
             potential.stages[i] = stage
-            go_on(potential, stage, originals, territories)
-    align_plain_readout(potential, [p.potential.readout for p in parents], territories, recipe)
-    return Trunk(potential, territories, time.process_time() - start)
+            go_on(potential, stage, originals, calibration_sets)
+    align_plain_readout(potential, [p.potential.readout for p in parents], calibration_sets, recipe)
+    return Trunk(potential, calibration_sets, time.process_time() - start)
 
 
 def go_on(
-    merged: Potential, stage: Stage, originals: Sequence[Stage], territories: Sequence[Territory]
+    merged: Potential, stage: Stage, originals: Sequence[Stage], calibration_sets: Sequence[CalibrationSet]
 ) -> None:
     """Advance all scenes by one finished stage."""
-    for original, territory in zip(originals, territories, strict=True):
-        for scene in territory.scenes:
+    for original, calibration_set in zip(originals, calibration_sets, strict=True):
+        for scene in calibration_set.scenes:
             scene.target = advance(original, scene.target, scene)
             scene.merged = advance(stage, scene.merged, scene)
             if stage.emits_scalars:
-                scene.target_scalars.append(push(lambda *x: merged.scalars(x), scene.target))
-                scene.merged_scalars.append(push(lambda *x: merged.scalars(x), scene.merged))
+                scene.target_scalars.append(pushforward(lambda *x: merged.scalars(x), scene.target))
+                scene.merged_scalars.append(pushforward(lambda *x: merged.scalars(x), scene.merged))
 
 
 def align_plain_readout(
-    merged: Potential, originals: Sequence[nn.Module], territories: Sequence[Territory], recipe: Recipe
+    merged: Potential,
+    originals: Sequence[nn.Module],
+    calibration_sets: Sequence[CalibrationSet],
+    recipe: Recipe,
 ) -> None:
     """Treat the two-layer readout like any other layers."""
 
-    def run(readout: nn.Module, scene: Scene, scalars: Tensors) -> Tensor:
+    def run(readout: nn.Module, scene: CalibrationBatch, scalars: Tensors) -> Tensor:
         return readout(scalars, merged.species_row[scene.graph.atomic_numbers])
 
-    def inputs(scene: Scene, of_merged: bool) -> Dual:
+    def inputs(scene: CalibrationBatch, of_merged: bool) -> Dual:
         return sum(scene.merged_scalars if of_merged else scene.target_scalars, start=Dual((), ()))
 
-    align_layers("readout", merged.readout, originals, territories, recipe, run=run, inputs=inputs)
+    align_layers("readout", merged.readout, originals, calibration_sets, recipe, run=run, inputs=inputs)

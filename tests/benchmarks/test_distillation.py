@@ -4,12 +4,12 @@ import json
 import sys
 
 import pytest
+from ase_gffmerge.merging.distill_options import DistillOptions
 
 from ase_gffmerge.forcefield.bundled import bundled_test_frames
-from ase_gffmerge.forcefield.force_field import Specialist
-from ase_gffmerge.merging.distil_options import DistilOptions
+from ase_gffmerge.forcefield.force_field import ForceField
 
-QUICK = DistilOptions(epochs=2, copies=1, temperature=0.0)
+QUICK = DistillOptions(epochs=2, copies=1, temperature=0.0)
 
 
 @pytest.fixture
@@ -19,17 +19,17 @@ def benchmark(script, monkeypatch):
         labelled=6, tests=3, glances=2, epochs=2, shares=(0.5, 1.0), frames=(3,), frames_share=0.5
     )
     monkeypatch.setattr(module, "FULL", size)
-    monkeypatch.setattr(module, "DistilOptions", lambda: QUICK)
+    monkeypatch.setattr(module, "DistillOptions", lambda: QUICK)
     monkeypatch.setattr(
         module, "read_frames", lambda path: bundled_test_frames(f"rmd17-{path.name.split('_')[1]}")
     )
-    load = Specialist.load
+    load = ForceField.load
 
-    def with_few_frames(name: str) -> Specialist:
+    def with_few_frames(name: str) -> ForceField:
         specialist = load(name)
         return specialist.with_calibration(specialist.calibration[:4])
 
-    monkeypatch.setattr(module.Specialist, "load", with_few_frames)
+    monkeypatch.setattr(module.ForceField, "load", with_few_frames)
     return module
 
 
@@ -88,7 +88,7 @@ def test_interrupted_joint_training_goes_on(benchmark, monkeypatch, tmp_path) ->
 
 
 def test_shorter_runs_take_their_share_of_steps(benchmark) -> None:
-    options = DistilOptions(epochs=4, copies=19)
+    options = DistillOptions(epochs=4, copies=19)
     for share, n in ((1.0, 100), (0.5, 100), (0.125, 100), (0.25, 25), (0.25, 400)):
         shorter = benchmark.shortened(options, share, n, 100)
         assert n * (1 + shorter.copies) * shorter.epochs == pytest.approx(share * 100 * 20 * 4)

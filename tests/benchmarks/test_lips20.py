@@ -16,7 +16,7 @@ from ase.md.velocitydistribution import Stationary
 
 from ase_gffmerge import merge
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.models import build_potential
 
@@ -97,9 +97,9 @@ def test_everything_is_measured(benchmark, data, monkeypatch, capsys, tmp_path) 
     for name in benchmark.SYSTEMS:
         assert errors["specialist"][name] == errors[f"{name} alone"][name]
         assert errors["mean"][name]["stress_mae"] > 0
-        specialist = Specialist.load(tmp_path / f"{name}.safetensors")
+        specialist = ForceField.load(tmp_path / f"{name}.safetensors")
         assert specialist.provenance.lineage == (
-            Specialist.load(tmp_path / "lips20-base.safetensors").fingerprint,
+            ForceField.load(tmp_path / "lips20-base.safetensors").fingerprint,
         )
         for model in ("specialist", "merged"):
             assert result["dynamics"][name]["600 K"][model]["mean_temperature"] > 0

@@ -9,7 +9,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.forcefield.bundled import bundled_test_frames
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_table_of_the_mixed_dimer(benchmark, monkeypatch, capsys, tmp_path) -> N
     assert made == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
 
     base, *specialists = (
-        Specialist.load(tmp_path / f"{name}.safetensors") for name in ("base", *benchmark.MOLECULES)
+        ForceField.load(tmp_path / f"{name}.safetensors") for name in ("base", *benchmark.MOLECULES)
     )
     assert all(s.provenance.lineage == (base.fingerprint,) for s in specialists)
     assert all(s.level_of_theory == "GFN2-xTB" for s in (base, *specialists))

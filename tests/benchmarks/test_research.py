@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ase_gffmerge.forcefield.bundled import bundled_test_frames
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.inference.metrics import evaluate, predict_frames
 from ase_gffmerge.merging.directions import Probes
@@ -34,7 +34,7 @@ def research():
 @pytest.fixture(scope="module")
 def bench(research, tmp_path_factory):
     """Five calibration frames, five further frames and three test frames of each bundled specialist, in float64."""
-    specialists = [Specialist.load(name, dtype=torch.float64) for name in NAMES]
+    specialists = [ForceField.load(name, dtype=torch.float64) for name in NAMES]
     return research("bench").Bench(
         specialists=tuple(s.with_calibration(s.calibration[:5]) for s in specialists),
         pools=tuple(s.calibration[5:10] for s in specialists),
@@ -59,7 +59,7 @@ def test_the_open_readout_fit_is_the_products(research, bench):
     trunk = bench.trunk
     setting = research("readout_fit").Setting(options=SMALL)
     ours = research("readout_fit").fitted(trunk, setting).potentials
-    product, _, _ = match_forces(trunk.potential, trunk.territories, SMALL, progress=lambda x: None)
+    product, _, _ = match_forces(trunk.potential, trunk.calibration_sets, SMALL, progress=lambda x: None)
     frames = bench.tests[0]
     assert ours[0] is ours[1]
     found, expected = (predict_frames(p, frames) for p in (ours[0], product))
@@ -89,10 +89,13 @@ def test_rows_of_every_kind_of_features_predict_what_the_fit_changes(research, b
     """Energies and forces are linear in θ and c, so rows times the solution are their changes, of energies and of work."""
     features, readout, fit = research("features"), research("readout"), research("readout_fit")
     settings = {
-        "norms": {"widen": features.with_norms},
-        "gated": {"widen": partial(features.with_readout, features.GatedReadout), "lift": readout.gated},
+        "norms": {"with_random_feature_readout": features.with_norms},
+        "gated": {
+            "with_random_feature_readout": partial(features.with_readout, features.GatedReadout),
+            "lift": readout.gated,
+        },
         "elements": {
-            "widen": partial(features.with_readout, features.ElementReadout),
+            "with_random_feature_readout": partial(features.with_readout, features.ElementReadout),
             "lift": readout.per_element,
         },
     }
@@ -132,9 +135,9 @@ def test_rotation_onto_undoes_a_rotation(research, rng):
 
 
 def test_thermal_copies_move_stiff_bonds_least(research, bench):
-    territory = bench.trunk.territories[0]
+    calibration_set = bench.trunk.calibration_sets[0]
     options = SMALL.model_copy(update={"copies": 50})
-    frames = territory.specialist.calibration
+    frames = calibration_set.specialist.calibration
     changes = {}
     for name in ("thermal", "rattled"):
         make = (
@@ -142,7 +145,7 @@ def test_thermal_copies_move_stiff_bonds_least(research, bench):
             if name == "thermal"
             else research("copies").rattled
         )
-        copies = make(frames[:1], territory, options)
+        copies = make(frames[:1], calibration_set, options)
         distances = np.array([copy.get_all_distances() for copy in copies]) - frames[0].get_all_distances()
         changes[name] = distances.std(0)
     bonded = (frames[0].get_all_distances() < 1.6) & (frames[0].get_all_distances() > 0)
@@ -157,12 +160,14 @@ def test_layers_with_unit_weights_are_the_products(research, bench):
     trunk = research("trunk").build_trunk(
         bench.specialists, recipe, solve_stage=lambda name, stage, *_: stage
     )
-    territories = layerwise.survey(bench.specialists, trunk.potential, [1.0, 1.0], probes=2)
+    calibration_sets = layerwise.build_calibration(bench.specialists, trunk.potential, [1.0, 1.0], probes=2)
     originals = [s.potential.stages[0] for s in bench.specialists]
     ours, product = deepcopy(trunk.potential.stages[0]), deepcopy(trunk.potential.stages[0])
     with torch.no_grad():
-        layerwise.solve_layers("stages.0", ours, originals, territories, recipe)
-        align_layers("stages.0", product, originals, territories, recipe, run=run_stage, inputs=stage_inputs)
+        layerwise.solve_layers("stages.0", ours, originals, calibration_sets, recipe)
+        align_layers(
+            "stages.0", product, originals, calibration_sets, recipe, run=run_stage, inputs=stage_inputs
+        )
     assert not torch.equal(ours.out.weight, trunk.potential.stages[0].out.weight)
     torch.testing.assert_close(ours.state_dict(), product.state_dict(), rtol=1e-6, atol=1e-9)
     assert stage is not ours
@@ -171,7 +176,7 @@ def test_layers_with_unit_weights_are_the_products(research, bench):
 @pytest.mark.parametrize("index", [2, 3])
 def test_a_stage_with_random_hidden_features_starts_as_it_was(research, bench, index):
     potential, hidden = bench.trunk.potential, research("hidden_width")
-    scene = bench.trunk.territories[0].scenes[0]
+    scene = bench.trunk.calibration_sets[0].scenes[0]
     state, edges = potential.embed(scene.graph), scene.split(scene.geometry.value)[1]
     for stage in potential.stages[:index]:
         state = stage(state, edges)
@@ -185,7 +190,7 @@ def test_a_stage_with_random_hidden_features_starts_as_it_was(research, bench, i
 
 def test_low_rank_corrections_have_that_rank(research, bench):
     trunk = bench.trunk
-    own = research("layerwise").corrected(trunk.potential, trunk.territories[1], Recipe(), 2)
+    own = research("layerwise").corrected(trunk.potential, trunk.calibration_sets[1], Recipe(), 2)
     change = own.stages[1].U.weight - trunk.potential.stages[1].U.weight
     assert torch.linalg.matrix_rank(change, rtol=1e-8) == 2
 
@@ -193,15 +198,19 @@ def test_low_rank_corrections_have_that_rank(research, bench):
 def test_linearisations_are_adjoint(research, bench):
     generator = torch.Generator().manual_seed(0)
     gauss_newton, trunk = research("gauss_newton"), bench.trunk
-    batches = gauss_newton.labelled(trunk.territories[0], bench.pools[0][:2], torch.float64)
+    batches = gauss_newton.labelled(trunk.calibration_sets[0], bench.pools[0][:2], torch.float64)
     assert_adjoint(gauss_newton.ForceProblem(trunk.potential, batches), generator)
 
 
 def test_a_gauss_newton_step_lowers_the_residual(research, bench):
     gauss_newton, trunk = research("gauss_newton"), bench.trunk
-    moved = gauss_newton.linearised(trunk.potential, trunk.territories, iterations=3, copies=0, damping=1e-3)
-    for k, territory in enumerate(trunk.territories):
-        batches = gauss_newton.labelled(territory, territory.specialist.calibration, torch.float64)
+    moved = gauss_newton.linearised(
+        trunk.potential, trunk.calibration_sets, iterations=3, copies=0, damping=1e-3
+    )
+    for k, calibration_set in enumerate(trunk.calibration_sets):
+        batches = gauss_newton.labelled(
+            calibration_set, calibration_set.specialist.calibration, torch.float64
+        )
         norms = [
             dot(r, r)
             for r in (gauss_newton.ForceProblem(p, batches).residual() for p in (trunk.potential, moved))

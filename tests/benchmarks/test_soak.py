@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from ase_gffmerge import GFFMergeCalculator, Specialist
+from ase_gffmerge import ForceField, GFFMergeCalculator
 from ase_gffmerge.forcefield.bundled import bundled_test_frames
 from ase_gffmerge.models import build_potential
 
@@ -22,7 +22,7 @@ def tiny(tmp_path) -> str:
     potential = build_potential(
         "painn", {"cutoff": 3.0, "channels": 4, "n_blocks": 1, "n_radial": 4}, (1, 6, 8)
     )
-    return str(Specialist(name="tiny", potential=potential).save(tmp_path / "tiny.safetensors"))
+    return str(ForceField(name="tiny", potential=potential).save(tmp_path / "tiny.safetensors"))
 
 
 def run(soak, monkeypatch, capsys, *arguments):

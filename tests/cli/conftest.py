@@ -17,14 +17,14 @@ from ase.io import write
 from typer.testing import CliRunner
 
 from ase_gffmerge.cli import app
-from ase_gffmerge.forcefield.force_field import Provenance, Specialist
+from ase_gffmerge.forcefield.force_field import ForceField, Provenance
 from ase_gffmerge.models import build_potential
 
 HYPER = {"channels": 8, "n_blocks": 1, "n_radial": 4, "cutoff": 4.0}
 
 
 @dataclass(frozen=True)
-class Outcome:
+class MergeOutput:
     """What a command printed and returned."""
 
     code: int
@@ -46,15 +46,15 @@ class Outcome:
 
 
 @pytest.fixture
-def gffmerge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+def gffmerge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., MergeOutput]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GFFMERGE_CACHE", str(tmp_path / "cache"))
 
-    def run(*arguments: object) -> Outcome:
+    def run(*arguments: object) -> MergeOutput:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="gffmerge")
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
-        return Outcome(result.exit_code, result.stdout, result.stderr)
+        return MergeOutput(result.exit_code, result.stdout, result.stderr)
 
     return run
 
@@ -71,11 +71,11 @@ def emt_frames(name: str, n: int = 6, seed: int = 0) -> list[Atoms]:
     return frames
 
 
-def specialists() -> list[Specialist]:
+def specialists() -> list[ForceField]:
     """A base and two children with slightly other weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        base = Specialist(
+        base = ForceField(
             name="base", potential=build_potential("painn", HYPER, (1, 6, 8)).eval(), level_of_theory="EMT"
         )
         base.potential.requires_grad_(False)
@@ -87,7 +87,7 @@ def specialists() -> list[Specialist]:
                     parent + 0.02 * parent.std() * torch.randn_like(parent) if parent.numel() > 1 else parent
                 )
             children.append(
-                Specialist(
+                ForceField(
                     name=name,
                     potential=potential,
                     calibration=tuple(Atoms(a.numbers, a.positions) for a in emt_frames(formula)),

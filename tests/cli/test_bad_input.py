@@ -11,7 +11,7 @@ from ase_gffmerge.errors import DeviceError, DynamicsError
 from ase_gffmerge.evaluation.benchmark.harness import Bench
 from ase_gffmerge.evaluation.benchmark.rows import ROWS
 from ase_gffmerge.evaluation.md.protocol import Protocol
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.runtime.devices import resolve_device
 
 WATER = ("water.safetensors", "water.xyz")
@@ -98,7 +98,7 @@ def test_protocols_that_cannot_be_run(field: str, value: float) -> None:
 
 @pytest.mark.parametrize("row", ["merge", "cache", "ensemble"])
 def test_rows_that_a_single_force_field_cannot_have_say_so(files: Path, row: str) -> None:
-    single = Specialist.load(files / "water.safetensors")
+    single = ForceField.load(files / "water.safetensors")
     (found,) = ROWS[row](
         Bench(specialists=(single,), force_field=single, calculator=pytest.fail, from_files=pytest.fail)
     )

@@ -14,7 +14,7 @@ from ase_gffmerge.evaluation.benchmark import peers as benchmark_peers
 from ase_gffmerge.evaluation.benchmark import schnetpack as benchmark_schnetpack
 from ase_gffmerge.evaluation.benchmark.harness import Row, crowd
 from ase_gffmerge.evaluation.benchmark.rows import ROWS
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import build_potential
 
 QUICK = ("--atoms", 3, "--scaling", 6, "--scaling", 12, "--steps", 3, "--repeats", 1, "--device", "cpu")
@@ -28,7 +28,7 @@ def pair(tmp_path: Path) -> list[Path]:
     for path in paths:
         frame = molecule("H2O")
         frame.rattle(0.05)
-        Specialist(name=path.stem, potential=potential.eval(), calibration=(frame,)).save(path)
+        ForceField(name=path.stem, potential=potential.eval(), calibration=(frame,)).save(path)
         potential.readout.out.bias.data += 0.1
     return paths
 

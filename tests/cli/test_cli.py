@@ -12,7 +12,7 @@ import torch
 from ase import Atoms
 from ase.io import read, write
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 
 
 def entries(folder: Path) -> set[str]:
@@ -53,7 +53,7 @@ def test_train(gffmerge, files: Path) -> None:
         "train", "methanol.xyz", "water.xyz", "--out", "new.safetensors", "--config", "tiny.yaml",
         "--calibration", 3, "--test", "water.xyz", "--seed", 5, "--name", "both", "--json",
     ).json()  # fmt: skip
-    specialist = Specialist.load("new.safetensors")
+    specialist = ForceField.load("new.safetensors")
     assert document["fingerprint"] == specialist.fingerprint
     assert document["name"] == specialist.name == "both"
     assert document["epochs"] == 2
@@ -81,7 +81,7 @@ def test_train_from_a_parent_with_references(gffmerge, files: Path) -> None:
     assert shown.code == 0, shown.err
     assert "epoch 1/1" in shown.err
     assert "force_mae" in shown.out
-    child, base = Specialist.load("child.safetensors"), Specialist.load("base.safetensors")
+    child, base = ForceField.load("child.safetensors"), ForceField.load("base.safetensors")
     assert child.provenance.lineage == (base.fingerprint,)
     assert child.potential.references.tolist() == [-1, -2, -3]
 
@@ -113,7 +113,7 @@ def test_train_interrupted_and_continued(gffmerge, files: Path, monkeypatch) -> 
     assert "continued after epoch 2" in resumed.err
     assert "epoch 1/3" not in resumed.err
     other = gffmerge(*command[:3], "other.safetensors", *command[4:], "--json").json()
-    assert other["fingerprint"] == Specialist.load("new.safetensors").fingerprint
+    assert other["fingerprint"] == ForceField.load("new.safetensors").fingerprint
 
 
 def test_train_warns_about_another_checkpoint(gffmerge, files: Path) -> None:
@@ -155,13 +155,13 @@ def test_merge(gffmerge, files: Path) -> None:
     assert document["verdict"] in ("good", "usable after distillation", "failed")
     assert document["seconds"]
     assert "<html" in (files / "m.html").read_text().lower()
-    model = Specialist.load("m.safetensors")
+    model = ForceField.load("m.safetensors")
     assert model.merged is not None
     assert model.merged.parents == ("methanol", "water")
     text = gffmerge(*command, "--out", "again.safetensors", "--weights", "1,2")
     assert text.code == 0, text.err
     assert "methanol" in text.out
-    assert Specialist.load("again.safetensors").merged.recipe["weights"] == [1, 2]
+    assert ForceField.load("again.safetensors").merged.recipe["weights"] == [1, 2]
     assert "weights" in gffmerge(*command, "--out", "x.safetensors", "--weights", "one,2").error()
 
 
@@ -222,7 +222,7 @@ def test_evaluate(gffmerge, merged: Path) -> None:
 
 def test_info(gffmerge, merged: Path) -> None:
     document = gffmerge("info", "methanol.safetensors", "--json").json()
-    model = Specialist.load("methanol.safetensors")
+    model = ForceField.load("methanol.safetensors")
     assert document["kind"] == "specialist"
     assert document["species"] == ["H", "C", "O"]
     assert document["cutoff"] == 4.0
@@ -322,7 +322,7 @@ def test_cache(gffmerge, merged: Path, tmp_path: Path) -> None:
     assert gffmerge("cache", "list", "--dir", folder, "--json").json()["entries"] == []
     folder.mkdir(exist_ok=True)
     key = "0" * 64
-    force_field = Specialist.load(merged)
+    force_field = ForceField.load(merged)
     entry = replace(force_field, merged=replace(force_field.merged, key=key)).save(
         folder / f"{key}.safetensors"
     )

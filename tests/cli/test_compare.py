@@ -13,8 +13,8 @@ from ase.io import read, write
 from ase_gffmerge.cli.variadic import spread
 from ase_gffmerge.data.hashing import geometry_keys
 from ase_gffmerge.evaluation.comparison import compare as comparison
-from ase_gffmerge.forcefield.force_field import Specialist
-from ase_gffmerge.methods import METHODS, Outcome
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.methods import METHODS, MergeOutput
 from ase_gffmerge.storage.tensor_file import digest, read_file
 
 BUNDLED = ("rmd17-ethanol", "rmd17-malonaldehyde")
@@ -26,7 +26,7 @@ TESTS = ("methanol.xyz", "water.xyz")
 def unseen(files: Path) -> Path:
     """The folder of ``files``, whose frames the specialists have not seen: they keep the first three only."""
     for path, frames in zip(PAIR, TESTS):
-        specialist = Specialist.load(files / path)
+        specialist = ForceField.load(files / path)
         seen = specialist.calibration[:3]
         provenance = replace(specialist.provenance, seen_frames=geometry_keys(seen))
         replace(specialist, calibration=seen, provenance=provenance).save(files / path)
@@ -46,9 +46,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     saved = dict(METHODS)
     for name, method in saved.items():
 
-        def run(mixture, progress, name=name):
+        def run(merge_inputs, progress, name=name):
             ran.append(name)
-            return Outcome(potentials=(mixture.specialists[0].potential,), settings={"scale": 0.5})
+            return MergeOutput(potentials=(merge_inputs.specialists[0].potential,), settings={"scale": 0.5})
 
         METHODS[name] = replace(method, run=run)
     yield ran
@@ -121,7 +121,7 @@ def test_fresh(gffmerge, unseen: Path, quick: list[str]) -> None:
 
 def test_moved_training_frame_is_refused(gffmerge, unseen: Path, quick: list[str]) -> None:
     frames = read(unseen / "water.xyz", ":")
-    seen = Specialist.load(unseen / "water.safetensors").calibration[1]
+    seen = ForceField.load(unseen / "water.safetensors").calibration[1]
     turned = Atoms(seen.numbers, seen.positions + 5.0)[[0, 2, 1]]
     turned.rotate(70, (1, 2, 3))
     write(unseen / "leaky.xyz", [*frames, labelled(turned)], format="extxyz")
@@ -149,7 +149,7 @@ def test_files_of_the_old_schema_get_a_note(gffmerge, unseen: Path, quick: list[
     outcome = gffmerge("compare", *PAIR, "--test", *TESTS, "--methods", "mean")
     assert outcome.code == 0
     assert "training of methanol, water saw" in outcome.out
-    write(unseen / "leaky.xyz", labelled(Specialist.load(unseen / PAIR[1]).calibration[0]), format="extxyz")
+    write(unseen / "leaky.xyz", labelled(ForceField.load(unseen / PAIR[1]).calibration[0]), format="extxyz")
     line = gffmerge("compare", *PAIR, "--test", TESTS[0], "leaky.xyz").error()
     assert "the calibration frames of 'water'" in line
 

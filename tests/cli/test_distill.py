@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.storage.tensor_file import read_file
 from ase_gffmerge.training import distill as distillation
 from ase_gffmerge.training.checkpoint import checkpoint_path
@@ -31,13 +31,13 @@ def test_merges_distils_and_reports(gffmerge, recipe: Path) -> None:
     assert {"layers", "distillation"} <= set(document["seconds"])
     assert set(document["start"]) == {"force_mae", "energy_mae"}
     assert Path(document["loss_curve"]).exists()
-    distilled = Specialist.load("a.safetensors")
+    distilled = ForceField.load("a.safetensors")
     assert distilled.merged is not None
     assert distilled.merged.recipe["refine"]["epochs"] == 3
     assert distilled.potential.hyper.readout_width == 0
     assert not checkpoint_path(Path("a.safetensors")).exists()
     merged = gffmerge("merge", *PAIR, "--out", "b.safetensors", *options, "--json").json()
-    assert Specialist.load("b.safetensors").fingerprint == distilled.fingerprint
+    assert ForceField.load("b.safetensors").fingerprint == distilled.fingerprint
     assert merged["held_out"] == document["held_out"]
 
 
@@ -50,7 +50,7 @@ def test_frames_epochs_and_a_start_of_ones_own(gffmerge, recipe: Path) -> None:
     assert done.code == 0, done.err
     assert "methanol: merged differs by" in done.out
     assert "written: a.safetensors, a.png (1 epochs)" in done.err
-    distilled = Specialist.load("a.safetensors")
+    distilled = ForceField.load("a.safetensors")
     assert distilled.merged is not None
     assert distilled.merged.recipe["method"] == "mean"
     assert (distilled.provenance.epochs, distilled.provenance.n_train) == (1, 2 * 11 * 2)
@@ -79,7 +79,7 @@ def test_interrupted_run_says_how_to_go_on_and_does(
     assert read_file(checkpoint_path(Path("a.safetensors")))[0]["checkpoint"]["epoch"] == 2
     resumed = gffmerge(*command, "a.safetensors")
     assert "continued after epoch 2" in resumed.err
-    assert Specialist.load("a.safetensors").fingerprint == Specialist.load("whole.safetensors").fingerprint
+    assert ForceField.load("a.safetensors").fingerprint == ForceField.load("whole.safetensors").fingerprint
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.workflows import active_learning as closed_loop
 
 
@@ -37,7 +37,7 @@ def test_rounds_are_reported(gffmerge, files, brief):
     assert loop["rounds"][0]["n_frames"] == [6, 6]
     assert len(loop["rounds"]) == 2
     assert loop["rounds"][0]["trajectories"][1]["specialist"] == "water"
-    merged = Specialist.load(files / "m.safetensors").merged
+    merged = ForceField.load(files / "m.safetensors").merged
     assert merged is not None
     assert merged.recipe["closed_loop"]["rounds"] == 1
     assert loop["chosen"] in (0, 1)

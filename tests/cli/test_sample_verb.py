@@ -4,7 +4,7 @@ import pytest
 from ase.build import molecule
 from ase.io import read, write
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def test_frames_are_written_and_attached(gffmerge, ethanol, tmp_path):
     assert [atoms.info["source"] for atoms in frames] == ["md"] * 4 + ["rattled"]
     assert {atoms.info["temperature"] for atoms in frames[:4]} == {100, 200}
     assert all(atoms.calc is None for atoms in frames)
-    attached = Specialist.load(tmp_path / "s.safetensors")
-    assert attached.fingerprint == Specialist.load("rmd17-ethanol").fingerprint
+    attached = ForceField.load(tmp_path / "s.safetensors")
+    assert attached.fingerprint == ForceField.load("rmd17-ethanol").fingerprint
     assert len(attached.calibration) == 5
 
 

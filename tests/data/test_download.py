@@ -22,7 +22,7 @@ from ase_gffmerge.errors import DataError, FileFormatError
 KCAL = units.kcal / units.mol
 
 
-class Server:
+class Predictor:
     """Serves files of a folder; names in `truncated` are cut short, every request is counted."""
 
     def __init__(self, folder: Path) -> None:
@@ -70,13 +70,13 @@ def write_frames(path: Path, seed: int = 0) -> str:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path / "served")
+def server(tmp_path: Path) -> Iterator[Predictor]:
+    server = Predictor(tmp_path / "served")
     yield server
     server.close()
 
 
-def manifest(server: Server, *files: dict, reader: str = "npz") -> Manifest:
+def manifest(server: Predictor, *files: dict, reader: str = "npz") -> Manifest:
     return Manifest.model_validate(
         {
             "schema_version": 1,
@@ -97,7 +97,7 @@ def manifest(server: Server, *files: dict, reader: str = "npz") -> Manifest:
     )
 
 
-def known(server: Server, name: str = "water_train.npz", seed: int = 0) -> dict:
+def known(server: Predictor, name: str = "water_train.npz", seed: int = 0) -> dict:
     return {
         "path": name,
         "system": "water",
@@ -106,11 +106,11 @@ def known(server: Server, name: str = "water_train.npz", seed: int = 0) -> dict:
     }
 
 
-def unknown(server: Server, name: str = "water_train.npz") -> dict:
+def unknown(server: Predictor, name: str = "water_train.npz") -> dict:
     return known(server, name) | {"sha256": None, "reason": "none published"}
 
 
-def test_right_file_is_converted_and_not_fetched_twice(server: Server, tmp_path: Path) -> None:
+def test_right_file_is_converted_and_not_fetched_twice(server: Predictor, tmp_path: Path) -> None:
     tiny = manifest(server, known(server))
     paths = fetch(tiny, directory=tmp_path / "data", progress=False)
     assert paths == [tmp_path / "data" / "water_train.extxyz"]
@@ -126,7 +126,7 @@ def test_right_file_is_converted_and_not_fetched_twice(server: Server, tmp_path:
     assert not (tmp_path / "data" / SEEN_HASHES).exists()
 
 
-def test_altered_file_is_refused_and_leaves_nothing(server: Server, tmp_path: Path) -> None:
+def test_altered_file_is_refused_and_leaves_nothing(server: Predictor, tmp_path: Path) -> None:
     file = known(server)
     found = write_frames(server.folder / file["path"], seed=1)
     with pytest.raises(DataError, match="wrong hash for water_train") as caught:
@@ -139,7 +139,7 @@ def test_altered_file_is_refused_and_leaves_nothing(server: Server, tmp_path: Pa
 
 @pytest.mark.parametrize("with_hash", [True, False])
 def test_truncated_file_is_refused_and_leaves_nothing(
-    server: Server, tmp_path: Path, with_hash: bool
+    server: Predictor, tmp_path: Path, with_hash: bool
 ) -> None:
     file = known(server) if with_hash else unknown(server)
     server.truncated.add(file["path"])
@@ -148,7 +148,7 @@ def test_truncated_file_is_refused_and_leaves_nothing(
     assert [p.name for p in (tmp_path / "data").iterdir() if not p.name.startswith(".lock")] == []
 
 
-def test_missing_file_and_silent_server(server: Server, tmp_path: Path) -> None:
+def test_missing_file_and_silent_server(server: Predictor, tmp_path: Path) -> None:
     file = known(server)
     (server.folder / file["path"]).unlink()
     with pytest.raises(DataError, match=r"cannot download water_train.npz .*404"):
@@ -157,7 +157,7 @@ def test_missing_file_and_silent_server(server: Server, tmp_path: Path) -> None:
         fetch(manifest(server, file), directory=tmp_path, base_url="http://127.0.0.1:1", progress=False)
 
 
-def test_a_damaged_local_file_is_fetched_anew(server: Server, tmp_path: Path) -> None:
+def test_a_damaged_local_file_is_fetched_anew(server: Predictor, tmp_path: Path) -> None:
     tiny = manifest(server, known(server))
     (path,) = fetch(tiny, directory=tmp_path / "data", progress=False)
     good = path.read_text()
@@ -167,7 +167,7 @@ def test_a_damaged_local_file_is_fetched_anew(server: Server, tmp_path: Path) ->
     assert len(server.requests) == 2
 
 
-def test_the_hash_of_first_use_is_kept_and_a_different_one_refused(server: Server, tmp_path: Path) -> None:
+def test_the_hash_of_first_use_is_kept_and_a_different_one_refused(server: Predictor, tmp_path: Path) -> None:
     file = unknown(server)
     tiny, folder = manifest(server, file), tmp_path / "data"
     first = hashlib.sha256((server.folder / file["path"]).read_bytes()).hexdigest()
@@ -185,13 +185,13 @@ def test_the_hash_of_first_use_is_kept_and_a_different_one_refused(server: Serve
     assert json.loads((folder / SEEN_HASHES).read_text()) == {file["path"]: second}
 
 
-def test_damaged_record_of_hashes(server: Server, tmp_path: Path) -> None:
+def test_damaged_record_of_hashes(server: Predictor, tmp_path: Path) -> None:
     (tmp_path / SEEN_HASHES).write_text("{")
     with pytest.raises(DataError, match="is damaged"):
         fetch(manifest(server, unknown(server)), directory=tmp_path, progress=False)
 
 
-def test_patterns_choose_files(server: Server, tmp_path: Path) -> None:
+def test_patterns_choose_files(server: Predictor, tmp_path: Path) -> None:
     tiny = manifest(
         server, known(server), known(server, "ethanol_test.npz") | {"system": "ethanol", "split": "test"}
     )
@@ -204,7 +204,7 @@ def test_patterns_choose_files(server: Server, tmp_path: Path) -> None:
         fetch(tiny, directory=tmp_path, files="benzene")
 
 
-def test_a_deepmd_folder_comes_whole(server: Server, tmp_path: Path) -> None:
+def test_a_deepmd_folder_comes_whole(server: Predictor, tmp_path: Path) -> None:
     source = server.folder / "salt" / "raw"
     (source / "set.000").mkdir(parents=True)
     (source / "type.raw").write_text("0\n1\n")
@@ -248,7 +248,7 @@ def test_a_failed_conversion_leaves_the_old_file(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.extxyz", "bad.npz"]
 
 
-def test_a_folder_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written(server: Predictor, tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file")
     with pytest.raises(DataError, match="cannot write to the folder"):
         fetch(manifest(server, known(server)), directory=tmp_path / "data", progress=False)
@@ -260,7 +260,7 @@ def test_unknown_data_set() -> None:
     assert data_directory("rmd17").name == "rmd17"
 
 
-def test_the_command_line(server: Server, tmp_path: Path) -> None:
+def test_the_command_line(server: Predictor, tmp_path: Path) -> None:
     tiny = manifest(server, known(server))
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(tiny.model_dump(), allow_unicode=True), encoding="utf-8")

@@ -14,23 +14,23 @@ from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
+from ase_gffmerge.merging.distill_options import DistillOptions
 from rerun import Rerun
 from second_device import numbers, second_device, slopes_by_differences
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.forcefield.force_field import Provenance, Specialist
+from ase_gffmerge.forcefield.force_field import ForceField, Provenance
 from ase_gffmerge.inference.compiled import CompiledPotential
 from ase_gffmerge.inference.cuda_capture import CudaGraphs
 from ase_gffmerge.inference.cuda_graphs import VISITS
 from ase_gffmerge.merging import stage_output
 from ase_gffmerge.merging import tangents as duals
-from ase_gffmerge.merging.distil_options import DistilOptions
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.distill import distil
+from ase_gffmerge.training.distill import distill
 from ase_gffmerge.training.train import train
 
 HYPER = {
@@ -55,19 +55,19 @@ def rattled(name: str, n: int) -> tuple[Atoms, ...]:
     return tuple(frames)
 
 
-def specialists(architecture: str) -> list[Specialist]:
+def specialists(architecture: str) -> list[ForceField]:
     torch.manual_seed(0)
     potential = (
         build_potential(architecture, HYPER[architecture], (1, 6, 8)).double().eval().requires_grad_(False)
     )
-    base = Specialist(name="base", potential=potential, level_of_theory="toy")
+    base = ForceField(name="base", potential=potential, level_of_theory="toy")
     family = []
     for seed, name in enumerate(("CH3OH", "CH3CHO")):
         own = deepcopy(potential)
         for parameter in own.parameters():
             parameter += 0.05 * parameter.abs().mean() * torch.randn(parameter.shape, dtype=torch.float64)
         family.append(
-            Specialist(
+            ForceField(
                 name=f"s{seed}",
                 potential=own,
                 level_of_theory="toy",
@@ -78,7 +78,7 @@ def specialists(architecture: str) -> list[Specialist]:
     return family
 
 
-def served(force_field: Specialist, device: str) -> list[Any]:
+def served(force_field: ForceField, device: str) -> list[Any]:
     """Results of structures one by one and in batches, with grades."""
     structures = [*rattled("CH3OH", 2), *rattled("CH3CHO", 1)]
     choice = 1 if force_field.potential.hyper.n_embeddings > 1 else None
@@ -94,7 +94,7 @@ def served(force_field: Specialist, device: str) -> list[Any]:
     return found
 
 
-def recorded(force_field: Specialist, device: str) -> list[Any]:
+def recorded(force_field: ForceField, device: str) -> list[Any]:
     """Results as on a GPU, where structures are filled up with ghosts."""
     calc = GFFMergeCalculator(force_field, device=device, dtype="float64", compile="auto")
     found: list[Any] = []
@@ -106,7 +106,7 @@ def recorded(force_field: Specialist, device: str) -> list[Any]:
     return found
 
 
-def dynamics(force_field: Specialist, device: str) -> list[Any]:
+def dynamics(force_field: ForceField, device: str) -> list[Any]:
     """Trajectories of replicas, one of which stops."""
     potential = deepcopy(force_field.potential).to(device)
     starts = [*rattled("CH3OH", 2), *rattled("CH3CHO", 1)]
@@ -151,8 +151,8 @@ def results(device: str) -> dict[str, torch.Tensor]:
     family = specialists("painn")
     found["recorded"] = recorded(family[0], device)
     found["dynamics"] = dynamics(family[0], device)
-    student, _ = distil(
-        merge(family, "mean", device=device)[0], family, DistilOptions(epochs=1, copies=1), device=device
+    student, _ = distill(
+        merge(family, "mean", device=device)[0], family, DistillOptions(epochs=1, copies=1), device=device
     )
     found["distilled"] = served(student, device)
     found["training"] = trained(device)
@@ -162,7 +162,7 @@ def results(device: str) -> dict[str, torch.Tensor]:
 def main() -> None:
     warnings.simplefilter("ignore", MergeWarning)
     CompiledPotential._on_gpu, CudaGraphs.__call__ = True, Rerun()  # type: ignore[method-assign,assignment]
-    duals.differentiable_push = stage_output.differentiable_push = slopes_by_differences
+    duals.differentiable_pushforward = stage_output.differentiable_pushforward = slopes_by_differences
     expected = results("cpu")
     with second_device() as device:
         found = results(device)

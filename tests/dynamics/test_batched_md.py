@@ -9,14 +9,14 @@ from ase.constraints import FixAtoms
 from ase.md import VelocityVerlet
 from springs import Springs
 
-from ase_gffmerge import GFFMergeCalculator, Specialist, run_replicas
+from ase_gffmerge import ForceField, GFFMergeCalculator, run_replicas
 from ase_gffmerge.dynamics.batched_md import ReplicaRun
-from ase_gffmerge.dynamics.stopping import Monitor
+from ase_gffmerge.dynamics.stopping import StoppingCriteria
 from ase_gffmerge.errors import DynamicsError, FramesError, StructureError
 from ase_gffmerge.graphs.graph import build_graph
 from ase_gffmerge.graphs.verlet import VerletGraph
 
-OFF = Monitor(stretch=None, contact=None, heat=None)
+OFF = StoppingCriteria(stretch=None, contact=None, heat=None)
 
 
 def positions(run: ReplicaRun) -> np.ndarray:
@@ -47,7 +47,7 @@ def test_nve_follows_ases_velocity_verlet(potential, structures):
     )
     for atoms, run in zip(starts, runs, strict=True):
         atoms.calc = GFFMergeCalculator(
-            Specialist(name="toy", potential=potential), dtype="float64", device="cpu"
+            ForceField(name="toy", potential=potential), dtype="float64", device="cpu"
         )
         VelocityVerlet(atoms, 0.5 * units.fs).run(20)
         np.testing.assert_allclose(run.frames[-1].positions, atoms.positions, atol=1e-9)
@@ -194,14 +194,14 @@ def test_a_broken_replica_leaves_and_the_others_go_on():
         "thermalize": False,
     }
     springs = Springs(stiffness=0.01)
-    broken, fine = run_replicas(springs, [hot, cold], monitor=Monitor(heat=None), **options)
+    broken, fine = run_replicas(springs, [hot, cold], monitor=StoppingCriteria(heat=None), **options)
     assert broken.stopped == "bond broken"
     assert "O0 and H1" in broken.detail or "H1" in broken.detail
     assert 0 < broken.stopped_at_fs < 12
     assert broken.times_fs[-1] <= broken.stopped_at_fs
     assert fine.stopped is None
     assert fine.times_fs.tolist() == [0, 2, 4, 6, 8, 10, 12]
-    (alone,) = run_replicas(springs, [cold], monitor=Monitor(heat=None), **options)
+    (alone,) = run_replicas(springs, [cold], monitor=StoppingCriteria(heat=None), **options)
     np.testing.assert_allclose(positions(fine), positions(alone), atol=1e-12)
     (too_hot,) = run_replicas(springs, [hot], **options)
     assert (too_hot.stopped, too_hot.stopped_at_fs, too_hot.frames) == ("too hot", 0.0, ())
@@ -217,7 +217,7 @@ def test_other_reasons_to_stop():
     run, other = run_replicas(Springs(), [close, water], **options)
     assert (run.stopped, other.stopped) == ("atoms too close", None)
     assert "0.20 Å" in run.detail
-    graded = Monitor(grade=lambda graph: graph.atomic_numbers / 4.0, max_grade=1.9)
+    graded = StoppingCriteria(grade=lambda graph: graph.atomic_numbers / 4.0, max_grade=1.9)
     run, other = run_replicas(Springs(), [water, close], monitor=graded, **options)
     assert (run.stopped, other.stopped) == ("extrapolation", "atoms too close")
     assert run.detail == "atom O0 has an extrapolation grade of 2.00"
@@ -256,9 +256,9 @@ def test_mobile_ions_may_hop_and_bonds_reach_across_cells():
     options = {"ensemble": "nve", "temperature": 300, "timestep": 0.5, "steps": 40, "thermalize": False}
     springs = Springs(stiffness=1e-6)
     springs.species = (3, 6, 8)
-    held = Monitor(heat=None, contact=None)
+    held = StoppingCriteria(heat=None, contact=None)
     assert run_replicas(springs, [crystal], monitor=held, **options)[0].stopped is None
-    strict = Monitor(heat=None, contact=None, mobile=())
+    strict = StoppingCriteria(heat=None, contact=None, mobile=())
     assert run_replicas(springs, [crystal], monitor=strict, **options)[0].stopped == "bond broken"
 
 

@@ -21,7 +21,7 @@ from ase_gffmerge.evaluation.benchmark.nequip import NEQUIP, nequip_rows
 from ase_gffmerge.evaluation.benchmark.peers import CUTOFF, PAINN, Peer, peer_rows
 from ase_gffmerge.evaluation.benchmark.schnetpack import SCHNETPACK
 from ase_gffmerge.evaluation.benchmark.torchmdnet import neighbours_missed, torchmdnet_rows
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import build_potential
 
 TINY = {"channels": 4, "n_blocks": 1, "n_radial": 4, "cutoff": 3.0}
@@ -32,7 +32,7 @@ REAL = (SCHNETPACK, benchmark_nequip.PEER, *benchmark_torchmdnet.PEERS)
 def bench() -> Bench:
     """Water, of 3 and 24 atoms; what is asked of the calculator is compiled by nobody."""
     water = molecule("H2O")
-    own = Specialist(
+    own = ForceField(
         name="tiny", potential=build_potential("painn", TINY, (1, 8)).eval(), calibration=(water,)
     )
     return Bench(

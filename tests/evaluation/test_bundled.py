@@ -11,7 +11,7 @@ from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.bundled import bundled_test_frames
 from ase_gffmerge.forcefield.force_field import BUNDLED, bundled_path
@@ -28,7 +28,7 @@ def rebuild(monkeypatch) -> ModuleType:
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_specialist_and_test_frames(name: str) -> None:
-    specialist, frames = Specialist.load(name), bundled_test_frames(name)
+    specialist, frames = ForceField.load(name), bundled_test_frames(name)
     assert specialist.name == name
     assert specialist.level_of_theory == "PBE/def2-SVP"
     assert len(frames) == 50
@@ -41,15 +41,15 @@ def test_specialist_and_test_frames(name: str) -> None:
 
 
 def test_both_descend_from_the_base() -> None:
-    base = Specialist.load("rmd17-base").fingerprint
+    base = ForceField.load("rmd17-base").fingerprint
     for name in ("rmd17-ethanol", "rmd17-malonaldehyde"):
-        assert Specialist.load(name).provenance.lineage == (base,)
+        assert ForceField.load(name).provenance.lineage == (base,)
 
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_card_is_up_to_date(name: str, rebuild: ModuleType) -> None:
     card = bundled_path(name).with_suffix(".md").read_text(encoding="utf-8")
-    specialist, plan = Specialist.load(name), rebuild.PLANS[name]
+    specialist, plan = ForceField.load(name), rebuild.PLANS[name]
     errors = evaluate(specialist.potential, bundled_test_frames(name))
     file_hash = rebuild.sha256(bundled_path(name))
     expected = rebuild.model_card(
@@ -78,14 +78,14 @@ def test_seen_frames_of_an_older_file_are_entered(rebuild: ModuleType, monkeypat
     complete = {}
     for name in plans:
         rebuild.train_model(name, tmp_path, tmp_path)
-        complete[name] = Specialist.load(tmp_path / f"{name}.safetensors")
+        complete[name] = ForceField.load(tmp_path / f"{name}.safetensors")
     assert [len(s.provenance.seen_frames) for s in complete.values()] == [6, 12]
     for name, specialist in complete.items():
         older = replace(specialist.provenance, seen_frames=())
         replace(specialist, provenance=older).save(tmp_path / f"{name}.safetensors")
     for name, specialist in complete.items():
         rebuild.enter_seen_frames(name, tmp_path, tmp_path)
-        again = Specialist.load(tmp_path / f"{name}.safetensors")
+        again = ForceField.load(tmp_path / f"{name}.safetensors")
         assert again.provenance == specialist.provenance
         assert again.fingerprint == specialist.fingerprint
     monkeypatch.setattr(rebuild, "PLANS", {"old": replace(plan, seed=1)})

@@ -24,7 +24,7 @@ from ase_gffmerge.evaluation.comparison.compare import Comparison, compare_metho
 from ase_gffmerge.evaluation.comparison.inputs import (
     LabelledSet,
     bundled_ancestor,
-    make_mixture,
+    make_merge_inputs,
     read_tests,
 )
 from ase_gffmerge.evaluation.comparison.leakage import check_leaks, frames_seen
@@ -32,9 +32,9 @@ from ase_gffmerge.evaluation.comparison.measurement import n_parameters, relativ
 from ase_gffmerge.evaluation.comparison.plot import plot_comparison
 from ase_gffmerge.evaluation.comparison.store import RowStore
 from ase_gffmerge.evaluation.comparison.table import footnotes, markdown, method_tables
-from ase_gffmerge.forcefield.force_field import Provenance, Specialist
+from ase_gffmerge.forcefield.force_field import ForceField, Provenance
 from ase_gffmerge.inference.metrics import evaluate
-from ase_gffmerge.methods import METHODS, Method, Mixture, Need, Outcome
+from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, Method, Requirement
 from ase_gffmerge.models import build_potential
 
 SMALL = {
@@ -56,11 +56,11 @@ def frames(name: str, n: int, seed: int) -> tuple[Atoms, ...]:
     return tuple(made)
 
 
-def family(architecture: str = "painn") -> tuple[Specialist, list[Specialist]]:
+def family(architecture: str = "painn") -> tuple[ForceField, list[ForceField]]:
     """A base, and two specialists whose weights differ a little from it."""
     torch.manual_seed(0)
     potential = build_potential(architecture, SMALL[architecture], (1, 6, 8)).eval().requires_grad_(False)
-    base = Specialist(name="base", potential=potential, level_of_theory="EMT")
+    base = ForceField(name="base", potential=potential, level_of_theory="EMT")
     children = []
     for seed, (name, formula) in enumerate(zip(NAMES, ("CH3OH", "H2O"))):
         child = deepcopy(potential)
@@ -68,7 +68,7 @@ def family(architecture: str = "painn") -> tuple[Specialist, list[Specialist]]:
             parameter.add_(0.05 * parameter.abs().mean() * torch.randn_like(parameter))
         seen = frames(formula, 6, seed)
         children.append(
-            Specialist(
+            ForceField(
                 name=name,
                 potential=child,
                 calibration=seen[:4],
@@ -92,8 +92,8 @@ def tests() -> tuple[LabelledSet, ...]:
 
 
 @pytest.fixture
-def mixture() -> Mixture:
-    return make_mixture(family()[1], device="cpu")
+def merge_inputs() -> MergeInputs:
+    return make_merge_inputs(family()[1], device="cpu")
 
 
 @pytest.fixture
@@ -101,32 +101,34 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Other methods than the real ones, for the time of a test; the names of those that ran."""
     ran: list[str] = []
 
-    def enter(name: str, run: Callable[[Mixture], Outcome], **traits: object) -> None:
-        def noted(mixture: Mixture, progress: object) -> Outcome:
+    def enter(name: str, run: Callable[[MergeInputs], MergeOutput], **traits: object) -> None:
+        def noted(merge_inputs: MergeInputs, progress: object) -> MergeOutput:
             ran.append(name)
             progress(0.5, "half")  # type: ignore[operator]
-            return run(mixture)
+            return run(merge_inputs)
 
         options = {"needs": frozenset(), "trains": False, "tells_specialists_apart": False, **traits}
         METHODS[name] = Method(name=name, citation="none", run=noted, **options)  # type: ignore[arg-type]
 
-    def refuse(mixture: Mixture) -> Outcome:
+    def refuse(merge_inputs: MergeInputs) -> MergeOutput:
         raise IncompatibleSpecialistsError("these do not\nfit")
 
     saved = dict(METHODS)
     METHODS.clear()
-    enter("first", lambda m: Outcome(potentials=(m.specialists[0].potential,), settings={"scale": 0.25}))
+    enter("first", lambda m: MergeOutput(potentials=(m.specialists[0].potential,), settings={"scale": 0.25}))
     enter(
         "apart",
-        lambda m: Outcome(potentials=tuple(s.potential for s in m.specialists)),
+        lambda m: MergeOutput(potentials=tuple(s.potential for s in m.specialists)),
         tells_specialists_apart=True,
     )
-    enter("rooted", lambda m: Outcome(potentials=(m.base.potential,)), needs=frozenset({Need.BASE}))  # type: ignore[union-attr]
+    enter(
+        "rooted", lambda m: MergeOutput(potentials=(m.base.potential,)), needs=frozenset({Requirement.BASE})
+    )  # type: ignore[union-attr]
     enter(
         "joint",
-        lambda m: Outcome(potentials=(m.specialists[1].potential,)),
+        lambda m: MergeOutput(potentials=(m.specialists[1].potential,)),
         trains=True,
-        needs=frozenset({Need.LABELS}),
+        needs=frozenset({Requirement.LABELS}),
     )
     enter("picky", refuse)
     yield ran
@@ -137,7 +139,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @pytest.mark.parametrize("architecture", sorted(SMALL))
 def test_errors_are_those_of_the_potentials(architecture: str, tests, calls) -> None:
     _, specialists = family(architecture)
-    comparison = compare_methods(make_mixture(specialists, device="cpu"), tests)
+    comparison = compare_methods(make_merge_inputs(specialists, device="cpu"), tests)
     first, second = (s.potential for s in specialists)
     expected = {
         "specialist": [evaluate(first, tests[0].frames), evaluate(second, tests[1].frames)],
@@ -154,8 +156,8 @@ def test_errors_are_those_of_the_potentials(architecture: str, tests, calls) -> 
     assert comparison.told_apart == ("apart",)
 
 
-def test_document(mixture: Mixture, tests, calls) -> None:
-    document = json.loads(json.dumps(compare_methods(mixture, tests).to_dict()))
+def test_document(merge_inputs: MergeInputs, tests, calls) -> None:
+    document = json.loads(json.dumps(compare_methods(merge_inputs, tests).to_dict()))
     assert list(document["force_mae"]) == ["specialist", "first", "apart"]
     for kind in ("force_mae", "force_rmse", "energy_mae"):
         assert all(list(row) == list(NAMES) and min(row.values()) > 0 for row in document[kind].values())
@@ -168,19 +170,19 @@ def test_document(mixture: Mixture, tests, calls) -> None:
     assert document["frames"] == {"methanol": 3, "water": 3}
 
 
-def test_reasons_for_what_is_missing(mixture: Mixture, tests, calls) -> None:
-    skipped = compare_methods(mixture, tests).skipped
+def test_reasons_for_what_is_missing(merge_inputs: MergeInputs, tests, calls) -> None:
+    skipped = compare_methods(merge_inputs, tests).skipped
     assert set(skipped) == {"rooted", "joint", "picky"}
     assert "--base" in skipped["rooted"]
     assert "--methods joint" in skipped["joint"]
     assert skipped["picky"] == "these do not fit"
-    asked = compare_methods(mixture, tests, ["joint", "first", "joint"])
+    asked = compare_methods(merge_inputs, tests, ["joint", "first", "joint"])
     assert list(asked.rows) == ["specialist", "first"]
     assert "--labels" in asked.skipped["joint"]
     assert calls.count("first") == 2
     assert "joint" not in calls
     with pytest.raises(RecipeError, match="did you mean 'first'"):
-        compare_methods(mixture, tests, ["frist"])
+        compare_methods(merge_inputs, tests, ["frist"])
 
 
 def test_base_and_labels_when_they_are_at_hand(tests, calls) -> None:
@@ -189,16 +191,16 @@ def test_base_and_labels_when_they_are_at_hand(tests, calls) -> None:
         LabelledSet(source=f"{k}", frames=frames(formula, 2, 77))
         for k, formula in enumerate(("CH3OH", "H2O"))
     ]
-    mixture = make_mixture(specialists, base=base, labelled=labelled, device="cpu")
-    comparison = compare_methods(mixture, tests, ["rooted", "joint"], labelled=labelled)
+    merge_inputs = make_merge_inputs(specialists, base=base, labelled=labelled, device="cpu")
+    comparison = compare_methods(merge_inputs, tests, ["rooted", "joint"], labelled=labelled)
     assert list(comparison.rows) == ["specialist", "rooted", "joint"]
     assert comparison.base == "base"
     with pytest.raises(IncompatibleSpecialistsError, match="'methanol' is not the base of water"):
-        make_mixture(specialists, base=specialists[0])
+        make_merge_inputs(specialists, base=specialists[0])
 
 
 def test_bundled_base_is_found_by_its_fingerprint() -> None:
-    pair = [Specialist.load(name) for name in ("rmd17-ethanol", "rmd17-malonaldehyde")]
+    pair = [ForceField.load(name) for name in ("rmd17-ethanol", "rmd17-malonaldehyde")]
     found = bundled_ancestor(pair)
     assert found is not None
     assert found.name == "rmd17-base"
@@ -208,16 +210,16 @@ def test_bundled_base_is_found_by_its_fingerprint() -> None:
 def test_mixtures_that_no_method_can_use() -> None:
     first, second = family()[1]
     with pytest.raises(IncompatibleSpecialistsError, match="at least two"):
-        make_mixture([first])
+        make_merge_inputs([first])
     with pytest.raises(IncompatibleSpecialistsError, match="levels of theory"):
-        make_mixture([first, replace(second, level_of_theory="DFT")])
-    namesakes = make_mixture([first, replace(second, name="methanol")], device="cpu")
+        make_merge_inputs([first, replace(second, level_of_theory="DFT")])
+    namesakes = make_merge_inputs([first, replace(second, name="methanol")], device="cpu")
     assert [s.name for s in namesakes.specialists] == ["methanol", "methanol-2"]
 
 
 def test_notes_on_what_could_not_be_checked(tests, calls) -> None:
     specialists = [replace(s, provenance=Provenance()) for s in family()[1]]
-    comparison = compare_methods(make_mixture(specialists, device="cpu"), tests, ["first"])
+    comparison = compare_methods(make_merge_inputs(specialists, device="cpu"), tests, ["first"])
     assert "training of methanol, water saw" in comparison.notes[0]
     assert any("training of methanol" in line for line in footnotes(comparison))
 
@@ -254,7 +256,7 @@ def test_shared_parameters_count_once() -> None:
 # -- leaks --
 
 
-SEEN = frames_seen(Mixture(specialists=tuple(family()[1])))
+SEEN = frames_seen(MergeInputs(specialists=tuple(family()[1])))
 
 
 def moved(atoms: Atoms, seed: int, angle: float, shift: float) -> Atoms:
@@ -280,8 +282,8 @@ def test_every_place_of_seen_frames_is_searched(tests) -> None:
     base = replace(base, provenance=Provenance(seen_frames=geometry_keys(frames("CH3OH", 2, 50))))
     labelled = [LabelledSet(source=f"labels-{k}", frames=frames("H2O", 2, 60 + k)) for k in range(2)]
     unrecorded = [replace(s, provenance=replace(s.provenance, seen_frames=())) for s in specialists]
-    mixture = make_mixture(unrecorded, base=base, labelled=labelled, device="cpu")
-    seen = frames_seen(mixture, labelled)
+    merge_inputs = make_merge_inputs(unrecorded, base=base, labelled=labelled, device="cpu")
+    seen = frames_seen(merge_inputs, labelled)
     check_leaks(tests, seen)
     for leaked, where in (
         (frames("CH3OH", 1, 0), "calibration frames of 'methanol'"),
@@ -292,13 +294,15 @@ def test_every_place_of_seen_frames_is_searched(tests) -> None:
             check_leaks([LabelledSet(source="x", frames=leaked)], seen)
 
 
-def test_leaks_and_foreign_elements_stop_before_anything_runs(mixture: Mixture, tests, calls) -> None:
+def test_leaks_and_foreign_elements_stop_before_anything_runs(
+    merge_inputs: MergeInputs, tests, calls
+) -> None:
     leaky = LabelledSet(source="mine.xyz", frames=frames("H2O", 6, 1))
     with pytest.raises(FramesError, match=r"6 of 6 frames in mine\.xyz \(frames 0, 1, 2, 3, 4, \.\.\.\)"):
-        compare_methods(mixture, (tests[0], leaky))
-    foreign = LabelledSet(source="salt.xyz", frames=frames("NH3", 1, 1))
+        compare_methods(merge_inputs, (tests[0], leaky))
+    converted = LabelledSet(source="salt.xyz", frames=frames("NH3", 1, 1))
     with pytest.raises(FramesError, match=r"salt\.xyz cannot be used for 'water'.*contains N"):
-        compare_methods(mixture, (tests[0], foreign))
+        compare_methods(merge_inputs, (tests[0], converted))
     assert calls == []
 
 
@@ -312,71 +316,77 @@ def test_merged_potentials_have_seen_what_their_parents_saw() -> None:
 
 def test_bundled_specialists_and_their_test_frames_do_not_leak() -> None:
     names = ("rmd17-base", "rmd17-ethanol", "rmd17-malonaldehyde")
-    mixture = make_mixture([Specialist.load(name) for name in names], device="cpu")
-    seen = frames_seen(mixture)
+    merge_inputs = make_merge_inputs([ForceField.load(name) for name in names], device="cpu")
+    seen = frames_seen(merge_inputs)
     check_leaks(read_tests(names), seen)
     assert [len(seen[f"the training frames of {name!r} or its ancestors"]) for name in names] == [
         4000,
         5000,
         5000,
     ]
-    for specialist in mixture.specialists:
+    for specialist in merge_inputs.specialists:
         assert set(geometry_keys(specialist.calibration)) <= set(specialist.provenance.seen_frames)
-    assert set(mixture.specialists[0].provenance.seen_frames) < set(
-        mixture.specialists[1].provenance.seen_frames
+    assert set(merge_inputs.specialists[0].provenance.seen_frames) < set(
+        merge_inputs.specialists[1].provenance.seen_frames
     )
 
 
 # -- resuming --
 
 
-def test_finished_rows_are_not_measured_again(mixture: Mixture, tests, calls, tmp_path: Path) -> None:
-    before = compare_methods(mixture, tests, store=RowStore(tmp_path, mixture, tests))
+def test_finished_rows_are_not_measured_again(
+    merge_inputs: MergeInputs, tests, calls, tmp_path: Path
+) -> None:
+    before = compare_methods(merge_inputs, tests, store=RowStore(tmp_path, merge_inputs, tests))
     assert sorted(calls) == ["apart", "first", "picky"]
-    after = compare_methods(mixture, tests, store=RowStore(tmp_path, mixture, tests))
+    after = compare_methods(merge_inputs, tests, store=RowStore(tmp_path, merge_inputs, tests))
     assert sorted(calls) == ["apart", "first", "picky", "picky"], "only the one without a row runs again"
     assert after == before
-    compare_methods(mixture, tests, ["first"], store=RowStore(tmp_path, mixture, tests, fresh=True))
+    compare_methods(merge_inputs, tests, ["first"], store=RowStore(tmp_path, merge_inputs, tests, fresh=True))
     assert calls.count("first") == 2
 
 
-def test_interrupted_comparison_goes_on(mixture: Mixture, tests, calls, tmp_path: Path) -> None:
+def test_interrupted_comparison_goes_on(merge_inputs: MergeInputs, tests, calls, tmp_path: Path) -> None:
     def stop(fraction: float, text: str) -> None:
         if text.startswith("apart"):
             raise KeyboardInterrupt
 
-    store = RowStore(tmp_path, mixture, tests)
+    store = RowStore(tmp_path, merge_inputs, tests)
     with pytest.raises(KeyboardInterrupt):
-        compare_methods(mixture, tests, ["first", "apart"], store=store, progress=stop)
+        compare_methods(merge_inputs, tests, ["first", "apart"], store=store, progress=stop)
     assert calls == ["first"]
-    compare_methods(mixture, tests, ["first", "apart"], store=store)
+    compare_methods(merge_inputs, tests, ["first", "apart"], store=store)
     assert calls == ["first", "apart"]
 
 
-def test_rows_of_something_else_are_not_taken(mixture: Mixture, tests, calls, tmp_path: Path) -> None:
-    compare_methods(mixture, tests, ["first"], store=RowStore(tmp_path, mixture, tests))
+def test_rows_of_something_else_are_not_taken(
+    merge_inputs: MergeInputs, tests, calls, tmp_path: Path
+) -> None:
+    compare_methods(merge_inputs, tests, ["first"], store=RowStore(tmp_path, merge_inputs, tests))
     other_tests = (tests[0], replace(tests[1], frames=tests[1].frames[:2]))
-    compare_methods(mixture, other_tests, ["first"], store=RowStore(tmp_path, mixture, other_tests))
-    other = make_mixture(family()[1][::-1], device="cpu")
+    compare_methods(merge_inputs, other_tests, ["first"], store=RowStore(tmp_path, merge_inputs, other_tests))
+    other = make_merge_inputs(family()[1][::-1], device="cpu")
     compare_methods(other, tests[::-1], ["first"], store=RowStore(tmp_path, other, tests[::-1]))
     assert calls == ["first"] * 3
 
 
-def test_base_counts_only_for_methods_that_need_it(mixture: Mixture, tests, calls, tmp_path: Path) -> None:
-    compare_methods(mixture, tests, ["first"], store=RowStore(tmp_path, mixture, tests))
-    based = make_mixture(family()[1], base=family()[0], device="cpu")
+def test_base_counts_only_for_methods_that_need_it(
+    merge_inputs: MergeInputs, tests, calls, tmp_path: Path
+) -> None:
+    compare_methods(merge_inputs, tests, ["first"], store=RowStore(tmp_path, merge_inputs, tests))
+    based = make_merge_inputs(family()[1], base=family()[0], device="cpu")
     compare_methods(based, tests, ["first", "rooted"], store=RowStore(tmp_path, based, tests))
     assert calls == ["first", "rooted"]
 
 
 def test_version_of_the_merge_counts_only_for_methods_that_merge(
-    mixture: Mixture, tests, calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    merge_inputs: MergeInputs, tests, calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     METHODS["apart"] = replace(METHODS["apart"], merges=True)
     methods = ["first", "apart"]
-    compare_methods(mixture, tests, methods, store=RowStore(tmp_path, mixture, tests))
+    compare_methods(merge_inputs, tests, methods, store=RowStore(tmp_path, merge_inputs, tests))
     monkeypatch.setattr(comparison_store, "MERGE_VERSION", -1)
-    compare_methods(mixture, tests, methods, store=RowStore(tmp_path, mixture, tests))
+    compare_methods(merge_inputs, tests, methods, store=RowStore(tmp_path, merge_inputs, tests))
     assert calls == ["first", "apart", "apart"]
 
 
@@ -386,20 +396,23 @@ def test_methods_that_call_the_merge_say_so() -> None:
     assert merging == {"mean", "paper", "gffmerge", "regmean", "regmean++", "distill"}
 
 
-def test_garbled_rows_are_measured_again(mixture: Mixture, tests, calls, tmp_path: Path) -> None:
-    store = RowStore(tmp_path, mixture, tests)
-    compare_methods(mixture, tests, ["first"], store=store)
+def test_garbled_rows_are_measured_again(merge_inputs: MergeInputs, tests, calls, tmp_path: Path) -> None:
+    store = RowStore(tmp_path, merge_inputs, tests)
+    compare_methods(merge_inputs, tests, ["first"], store=store)
     for text in ("{", '{"errors": []}'):
         store.path("first").write_text(text)
-        assert list(compare_methods(mixture, tests, ["first"], store=store).rows) == ["specialist", "first"]
+        assert list(compare_methods(merge_inputs, tests, ["first"], store=store).rows) == [
+            "specialist",
+            "first",
+        ]
     assert calls == ["first"] * 3
 
 
 # -- tables and plot --
 
 
-def test_tables_mark_the_best(mixture: Mixture, tests, calls) -> None:
-    comparison = compare_methods(mixture, tests)
+def test_tables_mark_the_best(merge_inputs: MergeInputs, tests, calls) -> None:
+    comparison = compare_methods(merge_inputs, tests)
     force_mae, chosen, *_ = method_tables(comparison)
     assert [cells[0].text for cells in force_mae.rows] == [
         "specialist", "first", "apart†", "rooted", "joint", "picky",
@@ -425,8 +438,8 @@ def test_tables_mark_the_best(mixture: Mixture, tests, calls) -> None:
 
 def many(k: int) -> Comparison:
     _, specialists = family()
-    mixture = make_mixture(specialists, device="cpu")
-    row = measurement.measure_specialists(mixture, unseen())
+    merge_inputs = make_merge_inputs(specialists, device="cpu")
+    row = measurement.measure_specialists(merge_inputs, unseen())
     names = tuple(f"specialist number {i}" for i in range(k))
     wide = replace(row, errors=tuple(row.errors[i % 2] for i in range(k)))
     return Comparison(

@@ -21,7 +21,7 @@ from ase_gffmerge.evaluation.md.runs import Contestant, estimated_seconds, run_m
 from ase_gffmerge.evaluation.md.table import conditions, header, rows
 from ase_gffmerge.evaluation.md.trajectory import MDTrajectory, load_trajectories, save_trajectories
 from ase_gffmerge.forcefield.bundled import bundled_test_frames
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.models import Potential, build_potential
 
@@ -51,7 +51,7 @@ def tiny(architecture: str, species: tuple[int, ...] = (1, 6, 8), seed: int = 0)
 
 def contestant(label: str, architecture: str = "painn", *, seed: int = 0, **options: object) -> Contestant:
     potential = tiny(architecture, seed=seed, **options)  # type: ignore[arg-type]
-    return Contestant(label=label, force_field=Specialist(name=label, potential=potential))
+    return Contestant(label=label, force_field=ForceField(name=label, potential=potential))
 
 
 def frames(n: int = 6) -> list[Atoms]:
@@ -324,7 +324,7 @@ def ethanol() -> MDEvaluation:
     """Both bundled specialists on ethanol, 0.06 ps."""
     labelled = bundled_test_frames("rmd17-ethanol")
     models = [
-        Contestant(label=name, force_field=Specialist.load(name))
+        Contestant(label=name, force_field=ForceField.load(name))
         for name in ("rmd17-ethanol", "rmd17-malonaldehyde")
     ]
     return evaluate_dynamics(

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from harness import RECIPE, tiny_specialists
 
-from ase_gffmerge.forcefield.force_field import Specialist
-from ase_gffmerge.forcefield.leverage_fit import gauged
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.leverage_fit import with_extrapolation_grade
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.workflows.cache import MergeCache, cache_key
 
@@ -20,13 +20,13 @@ PRELOADED = [
 
 
 @pytest.fixture
-def specialists() -> list[Specialist]:
+def specialists() -> list[ForceField]:
     """Two relatives with calibration frames."""
     return tiny_specialists()
 
 
 @pytest.fixture(scope="session")
-def merged() -> Specialist:
+def merged() -> ForceField:
     """Their mean, with a report and a gauge."""
     return merge(tiny_specialists(), RECIPE, device="cpu")[0]
 
@@ -40,7 +40,7 @@ def files(specialists, tmp_path) -> list[Path]:
 @pytest.fixture
 def model(specialists, tmp_path) -> Path:
     """A file with everything a file can hold: weights, frames, provenance, gauge."""
-    return gauged(specialists[0]).save(tmp_path / "model.safetensors")
+    return with_extrapolation_grade(specialists[0]).save(tmp_path / "model.safetensors")
 
 
 @pytest.fixture

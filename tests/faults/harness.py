@@ -10,7 +10,7 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.models import build_potential
@@ -19,7 +19,7 @@ HYPER = {"channels": 4, "n_blocks": 1, "n_radial": 3, "cutoff": 3.0}
 RECIPE = load_recipe("mean")
 
 
-def tiny_specialists() -> list[Specialist]:
+def tiny_specialists() -> list[ForceField]:
     made = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -31,7 +31,7 @@ def tiny_specialists() -> list[Specialist]:
             frames = (molecule(system), molecule("H2O"))
             frames[1].rattle(0.05, seed=len(made))
             provenance = Provenance(lineage=("base",), seen_frames=("00ff00ff00ff00ff",), errors={"mae": 0.1})
-            made.append(Specialist(name=name, potential=potential, calibration=frames, provenance=provenance))
+            made.append(ForceField(name=name, potential=potential, calibration=frames, provenance=provenance))
     return made
 
 
@@ -44,11 +44,11 @@ def run(context, target, *arguments, timeout: float = 60) -> int:
     return process.exitcode
 
 
-def same_content(first: Specialist, second: Specialist) -> bool:
+def same_content(first: ForceField, second: ForceField) -> bool:
     """Whether two force fields are equal in everything a file holds, to the last bit."""
     ours, theirs = first.potential.state_dict(), second.potential.state_dict()
-    gauges = [s.gauge.state_dict() if s.gauge else {} for s in (first, second)]
-    plain = [replace(s, potential=ours, gauge=None, calibration=()) for s in (first, second)]
+    gauges = [s.extrapolation_grade.state_dict() if s.extrapolation_grade else {} for s in (first, second)]
+    plain = [replace(s, potential=ours, extrapolation_grade=None, calibration=()) for s in (first, second)]
     return (
         ours.keys() == theirs.keys()
         and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -10,7 +10,7 @@ from workers import merge_into_cache
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import GFFMergeError
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.merge import distinct
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.workflows.cache import MergeCache
@@ -29,20 +29,20 @@ def energy(calc: GFFMergeCalculator) -> float:
     return atoms.get_potential_energy()
 
 
-def new_weight(specialist: Specialist) -> Specialist:
+def new_weight(specialist: ForceField) -> ForceField:
     specialist.potential.readout.out.bias += 1.0
     return specialist
 
 
-def new_frames(specialist: Specialist) -> Specialist:
+def new_frames(specialist: ForceField) -> ForceField:
     return specialist.with_calibration(specialist.calibration[:1])
 
 
-def new_name(specialist: Specialist) -> Specialist:
+def new_name(specialist: ForceField) -> ForceField:
     return replace(specialist, name="another")
 
 
-def new_lineage(specialist: Specialist) -> Specialist:
+def new_lineage(specialist: ForceField) -> ForceField:
     return replace(specialist, provenance=replace(specialist.provenance, lineage=("base", "child")))
 
 
@@ -50,7 +50,7 @@ def new_lineage(specialist: Specialist) -> Specialist:
 def test_changed_on_disk(files, tmp_path, change):
     first = calculator(files, tmp_path)
     before = os.stat(files[0])
-    change(Specialist.load(files[0])).save(files[0])
+    change(ForceField.load(files[0])).save(files[0])
     os.utime(files[0], ns=(before.st_atime_ns, before.st_mtime_ns))  # times of files do not count
     second = calculator(files, tmp_path)
     assert (first.cache_hit, second.cache_hit) == (False, False)
@@ -63,7 +63,7 @@ def test_changed_on_disk(files, tmp_path, change):
 def test_changed_by_another_process(processes, files, tmp_path):
     assert run(processes, merge_into_cache, files, RECIPE, tmp_path / "cache", None) == 0
     assert calculator(files, tmp_path).cache_hit
-    new_weight(Specialist.load(files[1])).save(files[1])
+    new_weight(ForceField.load(files[1])).save(files[1])
     assert not calculator(files, tmp_path).cache_hit
 
 

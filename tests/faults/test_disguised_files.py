@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.engines.ase.errors import FileSetupError
 from ase_gffmerge.errors import CacheWarning, FileFormatError
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.storage.documents import shown
 from ase_gffmerge.storage.tensor_file import SCHEMA, digest, read_file, read_metadata
 from ase_gffmerge.workflows.cache import MergeCache
@@ -25,7 +25,7 @@ from ase_gffmerge.workflows.cache import MergeCache
 
 def refused(path: Path, pattern: str | None = None) -> None:
     """Loading is refused in one line that names the file; reading alone is, or gives what is there."""
-    for load in (Specialist.load, GFFMergeCalculator):
+    for load in (ForceField.load, GFFMergeCalculator):
         with pytest.raises(FileFormatError, match=pattern) as caught:
             load(path)
         explains(caught.value, named=path)
@@ -193,7 +193,7 @@ def test_header_bombs(tmp_path, header):
 
 def test_duplicated_keys(model):
     """Whichever of two of one name is taken: either it is the right one, or the file is refused."""
-    original = Specialist.load(model)
+    original = ForceField.load(model)
     data = model.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     header = data[8:end].decode()
@@ -207,7 +207,7 @@ def test_duplicated_keys(model):
     ):
         model.write_bytes(file_of(changed.encode(), data[end:]))
         try:
-            assert same_content(Specialist.load(model), original)
+            assert same_content(ForceField.load(model), original)
         except FileFormatError as error:
             explains(error, named=model)
 
@@ -242,26 +242,26 @@ def test_no_version(model, version):
     with pytest.raises(
         FileFormatError, match=r"schema version .*install the version that wrote it"
     ) as caught:
-        Specialist.load(model)
+        ForceField.load(model)
     assert "newer one: " not in str(caught.value)
 
 
 def test_older_version_migrates(model):
     metadata, tensors = read_file(model)
-    expected = Specialist.load(model)
+    expected = ForceField.load(model)
     del metadata["provenance"]["seen_frames"]
     rewrite(model, metadata=metadata, schema="1")
     with pytest.raises(FileFormatError, match="seen_frames"):  # version 1 had no such tensor
-        Specialist.load(model)
+        ForceField.load(model)
     del tensors["provenance.seen_frames"]
     text = json.dumps(metadata, sort_keys=True)
     header = {"format": "ase-gffmerge", "schema": "1", "metadata": text, "sha256": digest(text, tensors)}
     save_file(tensors, model, metadata=header)
-    migrated = Specialist.load(model)
+    migrated = ForceField.load(model)
     assert migrated.fingerprint == expected.fingerprint
     assert migrated.provenance.seen_frames == ()
     again = migrated.save(model.with_name("again.safetensors"))
-    assert same_content(Specialist.load(again), migrated)
+    assert same_content(ForceField.load(again), migrated)
 
 
 TYPES = [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2]

@@ -7,7 +7,7 @@ import pytest
 from harness import RECIPE, explains, same_content
 
 from ase_gffmerge.errors import CacheWarning, FileFormatError
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.storage.tensor_file import read_file, write_file
 from ase_gffmerge.training.checkpoint import can_resume
 from ase_gffmerge.workflows.cache import MergeCache
@@ -25,11 +25,11 @@ def flipped(data: bytes, place: int, mask: int) -> bytes:
 
 def survivors(path: Path, places: range | list[int], mask: int) -> list[int]:
     """Flip places in turn; where the file can be read nevertheless, its content must be what it was."""
-    data, original, unharmed = path.read_bytes(), Specialist.load(path), []
+    data, original, unharmed = path.read_bytes(), ForceField.load(path), []
     for place in places:
         path.write_bytes(flipped(data, place, mask))
         try:
-            found = Specialist.load(path)
+            found = ForceField.load(path)
         except FileFormatError as error:
             explains(error, named=path)
             continue
@@ -121,16 +121,16 @@ def test_truncated_at_many_lengths(model, n_bytes):
     for length in range(0, len(data), max(1, len(data) // (60 * n_bytes)) + n_bytes):
         model.write_bytes(data[:length])
         with pytest.raises(FileFormatError, match=model.name):
-            Specialist.load(model)
+            ForceField.load(model)
     for more in (b"x", b"\0" * 8, data):
         model.write_bytes(data + more)
         with pytest.raises(FileFormatError, match=model.name):
-            Specialist.load(model)
+            ForceField.load(model)
 
 
 def test_file_that_is_overwritten_in_place_leaves_loaded_models_alone(model, tmp_path):
     """A copy over the same file must not reach into the memory of a running simulation."""
-    loaded = Specialist.load(model)
+    loaded = ForceField.load(model)
     before = model.read_bytes()
     with model.open("r+b") as handle:
         handle.seek(header_end(before))

@@ -13,7 +13,7 @@ from harness import RECIPE, run, same_content
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import CacheError, CacheWarning, FileFormatError, GFFMergeError, RecipeError
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.workflows.cache import MergeCache, cache_key
 
@@ -22,7 +22,7 @@ from ase_gffmerge.workflows.cache import MergeCache, cache_key
 def build(merged):
     """Hand out the merge, counting how often."""
 
-    def made() -> Specialist:
+    def made() -> ForceField:
         made.count += 1
         return merged
 
@@ -117,19 +117,19 @@ def test_link_to_the_right_entry_is_served(specialists, build, entry):
 
 
 def outside_file(entry: Path) -> Path:
-    return Specialist.load(entry).with_calibration(()).save(entry.parent.parent / "mine.safetensors")
+    return ForceField.load(entry).with_calibration(()).save(entry.parent.parent / "mine.safetensors")
 
 
 def link_elsewhere(entry: Path) -> Path:
     """To an intact file of another merge of the same specialists."""
-    loaded = Specialist.load(entry)
+    loaded = ForceField.load(entry)
     path = entry.parent.parent / "mine.safetensors"
     replace(loaded, merged=replace(loaded.merged, key="0" * 64)).save(path)
     return path
 
 
 def link_to_specialist(entry: Path) -> Path:
-    return replace(Specialist.load(entry), merged=None).save(entry.parent.parent / "mine.safetensors")
+    return replace(ForceField.load(entry), merged=None).save(entry.parent.parent / "mine.safetensors")
 
 
 def link_to_text(entry: Path) -> Path:
@@ -197,13 +197,13 @@ def test_clearing_leaves_what_is_not_the_caches(specialists, entry, tmp_path):
 
 
 def test_entry_that_vanishes_before_it_is_read_back(specialists, merged, tmp_path, monkeypatch):
-    save = Specialist.save
+    save = ForceField.save
 
-    def save_and_lose(self: Specialist, path: Path) -> Path:
+    def save_and_lose(self: ForceField, path: Path) -> Path:
         save(self, path).unlink()
         return path
 
-    monkeypatch.setattr(Specialist, "save", save_and_lose)
+    monkeypatch.setattr(ForceField, "save", save_and_lose)
     with pytest.warns(CacheWarning, match="could not be cached: .*does not exist"):
         found, _ = MergeCache(tmp_path).get_or_build(specialists, RECIPE, lambda: merged)
     assert found.fingerprint == merged.fingerprint
@@ -222,7 +222,7 @@ def test_names_of_files_and_folders(specialists, build, tmp_path, name):
     folder = tmp_path / name
     files = [s.save(folder / str(i) / f"{name}.safetensors") for i, s in enumerate(specialists)]
     for i, (path, original) in enumerate(zip(files, specialists, strict=True)):
-        assert same_content(Specialist.load(path), original)
+        assert same_content(ForceField.load(path), original)
         assert list((folder / str(i)).iterdir()) == [path]
     calc = GFFMergeCalculator(files, recipe=RECIPE, cache_dir=folder / "cache", device="cpu")
     again = GFFMergeCalculator(files, recipe=RECIPE, cache_dir=folder / "cache", device="cpu")
@@ -230,7 +230,7 @@ def test_names_of_files_and_folders(specialists, build, tmp_path, name):
     assert [check.ok for check in MergeCache(folder / "cache").verify()] == [True]
     files[0].write_bytes(b"damage")
     with pytest.raises(FileFormatError) as info:
-        Specialist.load(files[0])
+        ForceField.load(files[0])
     assert str(files[0]) in str(info.value)
 
 
@@ -241,7 +241,7 @@ def test_names_of_undecodable_bytes(specialists, tmp_path):
     except OSError:
         pytest.skip("this file system takes no such names")
     path = specialists[0].save(folder / os.fsdecode(b"mod\xffl.safetensors"))
-    assert same_content(Specialist.load(path), specialists[0])
+    assert same_content(ForceField.load(path), specialists[0])
     assert list(folder.iterdir()) == [path]
 
 
@@ -251,7 +251,7 @@ def test_names_that_cannot_be(specialists, tmp_path, monkeypatch, name):
     (tmp_path / "file").write_text("somebody's")
     for attempt, kind in (
         (lambda: specialists[0].save(name), FileFormatError),
-        (lambda: Specialist.load(name), FileFormatError),
+        (lambda: ForceField.load(name), FileFormatError),
         (lambda: GFFMergeCalculator(name), FileFormatError),
         (lambda: GFFMergeCalculator([name, name]), FileFormatError),
         (lambda: load_recipe(name), RecipeError),
@@ -266,14 +266,14 @@ def test_names_that_cannot_be(specialists, tmp_path, monkeypatch, name):
 @pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="this platform has no /dev/zero")
 def test_endless_files(tmp_path):
     with pytest.raises(FileFormatError, match="/dev/zero is not a file"):
-        Specialist.load("/dev/zero")
+        ForceField.load("/dev/zero")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(FileFormatError, match="pipe is not a file"):
-        Specialist.load(tmp_path / "pipe")
+        ForceField.load(tmp_path / "pipe")
 
 
 # -- specialists --
 
 
 def test_key_in_the_entry(specialists, entry):
-    assert Specialist.load(entry).merged.key == cache_key(specialists, RECIPE) == entry.stem
+    assert ForceField.load(entry).merged.key == cache_key(specialists, RECIPE) == entry.stem

@@ -12,7 +12,7 @@ from ase.io import read
 from harness import RECIPE, labelled_water, run, same_content
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.training.checkpoint import checkpoint_path
 from ase_gffmerge.workflows.cache import MergeCache
 
@@ -56,7 +56,7 @@ def test_a_specialist_cannot_be_saved(limited, specialists, tmp_path, size):
     _, errors, message, _ = limited(size, new.save, path)
     assert "FileFormatError" in errors
     assert message == f"cannot write {path}: File too large; free some space, or choose another folder"
-    assert same_content(Specialist.load(path), old)
+    assert same_content(ForceField.load(path), old)
     assert list(path.parent.iterdir()) == [path]
 
 

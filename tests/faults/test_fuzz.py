@@ -22,8 +22,8 @@ from safetensors.torch import save
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import FileFormatError, GFFMergeError, RecipeError
-from ase_gffmerge.forcefield.force_field import Specialist
-from ase_gffmerge.forcefield.leverage_fit import gauged
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.leverage_fit import with_extrapolation_grade
 from ase_gffmerge.merging.recipe import PRESETS, Recipe, load_recipe
 from ase_gffmerge.storage.tensor_file import SCHEMA, digest, read_file, read_metadata
 from ase_gffmerge.training.config import load_config
@@ -56,10 +56,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def sound(folder) -> bytes:
     """A sound file with everything in it."""
-    return gauged(tiny_specialists()[0]).save(folder / "sound.safetensors").read_bytes()
+    return with_extrapolation_grade(tiny_specialists()[0]).save(folder / "sound.safetensors").read_bytes()
 
 
-def read_or_refuse(path: Path) -> Specialist | None:
+def read_or_refuse(path: Path) -> ForceField | None:
     """Every reader gives something or an error of ours that names the file; a model that loads can be used and saved."""
     for read in (read_metadata, read_file):
         try:
@@ -67,7 +67,7 @@ def read_or_refuse(path: Path) -> Specialist | None:
         except FileFormatError as error:
             explains(error, named=path)
     try:
-        found = Specialist.load(path)
+        found = ForceField.load(path)
     except FileFormatError as error:
         explains(error, named=path)
         return None
@@ -83,7 +83,7 @@ def read_or_refuse(path: Path) -> Specialist | None:
             assert calc.report is None or calc.report.verdict
         except GFFMergeError:
             pass
-    again = Specialist.load(found.save(path.with_name("again.safetensors")))
+    again = ForceField.load(found.save(path.with_name("again.safetensors")))
     assert again.fingerprint == found.fingerprint
     return found
 
@@ -132,7 +132,7 @@ def test_edited_files(folder, sound, edits):
     found = read_or_refuse(path)
     if found is not None:
         (folder / "whole.safetensors").write_bytes(sound)
-        assert found.fingerprint == Specialist.load(folder / "whole.safetensors").fingerprint
+        assert found.fingerprint == ForceField.load(folder / "whole.safetensors").fingerprint
 
 
 SCALARS = (
@@ -388,4 +388,4 @@ def test_architectures_with_absurd_sizes_take_no_memory(folder, sound):
             path = folder / "large.safetensors"
             path.write_bytes(save(tensors, metadata=header | {"sha256": digest(text, tensors)}))
             with pytest.raises(FileFormatError, match=f"{key} is larger than a file of this size can be"):
-                Specialist.load(path)
+                ForceField.load(path)

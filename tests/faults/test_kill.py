@@ -14,7 +14,7 @@ from ase.io import read
 from harness import RECIPE, labelled_water, run, same_content
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.training.checkpoint import checkpoint_path
 from ase_gffmerge.training.config import TrainConfig
@@ -48,7 +48,7 @@ def test_merge_and_cache_writing(processes, files, specialists, tmp_path):
             calc = GFFMergeCalculator(files, recipe=RECIPE, cache_dir=cache.directory, device="cpu")
         (entry,) = cache.entries()
         assert entry.key == expected.key
-        assert calc.force_field.fingerprint == Specialist.load(expected.path).fingerprint
+        assert calc.force_field.fingerprint == ForceField.load(expected.path).fingerprint
         assert not list(cache.directory.glob(".*.tmp")), "what the killed process left is gone"
         assert GFFMergeCalculator(files, recipe=RECIPE, cache_dir=cache.directory, device="cpu").cache_hit
 
@@ -82,8 +82,8 @@ def test_saving_over_a_specialist(processes, specialists, tmp_path):
     for fatal in range(count):
         old.save(path)
         assert run(processes, workers.save_again, source, path, fatal) == -signal.SIGKILL
-        survivors.append(Specialist.load(path).name)
-        assert same_content(Specialist.load(path), {"old": old, "new": new}[survivors[-1]])
+        survivors.append(ForceField.load(path).name)
+        assert same_content(ForceField.load(path), {"old": old, "new": new}[survivors[-1]])
         assert {p.name for p in folder.iterdir() if not p.name.startswith(".")} == {path.name}
     assert survivors == sorted(survivors, reverse=True), "the old file until the new one is complete"
     assert set(survivors) == {"old", "new"}
@@ -99,15 +99,15 @@ def test_training_goes_on_after_a_kill(processes, tmp_path):
     frames, folder = labelled_water(tmp_path / "water.xyz"), tmp_path / "models"
     out = folder / "model.safetensors"
     count = moments(processes, workers.train_to, frames, out, options, folder=folder)
-    uninterrupted = Specialist.load(out)
+    uninterrupted = ForceField.load(out)
     for fatal in range(2, count, max(1, count // 6)):
         out.unlink(missing_ok=True)
         assert run(processes, workers.train_to, frames, out, options, fatal) == -signal.SIGKILL
-        assert not out.exists() or same_content(Specialist.load(out), uninterrupted)
+        assert not out.exists() or same_content(ForceField.load(out), uninterrupted)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             train([frames], out, TrainConfig(**options), n_calibration=2, device="cpu")
-        assert same_content(Specialist.load(out), uninterrupted)
+        assert same_content(ForceField.load(out), uninterrupted)
         assert not checkpoint_path(out).exists()
 
 

@@ -17,7 +17,7 @@ from ase_gffmerge.errors import (
     IncompatibleSpecialistsError,
     RecipeError,
 )
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import PRESETS, load_recipe
 from ase_gffmerge.workflows.cache import MergeCache
@@ -25,7 +25,7 @@ from ase_gffmerge.workflows.cache import MergeCache
 VALUES = [float("nan"), float("inf"), -float("inf")]
 
 
-def names_of_weights(specialist: Specialist) -> list[str]:
+def names_of_weights(specialist: ForceField) -> list[str]:
     return list(specialist.potential.state_dict())
 
 
@@ -52,7 +52,7 @@ def test_a_spoilt_model_replaces_no_good_file(specialists, tmp_path):
         FileFormatError, match=r"'spoilt' is not written to .*'readout\.out\.bias' contains NaN"
     ):
         spoilt.save(path)
-    assert same_content(Specialist.load(path), specialists[0])
+    assert same_content(ForceField.load(path), specialists[0])
 
 
 def spoilt_frame(where: str, value: float) -> Atoms:

@@ -15,7 +15,7 @@ import ase_gffmerge.inference.predict as extrapolation
 import ase_gffmerge.training.loop as loop
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import DeviceMemoryError
-from ase_gffmerge.forcefield.leverage_fit import extrapolation_gauge
+from ase_gffmerge.forcefield.leverage_fit import fit_extrapolation_grade
 from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.runtime.batching import in_parts, is_out_of_memory
@@ -143,7 +143,7 @@ def test_a_merge(specialists, monkeypatch, tmp_path):
 
 
 def test_the_gauge_of_a_merge(specialists, monkeypatch):
-    expected = extrapolation_gauge(specialists[0].potential, specialists)
+    expected = fit_extrapolation_grade(specialists[0].potential, specialists)
     whole, sizes = gauge_module._features, []
 
     def small(potential, frames, *, index):
@@ -153,7 +153,7 @@ def test_the_gauge_of_a_merge(specialists, monkeypatch):
         return whole(potential, frames, index=index)
 
     monkeypatch.setattr(gauge_module, "_features", small)
-    found = extrapolation_gauge(specialists[0].potential, specialists)
+    found = fit_extrapolation_grade(specialists[0].potential, specialists)
     assert sizes == [1] * 4
     torch.testing.assert_close(found.whitening, expected.whitening)
 
@@ -182,7 +182,7 @@ def test_the_layers_of_a_merge(specialists, monkeypatch):
     def fail(*args, **kwargs):
         raise FAILURES[0]
 
-    monkeypatch.setattr(sys.modules["ase_gffmerge.merging.merge"], "survey", fail)
+    monkeypatch.setattr(sys.modules["ase_gffmerge.merging.merge"], "build_calibration", fail)
     with pytest.raises(
         DeviceMemoryError, match="merging 2 specialists needs more memory than cpu has free; give"
     ):

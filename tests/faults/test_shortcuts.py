@@ -10,7 +10,7 @@ from harness import RECIPE, same_content
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.workflows import load_or_merge as sources
 from ase_gffmerge.workflows import shortcuts
 from ase_gffmerge.workflows.cache import MergeCache
@@ -70,7 +70,7 @@ def test_what_decides_a_merge_decides_the_way(calculator, files, shortcut, loads
 
 
 def test_objects_are_looked_up_by_what_they_are(calculator, files, shortcut, loads):
-    objects = [Specialist.load(path) for path in files]
+    objects = [ForceField.load(path) for path in files]
     assert calculator([objects[0], files[1]]).cache_hit
     objects[0].potential.readout.out.bias += 1.0
     assert not calculator([objects[0], files[1]]).cache_hit
@@ -136,7 +136,7 @@ def test_the_cache_forgets_it(calculator, shortcut, tmp_path):
 
 
 def test_who_disagrees_is_loaded_then(calculator, files, shortcut, loads):
-    atoms, fresh = molecule("CH3OH"), calculator([Specialist.load(path) for path in files])
+    atoms, fresh = molecule("CH3OH"), calculator([ForceField.load(path) for path in files])
     calc = calculator()
     copies = [calc, calc.spawn(), pickle.loads(pickle.dumps(calc))]
     for found in copies:

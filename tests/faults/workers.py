@@ -13,7 +13,7 @@ import torch
 
 import ase_gffmerge.storage.tensor_file as fileformat
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.workflows.cache import MergeCache
 
@@ -76,7 +76,7 @@ def merge_into_cache(files: list[Path], recipe: Recipe, folder: Path, fatal: int
 
 def save_again(source: Path, path: Path, fatal: int | None) -> None:
     """Write a specialist to ``path``, and die at a moment of it."""
-    specialist = Specialist.load(source)
+    specialist = ForceField.load(source)
     moments = Moments(path.parent, fatal)
     specialist.save(path)
     moments.report()

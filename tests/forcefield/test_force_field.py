@@ -1,4 +1,4 @@
-"""Specialist files: bitwise round trips, and one clear error that names the file for everything else."""
+"""Force-field files: bitwise round trips, and one clear error that names the file for everything else."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ase_gffmerge.errors import FileFormatError, StructureError
-from ase_gffmerge.forcefield.force_field import MergeRecord, Provenance, Specialist
+from ase_gffmerge.forcefield.force_field import ForceField, MergeRecord, Provenance
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.storage.tensor_file import digest, read_file, read_metadata, require_writable
 
 HYPER = {"channels": 8, "n_blocks": 1, "n_radial": 4}
 
 
-def make(dtype: torch.dtype = torch.float32) -> Specialist:
+def make(dtype: torch.dtype = torch.float32) -> ForceField:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         potential = build_potential("painn", HYPER, (1, 6, 8)).to(dtype=dtype)
@@ -42,7 +42,7 @@ def make(dtype: torch.dtype = torch.float32) -> Specialist:
         errors={"force_mae": 0.01},
         seen_frames=("00ff00ff00ff00ff", "0123456789abcdef"),
     )
-    return Specialist(
+    return ForceField(
         name="toy", potential=potential, calibration=frames, level_of_theory="PBE", provenance=provenance
     )
 
@@ -55,7 +55,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_round_trip_is_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
     original = make(dtype)
-    loaded = Specialist.load(original.save(tmp_path / "a.safetensors"))
+    loaded = ForceField.load(original.save(tmp_path / "a.safetensors"))
     for name, value in original.potential.state_dict().items():
         stored = loaded.potential.state_dict()[name]
         assert stored.dtype == value.dtype
@@ -78,7 +78,7 @@ def test_large_weights_are_finite(tmp_path: Path) -> None:
     """Although their sum is not."""
     large = make()
     torch.nn.init.constant_(large.potential.readout.hidden.weight, torch.finfo(torch.float32).max)
-    loaded = Specialist.load(large.save(tmp_path / "large.safetensors"))
+    loaded = ForceField.load(large.save(tmp_path / "large.safetensors"))
     assert loaded.fingerprint == large.fingerprint
 
 
@@ -87,19 +87,19 @@ def test_merge_record_round_trip(tmp_path: Path) -> None:
         parents=("a", "b"), fingerprints=("1", "2"), recipe={"ridge": 1e-4}, report={"x": [1.5]}
     )
     saved = replace(make(), merged=record, calibration=()).save(tmp_path / "m.safetensors")
-    loaded = Specialist.load(saved)
+    loaded = ForceField.load(saved)
     assert loaded.merged == record
     assert loaded.calibration == ()
 
 
 def test_loading_leaves_the_random_state_alone(path: Path) -> None:
     before = torch.random.get_rng_state()
-    Specialist.load(path)
+    ForceField.load(path)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_load_casts_on_request(path: Path) -> None:
-    assert Specialist.load(path, dtype=torch.float64).potential.dtype == torch.float64
+    assert ForceField.load(path, dtype=torch.float64).potential.dtype == torch.float64
 
 
 def test_fingerprint_depends_on_every_weight() -> None:
@@ -120,7 +120,7 @@ def test_unknown_elements_are_named() -> None:
 
 def refused(path: Path, pattern: str) -> None:
     with pytest.raises(FileFormatError, match=pattern) as caught:
-        Specialist.load(path)
+        ForceField.load(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value).strip()
 
@@ -180,7 +180,7 @@ def test_flipped_bits_anywhere(path: Path) -> None:
         altered[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(altered)
         with pytest.raises(FileFormatError, match=r"toy\.safetensors"):
-            Specialist.load(path)
+            ForceField.load(path)
 
 
 def rewrite(path: Path, *, metadata: object = None, tensors: dict | None = None, **header: str) -> None:
@@ -195,7 +195,7 @@ def rewrite(path: Path, *, metadata: object = None, tensors: dict | None = None,
 
 def test_rewriting_alone_changes_nothing(path: Path) -> None:
     rewrite(path)
-    assert Specialist.load(path).name == "toy"
+    assert ForceField.load(path).name == "toy"
 
 
 def test_foreign_safetensors(path: Path) -> None:
@@ -215,7 +215,7 @@ def test_files_of_schema_1_know_no_frames_seen(path: Path) -> None:
     del tensors["provenance.seen_frames"]
     rewrite(path, metadata=metadata, tensors=tensors, schema="1")
     assert read_metadata(path)["provenance"]["seen_frames"] == 0
-    loaded = Specialist.load(path)
+    loaded = ForceField.load(path)
     assert loaded.provenance == replace(make().provenance, seen_frames=())
     assert loaded.fingerprint == make().fingerprint
 
@@ -345,7 +345,7 @@ def test_written_file_has_ordinary_permissions(path: Path) -> None:
 def test_float64_weights_survive_a_round_trip_bitwise(tmp_path) -> None:
     torch.manual_seed(0)
     potential = build_potential("painn", {"channels": 4, "n_blocks": 1}, (1, 8)).double()
-    saved = Specialist(name="exact", potential=potential)
-    loaded = Specialist.load(saved.save(tmp_path / "exact.safetensors"))
+    saved = ForceField(name="exact", potential=potential)
+    loaded = ForceField.load(saved.save(tmp_path / "exact.safetensors"))
     assert loaded.potential.dtype == torch.float64
     assert loaded.fingerprint == saved.fingerprint

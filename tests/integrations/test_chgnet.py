@@ -11,7 +11,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 
-from ase_gffmerge import GFFMergeCalculator, Specialist, merge, merge_calculators
+from ase_gffmerge import ForceField, GFFMergeCalculator, merge, merge_calculators
 from ase_gffmerge.engines.ase.errors import SetupError
 from ase_gffmerge.errors import FileFormatError, MergeWarning
 from ase_gffmerge.inference.compiled import CompileWarning
@@ -71,8 +71,8 @@ def test_compiling_is_refused_once_with_the_same_results(original):
 
 
 @pytest.fixture(scope="module")
-def original() -> Specialist:
-    return Specialist.from_chgnet("0.3.0")
+def original() -> ForceField:
+    return ForceField.from_chgnet("0.3.0")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -122,7 +122,7 @@ def checkpoint(path, seed: int | None = None, *, small: bool = False, **argument
 @pytest.mark.filterwarnings("ignore")
 def test_a_checkpoint_goes_in_and_out_bitwise(tmp_path):
     path, model = checkpoint(tmp_path / "fine tuned é.pth.tar", seed=3)
-    specialist = Specialist.load(f"chgnet:{path}")
+    specialist = ForceField.load(f"chgnet:{path}")
     assert specialist.name == "fine tuned é"
     assert specialist.provenance.origin.startswith("chgnet")
     written = specialist.export(tmp_path / "again.pth.tar")
@@ -131,10 +131,10 @@ def test_a_checkpoint_goes_in_and_out_bitwise(tmp_path):
     again = CHGNet.from_file(str(written))
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
-    copy = Specialist.load(specialist.save(tmp_path / "copy.safetensors"))
+    copy = ForceField.load(specialist.save(tmp_path / "copy.safetensors"))
     assert copy.fingerprint == specialist.fingerprint
     assert copy.provenance.origin == specialist.provenance.origin
-    assert Specialist.from_chgnet(again).fingerprint == specialist.fingerprint
+    assert ForceField.from_chgnet(again).fingerprint == specialist.fingerprint
 
 
 class Trap:
@@ -169,36 +169,36 @@ def test_files_that_are_no_chgnet_are_refused(tmp_path, capsys):
         "nan": "NaN or infinity",
     }.items():
         with pytest.raises(FileFormatError, match=words):
-            Specialist.load(f"chgnet:{tmp_path / name}.pth.tar")
+            ForceField.load(f"chgnet:{tmp_path / name}.pth.tar")
     with pytest.raises(FileFormatError, match="is a folder"):
-        Specialist.load(f"chgnet:{tmp_path}")
+        ForceField.load(f"chgnet:{tmp_path}")
     with pytest.raises(FileFormatError, match="a list is no CHGNet"):
-        Specialist.from_chgnet([good])
+        ForceField.from_chgnet([good])
     assert capsys.readouterr().out == ""
     assert vendors()[0] == "chgnet"
 
 
-def perturbed(original: Specialist, seed: int, frames: list[Atoms]) -> Specialist:
+def perturbed(original: ForceField, seed: int, frames: list[Atoms]) -> ForceField:
     potential = deepcopy(original.potential)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in potential.named_parameters():
         if not name.endswith("frequencies"):
             size = 0.1 * parameter.abs().mean()
             parameter.data.add_(size * torch.randn(parameter.shape, generator=generator))
-    return Specialist(name=f"s{seed}", potential=potential, calibration=tuple(frames))
+    return ForceField(name=f"s{seed}", potential=potential, calibration=tuple(frames))
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Specialist:
+def small(tmp_path_factory) -> ForceField:
     """A small random CHGNet, which merges in seconds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         path, _ = checkpoint(tmp_path_factory.mktemp("small") / "small.pth.tar", small=True)
-    return Specialist.load(f"chgnet:{path}")
+    return ForceField.load(f"chgnet:{path}")
 
 
 @pytest.fixture(scope="module")
-def pair(small) -> list[Specialist]:
+def pair(small) -> list[ForceField]:
     """Two children with salts of their own."""
     salts = (("NaCl", 5.6), ("LiF", 4.0))
     return [
@@ -215,7 +215,7 @@ def test_copies_merge_into_the_original(small):
     frames = tuple(rocksalt(seed) for seed in range(2))
     potential = deepcopy(small.potential).double()
     potential.readout.out.weight.data *= 1000  # random weights alone make forces like round-off
-    copies = [Specialist(name=n, potential=potential, calibration=frames) for n in "ab"]
+    copies = [ForceField(name=n, potential=potential, calibration=frames) for n in "ab"]
     merged, report = merge(copies, {**QUICK, "allow_identical": True}, device="cpu")
     before, after = (predict_frames(p, frames) for p in (potential, merged.potential))
     scale = np.abs(np.concatenate(before.forces)).max()
@@ -296,12 +296,12 @@ def test_the_command_line_converts(small, tmp_path, capsys):
     options = ("--calibration", tmp_path / "salt.xyz", "--frames", 3, "--level-of-theory", "PBE", "--json")
     facts = json.loads(run("convert", f"chgnet:{checkpoint_file}", tmp_path / "small.safetensors", *options))
     assert facts["frames"] == 3
-    specialist = Specialist.load(tmp_path / "small.safetensors")
+    specialist = ForceField.load(tmp_path / "small.safetensors")
     assert specialist.fingerprint == small.fingerprint
     assert specialist.level_of_theory == "PBE"
     assert "chgnet" in run("info", tmp_path / "small.safetensors")
     run("convert", tmp_path / "small.safetensors", tmp_path / "again.pth.tar")
-    assert Specialist.load(f"chgnet:{tmp_path / 'again.pth.tar'}").fingerprint == small.fingerprint
+    assert ForceField.load(f"chgnet:{tmp_path / 'again.pth.tar'}").fingerprint == small.fingerprint
 
 
 def test_calibration_is_one_entry_per_specialist(small, tmp_path):
@@ -333,5 +333,5 @@ def test_what_the_vendors_format_cannot_hold_is_not_exported(pair, tmp_path):
     with pytest.raises(FileFormatError, match="widened readout"):
         merged.export(tmp_path / "no.pth.tar")
     with pytest.raises(FileFormatError, match="no format but"):
-        Specialist.load("rmd17-ethanol").export(tmp_path / "no.pth.tar")
+        ForceField.load("rmd17-ethanol").export(tmp_path / "no.pth.tar")
     assert adapter("chgnet").architecture == merged.potential.architecture

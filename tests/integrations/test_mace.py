@@ -25,7 +25,7 @@ from mace import modules  # noqa: E402
 from mace.calculators import MACECalculator  # noqa: E402
 from mace.tools.scripts_utils import extract_config_mace_model  # noqa: E402
 
-from ase_gffmerge import GFFMergeCalculator, Specialist, merge  # noqa: E402
+from ase_gffmerge import ForceField, GFFMergeCalculator, merge  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.integrations import adapter  # noqa: E402
 from ase_gffmerge.models.layers.e3nn_compat import package_mode  # noqa: E402
@@ -105,7 +105,7 @@ def calculator(model: torch.nn.Module, **options) -> MACECalculator:
 
 def check_same(model: torch.nn.Module, **options) -> None:
     theirs = calculator(model, **options)
-    ours = GFFMergeCalculator(Specialist.from_vendor("mace", theirs), dtype="float64", device="cpu")
+    ours = GFFMergeCalculator(ForceField.from_vendor("mace", theirs), dtype="float64", device="cpu")
     for atoms in structures():
         assert_same(ours, theirs, atoms, tolerance=1e-11)
 
@@ -123,14 +123,14 @@ def test_results_are_the_vendors_without_scale_and_shift():
 def test_a_head_is_chosen(head, reference):
     model = build(**SCALARS, **TWO_HEADS)
     check_same(model, head=head)
-    potential = Specialist.from_vendor("mace", calculator(model, head=head)).potential
+    potential = ForceField.from_vendor("mace", calculator(model, head=head)).potential
     assert potential.references[0] == pytest.approx(reference)
 
 
 def test_reading_leaves_the_process_alone():
     torch.manual_seed(3)
     before = torch.get_default_dtype(), torch.get_rng_state()
-    potential = Specialist.from_vendor("mace", build(**SCALARS).float()).potential
+    potential = ForceField.from_vendor("mace", build(**SCALARS).float()).potential
     assert torch.get_default_dtype() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
     assert potential.dtype == torch.float32
@@ -138,7 +138,7 @@ def test_reading_leaves_the_process_alone():
 
 
 def test_casts_change_weights_alone():
-    potential = Specialist.from_vendor("mace", build()).potential
+    potential = ForceField.from_vendor("mace", build()).potential
     exact = {name: buffer.clone() for name, buffer in potential.named_buffers()}
     assert any("U_matrix" in name for name in exact)
     copy = deepcopy(potential).float().double()
@@ -148,7 +148,7 @@ def test_casts_change_weights_alone():
 
 
 def test_the_contract_holds(tmp_path):
-    specialist = Specialist.from_vendor("mace", build(num_interactions=1, **SCALARS))
+    specialist = ForceField.from_vendor("mace", build(num_interactions=1, **SCALARS))
     calc = GFFMergeCalculator(specialist.save(tmp_path / "s.safetensors"), dtype="float64", device="cpu")
     check_calculator(calc, bulk("C", a=3.6)).raise_if_failed()
 
@@ -176,14 +176,14 @@ def test_files_are_read_without_code(tmp_path, capsys):
     capsys.readouterr()
     for words, source in sources.items():
         with pytest.raises(FileFormatError, match=words):
-            Specialist.load(source)
+            ForceField.load(source)
     assert "executed" not in capsys.readouterr().out
-    read = Specialist.load(checkpoint(tmp_path / "fine é.pt", model))
+    read = ForceField.load(checkpoint(tmp_path / "fine é.pt", model))
     assert read.name == "fine é"
     assert read.provenance.origin.startswith("mace-torch 0.")
-    trusted = Specialist.from_vendor("mace", tmp_path / "whole.model", trust=True)
-    assert read.fingerprint == trusted.fingerprint == Specialist.from_vendor("mace", model).fingerprint
-    assert Specialist.load(read.save(tmp_path / "a.safetensors")).fingerprint == read.fingerprint
+    trusted = ForceField.from_vendor("mace", tmp_path / "whole.model", trust=True)
+    assert read.fingerprint == trusted.fingerprint == ForceField.from_vendor("mace", model).fingerprint
+    assert ForceField.load(read.save(tmp_path / "a.safetensors")).fingerprint == read.fingerprint
 
 
 def test_what_is_not_read_is_refused():
@@ -207,7 +207,7 @@ def test_what_is_not_read_is_refused():
 
 @pytest.mark.parametrize("variant", ["repulsion", "nonlinear"])
 def test_exports_are_the_vendors_models(variant, tmp_path):
-    specialist = Specialist.from_vendor("mace", build(**VARIANTS[variant]))
+    specialist = ForceField.from_vendor("mace", build(**VARIANTS[variant]))
     path = specialist.export(tmp_path / "again.model")
     theirs = MACECalculator(model_paths=str(path), device="cpu", default_dtype="float64")
     ours = GFFMergeCalculator(specialist, dtype="float64", device="cpu")
@@ -252,17 +252,17 @@ def test_the_default_beats_paper_and_mean(tmp_path):
     merged, report = default_that_beats_paper_and_mean(relatives("mace", build_small, size=0.1))
     assert "embedding" in report.averaged
     assert any("skip_tp[O, 0e]" in row.name for row in report.layers)
-    assert Specialist.load(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint
+    assert ForceField.load(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint
     with pytest.raises(FileFormatError, match="widened readout"):
         merged.export(tmp_path / "merged.model")
 
 
-def of_different_elements(**variant) -> list[Specialist]:
+def of_different_elements(**variant) -> list[ForceField]:
     """Water and methane: fine-tuning leaves the elements of its data."""
     config = {**SCALARS, **variant, "atomic_energies": np.array([-2.0, -1.0]), "num_elements": 2}
     models = [build(**config, atomic_numbers=numbers) for numbers in ([8, 1], [1, 6])]
     frames = [molecule("H2O"), molecule("CH4")]
-    return [Specialist.from_vendor("mace", m, calibration=[a]) for m, a in zip(models, frames, strict=True)]
+    return [ForceField.from_vendor("mace", m, calibration=[a]) for m, a in zip(models, frames, strict=True)]
 
 
 @pytest.mark.parametrize("variant", ["plain", "nonlinear"])

@@ -19,7 +19,7 @@ from vendor_models import (
 nequip = pytest.importorskip("nequip", reason="needs the package nequip: pip install nequip")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-from ase_gffmerge import GFFMergeCalculator, Specialist, merge  # noqa: E402
+from ase_gffmerge import ForceField, GFFMergeCalculator, merge  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.integrations import adapter  # noqa: E402
 from ase_gffmerge.testing import check_calculator  # noqa: E402
@@ -78,7 +78,7 @@ def test_results_are_the_vendors(variant, dtype, tolerance, float64_default):
     from nequip.integrations.ase import NequIPCalculator
 
     model = build(model_dtype=dtype, **VARIANTS[variant])
-    ours = GFFMergeCalculator(Specialist.from_vendor("nequip", model), dtype=dtype, device="cpu")
+    ours = GFFMergeCalculator(ForceField.from_vendor("nequip", model), dtype=dtype, device="cpu")
     torch.set_default_dtype(torch.float64)
     transforms = [ChemicalSpeciesToAtomTypeMapper(TYPES), NeighborListTransform(r_max=4.0)]
     theirs = NequIPCalculator(model, "cpu", transforms=transforms)
@@ -87,7 +87,7 @@ def test_results_are_the_vendors(variant, dtype, tolerance, float64_default):
 
 
 def test_the_contract_holds(tmp_path):
-    specialist = Specialist.from_vendor("nequip", build(model_dtype="float64"))
+    specialist = ForceField.from_vendor("nequip", build(model_dtype="float64"))
     calc = GFFMergeCalculator(specialist.save(tmp_path / "s.safetensors"), dtype="float64", device="cpu")
     check_calculator(calc, bulk("C", a=3.6)).raise_if_failed()
 
@@ -96,7 +96,7 @@ def test_reading_leaves_the_process_alone():
     model = build()
     torch.manual_seed(3)
     before = torch.get_default_dtype(), torch.get_rng_state()
-    potential = Specialist.from_vendor("nequip", model).potential
+    potential = ForceField.from_vendor("nequip", model).potential
     assert torch.get_default_dtype() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
     assert potential.dtype == torch.float32
@@ -105,7 +105,7 @@ def test_reading_leaves_the_process_alone():
 
 
 def test_casts_change_weights_alone():
-    potential = Specialist.from_vendor(
+    potential = ForceField.from_vendor(
         "nequip", build(model_dtype="float64", l_max=2, num_layers=3)
     ).potential
     exact = {name: buffer.clone() for name, buffer in potential.named_buffers()}
@@ -130,15 +130,15 @@ def checkpoint(path, model, *, averages: bool = False, **config):
 
 def test_checkpoints_are_read_without_code(tmp_path):
     model = build(pair_potential=ZBL)
-    read = Specialist.load(checkpoint(tmp_path / "a.ckpt", model, pair_potential=ZBL))
-    assert read.fingerprint == Specialist.from_vendor("nequip", model).fingerprint
+    read = ForceField.load(checkpoint(tmp_path / "a.ckpt", model, pair_potential=ZBL))
+    assert read.fingerprint == ForceField.from_vendor("nequip", model).fingerprint
     assert read.provenance.origin.startswith("nequip 0.")
-    averaged = Specialist.load(checkpoint(tmp_path / "b.ckpt", model, averages=True, pair_potential=ZBL))
+    averaged = ForceField.load(checkpoint(tmp_path / "b.ckpt", model, averages=True, pair_potential=ZBL))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1)
-    assert averaged.fingerprint == Specialist.from_vendor("nequip", model).fingerprint
-    again = Specialist.load(read.save(tmp_path / "a.safetensors"))
+    assert averaged.fingerprint == ForceField.from_vendor("nequip", model).fingerprint
+    again = ForceField.load(read.save(tmp_path / "a.safetensors"))
     assert again.fingerprint == read.fingerprint
 
 
@@ -161,7 +161,7 @@ def test_what_is_not_read_is_refused(tmp_path, capsys):
     capsys.readouterr()
     for words, source in sources.items():
         with pytest.raises(FileFormatError, match=words):
-            Specialist.load(source)
+            ForceField.load(source)
     assert "executed" not in capsys.readouterr().out
     with pytest.raises(FileFormatError, match="no NequIP model"):
         adapter("nequip").read(torch.nn.Linear(2, 2))
@@ -175,7 +175,7 @@ def test_what_is_not_read_is_refused(tmp_path, capsys):
 def test_exports_are_the_vendors_checkpoints(variant, tmp_path, float64_default):
     from nequip.integrations.ase import NequIPCalculator
 
-    specialist = Specialist.from_vendor("nequip", build(model_dtype="float64", **VARIANTS[variant]))
+    specialist = ForceField.from_vendor("nequip", build(model_dtype="float64", **VARIANTS[variant]))
     path = specialist.export(tmp_path / "again.ckpt")
     again = GFFMergeCalculator(f"nequip:{path}", dtype="float64", device="cpu")
     ours = GFFMergeCalculator(specialist, dtype="float64", device="cpu")
@@ -225,6 +225,6 @@ def test_the_default_beats_paper_and_mean(tmp_path):
     merged, report = default_that_beats_paper_and_mean(relatives("nequip", build_double, size=0.2))
     assert report.averaged == ("embedding", "readout.scale")
     assert any("sc[O, 0e]" in row.name for row in report.layers)
-    assert Specialist.load(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint
+    assert ForceField.load(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint
     with pytest.raises(FileFormatError, match="widened readout"):
         merged.export(tmp_path / "merged.ckpt")

@@ -21,7 +21,7 @@ from orb_models.forcefield import pretrained  # noqa: E402
 from orb_models.forcefield.atomic_system import SystemConfig  # noqa: E402
 from orb_models.forcefield.calculator import ORBCalculator  # noqa: E402
 
-from ase_gffmerge import GFFMergeCalculator, Specialist, merge, merge_calculators  # noqa: E402
+from ase_gffmerge import ForceField, GFFMergeCalculator, merge, merge_calculators  # noqa: E402
 from ase_gffmerge.cli import app  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.integrations import adapter  # noqa: E402
@@ -64,7 +64,7 @@ def vendor_calculator(model) -> ORBCalculator:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_results_are_the_vendors(variant):
     model = build(**VARIANTS[variant], scale=1.5)
-    ours = GFFMergeCalculator(Specialist.from_vendor("orb", model), device="cpu")
+    ours = GFFMergeCalculator(ForceField.from_vendor("orb", model), device="cpu")
     pressed = bulk("C", cubic=True, a=3.1)  # neighbours beyond either limit, and the repulsion acts
     pressed.rattle(0.1, seed=3)
     for atoms in [*structures(), pressed]:
@@ -78,7 +78,7 @@ def test_all_that_is_kept_decides():
     limited = ORBCalculator(model, max_num_neighbors=7, device="cpu")
     energies = []
     for source in (model, limited, build(limit=20, seed=1)):
-        specialist = Specialist.from_vendor("orb", source)
+        specialist = ForceField.from_vendor("orb", source)
         energies.append(GFFMergeCalculator(specialist, device="cpu").get_potential_energy(atoms))
     assert energies[1] == pytest.approx(limited.get_potential_energy(atoms), abs=3e-5)
     assert min(np.abs(np.diff(energies))) > 1e-3
@@ -86,7 +86,7 @@ def test_all_that_is_kept_decides():
 
 def test_the_contract_holds_but_for_rotations(tmp_path):
     """The vendor's network learns what a rotation is; nothing in it makes it invariant."""
-    path = Specialist.from_vendor("orb", build().double()).save(tmp_path / "s.safetensors")
+    path = ForceField.from_vendor("orb", build().double()).save(tmp_path / "s.safetensors")
     calc = GFFMergeCalculator(path, dtype="float64", device="cpu")
     report = check_calculator(calc, bulk("NaCl", "rocksalt", a=5.6))
     assert [result.name for result in report.results if result.outcome == "failed"] == ["rotation"]
@@ -104,26 +104,26 @@ def test_files_say_what_a_model_is(tmp_path, monkeypatch):
     plain = checkpoint(tmp_path / "a.ckpt", model).removeprefix("orb:")
     named = checkpoint(tmp_path / "b.ckpt", model, architecture=NAME)
     told = checkpoint(tmp_path / "c.ckpt", model, architecture={"max_num_neighbors": 20, "radius": 6})
-    expected = Specialist.from_vendor("orb", model)
+    expected = ForceField.from_vendor("orb", model)
     monkeypatch.setattr("cached_path.cached_path", lambda address: plain)
     underscores = NAME.replace("-", "_")
     for source in (f"orb:{NAME}@{plain}", f"orb:{underscores}@{plain}", named, told, f"orb:{NAME}"):
-        read = Specialist.load(source)
+        read = ForceField.load(source)
         assert read.fingerprint == expected.fingerprint
         assert ("OMat24" in read.level_of_theory) == (source != told)
-    assert Specialist.load(named).name == "b"
-    assert Specialist.load(f"orb:{NAME}@{plain}").name == "a"
+    assert ForceField.load(named).name == "b"
+    assert ForceField.load(f"orb:{NAME}@{plain}").name == "a"
     monkeypatch.chdir(tmp_path)
     calc = GFFMergeCalculator(f"orb:{NAME}@a.ckpt", device="cpu")
     assert calc.todict()["specialists"] == [f"orb:{NAME}@{plain}"]
-    assert Specialist.load(read.save(tmp_path / "a.safetensors")).fingerprint == read.fingerprint
+    assert ForceField.load(read.save(tmp_path / "a.safetensors")).fingerprint == read.fingerprint
 
     def unreachable(address):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("cached_path.cached_path", unreachable)
     with pytest.raises(FileFormatError, match=r"cannot be downloaded .*no route"):
-        Specialist.load(f"orb:{NAME}")
+        ForceField.load(f"orb:{NAME}")
 
 
 def test_what_is_not_read_is_refused(tmp_path, capsys):
@@ -148,7 +148,7 @@ def test_what_is_not_read_is_refused(tmp_path, capsys):
     }
     for words, source in files.items():
         with pytest.raises(FileFormatError, match=words):
-            Specialist.load(source)
+            ForceField.load(source)
     assert "executed" not in capsys.readouterr().out
     summed = build()
     summed.heads["energy"].atom_avg = False
@@ -168,7 +168,7 @@ def test_what_is_not_read_is_refused(tmp_path, capsys):
 
 def test_weights_go_out_and_in_again(tmp_path):
     model = build()
-    specialist = Specialist.from_vendor("orb", model)
+    specialist = ForceField.from_vendor("orb", model)
     path = specialist.export(tmp_path / "again.ckpt")
     other = build(seed=1)
     other.load_state_dict(torch.load(path, weights_only=True))
@@ -182,7 +182,7 @@ def test_weights_go_out_and_in_again(tmp_path):
         ["convert", f"orb:orb-v3-conservative-inf-mpa@{path}", str(tmp_path / "again.safetensors")],
         standalone_mode=False,
     )
-    again = Specialist.load(tmp_path / "again.safetensors")
+    again = ForceField.load(tmp_path / "again.safetensors")
     assert again.potential.hyper == specialist.potential.hyper
     assert "Alexandria" in again.level_of_theory
 
@@ -200,7 +200,7 @@ def test_the_default_beats_paper_and_mean(tmp_path):
     assert "stages.1.module.network._edge_mlp.layer_norm.weight" in report.averaged
     solved = {row.name for row in report.layers}
     assert {"stages.0.module.encoder._edge_fn.mlp.NN-0", "stages.2.module.network._send_attn"} <= solved
-    assert Specialist.load(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint
+    assert ForceField.load(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint
     with pytest.raises(FileFormatError, match="widened readout"):
         merged.export(tmp_path / "no.ckpt")
 
@@ -252,7 +252,7 @@ def rattled(name: str, seed: int):
 
 def test_the_default_runs_on_float32_weights():
     pair = [
-        Specialist.from_vendor("orb", model, calibration=[rattled("CH3CH2OH", k)], name=str(k))
+        ForceField.from_vendor("orb", model, calibration=[rattled("CH3CH2OH", k)], name=str(k))
         for k, model in enumerate(moved(build(scale=1.5), build(scale=1.5)))
     ]
     merged, report = merge(pair, QUICK, device="cpu")

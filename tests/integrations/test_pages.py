@@ -12,7 +12,7 @@ from ase.io import write
 from page_blocks import BLOCK, run_block
 from vendor_models import moved
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 from ase_gffmerge.integrations import vendors
 from ase_gffmerge.merging.report import MergeReport
 
@@ -46,7 +46,7 @@ def fine_tuned(page: str, package: ModuleType, folder: Path) -> None:
             torch.save(model, path)
         else:
             package.checkpoint(path, model)
-        write(folder / f"{name}.xyz", Specialist.load(f"rmd17-{name}").calibration[:5])
+        write(folder / f"{name}.xyz", ForceField.load(f"rmd17-{name}").calibration[:5])
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -55,7 +55,7 @@ def test_two_checkpoints_become_one_calculator(page, tmp_path):
     fine_tuned(page, package, tmp_path)
     output = run_block("python", code, folder=tmp_path, cache=tmp_path / "cache").stdout
     assert abs(float(re.search(r"changed by (\S+) eV", output)[1])) < 0.05
-    merged = Specialist.load(tmp_path / "merged.safetensors")
+    merged = ForceField.load(tmp_path / "merged.safetensors")
     assert merged.specialist_names == NAMES
     errors = {"mean": [], "merged": []}
     for row in MergeReport.from_dict(merged.merged.report).disagreements:

@@ -19,7 +19,7 @@ from vendor_models import (
 sevenn = pytest.importorskip("sevenn", reason="needs the package sevenn: pip install sevenn")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-from ase_gffmerge import GFFMergeCalculator, Specialist  # noqa: E402
+from ase_gffmerge import ForceField, GFFMergeCalculator  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.integrations import adapter  # noqa: E402
 from ase_gffmerge.testing import check_calculator  # noqa: E402
@@ -80,7 +80,7 @@ def test_results_are_the_vendors(variant):
     from sevenn.calculator import SevenNetCalculator
 
     model = build(**VARIANTS[variant])
-    ours = GFFMergeCalculator(Specialist.from_vendor("sevenn", model), device="cpu")
+    ours = GFFMergeCalculator(ForceField.from_vendor("sevenn", model), device="cpu")
     for atoms in structures():
         theirs = SevenNetCalculator(model, file_type="model_instance", device="cpu")
         assert_same(ours, theirs, atoms, tolerance=3e-6)
@@ -91,7 +91,7 @@ def test_pretrained_weights_are_the_vendors():
 
     salt = bulk("NaCl", "rocksalt", a=5.6)
     salt.rattle(0.1, seed=2)
-    specialist = Specialist.load("sevenn:7net-0")
+    specialist = ForceField.load("sevenn:7net-0")
     assert len(specialist.species) == 89
     assert specialist.level_of_theory.startswith("PBE")
     ours, theirs = GFFMergeCalculator(specialist, device="cpu"), SevenNetCalculator("7net-0", device="cpu")
@@ -99,13 +99,13 @@ def test_pretrained_weights_are_the_vendors():
 
 
 def test_the_contract_holds(tmp_path):
-    path = Specialist.from_vendor("sevenn", build().double()).save(tmp_path / "s.safetensors")
+    path = ForceField.from_vendor("sevenn", build().double()).save(tmp_path / "s.safetensors")
     calc = GFFMergeCalculator(path, dtype="float64", device="cpu")
     check_calculator(calc, bulk("C", a=3.6)).raise_if_failed()
 
 
 def test_casts_change_weights_alone():
-    potential = Specialist.from_vendor("sevenn", build(**VARIANTS["linear"])).potential.double()
+    potential = ForceField.from_vendor("sevenn", build(**VARIANTS["linear"])).potential.double()
     exact = {name: buffer.clone() for name, buffer in potential.named_buffers()}
     copy = deepcopy(potential).float().double()
     for name, buffer in copy.named_buffers():
@@ -122,9 +122,9 @@ def checkpoint(path, model, **config):
 
 def test_checkpoints_are_read_without_code(tmp_path, capsys):
     model = build()
-    read = Specialist.load(checkpoint(tmp_path / "a.pth", model))
-    assert read.fingerprint == Specialist.from_vendor("sevenn", model).fingerprint
-    assert Specialist.load(read.save(tmp_path / "a.safetensors")).fingerprint == read.fingerprint
+    read = ForceField.load(checkpoint(tmp_path / "a.pth", model))
+    assert read.fingerprint == ForceField.from_vendor("sevenn", model).fingerprint
+    assert ForceField.load(read.save(tmp_path / "a.safetensors")).fingerprint == read.fingerprint
     torch.save({"weights": 1}, tmp_path / "empty.pth")
     torch.save({"config": Trap()}, tmp_path / "trap.pth")
     sources = {
@@ -135,7 +135,7 @@ def test_checkpoints_are_read_without_code(tmp_path, capsys):
     }
     for words, source in sources.items():
         with pytest.raises(FileFormatError, match=words):
-            Specialist.load(source)
+            ForceField.load(source)
     assert "executed" not in capsys.readouterr().out
     with pytest.raises(FileFormatError, match="biases"):
         adapter("sevenn").read(build(use_bias_in_linear=True))
@@ -147,13 +147,13 @@ def test_checkpoints_are_read_without_code(tmp_path, capsys):
 def test_exports_are_the_vendors_checkpoints(variant, tmp_path):
     from sevenn.calculator import SevenNetCalculator
 
-    specialist = Specialist.from_vendor("sevenn", build(**VARIANTS[variant]))
+    specialist = ForceField.from_vendor("sevenn", build(**VARIANTS[variant]))
     path = specialist.export(tmp_path / "again.pth")
     ours = GFFMergeCalculator(specialist, device="cpu")
     for atoms in structures():
         assert_same(ours, SevenNetCalculator(path, device="cpu"), atoms, tolerance=3e-6)
     weights = specialist.potential.state_dict()
-    for name, again in Specialist.load(f"sevenn:{path}").potential.state_dict().items():
+    for name, again in ForceField.load(f"sevenn:{path}").potential.state_dict().items():
         torch.testing.assert_close(again, weights[name], rtol=3e-7, atol=0)
 
 

@@ -11,7 +11,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator
 
-from ase_gffmerge import GFFMergeCalculator, Specialist, merge
+from ase_gffmerge import ForceField, GFFMergeCalculator, merge
 
 QUICK = {"readout": {"width": 64, "copies": 1}, "probes": 1}
 """The default recipe, with less of what takes time."""
@@ -53,17 +53,17 @@ def moved(model: torch.nn.Module, *, seed: int, size: float) -> torch.nn.Module:
     return model
 
 
-def relatives(vendor: str, build: Callable[[], torch.nn.Module], *, size: float) -> list[Specialist]:
+def relatives(vendor: str, build: Callable[[], torch.nn.Module], *, size: float) -> list[ForceField]:
     """Two models moved away from one in float64, each with frames of its own molecule."""
     found = []
     for k, name in enumerate(("rmd17-ethanol", "rmd17-malonaldehyde")):
         model = moved(build(), seed=k, size=size)
-        frames = Specialist.load(name).calibration[:5]
-        found.append(Specialist.from_vendor(vendor, model, calibration=frames, name=name))
+        frames = ForceField.load(name).calibration[:5]
+        found.append(ForceField.from_vendor(vendor, model, calibration=frames, name=name))
     return found
 
 
-def assert_copies_merge_into(original: Specialist) -> None:
+def assert_copies_merge_into(original: ForceField) -> None:
     """Forces to 1e-10 eV/Å."""
     merged, _ = merge([original, original], {**QUICK, "allow_identical": True}, device="cpu")
     for atoms in original.calibration[:2]:
@@ -75,7 +75,7 @@ def assert_copies_merge_into(original: Specialist) -> None:
         np.testing.assert_allclose(*forces, atol=1e-10)
 
 
-def merges(pair: list[Specialist], recipes: Mapping[str, Any]) -> dict[str, tuple[Specialist, Any, float]]:
+def merges(pair: list[ForceField], recipes: Mapping[str, Any]) -> dict[str, tuple[ForceField, Any, float]]:
     """Merged force field, report and the worse force error of the two relative to the size of the forces, per recipe."""
     found = {}
     for name, recipe in recipes.items():
@@ -87,7 +87,7 @@ def merges(pair: list[Specialist], recipes: Mapping[str, Any]) -> dict[str, tupl
     return found
 
 
-def default_that_beats_paper_and_mean(pair: list[Specialist]) -> tuple[Specialist, Any]:
+def default_that_beats_paper_and_mean(pair: list[ForceField]) -> tuple[ForceField, Any]:
     """The merge by the default recipe and its report; its error is at most 0.7 times that of the others."""
     found = merges(pair, {"mean": "mean", "paper": {"preset": "paper"}, "default": QUICK})
     errors = {name: error for name, (_, _, error) in found.items()}

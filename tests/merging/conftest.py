@@ -11,7 +11,7 @@ from ase import Atoms
 from ase.build import molecule
 from structures import OWN_ARCHITECTURES
 
-from ase_gffmerge.forcefield.force_field import Provenance, Specialist
+from ase_gffmerge.forcefield.force_field import ForceField, Provenance
 from ase_gffmerge.models import build_potential
 
 SMALL = {
@@ -39,8 +39,8 @@ def rattled(name: str, n: int, seed: int) -> tuple[Atoms, ...]:
 
 
 def perturbed(
-    specialist: Specialist, *, seed: int, size: float, name: str, frames: tuple[Atoms, ...]
-) -> Specialist:
+    specialist: ForceField, *, seed: int, size: float, name: str, frames: tuple[Atoms, ...]
+) -> ForceField:
     """A 'fine-tuned' copy: every weight moved by a random fraction of its tensor's size."""
     potential = deepcopy(specialist.potential)
     generator = torch.Generator().manual_seed(seed)
@@ -52,7 +52,7 @@ def perturbed(
     return replace(specialist, name=name, potential=potential, calibration=frames, provenance=lineage)
 
 
-Family = Callable[..., list[Specialist]]
+Family = Callable[..., list[ForceField]]
 
 
 @pytest.fixture(params=OWN_ARCHITECTURES)
@@ -71,12 +71,12 @@ def family() -> Family:
         size: float = 0.05,
         frames: int = 6,
         species: tuple[int, ...] = (1, 6, 8),
-    ) -> list[Specialist]:
+    ) -> list[ForceField]:
         torch.manual_seed(0)
         potential = (
             build_potential(architecture, SMALL[architecture], species).double().eval().requires_grad_(False)
         )
-        base = Specialist(name="base", potential=potential, level_of_theory="toy")
+        base = ForceField(name="base", potential=potential, level_of_theory="toy")
         molecules = ("CH3CH2OH", "CH3CHO", "CH3OCH3", "HCOOH")
         return [
             perturbed(

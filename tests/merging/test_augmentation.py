@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.workflows.load_or_merge import load
 
 
 @pytest.fixture(scope="module")
-def ethanol() -> Specialist:
+def ethanol() -> ForceField:
     return load("rmd17-ethanol")
 
 
@@ -32,7 +32,7 @@ def test_without_temperature_copies_are_displaced_at_random(family) -> None:
     assert all(np.array_equal(atoms.positions, old) for atoms, old in zip(frames, before))
 
 
-def test_dynamics_visits_further_structures_with_time_and_temperature(ethanol: Specialist) -> None:
+def test_dynamics_visits_further_structures_with_time_and_temperature(ethanol: ForceField) -> None:
     frames = ethanol.calibration[:3]
 
     def visited(temperature: float, interval: float) -> float:
@@ -45,7 +45,7 @@ def test_dynamics_visits_further_structures_with_time_and_temperature(ethanol: S
     assert 0 < visited(300, 4) < visited(300, 20) < visited(1500, 20) < 0.5
 
 
-def test_copies_are_reproducible_and_keep_real_masses(ethanol: Specialist) -> None:
+def test_copies_are_reproducible_and_keep_real_masses(ethanol: ForceField) -> None:
     first, again = (
         with_copies(ethanol, ethanol.calibration[:2], ReadoutOptions(interval=4), n_copies=2)
         for _ in range(2)
@@ -55,13 +55,13 @@ def test_copies_are_reproducible_and_keep_real_masses(ethanol: Specialist) -> No
     assert all(not atoms.has("masses") and atoms.calc is None for atoms in first)
 
 
-def test_broken_structures_are_not_copied(ethanol: Specialist) -> None:
+def test_broken_structures_are_not_copied(ethanol: ForceField) -> None:
     torn = ethanol.calibration[0].copy()
     hot = with_copies(ethanol, [torn], ReadoutOptions(temperature=60_000, interval=40), n_copies=5)
     assert 1 <= len(hot) < 6
 
 
-def test_large_structures_get_fewer_copies(ethanol: Specialist) -> None:
+def test_large_structures_get_fewer_copies(ethanol: ForceField) -> None:
     frames = ethanol.calibration[:10]
     n_edges = sum(len(atoms) * (len(atoms) - 1) for atoms in frames)  # all atoms are within the cutoff
     for expected, options in (

@@ -11,10 +11,10 @@ from ase_gffmerge.least_squares.gauss_newton import dot, gauss_newton_steps
 from ase_gffmerge.merging.affine_maps import adjustable_maps
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.blockwise import align_output
-from ase_gffmerge.merging.calibration import survey
+from ase_gffmerge.merging.calibration import build_calibration
 from ase_gffmerge.merging.merge import working_copies
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.stage_output import StageMismatch, StageOutput
+from ase_gffmerge.merging.stage_output import LinearizedBlock, StageMismatch
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Dense:
             for k in range(len(self.residual))
         ]
 
-    def pull(self, k, vector):
+    def vjp(self, k, vector):
         return {
             name: (blocks[k].T @ vector).reshape(self.thetas[name].shape)
             for name, blocks in self.jacobians.items()
@@ -84,15 +84,15 @@ def scene_of_merge(request, family):
     for parent in parents:
         parent.potential.double()
     mean = mean_potential(parents, Recipe())
-    return mean, parents, survey(parents, mean, (1.0, 1.0), probes=2)
+    return mean, parents, build_calibration(parents, mean, (1.0, 1.0), probes=2)
 
 
 def test_products_are_those_of_the_jacobian(scene_of_merge) -> None:
     """Jv against central differences of the output, and uᵀ(Jv) = (Jᵀu)ᵀv."""
-    mean, parents, territories = scene_of_merge
+    mean, parents, calibration_sets = scene_of_merge
     name, stage = next(mean.named_stages())
-    problem = StageOutput(
-        stage, [p.potential.get_submodule(name) for p in parents], territories, Recipe(probes=2)
+    problem = LinearizedBlock(
+        stage, [p.potential.get_submodule(name) for p in parents], calibration_sets, Recipe(probes=2)
     )
     generator = torch.Generator().manual_seed(1)
     v = {
@@ -101,7 +101,7 @@ def test_products_are_those_of_the_jacobian(scene_of_merge) -> None:
     }
     u = [torch.randn(r.shape, generator=generator, dtype=r.dtype) for r in problem.residual]
     jv = problem.forward(v)
-    back = sum(dot(problem.pull(k, vector), v) for k, vector in enumerate(u))
+    back = sum(dot(problem.vjp(k, vector), v) for k, vector in enumerate(u))
     assert sum(float(a @ b) for a, b in zip(u, jv, strict=True)) == pytest.approx(back)
     h = 1e-5
     with torch.no_grad():
@@ -117,37 +117,37 @@ def test_products_are_those_of_the_jacobian(scene_of_merge) -> None:
 
 
 def test_the_mismatch_falls_and_is_what_the_report_says(scene_of_merge) -> None:
-    mean, parents, territories = scene_of_merge
+    mean, parents, calibration_sets = scene_of_merge
     name, stage = next(mean.named_stages())
     originals = [p.potential.get_submodule(name) for p in parents]
     before = deepcopy(stage)
-    report = align_output(name, stage, originals, territories, Recipe(probes=2))
+    report = align_output(name, stage, originals, calibration_sets, Recipe(probes=2))
     assert report.residual_after < report.residual_before
-    old, new = (StageOutput(s, originals, territories, Recipe(probes=2)) for s in (before, stage))
+    old, new = (LinearizedBlock(s, originals, calibration_sets, Recipe(probes=2)) for s in (before, stage))
     assert report.residual_before == pytest.approx(old.mismatch(old.thetas) / old.target_norm)
     assert report.residual_after == pytest.approx(new.mismatch(new.thetas) / new.target_norm)
 
 
 def test_the_mismatch_at_the_start_is_known_from_the_linearisation(scene_of_merge, monkeypatch) -> None:
     """Only the full step, which succeeds here, is evaluated."""
-    mean, parents, territories = scene_of_merge
+    mean, parents, calibration_sets = scene_of_merge
     name, stage = next(mean.named_stages())
-    evaluated, plain = [], StageOutput.mismatch
+    evaluated, plain = [], LinearizedBlock.mismatch
     monkeypatch.setattr(
-        StageOutput, "mismatch", lambda self, thetas: evaluated.append(thetas) or plain(self, thetas)
+        LinearizedBlock, "mismatch", lambda self, thetas: evaluated.append(thetas) or plain(self, thetas)
     )
     align_output(
-        name, stage, [p.potential.get_submodule(name) for p in parents], territories, Recipe(probes=2)
+        name, stage, [p.potential.get_submodule(name) for p in parents], calibration_sets, Recipe(probes=2)
     )
     assert len(evaluated) == 1
 
 
 def test_a_stage_that_agrees_stays(family) -> None:
     (parent,) = working_copies(family("painn", 2)[:1], torch.device("cpu"))
-    territories = survey([parent], parent.potential, (1.0,), probes=2)
+    calibration_sets = build_calibration([parent], parent.potential, (1.0,), probes=2)
     name, stage = next(parent.potential.named_stages())
     weights = deepcopy(stage.state_dict())
-    report = align_output(name, stage, [deepcopy(stage)], territories, Recipe(probes=2))
+    report = align_output(name, stage, [deepcopy(stage)], calibration_sets, Recipe(probes=2))
     assert report.residual_after < 1e-10
     for key, value in stage.state_dict().items():
         torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-6)
@@ -158,12 +158,12 @@ def test_held_out_frames_end_the_iterations(family, monkeypatch) -> None:
     monkeypatch.setattr("ase_gffmerge.merging.calibration.MAX_EDGES", 250)
     parents = working_copies(family("painn", 2), torch.device("cpu"))
     mean = mean_potential(parents, Recipe())
-    territories = survey(parents, mean, (1.0, 1.0), probes=2)
-    assert all(len(territory.scenes) > 1 for territory in territories)
+    calibration_sets = build_calibration(parents, mean, (1.0, 1.0), probes=2)
+    assert all(len(calibration_set.scenes) > 1 for calibration_set in calibration_sets)
     name, stage = next(mean.named_stages())
     originals = [p.potential.get_submodule(name) for p in parents]
     held_out, fitted = (
-        StageMismatch(stage, originals, territories, Recipe(probes=2), batch=batch) for batch in (1, 0)
+        StageMismatch(stage, originals, calibration_sets, Recipe(probes=2), batch=batch) for batch in (1, 0)
     )
 
     def mismatches() -> list[float]:
@@ -171,10 +171,10 @@ def test_held_out_frames_end_the_iterations(family, monkeypatch) -> None:
         return [one.mismatch(maps) for one in (held_out, fitted)]
 
     before = mismatches()
-    report = align_output(name, stage, originals, territories, Recipe(probes=2))
+    report = align_output(name, stage, originals, calibration_sets, Recipe(probes=2))
     after = mismatches()
     assert after[0] < before[0]
     assert report.residual_after == pytest.approx(after[1] / fitted.target_norm)
-    align_output(name, stage, originals, territories, Recipe(probes=2))
+    align_output(name, stage, originals, calibration_sets, Recipe(probes=2))
     again = mismatches()
     assert again[0] <= after[0]

@@ -6,7 +6,7 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.merging.average import on_all_elements
 from ase_gffmerge.models import build_potential
@@ -16,17 +16,17 @@ HYPER = {"cutoff": 4.0, "channels": 8, "n_blocks": 2, "n_radial": 6, "readout_wi
 WEIGHTS = ("readout.theta", "readout.constants")
 
 
-def specialist(name: str, species: tuple[int, ...]) -> Specialist:
+def specialist(name: str, species: tuple[int, ...]) -> ForceField:
     torch.manual_seed(len(name))
     potential = build_potential("painn", HYPER, species).double().eval().requires_grad_(False)
     for weight in WEIGHTS:
         potential.get_parameter(weight).normal_()
     potential.references += torch.arange(len(species)) + 1.0
-    return Specialist(name=name, potential=potential)
+    return ForceField(name=name, potential=potential)
 
 
 @pytest.fixture
-def pair() -> list[Specialist]:
+def pair() -> list[ForceField]:
     return [specialist("water", (1, 8)), specialist("methane", (1, 6))]
 
 
@@ -35,7 +35,7 @@ def per_element(monkeypatch) -> None:
     monkeypatch.setattr(PaiNN, "element_parameters", lambda self: WEIGHTS)
 
 
-def results(specialist: Specialist, atoms: Atoms) -> tuple[float, np.ndarray]:
+def results(specialist: ForceField, atoms: Atoms) -> tuple[float, np.ndarray]:
     found = predict_frames(specialist.potential, [atoms])
     return found.energies[0], found.forces[0]
 

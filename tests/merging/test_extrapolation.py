@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ase_gffmerge import Specialist, merge
+from ase_gffmerge import ForceField, merge
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.forcefield.leverage_fit import (
     RIDGE,
     calibration_features,
-    extrapolation_gauge,
-    gauged,
+    fit_extrapolation_grade,
     left_out_leverages,
+    with_extrapolation_grade,
 )
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.inference.predict import grades, predict_graded
@@ -26,16 +26,16 @@ from ase_gffmerge.storage.tensor_file import read_file, write_file
 
 
 @pytest.fixture
-def merged(family, architecture) -> tuple[Specialist, list[Specialist]]:
+def merged(family, architecture) -> tuple[ForceField, list[ForceField]]:
     specialists = family(architecture)
     return merge(specialists, "mean", device="cpu")[0], specialists
 
 
-def graph(force_field: Specialist, *frames: Atoms):
+def graph(force_field: ForceField, *frames: Atoms):
     return batch_graphs([build_graph(atoms, force_field.cutoff) for atoms in frames])
 
 
-def grades_of(force_field: Specialist, *frames: Atoms) -> np.ndarray:
+def grades_of(force_field: ForceField, *frames: Atoms) -> np.ndarray:
     values = grades(force_field, graph(force_field, *frames))
     assert values is not None
     return values.numpy()
@@ -83,7 +83,9 @@ def test_one_is_the_edge_of_the_calibration_set(merged) -> None:
     frames = [atoms for specialist in specialists for atoms in specialist.calibration]
     assert grades_of(force_field, *frames).max() < 1
     z, numbers, frame = calibration_features(force_field.potential, specialists)
-    for whitening, number in zip(force_field.gauge.whitening.double(), force_field.gauge.species):
+    for whitening, number in zip(
+        force_field.extrapolation_grade.whitening.double(), force_field.extrapolation_grade.species
+    ):
         rows, home = z[numbers == number], frame[numbers == number]
         precision = whitening @ whitening.T
         covariance = torch.linalg.inv(precision)
@@ -104,8 +106,8 @@ def test_an_element_in_one_frame_only_is_judged_by_that_frame(family) -> None:
         potential=first.potential,
         calibration=(molecule("CH4"), *first.with_calibration(()).calibration),
     )
-    gauge = extrapolation_gauge(first.potential, [alone, second.with_calibration(())])
-    force_field = replace(first, gauge=gauge)
+    extrapolation_grade = fit_extrapolation_grade(first.potential, [alone, second.with_calibration(())])
+    force_field = replace(first, extrapolation_grade=extrapolation_grade)
     np.testing.assert_allclose(grades_of(force_field, molecule("CH4")).max(), 1.0, rtol=1e-3)
 
 
@@ -129,7 +131,10 @@ def test_grade_of_a_crystal_is_that_of_its_supercell(family) -> None:
     first, second = family("painn")
     crystal = bulk("C", "diamond", a=3.6)
     force_field = replace(
-        first, gauge=extrapolation_gauge(first.potential, [first.with_calibration([crystal]), second])
+        first,
+        extrapolation_grade=fit_extrapolation_grade(
+            first.potential, [first.with_calibration([crystal]), second]
+        ),
     )
     small, large = grades_of(force_field, crystal), grades_of(force_field, crystal * (2, 1, 2))
     np.testing.assert_allclose(large, np.tile(small, 4), rtol=1e-5)
@@ -142,7 +147,9 @@ def test_stretched_bond_and_unknown_element(merged) -> None:
     stretched.positions[2] += 1.5 * (stretched.positions[2] - stretched.positions[0])
     assert grades_of(force_field, inside).max() < 1 < grades_of(force_field, stretched).max()
     hydrocarbons = [s.with_calibration([molecule("CH4"), molecule("C2H6")]) for s in specialists]
-    narrow = replace(force_field, gauge=extrapolation_gauge(force_field.potential, hydrocarbons))
+    narrow = replace(
+        force_field, extrapolation_grade=fit_extrapolation_grade(force_field.potential, hydrocarbons)
+    )
     values = grades_of(narrow, inside)
     assert (np.isinf(values) == (inside.numbers == 8)).all()
 
@@ -157,7 +164,7 @@ def test_grade_reads_the_features_of_the_same_pass(merged) -> None:
     assert torch.equal(prediction.forces, plain.forces)
     assert torch.equal(grade, grades(force_field, batch))
     assert not grade.requires_grad
-    assert predict_graded(replace(force_field, gauge=None), batch)[1] is None
+    assert predict_graded(replace(force_field, extrapolation_grade=None), batch)[1] is None
 
 
 @pytest.mark.parametrize("conditioning", ["shared", "per-specialist"])
@@ -182,7 +189,8 @@ def test_every_recipe_leaves_a_gauge_of_the_final_potential(family, recipe: str)
         options["readout"] = {"width": 16, "copies": 1}
     force_field, report = merge(specialists, options, device="cpu")
     assert torch.equal(
-        force_field.gauge.whitening, extrapolation_gauge(force_field.potential, specialists).whitening
+        force_field.extrapolation_grade.whitening,
+        fit_extrapolation_grade(force_field.potential, specialists).whitening,
     )
     assert report.seconds["extrapolation"] < 0.5 * sum(report.seconds.values())
 
@@ -191,44 +199,44 @@ def test_files(merged, tmp_path) -> None:
     """Bitwise round trip; a file without a gauge loads and has none; a garbled gauge is refused."""
     force_field, specialists = merged
     path = force_field.save(tmp_path / "merged.safetensors")
-    loaded = Specialist.load(path)
-    assert torch.equal(loaded.gauge.whitening, force_field.gauge.whitening)
-    assert torch.equal(loaded.gauge.species, force_field.gauge.species)
+    loaded = ForceField.load(path)
+    assert torch.equal(loaded.extrapolation_grade.whitening, force_field.extrapolation_grade.whitening)
+    assert torch.equal(loaded.extrapolation_grade.species, force_field.extrapolation_grade.species)
     batch = graph(force_field, specialists[0].calibration[0])
     assert torch.equal(grades(loaded, batch), grades(force_field, batch))
-    assert loaded.fingerprint == replace(force_field, gauge=None).fingerprint
+    assert loaded.fingerprint == replace(force_field, extrapolation_grade=None).fingerprint
     assert loaded.save(tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
     metadata, tensors = read_file(path)
     old = {name: value for name, value in tensors.items() if not name.startswith("gauge.")}
     write_file(tmp_path / "old.safetensors", metadata, old)
-    assert Specialist.load(tmp_path / "old.safetensors").gauge is None
-    assert grades(Specialist.load(tmp_path / "old.safetensors"), batch) is None
+    assert ForceField.load(tmp_path / "old.safetensors").extrapolation_grade is None
+    assert grades(ForceField.load(tmp_path / "old.safetensors"), batch) is None
     write_file(
         tmp_path / "bad.safetensors",
         metadata,
         tensors | {"gauge.whitening": tensors["gauge.whitening"][:, 1:]},
     )
     with pytest.raises(FileFormatError, match="extrapolation gauge"):
-        Specialist.load(tmp_path / "bad.safetensors")
+        ForceField.load(tmp_path / "bad.safetensors")
 
 
 def test_specialist_gauged_by_its_own_frames(family) -> None:
     specialist = family("nequip", 1)[0]
-    assert specialist.gauge is None
-    assert grades_of(gauged(specialist), *specialist.calibration).max() < 1
-    assert gauged(specialist.with_calibration(())).gauge is None
+    assert specialist.extrapolation_grade is None
+    assert grades_of(with_extrapolation_grade(specialist), *specialist.calibration).max() < 1
+    assert with_extrapolation_grade(specialist.with_calibration(())).extrapolation_grade is None
 
 
 def test_bundled_pair_tells_broken_from_whole() -> None:
     """Held-out frames are inside for a realistic specialist, a torn molecule is far outside, and the file stays small."""
     from ase_gffmerge.forcefield.bundled import bundled_test_frames
 
-    force_field = gauged(Specialist.load("rmd17-ethanol"))
+    force_field = with_extrapolation_grade(ForceField.load("rmd17-ethanol"))
     frames = bundled_test_frames("rmd17-ethanol")
     worst = [grades_of(force_field, atoms).max() for atoms in frames]
     assert np.quantile(worst, 0.9) < 1
     torn = frames[0].copy()
     torn.positions[torn.numbers == 8] += 1.0
     assert grades_of(force_field, torn).max() > 3 * max(worst)
-    assert sum(x.numel() * x.element_size() for x in force_field.gauge.buffers()) < 1e6
+    assert sum(x.numel() * x.element_size() for x in force_field.extrapolation_grade.buffers()) < 1e6

@@ -8,7 +8,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 
-from ase_gffmerge import Specialist, merge
+from ase_gffmerge import ForceField, merge
 from ase_gffmerge.errors import (
     DeviceError,
     FramesError,
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarnin
 SMALL_READOUT = {"readout": {"width": 24, "blocks": 2, "copies": 1}, "probes": 2}
 
 
-def forces(specialist: Specialist, frames, index: int = 0) -> np.ndarray:
+def forces(specialist: ForceField, frames, index: int = 0) -> np.ndarray:
     return np.concatenate(predict_frames(specialist.potential, frames, specialist=index).forces)
 
 

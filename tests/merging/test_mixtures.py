@@ -10,7 +10,7 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 
-from ase_gffmerge import Specialist, merge
+from ase_gffmerge import ForceField, merge
 from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.inference.metrics import compare, predict_frames
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
@@ -39,7 +39,7 @@ def rattled(name: str, n: int, seed: int) -> list[Atoms]:
     return frames
 
 
-def disagreement(potential: Potential, specialist: Specialist, frames: Sequence[Atoms] = ()) -> float:
+def disagreement(potential: Potential, specialist: ForceField, frames: Sequence[Atoms] = ()) -> float:
     """Force MAE against the specialist, relative to its own mean force; default: on its calibration frames."""
     frames = frames or specialist.calibration
     own = predict_frames(specialist.potential, frames)
@@ -49,10 +49,10 @@ def disagreement(potential: Potential, specialist: Specialist, frames: Sequence[
 
 
 @pytest.fixture
-def mixture(family, architecture):
+def merge_inputs(family, architecture):
     """``mixture(k)``: k relatives, each with a molecule of its own."""
 
-    def make(k: int, *, frames: int = 5) -> list[Specialist]:
+    def make(k: int, *, frames: int = 5) -> list[ForceField]:
         specialists = family(architecture, k, size=0.1, frames=1)
         sets = [rattled(name, frames, seed) for seed, name in enumerate(MOLECULES[:k])]
         return [s.with_calibration(frames) for s, frames in zip(specialists, sets)]
@@ -63,9 +63,9 @@ def mixture(family, architecture):
 @pytest.mark.parametrize(
     ("architecture", "k"), [("painn", 2), ("painn", 4), ("painn", 6), ("nequip", 2), ("nequip", 4)]
 )
-def test_any_number_of_specialists_merges(mixture, k) -> None:
+def test_any_number_of_specialists_merges(merge_inputs, k) -> None:
     """On average over the specialists, the merged potential is nearer to them than the mean of the weights is."""
-    specialists = mixture(k)
+    specialists = merge_inputs(k)
     (merged, report), (mean, _) = (
         merge(specialists, recipe(name, messages=name != "mean")) for name in ("gffmerge", "mean")
     )
@@ -75,7 +75,7 @@ def test_any_number_of_specialists_merges(mixture, k) -> None:
     assert ours < 0.85 * theirs
 
 
-def restricted(specialist: Specialist, species: tuple[int, ...], frames: Sequence[Atoms]) -> Specialist:
+def restricted(specialist: ForceField, species: tuple[int, ...], frames: Sequence[Atoms]) -> ForceField:
     """The same specialist without what it knows of other elements."""
     whole = specialist.potential
     part = build_potential(whole.architecture, whole.hyper.to_dict(), species).double()
@@ -106,13 +106,13 @@ def test_a_pair_sharing_only_some_elements(family, architecture) -> None:
         )
 
 
-def test_repeating_frames_of_one_specialist_changes_nothing(mixture) -> None:
+def test_repeating_frames_of_one_specialist_changes_nothing(merge_inputs) -> None:
     """Ten times the rows with the same content: normalised statistics are the same, the paper's are not."""
-    first, second = mixture(2, frames=4)
+    first, second = merge_inputs(2, frames=4)
     repeated = first.with_calibration(first.calibration * 10)
     frames = [*first.calibration, *second.calibration]
 
-    def forces(specialists: list[Specialist], **options) -> np.ndarray:
+    def forces(specialists: list[ForceField], **options) -> np.ndarray:
         plain = recipe(readout=None, probes=0, ridge=1e-3, **options)
         return np.concatenate(predict_frames(merge(specialists, plain)[0].potential, frames).forces)
 
@@ -125,9 +125,9 @@ def test_repeating_frames_of_one_specialist_changes_nothing(mixture) -> None:
 
 
 @pytest.mark.parametrize(("architecture", "large"), [("painn", 0), ("painn", 1), ("nequip", 0)])
-def test_a_large_calibration_set_does_not_push_the_small_one_aside(mixture, large) -> None:
+def test_a_large_calibration_set_does_not_push_the_small_one_aside(merge_inputs, large) -> None:
     """30 frames against 3: on new frames the small one loses nothing that it had at 3 against 3."""
-    pair = mixture(2, frames=3)
+    pair = merge_inputs(2, frames=3)
     small = 1 - large
     unequal = list(pair)
     unequal[large] = pair[large].with_calibration(rattled(MOLECULES[large], 30, seed=7))
@@ -139,11 +139,11 @@ def test_a_large_calibration_set_does_not_push_the_small_one_aside(mixture, larg
     assert errors[1] < 1.15 * errors[0]
 
 
-def test_other_zeros_of_energy_are_aligned_and_reported(mixture) -> None:
+def test_other_zeros_of_energy_are_aligned_and_reported(merge_inputs) -> None:
     """Three specialists of one theory, each counting from a zero of its own."""
-    plain = mixture(3, frames=2)
+    plain = merge_inputs(3, frames=2)
     tables = {"s1": (3.0, 500.0, 800.0), "s2": (-2.0, 40.0, 7.0)}
-    shifted = mixture(3, frames=2)
+    shifted = merge_inputs(3, frames=2)
     for specialist, table in zip(shifted[1:], tables.values()):
         specialist.potential.references += torch.tensor(table, dtype=torch.float64)
     (reference, unshifted), (merged, report) = (merge(s, recipe(probes=0)) for s in (plain, shifted))
@@ -157,8 +157,8 @@ def test_other_zeros_of_energy_are_aligned_and_reported(mixture) -> None:
     np.testing.assert_allclose(np.concatenate(ours.forces), np.concatenate(theirs.forces), atol=1e-8)
 
 
-def test_another_theory_among_many_is_refused_unless_allowed(mixture) -> None:
-    *same, last = mixture(4, frames=1)
+def test_another_theory_among_many_is_refused_unless_allowed(merge_inputs) -> None:
+    *same, last = merge_inputs(4, frames=1)
     specialists = [*same, replace(last, level_of_theory="GFN2-xTB")]
     for others in pairwise(specialists[:3]):
         merge(others, recipe("mean"))

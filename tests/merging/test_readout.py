@@ -8,8 +8,13 @@ from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.merging.directions import Probes, displacement_directions
-from ase_gffmerge.merging.force_matching import MAX_UNKNOWNS, widen
-from ase_gffmerge.merging.readout_fit import fit_readout, lifted_derivatives, random_lift, readout_rows
+from ase_gffmerge.merging.force_matching import MAX_UNKNOWNS, with_random_feature_readout
+from ase_gffmerge.merging.readout_fit import (
+    draw_random_features,
+    fit_readout,
+    random_feature_derivatives,
+    readout_rows,
+)
 from ase_gffmerge.merging.recipe import ReadoutOptions
 
 OPTIONS = ReadoutOptions(width=12, blocks=2)
@@ -20,13 +25,13 @@ ELEMENTS = torch.tensor([0, 1, 2])
 def prepared(family, architecture):
     """A specialist, its widened copy with a random lift, and a batch of two molecules and a skewed crystal."""
     first, second = family(architecture, 2)
-    wide = widen(first.potential, OPTIONS)
+    wide = with_random_feature_readout(first.potential, OPTIONS)
     crystal = Atoms("CHO", positions=[[0, 0, 0], [1.1, 0.2, 0], [0, 1.3, 1.0]], pbc=True)
     crystal.set_cell([[3.0, 0.1, 0], [0.4, 3.2, 0], [0, 0.3, 2.9]])
     frames = [*first.calibration[:3], second.calibration[0], crystal]
     batch = batch_graphs([build_graph(atoms, first.cutoff) for atoms in frames])
     probes = Probes.draw(batch, 2, stress_weight=0.0, seed=0)
-    random_lift(wide.readout, lifted_derivatives(wide, batch.clone(), probes)[0], seed=0)
+    draw_random_features(wide.readout, random_feature_derivatives(wide, batch.clone(), probes)[0], seed=0)
     return first, wide, batch
 
 
@@ -126,7 +131,7 @@ def test_batches_of_molecules_have_no_strains(family) -> None:
 @pytest.mark.parametrize("n_elements", [1, 4, 9, 80])
 def test_readout_is_narrower_for_many_elements(family, n_elements: int) -> None:
     potential = family("painn", 1)[0].potential
-    readout = widen(potential, ReadoutOptions(inputs=4), n_elements=n_elements).readout
+    readout = with_random_feature_readout(potential, ReadoutOptions(inputs=4), n_elements=n_elements).readout
     assert n_elements * readout.lift.out_features <= MAX_UNKNOWNS
     assert readout.lift.out_features == 2048 or n_elements > 4
     assert readout.lift.out_features > 0.9 * MAX_UNKNOWNS / n_elements or n_elements < 4

@@ -1,21 +1,21 @@
 import pytest
 import torch
 
-from ase_gffmerge.merging.calibration import survey
+from ase_gffmerge.merging.calibration import build_calibration
 from ase_gffmerge.merging.layerwise import advance
-from ase_gffmerge.merging.tangents import Dual, push
+from ase_gffmerge.merging.tangents import Dual, pushforward
 
 
 def test_push_gives_value_and_directional_derivatives() -> None:
     x, v = torch.randn(5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
-    out = push(lambda t: (t.sin(), t.square().sum()), Dual((x,), (v,)))
+    out = pushforward(lambda t: (t.sin(), t.square().sum()), Dual((x,), (v,)))
     torch.testing.assert_close(out.value, (x.sin(), x.square().sum()))
     torch.testing.assert_close(out.tangent, (x.cos() * v, 2 * v @ x))
 
 
 def test_without_probes_there_are_values_alone() -> None:
     x = torch.randn(4)
-    out = push(torch.exp, Dual((x,), ()))
+    out = pushforward(torch.exp, Dual((x,), ()))
     torch.testing.assert_close(out.value, (x.exp(),))
     assert out.tangent == ()
 
@@ -33,8 +33,8 @@ def test_slopes_of_stage_states_are_derivatives_along_the_probes(family, archite
             for i, atoms in zip(order, frames):
                 atoms.positions += shift[n * i : n * (i + 1)].numpy()
         moved = specialist.with_calibration(frames)
-        (territory,) = survey([moved], potential, [1.0], probes=probes)
-        (scene,) = territory.scenes
+        (calibration_set,) = build_calibration([moved], potential, [1.0], probes=probes)
+        (scene,) = calibration_set.scenes
         state = scene.target
         for _, stage in potential.named_stages():
             state = advance(stage, state, scene)

@@ -10,9 +10,9 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 
-from ase_gffmerge.forcefield.force_field import Provenance, Specialist
+from ase_gffmerge.forcefield.force_field import ForceField, Provenance
 from ase_gffmerge.merging.recipe import PRESETS, load_recipe
-from ase_gffmerge.methods import Mixture, dare, fisher, task_arithmetic, ties
+from ase_gffmerge.methods import MergeInputs, dare, fisher, task_arithmetic, ties
 from ase_gffmerge.models import build_potential
 
 SMALL = {
@@ -31,7 +31,7 @@ def rattled(name: str, n: int, seed: int) -> tuple[Atoms, ...]:
     return tuple(frames)
 
 
-def with_species(specialist: Specialist, species: Sequence[int], *, seed: int = 0) -> Specialist:
+def with_species(specialist: ForceField, species: Sequence[int], *, seed: int = 0) -> ForceField:
     """The specialist for other elements: rows it has not are random, rows not asked for are left out."""
     old = specialist.potential
     torch.manual_seed(seed)
@@ -46,7 +46,7 @@ def with_species(specialist: Specialist, species: Sequence[int], *, seed: int = 
     return replace(specialist, potential=new.eval().requires_grad_(False))
 
 
-def relative(base: Specialist, *, seed: int, size: float, frames: tuple[Atoms, ...]) -> Specialist:
+def relative(base: ForceField, *, seed: int, size: float, frames: tuple[Atoms, ...]) -> ForceField:
     """A 'fine-tuned' copy: every weight moved by a random fraction of its tensor's size."""
     potential = deepcopy(base.potential)
     generator = torch.Generator().manual_seed(seed)
@@ -71,30 +71,30 @@ def _coarse_grids(monkeypatch) -> None:
     monkeypatch.setitem(PRESETS, "gffmerge", small)
 
 
-MakeMixture = Callable[..., Mixture]
+MakeMixture = Callable[..., MergeInputs]
 
 
 @pytest.fixture(scope="session")
-def make_mixture() -> MakeMixture:
+def make_merge_inputs() -> MakeMixture:
     """``make_mixture(architecture, k)``: a base and k relatives; ``copies`` makes all of them the same."""
 
     def make(
         architecture: str, k: int = 2, *, size: float = 0.1, frames: int = 3, copies: bool = False
-    ) -> Mixture:
+    ) -> MergeInputs:
         torch.manual_seed(0)
         potential = build_potential(architecture, SMALL[architecture], (1, 6, 8)).double().eval()
-        base = Specialist(name="base", potential=potential.requires_grad_(False), level_of_theory="toy")
+        base = ForceField(name="base", potential=potential.requires_grad_(False), level_of_theory="toy")
         seeds = [1] * k if copies else range(1, k + 1)
         specialists = [
             relative(base, seed=seed, size=size, frames=rattled(MOLECULES[i % 3], frames, seed=i))
             for i, seed in enumerate(seeds)
         ]
-        return Mixture(specialists=tuple(specialists), base=base)
+        return MergeInputs(specialists=tuple(specialists), base=base)
 
     return make
 
 
 @pytest.fixture
-def narrowed() -> Callable[[Specialist, Sequence[int]], Specialist]:
+def narrowed() -> Callable[[ForceField, Sequence[int]], ForceField]:
     """``narrowed(specialist, species)``: the same specialist for other elements."""
     return with_species

@@ -12,13 +12,13 @@ from ase.build import molecule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.methods import METHODS, Mixture, fisher
+from ase_gffmerge.methods import METHODS, MergeInputs, fisher
 from ase_gffmerge.methods.dare import drop_and_rescale
 from ase_gffmerge.methods.emr import elect_task_vector, masked_and_rescaled
 from ase_gffmerge.methods.fisher import fisher_information, squared_derivatives
-from ase_gffmerge.methods.grid_search import Yardstick
+from ase_gffmerge.methods.grid_search import DisagreementMetric
 from ase_gffmerge.methods.task_arithmetic import add_task_vectors
 from ase_gffmerge.methods.ties import disjoint_mean, elect_signs, trim
 from ase_gffmerge.models import Potential
@@ -27,8 +27,8 @@ TASK_VECTORS = torch.tensor([[3.0, -1.0, 0.5, 0.1, 2.0], [-1.0, -4.0, 0.2, 2.0, 
 ALL = torch.ones(2, 5, dtype=torch.bool)
 
 
-def run(name: str, mixture: Mixture):
-    return METHODS[name].run(mixture, lambda fraction, text: None)
+def run(name: str, merge_inputs: MergeInputs):
+    return METHODS[name].run(merge_inputs, lambda fraction, text: None)
 
 
 def test_ties_by_hand() -> None:
@@ -97,13 +97,13 @@ def test_dare_is_unbiased(rate) -> None:
     assert set(dropped[:, 0].tolist()) == {0.0, 3.0 / (1 - rate)}
 
 
-def test_dare_drops_the_promised_fraction_and_is_reproducible(make_mixture, architecture) -> None:
-    mixture = make_mixture(architecture, 2)
-    first, second = (run("dare", mixture).potential(0) for _ in range(2))
-    base = dict(mixture.base.potential.named_parameters())
+def test_dare_drops_the_promised_fraction_and_is_reproducible(make_merge_inputs, architecture) -> None:
+    merge_inputs = make_merge_inputs(architecture, 2)
+    first, second = (run("dare", merge_inputs).potential(0) for _ in range(2))
+    base = dict(merge_inputs.base.potential.named_parameters())
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     untouched = torch.cat([(p == base[name]).flatten() for name, p in first.named_parameters()])
-    rate = run("dare", mixture).settings["rate"]
+    rate = run("dare", merge_inputs).settings["rate"]
     assert untouched.double().mean() == pytest.approx(rate**2, abs=0.05)  # dropped in both specialists
 
 
@@ -127,9 +127,9 @@ def exact_information(model: Potential, atoms: Atoms) -> torch.Tensor:
     return sum(torch.cat([g.flatten() for g in row]).square() for row in rows)
 
 
-def test_fisher_information_is_that_of_the_explicit_jacobian(make_mixture, architecture) -> None:
+def test_fisher_information_is_that_of_the_explicit_jacobian(make_merge_inputs, architecture) -> None:
     """Averaged over all sign vectors of H2 (one energy, six force components) the estimate is exact."""
-    model = make_mixture(architecture, 2).specialists[0].potential.requires_grad_(True)
+    model = make_merge_inputs(architecture, 2).specialists[0].potential.requires_grad_(True)
     batch = batch_graphs([build_graph(stretched(0), model.hyper.cutoff)])
     signs = torch.tensor(list(product([-1.0, 1.0], repeat=7)), dtype=torch.float64)[
         :64
@@ -138,9 +138,9 @@ def test_fisher_information_is_that_of_the_explicit_jacobian(make_mixture, archi
     torch.testing.assert_close(torch.stack(estimates).mean(0), exact_information(model, stretched(0)))
 
 
-def test_fisher_information_is_the_mean_over_frames(make_mixture) -> None:
+def test_fisher_information_is_the_mean_over_frames(make_merge_inputs) -> None:
     """Two frames in one batch: their signs are independent, so what one adds to the other averages out."""
-    potential = make_mixture("painn", 2).specialists[0].potential
+    potential = make_merge_inputs("painn", 2).specialists[0].potential
     frames = [stretched(seed) for seed in (0, 1)]
     estimate = fisher_information(potential, frames, probes=200)
     assert not any(parameter.requires_grad for parameter in potential.parameters())
@@ -150,31 +150,31 @@ def test_fisher_information_is_the_mean_over_frames(make_mixture) -> None:
     assert float((estimate - exact).norm() / exact.norm()) < 0.2
 
 
-def test_a_weight_goes_to_the_specialist_whose_outputs_depend_on_it(make_mixture, monkeypatch) -> None:
+def test_a_weight_goes_to_the_specialist_whose_outputs_depend_on_it(make_merge_inputs, monkeypatch) -> None:
     """Oxygen, which only the second one's frames contain, gets the second one's row; the floor says how nearly."""
-    mixture = make_mixture("painn", 2)
-    alkanes = mixture.specialists[0].with_calibration((molecule("CH4"), molecule("C2H6")))
-    mixture = replace(mixture, specialists=(alkanes, mixture.specialists[1]))
-    ours, theirs = (s.potential.embedding[0, 2] for s in mixture.specialists)
+    merge_inputs = make_merge_inputs("painn", 2)
+    alkanes = merge_inputs.specialists[0].with_calibration((molecule("CH4"), molecule("C2H6")))
+    merge_inputs = replace(merge_inputs, specialists=(alkanes, merge_inputs.specialists[1]))
+    ours, theirs = (s.potential.embedding[0, 2] for s in merge_inputs.specialists)
     for floor, share in ((1e-9, 1.0), (1e9, 0.5)):
         monkeypatch.setattr(fisher, "FLOORS", (floor,))
-        outcome = run("fisher", mixture)
-        assert outcome.settings == {"floor": floor}
+        merge_output = run("fisher", merge_inputs)
+        assert merge_output.settings == {"floor": floor}
         expected = share * theirs + (1 - share) * ours
-        torch.testing.assert_close(outcome.potential(0).embedding[0, 2], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(merge_output.potential(0).embedding[0, 2], expected, atol=1e-5, rtol=0)
 
 
 def test_bundled_specialists() -> None:
     """Masks keep more of both specialists than the mean; tuning never loses against the mean that it includes."""
-    mixture = Mixture(
-        specialists=tuple(Specialist.load(name) for name in ("rmd17-ethanol", "rmd17-malonaldehyde")),
-        base=Specialist.load("rmd17-base"),
+    merge_inputs = MergeInputs(
+        specialists=tuple(ForceField.load(name) for name in ("rmd17-ethanol", "rmd17-malonaldehyde")),
+        base=ForceField.load("rmd17-base"),
     )
-    yardsticks = [Yardstick.of([specialist], n_frames=10) for specialist in mixture.specialists]
+    yardsticks = [DisagreementMetric.of([specialist], n_frames=10) for specialist in merge_inputs.specialists]
 
     def disagreements(name: str) -> np.ndarray:
-        outcome = run(name, mixture)
-        return np.array([y.disagreement(outcome.potential(k)) for k, y in enumerate(yardsticks)])
+        merge_output = run(name, merge_inputs)
+        return np.array([y.disagreement(merge_output.potential(k)) for k, y in enumerate(yardsticks)])
 
     mean = disagreements("mean")
     assert (disagreements("emr") < mean).all()

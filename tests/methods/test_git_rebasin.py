@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from structures import OWN_ARCHITECTURES
 
 from ase_gffmerge.errors import IncompatibleSpecialistsError
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.merging.affine_maps import affine_maps
-from ase_gffmerge.methods import Mixture, get_method
+from ase_gffmerge.methods import MergeInputs, get_method
 from ase_gffmerge.methods.git_rebasin import matched_orders
 from ase_gffmerge.methods.permutation_symmetry import channel_groups, permuted
 from ase_gffmerge.models import build_potential
@@ -92,29 +92,31 @@ def test_a_permutation_and_its_inverse_restore_the_weights(architecture) -> None
 
 
 @pytest.mark.parametrize("k", [2, 3])
-def test_shuffled_copies_merge_to_the_original(make_mixture, architecture, k) -> None:
+def test_shuffled_copies_merge_to_the_original(make_merge_inputs, architecture, k) -> None:
     """What the method is for: the plain mean of the same specialists is useless."""
-    mixture = make_mixture(architecture, k, copies=True)
-    original = mixture.specialists[0].potential
+    merge_inputs = make_merge_inputs(architecture, k, copies=True)
+    original = merge_inputs.specialists[0].potential
     copies = [
         replace(s, potential=shuffled(s.potential, seed) if seed else s.potential)
-        for seed, s in enumerate(mixture.specialists)
+        for seed, s in enumerate(merge_inputs.specialists)
     ]
-    mixture = replace(mixture, specialists=tuple(copies))
-    outcome = get_method("git_rebasin").run(mixture, silent)
+    merge_inputs = replace(merge_inputs, specialists=tuple(copies))
+    merge_output = get_method("git_rebasin").run(merge_inputs, silent)
     scale = np.abs(np.concatenate(predict_frames(original, FRAMES).forces)).max()
-    assert largest_difference(outcome.potentials[0], original) < 1e-8
-    mean = get_method("mean").run(mixture, silent).potentials[0]
+    assert largest_difference(merge_output.potentials[0], original) < 1e-8
+    mean = get_method("mean").run(merge_inputs, silent).potentials[0]
     assert largest_difference(mean, original) > 0.1 * scale
-    assert outcome.settings["moved"] > 0.3
+    assert merge_output.settings["moved"] > 0.3
 
 
 def test_a_shuffled_copy_of_a_bundled_specialist_finds_its_way_back() -> None:
-    original = Specialist.load("rmd17-ethanol", dtype=torch.float64)
+    original = ForceField.load("rmd17-ethanol", dtype=torch.float64)
     original = original.with_calibration(original.calibration[:10])
     copy = replace(original, name="copy", potential=shuffled(original.potential, 1))
-    mixture = Mixture(specialists=(original, copy))
-    merged, mean = (get_method(name).run(mixture, silent).potentials[0] for name in ("git_rebasin", "mean"))
+    merge_inputs = MergeInputs(specialists=(original, copy))
+    merged, mean = (
+        get_method(name).run(merge_inputs, silent).potentials[0] for name in ("git_rebasin", "mean")
+    )
     own, found, averaged = (
         np.concatenate(predict_frames(potential, original.calibration).forces)
         for potential in (original.potential, merged, mean)
@@ -123,34 +125,36 @@ def test_a_shuffled_copy_of_a_bundled_specialist_finds_its_way_back() -> None:
     assert np.abs(averaged - own).mean() > 0.5
 
 
-def test_a_shuffled_relative_merges_as_well_as_the_relative_itself(make_mixture, architecture) -> None:
-    mixture = make_mixture(architecture, 2, size=0.02)
-    first, second = mixture.specialists
+def test_a_shuffled_relative_merges_as_well_as_the_relative_itself(make_merge_inputs, architecture) -> None:
+    merge_inputs = make_merge_inputs(architecture, 2, size=0.02)
+    first, second = merge_inputs.specialists
     hidden = replace(second, potential=shuffled(second.potential, 3))
     straight, turned = (
-        get_method("git_rebasin").run(replace(mixture, specialists=(first, s)), silent).potentials[0]
+        get_method("git_rebasin").run(replace(merge_inputs, specialists=(first, s)), silent).potentials[0]
         for s in (second, hidden)
     )
     assert largest_difference(straight, turned) < 1e-8
 
 
-def test_elements_that_not_all_know_are_cut_out_of_the_frames(make_mixture, narrowed, architecture) -> None:
-    mixture = make_mixture(architecture, 2, copies=True)
-    first, second = mixture.specialists
+def test_elements_that_not_all_know_are_cut_out_of_the_frames(
+    make_merge_inputs, narrowed, architecture
+) -> None:
+    merge_inputs = make_merge_inputs(architecture, 2, copies=True)
+    first, second = merge_inputs.specialists
     second = narrowed(second, (1, 6))
     second = replace(second, potential=shuffled(second.potential, 1), calibration=(molecule("C2H6"),))
-    outcome = get_method("git_rebasin").run(replace(mixture, specialists=(first, second)), silent)
-    assert outcome.potentials[0].species == (1, 6, 8)
-    assert largest_difference(outcome.potentials[0], first.potential) < 1e-8
+    merge_output = get_method("git_rebasin").run(replace(merge_inputs, specialists=(first, second)), silent)
+    assert merge_output.potentials[0].species == (1, 6, 8)
+    assert largest_difference(merge_output.potentials[0], first.potential) < 1e-8
 
 
-def test_specialists_without_a_common_element_are_refused(make_mixture, narrowed) -> None:
-    mixture = make_mixture("painn", 2)
-    first, second = mixture.specialists
+def test_specialists_without_a_common_element_are_refused(make_merge_inputs, narrowed) -> None:
+    merge_inputs = make_merge_inputs("painn", 2)
+    first, second = merge_inputs.specialists
     first = replace(narrowed(first, (1,)), calibration=(molecule("H2"),))
     second = replace(narrowed(second, (8,)), calibration=(molecule("O2"),))
     with pytest.raises(IncompatibleSpecialistsError, match="share no element"):
-        get_method("git_rebasin").run(replace(mixture, specialists=(first, second)), silent)
+        get_method("git_rebasin").run(replace(merge_inputs, specialists=(first, second)), silent)
 
 
 def test_potentials_with_undeclared_channels_are_refused() -> None:

@@ -12,19 +12,19 @@ from ase.build import molecule
 
 from ase_gffmerge.errors import RecipeError
 from ase_gffmerge.inference.metrics import predict_frames
-from ase_gffmerge.methods import METHODS, Mixture, Need, Outcome, get_method, register
+from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, Requirement, get_method, register
 
 PRESETS = ("paper", "gffmerge")
 """Recipes of ``merge``, whose own tests pin down the same properties."""
 NAMES = [name for name, method in METHODS.items() if not method.trains and name not in PRESETS]
 
 
-def run(name: str, mixture: Mixture) -> Outcome:
+def run(name: str, merge_inputs: MergeInputs) -> MergeOutput:
     steps: list[float] = []
-    outcome = METHODS[name].run(mixture, lambda fraction, text: steps.append(fraction))
+    merge_output = METHODS[name].run(merge_inputs, lambda fraction, text: steps.append(fraction))
     assert steps == sorted(steps)
     assert all(0 <= step <= 1 for step in steps)
-    return outcome
+    return merge_output
 
 
 def forces(potential, frames) -> np.ndarray:
@@ -32,13 +32,13 @@ def forces(potential, frames) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def shared_mixture(make_mixture) -> Callable[..., Mixture]:
+def shared_mixture(make_merge_inputs) -> Callable[..., MergeInputs]:
     """The same mixture for all methods: they must not change it."""
-    return cache(make_mixture)
+    return cache(make_merge_inputs)
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[tuple[str, str], Outcome]:
+def outcomes() -> dict[tuple[str, str], MergeOutput]:
     """What the methods made of three specialists; filled by the first test that needs it."""
     return {}
 
@@ -46,12 +46,12 @@ def outcomes() -> dict[tuple[str, str], Outcome]:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "dare"])
 def test_copies_of_one_specialist_return_it(shared_mixture, architecture, name) -> None:
     """DARE drops a random part of what they learned."""
-    mixture = shared_mixture(architecture, 2, frames=2, copies=True)
-    outcome = run(name, mixture)
-    for k, specialist in enumerate(mixture.specialists):
+    merge_inputs = shared_mixture(architecture, 2, frames=2, copies=True)
+    merge_output = run(name, merge_inputs)
+    for k, specialist in enumerate(merge_inputs.specialists):
         ours, theirs = (
             predict_frames(potential, specialist.calibration)
-            for potential in (outcome.potential(k), specialist.potential)
+            for potential in (merge_output.potential(k), specialist.potential)
         )
         np.testing.assert_allclose(ours.energies, theirs.energies, atol=1e-10)
         np.testing.assert_allclose(np.concatenate(ours.forces), np.concatenate(theirs.forces), atol=1e-10)
@@ -61,14 +61,14 @@ def test_copies_of_one_specialist_return_it(shared_mixture, architecture, name) 
 def test_order_is_irrelevant_and_specialists_stay_as_they_are(
     shared_mixture, architecture, name, outcomes
 ) -> None:
-    mixture = shared_mixture(architecture, 3, frames=2)
-    models = [s.potential for s in (*mixture.specialists, mixture.base)]
+    merge_inputs = shared_mixture(architecture, 3, frames=2)
+    models = [s.potential for s in (*merge_inputs.specialists, merge_inputs.base)]
     before = [deepcopy(model.state_dict()) for model in models]
-    ahead = outcomes[name, architecture] = run(name, mixture)
+    ahead = outcomes[name, architecture] = run(name, merge_inputs)
     for model, state in zip(models, before):
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    back = run(name, replace(mixture, specialists=mixture.specialists[::-1]))
-    for k, specialist in enumerate(mixture.specialists):
+    back = run(name, replace(merge_inputs, specialists=merge_inputs.specialists[::-1]))
+    for k, specialist in enumerate(merge_inputs.specialists):
         first = forces(ahead.potential(k), specialist.calibration)
         second = forces(back.potential(2 - k), specialist.calibration)
         np.testing.assert_allclose(first, second, atol=1e-6 * np.abs(first).max())
@@ -90,26 +90,29 @@ def test_equivariance_survives(shared_mixture, architecture, name, outcomes) -> 
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_declared_needs_are_what_is_missing(make_mixture, name) -> None:
-    full = make_mixture("painn", 2)
-    poor = Mixture(specialists=tuple(s.with_calibration(()) for s in full.specialists))
+def test_declared_needs_are_what_is_missing(make_merge_inputs, name) -> None:
+    full = make_merge_inputs("painn", 2)
+    poor = MergeInputs(specialists=tuple(s.with_calibration(()) for s in full.specialists))
     method = METHODS[name]
     assert method.missing(replace(full, labelled=((), ()))) == ()
     assert set(method.missing(poor)) == method.needs
 
 
-def test_missing_needs_are_named_in_order(make_mixture) -> None:
-    mixture = make_mixture("painn", 2)
+def test_missing_needs_are_named_in_order(make_merge_inputs) -> None:
+    merge_inputs = make_merge_inputs("painn", 2)
 
-    @register("greedy", citation="test", needs=(Need.LABELS, Need.FRAMES, Need.BASE))
-    def greedy(mixture, progress):
+    @register("greedy", citation="test", needs=(Requirement.LABELS, Requirement.FRAMES, Requirement.BASE))
+    def greedy(merge_inputs, progress):
         raise NotImplementedError
 
     method = METHODS.pop("greedy")
-    assert method.missing(mixture) == (Need.LABELS,)
-    assert method.missing(replace(mixture, base=None)) == (Need.BASE, Need.LABELS)
-    one_without = (mixture.specialists[0].with_calibration(()), mixture.specialists[1])
-    assert method.missing(replace(mixture, specialists=one_without)) == (Need.FRAMES, Need.LABELS)
+    assert method.missing(merge_inputs) == (Requirement.LABELS,)
+    assert method.missing(replace(merge_inputs, base=None)) == (Requirement.BASE, Requirement.LABELS)
+    one_without = (merge_inputs.specialists[0].with_calibration(()), merge_inputs.specialists[1])
+    assert method.missing(replace(merge_inputs, specialists=one_without)) == (
+        Requirement.FRAMES,
+        Requirement.LABELS,
+    )
 
 
 def test_an_unknown_method_gets_a_suggestion() -> None:

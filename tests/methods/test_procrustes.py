@@ -30,11 +30,11 @@ def test_no_other_rotation_comes_closer_to_the_reference(shape) -> None:
         assert (best - reference).norm() <= (other - reference).norm()
 
 
-def test_the_formula_on_one_layer(make_mixture) -> None:
+def test_the_formula_on_one_layer(make_merge_inputs) -> None:
     """W = a W_A P + (1 - a) W_B with NumPy, for a layer of hidden inputs, one of radial inputs and a bias."""
-    mixture = make_mixture("painn", 2)
-    potentials = [s.potential for s in mixture.specialists]
-    mean = get_method("mean").run(mixture, silent).potentials[0]
+    merge_inputs = make_merge_inputs("painn", 2)
+    potentials = [s.potential for s in merge_inputs.specialists]
+    mean = get_method("mean").run(merge_inputs, silent).potentials[0]
     merged = merge_turned(mean, potentials, reference=1, share=0.3)
     a, b, found = (p.get_submodule("stages.1.hidden").weight.numpy() for p in (*potentials, merged))
     u, _, vt = np.linalg.svd(a.T @ b)
@@ -43,10 +43,10 @@ def test_the_formula_on_one_layer(make_mixture) -> None:
         assert torch.equal(merged.get_parameter(name), mean.get_parameter(name))
 
 
-def test_three_specialists_are_turned_to_one(make_mixture) -> None:
-    mixture = make_mixture("nequip", 3)
-    potentials = [s.potential for s in mixture.specialists]
-    mean = get_method("mean").run(mixture, silent).potentials[0]
+def test_three_specialists_are_turned_to_one(make_merge_inputs) -> None:
+    merge_inputs = make_merge_inputs("nequip", 3)
+    potentials = [s.potential for s in merge_inputs.specialists]
+    mean = get_method("mean").run(merge_inputs, silent).potentials[0]
     merged = merge_turned(mean, potentials, reference=0, share=0.0)
     for name in ("stages.1.linear_up.weight", "stages.1.radial.layer1.weight"):
         torch.testing.assert_close(merged.get_parameter(name), potentials[0].get_parameter(name))

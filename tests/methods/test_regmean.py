@@ -6,7 +6,7 @@ from torch import nn
 
 from ase_gffmerge.graphs import batch_graphs, build_graph
 from ase_gffmerge.graphs.graph import edge_vectors
-from ase_gffmerge.merging.calibration import survey
+from ase_gffmerge.merging.calibration import build_calibration
 from ase_gffmerge.methods import get_method
 from ase_gffmerge.methods.regmean import input_grams, merge_blockwise, regression_mean, solve_maps
 
@@ -70,14 +70,14 @@ def linear_rows(specialist) -> dict[str, np.ndarray]:
     return rows
 
 
-def test_every_layer_of_a_merged_painn_is_the_regression_of_its_own_inputs(make_mixture) -> None:
+def test_every_layer_of_a_merged_painn_is_the_regression_of_its_own_inputs(make_merge_inputs) -> None:
     """Predictions rather than weights are compared, since few atoms leave some directions open."""
-    mixture = make_mixture("painn", 2, frames=8)
-    specialists = mixture.specialists
-    mean = get_method("mean").run(mixture, silent).potentials[0]
+    merge_inputs = make_merge_inputs("painn", 2, frames=8)
+    specialists = merge_inputs.specialists
+    mean = get_method("mean").run(merge_inputs, silent).potentials[0]
     grams = [
-        input_grams(s.potential, [lambda s=s, t=t: s.potential(t.graph) for t in territory.scenes])
-        for s, territory in zip(specialists, survey(specialists, mean, [1.0, 1.0], probes=0))
+        input_grams(s.potential, [lambda s=s, t=t: s.potential(t.graph) for t in calibration_set.scenes])
+        for s, calibration_set in zip(specialists, build_calibration(specialists, mean, [1.0, 1.0], probes=0))
     ]
     potentials = [s.potential for s in specialists]
     solve_maps(mean, potentials, grams, alpha=1.0)
@@ -95,17 +95,17 @@ def test_every_layer_of_a_merged_painn_is_the_regression_of_its_own_inputs(make_
             torch.testing.assert_close(layer.bias, (biases[0] + biases[1]) / 2)
 
 
-def test_blocks_are_fed_by_the_merged_model(make_mixture, architecture) -> None:
+def test_blocks_are_fed_by_the_merged_model(make_merge_inputs, architecture) -> None:
     """In the first block both methods see the same inputs if the embeddings are the same, later not."""
-    mixture = make_mixture(architecture, 2)
-    specialists = mixture.specialists
+    merge_inputs = make_merge_inputs(architecture, 2)
+    specialists = merge_inputs.specialists
     specialists[1].potential.embedding.copy_(specialists[0].potential.embedding)
-    mean = get_method("mean").run(mixture, silent).potentials[0]
-    territories = survey(specialists, mean, [1.0, 1.0], probes=0)
-    sequential = merge_blockwise(mean, specialists, territories, alpha=0.5)
+    mean = get_method("mean").run(merge_inputs, silent).potentials[0]
+    calibration_sets = build_calibration(specialists, mean, [1.0, 1.0], probes=0)
+    sequential = merge_blockwise(mean, specialists, calibration_sets, alpha=0.5)
     grams = [
-        input_grams(s.potential, [lambda s=s, t=t: s.potential(t.graph) for t in territory.scenes])
-        for s, territory in zip(specialists, territories)
+        input_grams(s.potential, [lambda s=s, t=t: s.potential(t.graph) for t in calibration_set.scenes])
+        for s, calibration_set in zip(specialists, calibration_sets)
     ]
     solve_maps(mean, [s.potential for s in specialists], grams, alpha=0.5)
     first, last = (

@@ -30,7 +30,7 @@ def graph():
 @pytest.mark.parametrize("block", [1, 8, 80, 10**6])
 def test_blocks_of_edges_leave_no_trace(painn, graph, monkeypatch, block) -> None:
     monkeypatch.setattr(painn_served, "BLOCK", block)
-    expected, served = predict(painn, copy(graph)), predict(painn.served(), copy(graph))
+    expected, served = predict(painn, copy(graph)), predict(painn.for_inference(), copy(graph))
     for name in ("energies", "energy", "forces", "strain_derivative"):
         torch.testing.assert_close(getattr(served, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
 
@@ -51,13 +51,13 @@ def test_derivatives_of_the_sums(painn, graph) -> None:
 
 def test_second_derivatives_are_refused(painn, graph, monkeypatch) -> None:
     monkeypatch.setattr(painn_served, "BLOCK", 80)
-    prediction = predict(painn.served(), graph, differentiable=True)
+    prediction = predict(painn.for_inference(), graph, differentiable=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         prediction.forces.sum().backward()
 
 
 def test_the_model_itself_stays_differentiable_both_ways(painn, graph) -> None:
-    painn.served()
+    painn.for_inference()
     with dual_level():
         graph.edge_vectors = torch.autograd.forward_ad.make_dual(
             *2 * (torch.rand(graph.num_edges, 3).double() + 1,)
@@ -66,7 +66,7 @@ def test_the_model_itself_stays_differentiable_both_ways(painn, graph) -> None:
 
 
 def test_weights_are_shared(painn) -> None:
-    served = painn.served()
+    served = painn.for_inference()
     own = {p.data_ptr() for p in painn.parameters()}
     assert {p.data_ptr() for p in served.parameters()} <= own
     assert served.species == painn.species

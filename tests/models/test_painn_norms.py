@@ -8,7 +8,7 @@ import pytest
 import torch
 from ase.build import bulk
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.models import build_potential
@@ -54,15 +54,15 @@ def test_new_models_are_smooth_and_old_files_as_they_were() -> None:
 
 
 def test_files_remember_it(tmp_path) -> None:
-    saved = Specialist(name="smooth", potential=painn(norm_offset=0.01))
-    loaded = Specialist.load(saved.save(tmp_path / "smooth.safetensors"))
+    saved = ForceField(name="smooth", potential=painn(norm_offset=0.01))
+    loaded = ForceField.load(saved.save(tmp_path / "smooth.safetensors"))
     assert loaded.potential.hyper.norm_offset == 0.01
     assert loaded.potential.stages[1].norm_offset == 0.01
     assert loaded.fingerprint == saved.fingerprint
 
 
 def test_fingerprints_tell_it_apart_but_not_from_files_that_are_older() -> None:
-    old, new = (Specialist(name="x", potential=painn(norm_offset=offset)) for offset in (1e-8, 1e-2))
+    old, new = (ForceField(name="x", potential=painn(norm_offset=offset)) for offset in (1e-8, 1e-2))
     assert old.fingerprint != new.fingerprint
     assert re.fullmatch(r"PaiNNHyper\(cutoff=4.0, .*n_embeddings=1\)", repr(old.potential.hyper))
     assert repr(new.potential.hyper) == repr(old.potential.hyper)[:-1] + ", norm_offset=0.01)"

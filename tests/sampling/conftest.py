@@ -7,7 +7,7 @@ import pytest
 import torch
 from ase.build import molecule
 
-from ase_gffmerge.forcefield.force_field import Provenance, Specialist
+from ase_gffmerge.forcefield.force_field import ForceField, Provenance
 from ase_gffmerge.models import build_potential
 
 SMALL = {
@@ -17,14 +17,14 @@ SMALL = {
 
 
 @pytest.fixture
-def pair(architecture) -> list[Specialist]:
+def pair(architecture) -> list[ForceField]:
     torch.manual_seed(0)
     potential = (
         build_potential(architecture, SMALL[architecture], (1, 6, 8)).double().eval().requires_grad_(False)
     )
     for parameter in potential.readout.parameters():
         parameter *= 0.05  # forces that are gentle enough for dynamics
-    base = Specialist(name="base", potential=potential, level_of_theory="toy")
+    base = ForceField(name="base", potential=potential, level_of_theory="toy")
     lineage, related = Provenance(lineage=(base.fingerprint,)), []
     for name, formula in (("methanol", "CH3OH"), ("water", "H2O")):
         own = deepcopy(potential)

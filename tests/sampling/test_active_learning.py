@@ -5,7 +5,7 @@ import pytest
 import torch
 import yaml
 
-from ase_gffmerge import GFFMergeCalculator, Specialist, merge, merge_and_refine
+from ase_gffmerge import ForceField, GFFMergeCalculator, merge, merge_and_refine
 from ase_gffmerge.errors import MergeWarning, RecipeError
 from ase_gffmerge.inference.metrics import Errors, predict_frames
 from ase_gffmerge.merging.loop_options import ClosedLoopOptions, TrajectoryOptions
@@ -21,13 +21,13 @@ RECIPE = {"readout": {"width": 8, "blocks": 1, "copies": 0}, "probes": 0}
 SHORT = {"temperature": 50.0, "replicas": 2, "time": 0.04, "max_grade": None}
 
 
-def run(pair: list[Specialist], recipe: dict | None = None, **options) -> ClosedLoopResult:
+def run(pair: list[ForceField], recipe: dict | None = None, **options) -> ClosedLoopResult:
     return closed_loop(
         pair, {**RECIPE, **(recipe or {})}, ClosedLoopOptions(**SHORT, **options), device="cpu"
     )
 
 
-def weights(specialist: Specialist) -> torch.Tensor:
+def weights(specialist: ForceField) -> torch.Tensor:
     return torch.cat([value.flatten() for value in specialist.potential.state_dict().values()])
 
 
@@ -146,7 +146,7 @@ def test_the_loop_is_on_record_and_in_words(pair, tmp_path):
         )
     assert told == sorted(told)
     assert told[-1] == 1.0
-    loaded = Specialist.load(result.merged.save(tmp_path / "merged.safetensors"))
+    loaded = ForceField.load(result.merged.save(tmp_path / "merged.safetensors"))
     assert loaded.merged is not None
     assert load_recipe(loaded.merged.recipe).closed_loop == options
     assert "(chosen)" in result.summary()
@@ -171,7 +171,7 @@ def test_a_recipe_with_a_loop_is_loaded_through_the_calculator_and_cached(pair, 
         GFFMergeCalculator(paths, recipe=str(written), cache_dir=tmp_path, device="cpu") for _ in range(2)
     )
     assert (made.cache_hit, cached.cache_hit) == (False, True)
-    loaded = [Specialist.load(path) for path in paths]
+    loaded = [ForceField.load(path) for path in paths]
     by_hand = closed_loop(loaded, load_recipe(written), device="cpu").merged
     for calculator in (made, cached):
         torch.testing.assert_close(

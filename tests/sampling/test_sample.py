@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from springs import Bonded
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 from ase_gffmerge.data.perturb import displaced
-from ase_gffmerge.dynamics.stopping import Monitor
+from ase_gffmerge.dynamics.stopping import StoppingCriteria
 from ase_gffmerge.errors import FramesError, RecipeError
 from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames
-from ase_gffmerge.sampling.screening import judge
+from ase_gffmerge.sampling.screening import screen
 from ase_gffmerge.sampling.statistical_inefficiency import decorrelation_time, inefficiency
 from ase_gffmerge.storage.documents import validated
 
@@ -22,8 +22,8 @@ WATER, CO, OH = molecule("H2O"), Atoms("CO", [[0, 0, 0], [1.4, 0, 0]]), Atoms("O
 
 
 @pytest.fixture
-def springs() -> Specialist:
-    return Specialist(name="springs", potential=Bonded(stiffness=30.0))
+def springs() -> ForceField:
+    return ForceField(name="springs", potential=Bonded(stiffness=30.0))
 
 
 @given(st.floats(0.0, 0.9), st.integers(0, 5))
@@ -66,7 +66,9 @@ def test_judge_names_what_is_wrong(springs):
     long, close = WATER.copy(), WATER.copy()
     long.positions[1] += [0, 2.0, 0]
     close.positions[2] = close.positions[0] + [0, 0, 0.3]
-    stops = judge(springs.potential, [WATER, long, close], [WATER] * 3, monitor=Monitor(), max_atoms=4)
+    stops = screen(
+        springs.potential, [WATER, long, close], [WATER] * 3, monitor=StoppingCriteria(), max_atoms=4
+    )
     assert [stop and stop.reason for stop in stops] == [None, "bond broken", "atoms too close"]
 
 
@@ -120,7 +122,7 @@ def test_a_time_shorter_than_the_equilibration_gives_frames(springs):
 
 
 def test_what_breaks_is_counted_and_not_sampled():
-    loose = Specialist(name="loose", potential=Bonded(stiffness=0.02))
+    loose = ForceField(name="loose", potential=Bonded(stiffness=0.02))
     with pytest.raises(FramesError, match=r"'loose' gave no frames \(.* x bond broken\)"):
         sample_frames(
             loose, [WATER], SampleOptions(**{**FAST, "temperatures": (5000.0,), "equilibration": 0.25})
@@ -128,7 +130,7 @@ def test_what_breaks_is_counted_and_not_sampled():
 
 
 def test_frames_beyond_the_grade_are_refused(springs):
-    no_hydrogen = Monitor(grade=lambda graph: (graph.atomic_numbers == 1).double() * 3)
+    no_hydrogen = StoppingCriteria(grade=lambda graph: (graph.atomic_numbers == 1).double() * 3)
     result = sample_frames(springs, [CO, OH], SampleOptions(**FAST), monitor=no_hydrogen)
     assert result.rejected == {"extrapolation": 1}  # when it was cooled
     assert {str(atoms.symbols) for atoms in result.frames} == {"CO"}

@@ -11,21 +11,21 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase_gffmerge.merging.distill_options import DistillOptions
 from structures import OWN_ARCHITECTURES
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, MergeWarning, RecipeError
-from ase_gffmerge.forcefield.force_field import Provenance, Specialist
+from ase_gffmerge.forcefield.force_field import ForceField, Provenance
 from ase_gffmerge.graphs import build_graph, predict
-from ase_gffmerge.merging.distil_options import DistilOptions
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.training.checkpoint import checkpoint_path
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.distill import distil
-from ase_gffmerge.training.distill_targets import prepare_lesson
+from ase_gffmerge.training.distill import distill
+from ase_gffmerge.training.distill_targets import prepare_distillation_set
 from ase_gffmerge.training.joint import train_jointly
 from ase_gffmerge.training.loss import labelled_graphs, weigh
 from ase_gffmerge.training.soap import SOAP
@@ -40,7 +40,7 @@ SMALL = {
     "nequip": {"channels": 4, "n_blocks": 1, "n_radial": 6, "cutoff": 4.0, "l_max": 1, "radial_hidden": 8},
 }
 TRAINING = {"epochs": 4, "batch_size": 4, "learning_rate": 1e-2, "force_weight": 10.0, "feature_weight": 0.0}
-QUICK = DistilOptions(**TRAINING, copies=0, temperature=0.0)
+QUICK = DistillOptions(**TRAINING, copies=0, temperature=0.0)
 MOLECULES = ("CH3OH", "HCOOH", "H2CO")
 
 
@@ -55,12 +55,12 @@ def rattled(name: str, n: int, seed: int) -> tuple[Atoms, ...]:
 
 def relatives(
     architecture: str, names: tuple[str, ...] = MOLECULES[:2], size: float = 0.3
-) -> list[Specialist]:
+) -> list[ForceField]:
     """Specialists that are perturbed copies of one random base."""
     torch.manual_seed(0)
     species = (13, 29) if names[0] == "Cu" else (1, 6, 8)
     base = build_potential(architecture, SMALL[architecture], species).double().eval().requires_grad_(False)
-    root = Specialist(name="base", potential=base, level_of_theory="toy").fingerprint
+    root = ForceField(name="base", potential=base, level_of_theory="toy").fingerprint
     made = []
     for k, name in enumerate(names):
         potential, generator = deepcopy(base), torch.Generator().manual_seed(k + 1)
@@ -68,7 +68,7 @@ def relatives(
             noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
             p.add_(size * p.abs().mean() * noise)
         made.append(
-            Specialist(
+            ForceField(
                 name=f"{name}-{k}",
                 potential=potential,
                 calibration=rattled(name, 10, seed=k),
@@ -79,7 +79,7 @@ def relatives(
     return made
 
 
-def mean_of(specialists: list[Specialist], **options: object) -> Specialist:
+def mean_of(specialists: list[ForceField], **options: object) -> ForceField:
     return merge(specialists, load_recipe("mean", **options), device="cpu")[0]
 
 
@@ -107,7 +107,7 @@ def test_disagreement_falls_and_is_recorded(architecture: str, conditioning: str
     specialists = relatives(architecture, size=0.1)
     start = mean_of(specialists, conditioning=conditioning)
     before = start.fingerprint
-    distilled, history = distil(start, specialists, QUICK, device="cpu")
+    distilled, history = distill(start, specialists, QUICK, device="cpu")
     assert min(scores(history)[1:]) < 0.7 * scores(history)[0]
     assert start.fingerprint == before
     record = distilled.merged
@@ -118,7 +118,7 @@ def test_disagreement_falls_and_is_recorded(architecture: str, conditioning: str
     assert set(new.seconds) == {*old.seconds, "distillation"}
     assert distilled.provenance.epochs == 4
     assert distilled.provenance.n_train == 2 * 9 * 2
-    loaded = Specialist.load(distilled.save(tmp_path / "a.safetensors"))
+    loaded = ForceField.load(distilled.save(tmp_path / "a.safetensors"))
     assert loaded.fingerprint == distilled.fingerprint
     assert loaded.merged is not None
     assert json.dumps(vars(loaded.merged), sort_keys=True) == json.dumps(vars(record), sort_keys=True)
@@ -129,7 +129,7 @@ def test_features_are_matched_on_request(architecture: str) -> None:
     specialists = relatives(architecture)
     start = mean_of(specialists)
 
-    def mismatch(model: Specialist) -> float:
+    def mismatch(model: ForceField) -> float:
         graphs = [build_graph(atoms, 4.0) for atoms in specialists[0].calibration]
         total = 0.0
         for graph in graphs:
@@ -139,7 +139,7 @@ def test_features_are_matched_on_request(architecture: str) -> None:
         return total
 
     without, with_features = (
-        distil(start, specialists, QUICK.model_copy(update={"feature_weight": w}), device="cpu")[0]
+        distill(start, specialists, QUICK.model_copy(update={"feature_weight": w}), device="cpu")[0]
         for w in (0.0, 30.0)
     )
     assert mismatch(with_features) < 0.8 * mismatch(without)
@@ -151,7 +151,7 @@ def test_copies_of_one_specialist_are_left_alone(architecture: str) -> None:
     twins = [first, first]
     start = mean_of(twins, allow_identical=True)
     options = QUICK.model_copy(update={"epochs": 50, "patience": 2, "copies": 0})
-    distilled, history = distil(start, twins, options, device="cpu")
+    distilled, history = distill(start, twins, options, device="cpu")
     assert len(history.rows) == 2
     assert distilled.fingerprint == start.fingerprint
 
@@ -173,8 +173,8 @@ def test_labels_are_never_read() -> None:
 
     start, options = mean_of(specialists), QUICK.model_copy(update={"epochs": 1})
     poisoned_specialists = [s.with_calibration(poisoned(s.calibration)) for s in specialists]
-    clean = distil(start, specialists, options, frames=extra, device="cpu")[0]
-    spoilt = distil(start, poisoned_specialists, options, frames=[poisoned(f) for f in extra], device="cpu")[
+    clean = distill(start, specialists, options, frames=extra, device="cpu")[0]
+    spoilt = distill(start, poisoned_specialists, options, frames=[poisoned(f) for f in extra], device="cpu")[
         0
     ]
     assert clean.fingerprint == spoilt.fingerprint
@@ -184,11 +184,11 @@ def test_labels_are_never_read() -> None:
 def test_resumed_equals_uninterrupted(stop: int, tmp_path: Path) -> None:
     specialists = relatives("painn")
     start, checkpoint = mean_of(specialists), checkpoint_path(tmp_path / "a.safetensors")
-    whole, history = distil(start, specialists, QUICK, device="cpu")
+    whole, history = distill(start, specialists, QUICK, device="cpu")
     with pytest.raises(Stop):
-        distil(start, specialists, QUICK, checkpoint=checkpoint, device="cpu", callback=stop_after(stop))
+        distill(start, specialists, QUICK, checkpoint=checkpoint, device="cpu", callback=stop_after(stop))
     epochs: list[int] = []
-    resumed, again = distil(
+    resumed, again = distill(
         start,
         specialists,
         QUICK,
@@ -206,9 +206,9 @@ def test_stresses_of_crystals_are_learnt() -> None:
     specialists = relatives("painn", ("Cu", "Al"))
     start = mean_of(specialists)
     options = QUICK.model_copy(update={"epochs": 8, "stress_weight": 100.0})
-    distilled, _ = distil(start, specialists, options, device="cpu")
+    distilled, _ = distill(start, specialists, options, device="cpu")
 
-    def stress(model: Specialist) -> np.ndarray:
+    def stress(model: ForceField) -> np.ndarray:
         graphs = [build_graph(atoms, 4.0) for atoms in specialists[0].calibration]
         return np.array([predict(model.potential, graph).stress(graph.cell).numpy() for graph in graphs])
 
@@ -218,30 +218,36 @@ def test_stresses_of_crystals_are_learnt() -> None:
 
 def test_sampled_frames_join(monkeypatch: pytest.MonkeyPatch) -> None:
     first = relatives("painn")[0]
-    n = len(prepare_lesson(first, QUICK).training)
-    from ase_gffmerge.training import distill_targets as lessons
+    n = len(prepare_distillation_set(first, QUICK).training)
+    from ase_gffmerge.training import distill_targets as distillation_sets
 
     class Result:
         frames = rattled("CH3OH", 5, seed=7)
 
-    monkeypatch.setattr(lessons, "sample_frames", lambda *_: Result)
-    lesson = prepare_lesson(first, QUICK.model_copy(update={"sampled": 5}))
-    assert len(lesson.training) == n + 5 * 2
-    held_out = {atoms.positions.tobytes() for atoms in lesson.held_out}
+    monkeypatch.setattr(distillation_sets, "sample_frames", lambda *_: Result)
+    distillation_set = prepare_distillation_set(first, QUICK.model_copy(update={"sampled": 5}))
+    assert len(distillation_set.training) == n + 5 * 2
+    held_out = {atoms.positions.tobytes() for atoms in distillation_set.held_out}
     assert len(held_out) == 1
-    assert not held_out & {atoms.positions.tobytes() for atoms in lesson.training}
+    assert not held_out & {atoms.positions.tobytes() for atoms in distillation_set.training}
 
 
 def test_every_frame_has_visited_copies_and_displaced_twins() -> None:
     first = relatives("painn")[0]
-    lesson = prepare_lesson(first, QUICK.model_copy(update={"copies": 2, "temperature": 300.0}))
-    assert len(lesson.training) == 9 * 3 * 2
-    frames, copies, twins = lesson.training[:9], lesson.training[9:27], lesson.training[27:]
+    distillation_set = prepare_distillation_set(
+        first, QUICK.model_copy(update={"copies": 2, "temperature": 300.0})
+    )
+    assert len(distillation_set.training) == 9 * 3 * 2
+    frames, copies, twins = (
+        distillation_set.training[:9],
+        distillation_set.training[9:27],
+        distillation_set.training[27:],
+    )
     for original, twin in zip((*frames, *copies), twins, strict=True):
         assert 0.01 < np.std(twin.positions - original.positions) < 0.06
     moved = [np.abs(copy.positions - frames[i // 2].positions).max() for i, copy in enumerate(copies)]
     assert min(moved) > 1e-3
-    few = prepare_lesson(first, QUICK.model_copy(update={"copies": 5, "max_copied_edges": 60}))
+    few = prepare_distillation_set(first, QUICK.model_copy(update={"copies": 5, "max_copied_edges": 60}))
     assert len(few.training) == 9 * 2 * 2
 
 
@@ -252,16 +258,16 @@ def test_refusals() -> None:
     specialists = relatives("painn", MOLECULES)
     start = mean_of(specialists[:2])
     with pytest.raises(IncompatibleSpecialistsError, match="in their order"):
-        distil(start, specialists[1::-1], QUICK)
+        distill(start, specialists[1::-1], QUICK)
     with pytest.raises(IncompatibleSpecialistsError, match="frames were given for 1"):
-        distil(start, specialists[:2], QUICK, frames=[[]])
+        distill(start, specialists[:2], QUICK, frames=[[]])
     with pytest.raises(IncompatibleSpecialistsError, match="other elements"):
-        distil(relatives("painn", ("Cu", "Al"))[0], specialists[:2], QUICK)
+        distill(relatives("painn", ("Cu", "Al"))[0], specialists[:2], QUICK)
     with pytest.raises(FramesError, match="at least two are needed"):
-        distil(start, [s.with_calibration(s.calibration[:1]) for s in specialists[:2]], QUICK)
+        distill(start, [s.with_calibration(s.calibration[:1]) for s in specialists[:2]], QUICK)
     matching = QUICK.model_copy(update={"feature_weight": 1.0})
     with pytest.raises(IncompatibleSpecialistsError, match="feature_weight"):
-        distil(relatives("nequip")[0], specialists[:2], matching)
+        distill(relatives("nequip")[0], specialists[:2], matching)
     with pytest.raises(RecipeError, match="merge_and_refine"):
         merge(specialists[:2], Recipe(refine=QUICK))
     with pytest.raises(RecipeError, match="did you mean 'epochs'"):
@@ -317,13 +323,13 @@ def test_verdict_is_told() -> None:
     specialists = relatives("painn")
     options = QUICK.model_copy(update={"epochs": 1, "learning_rate": 1e-6})
     with pytest.warns(MergeWarning, match="distil it longer"):
-        distil(mean_of(specialists), specialists, options, device="cpu")
+        distill(mean_of(specialists), specialists, options, device="cpu")
 
 
 # -- joint training, weights, early stop, optimiser --
 
 
-def labelled(specialist: Specialist, frames: tuple[Atoms, ...]) -> list[Atoms]:
+def labelled(specialist: ForceField, frames: tuple[Atoms, ...]) -> list[Atoms]:
     """Frames with a specialist's predictions as labels."""
     made = []
     for atoms in frames:

@@ -23,7 +23,7 @@ from ase_gffmerge.errors import (
     ReferenceWarning,
     StructureError,
 )
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.storage.tensor_file import read_file
 from ase_gffmerge.training.checkpoint import CheckpointWarning, checkpoint_path, differences
 from ase_gffmerge.training.config import TrainConfig, load_config
@@ -63,7 +63,7 @@ def test_loss_falls_and_everything_is_recorded(frame_file, tmp_path: Path) -> No
     assert history.rows[-1]["loss"] < 0.7 * history.rows[0]["loss"]
     assert set(history.rows[0]) == {"loss", "force_mae", "energy_mae"}
     assert epochs == list(range(1, 31))
-    loaded = Specialist.load(out)
+    loaded = ForceField.load(out)
     assert loaded.name == "methanol"
     assert loaded.level_of_theory == "EMT"
     assert len(loaded.calibration) == 4
@@ -84,7 +84,7 @@ def test_training_leaves_the_global_random_state_alone(frame_file, tmp_path: Pat
 def test_nequip(frame_file, tmp_path: Path) -> None:
     options = config(model="nequip", hyper={"channels": 4, "n_blocks": 1, "n_radial": 4}, epochs=4)
     whole = train([frame_file("H2O")], tmp_path / "whole.safetensors", options)[0]
-    assert Specialist.load(tmp_path / "whole.safetensors").potential.architecture == "nequip"
+    assert ForceField.load(tmp_path / "whole.safetensors").potential.architecture == "nequip"
     with pytest.raises(Stop):
         train([frame_file("H2O")], tmp_path / "a.safetensors", options, callback=stop_after(2))
     resumed = train([frame_file("H2O")], tmp_path / "a.safetensors", options)[0]
@@ -168,7 +168,7 @@ def test_checkpoint_is_no_specialist(frame_file, tmp_path: Path) -> None:
     with pytest.raises(Stop):
         train([frame_file("CH3OH")], out, config(), callback=stop_after(1))
     with pytest.raises(FileFormatError, match="unfinished training"):
-        Specialist.load(checkpoint_path(out))
+        ForceField.load(checkpoint_path(out))
 
 
 def test_kill_while_saving_keeps_the_epoch_before(frame_file, tmp_path: Path, monkeypatch) -> None:
@@ -242,7 +242,7 @@ def test_stress_gradient_agrees_with_ase_sign(frame_file, tmp_path: Path) -> Non
 # -- references and parents --
 
 
-def table(specialist: Specialist) -> dict[int, float]:
+def table(specialist: ForceField) -> dict[int, float]:
     return dict(zip(specialist.species, specialist.potential.references.tolist(), strict=True))
 
 

@@ -15,7 +15,7 @@ from ase.build import molecule
 
 import ase_gffmerge.workflows.cache as cache_module
 from ase_gffmerge.errors import CacheError, CacheWarning
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.models import build_potential
@@ -25,7 +25,7 @@ RECIPE = load_recipe("mean")
 
 
 @pytest.fixture(scope="module")
-def _specialists() -> list[Specialist]:
+def _specialists() -> list[ForceField]:
     made = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -35,12 +35,12 @@ def _specialists() -> list[Specialist]:
             potential = deepcopy(base)
             for parameter in potential.parameters():
                 parameter.add_(0.01 * torch.randn_like(parameter))
-            made.append(Specialist(name=name, potential=potential, calibration=(molecule(system),)))
+            made.append(ForceField(name=name, potential=potential, calibration=(molecule(system),)))
     return made
 
 
 @pytest.fixture
-def specialists(_specialists) -> list[Specialist]:
+def specialists(_specialists) -> list[ForceField]:
     return list(_specialists)
 
 
@@ -56,7 +56,7 @@ def build(specialists):
     return run
 
 
-def same_bits(first: Specialist, second: Specialist) -> bool:
+def same_bits(first: ForceField, second: ForceField) -> bool:
     ours, theirs = first.potential.state_dict(), second.potential.state_dict()
     return (
         ours.keys() == theirs.keys()
@@ -108,7 +108,7 @@ def test_key_is_stable(specialists):
 
 
 def test_key_survives_a_file_round_trip(specialists, tmp_path):
-    loaded = [Specialist.load(s.save(tmp_path / f"{s.name}.safetensors")) for s in specialists]
+    loaded = [ForceField.load(s.save(tmp_path / f"{s.name}.safetensors")) for s in specialists]
     assert cache_key(loaded, RECIPE) == cache_key(specialists, RECIPE)
 
 
@@ -146,8 +146,8 @@ def damage_by_flipping(path):
 
 
 def damage_by_swapping(path):
-    Specialist.load(path).with_calibration(()).save(path)
-    merged = Specialist.load(path)
+    ForceField.load(path).with_calibration(()).save(path)
+    merged = ForceField.load(path)
     replace(merged, merged=replace(merged.merged, fingerprints=("x", "y"))).save(path)
 
 
@@ -238,10 +238,10 @@ torch.set_num_threads(1)
 from ase_gffmerge.workflows.cache import MergeCache
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import load_recipe
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 
 folder = Path(sys.argv[1])
-specialists = [Specialist.load(folder / f"{name}.safetensors") for name in "ab"]
+specialists = [ForceField.load(folder / f"{name}.safetensors") for name in "ab"]
 recipe = load_recipe("mean")
 
 def build():

@@ -20,20 +20,20 @@ from ase_gffmerge.engines.ase.results import (
     require_structure,
     require_volume,
 )
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import Prediction, build_graph
 from ase_gffmerge.graphs.neighbor_list import check_geometry
 from ase_gffmerge.inference.batches import predict_batches
-from ase_gffmerge.inference.predictor import Server
+from ase_gffmerge.inference.predictor import Predictor
 
 GRADE = "extrapolation"
 
 
 def evaluate_structures(
-    force_field: Specialist,
+    force_field: ForceField,
     structures: Iterable[Atoms],
     *,
-    server: Server,
+    server: Predictor,
     served: Sequence[str],
     properties: Sequence[str] | None = None,
     specialist: str | int | None = None,
@@ -63,7 +63,7 @@ def evaluate_structures(
         As the calculator does for a single structure, with the index of the structure.
     """
     originals = _listed(structures)
-    wanted = _wanted(properties, (*served, GRADE) if force_field.gauge is not None else served)
+    wanted = _wanted(properties, (*served, GRADE) if force_field.extrapolation_grade is not None else served)
     prepared = []
     for k, atoms in enumerate(originals):
         with _named(k):
@@ -94,7 +94,7 @@ def _results(
     return {name: found[name] for name in wanted if name in found}
 
 
-def _checked(force_field: Specialist, atoms: Atoms, specialist: str | int | None) -> Atoms:
+def _checked(force_field: ForceField, atoms: Atoms, specialist: str | int | None) -> Atoms:
     """What a graph can be built from: everything is checked before anything is evaluated."""
     require_structure(atoms)
     with as_setup_errors():

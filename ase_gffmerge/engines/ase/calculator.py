@@ -33,11 +33,11 @@ from ase_gffmerge.engines.ase.results import (
     require_volume,
 )
 from ase_gffmerge.forcefield.conditioning import KEY, same_choice, specialist_indices
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs.verlet_cache import VerletCache
 from ase_gffmerge.inference.compiled import Compile
 from ase_gffmerge.inference.disagreement import force_disagreement
-from ase_gffmerge.inference.predictor import Server
+from ase_gffmerge.inference.predictor import Predictor
 from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.runtime.forking import ForkSafeLock
 from ase_gffmerge.workflows.load_or_merge import MergeOptions, Resolved, Source, resolve, with_frames
@@ -60,7 +60,7 @@ class GFFMergeCalculator(Calculator):
     ----------
     specialists
         One or several of: bundled name, path of a ``.safetensors`` file, another package's force field as
-        ``vendor:path`` (for example ``chgnet:fine-tuned.pth.tar``), :class:`~ase_gffmerge.Specialist`. Several are
+        ``vendor:path`` (for example ``chgnet:fine-tuned.pth.tar``), :class:`~ase_gffmerge.ForceField`. Several are
         merged, and the merged potential is kept in the cache; a single one, merged or not, is served as it is.
     calibration
         For each specialist a list or a file of unlabelled frames that it knows, or ``None`` where it carries some already.
@@ -97,7 +97,7 @@ class GFFMergeCalculator(Calculator):
 
     Attributes
     ----------
-    force_field : Specialist
+    force_field : ForceField
         What is served (without calibration frames).
     cache_hit : bool or None
         Whether the merge was found in the cache; ``None`` when nothing was to be merged.
@@ -152,7 +152,7 @@ class GFFMergeCalculator(Calculator):
             sources = specialists if calibration is None else with_frames(specialists, calibration)
             resolved = resolve(sources, options, device=target, progress=progress)
             self.force_field = _served(resolved, target, DTYPES[precision])
-            self._server = Server(self.force_field, compile=compile)
+            self._server = Predictor(self.force_field, compile=compile)
             self._parents = resolved.parents
         self.cache_hit = resolved.cache_hit
         self._neighbours = VerletCache(cutoff=self.force_field.cutoff, skin=skin, device=target)
@@ -380,11 +380,15 @@ class GFFMergeCalculator(Calculator):
         return twin
 
 
-def _served(resolved: Resolved, device: torch.device, dtype: torch.dtype) -> Specialist:
+def _served(resolved: Resolved, device: torch.device, dtype: torch.dtype) -> ForceField:
     """Bring the force field to the device, frozen; the caller's object stays as it is."""
     own = replace(resolved.force_field, calibration=())
     if resolved.borrowed:
-        own = replace(own, potential=copy.deepcopy(own.potential), gauge=copy.deepcopy(own.gauge))
+        own = replace(
+            own,
+            potential=copy.deepcopy(own.potential),
+            extrapolation_grade=copy.deepcopy(own.extrapolation_grade),
+        )
     own.potential.eval().requires_grad_(False)
     return own.to(device=device, dtype=dtype)
 

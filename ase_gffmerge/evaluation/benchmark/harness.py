@@ -12,9 +12,9 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 
 from ase_gffmerge.errors import BenchmarkError
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 
-MakeCalculator = Callable[[Specialist, bool], Calculator]
+MakeCalculator = Callable[[ForceField, bool], Calculator]
 """Gives a calculator of one force field on the benchmark's device; the flag says whether to compile."""
 Progress = Callable[[float, str], None]
 
@@ -81,8 +81,8 @@ class Bench:
         Also measure compiled force fields.
     """
 
-    specialists: tuple[Specialist, ...]
-    force_field: Specialist
+    specialists: tuple[ForceField, ...]
+    force_field: ForceField
     calculator: MakeCalculator
     from_files: Callable[[int], Calculator]
     sizes: Sequence[int] = (9, 256, 1000)

@@ -21,7 +21,7 @@ STATM = Path("/proc/self/statm")
 
 def step_rows(bench: Bench) -> Iterator[Row]:
     """Compare a step of the calculator with energy and forces of the bare network on a finished graph."""
-    network = bench.force_field.potential.served()
+    network = bench.force_field.potential.for_inference()
     for n_atoms in bench.sizes:
         atoms = bench.structure(n_atoms)
         graph = build_graph(atoms, bench.force_field.cutoff).to(bench.force_field.potential.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.evaluation.benchmark.harness import Bench, Row, medians
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import ridge_solve
@@ -70,7 +70,7 @@ def reference_solve(x: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.solve(gram, rows.T @ targets)
 
 
-def linear_rows(force_field: Specialist, *, n_frames: int) -> list[tuple[Tensor, Tensor]]:
+def linear_rows(force_field: ForceField, *, n_frames: int) -> list[tuple[Tensor, Tensor]]:
     """Inputs with a column of ones (n, d + 1) and outputs (n, m) of every ``nn.Linear`` on calibration frames."""
     potential = force_field.potential
     rows: dict[str, tuple[Tensor, Tensor]] = {}

@@ -14,7 +14,7 @@ from ase.calculators.calculator import Calculator
 
 from ase_gffmerge.errors import first_line
 from ase_gffmerge.evaluation.benchmark.harness import Bench, Row, md_step, medians
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import build_potential
 
 CUTOFF = 5.0
@@ -64,11 +64,11 @@ def peer_rows(bench: Bench, peer: Peer) -> list[Row]:
     ways = (False, True) if bench.compile and peer.compiles else (False,)
     with redirect_stdout(sys.stderr), torch.random.fork_rng(devices=[]):
         potential = build_potential(peer.architecture, dict(peer.hyper), bench.force_field.species)
-        own = Specialist(name=peer.architecture, potential=potential.eval().requires_grad_(False))
+        own = ForceField(name=peer.architecture, potential=potential.eval().requires_grad_(False))
         return [row for compiled in ways for row in _rows(bench, peer, own, compiled=compiled)]
 
 
-def _rows(bench: Bench, peer: Peer, own: Specialist, *, compiled: bool) -> Iterator[Row]:
+def _rows(bench: Bench, peer: Peer, own: ForceField, *, compiled: bool) -> Iterator[Row]:
     suffix = ", compiled" if compiled else ""
     make = cache(partial(peer.make, bench, compiled))
     for n_atoms in bench.sizes:

@@ -11,7 +11,7 @@ from ase_gffmerge.evaluation.comparison.leakage import check_leaks, frames_seen,
 from ase_gffmerge.evaluation.comparison.measurement import Measurement, measure, measure_specialists
 from ase_gffmerge.evaluation.comparison.store import RowStore
 from ase_gffmerge.merging.compatibility import related
-from ase_gffmerge.methods import METHODS, Method, Mixture, Need, get_method
+from ase_gffmerge.methods import METHODS, MergeInputs, Method, Requirement, get_method
 from ase_gffmerge.methods.base import Progress
 
 SPECIALIST = "specialist"
@@ -25,9 +25,9 @@ UNITS = {
     "cost": "time of the specialist",
 }
 REMEDIES = {
-    Need.FRAMES: "needs calibration frames of every specialist; train with --calibration N",
-    Need.BASE: "needs the common base, which is not bundled; give its file with --base",
-    Need.LABELS: "needs labelled training frames; give them with --labels, once per specialist",
+    Requirement.FRAMES: "needs calibration frames of every specialist; train with --calibration N",
+    Requirement.BASE: "needs the common base, which is not bundled; give its file with --base",
+    Requirement.LABELS: "needs labelled training frames; give them with --labels, once per specialist",
 }
 
 
@@ -93,7 +93,7 @@ class Comparison:
 
 
 def compare_methods(
-    mixture: Mixture,
+    merge_inputs: MergeInputs,
     tests: Sequence[LabelledSet],
     methods: Sequence[str] | None = None,
     *,
@@ -106,7 +106,7 @@ def compare_methods(
     Parameters
     ----------
     mixture
-        The specialists, see :func:`~ase_gffmerge.evaluation.comparison.inputs.make_mixture`.
+        The specialists, see :func:`~ase_gffmerge.evaluation.comparison.inputs.make_merge_inputs`.
     tests
         Labelled frames, one set per specialist, in order.
     methods
@@ -125,48 +125,50 @@ def compare_methods(
     FramesError
         For test frames that specialists, base or labels contain, or with elements that a specialist does not know.
     """
-    chosen, skipped = choose(mixture, methods)
-    check_elements(mixture, tests)
-    check_leaks(tests, frames_seen(mixture, labelled))
+    chosen, skipped = choose(merge_inputs, methods)
+    check_elements(merge_inputs, tests)
+    check_leaks(tests, frames_seen(merge_inputs, labelled))
     tell = progress or (lambda fraction, text: None)
-    rows = {SPECIALIST: _specialist_row(mixture, tests, store)}
+    rows = {SPECIALIST: _specialist_row(merge_inputs, tests, store)}
     for done, method in enumerate(chosen):
         try:
             rows[method.name] = _row(
-                method, mixture, tests, store, _section(tell, done, len(chosen), method.name)
+                method, merge_inputs, tests, store, _section(tell, done, len(chosen), method.name)
             )
         except GFFMergeError as error:
             skipped[method.name] = " ".join(str(error).split())
-    names = tuple(specialist.name for specialist in mixture.specialists)
+    names = tuple(specialist.name for specialist in merge_inputs.specialists)
     return Comparison(
         names=names,
         rows=rows,
         skipped=skipped,
         told_apart=tuple(method.name for method in chosen if method.tells_specialists_apart),
         frames={name: len(test.frames) for name, test in zip(names, tests, strict=True)},
-        base=mixture.base.name if mixture.base else None,
-        notes=_notes(mixture),
+        base=merge_inputs.base.name if merge_inputs.base else None,
+        notes=_notes(merge_inputs),
     )
 
 
-def choose(mixture: Mixture, names: Sequence[str] | None) -> tuple[list[Method], dict[str, str]]:
+def choose(merge_inputs: MergeInputs, names: Sequence[str] | None) -> tuple[list[Method], dict[str, str]]:
     """Methods to run, and why others are not: all that train unless asked for by name, and those that lack something."""
     methods = [get_method(name) for name in dict.fromkeys(names)] if names else list(METHODS.values())
     chosen, skipped = [], {}
     for method in methods:
         if method.trains and not names:
             skipped[method.name] = f"trains by gradient descent; ask for it with --methods {method.name}"
-        elif missing := method.missing(mixture):
+        elif missing := method.missing(merge_inputs):
             skipped[method.name] = "; ".join(REMEDIES[need] for need in missing)
         else:
             chosen.append(method)
     return chosen, skipped
 
 
-def _specialist_row(mixture: Mixture, tests: Sequence[LabelledSet], store: RowStore | None) -> Measurement:
+def _specialist_row(
+    merge_inputs: MergeInputs, tests: Sequence[LabelledSet], store: RowStore | None
+) -> Measurement:
     row = store.find(SPECIALIST) if store else None
     if row is None:
-        row = measure_specialists(mixture, tests)
+        row = measure_specialists(merge_inputs, tests)
         if store:
             store.keep(row, SPECIALIST)
     return row
@@ -174,7 +176,7 @@ def _specialist_row(mixture: Mixture, tests: Sequence[LabelledSet], store: RowSt
 
 def _row(
     method: Method,
-    mixture: Mixture,
+    merge_inputs: MergeInputs,
     tests: Sequence[LabelledSet],
     store: RowStore | None,
     progress: Progress,
@@ -183,7 +185,7 @@ def _row(
     row = store.find(method.name, method) if store else None
     if row is None:
         progress(0.0, "")
-        row = measure(method, mixture, tests, progress)
+        row = measure(method, merge_inputs, tests, progress)
         if store:
             store.keep(row, method.name, method)
     return row
@@ -193,14 +195,14 @@ def _section(progress: Progress, done: int, total: int, name: str) -> Progress:
     return lambda fraction, text: progress((done + fraction) / total, f"{name}  {text}")
 
 
-def _notes(mixture: Mixture) -> tuple[str, ...]:
+def _notes(merge_inputs: MergeInputs) -> tuple[str, ...]:
     notes = []
-    if unknown := unrecorded(mixture):
+    if unknown := unrecorded(merge_inputs):
         notes.append(
             f"nothing says which frames the training of {', '.join(unknown)} saw (files of earlier versions do not), so "
             "test frames could be compared with calibration frames only"
         )
-    strangers = [pair for pair in combinations(mixture.specialists, 2) if not related(*pair)]
+    strangers = [pair for pair in combinations(merge_inputs.specialists, 2) if not related(*pair)]
     if strangers:
         pairs = "; ".join(f"{first.name} and {second.name}" for first, second in strangers)
         notes.append(f"no common base is on record: {pairs}; merging by weights cannot work for them")

@@ -13,9 +13,9 @@ from ase_gffmerge.dynamics.ase_md import run_md
 from ase_gffmerge.dynamics.result import MDResult, Sample
 from ase_gffmerge.evaluation.comparison.measurement import run_timed
 from ase_gffmerge.forcefield.bundled import bundled_test_frames
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.metrics import labels, predict_frames
-from ase_gffmerge.methods import Mixture, get_method
+from ase_gffmerge.methods import MergeInputs, get_method
 from ase_gffmerge.models import Potential
 
 BASELINES = ("mean", "paper")
@@ -89,7 +89,7 @@ class DemoResult:
 
 
 def compare_models(
-    specialists: Sequence[Specialist], merged: Specialist, seconds: float, *, device: torch.device
+    specialists: Sequence[ForceField], merged: ForceField, seconds: float, *, device: torch.device
 ) -> ForceComparison:
     """Evaluate specialists, baselines (merged here) and ``merged`` on the bundled test frames.
 
@@ -103,11 +103,11 @@ def compare_models(
         What that merge took.
     """
     names = [specialist.name for specialist in specialists]
-    mixture = Mixture(specialists=tuple(specialists), device=device)
+    merge_inputs = MergeInputs(specialists=tuple(specialists), device=device)
     models, taken = {}, {}
     for baseline in BASELINES:
-        outcome, taken[baseline] = run_timed(get_method(baseline), mixture)
-        models[baseline] = outcome.potential(0)
+        merge_output, taken[baseline] = run_timed(get_method(baseline), merge_inputs)
+        models[baseline] = merge_output.potential(0)
     models[DEFAULT], taken[DEFAULT] = merged.potential, seconds
     own = {s.name: _forces(s.to(device=device).potential, s.name) for s in specialists}
     return ForceComparison(

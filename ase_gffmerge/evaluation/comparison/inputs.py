@@ -11,12 +11,12 @@ from ase_gffmerge.data.readers import read_frames, require_labels
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.bundled import bundled_test_frames
 from ase_gffmerge.forcefield.conditioning import without_choice
-from ase_gffmerge.forcefield.force_field import BUNDLED, Specialist, bundled_path
+from ase_gffmerge.forcefield.force_field import BUNDLED, ForceField, bundled_path
 from ase_gffmerge.inference.metrics import check_frames
 from ase_gffmerge.merging.compatibility import check_compatible
 from ase_gffmerge.merging.merge import working_copies
 from ase_gffmerge.merging.recipe import load_recipe
-from ase_gffmerge.methods import Mixture
+from ase_gffmerge.methods import MergeInputs
 from ase_gffmerge.runtime.devices import resolve_device
 
 
@@ -28,13 +28,13 @@ class LabelledSet:
     frames: tuple[Atoms, ...]
 
 
-def make_mixture(
-    specialists: Sequence[Specialist],
+def make_merge_inputs(
+    specialists: Sequence[ForceField],
     *,
-    base: Specialist | None = None,
+    base: ForceField | None = None,
     labelled: Sequence[LabelledSet] | None = None,
     device: str | torch.device = "auto",
-) -> Mixture:
+) -> MergeInputs:
     """Copies of the specialists on one device with distinct names, and their common ancestor.
 
     Parameters
@@ -60,7 +60,7 @@ def make_mixture(
         check_ancestor(base, specialists)
     target = resolve_device(device)
     copies = working_copies(specialists, target)
-    return Mixture(
+    return MergeInputs(
         specialists=tuple(copies),
         base=base.to(device=target, dtype=copies[0].potential.dtype) if base else None,
         labelled=tuple(known.frames for known in labelled) if labelled else None,
@@ -68,20 +68,20 @@ def make_mixture(
     )
 
 
-def common_ancestors(specialists: Sequence[Specialist]) -> tuple[str, ...]:
+def common_ancestors(specialists: Sequence[ForceField]) -> tuple[str, ...]:
     """Fingerprints of the models that all descend from (or are), root first."""
     lines = [(*s.provenance.lineage, s.fingerprint) for s in specialists]
     return tuple(key for key in lines[0] if all(key in line for line in lines))
 
 
-def bundled_ancestor(specialists: Sequence[Specialist]) -> Specialist | None:
+def bundled_ancestor(specialists: Sequence[ForceField]) -> ForceField | None:
     """Youngest common ancestor among the bundled models, recognised by its fingerprint."""
     common = common_ancestors(specialists)
-    bundled = {model.fingerprint: model for model in map(Specialist.load, BUNDLED)} if common else {}
+    bundled = {model.fingerprint: model for model in map(ForceField.load, BUNDLED)} if common else {}
     return next((bundled[key] for key in reversed(common) if key in bundled), None)
 
 
-def check_ancestor(base: Specialist, specialists: Sequence[Specialist]) -> None:
+def check_ancestor(base: ForceField, specialists: Sequence[ForceField]) -> None:
     """Raise :class:`IncompatibleSpecialistsError` when ``base`` is not recorded as ancestor of every specialist."""
     strangers = [
         s.name for s in specialists if base.fingerprint not in (*s.provenance.lineage, s.fingerprint)
@@ -139,9 +139,9 @@ def read_labelled(
     return tuple(sets)
 
 
-def check_elements(mixture: Mixture, sets: Sequence[LabelledSet]) -> None:
+def check_elements(merge_inputs: MergeInputs, sets: Sequence[LabelledSet]) -> None:
     """Raise :class:`FramesError` for frames with elements that their specialist does not know."""
-    for specialist, known in zip(mixture.specialists, sets, strict=True):
+    for specialist, known in zip(merge_inputs.specialists, sets, strict=True):
         try:
             check_frames(specialist.potential, known.frames)
         except FramesError as error:

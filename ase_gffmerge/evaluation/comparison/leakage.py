@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence, Set
 from ase_gffmerge.data.hashing import geometry_key, geometry_keys
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.evaluation.comparison.inputs import LabelledSet
-from ase_gffmerge.methods import Mixture
+from ase_gffmerge.methods import MergeInputs
 
 
 def check_leaks(tests: Sequence[LabelledSet], seen: Mapping[str, Set[str]]) -> None:
@@ -31,9 +31,9 @@ def check_leaks(tests: Sequence[LabelledSet], seen: Mapping[str, Set[str]]) -> N
                 raise FramesError(_refusal(test, leaked, where))
 
 
-def frames_seen(mixture: Mixture, labelled: Sequence[LabelledSet] = ()) -> dict[str, Set[str]]:
+def frames_seen(merge_inputs: MergeInputs, labelled: Sequence[LabelledSet] = ()) -> dict[str, Set[str]]:
     """Keys of all frames that specialists, base and training labels hold, by a description of where they are."""
-    models = [*mixture.specialists, *([mixture.base] if mixture.base else [])]
+    models = [*merge_inputs.specialists, *([merge_inputs.base] if merge_inputs.base else [])]
     seen: dict[str, Set[str]] = {}
     for model in models:
         seen[f"the training frames of {model.name!r} or its ancestors"] = set(model.provenance.seen_frames)
@@ -43,9 +43,9 @@ def frames_seen(mixture: Mixture, labelled: Sequence[LabelledSet] = ()) -> dict[
     return seen
 
 
-def unrecorded(mixture: Mixture) -> tuple[str, ...]:
+def unrecorded(merge_inputs: MergeInputs) -> tuple[str, ...]:
     """Names of specialists whose files do not say which frames their training saw."""
-    return tuple(s.name for s in mixture.specialists if not s.provenance.seen_frames)
+    return tuple(s.name for s in merge_inputs.specialists if not s.provenance.seen_frames)
 
 
 def _refusal(test: LabelledSet, leaked: Sequence[int], where: str) -> str:

@@ -15,7 +15,7 @@ from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.comparison.inputs import LabelledSet
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.inference.metrics import Errors, evaluate
-from ase_gffmerge.methods import Method, Mixture, Outcome
+from ase_gffmerge.methods import MergeInputs, MergeOutput, Method
 from ase_gffmerge.methods.base import Progress
 from ase_gffmerge.models import Potential
 
@@ -61,56 +61,60 @@ class Measurement:
         return cls(**{**data, "errors": tuple(Errors(**errors) for errors in data["errors"])})
 
 
-def run_timed(method: Method, mixture: Mixture, progress: Progress | None = None) -> tuple[Outcome, float]:
+def run_timed(
+    method: Method, merge_inputs: MergeInputs, progress: Progress | None = None
+) -> tuple[MergeOutput, float]:
     """Run a method and return the seconds it took; a comparison shows a bad merge, so nothing warns of one."""
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)
-        outcome = method.run(mixture, progress or (lambda fraction, text: None))
-    if mixture.device.type == "cuda":
-        torch.cuda.synchronize(mixture.device)
-    return outcome, time.perf_counter() - start
+        merge_output = method.run(merge_inputs, progress or (lambda fraction, text: None))
+    if merge_inputs.device.type == "cuda":
+        torch.cuda.synchronize(merge_inputs.device)
+    return merge_output, time.perf_counter() - start
 
 
 def measure(
-    method: Method, mixture: Mixture, tests: Sequence[LabelledSet], progress: Progress
+    method: Method, merge_inputs: MergeInputs, tests: Sequence[LabelledSet], progress: Progress
 ) -> Measurement:
     """Run a method and measure what comes out."""
-    outcome, seconds = run_timed(method, mixture, lambda fraction, text: progress(0.8 * fraction, text))
+    merge_output, seconds = run_timed(
+        method, merge_inputs, lambda fraction, text: progress(0.8 * fraction, text)
+    )
     progress(0.8, "errors on the test frames")
-    return measure_outcome(outcome, mixture, tests, seconds=seconds)
+    return measure_output(merge_output, merge_inputs, tests, seconds=seconds)
 
 
-def measure_specialists(mixture: Mixture, tests: Sequence[LabelledSet]) -> Measurement:
+def measure_specialists(merge_inputs: MergeInputs, tests: Sequence[LabelledSet]) -> Measurement:
     """Every specialist on its own test frames; the number of parameters is that of one."""
     return Measurement(
         errors=tuple(
-            evaluate(s.potential, t.frames) for s, t in zip(mixture.specialists, tests, strict=True)
+            evaluate(s.potential, t.frames) for s, t in zip(merge_inputs.specialists, tests, strict=True)
         ),
         seconds=None,
-        parameters=n_parameters([mixture.specialists[0].potential]),
+        parameters=n_parameters([merge_inputs.specialists[0].potential]),
         cost=1.0,
     )
 
 
-def measure_outcome(
-    outcome: Outcome, mixture: Mixture, tests: Sequence[LabelledSet], *, seconds: float
+def measure_output(
+    merge_output: MergeOutput, merge_inputs: MergeInputs, tests: Sequence[LabelledSet], *, seconds: float
 ) -> Measurement:
     """Errors, size and cost of potentials that took ``seconds`` to make."""
-    potentials = [outcome.potential(k) for k in range(len(tests))]
-    own = [specialist.potential for specialist in mixture.specialists]
+    potentials = [merge_output.potential(k) for k in range(len(tests))]
+    own = [specialist.potential for specialist in merge_inputs.specialists]
     return Measurement(
         errors=tuple(
             evaluate(potential, test.frames, specialist=k)
             for k, (potential, test) in enumerate(zip(potentials, tests, strict=True))
         ),
         seconds=seconds,
-        parameters=n_parameters(outcome.potentials),
+        parameters=n_parameters(merge_output.potentials),
         cost=statistics.fmean(
             relative_cost(potential, alone, test.frames[0], specialist=k)
             for k, (potential, alone, test) in enumerate(zip(potentials, own, tests, strict=True))
         ),
-        settings=dict(outcome.settings),
+        settings=dict(merge_output.settings),
     )
 
 

@@ -10,9 +10,9 @@ from ase_gffmerge import __version__
 from ase_gffmerge.data.hashing import hash_frames
 from ase_gffmerge.evaluation.comparison.inputs import LabelledSet
 from ase_gffmerge.evaluation.comparison.measurement import Measurement
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.merge import MERGE_VERSION
-from ase_gffmerge.methods import Method, Mixture, Need
+from ase_gffmerge.methods import MergeInputs, Method, Requirement
 from ase_gffmerge.storage.tensor_file import atomic_write, require_writable
 from ase_gffmerge.training.frames import hash_labelled
 from ase_gffmerge.workflows.cache import MergeCache
@@ -41,9 +41,11 @@ class RowStore:
         When the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, mixture: Mixture, tests: Sequence[LabelledSet], *, fresh: bool = False):
+    def __init__(
+        self, folder: Path, merge_inputs: MergeInputs, tests: Sequence[LabelledSet], *, fresh: bool = False
+    ):
         self.folder, self.fresh = folder.expanduser(), fresh
-        self._parts, self._needed = _parts(mixture, tests), _needed(mixture)
+        self._parts, self._needed = _parts(merge_inputs, tests), _needed(merge_inputs)
         require_writable(self.folder / "row.json")
 
     def path(self, model: str, method: Method | None = None) -> Path:
@@ -77,24 +79,24 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _parts(mixture: Mixture, tests: Sequence[LabelledSet]) -> dict[str, Any]:
+def _parts(merge_inputs: MergeInputs, tests: Sequence[LabelledSet]) -> dict[str, Any]:
     """What every row depends on."""
     return {
         "version": __version__,
-        "device": str(mixture.device),
-        "specialists": [_identity(specialist) for specialist in mixture.specialists],
+        "device": str(merge_inputs.device),
+        "specialists": [_identity(specialist) for specialist in merge_inputs.specialists],
         "tests": [hash_labelled(test.frames) for test in tests],
     }
 
 
-def _needed(mixture: Mixture) -> dict[Need, Any]:
+def _needed(merge_inputs: MergeInputs) -> dict[Requirement, Any]:
     """What a row depends on through each need of its method."""
     return {
-        Need.FRAMES: [hash_frames(specialist.calibration) for specialist in mixture.specialists],
-        Need.BASE: mixture.base.fingerprint if mixture.base else None,
-        Need.LABELS: [hash_labelled(frames) for frames in mixture.labelled or ()],
+        Requirement.FRAMES: [hash_frames(specialist.calibration) for specialist in merge_inputs.specialists],
+        Requirement.BASE: merge_inputs.base.fingerprint if merge_inputs.base else None,
+        Requirement.LABELS: [hash_labelled(frames) for frames in merge_inputs.labelled or ()],
     }
 
 
-def _identity(specialist: Specialist) -> list[Any]:
+def _identity(specialist: ForceField) -> list[Any]:
     return [specialist.name, specialist.fingerprint, list(specialist.species), specialist.level_of_theory]

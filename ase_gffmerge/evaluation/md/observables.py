@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
 
-from ase_gffmerge.dynamics.stopping import Monitor
+from ase_gffmerge.dynamics.stopping import StoppingCriteria
 from ase_gffmerge.evaluation.analysis import (
     Diffusion,
     Spectrum,
@@ -155,7 +155,7 @@ def _overlap_of_halves(runs: Sequence[MDTrajectory], protocol: Protocol) -> floa
 
 def _mobile_diffusion(runs: Sequence[MDTrajectory], begin: float) -> dict[str, tuple[Diffusion, ...]]:
     """Diffusion of the elements that hop, in crystals whose runs lasted long enough for an error estimate."""
-    mobile = {atomic_numbers[symbol] for symbol in Monitor().mobile}
+    mobile = {atomic_numbers[symbol] for symbol in StoppingCriteria().mobile}
     lasting = [r for r in runs if r.held and r.pbc.all() and len(r.after(begin)) >= MIN_DIFFUSION_FRAMES]
     found = {}
     for element in sorted(mobile.intersection(lasting[0].numbers.tolist())) if lasting else ():

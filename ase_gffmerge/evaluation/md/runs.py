@@ -13,7 +13,7 @@ from ase_gffmerge.dynamics.batched_md import Ensemble, run_replicas
 from ase_gffmerge.evaluation.md.protocol import Protocol
 from ase_gffmerge.evaluation.md.trajectory import MDTrajectory, load_trajectories, save_trajectories
 from ase_gffmerge.forcefield.conditioning import KEY, with_choice_of
-from ase_gffmerge.forcefield.force_field import Specialist
+from ase_gffmerge.forcefield.force_field import ForceField
 
 Progress = Callable[[float, str], None]
 TRIAL_STEPS = 20
@@ -34,7 +34,7 @@ class Contestant:
     """
 
     label: str
-    force_field: Specialist
+    force_field: ForceField
     specialist: str | int | None = None
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.integrations.base import Foreign
+from ase_gffmerge.integrations.base import ConvertedModel
 from ase_gffmerge.integrations.conversion import converted, per_element, require_package, rows_of_elements
 from ase_gffmerge.models import Potential
 
@@ -30,7 +30,7 @@ class MACEAdapter:
     vendor = "mace"
     architecture = "mace-package"
 
-    def read(self, source: Any, *, trust: bool = False) -> Foreign:
+    def read(self, source: Any, *, trust: bool = False) -> ConvertedModel:
         """Convert a file, a ``MACECalculator`` or a model in memory.
 
         Raises
@@ -45,7 +45,9 @@ class MACEAdapter:
         if isinstance(source, str | Path):
             source = load_network(Path(source), trust=trust)
         network, head = find_network(source)
-        return Foreign(potential=_convert(network, head), vendor="mace-torch", version=version("mace-torch"))
+        return ConvertedModel(
+            potential=_convert(network, head), vendor="mace-torch", version=version("mace-torch")
+        )
 
     def write(self, potential: Potential, path: Path) -> Path:
         """Write what ``MACECalculator`` loads: the model, pickled.

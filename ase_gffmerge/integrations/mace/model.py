@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch_geometric.data import Data
 
-from ase_gffmerge.integrations.wrapped import ChainPotential, Entries, Link, PackageHyper, SummedReadout
+from ase_gffmerge.integrations.wrapped import (
+    ChainPotential,
+    Entries,
+    ModuleStage,
+    PackageHyper,
+    SummedReadout,
+)
 from ase_gffmerge.models.base import HyperParameters, State
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
 from ase_gffmerge.models.layers.element_linear import ElementLinear
@@ -218,7 +224,7 @@ class MACEPackage(ChainPotential):
             self.harmonics = network.spherical_harmonics
             for index in range(hyper.n_blocks):
                 layer = Layer(network, index, self.species)
-                self.stages.append(Link(layer, reads=FEATURES, writes=FEATURES))
+                self.stages.append(ModuleStage(layer, reads=FEATURES, writes=FEATURES))
             power = arguments["num_polynomial_cutoff"]
             self.repulsion = Repulsion(self.species, power=power) if arguments["pair_repulsion"] else None
         _replace_empty_parameters(self)

@@ -14,7 +14,7 @@ from ase.data import atomic_numbers as NUMBERS
 from torch import Tensor
 
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.integrations.base import Foreign, require_own_parts
+from ase_gffmerge.integrations.base import ConvertedModel, require_own_parts
 from ase_gffmerge.integrations.conversion import converted, one_number_of_scalars, require_package
 from ase_gffmerge.integrations.nequip.io import find_network, layers_of, load_network
 from ase_gffmerge.models import Potential
@@ -30,7 +30,7 @@ class NequIPAdapter:
     vendor = "nequip"
     architecture = "nequip-package"
 
-    def read(self, source: Any, *, trust: bool = False) -> Foreign:
+    def read(self, source: Any, *, trust: bool = False) -> ConvertedModel:
         """Convert a checkpoint (``.ckpt``), a package (``.nequip.zip``) or a model in memory.
 
         Raises
@@ -45,7 +45,7 @@ class NequIPAdapter:
             if isinstance(source, str | Path)
             else find_network(source)
         )
-        return Foreign(potential=_convert(network), vendor=self.vendor, version=version("nequip"))
+        return ConvertedModel(potential=_convert(network), vendor=self.vendor, version=version("nequip"))
 
     def write(self, potential: Potential, path: Path) -> Path:
         """Write a checkpoint that ``NequIPCalculator`` loads, without the state and the data of a training.

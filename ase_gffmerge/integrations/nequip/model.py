@@ -19,7 +19,13 @@ from nequip.nn.pair_potential import ZBL
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from ase_gffmerge.integrations.wrapped import ChainPotential, Entries, Link, PackageHyper, ScaledReadout
+from ase_gffmerge.integrations.wrapped import (
+    ChainPotential,
+    Entries,
+    ModuleStage,
+    PackageHyper,
+    ScaledReadout,
+)
 from ase_gffmerge.models.base import HyperParameters, State
 from ase_gffmerge.models.chgnet import envelope
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
@@ -123,7 +129,7 @@ class NequIPPackage(ChainPotential):
             layer = getattr(network, f"layer{block}_convnet")
             if (product := layer.conv.sc) is not None:
                 layer.conv.sc = ElementLinear(product.irreps_in1, product.irreps_out, self.species)
-            self.stages.append(Link(layer, reads=FEATURES, writes=FEATURES))
+            self.stages.append(ModuleStage(layer, reads=FEATURES, writes=FEATURES))
         self.repulsion = Repulsion(self.species, **arguments["zbl"]) if arguments.get("zbl") else None
         self._seal()
 

@@ -16,7 +16,7 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.integrations.base import Foreign, load_checkpoint, require_own_parts
+from ase_gffmerge.integrations.base import ConvertedModel, load_checkpoint, require_own_parts
 from ase_gffmerge.integrations.conversion import converted, require_package
 from ase_gffmerge.models import Potential
 from ase_gffmerge.storage.tensor_file import atomic_write
@@ -49,7 +49,7 @@ class OrbAdapter:
     vendor = "orb"
     architecture = "orb-package"
 
-    def read(self, source: Any, *, trust: bool = False) -> Foreign:
+    def read(self, source: Any, *, trust: bool = False) -> ConvertedModel:
         """Convert a state dictionary, a published model by name, or a model in memory.
 
         Parameters
@@ -79,7 +79,7 @@ class OrbAdapter:
             name = "" if Path(source).exists() else Path(str(source).partition("@")[2]).name.split(".")[0]
         else:
             network, hyper = _from_object(source)
-        return Foreign(
+        return ConvertedModel(
             potential=_convert(network, hyper),
             vendor=self.vendor,
             version=version("orb_models"),

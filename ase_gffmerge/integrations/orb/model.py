@@ -28,7 +28,7 @@ from torch.nn.functional import one_hot
 from torch_geometric.data import Data
 
 from ase_gffmerge.graphs.graph import structure_index
-from ase_gffmerge.integrations.wrapped import ChainPotential, Entries, Link
+from ase_gffmerge.integrations.wrapped import ChainPotential, Entries, ModuleStage
 from ase_gffmerge.models.base import HyperParameters, State
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
 
@@ -161,10 +161,10 @@ class OrbPackage(ChainPotential):
         self.bessel, self.harmonics = model.rbf_transform, model.angular_transform
         self.repulsion = network.pair_repulsion_fn if hyper.repulsion else None
         encode = Encode(model._encoder)
-        self.stages.append(Link(encode, reads=("nodes",), writes=STATE, emits_scalars=False))
+        self.stages.append(ModuleStage(encode, reads=("nodes",), writes=STATE, emits_scalars=False))
         for block in model.gnn_stacks:
-            self.stages.append(Link(Block(block), reads=STATE, writes=STATE))
-        self.stages.append(Link(Pool(), reads=STATE, writes=("nodes",)))
+            self.stages.append(ModuleStage(Block(block), reads=STATE, writes=STATE))
+        self.stages.append(ModuleStage(Pool(), reads=STATE, writes=("nodes",)))
         self.unused = nn.ModuleDict({"decoder": model._decoder})
         if hyper.confidence:
             self.unused["confidence"] = heads["confidence"]

@@ -12,7 +12,7 @@ from e3nn.o3 import Irreps
 from torch import Tensor, nn
 
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.integrations.base import Foreign, load_checkpoint, require_own_parts
+from ase_gffmerge.integrations.base import ConvertedModel, load_checkpoint, require_own_parts
 from ase_gffmerge.integrations.conversion import converted, one_number_of_scalars, require_package
 from ase_gffmerge.models import Potential
 from ase_gffmerge.storage.tensor_file import atomic_write
@@ -32,7 +32,7 @@ class SevenNetAdapter:
     vendor = "sevenn"
     architecture = "sevennet-package"
 
-    def read(self, source: Any, *, trust: bool = False) -> Foreign:
+    def read(self, source: Any, *, trust: bool = False) -> ConvertedModel:
         """Convert a checkpoint (``.pth``), a name in :data:`PRETRAINED` or a model in memory.
 
         Raises
@@ -51,7 +51,7 @@ class SevenNetAdapter:
                 path, theory = _pretrained(str(source)), MATERIALS_PROJECT
             network = _build(load_checkpoint(path, trust=trust), path)
         potential = _convert(network)
-        return Foreign(
+        return ConvertedModel(
             potential=potential, vendor=self.vendor, version=version("sevenn"), level_of_theory=theory
         )
 

@@ -14,7 +14,13 @@ from sevenn.model_build import build_E3_equivariant_model
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from ase_gffmerge.integrations.wrapped import ChainPotential, Entries, Link, PackageHyper, ScaledReadout
+from ase_gffmerge.integrations.wrapped import (
+    ChainPotential,
+    Entries,
+    ModuleStage,
+    PackageHyper,
+    ScaledReadout,
+)
 from ase_gffmerge.models.base import HyperParameters, State
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
 from ase_gffmerge.models.layers.element_linear import ElementLinear
@@ -92,14 +98,14 @@ class SevenNetPackage(ChainPotential):
         self.harmonics = embedding.spherical
         radial = RadialFunctions(embedding.basis_function, embedding.cutoff_function)
         state = ("x", "edge_embedding")
-        self.stages.append(Link(radial, reads=("x",), writes=state, emits_scalars=False))
+        self.stages.append(ModuleStage(radial, reads=("x",), writes=state, emits_scalars=False))
         for block in range(hyper.n_blocks):
             parts = OrderedDict((name, network.get_submodule(f"{block}_{name}")) for name in BLOCK)
             intro: Any = parts["self_connection_intro"]
             if hasattr(intro, "fc_tensor_product"):
                 product = intro.fc_tensor_product
                 intro.fc_tensor_product = ElementLinear(product.irreps_in1, product.irreps_out, self.species)
-            self.stages.append(Link(nn.Sequential(parts), reads=state, writes=state))
+            self.stages.append(ModuleStage(nn.Sequential(parts), reads=state, writes=state))
         self._seal()
 
     def own_readout(self) -> nn.Module:

@@ -25,7 +25,7 @@ class MLPReadout(nn.Module):
         return self.out(silu(self.hidden(scalars[-1]))).squeeze(-1)
 
 
-class WidenedReadout(nn.Module):
+class RandomFeatureReadout(nn.Module):
     r"""Energy :math:`e_i = e^{\rm MLP}_i + \theta_{Z_i}\cdot\phi_i + c_{Z_i}`, linear in :math:`(\theta, c)`.
 
     The features are :math:`\phi_i = \mathrm{silu}(A[x_{B,i};\dots;x_{L,i}] + b)`: random projections of the scalars
@@ -70,12 +70,12 @@ class WidenedReadout(nn.Module):
         self.theta = nn.Parameter(torch.zeros(n_species, width))
         self.constants = nn.Parameter(torch.zeros(n_species))
 
-    def lifted(self, scalars: Sequence[Tensor]) -> Tensor:
+    def random_features(self, scalars: Sequence[Tensor]) -> Tensor:
         """Inputs of the projection, [x_B; ...; x_L] (n_atoms, blocks · channels)."""
         return torch.cat(list(scalars[-self.blocks :]), dim=-1)
 
     def forward(self, scalars: Sequence[Tensor], species: Tensor) -> Tensor:
         """Map L tensors (n_atoms, channels) and element rows (n_atoms,) to energies (n_atoms,) in eV."""
-        features = silu(self.lift(self.lifted(scalars)))
+        features = silu(self.lift(self.random_features(scalars)))
         per_element = features @ self.theta.T + self.constants
         return self.mlp(scalars, species) + per_element.gather(1, species[:, None]).squeeze(1)

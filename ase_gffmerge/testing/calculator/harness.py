@@ -11,7 +11,7 @@ from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 
 from ase_gffmerge.errors import first_line
-from ase_gffmerge.testing.report import CheckResult, Outcome
+from ase_gffmerge.testing.report import CheckResult, MergeOutput
 
 PROPERTIES = ("energy", "free_energy", "energies", "forces", "stress")
 GPA_PER_EV_PER_ANGSTROM3 = 160.21766208
@@ -156,7 +156,7 @@ def check(point: int) -> Callable[[Callable[..., str | None]], Callable[..., str
 
 def run_check(function: Callable[..., str | None], subject: Any) -> CheckResult:
     """Outcome of a check, whatever it raises."""
-    outcome: Outcome = "passed"
+    outcome: MergeOutput = "passed"
     try:
         detail = function(subject) or ""
     except NotApplicable as reason:

@@ -5,7 +5,7 @@ from ase import Atoms
 from structures import OWN_ARCHITECTURES
 from toys import STRUCTURES, random_force_field, relative
 
-from ase_gffmerge import GFFMergeCalculator, Specialist
+from ase_gffmerge import ForceField, GFFMergeCalculator
 from ase_gffmerge.merging.merge import merge
 
 
@@ -15,7 +15,7 @@ def architecture(request) -> str:
 
 
 @pytest.fixture
-def force_field(architecture) -> Specialist:
+def force_field(architecture) -> ForceField:
     return random_force_field(architecture)
 
 
@@ -30,13 +30,13 @@ def painn_calc() -> GFFMergeCalculator:
 
 
 @pytest.fixture
-def relatives() -> list[Specialist]:
+def relatives() -> list[ForceField]:
     base = random_force_field("painn")
     return [relative(base, "ethanol", "CH3CH2OH", seed=1), relative(base, "methanol", "CH3OH", seed=2)]
 
 
 @pytest.fixture
-def conditioned(relatives) -> Specialist:
+def conditioned(relatives) -> ForceField:
     """A merged force field with one embedding table per specialist."""
     return merge(relatives, {"preset": "mean", "conditioning": "per-specialist"}, device="cpu")[0]
 

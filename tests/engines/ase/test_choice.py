@@ -12,7 +12,7 @@ from ase.io import read, write
 from toys import cluster, random_force_field
 from typer.testing import CliRunner
 
-from ase_gffmerge import GFFMergeCalculator, Specialist, run_replicas
+from ase_gffmerge import ForceField, GFFMergeCalculator, run_replicas
 from ase_gffmerge.cli import app
 from ase_gffmerge.errors import MergeWarning, StructureError
 from ase_gffmerge.evaluation.comparison.inputs import read_labelled
@@ -43,7 +43,7 @@ def labelled(atoms: Atoms) -> Atoms:
     return atoms
 
 
-def energy(force_field: Specialist, atoms: Atoms, **choice: object) -> float:
+def energy(force_field: ForceField, atoms: Atoms, **choice: object) -> float:
     atoms = atoms.copy()
     atoms.calc = GFFMergeCalculator(force_field, dtype="float64", device="cpu", **choice)
     return atoms.get_potential_energy()

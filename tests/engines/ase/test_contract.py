@@ -274,5 +274,5 @@ def test_21_the_public_checks_pass(force_field, relatives, tmp_path):
     assert not GFFMergeCalculator(relatives, **options).cache_hit
     merged = GFFMergeCalculator(relatives, **options)
     assert merged.cache_hit
-    assert merged.force_field.gauge is not None
+    assert merged.force_field.extrapolation_grade is not None
     check_calculator(merged, relatives[0].calibration[0], steps=50).raise_if_failed()

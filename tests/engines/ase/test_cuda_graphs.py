@@ -26,8 +26,8 @@ from ase_gffmerge.inference.cuda_capture import CudaGraphs
 from ase_gffmerge.inference.cuda_graphs import (
     BACKOFF,
     FAILURES,
-    GHOSTS,
     MAX_EDGES,
+    PADDING_ATOMS,
     RECORDINGS,
     VISITS,
     CapturedFunction,
@@ -42,8 +42,8 @@ def arguments(potential, atoms):
 
 
 def captured(potential, record) -> CapturedFunction:
-    ghost = potential.species[-1], potential.hyper.cutoff
-    return CapturedFunction(differentiated(potential), ghost=ghost, record=record)
+    padding_atom = potential.species[-1], potential.hyper.cutoff
+    return CapturedFunction(differentiated(potential), padding_atom=padding_atom, record=record)
 
 
 def assert_equal_results(found, expected) -> None:
@@ -71,7 +71,7 @@ def test_replays_are_what_the_network_gives_without_ghosts(architecture) -> None
         assert_equal_results(function(*given), differentiated(potential)(*given))
         assert len(record.sizes) == (step + 1 >= VISITS), "recorded once, when a size comes back"
     (size,) = record.sizes
-    assert size.n_atoms >= len(atoms) + GHOSTS
+    assert size.n_atoms >= len(atoms) + PADDING_ATOMS
     assert size.n_edges >= len(given[0])
 
 

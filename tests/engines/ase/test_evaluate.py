@@ -21,7 +21,7 @@ from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import DeviceMemoryError, GFFMergeError
 from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.models import painn_cpu as painn_served
-from ase_gffmerge.models.painn_cpu import BlockedSums, ServedMessage
+from ase_gffmerge.models.painn_cpu import BlockedSums, InferenceMessage
 
 MIXED = [
     crystal(),
@@ -132,7 +132,7 @@ def test_the_network_of_single_structures_evaluates(monkeypatch):
 
 
 def test_frames_are_labelled_by_the_served_network(monkeypatch):
-    monkeypatch.setattr(ServedMessage, "forward", lambda *_: 1 / 0)
+    monkeypatch.setattr(InferenceMessage, "forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         predict_frames(TOY.force_field.potential, [cluster()])
 

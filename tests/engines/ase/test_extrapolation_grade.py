@@ -16,15 +16,20 @@ from ase.md import VelocityVerlet
 from ase.md.velocitydistribution import thermalize_momenta
 from toys import cluster, crystal
 
-from ase_gffmerge import ExtrapolationMonitor, GFFMergeCalculator, Specialist, merge
-from ase_gffmerge.errors import ExtrapolationError, ExtrapolationWarning, GFFMergeError, UngaugedError
-from ase_gffmerge.forcefield.leverage_fit import gauged
+from ase_gffmerge import ExtrapolationMonitor, ForceField, GFFMergeCalculator, merge
+from ase_gffmerge.errors import (
+    ExtrapolationError,
+    ExtrapolationWarning,
+    GFFMergeError,
+    MissingExtrapolationGradeError,
+)
+from ase_gffmerge.forcefield.leverage_fit import with_extrapolation_grade
 from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.inference.predict import grades
 
 
 @pytest.fixture
-def merged(relatives) -> Specialist:
+def merged(relatives) -> ForceField:
     return merge(relatives, "mean", device="cpu")[0]
 
 
@@ -57,7 +62,9 @@ def test_results_stay_what_ase_knows(calc, inside) -> None:
     inside.get_potential_energy()
     assert set(calc.results) <= {"energy", "free_energy", "energies", "forces", "stress"}
     calc.export_properties()
-    plain = GFFMergeCalculator(replace(calc.force_field, gauge=None), dtype="float64", device="cpu")
+    plain = GFFMergeCalculator(
+        replace(calc.force_field, extrapolation_grade=None), dtype="float64", device="cpu"
+    )
     plain.calculate(inside)
     assert "extrapolation" not in plain.extras
     assert calc.results["energy"] == plain.results["energy"]
@@ -180,7 +187,7 @@ def test_record_keeps_frames_to_be_labelled(calc, inside, tmp_path: Path) -> Non
 
 def test_monitor_of_a_combined_calculator(calc, inside) -> None:
     inside.calc = SumCalculator([calc, GFFMergeCalculator(calc.force_field, device="cpu")])
-    with pytest.raises(UngaugedError, match="calculator="):
+    with pytest.raises(MissingExtrapolationGradeError, match="calculator="):
         ExtrapolationMonitor(inside)
     monitor = ExtrapolationMonitor(inside, threshold=1e9, calculator=calc)
     monitor()
@@ -192,7 +199,7 @@ def test_monitor_of_a_combined_calculator(calc, inside) -> None:
 
 def test_what_a_monitor_refuses(calc, painn_calc, inside, tmp_path: Path) -> None:
     inside.calc = painn_calc
-    with pytest.raises(UngaugedError, match="gauged"):
+    with pytest.raises(MissingExtrapolationGradeError, match="with_extrapolation_grade"):
         ExtrapolationMonitor(inside)
     inside.calc = calc
     for options, message in (
@@ -207,6 +214,6 @@ def test_what_a_monitor_refuses(calc, painn_calc, inside, tmp_path: Path) -> Non
 
 
 def test_specialist_with_a_gauge_of_its_own(relatives, inside) -> None:
-    calc = GFFMergeCalculator(gauged(relatives[0]), device="cpu")
+    calc = GFFMergeCalculator(with_extrapolation_grade(relatives[0]), device="cpu")
     calc.calculate(inside)
     assert calc.extras["extrapolation"].max() < 1

@@ -12,7 +12,7 @@ from toys import cluster, crystal, everything, random_force_field
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import StructureError
-from ase_gffmerge.models.painn_cpu import ServedMessage
+from ase_gffmerge.models.painn_cpu import InferenceMessage
 
 
 def test_without_torchsim(monkeypatch):
@@ -61,7 +61,7 @@ def test_as_the_calculator(torch_sim, make, calc, structures):
 
 
 def test_the_served_network_evaluates(torch_sim, make, monkeypatch):
-    monkeypatch.setattr(ServedMessage, "forward", lambda *_: 1 / 0)
+    monkeypatch.setattr(InferenceMessage, "forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make(random_force_field("painn"))(state(torch_sim, [cluster()]))
 

@@ -9,7 +9,7 @@ import torch
 from ase import Atoms
 from ase.build import bulk, fcc111, molecule
 
-from ase_gffmerge import Specialist
+from ase_gffmerge import ForceField
 from ase_gffmerge.models import build_potential
 
 SPECIES = (1, 6, 8, 13, 29)
@@ -26,22 +26,22 @@ SMALL = {
 }
 
 
-def random_force_field(architecture: str) -> Specialist:
+def random_force_field(architecture: str) -> ForceField:
     toy = _random_force_field(architecture)
     return replace(toy, potential=deepcopy(toy.potential))
 
 
 @cache
-def _random_force_field(architecture: str) -> Specialist:
+def _random_force_field(architecture: str) -> ForceField:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         potential = build_potential(architecture, {"cutoff": 4.0, **SMALL.get(architecture, {})}, SPECIES)
     potential.double().eval().requires_grad_(False)
     potential.references.copy_(torch.linspace(-2.0, 2.0, len(SPECIES)))
-    return Specialist(name="toy", potential=potential)
+    return ForceField(name="toy", potential=potential)
 
 
-def relative(base: Specialist, name: str, system: str, *, seed: int) -> Specialist:
+def relative(base: ForceField, name: str, system: str, *, seed: int) -> ForceField:
     """A specialist a small step away from ``base``, with calibration frames of one molecule."""
     potential = deepcopy(base.potential)
     generator = torch.Generator().manual_seed(seed)

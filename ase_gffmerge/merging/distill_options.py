@@ -5,7 +5,7 @@ from pydantic import BaseModel, Field
 from ase_gffmerge.storage.documents import STRICT, Seed, Whole
 
 
-class DistilOptions(BaseModel):
+class DistillOptions(BaseModel):
     """How a merged potential is fine-tuned on its specialists' own energies, forces and stresses.
 
     Attributes
