@@ -26,7 +26,6 @@ from ase import units
 from ase.io import read
 from ase.md import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
-from ase_gffmerge.merging.distill_options import DistillOptions
 from benchmark_lips20 import columns, measured, rounded, test_frames
 from chgnet_models import BASE, FINE_TUNING, JOINT, models, plan
 from crystal_dynamics import side_by_side
@@ -39,6 +38,7 @@ from ase_gffmerge import ForceField, GFFMergeCalculator, merge
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs
+from ase_gffmerge.merging.distill_options import DistillOptions
 from ase_gffmerge.merging.merge import MERGE_VERSION
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.methods import MergeOutput

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from ase_gffmerge.merging.distill_options import DistillOptions
 from matplotlib.figure import Figure
 from training_plan import say
 
@@ -33,6 +32,7 @@ from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.analysis.plots import save_figure
 from ase_gffmerge.inference.metrics import evaluate
+from ase_gffmerge.merging.distill_options import DistillOptions
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models import Potential

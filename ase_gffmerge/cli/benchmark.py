@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ase_gffmerge.cli.options import DeviceOption, DType, JsonOption
-from ase_gffmerge.cli.output import Progress, print_json, progress_bar
+from ase_gffmerge.cli.output import print_json, progress_bar
+from ase_gffmerge.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ase_gffmerge.cli.options import DeviceOption, JsonOption
-from ase_gffmerge.cli.output import Progress, note, print_json, progress_bar
+from ase_gffmerge.cli.output import note, print_json, progress_bar
+from ase_gffmerge.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table

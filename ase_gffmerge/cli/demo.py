@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ase_gffmerge.cli.options import DeviceOption, DType, JsonOption
-from ase_gffmerge.cli.output import Progress, note, plain, print_json, progress_bar
+from ase_gffmerge.cli.output import note, plain, print_json, progress_bar
+from ase_gffmerge.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from ase_gffmerge.engines.ase.calculator import GFFMergeCalculator

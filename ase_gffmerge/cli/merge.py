@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ase_gffmerge.cli.options import Conditioning, DeviceOption, JsonOption
-from ase_gffmerge.cli.output import Progress, note, print_json, progress_bar
+from ase_gffmerge.cli.output import note, print_json, progress_bar
 from ase_gffmerge.cli.structures import require_other
+from ase_gffmerge.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField

@@ -3,13 +3,13 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import typer
 
-Progress = Callable[[float, str], None]
+from ase_gffmerge.runtime.progress import Progress, no_progress
 
 
 def print_json(document: Any) -> None:
@@ -49,7 +49,7 @@ def note(message: str) -> None:
 def progress_bar(description: str) -> Iterator[Progress]:
     """Show a bar on stderr if that is a terminal; ``progress(fraction, text)`` moves it."""
     if not sys.stderr.isatty():
-        yield lambda fraction, text: None
+        yield no_progress
         return
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn

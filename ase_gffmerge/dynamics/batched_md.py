@@ -1,6 +1,6 @@
 """Molecular dynamics of many structures at once with one potential."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -14,9 +14,9 @@ from ase_gffmerge.dynamics.velocities import degrees_of_freedom, new_momenta
 from ase_gffmerge.errors import DynamicsError, StructureError
 from ase_gffmerge.inference.metrics import check_frames
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.progress import Progress, no_progress
 
 Ensemble = Literal["nve", "nvt"]
-Progress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ def run_replicas(
     intact = starts if references is None else _each(list(references), n, "references")
     watch = StoppingTracker(monitor or StoppingCriteria(), swarm, intact, freedom=freedom)
     records = [_Record(atoms, t) for atoms, t in zip(starts, temperatures, strict=True)]
-    tell = on_progress or (lambda fraction, text: None)
+    tell = on_progress or no_progress
     friction = friction if ensemble == "nvt" else 0.0
     _run(swarm, watch, records, timestep=timestep, steps=steps, every=every, friction=friction, tell=tell)
     return [record.close() for record in records]

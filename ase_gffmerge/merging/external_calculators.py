@@ -24,6 +24,7 @@ from ase_gffmerge.least_squares.ridge import ridge_solve
 from ase_gffmerge.merging.affine_maps import AffineMap, is_affine, problems, rows_entering
 from ase_gffmerge.merging.diagnostics import disagreement
 from ase_gffmerge.merging.report import Disagreement, LayerReport
+from ase_gffmerge.runtime.progress import Progress, no_progress
 
 MAX_ROWS = 4096
 """Rows of a layer that are kept of one frame, chosen at random."""
@@ -31,7 +32,6 @@ MAX_ROWS = 4096
 STEP = 0.01
 """Displacement of the twins in Å (standard deviation): large against round-off of float32, small against curvature."""
 
-Progress = Callable[[float, str], None]
 Module = Callable[[Any], nn.Module]
 
 
@@ -97,7 +97,7 @@ def merge_calculators(
     """
     networks = [module(calculator) for calculator in calculators]
     _check(networks, calibration)
-    tell = progress or (lambda fraction, text: None)
+    tell = progress or no_progress
     merged = deepcopy(calculators[0])
     target = module(merged)
     average_parameters(target, networks)

@@ -5,10 +5,8 @@ of each specialist, Gram statistics, ridge solves -> all maps of the stage corre
 matched to energies and forces.
 """
 
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from itertools import count
@@ -36,11 +34,10 @@ from ase_gffmerge.models import Potential
 from ase_gffmerge.models.base import Stage
 from ase_gffmerge.runtime.batching import memory_errors
 from ase_gffmerge.runtime.devices import resolve_device
+from ase_gffmerge.runtime.progress import Clock, Progress, no_progress
 
 MERGE_VERSION = 7
 """Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""
-
-Progress = Callable[[float, str], None]
 
 
 def merge(
@@ -81,8 +78,8 @@ def merge(
             "the calculator or the command line"
         )
     check_compatible(specialists, recipe)
-    tell = progress or (lambda fraction, text: None)
-    clock = _Clock()
+    tell = progress or no_progress
+    clock = Clock()
     target = resolve_device(device)
     parents = working_copies(specialists, target)
     with memory_errors(f"merging {len(parents)} specialists", device=target, remedy="give fewer frames"):
@@ -132,7 +129,7 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 
 def _solve(
-    mean: Potential, parents: Sequence[ForceField], recipe: Recipe, clock: "_Clock", tell: Progress
+    mean: Potential, parents: Sequence[ForceField], recipe: Recipe, clock: Clock, tell: Progress
 ) -> tuple[Potential, tuple[LayerReport, ...], float | None]:
     """Build the merged potential from the mean: layers, plain readout, force-matched readout."""
     potential = deepcopy(mean)
@@ -152,19 +149,6 @@ def _solve(
             potential, calibration_sets, recipe.readout, progress=lambda x: tell(0.6 + 0.35 * x, "readout")
         )
     return potential, (*layers, row), held_out
-
-
-class _Clock:
-    """Wall time per phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def _align_stages(

@@ -11,8 +11,7 @@ from ase import Atoms
 from ase_gffmerge.errors import RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import Potential
-
-Progress = Callable[[float, str], None]
+from ase_gffmerge.runtime.progress import Progress
 
 
 class Requirement(StrEnum):

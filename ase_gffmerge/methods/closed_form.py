@@ -1,7 +1,8 @@
 """Merging by least-squares problems, layer by layer: this package's method, and the published one."""
 
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
 from ase_gffmerge.methods.mean import merge_by_recipe
+from ase_gffmerge.runtime.progress import Progress
 
 
 @register("paper", citation="GffMerge, arXiv 2606.03232", needs=(Requirement.FRAMES,), merges=True)

@@ -10,11 +10,12 @@ drop rates see the same numbers.
 import torch
 from torch import Tensor
 
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.task_arithmetic import add_task_vectors
 from ase_gffmerge.methods.weight_space import WeightSpace
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.progress import Progress
 
 RATES = (0.1, 0.3, 0.5, 0.9)
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)

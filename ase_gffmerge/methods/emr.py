@@ -15,9 +15,10 @@ belongs to, so this is not one potential energy surface: a reference for how muc
 import torch
 from torch import Tensor
 
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
 from ase_gffmerge.methods.ties import elect_signs
 from ase_gffmerge.methods.weight_space import WeightSpace
+from ase_gffmerge.runtime.progress import Progress
 
 
 def elect_task_vector(task_vectors: Tensor) -> Tensor:

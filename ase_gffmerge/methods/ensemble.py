@@ -10,10 +10,11 @@ from torch_geometric.data import Data
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.force_field import symbols
 from ase_gffmerge.graphs.graph import structure_index
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
 from ase_gffmerge.methods.grid_search import DisagreementMetric
 from ase_gffmerge.methods.weight_space import aligned_copies
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.progress import Progress
 
 
 @register("best_single", citation="the one specialist closest to all", needs=(Requirement.FRAMES,))

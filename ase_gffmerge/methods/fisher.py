@@ -29,11 +29,12 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.weight_space import WeightSpace, weighted_mean
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.batching import chunks
+from ase_gffmerge.runtime.progress import Progress
 
 FLOORS = (1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0)
 """Values of ε that are tried."""

@@ -29,12 +29,13 @@ from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.methods.activation_similarity import Similarities, channel_moments, similarities
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.permutation_symmetry import permuted
 from ase_gffmerge.methods.weight_space import aligned_copies
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.batching import chunks
+from ase_gffmerge.runtime.progress import Progress
 
 TIE = 1e-9
 """Bonus for a channel that stays where it is, where 1 is the similarity of a channel to itself."""

@@ -23,9 +23,10 @@ from torch_geometric.data import Batch
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.inference.metrics import check_frames
-from ase_gffmerge.methods.base import MergeOutput, Progress
+from ase_gffmerge.methods.base import MergeOutput
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.batching import chunks
+from ase_gffmerge.runtime.progress import Progress
 
 N_FRAMES = 20
 """Calibration frames per specialist that trials are judged on."""

@@ -5,7 +5,8 @@ from typing import Any
 
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.merging.merge import merge
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, register
+from ase_gffmerge.runtime.progress import Progress
 
 
 def merge_by_recipe(merge_inputs: MergeInputs, preset: str, *, progress: Progress) -> MergeOutput:

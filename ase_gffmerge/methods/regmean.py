@@ -35,10 +35,11 @@ from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, b
 from ase_gffmerge.merging.layerwise import advance, layer_inputs, run_stage
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.merging.tangents import pushforward
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.weight_space import aligned_copies
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.progress import Progress
 
 ALPHAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 """Values of α that are tried."""

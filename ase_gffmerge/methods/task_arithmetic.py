@@ -8,10 +8,11 @@ r"""Task arithmetic: the base plus a multiple of the sum of the task vectors.
 import torch
 from torch import Tensor
 
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.weight_space import WeightSpace
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.progress import Progress
 
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 """Values of K λ that are tried."""

@@ -15,10 +15,11 @@ import math
 import torch
 from torch import Tensor
 
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.weight_space import WeightSpace, weighted_mean
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.progress import Progress
 
 DENSITIES = (0.1, 0.2, 0.5, 0.8, 1.0)
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)

@@ -5,7 +5,8 @@ import warnings
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.merging.distill_options import DistillOptions
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Progress, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
+from ase_gffmerge.runtime.progress import Progress
 from ase_gffmerge.training.joint import FINE_TUNING, train_jointly
 from ase_gffmerge.workflows.merge_and_distill import merge_and_refine
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,10 @@ from ase_gffmerge.dynamics.stopping import StoppingCriteria, standard_criteria
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.sampling.screening import screen
 from ase_gffmerge.sampling.temperature_ladder import Ladder, LadderOptions, climb
 
-Progress = Callable[[float, str], None]
 RELAXATION, DAMPING = 500.0, 0.05
 """Time to rest in fs, and the friction meanwhile in 1/fs."""
 
@@ -129,7 +129,7 @@ def sample_frames(
         options,
         monitor=monitor,
         n=options.n - n_displaced,
-        progress=progress or (lambda fraction, text: None),
+        progress=progress or no_progress,
     )
     rejected += ladder.stopped
     if not ladder.frames:

@@ -18,10 +18,11 @@ from ase import Atoms
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.loop_options import ClosedLoopOptions
-from ase_gffmerge.merging.merge import Progress, merge
+from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.runtime.devices import resolve_device
+from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.sampling.temperature_ladder import bare, evenly
 from ase_gffmerge.workflows.rollouts import OwnTrajectory, follow
 
@@ -146,7 +147,7 @@ def closed_loop(
     recipe = load_recipe(recipe)
     options = options or recipe.closed_loop or ClosedLoopOptions()
     recipe = recipe.model_copy(update={"closed_loop": None})
-    tell, target = progress or (lambda fraction, text: None), resolve_device(device)
+    tell, target = progress or no_progress, resolve_device(device)
     grown, merges, rounds = list(specialists), list[_Merge](), list[RoundReport]()
     while len(rounds) <= options.rounds and not _settled(rounds, options.tolerance):
         if rounds:

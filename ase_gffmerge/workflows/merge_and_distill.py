@@ -10,9 +10,10 @@ import torch
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.distill_options import DistillOptions
-from ase_gffmerge.merging.merge import Progress, merge
+from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
+from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.sampling.temperature_ladder import evenly
 from ase_gffmerge.training.distill import distill
 from ase_gffmerge.training.loop import Callback
@@ -50,7 +51,7 @@ def merge_and_refine(
     recipe = load_recipe(recipe)
     if recipe.refine is None:
         return _merged(specialists, recipe, device=device, progress=progress)
-    tell = progress or (lambda fraction, text: None)
+    tell = progress or no_progress
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)
         start, _ = _merged(

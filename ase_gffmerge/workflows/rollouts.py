@@ -1,7 +1,7 @@
 """How a merged potential fares on its own trajectories, started in every specialist's territory."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ from ase_gffmerge.dynamics.stopping import standard_criteria
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.metrics import Errors, compare, labels, predict_frames
 from ase_gffmerge.merging.loop_options import TrajectoryOptions
+from ase_gffmerge.runtime.progress import Progress
 
-Progress = Callable[[float, str], None]
 SPACING = 20.0
 """fs between visited frames."""
 

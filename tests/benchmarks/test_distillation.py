@@ -4,10 +4,10 @@ import json
 import sys
 
 import pytest
-from ase_gffmerge.merging.distill_options import DistillOptions
 
 from ase_gffmerge.forcefield.bundled import bundled_test_frames
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.merging.distill_options import DistillOptions
 
 QUICK = DistillOptions(epochs=2, copies=1, temperature=0.0)
 

@@ -14,7 +14,6 @@ from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
-from ase_gffmerge.merging.distill_options import DistillOptions
 from rerun import Rerun
 from second_device import numbers, second_device, slopes_by_differences
 
@@ -27,6 +26,7 @@ from ase_gffmerge.inference.cuda_capture import CudaGraphs
 from ase_gffmerge.inference.cuda_graphs import VISITS
 from ase_gffmerge.merging import stage_output
 from ase_gffmerge.merging import tangents as duals
+from ase_gffmerge.merging.distill_options import DistillOptions
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.training.config import TrainConfig

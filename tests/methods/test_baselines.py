@@ -22,13 +22,14 @@ from ase_gffmerge.methods.grid_search import DisagreementMetric
 from ase_gffmerge.methods.task_arithmetic import add_task_vectors
 from ase_gffmerge.methods.ties import disjoint_mean, elect_signs, trim
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.progress import no_progress
 
 TASK_VECTORS = torch.tensor([[3.0, -1.0, 0.5, 0.1, 2.0], [-1.0, -4.0, 0.2, 2.0, -2.0]])
 ALL = torch.ones(2, 5, dtype=torch.bool)
 
 
 def run(name: str, merge_inputs: MergeInputs):
-    return METHODS[name].run(merge_inputs, lambda fraction, text: None)
+    return METHODS[name].run(merge_inputs, no_progress)
 
 
 def test_ties_by_hand() -> None:

@@ -6,10 +6,11 @@ import torch
 from ase_gffmerge import merge
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.methods import METHODS, MergeInputs
+from ase_gffmerge.runtime.progress import no_progress
 
 
 def run(name: str, merge_inputs: MergeInputs):
-    return METHODS[name].run(merge_inputs, lambda fraction, text: None)
+    return METHODS[name].run(merge_inputs, no_progress)
 
 
 @pytest.mark.parametrize("preset", ["mean", "paper", "gffmerge"])

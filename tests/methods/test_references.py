@@ -10,10 +10,11 @@ from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.methods import METHODS, MergeInputs
 from ase_gffmerge.methods.grid_search import DisagreementMetric
+from ase_gffmerge.runtime.progress import no_progress
 
 
 def run(name: str, merge_inputs: MergeInputs):
-    return METHODS[name].run(merge_inputs, lambda fraction, text: None)
+    return METHODS[name].run(merge_inputs, no_progress)
 
 
 def test_the_best_single_specialist_is_the_one_closest_to_all(make_merge_inputs, architecture) -> None:

@@ -11,12 +11,13 @@ from ase_gffmerge.errors import IncompatibleSpecialistsError, RecipeError
 from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.methods import METHODS, MergeInputs
 from ase_gffmerge.methods.weight_space import WeightSpace, weighted_mean
+from ase_gffmerge.runtime.progress import no_progress
 
 ELEMENTWISE = ("task_arithmetic", "ties", "dare", "fisher", "emr")
 
 
 def run(name: str, merge_inputs: MergeInputs):
-    return METHODS[name].run(merge_inputs, lambda fraction, text: None)
+    return METHODS[name].run(merge_inputs, no_progress)
 
 
 def test_weights_make_the_round_trip(make_merge_inputs, architecture) -> None:

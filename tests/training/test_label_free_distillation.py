@@ -11,13 +11,13 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase_gffmerge.merging.distill_options import DistillOptions
 from structures import OWN_ARCHITECTURES
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, MergeWarning, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField, Provenance
 from ase_gffmerge.graphs import build_graph, predict
+from ase_gffmerge.merging.distill_options import DistillOptions
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport

@@ -13,10 +13,10 @@ from ase.calculators.calculator import Calculator
 
 from ase_gffmerge.errors import BenchmarkError
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.runtime.progress import Progress
 
 MakeCalculator = Callable[[ForceField, bool], Calculator]
 """Gives a calculator of one force field on the benchmark's device; the flag says whether to compile."""
-Progress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

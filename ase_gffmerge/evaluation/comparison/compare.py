@@ -12,7 +12,7 @@ from ase_gffmerge.evaluation.comparison.measurement import Measurement, measure,
 from ase_gffmerge.evaluation.comparison.store import RowStore
 from ase_gffmerge.merging.compatibility import related
 from ase_gffmerge.methods import METHODS, MergeInputs, Method, Requirement, get_method
-from ase_gffmerge.methods.base import Progress
+from ase_gffmerge.runtime.progress import Progress, no_progress
 
 SPECIALIST = "specialist"
 UNITS = {
@@ -128,7 +128,7 @@ def compare_methods(
     chosen, skipped = choose(merge_inputs, methods)
     check_elements(merge_inputs, tests)
     check_leaks(tests, frames_seen(merge_inputs, labelled))
-    tell = progress or (lambda fraction, text: None)
+    tell = progress or no_progress
     rows = {SPECIALIST: _specialist_row(merge_inputs, tests, store)}
     for done, method in enumerate(chosen):
         try:

@@ -1,6 +1,6 @@
 """What ``gffmerge demo`` measures: force errors of specialists and merges, and dynamics with the merged potential."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.metrics import labels, predict_frames
 from ase_gffmerge.methods import MergeInputs, get_method
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.progress import Progress
 
 BASELINES = ("mean", "paper")
 DEFAULT = "gffmerge"
@@ -25,8 +26,6 @@ TIMESTEP = 0.5
 
 Forces = dict[str, np.ndarray]
 """Force components of all test frames, flat, in eV/Å, by name of the specialist they belong to."""
-
-Progress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from ase_gffmerge.evaluation.comparison.inputs import LabelledSet
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.inference.metrics import Errors, evaluate
 from ase_gffmerge.methods import MergeInputs, MergeOutput, Method
-from ase_gffmerge.methods.base import Progress
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.progress import Progress, no_progress
 
 WARM_UP, REPEATS = 3, 21
 
@@ -68,7 +68,7 @@ def run_timed(
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)
-        merge_output = method.run(merge_inputs, progress or (lambda fraction, text: None))
+        merge_output = method.run(merge_inputs, progress or no_progress)
     if merge_inputs.device.type == "cuda":
         torch.cuda.synchronize(merge_inputs.device)
     return merge_output, time.perf_counter() - start

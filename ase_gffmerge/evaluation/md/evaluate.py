@@ -13,9 +13,10 @@ from ase_gffmerge.evaluation.analysis import distribution_mae, harmonic_temperat
 from ase_gffmerge.evaluation.md.distributions import Distributions, distribution_range, frames_distributions
 from ase_gffmerge.evaluation.md.observables import ModelDynamics, observe
 from ase_gffmerge.evaluation.md.protocol import Protocol
-from ase_gffmerge.evaluation.md.runs import Contestant, Progress, run_models
+from ase_gffmerge.evaluation.md.runs import Contestant, run_models
 from ase_gffmerge.forcefield.conditioning import with_choice_of
 from ase_gffmerge.inference.metrics import Errors, predict_frames
+from ase_gffmerge.runtime.progress import Progress, no_progress
 
 UNITS = {
     "stability_time": "ps",
@@ -114,7 +115,7 @@ def evaluate_dynamics(
     reference: Sequence[Atoms] | None = None,
     errors: Mapping[str, Errors] | None = None,
     folder: Path | None = None,
-    progress: Progress = lambda fraction, text: None,
+    progress: Progress = no_progress,
 ) -> MDEvaluation:
     """Run every model from the same structures and compare what they do.
 

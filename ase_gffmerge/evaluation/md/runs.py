@@ -1,7 +1,7 @@
 """The runs behind an evaluation: one batch of replicas per model and ensemble, kept on disk once finished."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -14,8 +14,8 @@ from ase_gffmerge.evaluation.md.protocol import Protocol
 from ase_gffmerge.evaluation.md.trajectory import MDTrajectory, load_trajectories, save_trajectories
 from ase_gffmerge.forcefield.conditioning import KEY, with_choice_of
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.runtime.progress import Progress, no_progress
 
-Progress = Callable[[float, str], None]
 TRIAL_STEPS = 20
 
 
@@ -44,7 +44,7 @@ def run_models(
     protocol: Protocol,
     *,
     folder: Path | None = None,
-    progress: Progress = lambda fraction, text: None,
+    progress: Progress = no_progress,
 ) -> dict[str, dict[Ensemble, list[MDTrajectory]]]:
     """Run every model from the same structures with the same seeds.
 
