@@ -36,7 +36,8 @@ from ase_gffmerge.merging.distill_options import DistillOptions
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models import Potential
-from ase_gffmerge.storage.tensor_file import atomic_write, read_file
+from ase_gffmerge.storage.atomic import atomic_write
+from ase_gffmerge.storage.tensor_file import read_file
 from ase_gffmerge.training.distill import distill
 from ase_gffmerge.training.frames import bare
 from ase_gffmerge.training.joint import FINE_TUNING, train_jointly
@@ -136,16 +137,11 @@ class Bench:
         path = self.out / f"{name}.json"
         if not path.exists():
             result = work()
-            atomic_write(path, lambda temporary: write_json(temporary, result))
+            atomic_write(path, json.dumps(result, indent=1))
         result = json.loads(path.read_text())
         force = "  ".join(f"{k} {1000 * v:.1f}" for k, v in result["force_mae"].items())
         say(f"{name}: {force} meV/Å after {result['seconds']:.0f} s")
         return result
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write a JSON document."""
-    path.write_text(json.dumps(document, indent=1))
 
 
 def open_bench(data: Path, out: Path, size: Size) -> Bench:
@@ -174,7 +170,7 @@ def joint(bench: Bench) -> dict[str, Any]:
     def note(epoch: int) -> None:
         glance = bench.errors(averaged(bench.base, checkpoint), n=bench.size.glances)
         rows[epoch - 1 :] = [{"epoch": epoch, "seconds": watch.seconds, **glance}]
-        atomic_write(rows_path, lambda temporary: write_json(temporary, rows))
+        atomic_write(rows_path, json.dumps(rows, indent=1))
 
     potential, _ = train_jointly(
         bench.base,

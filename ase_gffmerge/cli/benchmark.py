@@ -58,7 +58,7 @@ def benchmark(
     from ase_gffmerge.evaluation.benchmark.harness import run_benchmark
     from ase_gffmerge.evaluation.benchmark.plot import plot_scaling
     from ase_gffmerge.evaluation.benchmark.rows import ROWS
-    from ase_gffmerge.storage.tensor_file import require_writable
+    from ase_gffmerge.storage.atomic import require_writable
 
     if plot:
         require_writable(plot)

@@ -49,7 +49,7 @@ def compare(
     """Compare all ways to use specialists together on frames that none of them has seen."""
     from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs, read_labelled, read_tests
     from ase_gffmerge.evaluation.comparison.store import RowStore, default_folder
-    from ase_gffmerge.storage.tensor_file import require_writable
+    from ase_gffmerge.storage.atomic import require_writable
     from ase_gffmerge.workflows.load_or_merge import load
 
     for path in filter(None, (markdown, plot)):
@@ -110,11 +110,11 @@ def write_files(comparison: "Comparison", markdown: Path | None, plot: Path | No
     """Write the Markdown file and the plot, where asked for."""
     from ase_gffmerge.evaluation.comparison.plot import plot_comparison
     from ase_gffmerge.evaluation.comparison.table import markdown as tables
-    from ase_gffmerge.storage.tensor_file import atomic_write
+    from ase_gffmerge.storage.atomic import atomic_write
 
     if markdown:
         text = tables(comparison).encode()
-        atomic_write(markdown, lambda path: (path.write_bytes(text), None)[1])
+        atomic_write(markdown, text)
     if plot:
         plot_comparison(comparison, plot)
 

@@ -33,7 +33,7 @@ def demo(
 ) -> None:
     """Merge the bundled specialists, compare with the baselines, run both molecules with one calculator."""
     from ase_gffmerge.evaluation.comparison.demo import DemoResult, compare_models, run_dynamics
-    from ase_gffmerge.storage.tensor_file import require_writable
+    from ase_gffmerge.storage.atomic import require_writable
     from ase_gffmerge.workflows.load_or_merge import load
 
     require_writable(out / "demo.json")
@@ -77,14 +77,14 @@ def write_results(result: "DemoResult", out: Path) -> None:
     """Write the table (Markdown and JSON) and the parity plot."""
     from ase_gffmerge.evaluation.analysis.parity import plot_parity
     from ase_gffmerge.evaluation.comparison.demo_table import markdown
-    from ase_gffmerge.storage.tensor_file import atomic_write
+    from ase_gffmerge.storage.atomic import atomic_write
 
     texts = {
         "demo.md": markdown(result),
         "demo.json": json.dumps(plain(result.to_dict()), indent=1, allow_nan=False) + "\n",
     }
     for name, text in texts.items():
-        atomic_write(out / name, lambda path, text=text: path.write_bytes(text.encode()))  # type: ignore[misc]
+        atomic_write(out / name, text)
     plot_parity(result.comparison.reference, result.comparison.predicted, out / "parity.png")
 
 

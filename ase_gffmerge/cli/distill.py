@@ -46,7 +46,7 @@ def distill(
     from ase_gffmerge.evaluation.analysis.plots import plot_history
     from ase_gffmerge.merging.distill_options import DistillOptions
     from ase_gffmerge.merging.recipe import load_recipe
-    from ase_gffmerge.storage.tensor_file import require_writable
+    from ase_gffmerge.storage.atomic import require_writable
     from ase_gffmerge.training.checkpoint import checkpoint_path
     from ase_gffmerge.training.distill import distill
     from ase_gffmerge.workflows.load_or_merge import load

@@ -35,7 +35,7 @@ def evaluate_md(
     from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.evaluation.md.evaluate import evaluate_dynamics, matching_frames, starting_structures
     from ase_gffmerge.evaluation.md.runs import estimated_seconds
-    from ase_gffmerge.storage.tensor_file import require_writable
+    from ase_gffmerge.storage.atomic import require_writable
 
     starts = read_frames(frames)
     truth = matching_frames(read_frames(reference) if reference else starts, starts[0])
@@ -98,15 +98,11 @@ def duration(seconds: float) -> str:
 def write_results(evaluation: "MDEvaluation", out: Path) -> None:
     """Write numbers and plot."""
     from ase_gffmerge.evaluation.md.plots import plot_dynamics
-    from ase_gffmerge.storage.tensor_file import atomic_write
+    from ase_gffmerge.storage.atomic import atomic_write
 
     text = json.dumps(plain(evaluation.to_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    atomic_write(out / "md.json", lambda path: _write(path, text))
+    atomic_write(out / "md.json", text)
     plot_dynamics(evaluation, out / "md.png")
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_bytes(text.encode())
 
 
 def print_evaluation(evaluation: "MDEvaluation") -> None:

@@ -42,7 +42,7 @@ def merge(
 ) -> None:
     """Merge specialists by least squares and write one potential with its report."""
     from ase_gffmerge.merging.recipe import load_recipe
-    from ase_gffmerge.storage.tensor_file import require_writable
+    from ase_gffmerge.storage.atomic import require_writable
     from ase_gffmerge.workflows.load_or_merge import load
 
     chosen = load_recipe(

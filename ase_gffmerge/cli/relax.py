@@ -104,7 +104,7 @@ def output_format(out: Path) -> str:
     from ase.io.formats import UnknownFileTypeError, filetype, get_compression, ioformats
 
     from ase_gffmerge.errors import FileFormatError
-    from ase_gffmerge.storage.tensor_file import require_writable
+    from ase_gffmerge.storage.atomic import require_writable
 
     try:
         name = filetype(str(out), read=False)
@@ -137,7 +137,7 @@ def write_structure(atoms: "Atoms", out: Path, file_format: str) -> None:
     from ase.io import write
 
     from ase_gffmerge.errors import FileFormatError, first_line
-    from ase_gffmerge.storage.tensor_file import atomic_write
+    from ase_gffmerge.storage.atomic import atomic_write
 
     def attempt(temporary: Path) -> None:
         try:

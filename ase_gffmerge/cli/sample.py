@@ -73,7 +73,7 @@ def sample(
 def check_outputs(out: Path | None, attach: Path | None) -> None:
     """Refuse a run whose result would be lost."""
     from ase_gffmerge.errors import FileFormatError
-    from ase_gffmerge.storage.tensor_file import require_writable
+    from ase_gffmerge.storage.atomic import require_writable
 
     if out is None and attach is None:
         raise FileFormatError(
@@ -91,7 +91,7 @@ def write_extxyz(out: Path, result: "SampleResult") -> None:
     """Write all frames atomically."""
     from ase.io import write
 
-    from ase_gffmerge.storage.tensor_file import atomic_write
+    from ase_gffmerge.storage.atomic import atomic_write
 
     atomic_write(out, lambda temporary: write(temporary, list(result.frames), format="extxyz"))
 

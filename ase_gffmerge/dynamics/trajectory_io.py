@@ -10,7 +10,7 @@ from ase import Atoms
 from ase.io.trajectory import Trajectory
 
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.storage.tensor_file import require_writable
+from ase_gffmerge.storage.atomic import require_writable
 
 SUFFIXES = (".traj", ".xyz", ".extxyz")
 

@@ -24,7 +24,7 @@ from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.inference.cuda_capture import CudaGraphs
 from ase_gffmerge.inference.cuda_graphs import CapturedFunction, EdgeFunction, Result, Size, padding_graph
 from ase_gffmerge.models import Potential
-from ase_gffmerge.runtime.batching import is_out_of_memory
+from ase_gffmerge.runtime.devices import is_out_of_memory
 
 Compile = bool | Literal["auto"]
 Way = Literal["compiled", "recorded"]

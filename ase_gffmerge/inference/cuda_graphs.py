@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ase_gffmerge.errors import first_line
-from ase_gffmerge.runtime.batching import is_out_of_memory
+from ase_gffmerge.runtime.devices import is_out_of_memory
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor]
 """Edge vectors (n_edges, 3), edge index (2, n_edges), specialist (n_atoms,) and atomic numbers (n_atoms,)."""

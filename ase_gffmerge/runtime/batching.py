@@ -1,43 +1,18 @@
 """What happens when the memory of a device does not suffice: smaller batches, or an error that says what would."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from ase import Atoms
 from torch_geometric.data import Data
 
-from ase_gffmerge.errors import DeviceMemoryError
+from ase_gffmerge.runtime.devices import is_out_of_memory, memory_errors
 from ase_gffmerge.runtime.forking import survive_fork
 
 Item = TypeVar("Item")
 Frame = TypeVar("Frame", Atoms, Data)
 Result = TypeVar("Result")
-
-_ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
-"""How torch says it without a class of its own: on the CPU, and in CUDA's libraries."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is not enough memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILED)
-
-
-@contextmanager
-def memory_errors(what: str, *, device: torch.device, remedy: str = "") -> Iterator[None]:
-    """Raise :class:`DeviceMemoryError` for running out of memory; ``what`` (needs more ...) begins the message."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        elsewhere = "a machine with more memory" if device.type == "cpu" else "device='cpu'"
-        raise DeviceMemoryError(
-            f"{what} needs more memory than {device} has free; {remedy or 'end what else runs there'}, or use {elsewhere}"
-        ) from error
 
 
 def chunks(items: Iterable[Item], budget: int, *, size: Callable[[Any], int] = len) -> Iterator[list[Item]]:

@@ -3,10 +3,7 @@
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ase_gffmerge.errors import FileFormatError, first_line
+from ase_gffmerge.storage.atomic import atomic_write
 
 FORMAT = "ase-gffmerge"
 
@@ -43,73 +41,12 @@ def digest(metadata: str, tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, flush it to disk, and move it into place.
-
-    Raises
-    ------
-    FileFormatError
-        When the folder cannot be written; nothing half-written is left behind.
-    """
-    temporary = _temporary(path)
-    try:
-        write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise FileFormatError(
-            f"cannot write {path}: {reason}; free some space, or choose another folder"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def require_writable(path: Path) -> None:
-    """Raise :class:`FileFormatError` when ``path`` cannot be written: before long work, not after it."""
-    _temporary(path).unlink()
-
-
-def remove_leftovers(path: Path) -> None:
-    """Delete temporary files that killed writers of ``path`` left beside it."""
-    for abandoned in path.parent.glob(f"{escape(_prefix(path))}*.tmp"):
-        with suppress(OSError):
-            abandoned.unlink()
-
-
-def _prefix(path: Path) -> str:
-    """Beginning of a temporary file's name; cut, since the name of ``path`` may be as long as names can be."""
-    return f".{path.name.encode(errors='surrogateescape')[:64].decode(errors='ignore')}."
-
-
-def _temporary(path: Path) -> Path:
-    """Make an empty temporary file beside ``path``, and the folder where it is missing."""
-    try:
-        if path.is_dir():
-            raise FileFormatError(f"cannot write {path}: it is a folder; give the name of a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise FileFormatError(
-            f"cannot write {path}: {reason}; choose a folder you may write to, or a shorter name"
-        ) from None
-    return temporary
-
-
 def write_file(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write tensors and JSON-able metadata to ``path`` atomically."""
     text = json.dumps(metadata, sort_keys=True)
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     header = {"format": FORMAT, "schema": str(SCHEMA), "metadata": text, "sha256": digest(text, plain)}
-    data = _canonical(save(plain, metadata=header))
-    atomic_write(path, lambda temporary: _write_bytes(temporary, data))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    atomic_write(path, _canonical(save(plain, metadata=header)))
 
 
 def _canonical(data: bytes) -> bytes:

@@ -12,7 +12,7 @@ from torch_geometric.data import Batch, Data
 from ase_gffmerge.errors import GFFMergeError
 from ase_gffmerge.graphs import batch_graphs
 from ase_gffmerge.models import Potential
-from ase_gffmerge.runtime.batching import memory_errors
+from ase_gffmerge.runtime.devices import memory_errors
 from ase_gffmerge.training.checkpoint import can_resume
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.loss import loss_terms, validate

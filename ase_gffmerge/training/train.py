@@ -14,7 +14,7 @@ from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField, Provenance
 from ase_gffmerge.inference.metrics import Errors, evaluate
 from ase_gffmerge.runtime.devices import resolve_device
-from ase_gffmerge.storage.tensor_file import require_writable
+from ase_gffmerge.storage.atomic import require_writable
 from ase_gffmerge.training.checkpoint import checkpoint_path
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.frames import bare, hash_labelled, labelled_frames, split_frames

@@ -19,7 +19,8 @@ from filelock import BaseFileLock, FileLock
 from ase_gffmerge.data.hashing import hash_frames
 from ase_gffmerge.errors import CacheError, CacheWarning, FileFormatError
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.storage.tensor_file import read_metadata, remove_leftovers
+from ase_gffmerge.storage.atomic import remove_leftovers
+from ase_gffmerge.storage.tensor_file import read_metadata
 from ase_gffmerge.workflows.shortcuts import SUFFIX as SHORTCUT
 from ase_gffmerge.workflows.shortcuts import Shortcut, read_shortcut, write_shortcut
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.storage.tensor_file import SCHEMA, atomic_write, remove_leftovers
+from ase_gffmerge.storage.atomic import atomic_write, remove_leftovers
+from ase_gffmerge.storage.tensor_file import SCHEMA
 
 if TYPE_CHECKING:
     from ase_gffmerge.merging.recipe import Recipe
@@ -80,8 +81,4 @@ def write_shortcut(directory: Path, shortcut: Shortcut) -> None:
     path, data = directory / f"{shortcut.content}{SUFFIX}", json.dumps(vars(shortcut)).encode()
     remove_leftovers(path)
     with suppress(FileFormatError):
-        atomic_write(path, lambda temporary: _write(temporary, data))
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+        atomic_write(path, data)

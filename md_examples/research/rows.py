@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ase_gffmerge.evaluation.analysis.plots import save_figure
-from ase_gffmerge.storage.tensor_file import atomic_write
+from ase_gffmerge.storage.atomic import atomic_write
 from research.bench import mean_force_mae
 
 Row = dict[str, Any]
@@ -38,7 +38,7 @@ class Rows:
         everything = self._everything()
         everything.setdefault(self.identity, {})[row["name"]] = row
         text = json.dumps(everything, indent=1)
-        atomic_write(self.path, lambda path: path.write_text(text))
+        atomic_write(self.path, text)
 
     def _everything(self) -> dict[str, dict[str, Row]]:
         return json.loads(self.path.read_text()) if self.path.exists() else {}

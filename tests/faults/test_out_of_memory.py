@@ -18,7 +18,8 @@ from ase_gffmerge.errors import DeviceMemoryError
 from ase_gffmerge.forcefield.leverage_fit import fit_extrapolation_grade
 from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.merging.merge import merge
-from ase_gffmerge.runtime.batching import in_parts, is_out_of_memory
+from ase_gffmerge.runtime.batching import in_parts
+from ase_gffmerge.runtime.devices import is_out_of_memory
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
 

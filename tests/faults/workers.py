@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-import ase_gffmerge.storage.tensor_file as fileformat
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.storage import atomic
 from ase_gffmerge.workflows.cache import MergeCache
 
 torch.set_num_threads(1)
@@ -38,7 +38,7 @@ class Moments:
     def __init__(self, folder: Path, fatal: int | None):
         self.folder, self.fatal, self.count = folder, fatal, 0
         sys.addaudithook(self._audit)
-        fsync, write_bytes = os.fsync, fileformat._write_bytes
+        fsync, write_bytes = os.fsync, atomic._write_bytes
 
         def dying_fsync(descriptor: int) -> None:
             self("before the data are on disk")
@@ -49,7 +49,7 @@ class Moments:
             self("half written")
             write_bytes(path, data)
 
-        os.fsync, fileformat._write_bytes = dying_fsync, halved
+        os.fsync, atomic._write_bytes = dying_fsync, halved
 
     def __call__(self, what: str) -> None:
         if self.count == self.fatal:

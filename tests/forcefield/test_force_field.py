@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from ase_gffmerge.errors import FileFormatError, StructureError
 from ase_gffmerge.forcefield.force_field import ForceField, MergeRecord, Provenance
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.storage.tensor_file import digest, read_file, read_metadata, require_writable
+from ase_gffmerge.storage.atomic import require_writable
+from ase_gffmerge.storage.tensor_file import digest, read_file, read_metadata
 
 HYPER = {"channels": 8, "n_blocks": 1, "n_radial": 4}
 

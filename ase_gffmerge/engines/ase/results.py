@@ -15,7 +15,7 @@ from ase_gffmerge.engines.ase.errors import EvaluationFailed, MemoryFailed, Setu
 from ase_gffmerge.errors import DeviceMemoryError, StructureError
 from ase_gffmerge.graphs import Prediction
 from ase_gffmerge.graphs.neighbor_list import check_reach
-from ase_gffmerge.runtime.batching import memory_errors
+from ase_gffmerge.runtime.devices import memory_errors
 from ase_gffmerge.runtime.forking import survive_fork
 
 

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ase_gffmerge.storage.tensor_file import atomic_write
+from ase_gffmerge.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
     from ase_gffmerge.training.state import History
@@ -53,12 +53,8 @@ def save_figure(figure: Figure, path: Path) -> Path:
     """Write ``figure`` as a PNG, atomically."""
     buffer = BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
-    atomic_write(path, lambda temporary: _write(temporary, buffer.getvalue()))
+    atomic_write(path, buffer.getvalue())
     return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 def _curve(axes: Axes, values: Sequence[float | None], label: str) -> None:

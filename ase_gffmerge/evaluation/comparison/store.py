@@ -13,7 +13,7 @@ from ase_gffmerge.evaluation.comparison.measurement import Measurement
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.merge import MERGE_VERSION
 from ase_gffmerge.methods import MergeInputs, Method, Requirement
-from ase_gffmerge.storage.tensor_file import atomic_write, require_writable
+from ase_gffmerge.storage.atomic import atomic_write, require_writable
 from ase_gffmerge.training.frames import hash_labelled
 from ase_gffmerge.workflows.cache import MergeCache
 
@@ -72,11 +72,7 @@ class RowStore:
     def keep(self, row: Measurement, model: str, method: Method | None = None) -> None:
         """Write a finished row at once and atomically."""
         text = json.dumps(row.to_dict(), indent=1)
-        atomic_write(self.path(model, method), lambda path: _write(path, text))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+        atomic_write(self.path(model, method), text)
 
 
 def _parts(merge_inputs: MergeInputs, tests: Sequence[LabelledSet]) -> dict[str, Any]:

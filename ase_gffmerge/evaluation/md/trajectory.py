@@ -12,7 +12,7 @@ from ase import Atoms
 
 from ase_gffmerge.dynamics.batched_md import ReplicaRun
 from ase_gffmerge.dynamics.energies import kinetic_energies
-from ase_gffmerge.storage.tensor_file import atomic_write
+from ase_gffmerge.storage.atomic import atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +98,7 @@ def save_trajectories(trajectories: Sequence[MDTrajectory], path: Path) -> None:
     }
     buffer = BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    atomic_write(path, lambda temporary: _write(temporary, buffer.getvalue()))
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+    atomic_write(path, buffer.getvalue())
 
 
 def load_trajectories(path: Path) -> list[MDTrajectory] | None:

@@ -13,7 +13,7 @@ from ase_gffmerge.integrations.base import load_checkpoint, require_own_parts
 from ase_gffmerge.integrations.mace.model import TABLES, MACEPackage, build_network
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
 from ase_gffmerge.models.layers.element_linear import write_product
-from ase_gffmerge.storage.tensor_file import atomic_write
+from ase_gffmerge.storage.atomic import atomic_write
 
 READ = "give a .model file, a MACECalculator, or a MACE or ScaleShiftMACE of mace.modules"
 

@@ -18,7 +18,7 @@ from ase_gffmerge.integrations.base import ConvertedModel, require_own_parts
 from ase_gffmerge.integrations.conversion import converted, one_number_of_scalars, require_package
 from ase_gffmerge.integrations.nequip.io import find_network, layers_of, load_network
 from ase_gffmerge.models import Potential
-from ase_gffmerge.storage.tensor_file import atomic_write
+from ase_gffmerge.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
     from ase_gffmerge.integrations.nequip.model import NequIPPackage

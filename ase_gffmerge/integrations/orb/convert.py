@@ -19,7 +19,7 @@ from ase_gffmerge.errors import FileFormatError, first_line
 from ase_gffmerge.integrations.base import ConvertedModel, load_checkpoint, require_own_parts
 from ase_gffmerge.integrations.conversion import converted, require_package
 from ase_gffmerge.models import Potential
-from ase_gffmerge.storage.tensor_file import atomic_write
+from ase_gffmerge.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
     from ase_gffmerge.integrations.orb.model import OrbPackage, OrbPackageHyper
