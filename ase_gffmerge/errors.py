@@ -1,9 +1,11 @@
-"""Exceptions: every message says what happened, why, and what to do.
+"""Exceptions and warnings: every message says what happened, why, and what to do.
 
-All user-facing errors derive from :class:`GFFMergeError`; the command line turns them into one line and exit
-code 2. Errors that reach ASE through the calculator derive from ASE's own classes as well (see
-:mod:`ase_gffmerge.engines.ase.calculator`).
+All errors derive from :class:`GFFMergeError`, which is ASE's ``CalculatorSetupError`` as well, so that code written for ASE
+catches them, too; what fails during an evaluation is also ASE's ``CalculationFailed``. The command line turns every one of
+them into one line and exit code 2.
 """
+
+from ase.calculators.calculator import CalculationFailed, CalculatorSetupError
 
 
 def first_line(error: BaseException) -> str:
@@ -11,12 +13,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-class GFFMergeError(Exception):
+class GFFMergeError(CalculatorSetupError):
     """Base class of every error that a user's input or machine can cause."""
 
 
+class ArgumentError(GFFMergeError):
+    """An argument has an impossible value, or one that would have no effect."""
+
+
 class FileFormatError(GFFMergeError):
-    """A specialist, merged or frame file cannot be read: truncated, altered, or of an unknown version."""
+    """A force-field or frame file cannot be used: missing, truncated, altered, or of an unknown version."""
 
 
 class FramesError(GFFMergeError):
@@ -24,7 +30,11 @@ class FramesError(GFFMergeError):
 
 
 class StructureError(GFFMergeError):
-    """A structure cannot be evaluated: empty, not finite, without a needed cell vector, unsupported element."""
+    """A structure cannot be evaluated: empty, without a needed cell vector, or with an unsupported element."""
+
+
+class EvaluationFailed(StructureError, CalculationFailed):
+    """Positions, energies or forces are not finite; the calculator works again for the next structure."""
 
 
 class IncompatibleSpecialistsError(GFFMergeError):
@@ -43,7 +53,7 @@ class DeviceError(GFFMergeError):
     """The requested device does not exist on this machine."""
 
 
-class DeviceMemoryError(GFFMergeError):
+class DeviceMemoryError(GFFMergeError, CalculationFailed):
     """A single structure, or a merge, does not fit into the memory of the device."""
 
 
@@ -59,8 +69,12 @@ class DataError(GFFMergeError):
     """A data manifest is invalid, or a download failed or has the wrong hash."""
 
 
+class TrainingError(GFFMergeError):
+    """A training cannot go on: its loss or gradient is not finite."""
+
+
 class MissingExtrapolationGradeError(GFFMergeError):
-    """A force field has no extrapolation gauge, so nothing can tell where it extrapolates."""
+    """A force field was saved without an extrapolation grade, so that nothing can say where it extrapolates."""
 
 
 class ExtrapolationError(GFFMergeError):
@@ -91,5 +105,17 @@ class ReferenceWarning(UserWarning):
     """Reference energies that do not fit the frames of a training."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint belongs to another training, or is damaged, and the training begins anew."""
+
+
 class CacheWarning(UserWarning):
     """A cached file was unusable and is being rebuilt."""
+
+
+class CompileWarning(UserWarning):
+    """A potential could not be compiled and is evaluated uncompiled."""
+
+
+class CaptureWarning(UserWarning):
+    """The kernels of a potential could not be recorded as a CUDA graph, and are launched one by one."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ase_gffmerge.errors import first_line
+from ase_gffmerge.errors import CompileWarning, first_line
 from ase_gffmerge.graphs import Prediction
 from ase_gffmerge.graphs.derivatives import assemble
 from ase_gffmerge.graphs.graph import edge_vectors
@@ -36,10 +36,6 @@ TRACED = Size(211, 4099)
 """Atoms and edges of what is traced. What is equal in it, torch takes to be equal in every structure; with a first structure
 of two or three atoms, like the components of a vector, it would have to trace again. And work of this size is worth sharing
 among threads."""
-
-
-class CompileWarning(UserWarning):
-    """A force field could not be compiled and is evaluated step by step, with the same results."""
 
 
 @dataclass

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ase_gffmerge.errors import first_line
+from ase_gffmerge.errors import CaptureWarning, first_line
 from ase_gffmerge.runtime.devices import is_out_of_memory
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -39,10 +39,6 @@ FAILURES = 3
 """After so many nothing is recorded any more; a single one may be the fault of another thread."""
 MAX_EDGES = 50_000
 """Of a recording: what is larger (500 atoms of 100 neighbours) keeps a GPU busy anyway."""
-
-
-class CaptureWarning(UserWarning):
-    """A force field could not be recorded as a CUDA graph; every kernel is launched by itself, with the same results."""
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.errors import FileFormatError, first_line
+from ase_gffmerge.errors import CheckpointWarning, FileFormatError, first_line
 from ase_gffmerge.storage.tensor_file import read_file, write_file
-
-
-class CheckpointWarning(UserWarning):
-    """A checkpoint of another training, or an unreadable one, was set aside."""
 
 
 def checkpoint_path(out: Path) -> Path:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
-from ase_gffmerge.errors import GFFMergeError
+from ase_gffmerge.errors import TrainingError
 from ase_gffmerge.graphs import batch_graphs
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import memory_errors
@@ -20,10 +20,6 @@ from ase_gffmerge.training.state import History, TrainingState, stale
 
 Callback = Callable[[int, dict[str, float]], None]
 Loss = Callable[[Potential, Batch], Tensor]
-
-
-class TrainingError(GFFMergeError):
-    """A training cannot go on: its loss or gradient is not finite."""
 
 
 def shuffled_batches(graphs: Sequence[Data], config: TrainConfig, epoch: int) -> Iterator[Batch]:

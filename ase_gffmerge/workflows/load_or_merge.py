@@ -12,8 +12,7 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.engines.ase.errors import FileSetupError, SetupError
-from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.errors import ArgumentError, FileFormatError, MergeWarning
 from ase_gffmerge.forcefield.force_field import BUNDLED, ForceField, bundled_path
 from ase_gffmerge.integrations import vendor_source
 from ase_gffmerge.workflows.parents import Parents
@@ -99,24 +98,24 @@ def as_list(sources: Source | Iterable[Source]) -> list[Source]:
 
     Raises
     ------
-    SetupError
+    ArgumentError
         For an empty list, or something that is no source.
     """
     single = isinstance(sources, str | Path | ForceField | Mapping) or not isinstance(sources, Iterable)
     items: list[Any] = [sources] if single else list(sources)  # type: ignore[arg-type]
     if not items:
-        raise SetupError(
+        raise ArgumentError(
             f"no specialists were given; name at least one of {', '.join(BUNDLED)}, or give the path of a "
             ".safetensors file"
         )
     for item in items:
         if isinstance(item, Mapping) and "fingerprint" in item:
-            raise SetupError(
+            raise ArgumentError(
                 f"specialist {item.get('name')!r} was given to the calculator as an object in memory, which "
                 "its parameters cannot bring back; save it with ForceField.save and give the path"
             )
         if not isinstance(item, str | Path | ForceField):
-            raise SetupError(
+            raise ArgumentError(
                 f"{item!r} ({type(item).__name__}) is no specialist; give a bundled name, a path or a "
                 "ForceField"
             )
@@ -136,7 +135,9 @@ def load(source: Source) -> ForceField:
     if not vendor_source(source) and not os.path.exists(bundled_path(source)):
         close = get_close_matches(str(source), BUNDLED, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"the bundled names are {', '.join(BUNDLED)}"
-        raise FileSetupError(f"there is no specialist {str(source)!r}, neither bundled nor as a file; {hint}")
+        raise FileFormatError(
+            f"there is no specialist {str(source)!r}, neither bundled nor as a file; {hint}"
+        )
     return ForceField.load(source)
 
 
@@ -147,12 +148,12 @@ def with_frames(
 
     Raises
     ------
-    SetupError
+    ArgumentError
         When there are not as many entries as sources.
     """
     items = as_list(sources)
     if isinstance(calibration, str | Path | Atoms) or len(calibration) != len(items):
-        raise SetupError(
+        raise ArgumentError(
             f"calibration must hold one list of frames (or one file) for each of the {len(items)} specialists, in order"
         )
     return [
@@ -177,16 +178,16 @@ def describe(source: Source) -> str | dict[str, str]:
 
 
 def check_single(force_field: ForceField, options: MergeOptions) -> None:
-    """Raise :class:`SetupError` for options that a single force field does not follow."""
+    """Raise :class:`ArgumentError` for options that a single force field does not follow."""
     if options.weights is not None:
-        raise SetupError(
+        raise ArgumentError(
             "weights say how much each of several specialists counts, but only one force field was given; "
             "leave them out"
         )
     served = "per-specialist" if force_field.potential.hyper.n_embeddings > 1 else "shared"
     if options.conditioning not in (None, served):
         made = f"was merged with conditioning={served!r}" if force_field.merged else "is a single specialist"
-        raise SetupError(
+        raise ArgumentError(
             f"conditioning={options.conditioning!r} was asked for, but {force_field.name!r} {made}; merge "
             "the specialists again with the conditioning you want, or leave the argument out"
         )

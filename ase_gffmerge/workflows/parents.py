@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ase_gffmerge.engines.ase.errors import FileSetupError
+from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.forcefield.force_field import ForceField
 
 
@@ -44,7 +44,7 @@ class Parents:
 def _unchanged(path: Path, fingerprint: str) -> ForceField:
     specialist = ForceField.load(path).with_calibration(())
     if specialist.fingerprint != fingerprint:
-        raise FileSetupError(
+        raise FileFormatError(
             f"{path} holds another specialist than the one that was merged; make a new calculator of the specialists as "
             "they are now, or put the old file back"
         )

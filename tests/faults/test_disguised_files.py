@@ -15,7 +15,6 @@ from harness import RECIPE, explains, same_content
 from safetensors.torch import save_file
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.engines.ase.errors import FileSetupError
 from ase_gffmerge.errors import CacheWarning, FileFormatError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.storage.documents import shown
@@ -374,7 +373,7 @@ def test_report_that_is_none(model):
 
 def test_disguise_in_a_list_of_specialists(files, tmp_path):
     files[1].write_bytes(pickled(Bomb(tmp_path / "executed")))
-    with pytest.raises(FileSetupError, match=r"b\.safetensors is not a readable safetensors file"):
+    with pytest.raises(FileFormatError, match=r"b\.safetensors is not a readable safetensors file"):
         GFFMergeCalculator(files, cache_dir=tmp_path / "cache")
     assert not (tmp_path / "executed").exists()
     assert not (tmp_path / "cache").exists()

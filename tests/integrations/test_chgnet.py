@@ -12,9 +12,7 @@ from ase import Atoms
 from ase.build import bulk, molecule
 
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge, merge_calculators
-from ase_gffmerge.engines.ase.errors import SetupError
-from ase_gffmerge.errors import FileFormatError, MergeWarning
-from ase_gffmerge.inference.compiled import CompileWarning
+from ase_gffmerge.errors import ArgumentError, CompileWarning, FileFormatError, MergeWarning
 from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.integrations import adapter, vendors
 from ase_gffmerge.testing import check_calculator
@@ -305,7 +303,7 @@ def test_the_command_line_converts(small, tmp_path, capsys):
 
 
 def test_calibration_is_one_entry_per_specialist(small, tmp_path):
-    with pytest.raises(SetupError, match="each of the 2 specialists"):
+    with pytest.raises(ArgumentError, match="each of the 2 specialists"):
         GFFMergeCalculator([small, small], calibration=[[rocksalt(0)]], cache_dir=tmp_path)
 
 

@@ -14,6 +14,7 @@ from ase.io import read, write
 from ase_gffmerge.data.hashing import geometry_keys
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import (
+    CheckpointWarning,
     DeviceError,
     FileFormatError,
     FramesError,
@@ -22,12 +23,13 @@ from ase_gffmerge.errors import (
     RecipeError,
     ReferenceWarning,
     StructureError,
+    TrainingError,
 )
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.storage.tensor_file import read_file
-from ase_gffmerge.training.checkpoint import CheckpointWarning, checkpoint_path, differences
+from ase_gffmerge.training.checkpoint import checkpoint_path, differences
 from ase_gffmerge.training.config import TrainConfig, load_config
-from ase_gffmerge.training.loop import TrainingError, one_cycle
+from ase_gffmerge.training.loop import one_cycle
 from ase_gffmerge.training.loss import labelled_graph, loss_terms
 from ase_gffmerge.training.reference_energies import fit_references, load_references, warn_of_offset
 from ase_gffmerge.training.train import train

@@ -1,4 +1,4 @@
-"""What a caller may pass to the calculator, checked: a :class:`.SetupError` for anything else."""
+"""What a caller may pass to the calculator, checked: a :class:`.ArgumentError` for anything else."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ase_gffmerge.engines.ase.errors import SetupError
+from ase_gffmerge.errors import ArgumentError
 from ase_gffmerge.inference.compiled import Compile
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -16,7 +16,7 @@ def dtype_name(dtype: str | torch.dtype) -> str:
     """``float32`` or ``float64``."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise SetupError(f"dtype={dtype!r} is not supported; use 'float32' or 'float64'")
+        raise ArgumentError(f"dtype={dtype!r} is not supported; use 'float32' or 'float64'")
     return name
 
 
@@ -27,7 +27,7 @@ def skin_width(skin: float) -> float:
     except (TypeError, ValueError):
         width = -1.0
     if not 0 <= width < float("inf"):
-        raise SetupError(
+        raise ArgumentError(
             f"skin={skin!r} is no length; give one of about 1 Å, or 0 to search neighbours every time"
         )
     return width
@@ -38,7 +38,7 @@ def weight_tuple(weights: Sequence[float] | None) -> tuple[float, ...] | None:
     try:
         return None if weights is None else tuple(float(weight) for weight in weights)
     except (TypeError, ValueError):
-        raise SetupError(f"weights={weights!r} is not a list of numbers, one per specialist") from None
+        raise ArgumentError(f"weights={weights!r} is not a list of numbers, one per specialist") from None
 
 
 def compile_choice(compile: Any) -> Compile:
@@ -47,7 +47,7 @@ def compile_choice(compile: Any) -> Compile:
         return bool(compile)
     if isinstance(compile, str) and compile == "auto":
         return "auto"
-    raise SetupError(f"compile={compile!r} is not known; use 'auto', True or False")
+    raise ArgumentError(f"compile={compile!r} is not known; use 'auto', True or False")
 
 
 def specialist_choice(specialist: Any) -> str | int | None:

@@ -11,15 +11,14 @@ from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 from torch import Tensor
 
-from ase_gffmerge.engines.ase.errors import EvaluationFailed, SetupError, as_setup_errors
 from ase_gffmerge.engines.ase.results import (
     as_array,
     ase_results,
-    memory_failures,
     require_finite,
     require_structure,
     require_volume,
 )
+from ase_gffmerge.errors import ArgumentError, GFFMergeError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import Prediction, build_graph
 from ase_gffmerge.graphs.neighbor_list import check_geometry
@@ -59,7 +58,7 @@ def evaluate_structures(
 
     Raises
     ------
-    SetupError, EvaluationFailed, MemoryFailed, PropertyNotImplementedError
+    GFFMergeError, PropertyNotImplementedError
         As the calculator does for a single structure, with the index of the structure.
     """
     originals = _listed(structures)
@@ -72,7 +71,7 @@ def evaluate_structures(
             prepared.append(_checked(force_field, atoms, specialist))
     _check_size(max_edges)
     predictor = partial(server, graded=GRADE in wanted)
-    with torch.inference_mode(False), memory_failures():
+    with torch.inference_mode(False):
         graphs = (build_graph(atoms, force_field.cutoff) for atoms in prepared)
         predictions = predict_batches(
             predictor, graphs, device=force_field.potential.device, max_edges=max_edges
@@ -97,21 +96,20 @@ def _results(
 def _checked(force_field: ForceField, atoms: Atoms, specialist: str | int | None) -> Atoms:
     """What a graph can be built from: everything is checked before anything is evaluated."""
     require_structure(atoms)
-    with as_setup_errors():
-        prepared = force_field.prepared(atoms, specialist=specialist)
-        check_geometry(prepared, force_field.cutoff)
+    prepared = force_field.prepared(atoms, specialist=specialist)
+    check_geometry(prepared, force_field.cutoff)
     return prepared
 
 
 def _listed(structures: Iterable[Atoms]) -> list[Atoms]:
     if isinstance(structures, Atoms):
-        raise SetupError(
+        raise ArgumentError(
             "evaluate() takes a list of structures and was given a single Atoms object; put it into a list"
         )
     listed = list(structures)
     for k, atoms in enumerate(listed):
         if not isinstance(atoms, Atoms):
-            raise SetupError(f"structure {k} is no Atoms object but {type(atoms).__name__}: {atoms!r:.60}")
+            raise ArgumentError(f"structure {k} is no Atoms object but {type(atoms).__name__}: {atoms!r:.60}")
     return listed
 
 
@@ -128,7 +126,7 @@ def _wanted(properties: Sequence[str] | None, served: Sequence[str]) -> tuple[st
 
 def _check_size(max_edges: int | None) -> None:
     if max_edges is not None and (not isinstance(max_edges, Integral) or max_edges < 1):
-        raise SetupError(f"max_edges={max_edges!r} is no size of a batch; give a positive whole number")
+        raise ArgumentError(f"max_edges={max_edges!r} is no size of a batch; give a positive whole number")
 
 
 @contextmanager
@@ -136,5 +134,5 @@ def _named(k: int) -> Iterator[None]:
     """Begin messages with the index of the structure."""
     try:
         yield
-    except (SetupError, EvaluationFailed, PropertyNotImplementedError) as error:
+    except (GFFMergeError, PropertyNotImplementedError) as error:
         raise type(error)(f"structure {k}: {error}") from error

@@ -23,7 +23,6 @@ from ase_gffmerge.engines.ase.arguments import (
     weight_tuple,
 )
 from ase_gffmerge.engines.ase.batch import evaluate_structures
-from ase_gffmerge.engines.ase.errors import SetupError, as_setup_errors
 from ase_gffmerge.engines.ase.results import (
     as_array,
     ase_results,
@@ -32,6 +31,7 @@ from ase_gffmerge.engines.ase.results import (
     require_structure,
     require_volume,
 )
+from ase_gffmerge.errors import ArgumentError
 from ase_gffmerge.forcefield.conditioning import KEY, same_choice, specialist_indices
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs.verlet_cache import VerletCache
@@ -147,7 +147,7 @@ class GFFMergeCalculator(Calculator):
             allow_unrelated=allow_unrelated,
             cache_dir=cache_dir,
         )
-        with as_setup_errors(), _isolated_torch():
+        with _isolated_torch():
             target = resolve_device(device)
             sources = specialists if calibration is None else with_frames(specialists, calibration)
             resolved = resolve(sources, options, device=target, progress=progress)
@@ -195,12 +195,11 @@ class GFFMergeCalculator(Calculator):
         if specialist is None:
             return
         if not self._conditioned:
-            raise SetupError(
+            raise ArgumentError(
                 f"specialist={specialist!r} has no effect: {self.force_field.name!r} has one embedding for "
                 "all; leave it out, or merge with conditioning='per-specialist'"
             )
-        with as_setup_errors():
-            specialist_indices(Atoms("X"), self.specialist_names, default=specialist)
+        specialist_indices(Atoms("X"), self.specialist_names, default=specialist)
 
     # -- what ASE calls --
 
@@ -211,7 +210,9 @@ class GFFMergeCalculator(Calculator):
         """Change ``specialist``; everything else needs a new calculator."""
         fixed = sorted(set(kwargs) - {KEY})
         if fixed:
-            raise SetupError(f"{', '.join(fixed)} cannot be changed by set(); make a new GFFMergeCalculator")
+            raise ArgumentError(
+                f"{', '.join(fixed)} cannot be changed by set(); make a new GFFMergeCalculator"
+            )
         if KEY in kwargs:
             self._check_choice(kwargs[KEY])
             kwargs[KEY] = specialist_choice(kwargs[KEY])
@@ -224,8 +225,7 @@ class GFFMergeCalculator(Calculator):
 
     def set_atoms(self, atoms: Atoms) -> None:
         """Check the elements when ASE attaches the calculator (``atoms.calc = calc``)."""
-        with as_setup_errors():
-            self.force_field.check_species(atoms)
+        self.force_field.check_species(atoms)
 
     def check_state(self, atoms: Atoms, tol: float = 0.0) -> list[str]:
         """List what changed since the last calculation, including the choice of specialists if it matters."""
@@ -286,9 +286,8 @@ class GFFMergeCalculator(Calculator):
 
     def _graph(self, atoms: Atoms) -> Data:
         """Graph in float64 on the device, with specialist indices if the potential reads them."""
-        with as_setup_errors():
-            prepared = self.force_field.prepared(atoms, specialist=self.parameters.get(KEY))
-            return self._neighbours.graph(prepared)
+        prepared = self.force_field.prepared(atoms, specialist=self.parameters.get(KEY))
+        return self._neighbours.graph(prepared)
 
     def evaluate(
         self,
@@ -341,11 +340,11 @@ class GFFMergeCalculator(Calculator):
             When the calculator was not made from several specialists, or fewer than two know all elements.
         """
         if self._parents is None:
-            raise SetupError(
+            raise ArgumentError(
                 f"{self.force_field.name!r} was given without the specialists it came from, so nobody can disagree; make "
                 "the calculator from the specialists (their merge is found in the cache)"
             )
-        with as_setup_errors(), torch.inference_mode(False), self._lock:
+        with torch.inference_mode(False), self._lock:
             return force_disagreement(self._parents.load(), require_structure(atoms))
 
     # -- copies --

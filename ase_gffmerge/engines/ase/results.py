@@ -11,8 +11,7 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
-from ase_gffmerge.engines.ase.errors import EvaluationFailed, MemoryFailed, SetupError
-from ase_gffmerge.errors import DeviceMemoryError, StructureError
+from ase_gffmerge.errors import EvaluationFailed, StructureError
 from ase_gffmerge.graphs import Prediction
 from ase_gffmerge.graphs.neighbor_list import check_reach
 from ase_gffmerge.runtime.devices import memory_errors
@@ -22,7 +21,7 @@ from ase_gffmerge.runtime.forking import survive_fork
 def require_structure(atoms: Atoms | None) -> Atoms:
     """Raise for structures that hold nothing, something that is no number, or atoms that got lost."""
     if atoms is None or len(atoms) == 0:
-        raise SetupError("there is no structure to calculate: the Atoms object is empty; add atoms to it")
+        raise StructureError("there is no structure to calculate: the Atoms object is empty; add atoms to it")
     for name, values in (("positions", atoms.positions), ("cell vectors", atoms.cell.array)):
         bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
         if bad.size:
@@ -39,22 +38,10 @@ def require_structure(atoms: Atoms | None) -> Atoms:
 
 @contextmanager
 def computing(atoms: Atoms, device: torch.device) -> Iterator[None]:
-    """Compute in a process that may have been forked; raise :class:`MemoryFailed` when memory does not suffice."""
+    """Compute in a process that may have been forked; raise :class:`DeviceMemoryError` when memory does not suffice."""
     survive_fork()
-    with (
-        memory_failures(),
-        memory_errors(f"{atoms.get_chemical_formula()} ({len(atoms)} atoms)", device=device),
-    ):
+    with memory_errors(f"{atoms.get_chemical_formula()} ({len(atoms)} atoms)", device=device):
         yield
-
-
-@contextmanager
-def memory_failures() -> Iterator[None]:
-    """Turn the package's error for too little memory into ASE's :class:`MemoryFailed`."""
-    try:
-        yield
-    except DeviceMemoryError as error:
-        raise MemoryFailed(str(error)) from error
 
 
 def ase_results(prediction: Prediction, atoms: Atoms) -> dict[str, Any]:

@@ -90,6 +90,8 @@ def _convert(network: Any, head: int) -> "MACEPackage":
             vendor_energies=lambda graph: _vendor_energies(network, head, graph),
             vendor="MACE",
         )
+    except FileFormatError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise FileFormatError(
             f"the MACE has parts that mace-torch {version('mace-torch')} does not build ({first_line(error)}); leave it out "

@@ -72,6 +72,8 @@ def _build(content: Mapping[str, Any], path: Path) -> nn.Module:
         with package_mode(state["node_embedding.linear.weight"].dtype):
             network: nn.Module = ScaleShiftMACE(**config)
         network.load_state_dict(state)
+    except FileFormatError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         raise FileFormatError(
             f"{path} holds no MACE that this version of mace-torch can build ({first_line(error)}); save {SAFE}"

@@ -42,7 +42,7 @@ from ase_gffmerge.testing import check_calculator
 
 def test_every_point_has_a_test_named_after_it():
     here = Path(__file__).parent
-    files = [*here.glob("test_*.py"), *(here.parent / "ase_suite").glob("test_*.py")]
+    files = [*here.glob("test_*.py"), *(here.parents[1] / "ase_suite").glob("test_*.py")]
     named = {
         int(n) for file in files for n in re.findall(r"^def test_(\d\d)_", file.read_text(), re.MULTILINE)
     }

@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import STRUCTURES, crystal, everything, random_force_field
 
 from ase_gffmerge import GFFMergeCalculator
+from ase_gffmerge.errors import CaptureWarning, CompileWarning
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.graphs.graph import edge_vectors
-from ase_gffmerge.inference.compiled import EAGER_STEPS, CompiledPotential, CompileWarning, differentiated
+from ase_gffmerge.inference.compiled import EAGER_STEPS, CompiledPotential, differentiated
 from ase_gffmerge.inference.cuda_capture import CudaGraphs
 from ase_gffmerge.inference.cuda_graphs import (
     BACKOFF,
@@ -31,7 +32,6 @@ from ase_gffmerge.inference.cuda_graphs import (
     RECORDINGS,
     VISITS,
     CapturedFunction,
-    CaptureWarning,
     capacity,
 )
 
