@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.merging.affine_maps import adjustable_maps, affine_maps
+from ase_gffmerge.models.affine_maps import adjustable_maps, affine_maps
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models import Potential, build_potential
 

@@ -21,7 +21,7 @@ from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.inference.metrics import FramePredictions
 from ase_gffmerge.least_squares.gram import Gram, normalised_sum
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.merging.affine_maps import AffineMap, is_affine, problems, rows_entering
+from ase_gffmerge.models.affine_maps import AffineMap, is_affine, problems, rows_entering
 from ase_gffmerge.merging.diagnostics import disagreement
 from ase_gffmerge.merging.report import Disagreement, LayerReport
 from ase_gffmerge.runtime.progress import Progress, no_progress

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ase_gffmerge.least_squares.gram import Gram, normalised_sum, symmetric_product
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.merging.affine_maps import AffineMap, is_affine, problems, rows_entering, with_ones
+from ase_gffmerge.models.affine_maps import AffineMap, is_affine, problems, rows_entering, with_ones
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport

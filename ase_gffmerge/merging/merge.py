@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ase_gffmerge.errors import MergeWarning, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField, MergeRecord, Provenance
 from ase_gffmerge.forcefield.leverage_fit import fit_extrapolation_grade
-from ase_gffmerge.merging.affine_maps import adjustable_maps
+from ase_gffmerge.models.affine_maps import adjustable_maps
 from ase_gffmerge.merging.average import averaged_parameters, mean_potential, on_all_elements
 from ase_gffmerge.merging.blockwise import align_output
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from ase_gffmerge.merging.affine_maps import problems
+from ase_gffmerge.models.affine_maps import problems
 from ase_gffmerge.merging.layerwise import layer_inputs
 from ase_gffmerge.methods.permutation_symmetry import channel_groups
 from ase_gffmerge.models import Potential

@@ -23,7 +23,7 @@ from e3nn import o3
 from torch import Tensor
 
 from ase_gffmerge.errors import IncompatibleSpecialistsError
-from ase_gffmerge.merging.affine_maps import affine_maps
+from ase_gffmerge.models.affine_maps import affine_maps
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.layers.tensor_product import natural
 from ase_gffmerge.models.nequip import Interaction
@@ -53,7 +53,7 @@ class ChannelGroups:
     embedding
         Group of the columns of the embedding table.
     maps
-        The ends of every affine map, by the name of its :class:`~ase_gffmerge.merging.affine_maps.AffineMap`.
+        The ends of every affine map, by the name of its :class:`~ase_gffmerge.models.affine_maps.AffineMap`.
     """
 
     embedding: str

@@ -21,7 +21,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from ase_gffmerge.merging.affine_maps import affine_maps
+from ase_gffmerge.models.affine_maps import affine_maps
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.merging.affine_maps import affine_maps, problems
+from ase_gffmerge.models.affine_maps import affine_maps, problems
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
 from ase_gffmerge.merging.layerwise import advance, layer_inputs, run_stage

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ase_gffmerge.merging.affine_maps import AffineMap, problems
+from ase_gffmerge.models.affine_maps import AffineMap, problems
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet
 from ase_gffmerge.merging.layerwise import advance, layer_input, run_stage
 from ase_gffmerge.merging.recipe import Recipe

@@ -19,7 +19,7 @@ from torch_geometric.data import Batch
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.merging.affine_maps import AffineMap, problems
+from ase_gffmerge.models.affine_maps import AffineMap, problems
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
 from ase_gffmerge.merging.layerwise import affine_layers, combine, layer_input, run_stage, stage_inputs
 from ase_gffmerge.merging.recipe import Recipe

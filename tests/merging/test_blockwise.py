@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ase_gffmerge.least_squares.gauss_newton import dot, gauss_newton_steps
-from ase_gffmerge.merging.affine_maps import adjustable_maps
+from ase_gffmerge.models.affine_maps import adjustable_maps
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.blockwise import align_output
 from ase_gffmerge.merging.calibration import build_calibration

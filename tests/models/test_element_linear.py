@@ -6,7 +6,7 @@ from e3nn import o3
 
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.merging.affine_maps import affine_maps, problems, rows_entering
+from ase_gffmerge.models.affine_maps import affine_maps, problems, rows_entering
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
 from ase_gffmerge.models.layers.element_linear import ElementLinear, element_weights, write_product
 
