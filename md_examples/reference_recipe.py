@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ase_gffmerge import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph
 from ase_gffmerge.graphs.graph import edge_vectors
-from ase_gffmerge.models.affine_maps import is_affine, rows_entering
 from ase_gffmerge.merging.calibration import MAX_EDGES
 from ase_gffmerge.models import Potential
+from ase_gffmerge.models.affine_maps import is_affine, rows_entering
 from ase_gffmerge.runtime.batching import chunks
 
 RIDGE = 1e-6

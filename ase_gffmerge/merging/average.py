@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.models.affine_maps import adjustable_maps, affine_maps
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models import Potential, build_potential
+from ase_gffmerge.models.affine_maps import adjustable_maps, affine_maps
 
 
 def mean_potential(specialists: Sequence[ForceField], recipe: Recipe) -> Potential:

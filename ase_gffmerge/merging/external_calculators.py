@@ -21,9 +21,9 @@ from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.inference.metrics import FramePredictions
 from ase_gffmerge.least_squares.gram import Gram, normalised_sum
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.models.affine_maps import AffineMap, is_affine, problems, rows_entering
 from ase_gffmerge.merging.diagnostics import disagreement
 from ase_gffmerge.merging.report import Disagreement, LayerReport
+from ase_gffmerge.models.affine_maps import AffineMap, is_affine, layer_maps, rows_entering
 from ase_gffmerge.runtime.progress import Progress, no_progress
 
 MAX_ROWS = 4096
@@ -233,11 +233,11 @@ def _solve_layer(
 ) -> list[LayerReport]:
     """Solve all maps of one layer on the merged network's inputs and each network's own outputs."""
     layer = module(merged).get_submodule(name)
-    ours = list(problems(name, layer))
+    ours = layer_maps(name, layer)
     grams: list[list[Gram]] = []
     for calculator, frames in zip(calculators, calibration, strict=True):
         original = module(calculator).get_submodule(name)
-        theirs = list(problems(name, original))
+        theirs = layer_maps(name, original)
         values = [Gram.zero(*problem.read().shape) for problem in ours]
         slopes = list(values)
         for i, atoms in enumerate(frames):

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from ase_gffmerge.least_squares.gram import Gram, normalised_sum, symmetric_product
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.models.affine_maps import AffineMap, is_affine, problems, rows_entering, with_ones
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
+from ase_gffmerge.models.affine_maps import AffineMap, is_affine, layer_maps, rows_entering, with_ones
 from ase_gffmerge.models.base import Stage
 
 
@@ -119,8 +119,8 @@ def align_layers(
         known[0] if at_once else affine_layers(merged, lambda: run(merged, first, inputs(first, True).value))
     )
     for name in names:
-        ours = list(problems(name, merged.get_submodule(name)))
-        theirs = [list(problems(name, original.get_submodule(name))) for original in originals]
+        ours = layer_maps(name, merged.get_submodule(name))
+        theirs = [layer_maps(name, original.get_submodule(name)) for original in originals]
 
         def entering(module: nn.Module, scene: CalibrationBatch, of_merged: bool, name: str = name) -> Dual:
             layer = module.get_submodule(name)
@@ -158,7 +158,7 @@ def _own_grams(
         products: dict[Any, Tensor] = {}
         for name, x in entering.items():
             grams = []
-            for problem in problems(name, original.get_submodule(name)):
+            for problem in layer_maps(name, original.get_submodule(name)):
                 design = _design(problem, x, recipe)
                 key = (id(x), problem.rows, problem.has_bias)
                 if key not in products:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ase_gffmerge.errors import MergeWarning, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField, MergeRecord, Provenance
 from ase_gffmerge.forcefield.leverage_fit import fit_extrapolation_grade
-from ase_gffmerge.models.affine_maps import adjustable_maps
 from ase_gffmerge.merging.average import averaged_parameters, mean_potential, on_all_elements
 from ase_gffmerge.merging.blockwise import align_output
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
@@ -31,6 +30,7 @@ from ase_gffmerge.merging.reference_energies import align_references
 from ase_gffmerge.merging.report import LayerReport, MergeReport
 from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models import Potential
+from ase_gffmerge.models.affine_maps import adjustable_maps
 from ase_gffmerge.models.base import Stage
 from ase_gffmerge.runtime.devices import memory_errors, resolve_device
 from ase_gffmerge.runtime.progress import Clock, Progress, no_progress

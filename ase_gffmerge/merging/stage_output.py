@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ase_gffmerge.least_squares.gauss_newton import Thetas, squared
-from ase_gffmerge.models.affine_maps import adjustable_maps, is_adjustable
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet
 from ase_gffmerge.merging.layerwise import advance, layer_inputs, run_stage, stage_inputs
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.tangents import differentiable_pushforward
+from ase_gffmerge.models.affine_maps import adjustable_maps, is_adjustable
 from ase_gffmerge.models.base import Stage, State
 
 

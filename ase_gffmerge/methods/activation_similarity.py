@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from ase_gffmerge.models.affine_maps import problems
 from ase_gffmerge.merging.layerwise import layer_inputs
 from ase_gffmerge.methods.permutation_symmetry import channel_groups
 from ase_gffmerge.models import Potential
+from ase_gffmerge.models.affine_maps import layer_maps
 
 DEAD = 1e-12
 """Channels whose variance is below this fraction of their mean square are constant, and resemble nothing."""
@@ -79,7 +79,7 @@ def _entering_rows(potential: Potential, graph: Batch) -> dict[str, Tensor]:
     """Rows that enter every affine map (n_rows, d_in + 1); the last column is 1 for scalars, 0 for components."""
     rows = {}
     for name, x in layer_inputs(potential, lambda: potential(graph)).items():
-        for problem in problems(name, potential.get_submodule(name)):
+        for problem in layer_maps(name, potential.get_submodule(name)):
             part = problem.rows(x).double()
             constant = torch.full_like(part[:, :1], float(len(part) == len(x)))
             rows[problem.name] = torch.cat([part, constant], dim=1)

@@ -23,8 +23,8 @@ from e3nn import o3
 from torch import Tensor
 
 from ase_gffmerge.errors import IncompatibleSpecialistsError
-from ase_gffmerge.models.affine_maps import affine_maps
 from ase_gffmerge.models import Potential
+from ase_gffmerge.models.affine_maps import affine_maps
 from ase_gffmerge.models.layers.tensor_product import natural
 from ase_gffmerge.models.nequip import Interaction
 from ase_gffmerge.models.painn import Message

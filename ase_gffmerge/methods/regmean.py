@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.models.affine_maps import affine_maps, problems
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
 from ase_gffmerge.merging.layerwise import advance, layer_inputs, run_stage
@@ -39,6 +38,7 @@ from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, reg
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.weight_space import aligned_copies
 from ase_gffmerge.models import Potential
+from ase_gffmerge.models.affine_maps import affine_maps, layer_maps
 from ase_gffmerge.runtime.progress import Progress
 
 ALPHAS = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -81,7 +81,7 @@ def input_grams(root: nn.Module, runs: Sequence[Callable[[], Any]]) -> Grams:
     total: dict[str, Gram] = {}
     for run in runs:
         for name, x in layer_inputs(root, run).items():
-            for problem in problems(name, root.get_submodule(name)):
+            for problem in layer_maps(name, root.get_submodule(name)):
                 rows = problem.rows(x)
                 gram = Gram.of(rows, rows[:, :0])
                 total[problem.name] = total[problem.name] + gram if problem.name in total else gram

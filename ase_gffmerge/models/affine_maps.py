@@ -1,17 +1,18 @@
-r"""Affine layers as least-squares problems.
+r"""How layers are linear in their parameters: each as one or more affine maps.
 
-Every supported layer maps rows linearly, :math:`y = [x\ 1]\,\Theta`, once its input is cut into rows of the right
-kind. A :class:`AffineMap` is one such map:
+Every supported layer maps rows linearly, :math:`y = [x\ 1]\,\Theta`, once its input is cut into rows of the right kind. A
+:class:`AffineMap` is one such map:
 
 * ``nn.Linear`` (and torch_geometric's ``Linear``): rows are all leading dimensions, so the Cartesian components of a
   vector feature (n_atoms, 3, channels) are extra rows; a bias adds a column of ones.
-* ``e3nn.o3.Linear``: one problem per output irrep over all inputs of that irrep; the 2l+1 components are extra rows, and
+* ``e3nn.o3.Linear``: one map per output irrep from all inputs of that irrep; the 2l+1 components are extra rows, and
   Θ includes e3nn's path weight, Θ = path_weight · W. Equivariance holds by construction.
 * the layers of ``e3nn.nn.FullyConnectedNet``: bias-free, Θ = factor · W; the target is the value before the activation.
-* the layers of the package ``nequip``'s scalar networks: likewise, Θ = [factor · W; b].
-* :class:`.ElementLinear`: one problem per element and output irrep; the rows of atoms of other elements are zero.
+* :class:`.ElementLinear`: one map per element and output irrep; the rows of atoms of other elements are zero.
 
-Scale and shift of an ``nn.LayerNorm`` are no such map of rows, but they are parameters that a correction of a whole stage
+Integrations add the layers of other packages with :func:`register_layer`.
+
+Scale and shift of an ``nn.LayerNorm`` are no such map of rows, but they are parameters that a correction of a whole block
 may change: :func:`adjustable_maps` holds them as well, as Θ = [scale; shift].
 """
 
@@ -77,41 +78,80 @@ def with_ones(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
 
+Maps = Callable[[str, Any], Iterator[AffineMap]]
+"""``maps(name, layer)`` gives the affine maps of a layer of a certain class."""
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """A kind of layers that are linear in their parameters.
+
+    Attributes
+    ----------
+    matches
+        Whether a module is such a layer.
+    maps
+        Its affine maps.
+    entering
+        The tensor that they map, from the layer and the arguments of its forward method.
+    """
+
+    matches: Callable[[nn.Module], bool]
+    maps: Maps
+    entering: Callable[..., Tensor]
+
+
+_KINDS: list[LayerKind] = []
+"""Kinds of layers; of several that match a module, the one that was registered last counts."""
+
+
+def register_layer(
+    matches: Callable[[nn.Module], bool],
+    *,
+    entering: Callable[..., Tensor] = lambda layer, x, *_: x,
+) -> Callable[[Maps], Maps]:
+    """Decorate a function that gives the affine maps of a kind of layers.
+
+    Parameters
+    ----------
+    matches
+        Whether a module is such a layer.
+    entering
+        The tensor that it maps, from the layer and the arguments of its forward method; default: the first argument.
+    """
+
+    def enter(maps: Maps) -> Maps:
+        _KINDS.insert(0, LayerKind(matches, maps, entering))
+        return maps
+
+    return enter
+
+
+def _kind(module: nn.Module) -> LayerKind | None:
+    return next((kind for kind in _KINDS if kind.matches(module)), None)
+
+
 def is_affine(module: nn.Module) -> bool:
-    """Whether the merge can treat a module as one or more :class:`AffineMap`."""
-    if isinstance(module, ElementLinear):
-        return len(module.species) <= MAX_ELEMENTS
-    if isinstance(module, nn.Linear) and module.weight.dim() != 2:
-        return False  # a vector, such as Orb's table of energies
-    plain = isinstance(module, nn.Linear | GeometricLinear | EquivariantLinear)
-    return plain or _is_radial_layer(module) or _is_scaled_linear(module)
+    """Whether a module is one or more :class:`AffineMap`."""
+    return _kind(module) is not None
 
 
 def rows_entering(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-    """The tensor that an affine layer maps, from the arguments of its forward method."""
-    if isinstance(module, ElementLinear):
-        return module.per_element(*inputs)
-    return module.joined(*inputs) if isinstance(module, JoinedLinear) else inputs[0]
+    """The tensor that a layer maps, from the arguments of its forward method."""
+    kind = _kind(module)
+    return kind.entering(module, *inputs) if kind else inputs[0]
 
 
-def problems(name: str, module: nn.Module) -> Iterator[AffineMap]:
-    """The affine maps of one layer."""
-    if isinstance(module, EquivariantLinear):
-        yield from _equivariant_problems(name, module)
-    elif _is_radial_layer(module):
-        yield _radial_problem(name, module)
-    elif _is_scaled_linear(module):
-        yield _scaled_problem(name, module)
-    elif isinstance(module, ElementLinear):
-        yield from _element_problems(name, module)
-    else:
-        yield _linear_problem(name, module)  # type: ignore[arg-type]
+def layer_maps(name: str, module: nn.Module) -> list[AffineMap]:
+    """The affine maps of one layer; none of a module that is no such layer."""
+    kind = _kind(module)
+    return list(kind.maps(name, module)) if kind else []
 
 
 def affine_maps(root: nn.Module) -> dict[str, AffineMap]:
     """All affine maps inside a module, by name."""
-    layers = [(name, module) for name, module in root.named_modules() if is_affine(module)]
-    return {problem.name: problem for name, module in layers for problem in problems(name, module)}
+    found = [layer_maps(name, module) for name, module in root.named_modules()]
+    return {affine_map.name: affine_map for maps in found for affine_map in maps}
 
 
 def is_adjustable(module: nn.Module) -> bool:
@@ -122,15 +162,23 @@ def is_adjustable(module: nn.Module) -> bool:
 def adjustable_maps(root: nn.Module) -> dict[str, AffineMap]:
     """All affine maps inside a module, and scales and shifts of its layer norms."""
     norms = [(name, module) for name, module in root.named_modules() if isinstance(module, nn.LayerNorm)]
-    own = {name: _norm_problem(name, norm) for name, norm in norms if is_adjustable(norm)}
+    own = {name: _norm_map(name, norm) for name, norm in norms if is_adjustable(norm)}
     return affine_maps(root) | own
 
 
-def _flat_rows(x: Tensor) -> Tensor:
+def flat_rows(x: Tensor) -> Tensor:
+    """All leading dimensions as rows (n_rows, d)."""
     return x.reshape(-1, x.shape[-1])
 
 
-def _linear_problem(name: str, layer: nn.Linear) -> AffineMap:
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer with a matrix; Orb keeps its table of energies as a vector in one."""
+    return isinstance(module, nn.Linear | GeometricLinear) and module.weight.dim() == 2
+
+
+@register_layer(lambda module: isinstance(module, JoinedLinear), entering=JoinedLinear.entering)
+@register_layer(_is_linear)
+def _linear_map(name: str, layer: nn.Linear) -> Iterator[AffineMap]:
     has_bias = layer.bias is not None
 
     def read() -> Tensor:
@@ -141,10 +189,10 @@ def _linear_problem(name: str, layer: nn.Linear) -> AffineMap:
         weight = {"weight": theta[: layer.weight.shape[1]].T}
         return weight | {"bias": theta[-1]} if has_bias else weight
 
-    return AffineMap(name, layer, has_bias, _flat_rows, read, parameters)
+    yield AffineMap(name, layer, has_bias, flat_rows, read, parameters)
 
 
-def _norm_problem(name: str, norm: nn.LayerNorm) -> AffineMap:
+def _norm_map(name: str, norm: nn.LayerNorm) -> AffineMap:
     """Scale and shift of every channel; the rows are what is scaled, one number each."""
 
     def rows(x: Tensor) -> Tensor:
@@ -160,48 +208,33 @@ def _is_radial_layer(module: nn.Module) -> bool:
     return type(module).__module__ == FullyConnectedNet.__module__ and type(module).__name__ == "_Layer"
 
 
-def _radial_problem(name: str, layer: nn.Module) -> AffineMap:
+@register_layer(_is_radial_layer)
+def _radial_map(name: str, layer: nn.Module) -> Iterator[AffineMap]:
     width_in, var_in, var_out = float(layer.h_in), float(layer.var_in), float(layer.var_out)  # type: ignore[arg-type]
     scale = (width_in * var_in) ** -0.5 * (1.0 if layer.act is not None else var_out**0.5)
     weight = layer.get_parameter("weight")
-    return AffineMap(
+    yield AffineMap(
         name,
         layer,
         False,
-        _flat_rows,
+        flat_rows,
         lambda: weight.detach() * scale,
         lambda theta: {"weight": theta / scale},
     )
 
 
-def _is_scaled_linear(module: nn.Module) -> bool:
-    """Whether it is nequip's ``ScalarLinearLayer``, whichever copy of the package it comes from."""
-    return type(module).__name__ == "ScalarLinearLayer" and not hasattr(module, "parametrizations")
-
-
-def _scaled_problem(name: str, layer: nn.Module) -> AffineMap:
-    weight, scale = layer.get_parameter("weight"), layer.get_buffer("alpha")
-    bias = dict(layer.named_parameters()).get("bias")
-
-    def read() -> Tensor:
-        theta = weight.detach() * scale
-        return theta if bias is None else torch.cat([theta, bias.detach()[None]])
-
-    def parameters(theta: Tensor) -> dict[str, Tensor]:
-        own = {"weight": theta[: len(weight)] / scale}
-        return own if bias is None else own | {"bias": theta[-1]}
-
-    return AffineMap(name, layer, bias is not None, _flat_rows, read, parameters)
-
-
-def _element_problems(name: str, layer: ElementLinear) -> Iterator[AffineMap]:
+@register_layer(
+    lambda module: isinstance(module, ElementLinear) and len(module.species) <= MAX_ELEMENTS,
+    entering=ElementLinear.per_element,
+)
+def _element_maps(name: str, layer: ElementLinear) -> Iterator[AffineMap]:
     for row, number in enumerate(layer.species):
         for i_out, (_, irrep) in enumerate(layer.irreps_out):
             if any(block.i_out == i_out for block in layer.blocks):
-                yield _element_problem(f"{name}[{chemical_symbols[number]}, {irrep}]", layer, row, i_out)
+                yield _element_map(f"{name}[{chemical_symbols[number]}, {irrep}]", layer, row, i_out)
 
 
-def _element_problem(name: str, layer: ElementLinear, row: int, i_out: int) -> AffineMap:
+def _element_map(name: str, layer: ElementLinear, row: int, i_out: int) -> AffineMap:
     blocks = [block for block in layer.blocks if block.i_out == i_out]
     dim = layer.irreps_out[i_out].ir.dim
 
@@ -223,8 +256,9 @@ def _element_problem(name: str, layer: ElementLinear, row: int, i_out: int) -> A
     return AffineMap(name, layer, False, rows, read, parameters)
 
 
-def _equivariant_problems(name: str, layer: EquivariantLinear) -> Iterator[AffineMap]:
-    """One problem per output irrep; e3nn stores the weights of its instructions one after the other."""
+@register_layer(lambda module: isinstance(module, EquivariantLinear))
+def _equivariant_maps(name: str, layer: EquivariantLinear) -> Iterator[AffineMap]:
+    """One map per output irrep; e3nn stores the weights of its instructions one after the other."""
     if any(instruction.i_in < 0 for instruction in layer.instructions):
         raise NotImplementedError(
             f"{name}: an o3.Linear with biases cannot be aligned; build it with biases=False"
@@ -232,10 +266,10 @@ def _equivariant_problems(name: str, layer: EquivariantLinear) -> Iterator[Affin
     for i_out, (_, irrep) in enumerate(layer.irreps_out):
         paths = [i for i, instruction in enumerate(layer.instructions) if instruction.i_out == i_out]
         if paths:
-            yield _equivariant_problem(f"{name}[{irrep}]", layer, paths, irrep.dim)
+            yield _equivariant_map(f"{name}[{irrep}]", layer, paths, irrep.dim)
 
 
-def _equivariant_problem(name: str, layer: EquivariantLinear, paths: list[int], dim: int) -> AffineMap:
+def _equivariant_map(name: str, layer: EquivariantLinear, paths: list[int], dim: int) -> AffineMap:
     inputs = [layer.instructions[i].i_in for i in paths]
     slices = layer.irreps_in.slices()
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ase_gffmerge.models.affine_maps import AffineMap, problems
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet
 from ase_gffmerge.merging.layerwise import advance, layer_input, run_stage
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.tangents import Dual, differentiable_pushforward
+from ase_gffmerge.models.affine_maps import AffineMap, layer_maps
 from ase_gffmerge.models.base import Stage, State
 from research.messages import MessageSolution, MessageTerm, solve_messages
 
@@ -52,7 +52,7 @@ def align_messages(
     scales = [_part_scales(dual, t.weight, recipe) for dual, t in zip(targets, calibration_sets, strict=True)]
     reports = []
     for layer in closing or CLOSING[type(merged).__name__]:
-        for problem in problems(layer, merged.get_submodule(layer)):
+        for problem in layer_maps(layer, merged.get_submodule(layer)):
             terms = [
                 MessageTerm(_output_of(merged, layer, problem, scene), dual.value + dual.tangent, scale)
                 for scene, dual, scale in zip(scenes, targets, scales, strict=True)

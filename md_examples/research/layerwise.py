@@ -19,12 +19,12 @@ from torch_geometric.data import Batch
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.models.affine_maps import AffineMap, problems
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
 from ase_gffmerge.merging.layerwise import affine_layers, combine, layer_input, run_stage, stage_inputs
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.tangents import pushforward
 from ase_gffmerge.models import Potential
+from ase_gffmerge.models.affine_maps import AffineMap, layer_maps
 from ase_gffmerge.models.base import Stage
 from research.bench import Bench, MergeOutput, Trial
 from research.closing_maps import align_messages
@@ -52,10 +52,10 @@ def solve_layers(
     first = calibration_sets[0].scenes[0]
     values = stage_inputs(first, True).value
     for layer in affine_layers(merged, lambda: run_stage(merged, first, values)):
-        for i, problem in enumerate(problems(layer, merged.get_submodule(layer))):
+        for i, problem in enumerate(layer_maps(layer, merged.get_submodule(layer))):
             grams = []
             for original, calibration_set in zip(originals, calibration_sets, strict=True):
-                their = list(problems(layer, original.get_submodule(layer)))[i]
+                their = layer_maps(layer, original.get_submodule(layer))[i]
                 weights = [
                     row_weights(calibration_set, s, f"{name}.{layer}")
                     for s in range(len(calibration_set.scenes))

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from ase_gffmerge.least_squares.gauss_newton import dot, gauss_newton_steps
-from ase_gffmerge.models.affine_maps import adjustable_maps
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.blockwise import align_output
 from ase_gffmerge.merging.calibration import build_calibration
 from ase_gffmerge.merging.merge import working_copies
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.stage_output import LinearizedBlock, StageMismatch
+from ase_gffmerge.models.affine_maps import adjustable_maps
 
 
 @dataclass

@@ -12,11 +12,11 @@ from structures import OWN_ARCHITECTURES
 from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.metrics import predict_frames
-from ase_gffmerge.models.affine_maps import affine_maps
 from ase_gffmerge.methods import MergeInputs, get_method
 from ase_gffmerge.methods.git_rebasin import matched_orders
 from ase_gffmerge.methods.permutation_symmetry import channel_groups, permuted
 from ase_gffmerge.models import build_potential
+from ase_gffmerge.models.affine_maps import affine_maps
 
 NEQUIP = {
     "channels": 5,

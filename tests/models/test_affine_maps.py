@@ -6,8 +6,8 @@ from torch import nn
 from torch.func import functional_call
 from torch_geometric.nn import Linear as GeometricLinear
 
-from ase_gffmerge.models.affine_maps import is_affine, problems
 from ase_gffmerge.merging.layerwise import affine_layers, layer_input
+from ase_gffmerge.models.affine_maps import is_affine, layer_maps
 
 
 def equivariant() -> tuple[o3.Linear, torch.Tensor, torch.Tensor]:
@@ -21,7 +21,7 @@ def equivariant() -> tuple[o3.Linear, torch.Tensor, torch.Tensor]:
 def test_linear_is_its_problem(kind: type, bias: bool) -> None:
     layer = kind(4, 3, bias=bias).double()
     x = torch.randn(5, 3, 4, dtype=torch.float64)
-    (problem,) = problems("layer", layer)
+    (problem,) = layer_maps("layer", layer)
     torch.testing.assert_close(problem.design(x) @ problem.read(), layer(x).reshape(-1, 3))
     assert problem.has_bias is bias
 
@@ -31,7 +31,7 @@ def test_radial_layers_are_their_problems_before_the_activation() -> None:
     x = torch.randn(9, 4, dtype=torch.float64)
     layers = [module for module in net.modules() if is_affine(module)]
     assert len(layers) == 2
-    (first,), (second,) = (list(problems("l", layer)) for layer in layers)
+    (first,), (second,) = (layer_maps("l", layer) for layer in layers)
     hidden = layer_input(layers[1], lambda: net(x))
     act = layers[0].act
     torch.testing.assert_close(act(first.design(x) @ first.read()) * layers[0].var_out ** 0.5, hidden)
@@ -40,7 +40,7 @@ def test_radial_layers_are_their_problems_before_the_activation() -> None:
 
 def test_equivariant_linear_is_one_problem_per_output_irrep_with_path_weights() -> None:
     layer, x, y = equivariant()
-    found = list(problems("layer", layer))
+    found = layer_maps("layer", layer)
     assert [p.name for p in found] == ["layer[0e]", "layer[1o]", "layer[2e]", "layer[0e]"]
     for problem, part, (mul, irrep) in zip(found, layer.irreps_out.slices(), layer.irreps_out):
         expected = y[:, part].reshape(-1, mul, irrep.dim).transpose(1, 2).reshape(-1, mul)
@@ -53,11 +53,11 @@ def test_equivariant_linear_is_one_problem_per_output_irrep_with_path_weights() 
 def test_writing_what_was_read_changes_nothing_and_writing_theta_sets_it(make) -> None:
     layer = make().double()
     before = [p.clone() for p in layer.parameters()]
-    for problem in problems("layer", layer):
+    for problem in layer_maps("layer", layer):
         problem.write(problem.read())
     for old, new in zip(before, layer.parameters()):
         torch.testing.assert_close(old, new, rtol=1e-14, atol=1e-14)
-    for problem in problems("layer", layer):
+    for problem in layer_maps("layer", layer):
         theta = torch.randn_like(problem.read())
         problem.write(theta)
         torch.testing.assert_close(problem.read(), theta)
@@ -65,7 +65,7 @@ def test_writing_what_was_read_changes_nothing_and_writing_theta_sets_it(make) -
 
 def test_parameters_of_theta_are_differentiable() -> None:
     layer, x, _ = equivariant()
-    problem = next(iter(problems("layer", layer)))
+    problem = next(iter(layer_maps("layer", layer)))
     theta = problem.read().requires_grad_()
     functional_call(layer, problem.parameters(theta), (x,)).sum().backward()
     assert theta.grad is not None
@@ -89,7 +89,7 @@ def test_layers_are_found_in_execution_order_and_unused_ones_left_out() -> None:
 def test_equivariant_linear_with_bias_is_refused() -> None:
     layer = o3.Linear("2x0e", "2x0e", biases=True)
     with pytest.raises(NotImplementedError, match="biases=False"):
-        list(problems("layer", layer))
+        layer_maps("layer", layer)
 
 
 def test_a_linear_layer_whose_weights_are_a_vector_is_no_problem() -> None:

@@ -1,12 +1,14 @@
 """Linear layers per element, against the tensor products that they replace."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from e3nn import o3
 
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.models.affine_maps import affine_maps, problems, rows_entering
+from ase_gffmerge.models.affine_maps import affine_maps, layer_maps, rows_entering
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
 from ase_gffmerge.models.layers.element_linear import ElementLinear, element_weights, write_product
 
@@ -48,7 +50,7 @@ def test_a_tensor_product_is_written_back():
 
 def test_its_problems_are_its_output(layer, features):
     """Rows times coefficients give the columns of each output irrep, for values and for slopes in front of them."""
-    found = {problem.name: problem for problem in problems("sc", layer)}
+    found = {problem.name: problem for problem in layer_maps("sc", layer)}
     assert len(found) == 3 * 3
     assert "sc[O, 1o]" in found
     rows = rows_entering(layer, (features, NUMBERS))
@@ -97,8 +99,9 @@ class ScalarLinearLayer(torch.nn.Module):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_scaled_layers_of_nequip(bias):
+    import_module("ase_gffmerge.integrations.nequip.layers")
     layer, x = ScalarLinearLayer(bias=bias), torch.randn(5, 4)
-    (problem,) = problems("mlp", layer)
+    (problem,) = layer_maps("mlp", layer)
     torch.testing.assert_close(problem.design(x) @ problem.read(), layer(x).detach())
     theta = torch.randn(problem.read().shape)
     problem.write(theta)

@@ -19,6 +19,7 @@ from nequip.nn.pair_potential import ZBL
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
+from ase_gffmerge.integrations.nequip import layers  # noqa: F401 (registers the package's layers)
 from ase_gffmerge.integrations.wrapped import (
     ChainPotential,
     Entries,

@@ -27,7 +27,6 @@ class JoinedLinear(nn.Linear):
             total = (product if rows is None else take_rows(product, rows)) + total
         return total
 
-    @staticmethod
-    def joined(parts: Sequence[Part]) -> Tensor:
+    def entering(self, parts: Sequence[Part]) -> Tensor:
         """Give the input (n, in_features) of the plain linear layer."""
         return torch.cat([x if rows is None else take_rows(x, rows) for x, rows in parts], dim=1)
