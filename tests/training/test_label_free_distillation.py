@@ -89,6 +89,11 @@ def scores(history: History) -> list[float]:
     ]
 
 
+def force_error(report: MergeReport) -> float:
+    """Sum over the specialists of the merged model's force error: what distillation lowers."""
+    return sum(row.force_mae for row in report.disagreements if row.model == "merged")
+
+
 class Stop(Exception):
     """Stands for a kill."""
 
@@ -114,7 +119,8 @@ def test_disagreement_falls_and_is_recorded(architecture: str, conditioning: str
     assert record is not None
     assert record.recipe["refine"] == QUICK.model_dump()
     old, new = (MergeReport.from_dict(m.merged.report) for m in (start, distilled))
-    assert new.relative_disagreement < 0.9 * old.relative_disagreement
+    assert force_error(new) < 0.85 * force_error(old)
+    assert new.relative_disagreement < 1.1 * old.relative_disagreement  # of the worst one, which no loss is asked to lower
     assert set(new.seconds) == {*old.seconds, "distillation"}
     assert distilled.provenance.epochs == 4
     assert distilled.provenance.n_train == 2 * 9 * 2

@@ -20,7 +20,7 @@ from ase.filters import FrechetCellFilter
 from ase.io import Trajectory, read, write
 from ase.md import MTKNPT, Bussi, Langevin, NoseHooverChainNVT, VelocityVerlet, thermalize_momenta
 from ase.mep import NEB
-from ase.optimize import BFGS, FIRE
+from ase.optimize import BFGS, FIRE, RFO
 from toys import cluster, crystal
 
 from ase_gffmerge.errors import StructureError
@@ -111,11 +111,12 @@ def test_langevin_is_reproducible(calc):
     assert np.array_equal(*final)
 
 
-def test_bfgs_and_cell_relaxation_go_downhill(calc):
+@pytest.mark.parametrize("optimizer", [BFGS, RFO])
+def test_relaxations_of_positions_and_cells_go_downhill(calc, optimizer):
     for atoms, build in ((cluster(), lambda a: a), (crystal(), FrechetCellFilter)):
         atoms.calc = calc
         start = atoms.get_potential_energy()
-        BFGS(build(atoms), logfile=None, maxstep=0.05).run(fmax=1e-4, steps=5)
+        optimizer(build(atoms), logfile=None, maxstep=0.05).run(fmax=1e-4, steps=5)
         assert atoms.get_potential_energy() < start
 
 
