@@ -8,9 +8,9 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
-from structures import OWN_ARCHITECTURES, rattled_slab, skewed_crystal
 
 from ase_gffmerge.models import Potential, build_potential
+from helpers.structures import OWN_ARCHITECTURES, rattled_slab, skewed_crystal
 
 torch.set_num_threads(1)
 

@@ -8,11 +8,11 @@ import pytest
 from ase.build import molecule
 from ase.calculators.emt import EMT
 from ase.io import write
-from page_blocks import BLOCK, run_block
 
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.merging.report import GOOD, USABLE
 from ase_gffmerge.training.config import load_config
+from helpers.page_blocks import BLOCK, run_block
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,8 +14,6 @@ from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
-from rerun import Rerun
-from second_device import numbers, second_device, slopes_by_differences
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.dynamics.batched_md import run_replicas
@@ -32,6 +30,8 @@ from ase_gffmerge.models import build_potential
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.distill import distill
 from ase_gffmerge.training.train import train
+from helpers.rerun import Rerun
+from helpers.second_device import numbers, second_device, slopes_by_differences
 
 HYPER = {
     "painn": {"channels": 6, "n_blocks": 2, "n_radial": 5, "cutoff": 4.0},

@@ -14,6 +14,10 @@ pytestmark = pytest.mark.skipif(
     reason="this torch knows no devices written in Python",
 )
 
+HERE = Path(__file__).parent
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+}
 TOLERANCES = {
     "painn merged by paper": 1e-12,
     "painn merged by default": 1e-9,
@@ -27,9 +31,10 @@ TOLERANCES = {
 
 def test_every_task_gives_on_a_second_device_what_it_gives_on_the_cpu() -> None:
     """In a process of its own: a device cannot be taken back."""
-    tasks = Path(__file__).with_name("tasks.py")
-    path = os.environ | {"PYTHONPATH": str(tasks.parents[1])}
-    done = subprocess.run([sys.executable, tasks], env=path, capture_output=True, text=True, check=False)
+    tasks = HERE / "tasks.py"
+    done = subprocess.run(
+        [sys.executable, tasks], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     differences = json.loads(done.stdout)
     assert differences.keys() == TOLERANCES.keys()
@@ -38,7 +43,7 @@ def test_every_task_gives_on_a_second_device_what_it_gives_on_the_cpu() -> None:
 
 MISTAKES = """
 import torch
-from second_device import second_device
+from helpers.second_device import second_device
 
 with second_device() as device:
     there, here = torch.eye(2, device=device), torch.eye(2)
@@ -62,7 +67,7 @@ with second_device() as device:
 def test_what_a_gpu_refuses_the_second_device_refuses_too() -> None:
     done = subprocess.run(
         [sys.executable, "-c", MISTAKES],
-        cwd=Path(__file__).parent,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,

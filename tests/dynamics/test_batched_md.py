@@ -7,7 +7,6 @@ from ase import Atoms, units
 from ase.build import molecule
 from ase.constraints import FixAtoms
 from ase.md import VelocityVerlet
-from springs import Springs
 
 from ase_gffmerge import ForceField, GFFMergeCalculator, run_replicas
 from ase_gffmerge.dynamics.batched_md import ReplicaRun
@@ -15,6 +14,7 @@ from ase_gffmerge.dynamics.stopping import StoppingCriteria
 from ase_gffmerge.errors import DynamicsError, FramesError, StructureError
 from ase_gffmerge.graphs.graph import build_graph
 from ase_gffmerge.graphs.verlet import VerletGraph
+from helpers.springs import Springs
 
 OFF = StoppingCriteria(stretch=None, contact=None, heat=None)
 

@@ -4,12 +4,12 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-from harness import RECIPE, tiny_specialists
 
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.leverage_fit import with_extrapolation_grade
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.workflows.cache import MergeCache, cache_key
+from helpers.faults import RECIPE, tiny_specialists
 
 PRELOADED = [
     "pytest",

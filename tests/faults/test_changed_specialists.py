@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 from ase.build import molecule
-from harness import RECIPE, run
-from workers import merge_into_cache
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import GFFMergeError
@@ -14,6 +12,8 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.merge import distinct
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.workflows.cache import MergeCache
+from helpers.faults import RECIPE, run
+from helpers.workers import merge_into_cache
 
 
 def calculator(files, tmp_path, **options) -> GFFMergeCalculator:

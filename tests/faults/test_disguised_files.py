@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import RECIPE, explains, same_content
 from safetensors.torch import save_file
 
 from ase_gffmerge import GFFMergeCalculator
@@ -20,6 +19,7 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.storage.documents import shown
 from ase_gffmerge.storage.tensor_file import SCHEMA, digest, read_file, read_metadata
 from ase_gffmerge.workflows.cache import MergeCache
+from helpers.faults import RECIPE, explains, same_content
 
 
 def refused(path: Path, pattern: str | None = None) -> None:

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import RECIPE, explains, same_content
 
 from ase_gffmerge.errors import CacheWarning, FileFormatError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.storage.tensor_file import read_file, write_file
 from ase_gffmerge.training.checkpoint import can_resume
 from ase_gffmerge.workflows.cache import MergeCache
+from helpers.faults import RECIPE, explains, same_content
 
 
 def header_end(data: bytes) -> int:

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import workers
-from harness import RECIPE, run, same_content
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import CacheError, CacheWarning, FileFormatError, GFFMergeError, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.workflows.cache import MergeCache, cache_key
+from helpers import workers
+from helpers.faults import RECIPE, run, same_content
 
 
 @pytest.fixture

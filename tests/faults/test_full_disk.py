@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import workers
 from ase.io import read
-from harness import RECIPE, labelled_water, run, same_content
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.training.checkpoint import checkpoint_path
 from ase_gffmerge.workflows.cache import MergeCache
+from helpers import workers
+from helpers.faults import RECIPE, labelled_water, run, same_content
 
 pytest.importorskip("resource", reason="this platform cannot limit the size of files")
 

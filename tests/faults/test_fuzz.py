@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 from ase.build import molecule
-from harness import HYPER, explains, tiny_specialists
 from hypothesis import HealthCheck, event, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -27,6 +26,7 @@ from ase_gffmerge.forcefield.leverage_fit import with_extrapolation_grade
 from ase_gffmerge.merging.recipe import PRESETS, Recipe, load_recipe
 from ase_gffmerge.storage.tensor_file import SCHEMA, digest, read_file, read_metadata
 from ase_gffmerge.training.config import load_config
+from helpers.faults import HYPER, explains, tiny_specialists
 
 CASES = int(os.environ.get("GFFMERGE_FUZZ_CASES", "0"))
 SEED = os.environ.get("GFFMERGE_FUZZ_SEED")

@@ -9,9 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import workers
 from ase.io import read
-from harness import RECIPE, labelled_water, run, same_content
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.forcefield.force_field import ForceField
@@ -20,6 +18,8 @@ from ase_gffmerge.training.checkpoint import checkpoint_path
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
 from ase_gffmerge.workflows.cache import MergeCache
+from helpers import workers
+from helpers.faults import RECIPE, labelled_water, run, same_content
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this platform has no SIGKILL")
 

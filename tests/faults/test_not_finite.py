@@ -7,7 +7,6 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
-from harness import RECIPE, same_content
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import (
@@ -21,6 +20,7 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import PRESETS, load_recipe
 from ase_gffmerge.workflows.cache import MergeCache
+from helpers.faults import RECIPE, same_content
 
 VALUES = [float("nan"), float("inf"), -float("inf")]
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from ase.build import molecule
 from ase.calculators.calculator import CalculationFailed
-from harness import RECIPE, labelled_water
 
 import ase_gffmerge.forcefield.leverage_fit as gauge_module
 import ase_gffmerge.inference.metrics as accuracy
@@ -22,6 +21,7 @@ from ase_gffmerge.runtime.batching import in_parts
 from ase_gffmerge.runtime.devices import is_out_of_memory
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
+from helpers.faults import RECIPE, labelled_water
 
 SYSTEMS = ("CH3OH", "H2O", "CH3CH2OH", "CO2", "CH4", "HCOOH", "H2O", "C2H6")
 FAILURES = [

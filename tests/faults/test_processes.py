@@ -6,12 +6,12 @@ from multiprocessing import get_context
 
 import numpy as np
 import pytest
-import workers
 from ase.build import molecule
-from harness import RECIPE, run
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.workflows.cache import MergeCache
+from helpers import workers
+from helpers.faults import RECIPE, run
 
 SYSTEMS = ("CH3OH", "CH3CHO", "H2O", "CH3CH2OH", "H2CO", "HCOOH", "CO2", "CH4")
 

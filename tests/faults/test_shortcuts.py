@@ -6,7 +6,6 @@ import pickle
 import numpy as np
 import pytest
 from ase.build import molecule
-from harness import RECIPE, same_content
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import FileFormatError
@@ -14,6 +13,7 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.workflows import load_or_merge as sources
 from ase_gffmerge.workflows import shortcuts
 from ase_gffmerge.workflows.cache import MergeCache
+from helpers.faults import RECIPE, same_content
 
 
 @pytest.fixture

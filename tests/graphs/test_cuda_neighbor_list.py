@@ -10,7 +10,6 @@ from ase import Atoms
 from ase.build import molecule
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from structures import rattled_slab, skewed_crystal
 
 from ase_gffmerge.errors import StructureError
 from ase_gffmerge.graphs import build_graph, neighbour_list
@@ -18,6 +17,7 @@ from ase_gffmerge.graphs import cuda_neighbor_list as device_search
 from ase_gffmerge.graphs import graph as batches
 from ase_gffmerge.graphs.cuda_neighbor_list import device_neighbour_list, searches_on
 from ase_gffmerge.graphs.verlet import VerletGraph
+from helpers.structures import rattled_slab, skewed_crystal
 
 CPU = torch.device("cpu")
 

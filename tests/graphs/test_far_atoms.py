@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from structures import skewed_crystal
 
 from ase_gffmerge.errors import StructureError
 from ase_gffmerge.graphs import build_graph, neighbour_list, predict
@@ -16,6 +15,7 @@ from ase_gffmerge.graphs import neighbor_list as neighbours
 from ase_gffmerge.graphs.cuda_neighbor_list import device_neighbour_list
 from ase_gffmerge.graphs.neighbor_list import MAX_COORDINATE
 from ase_gffmerge.graphs.verlet import VerletGraph
+from helpers.structures import skewed_crystal
 
 CPU = torch.device("cpu")
 CELLS = 10**7

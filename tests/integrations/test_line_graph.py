@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from ase.build import bulk, molecule
-from structures import rattled_slab, skewed_crystal
 
 from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.models.layers.line_graph import angles_between, undirected
+from helpers.structures import rattled_slab, skewed_crystal
 
 STRUCTURES = {
     "molecule": lambda: molecule("CH3CH2OH"),

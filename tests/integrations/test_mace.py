@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from ase.build import bulk, molecule
-from vendor_models import (
+
+from helpers.vendor_models import (
     Trap,
     assert_copies_merge_into,
     assert_same,

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from ase.build import bulk, molecule
-from vendor_models import (
+
+from helpers.vendor_models import (
     QUICK,
     Trap,
     assert_copies_merge_into,

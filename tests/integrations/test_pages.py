@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from ase.io import write
-from page_blocks import BLOCK, run_block
-from vendor_models import moved
 
 from ase_gffmerge import ForceField
 from ase_gffmerge.integrations import vendors
 from ase_gffmerge.merging.report import MergeReport
+from helpers.page_blocks import BLOCK, run_block
+from helpers.vendor_models import moved
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

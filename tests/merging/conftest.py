@@ -9,10 +9,10 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
-from structures import OWN_ARCHITECTURES
 
 from ase_gffmerge.forcefield.force_field import ForceField, Provenance
 from ase_gffmerge.models import build_potential
+from helpers.structures import OWN_ARCHITECTURES
 
 SMALL = {
     "painn": {"channels": 8, "n_blocks": 2, "n_radial": 6, "cutoff": 4.0},

@@ -7,7 +7,6 @@ import torch
 from ase.build import molecule
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from structures import OWN_ARCHITECTURES
 
 from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.force_field import ForceField
@@ -17,6 +16,7 @@ from ase_gffmerge.methods.git_rebasin import matched_orders
 from ase_gffmerge.methods.permutation_symmetry import channel_groups, permuted
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.models.affine_maps import affine_maps
+from helpers.structures import OWN_ARCHITECTURES
 
 NEQUIP = {
     "channels": 5,

@@ -6,7 +6,6 @@ from ase import Atoms
 from ase.build import molecule
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from springs import Bonded
 
 from ase_gffmerge import ForceField
 from ase_gffmerge.data.perturb import displaced
@@ -16,6 +15,7 @@ from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frame
 from ase_gffmerge.sampling.screening import screen
 from ase_gffmerge.sampling.statistical_inefficiency import decorrelation_time, inefficiency
 from ase_gffmerge.storage.documents import validated
+from helpers.springs import Bonded
 
 FAST = {"n": 20, "temperatures": (50.0, 150.0), "time": 0.3, "equilibration": 0.05, "timestep": 1.0}
 WATER, CO, OH = molecule("H2O"), Atoms("CO", [[0, 0, 0], [1.4, 0, 0]]), Atoms("OH", [[0, 0, 0], [1.0, 0, 0]])

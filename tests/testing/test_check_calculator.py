@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pairs
 import pytest
 import torch
 from ase import Atoms
@@ -12,11 +11,12 @@ from ase.calculators.emt import EMT
 from ase.calculators.fd import FiniteDifferenceCalculator
 from ase.calculators.lj import LennardJones
 from ase.calculators.mixing import SumCalculator
-from pairs import Pairs
 
 from ase_gffmerge.testing import CheckReport, ContractError, check_calculator, differences
 from ase_gffmerge.testing.calculator.checks import CHECKS
 from ase_gffmerge.testing.differences import derivative
+from helpers import pairs
+from helpers.pairs import Pairs
 
 BROKEN = [
     ("Stranger", "is_an_ase_calculator"),

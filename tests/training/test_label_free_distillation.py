@@ -11,7 +11,6 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
-from structures import OWN_ARCHITECTURES
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, MergeWarning, RecipeError
@@ -32,6 +31,7 @@ from ase_gffmerge.training.soap import SOAP
 from ase_gffmerge.training.state import History, stale
 from ase_gffmerge.training.teachers import parameter_groups
 from ase_gffmerge.workflows.merge_and_distill import merge_and_refine, starting_point
+from helpers.structures import OWN_ARCHITECTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 
@@ -120,7 +120,9 @@ def test_disagreement_falls_and_is_recorded(architecture: str, conditioning: str
     assert record.recipe["refine"] == QUICK.model_dump()
     old, new = (MergeReport.from_dict(m.merged.report) for m in (start, distilled))
     assert force_error(new) < 0.85 * force_error(old)
-    assert new.relative_disagreement < 1.1 * old.relative_disagreement  # of the worst one, which no loss is asked to lower
+    assert (
+        new.relative_disagreement < 1.1 * old.relative_disagreement
+    )  # of the worst one, which no loss is asked to lower
     assert set(new.seconds) == {*old.seconds, "distillation"}
     assert distilled.provenance.epochs == 4
     assert distilled.provenance.n_train == 2 * 9 * 2

@@ -2,11 +2,11 @@
 
 import pytest
 from ase import Atoms
-from structures import OWN_ARCHITECTURES
-from toys import STRUCTURES, random_force_field, relative
 
 from ase_gffmerge import ForceField, GFFMergeCalculator
 from ase_gffmerge.merging.merge import merge
+from helpers.structures import OWN_ARCHITECTURES
+from helpers.toys import STRUCTURES, random_force_field, relative
 
 
 @pytest.fixture(params=OWN_ARCHITECTURES)

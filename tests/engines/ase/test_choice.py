@@ -9,7 +9,6 @@ import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
-from toys import cluster, random_force_field
 from typer.testing import CliRunner
 
 from ase_gffmerge import ForceField, GFFMergeCalculator, run_replicas
@@ -21,6 +20,7 @@ from ase_gffmerge.evaluation.md.runs import Contestant, run_models
 from ase_gffmerge.inference.metrics import evaluate, predict_frames
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.training.loss import labelled_graphs
+from helpers.toys import cluster, random_force_field
 
 NAMES = np.array(["ethanol", "methanol"] * 3)
 STATEMENTS = {

@@ -10,13 +10,13 @@ from ase import Atoms
 from ase.build import molecule
 from ase.calculators.calculator import CalculatorSetupError
 from torch._dynamo.utils import counters
-from toys import SMALL, SPECIES, STRUCTURES, crystal, everything, random_force_field
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import CompileWarning
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.inference.compiled import EAGER_STEPS, CompiledPotential
 from ase_gffmerge.models import build_potential
+from helpers.toys import SMALL, SPECIES, STRUCTURES, crystal, everything, random_force_field
 
 
 @pytest.fixture

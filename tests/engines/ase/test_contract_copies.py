@@ -15,9 +15,9 @@ import torch
 from ase.calculators.calculator import CalculatorSetupError
 from ase.mep import NEB
 from ase.optimize import FIRE
-from toys import cluster, crystal, everything
 
 from ase_gffmerge import GFFMergeCalculator
+from helpers.toys import cluster, crystal, everything
 
 
 def test_11_parameters_rebuild_the_calculator(force_field, tmp_path):

@@ -14,9 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rerun import Rerun
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import STRUCTURES, crystal, everything, random_force_field
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import CaptureWarning, CompileWarning
@@ -34,6 +32,8 @@ from ase_gffmerge.inference.cuda_graphs import (
     CapturedFunction,
     capacity,
 )
+from helpers.rerun import Rerun
+from helpers.toys import STRUCTURES, crystal, everything, random_force_field
 
 
 def arguments(potential, atoms):

@@ -21,11 +21,11 @@ from ase.io import Trajectory, read, write
 from ase.md import MTKNPT, Bussi, Langevin, NoseHooverChainNVT, VelocityVerlet, thermalize_momenta
 from ase.mep import NEB
 from ase.optimize import BFGS, FIRE, RFO
-from toys import cluster, crystal
 
 from ase_gffmerge.errors import StructureError
 from ase_gffmerge.inference import predictor as serving
 from ase_gffmerge.inference.predict import predict_graded
+from helpers.toys import cluster, crystal
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from ase.calculators.calculator import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import SMALL, STRUCTURES, cluster, crystal, everything, random_force_field, slab
 
 import ase_gffmerge.inference.predict as extrapolation
 from ase_gffmerge import GFFMergeCalculator
@@ -22,6 +21,7 @@ from ase_gffmerge.errors import DeviceMemoryError, GFFMergeError
 from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.models import painn_cpu as painn_served
 from ase_gffmerge.models.painn_cpu import BlockedSums, InferenceMessage
+from helpers.toys import SMALL, STRUCTURES, cluster, crystal, everything, random_force_field, slab
 
 MIXED = [
     crystal(),

@@ -5,11 +5,11 @@ import pytest
 from ase import Atoms, units
 from ase.calculators.calculator import CalculationFailed
 from ase.md import VelocityVerlet, thermalize_momenta
-from toys import cluster, crystal
 
 from ase_gffmerge.dynamics.ase_md import run_md
 from ase_gffmerge.errors import GFFMergeError, StructureError
 from ase_gffmerge.graphs import neighbor_list as neighbours
+from helpers.toys import cluster, crystal
 
 
 def boxed() -> Atoms:

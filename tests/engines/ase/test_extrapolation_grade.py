@@ -14,7 +14,6 @@ from ase.calculators.mixing import SumCalculator
 from ase.io import read
 from ase.md import VelocityVerlet
 from ase.md.velocitydistribution import thermalize_momenta
-from toys import cluster, crystal
 
 from ase_gffmerge import ExtrapolationMonitor, ForceField, GFFMergeCalculator, merge
 from ase_gffmerge.errors import (
@@ -26,6 +25,7 @@ from ase_gffmerge.errors import (
 from ase_gffmerge.forcefield.leverage_fit import with_extrapolation_grade
 from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.inference.predict import grades
+from helpers.toys import cluster, crystal
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import warnings
 import numpy as np
 import pytest
 from ase.calculators.calculator import CalculatorSetupError
-from toys import cluster, random_force_field, relative
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import (
@@ -21,6 +20,7 @@ from ase_gffmerge.errors import (
     RecipeError,
     StructureError,
 )
+from helpers.toys import cluster, random_force_field, relative
 
 QUICK = {"readout": {"width": 16}}
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk
-from toys import cluster, crystal, everything, random_force_field
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import StructureError
 from ase_gffmerge.models.painn_cpu import InferenceMessage
+from helpers.toys import cluster, crystal, everything, random_force_field
 
 
 def test_without_torchsim(monkeypatch):

@@ -1,0 +1,1 @@
+"""What several test modules share: toy force fields, structures, springs, processes."""
