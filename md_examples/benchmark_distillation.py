@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from training_plan import say
 
 from ase_gffmerge import ForceField
+from ase_gffmerge.data.frames import bare
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.analysis.plots import save_figure
@@ -39,7 +40,6 @@ from ase_gffmerge.models import Potential
 from ase_gffmerge.storage.atomic import atomic_write
 from ase_gffmerge.storage.tensor_file import read_file
 from ase_gffmerge.training.distill import distill
-from ase_gffmerge.training.frames import bare
 from ase_gffmerge.training.joint import FINE_TUNING, train_jointly
 from ase_gffmerge.workflows.merge_and_distill import starting_point as narrow_merge
 

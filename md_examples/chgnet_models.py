@@ -10,7 +10,7 @@ from ase_gffmerge import ForceField
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.reference_energies import fit_references
+from ase_gffmerge.training.initialization import fit_references
 
 BASE, JOINT = "chgnet", "joint"
 REFERENCE_FRAMES = 10

@@ -11,7 +11,7 @@ from ase_gffmerge import ForceField
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.data.splits import time_block_split
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.reference_energies import fit_references
+from ase_gffmerge.training.initialization import fit_references
 
 BASE = "lips20-base"
 BASE_SYSTEMS = ("Li7P3S11", "Li4P2S6")

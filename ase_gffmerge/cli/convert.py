@@ -39,11 +39,11 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """Make a specialist of another package's force field, or write that package's format."""
+    from ase_gffmerge.data.frames import bare
     from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.data.splits import calibration_frames
     from ase_gffmerge.forcefield.force_field import ForceField
     from ase_gffmerge.integrations import vendor_source
-    from ase_gffmerge.training.frames import bare
     from ase_gffmerge.workflows.load_or_merge import load
 
     converted = vendor_source(source)

@@ -15,7 +15,7 @@ from ase_gffmerge.runtime.progress import Progress
 if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField
     from ase_gffmerge.inference.metrics import Errors
-    from ase_gffmerge.training.state import History
+    from ase_gffmerge.training.checkpoint import History
 
 FRAMES_HELP = "Labelled frames: extxyz or another file ASE reads, rMD17 or MD17 npz, DeePMD folder."
 
@@ -48,7 +48,7 @@ def train(
     from ase_gffmerge.evaluation.analysis.plots import plot_history
     from ase_gffmerge.training import train as training
     from ase_gffmerge.training.config import load_config
-    from ase_gffmerge.training.reference_energies import load_references
+    from ase_gffmerge.training.initialization import load_references
     from ase_gffmerge.workflows.load_or_merge import load
 
     options = load_config(config, model=model, epochs=epochs, seed=seed)

@@ -28,6 +28,17 @@ def hash_frames(frames: Sequence[Atoms]) -> str:
     return digest.hexdigest()
 
 
+def hash_labelled(frames: Sequence[Atoms]) -> str:
+    """SHA-256 over geometries, energies, forces and (where present) stresses."""
+    digest = hashlib.sha256(hash_frames(frames).encode())
+    for atoms in frames:
+        results = atoms.calc.results if atoms.calc is not None else {}
+        for name in ("energy", "forces", "stress"):
+            if results.get(name) is not None:
+                digest.update(name.encode() + np.asarray(results[name], dtype="<f8").tobytes())
+    return digest.hexdigest()
+
+
 def geometry_fingerprint(atoms: Atoms) -> str:
     """SHA-256 of the sorted interatomic distances with their pairs of elements, in bins of 1e-3 Å.
 

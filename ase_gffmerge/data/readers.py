@@ -12,11 +12,8 @@ from ase import Atoms
 from ase.io.formats import UnknownFileTypeError, string2index
 
 from ase_gffmerge.data.deepmd import is_deepmd, read_deepmd
-from ase_gffmerge.data.hashing import geometry_fingerprint, hash_frames
 from ase_gffmerge.data.npz import read_npz
 from ase_gffmerge.errors import FileFormatError, FramesError
-
-__all__ = ["geometry_fingerprint", "hash_frames", "iter_frames", "read_frames", "require_labels"]
 
 
 def read_frames(path: str | Path, *, index: str | int | slice = ":") -> list[Atoms]:

@@ -103,3 +103,25 @@ def calibration_frames(frames: Sequence[Atoms], n: int, *, seed: int) -> list[At
         )
     chosen = np.random.default_rng(seed).choice(len(frames), size=n, replace=False)
     return [frames[i] for i in np.sort(chosen)]
+
+
+def hold_out(frames: Sequence[Atoms], n: int, *, seed: int) -> tuple[list[Atoms], list[Atoms]]:
+    """Split frames at random.
+
+    Parameters
+    ----------
+    frames
+        All of them.
+    n
+        How many are held out.
+    seed
+        The same seed gives the same split.
+
+    Returns
+    -------
+    kept, held_out
+        Both in their original order.
+    """
+    chosen = set(np.random.default_rng(seed).permutation(len(frames))[:n].tolist())
+    kept = [atoms for i, atoms in enumerate(frames) if i not in chosen]
+    return kept, [atoms for i, atoms in enumerate(frames) if i in chosen]

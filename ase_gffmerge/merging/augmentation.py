@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.data.perturb import displaced
+from ase_gffmerge.data.frames import bare, displaced
 from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import build_graph
@@ -25,18 +25,18 @@ def with_copies(
     specialist: ForceField, frames: Sequence[Atoms], options: ReadoutOptions, *, n_copies: int
 ) -> list[Atoms]:
     """Frames followed by ``n_copies`` copies of each, fewer where dynamics broke a structure."""
-    bare = [_bare(atoms) for atoms in frames]
+    originals = [bare(atoms) for atoms in frames]
     if not n_copies or not frames:
-        return bare
+        return originals
     if options.temperature:
-        return [*bare, *visited(specialist, bare, options, n_copies=n_copies)]
+        return [*originals, *visited(specialist, originals, options, n_copies=n_copies)]
     rng = np.random.default_rng(options.seed)
     return [
-        *bare,
+        *originals,
         *(
             displaced(a, rattle=options.displacement, strain=0.0, rng=rng)
             for _ in range(n_copies)
-            for a in bare
+            for a in originals
         ),
     ]
 
@@ -60,7 +60,7 @@ def visited(
         friction=FRICTION,
         seed=options.seed,
     )
-    return [_bare(atoms) for run in runs for atoms in run.frames[1:]]
+    return [bare(atoms) for run in runs for atoms in run.frames[1:]]
 
 
 def copies_per_frame(specialist: ForceField, frames: Sequence[Atoms], options: ReadoutOptions) -> int:
@@ -69,7 +69,3 @@ def copies_per_frame(specialist: ForceField, frames: Sequence[Atoms], options: R
         return options.copies
     n_edges = sum(build_graph(atoms, specialist.cutoff).edge_index.shape[1] for atoms in frames)
     return min(options.copies, max(options.max_copied_edges // max(n_edges, 1), 1))
-
-
-def _bare(atoms: Atoms) -> Atoms:
-    return Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)

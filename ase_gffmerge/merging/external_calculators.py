@@ -17,6 +17,7 @@ import torch
 from ase import Atoms
 from torch import Tensor, nn
 
+from ase_gffmerge.data.frames import bare
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.inference.metrics import FramePredictions
 from ase_gffmerge.least_squares.gram import Gram, normalised_sum
@@ -166,7 +167,7 @@ def average_parameters(target: nn.Module, networks: Sequence[nn.Module]) -> None
 
 def evaluate(calculator: Any, atoms: Atoms) -> tuple[float, np.ndarray]:
     """Energy (eV) and forces (eV/Å), always computed anew."""
-    copy = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    copy = bare(atoms)
     calculator.reset()
     forces = calculator.get_property("forces", copy)
     return float(calculator.get_property("energy", copy)), np.array(forces)

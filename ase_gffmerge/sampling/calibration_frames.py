@@ -10,7 +10,7 @@ import numpy as np
 from ase import Atoms
 from pydantic import Field
 
-from ase_gffmerge.data.perturb import displaced
+from ase_gffmerge.data.frames import displaced
 from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.dynamics.stopping import StoppingCriteria, standard_criteria
 from ase_gffmerge.errors import FramesError

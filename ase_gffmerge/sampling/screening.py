@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from ase import Atoms
 
+from ase_gffmerge.data.frames import bare
 from ase_gffmerge.dynamics.langevin import BatchedLangevin
 from ase_gffmerge.dynamics.stopping import Stop, StoppingCriteria, StoppingTracker
 from ase_gffmerge.models import Potential
@@ -37,13 +38,9 @@ def screen(
     found: list[Stop | None] = []
     for group in chunks(frames, max_atoms):
         part = references[len(found) : len(found) + len(group)]
-        stops = _screen(potential, [_at_rest(atoms) for atoms in group], part, monitor)
+        stops = _screen(potential, [bare(atoms) for atoms in group], part, monitor)
         found += [stops.get(k) for k in range(len(group))]
     return found
-
-
-def _at_rest(atoms: Atoms) -> Atoms:
-    return Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
 
 
 def _screen(

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Annotated
 
-import numpy as np
 from ase import Atoms
 from pydantic import BaseModel, ConfigDict, Field
 
+from ase_gffmerge.data.frames import bare, evenly
 from ase_gffmerge.dynamics.batched_md import ReplicaRun, run_replicas
 from ase_gffmerge.dynamics.stopping import StoppingCriteria
 from ase_gffmerge.models import Potential
@@ -183,24 +183,7 @@ def _segment(
         rung.extend(run, equilibration=1000 * options.equilibration)
 
 
-def evenly(available: int, n: int) -> list[int]:
-    """At most ``n`` indices spread evenly over those available."""
-    return (
-        np.unique(np.linspace(0, available - 1, min(n, available)).round().astype(int)).tolist()
-        if available
-        else []
-    )
-
-
-def bare(atoms: Atoms) -> Atoms:
-    """A copy without momenta and results, wrapped into its cell."""
-    copy = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-    if atoms.pbc.any():
-        copy.wrap()
-    return copy
-
-
 def _sampled(atoms: Atoms, temperature: float) -> Atoms:
-    frame = bare(atoms)
+    frame = bare(atoms, wrap=True)
     frame.info |= {"source": "md", "temperature": temperature}
     return frame

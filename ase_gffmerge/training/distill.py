@@ -1,12 +1,25 @@
-"""Label-free distillation: a merged potential learns from its specialists' own energies, forces and stresses.
+r"""Label-free distillation: a merged potential is trained on its specialists' own energies, forces and stresses.
 
-Specialists label anything for free, so no data set is needed. Beside energies and forces, the node features of the
-specialists are targets (knowledge distillation of molecular graph networks: Ekström Kelvinius et al., arXiv 2306.14818).
+Specialists label anything for free, so no data set is needed. On frames s of specialist k, with predictions marked by a
+star and :math:`n_s` atoms per frame, the loss is
+
+.. math::
+
+   L = w_E \Big\langle \omega_k\, \frac{|E_s - E^*_s|}{n_s} \Big\rangle_s
+     + w_F \big\langle \omega_k\, \lVert \mathbf F_i - \mathbf F^*_i \rVert \big\rangle_i
+     + w_\sigma \big\langle \omega_k\, |\sigma_{ab} - \sigma^*_{ab}| \big\rangle_{s,ab}
+     + w_h \frac{\langle \omega_k\, |h_{ic} - h^*_{ic}| \rangle_{i,c}}{\langle |h^*_{ic}| \rangle_{i,c}} ,
+   \qquad \omega_k \propto \frac{a_k}{\langle |F^*| \rangle_k\, N_k} ,
+
+with the mean over frames s, atoms i, Cartesian components and node features c; :math:`N_k` atoms of specialist k, its weight
+:math:`a_k` in the merge and its mean absolute force component, so that specialists with large forces or many atoms do
+not outweigh the others (:func:`~ase_gffmerge.training.loss.weigh`). Node features h are targets too (knowledge distillation
+of molecular graph networks: Ekström Kelvinius et al., arXiv 2306.14818).
 """
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -14,21 +27,29 @@ from typing import Any
 
 import torch
 from ase import Atoms
+from torch_geometric.data import Batch, Data
 
 from ase_gffmerge.data.hashing import geometry_keys, hash_frames
 from ase_gffmerge.errors import IncompatibleSpecialistsError, MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField, MergeRecord, Provenance
 from ase_gffmerge.forcefield.leverage_fit import fit_extrapolation_grade
+from ase_gffmerge.graphs import batch_graphs, predict
+from ase_gffmerge.merging.average import mean_potential
+from ase_gffmerge.merging.diagnostics import diagnose
 from ase_gffmerge.merging.distill_options import DistillOptions
+from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import resolve_device
+from ase_gffmerge.training.checkpoint import History
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.distill_report import distilled_report
-from ase_gffmerge.training.distill_targets import DistillationSet
-from ase_gffmerge.training.loop import Callback, fit
+from ase_gffmerge.training.loop import Callback, Loss, fit
+from ase_gffmerge.training.loss import loss_terms
 from ase_gffmerge.training.soap import SOAP
-from ase_gffmerge.training.state import History
-from ase_gffmerge.training.teachers import Teachers, distillation_loss, enrol, parameter_groups, weights_of
+from ase_gffmerge.training.teachers import DistillationSet, Teachers, merge_weights, prepare_teachers
+
+BATCH = 50
+"""Graphs per batch of the report."""
 
 
 def distill(
@@ -52,7 +73,7 @@ def distill(
     options
         Length, frames, weights.
     frames
-        Further frames of every specialist's territory, beside its calibration frames.
+        Further unlabelled frames, one sequence per specialist, beside the calibration frames.
     checkpoint
         File rewritten after every epoch; the same call continues from it.
     device
@@ -77,8 +98,8 @@ def distill(
     check_student(merged, specialists, options, frames)
     student = deepcopy(merged.potential).to(device=resolve_device(device)).train().requires_grad_(True)
     given = frames if frames is not None else [()] * len(specialists)
-    teachers = enrol(
-        student, specialists, options, frames=given, weights=weights_of(merged, len(specialists))
+    teachers = prepare_teachers(
+        student, specialists, options, frames=given, weights=merge_weights(merged, len(specialists))
     )
     config = TrainConfig(**options.model_dump(include=set(TrainConfig.model_fields)))
     potential, history = fit(
@@ -94,7 +115,7 @@ def distill(
         callback=callback,
     )
     seconds = time.perf_counter() - started
-    distilled = graduate(merged, specialists, options, teachers, potential, seconds=seconds)
+    distilled = distilled_force_field(merged, specialists, options, teachers, potential, seconds=seconds)
     provenance = Provenance(
         data_set="merged and distilled",
         lineage=tuple(s.fingerprint for s in specialists),
@@ -107,7 +128,7 @@ def distill(
     return replace(distilled, provenance=provenance), history
 
 
-def graduate(
+def distilled_force_field(
     merged: ForceField,
     specialists: Sequence[ForceField],
     options: DistillOptions,
@@ -116,7 +137,19 @@ def graduate(
     *,
     seconds: float,
 ) -> ForceField:
-    """The student with its final weights, and the report on them; warns when its verdict is not good."""
+    """Force field of the trained potential with a report on it; warns when its verdict is not good.
+
+    Parameters
+    ----------
+    merged, specialists, options
+        As for :func:`distill`.
+    teachers
+        Their working copies and held-out graphs.
+    potential
+        The student with its final weights.
+    seconds
+        Wall time so far.
+    """
     report = distilled_report(
         merged.merged,
         potential,
@@ -141,6 +174,45 @@ def graduate(
     )
     extrapolation_grade = fit_extrapolation_grade(potential, teachers.teachers)
     return replace(merged, potential=potential, merged=record, extrapolation_grade=extrapolation_grade)
+
+
+def distillation_loss(config: TrainConfig, feature_weight: float) -> Loss:
+    """Errors of energies, forces and stresses, and of node features relative to their size."""
+
+    def loss(potential: Potential, batch: Batch) -> torch.Tensor:
+        if not feature_weight:
+            return loss_terms(potential, batch, config)
+        seen: list[torch.Tensor] = []
+        hook = potential.readout.register_forward_pre_hook(
+            lambda _, inputs: seen.append(torch.cat(list(inputs[0]), dim=-1))
+        )
+        with hook:
+            terms = loss_terms(potential, batch, config)
+        weight = batch.weight[batch.batch, None]
+        mismatch = (weight * (seen[0] - batch.features).abs()).mean() / batch.features.abs().mean()
+        return terms + feature_weight * mismatch
+
+    return loss
+
+
+def parameter_groups(potential: Potential) -> list[dict[str, Any]]:
+    """All parameters, those of a widened readout with a rate as much lower as it has more features than the plain one.
+
+    So one step moves the energy as much through either (the rule of maximal updates, Yang & Hu, arXiv 2011.14522).
+    """
+    wide: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
+    for name, parameter in potential.named_parameters():
+        is_wide = (
+            potential.hyper.readout_width > 0
+            and name.startswith("readout.")
+            and not name.startswith("readout.mlp.")
+        )
+        (wide if is_wide else plain).append(parameter)
+    if not wide:
+        return [{"params": plain}]
+    scale = min(1.0, potential.hyper.channels // 2 / potential.hyper.readout_width)
+    return [{"params": plain}, {"params": wide, "lr_scale": scale}]
 
 
 def check_student(
@@ -198,3 +270,53 @@ def seen_frames(models: Sequence[ForceField], frames: Sequence[Sequence[Atoms]])
     """Keys of the frames that the models have seen and of further ones, ascending."""
     inherited = {key for model in models for key in model.provenance.seen_frames}
     return tuple(sorted({*inherited, *geometry_keys([atoms for group in frames for atoms in group])}))
+
+
+def distilled_report(
+    record: MergeRecord | None,
+    potential: Potential,
+    teachers: Sequence[ForceField],
+    held_out: Sequence[Sequence[Data]],
+    *,
+    seconds: float,
+    energy_shifts: Mapping[str, Mapping[str, float]],
+) -> MergeReport:
+    """Report of ``potential``; layers and seconds of the merge that it started from are kept.
+
+    Parameters
+    ----------
+    record
+        How the start was made, if it was a merge.
+    potential
+        The distilled potential.
+    teachers
+        Specialists on its device, with one zero of energy.
+    held_out
+        Graphs with the teachers' predictions that it was not trained on.
+    seconds
+        Wall time of the distillation.
+    energy_shifts
+        See :class:`~ase_gffmerge.merging.report.MergeReport`.
+    """
+    before = MergeReport.from_dict(record.report) if record else None
+    recipe = Recipe(conditioning="per-specialist" if potential.hyper.n_embeddings > 1 else "shared")
+    disagreements, parity = diagnose(teachers, mean_potential(teachers, recipe), potential)
+    return MergeReport(
+        specialists=tuple(teacher.name for teacher in teachers),
+        layers=before.layers if before else (),
+        disagreements=disagreements,
+        held_out=max(relative_error(potential, graphs) for graphs in held_out),
+        energy_shifts=energy_shifts,
+        seconds={**(before.seconds if before else {}), "distillation": seconds},
+        parity=parity,
+    )
+
+
+def relative_error(potential: Potential, graphs: Sequence[Data]) -> float:
+    """Root mean square force error over the root mean square force."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    for start in range(0, len(graphs), BATCH):
+        batch = batch_graphs(graphs[start : start + BATCH]).to(potential.device)
+        error = predict(potential, batch).forces - batch.forces
+        squares += torch.stack([error.double().square().sum(), batch.forces.double().square().sum()]).cpu()
+    return float((squares[0] / squares[1].clamp(min=1e-12)).sqrt())

@@ -7,16 +7,17 @@ from pathlib import Path
 import torch
 from ase import Atoms
 
+from ase_gffmerge.data.hashing import hash_labelled
+from ase_gffmerge.data.splits import hold_out
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import resolve_device
+from ase_gffmerge.training.checkpoint import History
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.frames import hash_labelled, hold_out
 from ase_gffmerge.training.initialization import check_parent
 from ase_gffmerge.training.loop import Callback, fit
 from ase_gffmerge.training.loss import labelled_graphs, weigh
-from ase_gffmerge.training.state import History
 
 FINE_TUNING = TrainConfig(epochs=70, batch_size=5, learning_rate=2e-4)
 """How the bundled specialists were fine-tuned."""

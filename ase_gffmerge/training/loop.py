@@ -13,10 +13,9 @@ from ase_gffmerge.errors import TrainingError
 from ase_gffmerge.graphs import batch_graphs
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import memory_errors
-from ase_gffmerge.training.checkpoint import can_resume
+from ase_gffmerge.training.checkpoint import History, TrainingState, can_resume, stale
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.loss import loss_terms, validate
-from ase_gffmerge.training.state import History, TrainingState, stale
 
 Callback = Callable[[int, dict[str, float]], None]
 Loss = Callable[[Potential, Batch], Tensor]

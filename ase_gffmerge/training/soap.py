@@ -80,7 +80,7 @@ class SOAP(torch.optim.Optimizer):
                     gradient = as_matrix(parameter.grad)
                     state = self.state[parameter]
                     if not state:
-                        state.update(young_state(gradient))
+                        state.update(initial_state(gradient))
                     direction = advance(state, gradient, group)
                     parameter.add_(direction.view_as(parameter), alpha=-group["lr"])
 
@@ -90,7 +90,7 @@ def as_matrix(gradient: Tensor) -> Tensor:
     return gradient.reshape(len(gradient), -1) if gradient.ndim > 1 else gradient.reshape(1, -1)
 
 
-def young_state(gradient: Tensor) -> dict[str, Tensor]:
+def initial_state(gradient: Tensor) -> dict[str, Tensor]:
     """State before the first step; the bases are those of the first gradient."""
     state = {
         "step": torch.zeros(()),

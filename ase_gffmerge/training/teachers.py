@@ -1,27 +1,69 @@
-"""How specialists teach: their lessons on the student's device, the loss against them, and rates that suit its layers."""
+"""Teachers of a distillation: what specialists predict on unlabelled frames, as targets for one merged potential.
+
+Specialists label any structure for free. Their frames are calibration frames, further ones that the user gives, frames
+sampled by their own dynamics, and displaced copies of all these.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+import numpy as np
 import torch
 from ase import Atoms
-from torch_geometric.data import Batch, Data
+from torch_geometric.data import Data
 
+from ase_gffmerge.data.frames import bare, displaced
+from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.inference.metrics import check_frames
+from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
 from ase_gffmerge.merging.distill_options import DistillOptions
 from ase_gffmerge.merging.merge import working_copies
+from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.merging.reference_energies import align_references
 from ase_gffmerge.models import Potential
-from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.distill_targets import DistillationSet, prepare_distillation_set, taught_graphs
-from ase_gffmerge.training.loop import Loss
-from ase_gffmerge.training.loss import loss_terms, weigh
+from ase_gffmerge.runtime.batching import chunks
+from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames
+from ase_gffmerge.training.loss import weigh
+
+HELD_OUT = 10
+"""Every tenth frame is held out: the error on them says when to stop."""
+
+STARTS = 4
+"""Frames from which a specialist samples."""
+
+COPYING = {"copies", "max_copied_edges", "temperature", "interval", "displacement", "seed"}
+"""Options of copies, which have the same names in :class:`~ase_gffmerge.merging.recipe.ReadoutOptions`."""
+
+MAX_ATOMS = 500
+"""Atoms per batch of labels."""
+
+
+@dataclass(frozen=True)
+class DistillationSet:
+    """Unlabelled frames of the domain of one specialist: ``training`` ones, and ``held_out`` ones for early stopping."""
+
+    training: tuple[Atoms, ...]
+    held_out: tuple[Atoms, ...]
 
 
 @dataclass(frozen=True)
 class Teachers:
-    """Teachers on the student's device, and their lessons as graphs with targets, one sequence per teacher."""
+    """Specialists as teachers of one student.
+
+    Attributes
+    ----------
+    teachers
+        Specialists on the student's device, in its precision, with one common zero of energy.
+    distillation_sets
+        Their frames.
+    training, held_out
+        The same frames as graphs with targets and weights, one list per teacher.
+    energy_shifts
+        What was added to reference energies, see :class:`~ase_gffmerge.merging.report.MergeReport`.
+    """
 
     teachers: list[ForceField]
     distillation_sets: list[DistillationSet]
@@ -30,7 +72,7 @@ class Teachers:
     energy_shifts: dict[str, dict[str, float]]
 
 
-def enrol(
+def prepare_teachers(
     student: Potential,
     specialists: Sequence[ForceField],
     options: DistillOptions,
@@ -38,7 +80,21 @@ def enrol(
     frames: Sequence[Sequence[Atoms]],
     weights: Sequence[float],
 ) -> Teachers:
-    """Let every specialist label its frames, and give all specialists a say by their weights."""
+    """Let every specialist label its frames, and give all specialists their share of the loss.
+
+    Parameters
+    ----------
+    student
+        The potential to be trained; targets are on its device and relative to its reference energies.
+    specialists
+        The teachers.
+    options
+        Which frames are made, and whether node features are targets.
+    frames
+        Further frames, one sequence per specialist.
+    weights
+        Relative share of each specialist.
+    """
     teachers = [
         replace(copy, potential=copy.potential.to(dtype=student.dtype))
         for copy in working_copies(specialists, student.device)
@@ -49,7 +105,7 @@ def enrol(
     ]
     training, held_out = (
         [
-            taught_graphs(teacher, student, chosen, index=k, features=options.feature_weight > 0)
+            graphs_with_targets(teacher, student, chosen, index=k, features=options.feature_weight > 0)
             for k, (teacher, chosen) in enumerate(zip(teachers, parts, strict=True))
         ]
         for parts in (
@@ -65,7 +121,7 @@ def enrol(
     return Teachers(teachers, distillation_sets, training, held_out, shifts)
 
 
-def weights_of(merged: ForceField, n: int) -> Sequence[float]:
+def merge_weights(merged: ForceField, n: int) -> Sequence[float]:
     """How much each of ``n`` specialists counted in the merge."""
     weights = merged.merged.recipe.get("weights") if merged.merged else None
     return weights or (1.0,) * n
@@ -76,40 +132,103 @@ def mean_force(graphs: Sequence[Data]) -> float:
     return float(torch.cat([graph.forces for graph in graphs]).abs().mean())
 
 
-def distillation_loss(config: TrainConfig, feature_weight: float) -> Loss:
-    """Errors of energies, forces and stresses, and of node features relative to their size."""
+def prepare_distillation_set(
+    specialist: ForceField, options: DistillOptions, *, extra: Sequence[Atoms] = ()
+) -> DistillationSet:
+    """Split a specialist's calibration frames, then add sampled frames and displaced copies to the training part.
 
-    def loss(potential: Potential, batch: Batch) -> torch.Tensor:
-        if not feature_weight:
-            return loss_terms(potential, batch, config)
-        seen: list[torch.Tensor] = []
-        hook = potential.readout.register_forward_pre_hook(
-            lambda _, inputs: seen.append(torch.cat(list(inputs[0]), dim=-1))
-        )
-        with hook:
-            terms = loss_terms(potential, batch, config)
-        weight = batch.weight[batch.batch, None]
-        mismatch = (weight * (seen[0] - batch.features).abs()).mean() / batch.features.abs().mean()
-        return terms + feature_weight * mismatch
+    Parameters
+    ----------
+    specialist
+        Whose calibration frames, and who samples.
+    options
+        How many copies and sampled frames.
+    extra
+        Further frames, split with the calibration frames.
 
-    return loss
-
-
-def parameter_groups(potential: Potential) -> list[dict[str, Any]]:
-    """All parameters, those of a widened readout with a rate as much lower as it has more features than the plain one.
-
-    So one step moves the energy as much through either (the rule of maximal updates, Yang & Hu, arXiv 2011.14522).
+    Raises
+    ------
+    FramesError
+        For fewer than two frames, or elements that the specialist does not know.
     """
-    wide: list[torch.nn.Parameter] = []
-    plain: list[torch.nn.Parameter] = []
-    for name, parameter in potential.named_parameters():
-        is_wide = (
-            potential.hyper.readout_width > 0
-            and name.startswith("readout.")
-            and not name.startswith("readout.mlp.")
+    given = [bare(atoms) for atoms in (*specialist.calibration, *extra)]
+    if len(given) < 2:
+        raise FramesError(
+            f"{specialist.name!r} has {len(given)} frames to distil from, and at least two are needed (one is held out); "
+            "give frames, or make some with `gffmerge sample`"
         )
-        (wide if is_wide else plain).append(parameter)
-    if not wide:
-        return [{"params": plain}]
-    scale = min(1.0, potential.hyper.channels // 2 / potential.hyper.readout_width)
-    return [{"params": plain}, {"params": wide, "lr_scale": scale}]
+    check_frames(specialist.potential, given)
+    every = min(HELD_OUT, len(given))
+    held_out = given[every - 1 :: every]
+    training = [atoms for i, atoms in enumerate(given) if i % every != every - 1]
+    if options.sampled:
+        sampling = SampleOptions(n=options.sampled, seed=options.seed)
+        training += [bare(atoms) for atoms in sample_frames(specialist, given[:STARTS], sampling).frames]
+    training = with_visited_copies(specialist, training, options)
+    return DistillationSet((*training, *displaced_copies(training, options)), tuple(held_out))
+
+
+def with_visited_copies(
+    specialist: ForceField, frames: Sequence[Atoms], options: DistillOptions
+) -> list[Atoms]:
+    """Frames, and structures that the specialist's dynamics visits from them (:mod:`ase_gffmerge.merging.augmentation`)."""
+    copying = ReadoutOptions(**options.model_dump(include=COPYING))
+    return with_copies(specialist, frames, copying, n_copies=copies_per_frame(specialist, frames, copying))
+
+
+def displaced_copies(frames: Sequence[Atoms], options: DistillOptions) -> list[Atoms]:
+    """Every frame with displaced atoms and, for crystals, a strained cell."""
+    rng = np.random.default_rng(options.seed)
+    return [displaced(a, rattle=options.displacement, strain=options.strain, rng=rng) for a in frames]
+
+
+def graphs_with_targets(
+    teacher: ForceField, student: Potential, frames: Sequence[Atoms], *, index: int, features: bool
+) -> list[Data]:
+    """Graphs with the teacher's predictions as targets, see :func:`~ase_gffmerge.training.loss.labelled_graph`.
+
+    Parameters
+    ----------
+    teacher
+        A specialist on the device and in the precision of the student.
+    student
+        Whose reference energies and cutoff are used.
+    frames
+        Structures; whatever labels they carry is not looked at.
+    index
+        The specialist index of their atoms.
+    features
+        Also keep the teacher's scalars after all blocks, ``features`` (n_atoms, n_blocks · channels).
+    """
+    labelled: list[Data] = []
+    for group in chunks(frames, MAX_ATOMS):
+        graphs = [
+            build_graph(atoms, student.hyper.cutoff, dtype=student.dtype, specialist=index) for atoms in group
+        ]
+        batch = batch_graphs(graphs).to(student.device)
+        prediction = predict(teacher.potential, batch)
+        rows = student.species_row[batch.atomic_numbers]
+        reduced = prediction.energy.index_add(0, batch.batch, -student.references[rows]).to(student.dtype)
+        stress = prediction.stress(batch.cell) if any(atoms.pbc.all() for atoms in group) else None
+        sizes = [len(atoms) for atoms in group]
+        forces = prediction.forces.split(sizes)
+        hidden = node_features(teacher.potential, batch).split(sizes) if features else None
+        for i, (graph, atoms) in enumerate(zip(graphs, group, strict=True)):
+            graph.energy, graph.forces = reduced[i : i + 1].cpu(), forces[i].cpu()
+            graph.stress = torch.full((1, 3, 3), torch.nan, dtype=student.dtype)
+            if stress is not None and atoms.pbc.all():
+                graph.stress = stress[i : i + 1].cpu()
+            graph.weight = torch.ones(1, dtype=student.dtype)
+            if hidden is not None:
+                graph.features = hidden[i].cpu()
+        labelled += graphs
+    return labelled
+
+
+@torch.no_grad()
+def node_features(potential: Potential, batch: Data) -> torch.Tensor:
+    """Scalars after all blocks (n_atoms, n_blocks · channels)."""
+    batch.edge_vectors = edge_vectors(batch)
+    features = torch.cat(potential.features(batch), dim=-1)
+    del batch.edge_vectors
+    return features

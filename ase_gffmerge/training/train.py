@@ -7,21 +7,20 @@ from typing import Any
 
 from ase import Atoms
 
-from ase_gffmerge.data.hashing import geometry_keys
-from ase_gffmerge.data.readers import hash_frames
-from ase_gffmerge.data.splits import calibration_frames
+from ase_gffmerge.data.frames import bare
+from ase_gffmerge.data.hashing import geometry_keys, hash_frames, hash_labelled
+from ase_gffmerge.data.readers import read_frames, require_labels
+from ase_gffmerge.data.splits import calibration_frames, hold_out
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField, Provenance
 from ase_gffmerge.inference.metrics import Errors, evaluate
 from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.storage.atomic import require_writable
-from ase_gffmerge.training.checkpoint import checkpoint_path
+from ase_gffmerge.training.checkpoint import History, checkpoint_path
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.frames import bare, hash_labelled, labelled_frames, split_frames
 from ase_gffmerge.training.initialization import initial_specialist
 from ase_gffmerge.training.loop import Callback, fit
 from ase_gffmerge.training.loss import labelled_graphs
-from ase_gffmerge.training.state import History
 
 
 def train(
@@ -114,6 +113,30 @@ def train(
     specialist.save(out)
     checkpoint.unlink(missing_ok=True)
     return specialist, history, errors
+
+
+def labelled_frames(path: Path) -> list[Atoms]:
+    """Read frames that all carry energies (eV) and forces (eV/Å), or raise :class:`FramesError`."""
+    frames = read_frames(path)
+    require_labels(frames, path)
+    return frames
+
+
+def split_frames(sources: Sequence[Path], config: TrainConfig) -> tuple[list[Atoms], list[Atoms]]:
+    """Hold ``config.validation`` frames of every file out of training, chosen by the seed."""
+    training: list[Atoms] = []
+    validation: list[Atoms] = []
+    for path in sources:
+        frames = labelled_frames(path)
+        if len(frames) <= config.validation:
+            raise FramesError(
+                f"{path} has {len(frames)} frames, which leaves none beside {config.validation} for "
+                "validation; give more frames or set `validation` lower in the configuration"
+            )
+        kept, held_out = hold_out(frames, config.validation, seed=config.seed)
+        training += kept
+        validation += held_out
+    return training, validation
 
 
 def run_identity(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
+from ase_gffmerge.data.frames import bare, evenly
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.loop_options import ClosedLoopOptions
@@ -23,7 +24,6 @@ from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.runtime.progress import Progress, no_progress
-from ase_gffmerge.sampling.temperature_ladder import bare, evenly
 from ase_gffmerge.workflows.rollouts import OwnTrajectory, follow
 
 
@@ -232,5 +232,5 @@ def _settled(rounds: Sequence[RoundReport], tolerance: float) -> bool:
 
 def _with_visited(specialist: ForceField, visited: Sequence[Atoms], n: int) -> ForceField:
     """The specialist with up to ``n`` of the visited frames, spread evenly, among its calibration frames."""
-    chosen = [bare(visited[k]) for k in evenly(len(visited), n)]
+    chosen = [bare(visited[k], wrap=True) for k in evenly(len(visited), n)]
     return specialist.with_calibration((*specialist.calibration, *chosen))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ase_gffmerge.data.frames import evenly
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.distill_options import DistillOptions
@@ -14,7 +15,6 @@ from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.runtime.progress import Progress, no_progress
-from ase_gffmerge.sampling.temperature_ladder import evenly
 from ase_gffmerge.training.distill import distill
 from ase_gffmerge.training.loop import Callback
 from ase_gffmerge.workflows.active_learning import closed_loop

@@ -11,7 +11,7 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from ase_gffmerge.data.perturb import displaced
+from ase_gffmerge.data.frames import displaced
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import regularised_factor, ridge_solve

@@ -6,11 +6,11 @@ import torch
 import yaml
 
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge, merge_and_refine
+from ase_gffmerge.data.frames import bare, evenly
 from ase_gffmerge.errors import MergeWarning, RecipeError
 from ase_gffmerge.inference.metrics import Errors, predict_frames
 from ase_gffmerge.merging.loop_options import ClosedLoopOptions, TrajectoryOptions
 from ase_gffmerge.merging.recipe import load_recipe
-from ase_gffmerge.sampling.temperature_ladder import bare, evenly
 from ase_gffmerge.storage.documents import validated
 from ase_gffmerge.workflows.active_learning import ClosedLoopResult, closed_loop
 from ase_gffmerge.workflows.rollouts import OwnTrajectory, follow
@@ -39,7 +39,7 @@ def test_each_round_merges_with_the_frames_visited_in_the_one_before(pair):
     for k in range(result.chosen):
         visited = [trajectory.visited for trajectory in result.rounds[k].trajectories]
         grown = [
-            s.with_calibration((*s.calibration, *(bare(v[i]) for i in evenly(len(v), 3))))
+            s.with_calibration((*s.calibration, *(bare(v[i], wrap=True) for i in evenly(len(v), 3))))
             for s, v in zip(grown, visited, strict=True)
         ]
     expected, _ = merge(grown, RECIPE, device="cpu")

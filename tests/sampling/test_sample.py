@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ase_gffmerge import ForceField
-from ase_gffmerge.data.perturb import displaced
+from ase_gffmerge.data.frames import displaced
 from ase_gffmerge.dynamics.stopping import StoppingCriteria
 from ase_gffmerge.errors import FramesError, RecipeError
 from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames

@@ -21,15 +21,13 @@ from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.training.checkpoint import checkpoint_path
+from ase_gffmerge.training.checkpoint import History, checkpoint_path, stale
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.distill import distill
-from ase_gffmerge.training.distill_targets import prepare_distillation_set
+from ase_gffmerge.training.distill import distill, parameter_groups
 from ase_gffmerge.training.joint import train_jointly
 from ase_gffmerge.training.loss import labelled_graphs, weigh
 from ase_gffmerge.training.soap import SOAP
-from ase_gffmerge.training.state import History, stale
-from ase_gffmerge.training.teachers import parameter_groups
+from ase_gffmerge.training.teachers import prepare_distillation_set
 from ase_gffmerge.workflows.merge_and_distill import merge_and_refine, starting_point
 from helpers.structures import OWN_ARCHITECTURES
 

@@ -29,9 +29,9 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.storage.tensor_file import read_file
 from ase_gffmerge.training.checkpoint import checkpoint_path, differences
 from ase_gffmerge.training.config import TrainConfig, load_config
+from ase_gffmerge.training.initialization import fit_references, load_references, warn_of_offset
 from ase_gffmerge.training.loop import one_cycle
 from ase_gffmerge.training.loss import labelled_graph, loss_terms
-from ase_gffmerge.training.reference_energies import fit_references, load_references, warn_of_offset
 from ase_gffmerge.training.train import train
 
 TINY = {"channels": 8, "n_blocks": 1, "n_radial": 6}
@@ -420,7 +420,7 @@ def test_one_cycle_rises_and_falls() -> None:
 
 def test_loss_curve(tmp_path: Path) -> None:
     from ase_gffmerge.evaluation.analysis.plots import plot_history
-    from ase_gffmerge.training.state import History
+    from ase_gffmerge.training.checkpoint import History
 
     rows = [{"loss": 1 / epoch, "force_mae": 0.5 / epoch, "energy_mae": 0.0} for epoch in range(1, 40)]
     path = plot_history(History(rows), tmp_path / "curve.png")

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from ase_gffmerge.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
-    from ase_gffmerge.training.state import History
+    from ase_gffmerge.training.checkpoint import History
 
 CURVES = {
     "loss": "training loss",

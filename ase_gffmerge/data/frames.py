@@ -1,7 +1,22 @@
-"""Copies of structures with displaced atoms and strained cells."""
+"""Frames made of frames: without labels, spread evenly, displaced."""
 
 import numpy as np
 from ase import Atoms
+
+
+def bare(atoms: Atoms, *, wrap: bool = False) -> Atoms:
+    """Return a copy with species, positions, cell and periodicity alone, on request wrapped into its cell."""
+    copy = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    if wrap and atoms.pbc.any():
+        copy.wrap()
+    return copy
+
+
+def evenly(available: int, n: int) -> list[int]:
+    """Return at most ``n`` indices, ascending, spread evenly over those below ``available``."""
+    if not available:
+        return []
+    return np.unique(np.linspace(0, available - 1, min(n, available)).round().astype(int)).tolist()
 
 
 def displaced(atoms: Atoms, *, rattle: float, strain: float, rng: np.random.Generator) -> Atoms:
@@ -18,7 +33,7 @@ def displaced(atoms: Atoms, *, rattle: float, strain: float, rng: np.random.Gene
     rng
         Source of randomness.
     """
-    copy = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    copy = bare(atoms)
     if atoms.pbc.all():
         random = rng.uniform(-strain, strain, (3, 3))
         symmetric = np.triu(random) + np.triu(random, 1).T
