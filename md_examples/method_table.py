@@ -9,7 +9,7 @@ from training_plan import say
 
 from ase_gffmerge.evaluation.comparison.measurement import run_timed
 from ase_gffmerge.merging.merge import MERGE_VERSION
-from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, get_method
+from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput
 
 Results = dict[str, dict[str, Any]]
 Column = Callable[[dict[str, Any]], float | None]
@@ -60,13 +60,13 @@ def _remembered(
     name: str, merge_inputs: MergeInputs, measure: Callable[[MergeOutput], dict[str, Any]], path: Path
 ) -> dict[str, Any]:
     identity = {
-        "merge_version": MERGE_VERSION if get_method(name).merges else None,
+        "merge_version": MERGE_VERSION if METHODS[name].merges else None,
         "specialists": [[s.fingerprint, len(s.calibration)] for s in merge_inputs.specialists],
     }
     if path.exists() and (saved := json.loads(path.read_text()))["identity"] == identity:
         return saved["result"]
     say(f"{name} ...")
-    merge_output, seconds = run_timed(get_method(name), merge_inputs)
+    merge_output, seconds = run_timed(METHODS[name], merge_inputs)
     result = {**measure(merge_output), "seconds": seconds, "settings": dict(merge_output.settings)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"identity": identity, "result": result}, indent=1))

@@ -227,7 +227,7 @@ class ForceField:
         Parameters
         ----------
         vendor
-            One of :func:`ase_gffmerge.integrations.vendors`.
+            One of :data:`ase_gffmerge.integrations.ADAPTERS`.
         source
             Path of the vendor's file, a name of its pretrained weights, or its model in memory.
         calibration
@@ -244,9 +244,9 @@ class ForceField:
         FileFormatError
             When there is no such file, it holds code and is not trusted, or a model that the adapter cannot read.
         """
-        from ase_gffmerge.integrations import adapter
+        from ase_gffmerge.integrations import ADAPTERS
 
-        converted = adapter(vendor).read(source, trust=trust)
+        converted = ADAPTERS[vendor].read(source, trust=trust)
         if broken := first_not_finite(converted.potential):
             raise FileFormatError(
                 f"{vendor}:{source}: its parameter {broken!r} contains NaN or infinity; the training diverged"

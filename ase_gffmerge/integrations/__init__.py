@@ -1,5 +1,6 @@
 """Force fields of other packages as specialists, by ``vendor:what``, for example ``chgnet:beta.pth.tar``."""
 
-from ase_gffmerge.integrations.registry import adapter, adapter_for, vendor_source, vendors
+from ase_gffmerge.integrations.base import Adapter, ConvertedModel
+from ase_gffmerge.integrations.registry import ADAPTERS, adapter_for, vendor_source
 
-__all__ = ["adapter", "adapter_for", "vendor_source", "vendors"]
+__all__ = ["ADAPTERS", "Adapter", "ConvertedModel", "adapter_for", "vendor_source"]

@@ -5,9 +5,13 @@ energies per atom in eV), and writes such a potential back. Everything else, the
 the potential and does not know where it comes from.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +19,10 @@ from numpy._core import multiarray
 
 from ase_gffmerge.errors import FileFormatError, first_line
 from ase_gffmerge.models import Potential
+from ase_gffmerge.storage.atomic import atomic_write
+
+VendorObject: TypeAlias = Any
+"""An object of another package, whose classes are imported only where the package is installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +51,30 @@ class ConvertedModel:
     notes: tuple[str, ...] = field(default=())
 
 
-class Adapter(Protocol):
-    """Reads and writes one vendor's files.
+class Adapter(ABC):
+    """Reads and writes the force fields of one package, the vendor.
 
     Attributes
     ----------
     vendor
         Its name before the colon.
-    architecture
-        Of the potentials that it reads and writes.
+    models
+        What its models are called.
+    package, distribution
+        Its name in Python (empty when nothing of it is needed), and for pip where that is another.
+    architecture, model
+        Of the potentials that it reads and writes: name, and ``module:class``, which may need the package.
     """
 
-    vendor: str
-    architecture: str
+    vendor: ClassVar[str]
+    models: ClassVar[str]
+    package: ClassVar[str]
+    distribution: ClassVar[str] = ""
+    architecture: ClassVar[str]
+    model: ClassVar[str]
 
-    def read(self, source: Any, *, trust: bool = False) -> ConvertedModel:
+    @abstractmethod
+    def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
         """Convert a vendor's model, its file, or a name of pretrained weights.
 
         Parameters
@@ -66,15 +83,60 @@ class Adapter(Protocol):
             Path, name or object of the vendor's class.
         trust
             Execute code that the file may contain; otherwise such a file is refused.
+
+        Raises
+        ------
+        FileFormatError
+            When the package is not installed, there is no such file, it holds code and is not trusted, or a model with parts
+            that are not known here.
         """
-        ...
+
+    @abstractmethod
+    def vendor_content(self, potential: Potential) -> VendorObject:
+        """What ``torch.save`` writes into a file that the vendor's package loads."""
 
     def write(self, potential: Potential, path: Path) -> Path:
-        """Write a file that the vendor's package loads."""
-        ...
+        """Write a file that the vendor's package loads.
+
+        Raises
+        ------
+        FileFormatError
+            When the potential has more than the vendor's format: a widened readout, several embeddings.
+        """
+        if potential.hyper.readout_width or potential.hyper.n_embeddings > 1:
+            extra = "a widened readout" if potential.hyper.readout_width else "an embedding per specialist"
+            raise FileFormatError(
+                f"the potential has what {self.models}'s format cannot hold ({extra}); merge with the recipe option "
+                "readout: null and shared conditioning to export"
+            )
+        content = self.vendor_content(potential)
+        atomic_write(path, lambda temporary: torch.save(content, temporary))
+        return path
+
+    def potential_class(self) -> type[Potential]:
+        """Class of :attr:`architecture`.
+
+        Raises
+        ------
+        FileFormatError
+            When the package is not installed.
+        """
+        self.require_package()
+        module, _, name = self.model.partition(":")
+        found: type[Potential] = getattr(import_module(module), name)
+        return found
+
+    def require_package(self) -> None:
+        """Raise :class:`FileFormatError` when the vendor's package is not installed."""
+        if self.package and find_spec(self.package) is None:
+            name = self.distribution or self.package
+            raise FileFormatError(
+                f"{self.models} models ({self.architecture}) need the package {name}, which is not installed; "
+                f"pip install {name}"
+            )
 
 
-_ARRAYS: list[Any] = [
+_ARRAYS: list[Callable[..., VendorObject] | tuple[Callable[..., VendorObject], str]] = [
     np.ndarray,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
@@ -87,7 +149,7 @@ _ARRAYS: list[Any] = [
 """What pickled numpy arrays and numbers are made of; they hold data only."""
 
 
-def load_checkpoint(path: Path, *, trust: bool) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, trust: bool) -> dict[str, VendorObject]:
     """Read a ``torch.save`` file, tensors, arrays and plain containers alone unless it is trusted.
 
     Raises
@@ -115,14 +177,3 @@ def load_checkpoint(path: Path, *, trust: bool) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__}, not a dictionary of weights; save the model again"
         )
     return content
-
-
-def require_own_parts(potential: Potential, *, package: str) -> None:
-    """Raise :class:`FileFormatError` when a merge gave a potential what the package's format has no place for."""
-    hyper = potential.hyper
-    if hyper.readout_width or hyper.n_embeddings > 1:
-        extra = "a widened readout" if hyper.readout_width else "an embedding per specialist"
-        raise FileFormatError(
-            f"the potential has what {package}'s format cannot hold ({extra}); merge with the recipe option readout: null "
-            "and shared conditioning to export"
-        )

@@ -6,16 +6,14 @@ The package ``chgnet`` is needed for its pretrained weights alone; a checkpoint 
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.integrations.base import ConvertedModel, load_checkpoint, require_own_parts
+from ase_gffmerge.integrations.base import Adapter, ConvertedModel, VendorObject, load_checkpoint
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.chgnet import CHGNet, CHGNetHyper
-from ase_gffmerge.storage.atomic import atomic_write
 
 N_ELEMENTS = 94
 """CHGNet knows hydrogen to plutonium."""
@@ -23,7 +21,7 @@ N_ELEMENTS = 94
 PRETRAINED = {"0.3.0": "PBE and PBE+U of the Materials Project", "r2scan": "r2SCAN of the Materials Project"}
 """Names of weights that come with the package, and what they were trained on."""
 
-REQUIRED: dict[str, Any] = {
+REQUIRED: dict[str, VendorObject] = {
     "update_bond": True,
     "update_angle": True,
     "mlp_first": True,
@@ -37,13 +35,13 @@ REQUIRED: dict[str, Any] = {
 """Arguments that have to be as in version 0.3.0; those that a checkpoint leaves out have these values by default."""
 
 
-class CHGNetAdapter:
+class CHGNetAdapter(Adapter):
     """Reads and writes checkpoints of CHGNet."""
 
-    vendor = "chgnet"
-    architecture = CHGNet.architecture
+    vendor, models, package = "chgnet", "CHGNet", ""
+    architecture, model = CHGNet.architecture, "ase_gffmerge.models.chgnet:CHGNet"
 
-    def read(self, source: Any, *, trust: bool = False) -> ConvertedModel:
+    def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
         """Convert a ``CHGNet``, a checkpoint of its trainer, or a name in :data:`PRETRAINED`.
 
         Raises
@@ -65,19 +63,11 @@ class CHGNetAdapter:
             )
         return _convert(content.get("model", content), origin, theory)
 
-    def write(self, potential: Potential, path: Path) -> Path:
-        """Write what ``CHGNet.from_file`` loads.
-
-        Raises
-        ------
-        FileFormatError
-            When the potential has more than CHGNet has: a widened readout, several embeddings.
-        """
+    def vendor_content(self, potential: Potential) -> dict[str, dict[str, VendorObject]]:
+        """What ``CHGNet.from_file`` loads."""
         assert isinstance(potential, CHGNet)
-        require_own_parts(potential, package="CHGNet")
-        model = {"state_dict": _vendor_state(potential), "model_args": _vendor_arguments(potential.hyper)}
-        atomic_write(path, lambda temporary: torch.save({"model": model}, temporary))
-        return path
+        arguments = _vendor_arguments(potential.hyper)
+        return {"model": {"state_dict": _vendor_state(potential), "model_args": arguments}}
 
 
 ADAPTER = CHGNetAdapter()
@@ -94,7 +84,7 @@ def pretrained(name: str) -> Path:
     return next(folder.glob("*.pth.tar"))
 
 
-def _convert(content: Mapping[str, Any], origin: str, theory: str) -> ConvertedModel:
+def _convert(content: Mapping[str, VendorObject], origin: str, theory: str) -> ConvertedModel:
     """Potential of a dictionary with ``state_dict`` and ``model_args``."""
     try:
         state, arguments = dict(content["state_dict"]), dict(content["model_args"])
@@ -120,7 +110,7 @@ def _convert(content: Mapping[str, Any], origin: str, theory: str) -> ConvertedM
     )
 
 
-def _hyper(arguments: Mapping[str, Any], state: Mapping[str, Tensor]) -> CHGNetHyper:
+def _hyper(arguments: Mapping[str, VendorObject], state: Mapping[str, Tensor]) -> CHGNetHyper:
     for key, value in REQUIRED.items():
         if arguments.get(key, value) != value:
             raise FileFormatError(
@@ -204,7 +194,7 @@ def _vendor_state(potential: CHGNet) -> dict[str, Tensor]:
     return state | {"atom_embedding.embedding.weight": table, "composition_model.fc.weight": references[None]}
 
 
-def _vendor_arguments(hyper: CHGNetHyper) -> dict[str, Any]:
+def _vendor_arguments(hyper: CHGNetHyper) -> dict[str, VendorObject]:
     widths = {
         f"{kind}_dim": hyper.channels
         for kind in ("atom_fea", "bond_fea", "angle_fea", "atom_conv_hidden", "bond_conv_hidden")

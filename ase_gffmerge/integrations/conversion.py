@@ -1,37 +1,22 @@
 """Steps from another package's network to a potential that are the same whichever package it is."""
 
 from collections.abc import Callable, Collection, Sequence
-from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
+from ase import Atoms
 from torch import Tensor
 from torch_geometric.data import Data
 
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.integrations.same import require_same
+from ase_gffmerge.graphs import batch_graphs, build_graph
+from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.models import Potential
 
 P = TypeVar("P", bound=Potential)
 
-
-def require_package(package: str, *, models: str, distribution: str | None = None) -> None:
-    """Raise :class:`FileFormatError` when a package is not installed.
-
-    Parameters
-    ----------
-    package
-        Its name in Python.
-    models
-        What its models are called.
-    distribution
-        Its name for pip; default: the same.
-    """
-    if find_spec(package) is None:
-        name = distribution or package
-        raise FileFormatError(
-            f"models of {models} need the package {name}, which is not installed; pip install {name}"
-        )
+SAME = 1e-3
+"""Of energies per atom, relative to their spread and size: far above round-off, far below a missing part."""
 
 
 def one_number_of_scalars(numbers: Collection[int], *, of: str) -> int:
@@ -83,7 +68,7 @@ def converted(
     with torch.no_grad():
         copy_weights(potential)
     potential.to(dtype).eval().requires_grad_(False)
-    require_same(potential, vendor_energies, vendor=vendor)
+    _require_same(potential, vendor_energies, vendor=vendor)
     return potential
 
 
@@ -96,3 +81,29 @@ def per_element(values: Tensor, species: Sequence[int]) -> Tensor:
     """One number for all elements or one for each, in the order of atomic numbers, float64."""
     ones = torch.ones(len(species), dtype=torch.float64)
     return (ones * values.flatten().double())[rows_of_elements(species)]
+
+
+def _require_same(potential: Potential, vendor_energies: Callable[[Data], Tensor], *, vendor: str) -> None:
+    """Compare the energies of a few atoms of every element (five at most) at random places.
+
+    Raises
+    ------
+    FileFormatError
+        When they differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    numbers = 2 * list(potential.species[:5]) + [potential.species[0]]
+    places = torch.rand(len(numbers), 3, generator=generator, dtype=torch.float64) * potential.hyper.cutoff
+    atoms = Atoms(numbers, positions=1.2 * places.numpy())
+    graph = batch_graphs([build_graph(atoms, potential.hyper.cutoff, dtype=potential.dtype)])
+    graph.edge_vectors = edge_vectors(graph)
+    with torch.no_grad():
+        theirs, ours = vendor_energies(graph).double(), potential(graph).double()
+    rows = potential.species_row[graph.atomic_numbers]
+    size = (theirs - potential.references[rows]).abs().mean()
+    difference = float((ours - theirs).abs().max())
+    if not difference <= SAME * size + 1e-5:
+        raise FileFormatError(
+            f"this {vendor} model has a part that is not known here: converted, its energies differ by {difference:.2g} eV "
+            "per atom from its own; leave it out of the merge"
+        )

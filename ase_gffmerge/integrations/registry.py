@@ -1,38 +1,45 @@
-"""Which vendors there are; an adapter is imported when it is needed."""
+"""Which packages' force fields can be read; an adapter is imported when it is needed."""
 
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.integrations.base import Adapter
+from ase_gffmerge.runtime.registry import Registry
 
-if TYPE_CHECKING:
-    from ase_gffmerge.integrations.base import Adapter
-
-_MODULES = {
-    vendor: f"ase_gffmerge.integrations.{module}"
-    for vendor, module in (
-        ("chgnet", "chgnet"),
-        ("nequip", "nequip"),
-        ("sevenn", "sevennet"),
-        ("orb", "orb"),
-        ("mace", "mace"),
-    )
-}
+ADAPTERS: Registry[Adapter] = Registry(
+    "integration",
+    group="ase_gffmerge.integrations",
+    own={
+        "chgnet": "ase_gffmerge.integrations.chgnet:ADAPTER",
+        "nequip": "ase_gffmerge.integrations.nequip.convert:ADAPTER",
+        "sevenn": "ase_gffmerge.integrations.sevennet.convert:ADAPTER",
+        "orb": "ase_gffmerge.integrations.orb.convert:ADAPTER",
+        "mace": "ase_gffmerge.integrations.mace.convert:ADAPTER",
+    },
+    name_of=lambda found: found.vendor if isinstance(found, Adapter) else None,
+    error=FileFormatError,
+)
+"""A new vendor is one folder and one line here; other packages add theirs as entry points ``ase_gffmerge.integrations``."""
 
 
 def vendors() -> tuple[str, ...]:
     """Names of the vendors whose files can be read."""
-    return tuple(_MODULES)
+    return tuple(ADAPTERS)
 
 
-def adapter(vendor: str) -> "Adapter":
-    """Adapter of a vendor."""
-    found: Adapter = import_module(_MODULES[vendor]).ADAPTER
+def adapters_by_architecture() -> dict[str, Adapter]:
+    """Adapters by the architecture of their potentials; those of other packages that cannot be imported are left out."""
+    found: dict[str, Adapter] = {}
+    for vendor in ADAPTERS:
+        try:
+            adapter = ADAPTERS[vendor]
+        except FileFormatError:  # said when that vendor is asked for
+            continue
+        found.setdefault(adapter.architecture, adapter)
     return found
 
 
-def adapter_for(architecture: str) -> "Adapter":
+def adapter_for(architecture: str) -> Adapter:
     """Adapter that writes potentials of an architecture.
 
     Raises
@@ -40,9 +47,8 @@ def adapter_for(architecture: str) -> "Adapter":
     FileFormatError
         When there is none.
     """
-    for vendor in _MODULES:
-        if (found := adapter(vendor)).architecture == architecture:
-            return found
+    if found := adapters_by_architecture().get(architecture):
+        return found
     raise FileFormatError(
         f"a {architecture} potential is not another package's and has no format but .safetensors; save it instead"
     )
@@ -51,4 +57,4 @@ def adapter_for(architecture: str) -> "Adapter":
 def vendor_source(source: str | Path) -> tuple[str, str] | None:
     """Vendor and the rest of ``vendor:rest``; ``None`` for anything else, files with a colon in their names among it."""
     vendor, colon, rest = str(source).partition(":")
-    return (vendor, rest) if colon and vendor in _MODULES and not Path(source).exists() else None
+    return (vendor, rest) if colon and vendor in ADAPTERS and not Path(source).exists() else None

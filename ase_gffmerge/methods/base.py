@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from enum import StrEnum
 
 import torch
 from ase import Atoms
 
-from ase_gffmerge.errors import RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress
@@ -113,11 +111,7 @@ class Method:
         return tuple(sorted(need for need in self.needs if not merge_inputs.provides(need)))
 
 
-METHODS: dict[str, Method] = {}
-"""All methods by name, in the order in which tables show them; filled by :mod:`ase_gffmerge.methods`."""
-
-
-def register(
+def method(
     name: str,
     *,
     citation: str,
@@ -125,11 +119,17 @@ def register(
     trains: bool = False,
     tells_specialists_apart: bool = False,
     merges: bool = False,
-) -> Callable[[MethodFunction], MethodFunction]:
-    """Enter a function into :data:`METHODS`."""
+) -> Callable[[MethodFunction], Method]:
+    """Decorate a function that is a method: it becomes a :class:`Method` of that name.
 
-    def enter(run: MethodFunction) -> MethodFunction:
-        METHODS[name] = Method(
+    Parameters
+    ----------
+    name, citation, needs, trains, tells_specialists_apart, merges
+        See :class:`Method`.
+    """
+
+    def of(run: MethodFunction) -> Method:
+        return Method(
             name=name,
             citation=citation,
             needs=frozenset(needs),
@@ -138,21 +138,5 @@ def register(
             merges=merges,
             run=run,
         )
-        return run
 
-    return enter
-
-
-def get_method(name: str) -> Method:
-    """Look a method up.
-
-    Raises
-    ------
-    RecipeError
-        For an unknown name, with a suggestion.
-    """
-    if name not in METHODS:
-        close = get_close_matches(name, METHODS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise RecipeError(f"there is no method {name!r}{hint} (known: {', '.join(METHODS)})")
-    return METHODS[name]
+    return of

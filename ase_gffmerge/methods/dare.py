@@ -10,7 +10,7 @@ drop rates see the same numbers.
 import torch
 from torch import Tensor
 
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.task_arithmetic import add_task_vectors
 from ase_gffmerge.methods.weight_space import WeightSpace
@@ -35,7 +35,7 @@ def drop_and_rescale(task_vectors: Tensor, noise: Tensor, *, rate: float) -> Ten
     return torch.where(noise >= rate, task_vectors, 0.0) / (1 - rate)
 
 
-@register("dare", citation="Yu et al., arXiv 2311.03099", needs=(Requirement.FRAMES, Requirement.BASE))
+@method("dare", citation="Yu et al., arXiv 2311.03099", needs=(Requirement.FRAMES, Requirement.BASE))
 def dare(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """DARE with drop rate and λ of least disagreement."""
     space = WeightSpace.of(merge_inputs)

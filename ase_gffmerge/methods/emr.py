@@ -15,7 +15,7 @@ belongs to, so this is not one potential energy surface: a reference for how muc
 import torch
 from torch import Tensor
 
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.ties import elect_signs
 from ase_gffmerge.methods.weight_space import WeightSpace
 from ase_gffmerge.runtime.progress import Progress
@@ -34,7 +34,7 @@ def masked_and_rescaled(task_vectors: Tensor, elected: Tensor) -> Tensor:
     return masked * task_vectors.abs().sum(1, keepdim=True) / torch.where(sizes > 0, sizes, 1.0)
 
 
-@register(
+@method(
     "emr", citation="Huang et al., arXiv 2405.17461", needs=(Requirement.BASE,), tells_specialists_apart=True
 )
 def emr(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:

@@ -10,14 +10,14 @@ from torch_geometric.data import Data
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.force_field import symbols
 from ase_gffmerge.graphs.graph import structure_index
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.grid_search import DisagreementMetric
 from ase_gffmerge.methods.weight_space import aligned_copies
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress
 
 
-@register("best_single", citation="the one specialist closest to all", needs=(Requirement.FRAMES,))
+@method("best_single", citation="the one specialist closest to all", needs=(Requirement.FRAMES,))
 def best_single(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Choose the specialist whose forces on everybody's calibration frames differ least from their owners'.
 
@@ -108,7 +108,7 @@ class Ensemble(nn.Module):
         return counts[structure] == 0
 
 
-@register("ensemble", citation="mean of the specialists' outputs")
+@method("ensemble", citation="mean of the specialists' outputs")
 def ensemble(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """All specialists at once, K times the cost: the mean of their energies and forces."""
     progress(0.0, "references")

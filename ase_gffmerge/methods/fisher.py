@@ -29,7 +29,7 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.weight_space import WeightSpace, weighted_mean
 from ase_gffmerge.models import Potential
@@ -95,7 +95,7 @@ def squared_derivatives(model: Potential, batch: Batch, energy_signs: Tensor, fo
     return torch.cat([gradient.flatten() for gradient in gradients]).double().square()
 
 
-@register("fisher", citation="Matena and Raffel, arXiv 2111.09832", needs=(Requirement.FRAMES,))
+@method("fisher", citation="Matena and Raffel, arXiv 2111.09832", needs=(Requirement.FRAMES,))
 def fisher(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Fisher merging with the floor of least disagreement."""
     space = WeightSpace.of(merge_inputs)

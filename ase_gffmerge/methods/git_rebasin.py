@@ -29,7 +29,7 @@ from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.methods.activation_similarity import Similarities, channel_moments, similarities
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.permutation_symmetry import permuted
 from ase_gffmerge.methods.weight_space import aligned_copies
@@ -46,7 +46,7 @@ POWERS = (0.0, 0.5, 1.0)
 MAX_ATOMS = 500
 
 
-@register("git_rebasin", citation="Ainsworth et al., arXiv 2209.04836", needs=(Requirement.FRAMES,))
+@method("git_rebasin", citation="Ainsworth et al., arXiv 2209.04836", needs=(Requirement.FRAMES,))
 @torch.no_grad()
 def git_rebasin(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Mean of the specialists after their hidden channels were brought into one order."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.merging.merge import merge
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, method
 from ase_gffmerge.runtime.progress import Progress
 
 
@@ -23,7 +23,7 @@ def merge_by_recipe(merge_inputs: MergeInputs, preset: str, *, progress: Progres
     return MergeOutput(potentials=(merged.potential,))
 
 
-@register("mean", citation="Wortsman et al. (model soups), arXiv 2203.05482", merges=True)
+@method("mean", citation="Wortsman et al. (model soups), arXiv 2203.05482", merges=True)
 def mean(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Mean of the weights, embedding rows in proportion to how often each specialist's frames have the element."""
     return merge_by_recipe(merge_inputs, "mean", progress=progress)

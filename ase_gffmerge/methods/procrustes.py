@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.recipe import PRESETS
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.permutation_symmetry import channel_groups
 from ase_gffmerge.methods.weight_space import aligned_copies
@@ -53,7 +53,7 @@ def turned(theta: Tensor, reference: Tensor) -> Tensor:
     return (u @ vt).T @ theta
 
 
-@register("procrustes", citation="Schönemann, doi:10.1007/BF02289451", needs=(Requirement.FRAMES,))
+@method("procrustes", citation="Schönemann, doi:10.1007/BF02289451", needs=(Requirement.FRAMES,))
 @torch.no_grad()
 def procrustes(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Mean of weights whose input bases were turned, layer by layer, towards those of one specialist."""

@@ -34,7 +34,7 @@ from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, b
 from ase_gffmerge.merging.layerwise import advance, layer_inputs, run_stage
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.merging.tangents import pushforward
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.weight_space import aligned_copies
 from ase_gffmerge.models import Potential
@@ -101,7 +101,7 @@ def solve_maps(
         problem.write(torch.cat([solution.to(theta), theta[d:]]))
 
 
-@register("regmean", citation="Jin et al., arXiv 2212.09849", needs=(Requirement.FRAMES,), merges=True)
+@method("regmean", citation="Jin et al., arXiv 2212.09849", needs=(Requirement.FRAMES,), merges=True)
 @torch.no_grad()
 def regmean(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Regression mean with the Gram matrices of every specialist's own activations."""
@@ -125,7 +125,7 @@ def regmean(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     return trial.merge_output()
 
 
-@register("regmean++", citation="Nguyen et al., arXiv 2508.03121", needs=(Requirement.FRAMES,), merges=True)
+@method("regmean++", citation="Nguyen et al., arXiv 2508.03121", needs=(Requirement.FRAMES,), merges=True)
 @torch.no_grad()
 def regmean_plus_plus(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Regression mean with what the merged model as built so far sends into every block."""

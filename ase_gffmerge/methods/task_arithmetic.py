@@ -8,7 +8,7 @@ r"""Task arithmetic: the base plus a multiple of the sum of the task vectors.
 import torch
 from torch import Tensor
 
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.weight_space import WeightSpace
 from ase_gffmerge.models import Potential
@@ -23,7 +23,7 @@ def add_task_vectors(base: Tensor, task_vectors: Tensor, *, scale: float) -> Ten
     return base + scale * task_vectors.sum(0)
 
 
-@register(
+@method(
     "task_arithmetic",
     citation="Ilharco et al., arXiv 2212.04089",
     needs=(Requirement.FRAMES, Requirement.BASE),

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.weight_space import WeightSpace, weighted_mean
 from ase_gffmerge.models import Potential
@@ -52,7 +52,7 @@ def disjoint_mean(task_vectors: Tensor, signs: Tensor) -> Tensor:
     return weighted_mean(task_vectors, task_vectors * signs > 0)
 
 
-@register("ties", citation="Yadav et al., arXiv 2306.01708", needs=(Requirement.FRAMES, Requirement.BASE))
+@method("ties", citation="Yadav et al., arXiv 2306.01708", needs=(Requirement.FRAMES, Requirement.BASE))
 def ties(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """TIES with density and λ of least disagreement."""
     space = WeightSpace.of(merge_inputs)

@@ -5,13 +5,13 @@ import warnings
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.merging.distill_options import DistillOptions
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, register
+from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.runtime.progress import Progress
 from ase_gffmerge.training.joint import FINE_TUNING, train_jointly
 from ase_gffmerge.workflows.merge_and_distill import merge_and_refine
 
 
-@register(
+@method(
     "distill",
     citation="this package; features after Ekström Kelvinius et al., arXiv 2306.14818",
     needs=(Requirement.FRAMES,),
@@ -31,7 +31,7 @@ def distill(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     return MergeOutput(potentials=(merged.potential,), settings=settings)
 
 
-@register(
+@method(
     "joint",
     citation="the reference: training on all labels",
     needs=(Requirement.BASE, Requirement.LABELS),

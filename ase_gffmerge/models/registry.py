@@ -1,34 +1,38 @@
 """Architectures by name."""
 
 from importlib import import_module
-from importlib.util import find_spec
 from numbers import Integral
 from typing import Any
 
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.models.base import Potential
-from ase_gffmerge.models.chgnet import CHGNet
-from ase_gffmerge.models.nequip import NequIP
-from ase_gffmerge.models.painn import PaiNN
-
-_ARCHITECTURES: dict[str, type[Potential]] = {cls.architecture: cls for cls in (PaiNN, NequIP, CHGNet)}
+from ase_gffmerge.runtime.registry import Registry
 
 
-_PACKAGES = {
-    "nequip-package": ("nequip", "ase_gffmerge.integrations.nequip.model", "NequIPPackage"),
-    "sevennet-package": ("sevenn", "ase_gffmerge.integrations.sevennet.model", "SevenNetPackage"),
-    "orb-package": ("orb_models", "ase_gffmerge.integrations.orb.model", "OrbPackage"),
-    "mace-package": ("mace", "ase_gffmerge.integrations.mace.model", "MACEPackage"),
-}
-"""Architectures whose modules another package brings: that package, our module and our class."""
+def _name_of(found: object) -> str | None:
+    return found.architecture if isinstance(found, type) and issubclass(found, Potential) else None
 
-_DISTRIBUTIONS = {"mace": "mace-torch"}
-"""Packages that have another name for pip."""
+
+ARCHITECTURES: Registry[type[Potential]] = Registry(
+    "architecture",
+    group="ase_gffmerge.models",
+    own={
+        "painn": "ase_gffmerge.models.painn:PaiNN",
+        "nequip": "ase_gffmerge.models.nequip:NequIP",
+        "chgnet": "ase_gffmerge.models.chgnet:CHGNet",
+    },
+    name_of=_name_of,
+    error=FileFormatError,
+)
+"""A new architecture is one file and one line here; other packages add theirs as entry points ``ase_gffmerge.models``."""
+
+INTEGRATIONS = "ase_gffmerge.integrations.registry"
+"""What knows the architectures of wrapped networks; a name and no import, as it stands above this room."""
 
 
 def architectures() -> tuple[str, ...]:
-    """Names of the architectures that need no other package."""
-    return tuple(_ARCHITECTURES)
+    """Names of the architectures that wrap no other package's network."""
+    return tuple(ARCHITECTURES)
 
 
 def build_potential(architecture: str, hyper: dict[str, Any], species: tuple[int, ...]) -> Potential:
@@ -37,7 +41,7 @@ def build_potential(architecture: str, hyper: dict[str, Any], species: tuple[int
     Parameters
     ----------
     architecture
-        One of :func:`architectures`.
+        One of :func:`architectures`, or of a network of another package (such as ``mace-package``).
     hyper
         Hyper-parameters by name; missing ones take their defaults.
     species
@@ -46,7 +50,7 @@ def build_potential(architecture: str, hyper: dict[str, Any], species: tuple[int
     Raises
     ------
     FileFormatError
-        For an unknown architecture or hyper-parameter.
+        For an unknown architecture or hyper-parameter, and one that needs a package that is not installed.
     """
     cls = _architecture(architecture)
     try:
@@ -62,20 +66,14 @@ def build_potential(architecture: str, hyper: dict[str, Any], species: tuple[int
 
 
 def _architecture(name: str) -> type[Potential]:
-    """Class of an architecture; the package that it may need is imported."""
-    if name in _ARCHITECTURES:
-        return _ARCHITECTURES[name]
-    if name not in _PACKAGES:
+    """Class of an architecture: one of the table, or of the integrations."""
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    adapters = import_module(INTEGRATIONS).adapters_by_architecture()
+    if name not in adapters:
         raise FileFormatError(
-            f"unknown architecture {name!r}; this version knows {', '.join((*_ARCHITECTURES, *_PACKAGES))}. "
-            "A newer file may need a newer ase-gffmerge."
+            f"unknown architecture {name!r}; this version knows {', '.join(dict.fromkeys((*ARCHITECTURES, *adapters)))}. "
+            "A newer file may need a newer ase-gffmerge, or the package that adds the architecture to it."
         )
-    package, module, cls = _PACKAGES[name]
-    if find_spec(package) is None:
-        distribution = _DISTRIBUTIONS.get(package, package)
-        raise FileFormatError(
-            f"the architecture {name!r} is built by the package {distribution}, which is not installed; pip install "
-            f"{distribution}"
-        )
-    found: type[Potential] = getattr(import_module(module), cls)
+    found: type[Potential] = adapters[name].potential_class()
     return found

@@ -28,7 +28,7 @@ from mace.tools.scripts_utils import extract_config_mace_model  # noqa: E402
 
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
-from ase_gffmerge.integrations import adapter  # noqa: E402
+from ase_gffmerge.integrations import ADAPTERS  # noqa: E402
 from ase_gffmerge.models.layers.e3nn_compat import package_mode  # noqa: E402
 from ase_gffmerge.testing import check_calculator  # noqa: E402
 
@@ -203,7 +203,7 @@ def test_what_is_not_read_is_refused():
         ),
     }.items():
         with pytest.raises(FileFormatError, match=words):
-            adapter("mace").read(source)
+            ADAPTERS["mace"].read(source)
 
 
 @pytest.mark.parametrize("variant", ["repulsion", "nonlinear"])

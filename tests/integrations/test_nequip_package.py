@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
-from ase_gffmerge.integrations import adapter  # noqa: E402
+from ase_gffmerge.integrations import ADAPTERS  # noqa: E402
 from ase_gffmerge.testing import check_calculator  # noqa: E402
 
 TYPES = ["C", "H", "O"]
@@ -165,11 +165,11 @@ def test_what_is_not_read_is_refused(tmp_path, capsys):
             ForceField.load(source)
     assert "executed" not in capsys.readouterr().out
     with pytest.raises(FileFormatError, match="no NequIP model"):
-        adapter("nequip").read(torch.nn.Linear(2, 2))
+        ADAPTERS["nequip"].read(torch.nn.Linear(2, 2))
     with pytest.raises(FileFormatError, match="trainable Bessel"):
-        adapter("nequip").read(build(bessel_trainable=True))
+        ADAPTERS["nequip"].read(build(bessel_trainable=True))
     with pytest.raises(FileFormatError, match="not known here"):
-        adapter("nequip").read(build(convnet_nonlinearity_scalars={"e": "ssp", "o": "tanh"}))
+        ADAPTERS["nequip"].read(build(convnet_nonlinearity_scalars={"e": "ssp", "o": "tanh"}))
 
 
 @pytest.mark.parametrize("variant", ["repulsion", "natural parity"])

@@ -25,7 +25,7 @@ from orb_models.forcefield.calculator import ORBCalculator  # noqa: E402
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge, merge_calculators  # noqa: E402
 from ase_gffmerge.cli import app  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
-from ase_gffmerge.integrations import adapter  # noqa: E402
+from ase_gffmerge.integrations import ADAPTERS  # noqa: E402
 from ase_gffmerge.testing import check_calculator  # noqa: E402
 
 NAME = "orb-v3-conservative-20-omat"
@@ -164,7 +164,7 @@ def test_what_is_not_read_is_refused(tmp_path, capsys):
     }
     for words, source in objects.items():
         with pytest.raises(FileFormatError, match=words):
-            adapter("orb").read(source)
+            ADAPTERS["orb"].read(source)
 
 
 def test_weights_go_out_and_in_again(tmp_path):

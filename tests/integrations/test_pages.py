@@ -11,7 +11,7 @@ import torch
 from ase.io import write
 
 from ase_gffmerge import ForceField
-from ase_gffmerge.integrations import vendors
+from ase_gffmerge.integrations import ADAPTERS
 from ase_gffmerge.merging.report import MergeReport
 from helpers.page_blocks import BLOCK, run_block
 from helpers.vendor_models import moved
@@ -69,7 +69,7 @@ def test_two_checkpoints_become_one_calculator(page, tmp_path):
 
 def test_every_other_vendor_has_a_page():
     named = {word for text in PAGES.values() for word in re.findall(r"named `(\w+):", text)}
-    assert named == set(vendors()) - {"chgnet"}
+    assert named == set(ADAPTERS) - {"chgnet"}
     for page, text in PAGES.items():
         assert f"vendor_environments.py {page}`" in text
         assert f'".[{page}]"' in text

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 from ase_gffmerge import ForceField, GFFMergeCalculator  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
-from ase_gffmerge.integrations import adapter  # noqa: E402
+from ase_gffmerge.integrations import ADAPTERS  # noqa: E402
 from ase_gffmerge.testing import check_calculator  # noqa: E402
 
 TYPES = (6, 1, 8)
@@ -139,9 +139,9 @@ def test_checkpoints_are_read_without_code(tmp_path, capsys):
             ForceField.load(source)
     assert "executed" not in capsys.readouterr().out
     with pytest.raises(FileFormatError, match="biases"):
-        adapter("sevenn").read(build(use_bias_in_linear=True))
+        ADAPTERS["sevenn"].read(build(use_bias_in_linear=True))
     with pytest.raises(FileFormatError, match="no SevenNet model"):
-        adapter("sevenn").read(torch.nn.Linear(2, 2))
+        ADAPTERS["sevenn"].read(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("variant", ["linear", "network"])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.metrics import predict_frames
-from ase_gffmerge.methods import MergeInputs, get_method
+from ase_gffmerge.methods import METHODS, MergeInputs
 from ase_gffmerge.methods.git_rebasin import matched_orders
 from ase_gffmerge.methods.permutation_symmetry import channel_groups, permuted
 from ase_gffmerge.models import build_potential
@@ -101,10 +101,10 @@ def test_shuffled_copies_merge_to_the_original(make_merge_inputs, architecture, 
         for seed, s in enumerate(merge_inputs.specialists)
     ]
     merge_inputs = replace(merge_inputs, specialists=tuple(copies))
-    merge_output = get_method("git_rebasin").run(merge_inputs, silent)
+    merge_output = METHODS["git_rebasin"].run(merge_inputs, silent)
     scale = np.abs(np.concatenate(predict_frames(original, FRAMES).forces)).max()
     assert largest_difference(merge_output.potentials[0], original) < 1e-8
-    mean = get_method("mean").run(merge_inputs, silent).potentials[0]
+    mean = METHODS["mean"].run(merge_inputs, silent).potentials[0]
     assert largest_difference(mean, original) > 0.1 * scale
     assert merge_output.settings["moved"] > 0.3
 
@@ -114,9 +114,7 @@ def test_a_shuffled_copy_of_a_bundled_specialist_finds_its_way_back() -> None:
     original = original.with_calibration(original.calibration[:10])
     copy = replace(original, name="copy", potential=shuffled(original.potential, 1))
     merge_inputs = MergeInputs(specialists=(original, copy))
-    merged, mean = (
-        get_method(name).run(merge_inputs, silent).potentials[0] for name in ("git_rebasin", "mean")
-    )
+    merged, mean = (METHODS[name].run(merge_inputs, silent).potentials[0] for name in ("git_rebasin", "mean"))
     own, found, averaged = (
         np.concatenate(predict_frames(potential, original.calibration).forces)
         for potential in (original.potential, merged, mean)
@@ -130,7 +128,7 @@ def test_a_shuffled_relative_merges_as_well_as_the_relative_itself(make_merge_in
     first, second = merge_inputs.specialists
     hidden = replace(second, potential=shuffled(second.potential, 3))
     straight, turned = (
-        get_method("git_rebasin").run(replace(merge_inputs, specialists=(first, s)), silent).potentials[0]
+        METHODS["git_rebasin"].run(replace(merge_inputs, specialists=(first, s)), silent).potentials[0]
         for s in (second, hidden)
     )
     assert largest_difference(straight, turned) < 1e-8
@@ -143,7 +141,7 @@ def test_elements_that_not_all_know_are_cut_out_of_the_frames(
     first, second = merge_inputs.specialists
     second = narrowed(second, (1, 6))
     second = replace(second, potential=shuffled(second.potential, 1), calibration=(molecule("C2H6"),))
-    merge_output = get_method("git_rebasin").run(replace(merge_inputs, specialists=(first, second)), silent)
+    merge_output = METHODS["git_rebasin"].run(replace(merge_inputs, specialists=(first, second)), silent)
     assert merge_output.potentials[0].species == (1, 6, 8)
     assert largest_difference(merge_output.potentials[0], first.potential) < 1e-8
 
@@ -154,7 +152,7 @@ def test_specialists_without_a_common_element_are_refused(make_merge_inputs, nar
     first = replace(narrowed(first, (1,)), calibration=(molecule("H2"),))
     second = replace(narrowed(second, (8,)), calibration=(molecule("O2"),))
     with pytest.raises(IncompatibleSpecialistsError, match="share no element"):
-        get_method("git_rebasin").run(replace(merge_inputs, specialists=(first, second)), silent)
+        METHODS["git_rebasin"].run(replace(merge_inputs, specialists=(first, second)), silent)
 
 
 def test_potentials_with_undeclared_channels_are_refused() -> None:

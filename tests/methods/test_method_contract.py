@@ -12,7 +12,7 @@ from ase.build import molecule
 
 from ase_gffmerge.errors import RecipeError
 from ase_gffmerge.inference.metrics import predict_frames
-from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, Requirement, get_method, register
+from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, Requirement, method
 
 PRESETS = ("paper", "gffmerge")
 """Recipes of ``merge``, whose own tests pin down the same properties."""
@@ -93,23 +93,22 @@ def test_equivariance_survives(shared_mixture, architecture, name, outcomes) -> 
 def test_declared_needs_are_what_is_missing(make_merge_inputs, name) -> None:
     full = make_merge_inputs("painn", 2)
     poor = MergeInputs(specialists=tuple(s.with_calibration(()) for s in full.specialists))
-    method = METHODS[name]
-    assert method.missing(replace(full, labelled=((), ()))) == ()
-    assert set(method.missing(poor)) == method.needs
+    found = METHODS[name]
+    assert found.missing(replace(full, labelled=((), ()))) == ()
+    assert set(found.missing(poor)) == found.needs
 
 
 def test_missing_needs_are_named_in_order(make_merge_inputs) -> None:
     merge_inputs = make_merge_inputs("painn", 2)
 
-    @register("greedy", citation="test", needs=(Requirement.LABELS, Requirement.FRAMES, Requirement.BASE))
+    @method("greedy", citation="test", needs=(Requirement.LABELS, Requirement.FRAMES, Requirement.BASE))
     def greedy(merge_inputs, progress):
         raise NotImplementedError
 
-    method = METHODS.pop("greedy")
-    assert method.missing(merge_inputs) == (Requirement.LABELS,)
-    assert method.missing(replace(merge_inputs, base=None)) == (Requirement.BASE, Requirement.LABELS)
+    assert greedy.missing(merge_inputs) == (Requirement.LABELS,)
+    assert greedy.missing(replace(merge_inputs, base=None)) == (Requirement.BASE, Requirement.LABELS)
     one_without = (merge_inputs.specialists[0].with_calibration(()), merge_inputs.specialists[1])
-    assert method.missing(replace(merge_inputs, specialists=one_without)) == (
+    assert greedy.missing(replace(merge_inputs, specialists=one_without)) == (
         Requirement.FRAMES,
         Requirement.LABELS,
     )
@@ -117,4 +116,4 @@ def test_missing_needs_are_named_in_order(make_merge_inputs) -> None:
 
 def test_an_unknown_method_gets_a_suggestion() -> None:
     with pytest.raises(RecipeError, match=r"no method 'tie'; did you mean 'ties'\?"):
-        get_method("tie")
+        METHODS["tie"]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ase_gffmerge.methods import get_method
+from ase_gffmerge.methods import METHODS
 from ase_gffmerge.methods.procrustes import merge_turned, turned
 
 
@@ -34,7 +34,7 @@ def test_the_formula_on_one_layer(make_merge_inputs) -> None:
     """W = a W_A P + (1 - a) W_B with NumPy, for a layer of hidden inputs, one of radial inputs and a bias."""
     merge_inputs = make_merge_inputs("painn", 2)
     potentials = [s.potential for s in merge_inputs.specialists]
-    mean = get_method("mean").run(merge_inputs, silent).potentials[0]
+    mean = METHODS["mean"].run(merge_inputs, silent).potentials[0]
     merged = merge_turned(mean, potentials, reference=1, share=0.3)
     a, b, found = (p.get_submodule("stages.1.hidden").weight.numpy() for p in (*potentials, merged))
     u, _, vt = np.linalg.svd(a.T @ b)
@@ -46,7 +46,7 @@ def test_the_formula_on_one_layer(make_merge_inputs) -> None:
 def test_three_specialists_are_turned_to_one(make_merge_inputs) -> None:
     merge_inputs = make_merge_inputs("nequip", 3)
     potentials = [s.potential for s in merge_inputs.specialists]
-    mean = get_method("mean").run(merge_inputs, silent).potentials[0]
+    mean = METHODS["mean"].run(merge_inputs, silent).potentials[0]
     merged = merge_turned(mean, potentials, reference=0, share=0.0)
     for name in ("stages.1.linear_up.weight", "stages.1.radial.layer1.weight"):
         torch.testing.assert_close(merged.get_parameter(name), potentials[0].get_parameter(name))

@@ -7,7 +7,7 @@ from torch import nn
 from ase_gffmerge.graphs import batch_graphs, build_graph
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.merging.calibration import build_calibration
-from ase_gffmerge.methods import get_method
+from ase_gffmerge.methods import METHODS
 from ase_gffmerge.methods.regmean import input_grams, merge_blockwise, regression_mean, solve_maps
 
 
@@ -74,7 +74,7 @@ def test_every_layer_of_a_merged_painn_is_the_regression_of_its_own_inputs(make_
     """Predictions rather than weights are compared, since few atoms leave some directions open."""
     merge_inputs = make_merge_inputs("painn", 2, frames=8)
     specialists = merge_inputs.specialists
-    mean = get_method("mean").run(merge_inputs, silent).potentials[0]
+    mean = METHODS["mean"].run(merge_inputs, silent).potentials[0]
     grams = [
         input_grams(s.potential, [lambda s=s, t=t: s.potential(t.graph) for t in calibration_set.scenes])
         for s, calibration_set in zip(specialists, build_calibration(specialists, mean, [1.0, 1.0], probes=0))
@@ -100,7 +100,7 @@ def test_blocks_are_fed_by_the_merged_model(make_merge_inputs, architecture) -> 
     merge_inputs = make_merge_inputs(architecture, 2)
     specialists = merge_inputs.specialists
     specialists[1].potential.embedding.copy_(specialists[0].potential.embedding)
-    mean = get_method("mean").run(merge_inputs, silent).potentials[0]
+    mean = METHODS["mean"].run(merge_inputs, silent).potentials[0]
     calibration_sets = build_calibration(specialists, mean, [1.0, 1.0], probes=0)
     sequential = merge_blockwise(mean, specialists, calibration_sets, alpha=0.5)
     grams = [

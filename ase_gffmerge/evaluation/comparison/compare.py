@@ -11,7 +11,7 @@ from ase_gffmerge.evaluation.comparison.leakage import check_leaks, frames_seen,
 from ase_gffmerge.evaluation.comparison.measurement import Measurement, measure, measure_specialists
 from ase_gffmerge.evaluation.comparison.store import RowStore
 from ase_gffmerge.merging.compatibility import related
-from ase_gffmerge.methods import METHODS, MergeInputs, Method, Requirement, get_method
+from ase_gffmerge.methods import METHODS, MergeInputs, Method, Requirement
 from ase_gffmerge.runtime.progress import Progress, no_progress
 
 SPECIALIST = "specialist"
@@ -151,7 +151,7 @@ def compare_methods(
 
 def choose(merge_inputs: MergeInputs, names: Sequence[str] | None) -> tuple[list[Method], dict[str, str]]:
     """Methods to run, and why others are not: all that train unless asked for by name, and those that lack something."""
-    methods = [get_method(name) for name in dict.fromkeys(names)] if names else list(METHODS.values())
+    methods = [METHODS[name] for name in dict.fromkeys(names)] if names else list(METHODS.values())
     chosen, skipped = [], {}
     for method in methods:
         if method.trains and not names:

@@ -15,7 +15,7 @@ from ase_gffmerge.evaluation.comparison.measurement import run_timed
 from ase_gffmerge.forcefield.bundled import bundled_test_frames
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.metrics import labels, predict_frames
-from ase_gffmerge.methods import MergeInputs, get_method
+from ase_gffmerge.methods import METHODS, MergeInputs
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress
 
@@ -105,7 +105,7 @@ def compare_models(
     merge_inputs = MergeInputs(specialists=tuple(specialists), device=device)
     models, taken = {}, {}
     for baseline in BASELINES:
-        merge_output, taken[baseline] = run_timed(get_method(baseline), merge_inputs)
+        merge_output, taken[baseline] = run_timed(METHODS[baseline], merge_inputs)
         models[baseline] = merge_output.potential(0)
     models[DEFAULT], taken[DEFAULT] = merged.potential, seconds
     own = {s.name: _forces(s.to(device=device).potential, s.name) for s in specialists}

@@ -8,6 +8,7 @@ dictionary of ``torch.save`` with ``state_dict`` and the ``config`` that the pac
 """
 
 import json
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,21 +17,21 @@ import torch
 from torch import Tensor
 
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.integrations.base import ConvertedModel
-from ase_gffmerge.integrations.conversion import converted, per_element, require_package, rows_of_elements
+from ase_gffmerge.integrations.base import Adapter, ConvertedModel, VendorObject
+from ase_gffmerge.integrations.conversion import converted, per_element, rows_of_elements
 from ase_gffmerge.models import Potential
 
 if TYPE_CHECKING:
     from ase_gffmerge.integrations.mace.model import MACEPackage
 
 
-class MACEAdapter:
+class MACEAdapter(Adapter):
     """Reads and writes models of the package ``mace-torch``."""
 
-    vendor = "mace"
-    architecture = "mace-package"
+    vendor, models, package, distribution = "mace", "MACE", "mace", "mace-torch"
+    architecture, model = "mace-package", "ase_gffmerge.integrations.mace.model:MACEPackage"
 
-    def read(self, source: Any, *, trust: bool = False) -> ConvertedModel:
+    def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
         """Convert a file, a ``MACECalculator`` or a model in memory.
 
         Raises
@@ -39,7 +40,7 @@ class MACEAdapter:
             When the package is not installed, there is no such file, it holds code and is not trusted, or a model with parts
             that are not known here.
         """
-        require_package("mace", models="MACE", distribution="mace-torch")
+        self.require_package()
         from ase_gffmerge.integrations.mace.io import find_network, load_network
 
         if isinstance(source, str | Path):
@@ -49,17 +50,17 @@ class MACEAdapter:
             potential=_convert(network, head), vendor="mace-torch", version=version("mace-torch")
         )
 
+    def vendor_content(self, potential: Potential) -> VendorObject:
+        """The package's model, which ``MACECalculator`` unpickles."""
+        from ase_gffmerge.integrations.mace.io import vendor_network
+
+        return vendor_network(potential)  # type: ignore[arg-type]
+
     def write(self, potential: Potential, path: Path) -> Path:
-        """Write what ``MACECalculator`` loads: the model, pickled.
-
-        Raises
-        ------
-        FileFormatError
-            When the potential has more than MACE has: a widened readout, several embeddings.
-        """
-        from ase_gffmerge.integrations.mace.io import save_network
-
-        return save_network(potential, path)  # type: ignore[arg-type]
+        """See :meth:`.Adapter.write`; without the warnings of the compiler of TorchScript, which e3nn 0.4 calls."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return super().write(potential, path)
 
 
 ADAPTER = MACEAdapter()

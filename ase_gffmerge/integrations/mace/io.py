@@ -1,6 +1,5 @@
 """Models of the package ``mace-torch`` in memory and in files."""
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.integrations.base import load_checkpoint, require_own_parts
+from ase_gffmerge.integrations.base import load_checkpoint
 from ase_gffmerge.integrations.mace.model import TABLES, MACEPackage, build_network
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
 from ase_gffmerge.models.layers.element_linear import write_product
-from ase_gffmerge.storage.atomic import atomic_write
 
 READ = "give a .model file, a MACECalculator, or a MACE or ScaleShiftMACE of mace.modules"
 
@@ -150,22 +148,6 @@ def single_head(network: Any, head: int) -> Any:
 
     with package_mode(network.node_embedding.linear.weight.dtype):
         return remove_pt_head(network, heads[head])
-
-
-def save_network(potential: MACEPackage, path: Path) -> Path:
-    """Pickle the package's model with the potential's weights.
-
-    Raises
-    ------
-    FileFormatError
-        When the potential has more than MACE has.
-    """
-    require_own_parts(potential, package="MACE")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the compiler of TorchScript, which e3nn 0.4 calls
-        network = vendor_network(potential)
-        atomic_write(path, lambda temporary: torch.save(network, temporary))
-    return path
 
 
 @torch.no_grad()

@@ -14,23 +14,22 @@ from ase.data import atomic_numbers as NUMBERS
 from torch import Tensor
 
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.integrations.base import ConvertedModel, require_own_parts
-from ase_gffmerge.integrations.conversion import converted, one_number_of_scalars, require_package
+from ase_gffmerge.integrations.base import Adapter, ConvertedModel, VendorObject
+from ase_gffmerge.integrations.conversion import converted, one_number_of_scalars
 from ase_gffmerge.integrations.nequip.io import find_network, layers_of, load_network
 from ase_gffmerge.models import Potential
-from ase_gffmerge.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
     from ase_gffmerge.integrations.nequip.model import NequIPPackage
 
 
-class NequIPAdapter:
+class NequIPAdapter(Adapter):
     """Reads and writes models of the package ``nequip``."""
 
-    vendor = "nequip"
-    architecture = "nequip-package"
+    vendor, models, package = "nequip", "NequIP", "nequip"
+    architecture, model = "nequip-package", "ase_gffmerge.integrations.nequip.model:NequIPPackage"
 
-    def read(self, source: Any, *, trust: bool = False) -> ConvertedModel:
+    def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
         """Convert a checkpoint (``.ckpt``), a package (``.nequip.zip``) or a model in memory.
 
         Raises
@@ -39,7 +38,7 @@ class NequIPAdapter:
             When the package is not installed, there is no such file, it holds code and is not trusted, or a model with parts
             that are not known here.
         """
-        require_package("nequip", models="NequIP")
+        self.require_package()
         network = (
             load_network(Path(source), trust=trust)
             if isinstance(source, str | Path)
@@ -47,21 +46,17 @@ class NequIPAdapter:
         )
         return ConvertedModel(potential=_convert(network), vendor=self.vendor, version=version("nequip"))
 
-    def write(self, potential: Potential, path: Path) -> Path:
-        """Write a checkpoint that ``NequIPCalculator`` loads, without the state and the data of a training.
+    def vendor_content(self, potential: Potential) -> dict[str, VendorObject]:
+        """A checkpoint that ``NequIPCalculator`` loads, without the state and the data of a training.
 
         Raises
         ------
         FileFormatError
-            When the potential has more than NequIP has: a widened readout, several embeddings, self-connections of more
-            elements than its embedding tells apart.
+            When there are self-connections of more elements than the embedding tells apart.
         """
         from ase_gffmerge.integrations.nequip.weights import vendor_checkpoint
 
-        require_own_parts(potential, package="NequIP")
-        content = vendor_checkpoint(potential)  # type: ignore[arg-type]
-        atomic_write(path, lambda temporary: torch.save(content, temporary))
-        return path
+        return vendor_checkpoint(potential)  # type: ignore[arg-type]
 
 
 ADAPTER = NequIPAdapter()

@@ -16,10 +16,9 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.integrations.base import ConvertedModel, load_checkpoint, require_own_parts
-from ase_gffmerge.integrations.conversion import converted, require_package
+from ase_gffmerge.integrations.base import Adapter, ConvertedModel, VendorObject, load_checkpoint
+from ase_gffmerge.integrations.conversion import converted
 from ase_gffmerge.models import Potential
-from ase_gffmerge.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
     from ase_gffmerge.integrations.orb.model import OrbPackage, OrbPackageHyper
@@ -43,13 +42,13 @@ MISFITS = (KeyError, TypeError, ValueError, AttributeError, AssertionError, Runt
 """What a state dictionary of another kind makes the package raise."""
 
 
-class OrbAdapter:
+class OrbAdapter(Adapter):
     """Reads and writes conservative models of the package ``orb_models``."""
 
-    vendor = "orb"
-    architecture = "orb-package"
+    vendor, models, package, distribution = "orb", "Orb", "orb_models", "orb-models"
+    architecture, model = "orb-package", "ase_gffmerge.integrations.orb.model:OrbPackage"
 
-    def read(self, source: Any, *, trust: bool = False) -> ConvertedModel:
+    def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
         """Convert a state dictionary, a published model by name, or a model in memory.
 
         Parameters
@@ -72,7 +71,7 @@ class OrbAdapter:
             When the package is not installed, there is no such file, it holds code and is not trusted, the model predicts
             forces directly, or it has parts that are not known here.
         """
-        require_package("orb_models", models="Orb")
+        self.require_package()
         name, theory = "", "unknown"
         if isinstance(source, str | Path):
             network, hyper, theory = _from_file(str(source), trust=trust)
@@ -88,24 +87,14 @@ class OrbAdapter:
             notes=("the confidence is carried along, not served",),
         )
 
-    def write(self, potential: Potential, path: Path) -> Path:
-        """Write a state dictionary, which the vendor loads with ``weights_path=`` and :meth:`read` by ``name@path``.
+    def vendor_content(self, potential: Potential) -> dict[str, Tensor]:
+        """A state dictionary, which the vendor loads with ``weights_path=`` and :meth:`read` by ``name@path``.
 
         What only further training uses, statistics of labels, begins anew.
-
-        Raises
-        ------
-        FileFormatError
-            When the potential has more than Orb has: a widened readout, several embeddings.
         """
-        from ase_gffmerge.integrations.orb.model import OrbPackage
         from ase_gffmerge.integrations.orb.weights import vendor_state
 
-        assert isinstance(potential, OrbPackage)
-        require_own_parts(potential, package="Orb")
-        state = vendor_state(potential)
-        atomic_write(path, lambda temporary: torch.save(state, temporary))
-        return path
+        return vendor_state(potential)  # type: ignore[arg-type]
 
 
 ADAPTER = OrbAdapter()

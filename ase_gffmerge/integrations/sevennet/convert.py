@@ -12,10 +12,9 @@ from e3nn.o3 import Irreps
 from torch import Tensor, nn
 
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.integrations.base import ConvertedModel, load_checkpoint, require_own_parts
-from ase_gffmerge.integrations.conversion import converted, one_number_of_scalars, require_package
+from ase_gffmerge.integrations.base import Adapter, ConvertedModel, VendorObject, load_checkpoint
+from ase_gffmerge.integrations.conversion import converted, one_number_of_scalars
 from ase_gffmerge.models import Potential
-from ase_gffmerge.storage.atomic import atomic_write
 
 if TYPE_CHECKING:
     from ase_gffmerge.integrations.sevennet.model import SevenNetPackage
@@ -26,13 +25,13 @@ PRETRAINED = ("7net-0", "7net-0_22may2024", "7net-l3i5")
 MATERIALS_PROJECT = "PBE and PBE+U of the Materials Project"
 
 
-class SevenNetAdapter:
+class SevenNetAdapter(Adapter):
     """Reads and writes models of the package ``sevenn``."""
 
-    vendor = "sevenn"
-    architecture = "sevennet-package"
+    vendor, models, package = "sevenn", "SevenNet", "sevenn"
+    architecture, model = "sevennet-package", "ase_gffmerge.integrations.sevennet.model:SevenNetPackage"
 
-    def read(self, source: Any, *, trust: bool = False) -> ConvertedModel:
+    def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
         """Convert a checkpoint (``.pth``), a name in :data:`PRETRAINED` or a model in memory.
 
         Raises
@@ -41,7 +40,7 @@ class SevenNetAdapter:
             When the package is not installed, there is no such file, it holds code and is not trusted, or a model with parts
             that are not known here.
         """
-        require_package("sevenn", models="SevenNet")
+        self.require_package()
         theory = "unknown"
         if not isinstance(source, str | Path):
             network = getattr(source, "model", source)
@@ -55,20 +54,11 @@ class SevenNetAdapter:
             potential=potential, vendor=self.vendor, version=version("sevenn"), level_of_theory=theory
         )
 
-    def write(self, potential: Potential, path: Path) -> Path:
-        """Write a checkpoint that ``SevenNetCalculator`` loads, in float32, without the state of a training.
-
-        Raises
-        ------
-        FileFormatError
-            When the potential has more than SevenNet has: a widened readout, several embeddings.
-        """
+    def vendor_content(self, potential: Potential) -> dict[str, VendorObject]:
+        """A checkpoint that ``SevenNetCalculator`` loads, in float32, without the state of a training."""
         from ase_gffmerge.integrations.sevennet.weights import vendor_checkpoint
 
-        require_own_parts(potential, package="SevenNet")
-        content = vendor_checkpoint(potential)  # type: ignore[arg-type]
-        atomic_write(path, lambda temporary: torch.save(content, temporary))
-        return path
+        return vendor_checkpoint(potential)  # type: ignore[arg-type]
 
 
 ADAPTER = SevenNetAdapter()
