@@ -33,7 +33,14 @@ LONGEST = ("test_readme.py", "test_demo.py")
 """Modules that run for minutes begin first, so that no worker waits for them at the end."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``slow_for("nequip")`` makes a test slow where one of its parameters has this value."""
+    for item in items:
+        values = getattr(item, "callspec", None) and item.callspec.params.values()
+        for mark in item.iter_markers("slow_for"):
+            if any(value in mark.args for value in values or () if isinstance(value, str)):
+                item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
 
 

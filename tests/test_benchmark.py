@@ -22,6 +22,7 @@ def benchmark():
 
 
 @pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
+@pytest.mark.slow
 def test_force_maes_of_the_bundled_pair_keep_their_order(benchmark) -> None:
     """On 20 calibration frames each: the default recipe is far below the paper preset and the mean."""
     specialists = [ForceField.load(name) for name in benchmark.NAMES]

@@ -1,5 +1,7 @@
 """Every numbered example runs, asserts its own result, says something, and leaves nothing behind."""
 
+import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -9,9 +11,15 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "md_examples"
 EXAMPLES = sorted(FOLDER.glob("[0-9]*.py"))
+QUICK = ("01", "04")
+"""Those that run by default; ``pytest -m slow`` runs the others."""
+PARAMETERS = [
+    pytest.param(path, id=path.stem, marks=() if path.name.startswith(QUICK) else pytest.mark.slow)
+    for path in EXAMPLES
+]
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PARAMETERS)
 def test_example(path: Path, merge_cache: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "GFFMERGE_CACHE": str(merge_cache), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -26,6 +34,17 @@ def test_example(path: Path, merge_cache: Path, tmp_path: Path) -> None:
     assert done.stdout.strip()
     assert "deprecat" not in done.stderr.lower()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.py")), ids=lambda path: path.stem)
+def test_what_a_script_imports_from_the_package_exists(path: Path) -> None:
+    """Every script, also those that take hours and those that need packages that are not installed."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ase_gffmerge":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
 
 
 def test_the_readme_lists_every_example() -> None:

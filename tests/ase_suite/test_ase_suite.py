@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ase.test
+import pytest
 
 HERE, ROOT = Path(__file__).parent, Path(ase.test.__path__[0])
 FILES = tuple(
@@ -83,6 +84,7 @@ def run_ase_tests(folder: Path, cache: Path) -> Run:
     return Run(done.returncode, done.stdout + done.stderr, tests)
 
 
+@pytest.mark.slow
 def test_19_ase_own_tests_pass(tmp_path: Path, merge_cache: Path) -> None:
     """None fails, for whatever reason; and none has quietly gone, or no longer asks for EMT."""
     run = run_ase_tests(tmp_path, merge_cache)

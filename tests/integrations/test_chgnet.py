@@ -85,6 +85,7 @@ def test_results_are_the_vendors(original, vendor_calculator, name):
     np.testing.assert_allclose(ours.get_potential_energies(), theirs.get_potential_energies(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_contract_holds():
     """Tolerances of a short-ranged network with steep third derivatives."""
     calc = GFFMergeCalculator("chgnet:0.3.0", device="cpu", dtype="float64")
@@ -222,6 +223,7 @@ def test_copies_merge_into_the_original(small):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_default_beats_paper_beats_mean(pair, tmp_path):
     """On frames of both salts that the merge did not see, against each specialist's own forces."""
     tests = [[rocksalt(100, symbols="NaCl")], [rocksalt(101, symbols="LiF", a=4.0)]]

@@ -281,6 +281,7 @@ def strained_crystals(n: int, seed: int) -> list[Atoms]:
     return frames
 
 
+@pytest.mark.slow_for("nequip")
 def test_stress_of_crystals_is_matched_with_energies_and_forces(family, architecture) -> None:
     specialists = [
         s.with_calibration(strained_crystals(10, seed=k))

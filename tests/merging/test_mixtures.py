@@ -61,7 +61,14 @@ def merge_inputs(family, architecture):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "k"), [("painn", 2), ("painn", 4), ("painn", 6), ("nequip", 2), ("nequip", 4)]
+    ("architecture", "k"),
+    [
+        ("painn", 2),
+        ("painn", 4),
+        pytest.param("painn", 6, marks=pytest.mark.slow),
+        ("nequip", 2),
+        pytest.param("nequip", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_any_number_of_specialists_merges(merge_inputs, k) -> None:
     """On average over the specialists, the merged potential is nearer to them than the mean of the weights is."""
@@ -124,7 +131,14 @@ def test_repeating_frames_of_one_specialist_changes_nothing(merge_inputs) -> Non
     assert np.abs(tilted).max() > 1e-3 * scale
 
 
-@pytest.mark.parametrize(("architecture", "large"), [("painn", 0), ("painn", 1), ("nequip", 0)])
+@pytest.mark.parametrize(
+    ("architecture", "large"),
+    [
+        ("painn", 0),
+        pytest.param("painn", 1, marks=pytest.mark.slow),
+        pytest.param("nequip", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_large_calibration_set_does_not_push_the_small_one_aside(merge_inputs, large) -> None:
     """30 frames against 3: on new frames the small one loses nothing that it had at 3 against 3."""
     pair = merge_inputs(2, frames=3)

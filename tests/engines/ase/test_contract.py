@@ -260,6 +260,7 @@ def test_08_structures_that_cannot_be_evaluated(calc):
 # -- the public checks --
 
 
+@pytest.mark.slow_for("nequip")
 def test_21_the_public_checks_pass(force_field, relatives, tmp_path):
     """All of points 1 to 18 that can be seen from outside; that each check can fail is tested in ``../testing``.
 
