@@ -29,8 +29,15 @@ def benchmark(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only these rows: merge, gram, cache, step, compile, schnetpack, nequip, torchmd-net, ensemble, neb, "
-            "memory, scaling."
+            help="Only these rows: merge, gram, cache, step, compile, ensemble, scaling, memory, neb, and those of --with."
+        ),
+    ] = None,
+    with_: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--with",
+            metavar="FILE.py",
+            help="Python files that register more rows, such as md_examples/benchmarks/peer_nequip.py.",
         ),
     ] = None,
     atoms: Annotated[
@@ -52,14 +59,15 @@ def benchmark(
 ) -> None:
     """Measure merging, MD steps, scaling and memory on this machine, as ratios to what they are compared with.
 
-    Everything that is compared is measured in turn within one run. Other packages take part where they are installed.
+    Everything that is compared is measured in turn within one run. Other packages take part by a file of --with.
     """
     from ase_gffmerge.errors import BenchmarkError
-    from ase_gffmerge.evaluation.benchmark.harness import run_benchmark
+    from ase_gffmerge.evaluation.benchmark.harness import load_rows, run_benchmark
     from ase_gffmerge.evaluation.benchmark.plot import plot_scaling
-    from ase_gffmerge.evaluation.benchmark.rows import ROWS
     from ase_gffmerge.storage.atomic import require_writable
 
+    for path in with_ or ():
+        load_rows(path)
     if plot:
         require_writable(plot)
         if only and "scaling" not in only:
@@ -79,7 +87,6 @@ def benchmark(
         )
         rows = run_benchmark(
             bench,
-            ROWS,
             only,
             progress=lambda fraction, text: progress(MERGE_SHARE + (1 - MERGE_SHARE) * fraction, text),
         )

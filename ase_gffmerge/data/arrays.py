@@ -78,7 +78,7 @@ def stress_from_virial(virial: np.ndarray, cell: np.ndarray) -> np.ndarray:
     compared with the virial labels. Fluctuations from frame to frame correlate with 0.85-0.93 (diagonal) and
     0.87 (off diagonal), with slopes 0.94-1.08: the sign is +1, the unit eV (not eV/Å³). The mean (+2 to +4
     GPa) is positive as hot crystals in a fixed cell demand. A network trained on energies and forces
-    alone (``md_examples/benchmark_lips20.py``) agrees better still, with correlations of 0.95-0.99 and slopes
+    alone (``md_examples/benchmarks/benchmark_lips20.py``) agrees better still, with correlations of 0.95-0.99 and slopes
     of 0.98-1.05. What it leaves of the labels does not follow the momenta (slopes below 0.1, where a kinetic
     part would give 1): the labels are those of the potential energy alone.
 

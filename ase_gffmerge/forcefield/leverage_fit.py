@@ -8,8 +8,8 @@ turns their leverages into (Woodbury)
 
 so one factorisation per element serves all frames. The largest of these leverages is the square of the scale :math:`s_Z`.
 
-What was tried, on rMD17 (md_examples/benchmark_extrapolation.py ranks the outcome): the leverage of the features z that
-enter the readout, of the widened readout's 1024 random features and of their leading eigenvectors, with and without
+What was tried, on rMD17 (ranked by md_examples/benchmarks/benchmark_extrapolation.py): the leverage of the features z
+that enter the readout, of the widened readout's 1024 random features and of their leading eigenvectors, with and without
 displaced copies of the frames, with relative ridges from 1e-2 to 1e-10. They rank errors equally well (Spearman 0.91 to
 0.94 over the whole mixture), except that displaced copies blur the differences among ordinary frames; z is the smallest.
 """

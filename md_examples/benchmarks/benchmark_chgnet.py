@@ -1,6 +1,6 @@
 """CHGNet fine-tuned to beta- and gamma-Li3PS4 (LiPS20), merged, and compared with joint fine-tuning.
 
-    python md_examples/benchmark_chgnet.py DATA --out FOLDER [--json] [--stage models|table|distill|speed|md]
+    python md_examples/benchmarks/benchmark_chgnet.py DATA --out FOLDER [--json] [--stage models|table|distill|speed|md]
 
 DATA holds LiPS20's ``<system>.npz``. Nothing of the data or of the models trained on it may be passed on (no licence is
 stated): keep FOLDER to yourself. Needs ``pip install chgnet`` for the pretrained weights. Every model in FOLDER is made

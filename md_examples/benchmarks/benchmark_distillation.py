@@ -1,6 +1,6 @@
 """Measure label-free distillation against joint training on labels, for rMD17 ethanol and malonaldehyde.
 
-    python md_examples/benchmark_distillation.py DATA_FOLDER --out FOLDER [--json]
+    python md_examples/benchmarks/benchmark_distillation.py DATA_FOLDER --out FOLDER [--json]
 
 DATA_FOLDER holds the rMD17 files ``rmd17_<molecule>_{train,test}_01.npz``. Everything is measured in seconds of processor
 time on one thread, without the time that the tests take: joint training from the base (70 epochs on 2000 labelled frames),

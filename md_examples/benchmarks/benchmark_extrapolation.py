@@ -1,6 +1,6 @@
 """Does the extrapolation grade rank errors? Rank correlation with the force error, inside and outside the calibration set.
 
-    python md_examples/benchmark_extrapolation.py DATA_FOLDER [--json] [--plot FILE]
+    python md_examples/benchmarks/benchmark_extrapolation.py DATA_FOLDER [--json] [--plot FILE]
 
 DATA_FOLDER holds the rMD17 files ``rmd17_<molecule>_test_01.npz``. Ethanol and malonaldehyde specialists are merged (or
 their merge is found in the cache) and evaluated on three kinds of frames:

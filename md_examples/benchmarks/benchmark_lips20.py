@@ -1,6 +1,6 @@
 """Crystals: specialists for beta- and gamma-Li3PS4 from a base of Li7P3S11 and Li4P2S6, merged and compared.
 
-    python md_examples/benchmark_lips20.py DATA --out FOLDER [--json] [--stage models|virials|table|md] [--small]
+    python md_examples/benchmarks/benchmark_lips20.py DATA --out FOLDER [--json] [--stage models|virials|table|md] [--small]
 
 DATA holds LiPS20's ``<system>.npz``. Nothing of the data or of the models trained on it may be passed on (no licence is
 stated): keep FOLDER to yourself. Every model in FOLDER is trained once and kept, and a killed training continues.

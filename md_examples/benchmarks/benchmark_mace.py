@@ -1,6 +1,6 @@
 """Two MACE models fine-tuned from one: merged by the mean, the paper's preset and the default, on frames nobody saw.
 
-    python md_examples/benchmark_mace.py --out FOLDER [--json]
+    python md_examples/benchmarks/benchmark_mace.py --out FOLDER [--json]
 
 Runs in the environment that ``vendor_environments.py mace`` builds. No weights of MACE can be downloaded here, so a small
 one is trained first: on half of the frames of both bundled specialists (ethanol and malonaldehyde), labelled by these, and

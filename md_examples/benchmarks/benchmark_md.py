@@ -1,6 +1,6 @@
 """Is the dynamics of the merged potential as stable and as true as the specialists'? Side by side, at 500 K.
 
-    python md_examples/benchmark_md.py [DATA_FOLDER] [--json] [--ps 20 --seeds 5 --temperature 500] [--out FOLDER]
+    python md_examples/benchmarks/benchmark_md.py [DATA_FOLDER] [--json] [--ps 20 --seeds 5 --temperature 500] [--out FOLDER]
         [--recipe RECIPE] [--stage own]
 
 For ethanol and malonaldehyde: the bundled specialist and the merge of both, from the same structures with the same seeds.

@@ -1,6 +1,6 @@
 """Measure what the README claims: errors of the merge on all rMD17 test frames, seconds, and stable dynamics.
 
-    python md_examples/benchmark_merge.py DATA_FOLDER [--json] [--md] [--nequip FOLDER] [--no-painn]
+    python md_examples/benchmarks/benchmark_merge.py DATA_FOLDER [--json] [--md] [--nequip FOLDER] [--no-painn]
 
 DATA_FOLDER holds the rMD17 files ``rmd17_<molecule>_{train,test}_01.npz``. Without ``--md`` and ``--nequip`` it takes about
 five minutes on two cores; ``--md`` adds 10 ps of NVE (float64) and five times 10 ps of NVT at 500 K per molecule (about

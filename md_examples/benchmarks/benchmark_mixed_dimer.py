@@ -1,6 +1,7 @@
 """A dimer that nobody trained on: ethanol and malonaldehyde in contact, judged by the theory the specialists learnt.
 
-    python md_examples/benchmark_mixed_dimer.py --out FOLDER [--json] [--stage frames|models|dimer|table] [--methods M ...]
+    python md_examples/benchmarks/benchmark_mixed_dimer.py --out FOLDER [--json] [--methods M ...]
+        [--stage frames|models|dimer|table]
 
 Everything is made on the spot with GFN2-xTB (needs ``tblite``), every file in FOLDER is made once and kept, and a killed
 training continues from its last epoch.

@@ -1,9 +1,9 @@
 """Every method on mixtures of 2, 4 and 6 specialists of rMD17, and on a second pair.
 
-    python md_examples/benchmark_mixtures.py DATA SPECIALISTS --out FOLDER [--json] [--test-frames 300] [--methods M ...]
+    python md_examples/benchmarks/benchmark_mixtures.py DATA SPECIALISTS --out FOLDER [--json] [--methods M ...]
 
 DATA holds the rMD17 files ``rmd17_<molecule>_test_01.npz``, SPECIALISTS the files that
-``python md_examples/rebuild_bundled.py DATA --out SPECIALISTS --stage more`` makes (ethanol and malonaldehyde are bundled).
+``python md_examples/benchmarks/rebuild_bundled.py DATA --out SPECIALISTS --stage more`` makes (two are bundled).
 Rows are kept in FOLDER, so that a killed run goes on; FOLDER gets one table and one plot per mixture and a summary.
 """
 

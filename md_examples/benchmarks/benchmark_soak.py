@@ -1,6 +1,7 @@
 """Does a long run stay what it was? Memory, conservation and reproducibility over many steps of molecular dynamics.
 
-    python md_examples/benchmark_soak.py [--steps 100000] [--nve-steps N] [--force-field NAME ...] [--out FOLDER] [--json]
+    python md_examples/benchmarks/benchmark_soak.py [--steps 100000] [--nve-steps N] [--out FOLDER] [--json]
+        [--force-field NAME ...]
 
 Four questions, each with its target:
 

@@ -113,7 +113,6 @@ def hashes(specialist: ForceField, plan: Plan, file_hash: str) -> str:
         **{file: published_hash(file) for file in files},
     }
     table = "\n".join(f"| {what} | `{value}` |" for what, value in rows.items())
-    commands = (
-        'gffmerge data fetch rmd17 --file "*_01.npz" --dir DATA\npython md_examples/rebuild_bundled.py DATA'
-    )
+    fetch = 'gffmerge data fetch rmd17 --file "*_01.npz" --dir DATA'
+    commands = f"{fetch}\npython md_examples/benchmarks/rebuild_bundled.py DATA"
     return f"## Hashes (SHA-256)\n\n| what | hash |\n|---|---|\n{table}\n\nMade by\n\n```\n{commands}\n```"

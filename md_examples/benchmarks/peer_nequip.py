@@ -8,9 +8,9 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 from ase.data import chemical_symbols
+from peers import CUTOFF, Peer, peer_rows
 
-from ase_gffmerge.evaluation.benchmark.harness import Bench, Row
-from ase_gffmerge.evaluation.benchmark.peers import CUTOFF, Peer, peer_rows
+from ase_gffmerge.evaluation.benchmark.harness import Bench, Row, register
 
 NEQUIP = {
     "cutoff": CUTOFF,
@@ -25,6 +25,7 @@ NEQUIP = {
 }
 
 
+@register("nequip")
 def nequip_rows(bench: Bench) -> list[Row]:
     """Compare with NequIP's own implementation through its own calculator, eager and compiled."""
     return peer_rows(bench, PEER)

@@ -3,11 +3,12 @@
 from typing import Any
 
 from ase.calculators.calculator import Calculator
+from peers import CUTOFF, PAINN, Peer, peer_rows
 
-from ase_gffmerge.evaluation.benchmark.harness import Bench, Row
-from ase_gffmerge.evaluation.benchmark.peers import CUTOFF, PAINN, Peer, peer_rows
+from ase_gffmerge.evaluation.benchmark.harness import Bench, Row, register
 
 
+@register("schnetpack")
 def schnetpack_rows(bench: Bench) -> list[Row]:
     """Compare with PaiNN of SchNetPack through its own calculator."""
     return peer_rows(bench, SCHNETPACK)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator
+from peers import CUTOFF, PAINN, Peer, peer_rows
 
-from ase_gffmerge.evaluation.benchmark.harness import Bench, Row
-from ase_gffmerge.evaluation.benchmark.peers import CUTOFF, PAINN, Peer, peer_rows
+from ase_gffmerge.evaluation.benchmark.harness import Bench, Row, register
 
 SETTINGS = {
     "precision": 32,
@@ -46,6 +46,7 @@ SETTINGS = {
 }
 
 
+@register("torchmd-net")
 def torchmdnet_rows(bench: Bench) -> list[Row]:
     """Compare with two models of TorchMD-Net through its own calculator."""
     return [row for peer in PEERS for row in peer_rows(bench, peer)]

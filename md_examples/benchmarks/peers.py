@@ -1,4 +1,9 @@
-"""How the benchmark compares with another package: a model of the same size with random weights, through its calculator."""
+"""How the benchmark compares with another package: a model of the same size with random weights, through its calculator.
+
+Each file ``peer_*.py`` beside this one registers the row of a package that must be installed::
+
+    gffmerge benchmark --with md_examples/benchmarks/peer_nequip.py --only nequip
+"""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping

@@ -1,6 +1,6 @@
 """How close to joint training can convex solves alone get? One row per trial, all on the same pair of specialists.
 
-    python md_examples/research_convex.py DATA_FOLDER --out FOLDER [--trials NAME ...] [--list] [--json]
+    python md_examples/benchmarks/research_convex.py DATA_FOLDER --out FOLDER [--trials NAME ...] [--list] [--json]
         [--pair ethanol malonaldehyde] [--specialists FILE FILE] [--test-frames 300]
 
 DATA_FOLDER holds the rMD17 files ``rmd17_<molecule>_{train,test}_01.npz``. Every finished row is written at once to

@@ -10,7 +10,7 @@ from ase_gffmerge import ForceField, with_extrapolation_grade
 from ase_gffmerge.forcefield.bundled import bundled_test_frames
 from ase_gffmerge.inference.metrics import labels
 
-SCRIPT = Path(__file__).parents[1] / "md_examples" / "benchmark_extrapolation.py"
+SCRIPT = Path(__file__).parents[2] / "md_examples" / "benchmarks" / "benchmark_extrapolation.py"
 
 
 @pytest.fixture(scope="module")

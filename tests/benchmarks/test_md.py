@@ -11,7 +11,7 @@ from ase_gffmerge import ForceField
 from ase_gffmerge.evaluation.md.protocol import Protocol
 from ase_gffmerge.merging.loop_options import TrajectoryOptions
 
-SCRIPT = Path(__file__).parents[1] / "md_examples" / "benchmark_md.py"
+SCRIPT = Path(__file__).parents[2] / "md_examples" / "benchmarks" / "benchmark_md.py"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from ase_gffmerge import ForceField
 from ase_gffmerge.forcefield.bundled import bundled_test_frames
 from ase_gffmerge.inference.metrics import evaluate
 
-SCRIPT = Path(__file__).parents[1] / "md_examples" / "benchmark_merge.py"
+SCRIPT = Path(__file__).parents[2] / "md_examples" / "benchmarks" / "benchmark_merge.py"
 
 
 @pytest.fixture(scope="module")

@@ -14,18 +14,19 @@ from ase.build import bulk, molecule
 from ase.calculators.lj import LennardJones
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.evaluation.benchmark import nequip as benchmark_nequip
-from ase_gffmerge.evaluation.benchmark import torchmdnet as benchmark_torchmdnet
-from ase_gffmerge.evaluation.benchmark.harness import Bench
-from ase_gffmerge.evaluation.benchmark.nequip import NEQUIP, nequip_rows
-from ase_gffmerge.evaluation.benchmark.peers import CUTOFF, PAINN, Peer, peer_rows
-from ase_gffmerge.evaluation.benchmark.schnetpack import SCHNETPACK
-from ase_gffmerge.evaluation.benchmark.torchmdnet import neighbours_missed, torchmdnet_rows
+from ase_gffmerge.evaluation.benchmark.harness import ROWS, Bench, load_rows
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import build_potential
 
+FOLDER = Path(__file__).parents[2] / "md_examples" / "benchmarks"
+for name in ("nequip", "schnetpack", "torchmdnet"):
+    load_rows(FOLDER / f"peer_{name}.py")
+benchmark_nequip, benchmark_schnetpack, benchmark_torchmdnet, peers = (
+    sys.modules[name] for name in ("peer_nequip", "peer_schnetpack", "peer_torchmdnet", "peers")
+)
+CUTOFF, PAINN, Peer, peer_rows = peers.CUTOFF, peers.PAINN, peers.Peer, peers.peer_rows
 TINY = {"channels": 4, "n_blocks": 1, "n_radial": 4, "cutoff": 3.0}
-REAL = (SCHNETPACK, benchmark_nequip.PEER, *benchmark_torchmdnet.PEERS)
+REAL = (benchmark_schnetpack.SCHNETPACK, benchmark_nequip.PEER, *benchmark_torchmdnet.PEERS)
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def bench() -> Bench:
     )
 
 
-def peer(make, **options) -> Peer:
+def peer(make, **options):
     known = {"package": "other", "module": "ase", "model": "pairs", "architecture": "painn", "hyper": TINY}
     return Peer(**known, make=make, target=2.0, **options)
 
@@ -140,7 +141,7 @@ def test_torchmdnet_gets_its_checkpoint_and_a_charge(bench, monkeypatch) -> None
             },
         },
     )
-    rows = torchmdnet_rows(bench)
+    rows = ROWS["torchmd-net"](bench)
     made = [("equivariant-transformer", False), ("tensornet", False), ("tensornet", True)]
     assert [entry[:3] for entry in seen] == [(*entry, "cpu") for entry in made]
     assert not any(entry[3].exists() for entry in seen)
@@ -154,10 +155,10 @@ def test_torchmdnet_gets_its_checkpoint_and_a_charge(bench, monkeypatch) -> None
 
 
 def test_cells_that_a_minimum_image_is_enough_for() -> None:
-    assert not neighbours_missed(molecule("H2O"))
-    assert not neighbours_missed(bulk("Cu", cubic=True) * 3)
-    assert neighbours_missed(bulk("Cu", cubic=True) * 2)
-    assert neighbours_missed(bulk("Cu") * 8), "upper triangular"
+    assert not benchmark_torchmdnet.neighbours_missed(molecule("H2O"))
+    assert not benchmark_torchmdnet.neighbours_missed(bulk("Cu", cubic=True) * 3)
+    assert benchmark_torchmdnet.neighbours_missed(bulk("Cu", cubic=True) * 2)
+    assert benchmark_torchmdnet.neighbours_missed(bulk("Cu") * 8), "upper triangular"
 
 
 @pytest.mark.parametrize("sizes", [(3,), (3, 24)], ids=["molecule", "liquid"])
@@ -167,7 +168,7 @@ def test_nequip_is_compiled_as_its_command_does(bench, monkeypatch, sizes) -> No
             self.metadata = {"r_max": "5.0", "type_names": " ".join(settings["type_names"])}
             sizes = ("num_layers", "l_max", "num_features", "num_bessels", "r_max")
             ours = ("n_blocks", "l_max", "channels", "n_radial", "cutoff")
-            assert [settings[key] for key in sizes] == [NEQUIP[key] for key in ours]
+            assert [settings[key] for key in sizes] == [benchmark_nequip.NEQUIP[key] for key in ours]
 
         def eval(self):
             return self
@@ -219,7 +220,7 @@ def test_nequip_is_compiled_as_its_command_does(bench, monkeypatch, sizes) -> No
             },
         },
     )
-    rows = nequip_rows(replace(bench, sizes=sizes))
+    rows = ROWS["nequip"](replace(bench, sizes=sizes))
     ways = ("MD step, nequip's nequip", "MD step, nequip's nequip, compiled")
     assert [row.what for row in rows] == [way for way in ways for _ in sizes]
     assert all(row.target == 1.0 and row.ratio > 0 for row in rows)

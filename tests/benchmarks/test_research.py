@@ -27,7 +27,7 @@ SMALL = ReadoutOptions(width=12, inputs=192, copies=1, temperature=0.0)
 def research():
     """``research(name)`` imports a module of the research package."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "md_examples")
+        patch.syspath_prepend(Path(__file__).parents[2] / "md_examples" / "benchmarks")
         yield lambda name: importlib.import_module(f"research.{name}")
 
 

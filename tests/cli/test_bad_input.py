@@ -8,8 +8,7 @@ from ase.build import molecule
 from ase.io import read, write
 
 from ase_gffmerge.errors import DeviceError, DynamicsError
-from ase_gffmerge.evaluation.benchmark.harness import Bench
-from ase_gffmerge.evaluation.benchmark.rows import ROWS
+from ase_gffmerge.evaluation.benchmark.harness import ROWS, Bench
 from ase_gffmerge.evaluation.md.protocol import Protocol
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.runtime.devices import resolve_device

@@ -1,6 +1,7 @@
 """``gffmerge benchmark`` on tiny specialists: what is measured, never how long it takes."""
 
 import math
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,14 @@ from ase import Atoms
 from ase.build import bulk, molecule
 
 from ase_gffmerge.cli import benchmark
-from ase_gffmerge.evaluation.benchmark import peers as benchmark_peers
-from ase_gffmerge.evaluation.benchmark import schnetpack as benchmark_schnetpack
+from ase_gffmerge.evaluation.benchmark import ROWS
 from ase_gffmerge.evaluation.benchmark.harness import Row, crowd
-from ase_gffmerge.evaluation.benchmark.rows import ROWS
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import build_potential
 
 QUICK = ("--atoms", 3, "--scaling", 6, "--scaling", 12, "--steps", 3, "--repeats", 1, "--device", "cpu")
-PEERS = ("schnetpack", "nequip", "torchmd-net")
+PEERS = {"schnetpack": "peer_schnetpack", "nequip": "peer_nequip", "torchmd-net": "peer_torchmdnet"}
+FOLDER = Path(__file__).parents[2] / "md_examples" / "benchmarks"
 
 
 @pytest.fixture
@@ -107,13 +107,58 @@ def test_packages_that_are_not_there_or_do_not_work_are_named(gffmerge, pair, mo
     def broken(*_):
         raise ImportError("cannot import name 'T_co'")
 
-    monkeypatch.setattr(
-        benchmark_schnetpack, "SCHNETPACK", replace(benchmark_schnetpack.SCHNETPACK, make=broken)
-    )
-    monkeypatch.setattr(benchmark_peers, "find_spec", {"schnetpack": "found"}.get)
-    shown = gffmerge("benchmark", pair[0], "--only", *PEERS, *QUICK, "--json").json()["rows"]
+    files = [word for name in PEERS.values() for word in ("--with", FOLDER / f"{name}.py")]
+    gffmerge("benchmark", pair[0], *files, "--only", "merge", *QUICK, "--json").json()
+    schnetpack = sys.modules["peer_schnetpack"]
+    monkeypatch.setattr(schnetpack, "SCHNETPACK", replace(schnetpack.SCHNETPACK, make=broken))
+    monkeypatch.setattr(sys.modules["peers"], "find_spec", {"schnetpack": "found"}.get)
+    shown = gffmerge("benchmark", pair[0], *files, "--only", *PEERS, *QUICK, "--json").json()["rows"]
     assert [shown[name][0]["note"] for name in PEERS] == [
         "schnetpack does not work here: cannot import name 'T_co'",
         "nequip is not installed",
         "torchmd-net is not installed",
     ]
+
+
+def test_a_file_adds_rows(gffmerge, pair, tmp_path, monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "own_rows", raising=False)
+    (tmp_path / "helpers_of_rows.py").write_text("RATIO = 0.5\n")
+    own = tmp_path / "own_rows.py"
+    own.write_text(
+        "from helpers_of_rows import RATIO\n"
+        "from ase_gffmerge.evaluation.benchmark.harness import Row, register\n"
+        "@register('own')\n"
+        "def own(bench):\n"
+        "    yield Row(what='a', against=f'{len(bench.specialists)} of b', ratio=RATIO, target=1.0)\n"
+    )
+    try:
+        for _ in range(2):
+            shown = gffmerge("benchmark", pair[0], "--with", own, "--only", "own", *QUICK, "--json").json()
+            assert [(row["against"], row["ratio"], row["met"]) for row in shown["rows"]["own"]] == [
+                ("1 of b", 0.5, True)
+            ]
+    finally:
+        ROWS.pop("own", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("missing.txt", "", "is not a Python file"),
+        ("broken_rows.py", "import no_such_package", "cannot be imported: No module named"),
+        ("json.py", "", "has the name of another module, 'json'; rename the file"),
+        (
+            "twice.py",
+            "from ase_gffmerge.evaluation.benchmark.harness import register\nregister('merge')(None)",
+            "two rows 'merge'",
+        ),
+    ],
+)
+def test_files_that_add_no_rows_are_refused(gffmerge, pair, tmp_path, name, text, message) -> None:
+    (tmp_path / name).write_text(text)
+    assert message in gffmerge("benchmark", pair[0], "--with", tmp_path / name, *QUICK).error()
+
+
+def test_help_names_every_row(gffmerge) -> None:
+    shown = " ".join(gffmerge("benchmark", "--help").out.replace("│", " ").split())
+    assert ", ".join(name for name in ROWS if name not in {*PEERS, "own"}) in shown

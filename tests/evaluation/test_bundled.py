@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def rebuild(monkeypatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "md_examples")
+    monkeypatch.syspath_prepend(ROOT / "md_examples" / "benchmarks")
     return importlib.import_module("rebuild_bundled")
 
 

@@ -1,9 +1,16 @@
-"""What a force field costs on this machine, as ratios: every comparison is measured in turn within one process."""
+"""What a force field costs on this machine, as ratios: every comparison is measured in turn within one process.
 
+A row of the benchmark is a function from a :class:`Bench` to its :class:`Row` objects, registered with :func:`register`;
+:func:`load_rows` runs a Python file outside the package that registers some.
+"""
+
+import importlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +18,7 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 
-from ase_gffmerge.errors import BenchmarkError
+from ase_gffmerge.errors import BenchmarkError, first_line
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.runtime.progress import Progress
 
@@ -71,8 +78,8 @@ class Bench:
         Makes the calculators.
     from_files
         Builds the calculator of the first so many specialists from their files; the merge of all is in the cache.
-    sizes
-        Numbers of atoms.
+    sizes, scaling
+        Numbers of atoms: of most rows, and of the fit of the exponent.
     steps
         MD steps of the memory row.
     repeats
@@ -97,22 +104,74 @@ class Bench:
 
 
 Measure = Callable[[Bench], Iterable[Row]]
+ROWS: dict[str, Measure] = {}
+"""What the benchmark measures, by name and in this order."""
 
 
-def run_benchmark(
-    bench: Bench, rows: Mapping[str, Measure], only: Sequence[str] | None, *, progress: Progress
-) -> dict[str, list[Row]]:
-    """Measure the rows of these names, or all of them.
+def register(name: str) -> Callable[[Measure], Measure]:
+    """Enter a function into :data:`ROWS` (a decorator).
+
+    Raises
+    ------
+    BenchmarkError
+        If there is a row of this name.
+    """
+
+    def enter(measure: Measure) -> Measure:
+        if name in ROWS:
+            raise BenchmarkError(f"there are two rows {name!r} of the benchmark; rename one of them")
+        ROWS[name] = measure
+        return measure
+
+    return enter
+
+
+def load_rows(path: Path) -> None:
+    """Import a Python file that registers rows; it may import its neighbours by name, as a script may.
+
+    Raises
+    ------
+    BenchmarkError
+        If it cannot be read or imported, or has the name of a module that is imported already.
+    """
+    path = path.resolve()
+    if path.suffix != ".py" or not path.is_file():
+        raise BenchmarkError(f"{path} is not a Python file; name one that registers rows of the benchmark")
+    sys.path.insert(0, str(path.parent))
+    try:
+        module = importlib.import_module(path.stem)
+    except Exception as error:  # a file of the user's
+        raise BenchmarkError(f"{path} cannot be imported: {first_line(error)}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    if Path(module.__file__ or "").resolve() != path:
+        raise BenchmarkError(f"{path} has the name of another module, {path.stem!r}; rename the file")
+
+
+def run_benchmark(bench: Bench, only: Sequence[str] | None, *, progress: Progress) -> dict[str, list[Row]]:
+    """Measure the rows of these names, or all that are registered.
+
+    Parameters
+    ----------
+    bench
+        What is measured.
+    only
+        Names of rows, all if ``None`` or empty.
+    progress
+        Told the name of each row before it is measured.
 
     Raises
     ------
     BenchmarkError
         For names that do not exist.
     """
-    unknown = sorted(set(only or ()) - set(rows))
+    unknown = sorted(set(only or ()) - set(ROWS))
     if unknown:
-        raise BenchmarkError(f"there is no row {', '.join(unknown)}; choose from {', '.join(rows)}")
-    chosen = {name: measure for name, measure in rows.items() if not only or name in only}
+        raise BenchmarkError(
+            f"there is no row {', '.join(unknown)}; choose from {', '.join(ROWS)}, "
+            "or name the file that registers it (--with FILE.py)"
+        )
+    chosen = {name: measure for name, measure in ROWS.items() if not only or name in only}
     result = {}
     for done, (name, measure) in enumerate(chosen.items()):
         progress(done / len(chosen), name)

@@ -11,7 +11,7 @@ from ase.mep import NEB
 from torch import Tensor
 from torch_geometric.data import Data
 
-from ase_gffmerge.evaluation.benchmark.harness import Bench, Row, md_step, medians
+from ase_gffmerge.evaluation.benchmark.harness import Bench, Row, md_step, medians, register
 from ase_gffmerge.evaluation.benchmark.merging import SINGLE
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.models import Potential
@@ -19,6 +19,7 @@ from ase_gffmerge.models import Potential
 STATM = Path("/proc/self/statm")
 
 
+@register("step")
 def step_rows(bench: Bench) -> Iterator[Row]:
     """Compare a step of the calculator with energy and forces of the bare network on a finished graph."""
     network = bench.force_field.potential.for_inference()
@@ -53,6 +54,7 @@ def _evaluate(network: Potential, graph: Data) -> None:
     predict(energies, copy(graph))
 
 
+@register("compile")
 def compile_rows(bench: Bench) -> Iterator[Row]:
     """Compare compiled with eager steps."""
     if not bench.compile:
@@ -76,6 +78,7 @@ def compile_rows(bench: Bench) -> Iterator[Row]:
         )
 
 
+@register("ensemble")
 def ensemble_rows(bench: Bench) -> Iterator[Row]:
     """Compare the specialists, evaluated one after the other, with their merge."""
     k = len(bench.specialists)
@@ -114,6 +117,7 @@ def _in_turn(steps: Sequence[Callable[[], object]]) -> None:
         step()
 
 
+@register("scaling")
 def scaling_rows(bench: Bench) -> Iterator[Row]:
     """Fit the exponent of the cost of a step against the number of atoms."""
     times = {}
@@ -135,6 +139,7 @@ def scaling_rows(bench: Bench) -> Iterator[Row]:
     )
 
 
+@register("memory")
 def memory_rows(bench: Bench) -> Iterator[Row]:
     """Compare the resident memory at the end of many steps with that after a fifth of them."""
     what, against = f"memory after {bench.steps} MD steps", "after a fifth of them"
@@ -156,6 +161,7 @@ def memory_rows(bench: Bench) -> Iterator[Row]:
     )
 
 
+@register("neb")
 def neb_rows(bench: Bench) -> Iterator[Row]:
     """Compare the forces on a band of five images with one evaluation."""
     atoms = bench.structure(bench.sizes[0])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.evaluation.benchmark.harness import Bench, Row, medians
+from ase_gffmerge.evaluation.benchmark.harness import Bench, Row, medians, register
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.least_squares.gram import Gram
@@ -17,6 +17,7 @@ FRAMES = 100
 SINGLE = "a single force field: nothing was merged"
 
 
+@register("merge")
 def merge_rows(bench: Bench) -> Iterator[Row]:
     """Tell how long the merge took; it is paid once."""
     record = bench.force_field.merged
@@ -29,6 +30,7 @@ def merge_rows(bench: Bench) -> Iterator[Row]:
     )
 
 
+@register("gram")
 def gram_rows(bench: Bench) -> Iterator[Row]:
     """Compare Gram statistics and ridge solve of every linear layer with the reference recipe on the same rows.
 
@@ -94,6 +96,7 @@ def linear_rows(force_field: ForceField, *, n_frames: int) -> list[tuple[Tensor,
     return list(rows.values())
 
 
+@register("cache")
 def cache_rows(bench: Bench) -> Iterator[Row]:
     """Compare building the calculator of all specialists from the cache with that of one specialist."""
     what, against = "calculator from the cache", "calculator of one specialist"
