@@ -118,7 +118,9 @@ class Manifest(_Strict):
 
 
 def _folder() -> Traversable:
-    return resources.files("ase_gffmerge") / "data_manifests"
+    """Where the documents lie: inside an installed package, or at the top of a checkout."""
+    installed = resources.files("ase_gffmerge") / "data_manifests"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "data_manifests"
 
 
 def list_manifests() -> list[str]:
