@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from ase import Atoms, units
 from torch import Tensor
-from torch_geometric.data import Data
 
 from ase_gffmerge.forcefield.conditioning import with_indices
 from ase_gffmerge.graphs import Prediction, predict
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.graphs.verlet import VerletGraph
 from ase_gffmerge.models import Potential
 
@@ -120,7 +120,7 @@ class BatchedLangevin:
         prediction: Prediction = predict(self._atomic_energies, self.graph)
         self.energies, self.forces = prediction.energy, prediction.forces
 
-    def _atomic_energies(self, graph: Data) -> Tensor:
+    def _atomic_energies(self, graph: AtomGraph) -> Tensor:
         """Geometry is float64 up to here, whatever type the weights have."""
         graph.edge_vectors = graph.edge_vectors.to(self.potential.dtype)
         return self.potential(graph)

@@ -9,15 +9,14 @@ from ase import Atoms, units
 from ase.data import chemical_symbols, covalent_radii
 from ase.geometry import find_mic
 from torch import Tensor
-from torch_geometric.data import Data
 
 from ase_gffmerge.dynamics.bonds import find_bonds
 from ase_gffmerge.dynamics.langevin import BatchedLangevin
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.inference.predict import grades
 
-Grade = Callable[[Data], Tensor]
+Grade = Callable[[AtomGraph], Tensor]
 """A batch graph in, an extrapolation grade per atom (n_atoms,) out; 1 is the edge of what the model knows."""
 
 
@@ -53,7 +52,7 @@ def standard_criteria(force_field: ForceField, *, max_grade: float | None = 2.0)
     if force_field.extrapolation_grade is None or max_grade is None:
         return StoppingCriteria()
 
-    def grade(graph: Data) -> Tensor:
+    def grade(graph: AtomGraph) -> Tensor:
         found = grades(force_field, graph)
         assert found is not None
         return found

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
-from torch_geometric.data import Data
 
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.graphs.verlet import VerletGraph
 from ase_gffmerge.inference.predictor import Predictor
 
@@ -83,7 +83,7 @@ class TorchSimModel(ModelInterface):
             results["extrapolation"] = grades
         return {name: values.to(state.positions.dtype) for name, values in results.items()}
 
-    def _graph(self, state: SimState) -> Data:
+    def _graph(self, state: SimState) -> AtomGraph:
         """Batch graph of a state, with the neighbour lists of the one before wherever these are exact."""
         pbc = torch.as_tensor(state.pbc).broadcast_to(3).clone()
         topology = (state.atomic_numbers.clone(), state.system_idx.clone(), pbc)

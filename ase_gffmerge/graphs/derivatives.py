@@ -18,15 +18,14 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
 
-from ase_gffmerge.graphs.graph import edge_vectors, structure_index
+from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 
 
 class EnergyModel(Protocol):
     """Anything that maps a graph with ``edge_vectors`` to per-atom energies (n_atoms,) in eV."""
 
-    def __call__(self, graph: Data) -> Tensor:
+    def __call__(self, graph: AtomGraph) -> Tensor:
         """Per-atom energies (n_atoms,) in eV."""
         ...
 
@@ -54,7 +53,7 @@ class Prediction:
         return self.strain_derivative / torch.linalg.det(cell).abs()[:, None, None]
 
 
-def predict(model: EnergyModel, graph: Data, *, differentiable: bool = False) -> Prediction:
+def predict(model: EnergyModel, graph: AtomGraph, *, differentiable: bool = False) -> Prediction:
     """Evaluate energies, forces and strain derivatives with one forward and one reverse pass.
 
     Parameters
@@ -80,14 +79,16 @@ def predict(model: EnergyModel, graph: Data, *, differentiable: bool = False) ->
     return assemble(graph, energies, vectors.detach(), gradient)
 
 
-def assemble(graph: Data, energies: Tensor, vectors: Tensor, gradient: Tensor) -> Prediction:
+def assemble(graph: AtomGraph, energies: Tensor, vectors: Tensor, gradient: Tensor) -> Prediction:
     """Sum per-edge gradients (n_edges, 3) in eV/Å into forces and strain derivatives."""
     sender, receiver = graph.edge_index
-    forces = torch.zeros_like(graph.pos).index_add(0, receiver, gradient).index_add(0, sender, -gradient)
-    if len(graph.cell) == 1:
+    forces = (
+        torch.zeros_like(graph.positions).index_add(0, receiver, gradient).index_add(0, sender, -gradient)
+    )
+    if graph.n_structures == 1:
         virial = (vectors.mT @ gradient)[None]
         return Prediction(energies, energies.sum()[None], forces, 0.5 * (virial + virial.mT))
-    structure, n_structures = structure_index(graph), len(graph.cell)
+    structure, n_structures = graph.structure_index, graph.n_structures
     outer = vectors[:, :, None] * gradient[:, None, :]
     virial = outer.new_zeros(n_structures, 3, 3).index_add(0, structure[receiver], 0.5 * (outer + outer.mT))
     energy = energies.new_zeros(n_structures).index_add(0, structure, energies)

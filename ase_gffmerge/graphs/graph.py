@@ -1,15 +1,72 @@
-"""Structures as torch_geometric graphs, and graphs as batches."""
+"""Structures as graphs of atoms and edges, one or many in a batch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
-from torch_geometric.data import Batch, Data
 
 from ase_gffmerge.graphs.cuda_neighbor_list import device_neighbour_list, searches_on
 from ase_gffmerge.graphs.neighbor_list import neighbour_list
+
+
+@dataclass(kw_only=True, eq=False)
+class AtomGraph:
+    """Atoms and the edges between neighbors of one structure, or of a batch of structures.
+
+    Attributes
+    ----------
+    positions : (n_atoms, 3)
+        Å.
+    cell : (n_structures, 3, 3)
+        Cell vectors as rows, Å; zero along directions that have none.
+    atomic_numbers, specialist : (n_atoms,) int64
+        Elements, and the index of the specialist each atom belongs to (read by per-specialist embeddings).
+    edge_index : (2, n_edges) int64
+        Sender j in row 0 and receiver i in row 1.
+    shifts : (n_edges, 3)
+        Cell shifts S such that the edge vector is ``r_j - r_i + S @ cell``.
+    structure_index : (n_atoms,) int64
+        Which structure of the batch an atom belongs to, ascending.
+    """
+
+    positions: Tensor
+    cell: Tensor
+    atomic_numbers: Tensor
+    specialist: Tensor
+    edge_index: Tensor
+    shifts: Tensor
+    structure_index: Tensor
+    edge_vectors: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Number of atoms, as of :class:`ase.Atoms`."""
+        return len(self.atomic_numbers)
+
+    @property
+    def n_edges(self) -> int:
+        """Number of directed edges."""
+        return self.edge_index.shape[1]
+
+    @property
+    def n_structures(self) -> int:
+        """Number of structures."""
+        return len(self.cell)
+
+    def get_chemical_formula(self) -> str:
+        """Formula of all atoms, as of :class:`ase.Atoms`."""
+        return str(Atoms(self.atomic_numbers.tolist()).get_chemical_formula())
+
+    def to(self, device: torch.device) -> Self:
+        """Give the same graph on a device."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in tensors.items() if x is not None})
+
+
+Graph = TypeVar("Graph", bound=AtomGraph)
 
 
 def build_graph(
@@ -19,7 +76,7 @@ def build_graph(
     dtype: torch.dtype = torch.float64,
     specialist: int = 0,
     device: torch.device | None = None,
-) -> Data:
+) -> AtomGraph:
     """Build the graph of one structure.
 
     Parameters
@@ -27,54 +84,60 @@ def build_graph(
     atoms
         The structure.
     cutoff
-        Neighbour radius in Å.
+        Neighbor radius in Å.
     dtype
-        Floating-point type of positions and cell. The neighbour list itself is always found in float64.
+        Floating-point type of positions, cell and shifts. Neighbors are always found in float64.
     specialist
         Index of the specialist every atom belongs to (used by per-specialist embeddings); overridden per atom
         by an integer array ``atoms.arrays["specialist"]``.
     device
-        Where the graph is wanted, and its neighbours are found if the device can; default: the CPU.
-
-    Returns
-    -------
-    torch_geometric.data.Data
-        ``pos`` (n_atoms, 3) Å, ``atomic_numbers`` (n_atoms,), ``specialist`` (n_atoms,), ``cell`` (1, 3, 3)
-        Å, ``edge_index`` (2, n_edges) sender and receiver, ``shifts`` (n_edges, 3).
+        Where the graph is wanted, and its neighbors are found if the device can; default: the CPU.
     """
     if device is not None and searches_on(device):
         edge_index, shifts = device_neighbour_list(atoms, cutoff, device=device)
     else:
         edge_index, shifts = map(torch.as_tensor, neighbour_list(atoms, cutoff))
     index = atoms.arrays.get("specialist", np.full(len(atoms), specialist))
-    graph = Data(
-        pos=torch.as_tensor(atoms.get_positions(), dtype=dtype),
+    graph = AtomGraph(
+        positions=torch.as_tensor(atoms.get_positions(), dtype=dtype),
+        cell=torch.as_tensor(np.asarray(atoms.cell.array), dtype=dtype)[None],
         atomic_numbers=torch.as_tensor(atoms.numbers, dtype=torch.long),
         specialist=torch.as_tensor(np.asarray(index), dtype=torch.long),
-        cell=torch.as_tensor(np.asarray(atoms.cell.array), dtype=dtype)[None],
         edge_index=edge_index,
         shifts=shifts.to(dtype),
+        structure_index=torch.zeros(len(atoms), dtype=torch.long),
     )
     return graph if device is None else graph.to(device)
 
 
-def batch_graphs(graphs: Sequence[Data]) -> Batch:
-    """Join graphs into one batch; ``batch.batch`` (n_atoms,) tells which structure an atom belongs to."""
-    return Batch.from_data_list(list(graphs))
+def batch_graphs(graphs: Sequence[Graph]) -> Graph:
+    """Join graphs of one kind into one batch; ``structure_index`` says which structure an atom belongs to."""
+    sizes = torch.tensor([[len(graph), graph.n_structures] for graph in graphs])
+    first_atoms, first_structures = (sizes.cumsum(0) - sizes).T.tolist()
+    joined: dict[str, Tensor] = {}
+    for name in (field.name for field in fields(graphs[0]) if getattr(graphs[0], field.name) is not None):
+        parts: list[Tensor] = [getattr(graph, name) for graph in graphs]
+        if name in ("edge_index", "structure_index"):
+            starts = first_atoms if name == "edge_index" else first_structures
+            parts = [part + start for part, start in zip(parts, starts, strict=True)]
+        joined[name] = torch.cat(parts, dim=1 if name == "edge_index" else 0)
+    return replace(graphs[0], **joined)
 
 
-def structure_index(graph: Data) -> Tensor:
-    """Index (n_atoms,) of the structure each atom belongs to; zeros for a single graph."""
-    index = getattr(graph, "batch", None)
-    return torch.zeros(len(graph.pos), dtype=torch.long, device=graph.pos.device) if index is None else index
+def edge_vectors(graph: AtomGraph, positions: Tensor | None = None) -> Tensor:
+    """Vectors r_j - r_i + S·cell (n_edges, 3) in Å from receiver i to sender j.
 
-
-def edge_vectors(graph: Data, positions: Tensor | None = None) -> Tensor:
-    """Vectors r_j - r_i + S·cell (n_edges, 3) in Å from receiver i to sender j."""
-    positions = graph.pos if positions is None else positions
+    Parameters
+    ----------
+    graph
+        One graph or a batch.
+    positions
+        (n_atoms, 3) in Å in the place of the graph's.
+    """
+    positions = graph.positions if positions is None else positions
     sender, receiver = graph.edge_index
     vectors = positions[sender] - positions[receiver]
-    if len(graph.cell) == 1:
+    if graph.n_structures == 1:
         return vectors + graph.shifts @ graph.cell[0]
-    cell = graph.cell[graph.batch[sender]]
+    cell = graph.cell[graph.structure_index[sender]]
     return vectors + torch.einsum("ei,eij->ej", graph.shifts, cell)

@@ -20,15 +20,14 @@ with its cell costs nothing.
 """
 
 from collections.abc import Sequence
-from copy import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
-from torch_geometric.data import Data
 
-from ase_gffmerge.graphs.graph import build_graph, edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph, batch_graphs, build_graph, edge_vectors
 from ase_gffmerge.graphs.neighbor_list import MAX_COORDINATE
 
 
@@ -67,7 +66,7 @@ class VerletGraph:
         self._graphs = [self._candidates(k) for k in range(len(self._structures))]
         self._join()
 
-    def _candidates(self, k: int) -> Data:
+    def _candidates(self, k: int) -> AtomGraph:
         """Graph of structure ``k`` with edges up to ``cutoff + skin``."""
         return build_graph(
             self._structures[k],
@@ -81,15 +80,10 @@ class VerletGraph:
         counts = torch.tensor([len(atoms) for atoms in self._structures])
         ends = counts.cumsum(0).tolist()
         self.slices = [slice(end - n, end) for n, end in zip(counts.tolist(), ends, strict=True)]
-        self.structure_index = torch.repeat_interleave(torch.arange(len(counts)), counts).to(self.device)
-        fields = {
-            key: torch.cat([graph[key] for graph in self._graphs])
-            for key in ("pos", "atomic_numbers", "specialist", "cell", "shifts")
-        }
         self._periodic = torch.tensor(np.stack([atoms.pbc for atoms in self._structures]))
         self._counts = counts.to(self.device)[:, None]
-        edges = [graph.edge_index + part.start for graph, part in zip(self._graphs, self.slices, strict=True)]
-        self._all = Data(edge_index=torch.cat(edges, dim=1), batch=self.structure_index, **fields)
+        self._all = batch_graphs(self._graphs)
+        self.structure_index = self._all.structure_index
 
     def keep(self, kept: Sequence[int]) -> None:
         """Go on with the structures of these indices."""
@@ -97,7 +91,7 @@ class VerletGraph:
             setattr(self, name, [getattr(self, name)[k] for k in kept])
         self._join()
 
-    def at(self, positions: Tensor, cells: Tensor | None = None) -> Data:
+    def at(self, positions: Tensor, cells: Tensor | None = None) -> AtomGraph:
         """Give the batch graph at ``positions`` (n_atoms, 3) and ``cells`` (n_structures, 3, 3) in Å, float64.
 
         Without ``cells`` they are what they were.
@@ -106,15 +100,13 @@ class VerletGraph:
         outdated = self._outdated(positions, cells)
         if outdated.any():
             self._update(positions, cells, outdated.nonzero()[:, 0].tolist())
-        graph = copy(self._all)
-        graph.pos, graph.cell = positions, cells
+        graph = replace(self._all, positions=positions, cell=cells)
         chosen = (edge_vectors(graph).square().sum(dim=1) < self.cutoff**2).nonzero()[:, 0]
-        graph.edge_index, graph.shifts = graph.edge_index[:, chosen], graph.shifts[chosen]
-        return graph
+        return replace(graph, edge_index=graph.edge_index[:, chosen], shifts=graph.shifts[chosen])
 
     def _outdated(self, positions: Tensor, cells: Tensor) -> Tensor:
         """Which structures (n_structures,) may have pairs within the cutoff that are no candidates."""
-        reference, shrinkage = self._all.pos, positions.new_ones(len(cells))
+        reference, shrinkage = self._all.positions, positions.new_ones(len(cells))
         if not torch.equal(cells, self._all.cell):
             if not cells.isfinite().all():
                 return torch.ones_like(shrinkage, dtype=torch.bool)

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 from ase import Atoms
-from torch_geometric.data import Data
 
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.graphs.verlet import VerletGraph
 
 
@@ -30,7 +30,7 @@ class VerletCache:
         """Return an empty one with the same settings."""
         return VerletCache(cutoff=self.cutoff, skin=self.skin, device=self.device)
 
-    def graph(self, atoms: Atoms) -> Data:
+    def graph(self, atoms: Atoms) -> AtomGraph:
         """Graph of ``atoms`` as :func:`~ase_gffmerge.graphs.build_graph` makes it, on the device.
 
         Raises

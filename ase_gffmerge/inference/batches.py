@@ -5,12 +5,12 @@ from itertools import repeat
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
 
 from ase_gffmerge.graphs import Prediction, batch_graphs
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.runtime.batching import chunks, in_parts
 
-Predictor = Callable[[Data], tuple[Prediction, Tensor | None]]
+Predictor = Callable[[AtomGraph], tuple[Prediction, Tensor | None]]
 """A batch in, its prediction out, with extrapolation grades (n_atoms,) or ``None``."""
 
 
@@ -20,7 +20,7 @@ its caches, on a GPU what keeps it busy."""
 
 
 def predict_batches(
-    predictor: Predictor, graphs: Iterable[Data], *, device: torch.device, max_edges: int | None = None
+    predictor: Predictor, graphs: Iterable[AtomGraph], *, device: torch.device, max_edges: int | None = None
 ) -> Iterator[tuple[Prediction, Tensor | None]]:
     """Predictions of one structure after the other; only the graphs of one batch are in memory.
 
@@ -34,12 +34,12 @@ def predict_batches(
         Size of a batch, at least one structure each; default: :data:`MAX_EDGES` of the device.
     """
     budget = max_edges or MAX_EDGES.get(device.type, MAX_EDGES["cuda"])
-    for group in chunks(graphs, budget, size=lambda graph: graph.edge_index.shape[1]):
+    for group in chunks(graphs, budget, size=lambda graph: graph.n_edges):
         yield from predict_together(predictor, group, device=device)
 
 
 def predict_together(
-    predictor: Predictor, graphs: Sequence[Data], *, device: torch.device
+    predictor: Predictor, graphs: Sequence[AtomGraph], *, device: torch.device
 ) -> Iterator[tuple[Prediction, Tensor | None]]:
     """Predict a batch of graphs, or, where memory does not suffice, its halves, down to single structures.
 
@@ -63,9 +63,9 @@ def predict_together(
         When a single structure does not fit.
     """
 
-    def evaluate(part: Sequence[Data]) -> list[tuple[Prediction, Tensor | None]]:
+    def evaluate(part: Sequence[AtomGraph]) -> list[tuple[Prediction, Tensor | None]]:
         prediction, grades = predictor(batch_graphs(part).to(device))
-        return _apart(prediction, grades, [len(graph.pos) for graph in part])
+        return _apart(prediction, grades, [len(graph) for graph in part])
 
     for found in in_parts(evaluate, graphs, device=device):
         yield from found

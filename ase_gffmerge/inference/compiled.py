@@ -15,12 +15,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
 
 from ase_gffmerge.errors import CompileWarning, first_line
 from ase_gffmerge.graphs import Prediction
 from ase_gffmerge.graphs.derivatives import assemble
-from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.inference.cuda_capture import CudaGraphs
 from ase_gffmerge.inference.cuda_graphs import CapturedFunction, EdgeFunction, Result, Size, padding_graph
 from ase_gffmerge.models import Potential
@@ -81,7 +80,7 @@ class CompiledPotential:
         self._evaluations, self._failed = 0, False
         self._process, self._lock = os.getpid(), threading.Lock()
 
-    def __call__(self, graph: Data) -> tuple[Prediction, list[Tensor]] | None:
+    def __call__(self, graph: AtomGraph) -> tuple[Prediction, list[Tensor]] | None:
         """Give prediction and scalars of every block for a graph or a batch; ``None`` where eager evaluation is due."""
         if not self._serves(graph):
             return None
@@ -101,11 +100,11 @@ class CompiledPotential:
         gradient, (energies, scalars) = result
         return assemble(graph, energies, vectors, gradient.to(vectors.dtype)), scalars
 
-    def _serves(self, graph: Data) -> bool:
+    def _serves(self, graph: AtomGraph) -> bool:
         """Whether it has anything to offer. Sizes of 0 and 1 would be compiled on their own."""
         if self.compile is False or os.getpid() != self._process:
             return False  # a forked process does not have the compiler's threads
-        if min(len(graph.pos), graph.edge_index.shape[1]) < 2:
+        if min(len(graph), graph.n_edges) < 2:
             return False
         return self._on_gpu or (self.compile is True and not self._failed)
 

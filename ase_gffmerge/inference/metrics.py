@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
-from torch_geometric.data import Data
 
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.conditioning import with_indices
 from ase_gffmerge.graphs import build_graph, predict
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.inference.batches import predict_batches
 from ase_gffmerge.models import Potential
 
@@ -76,7 +76,7 @@ def predict_frames(
     check_frames(potential, frames)
     served, hyper = potential.for_inference(), potential.hyper
 
-    def graph(atoms: Atoms) -> Data:
+    def graph(atoms: Atoms) -> AtomGraph:
         prepared = with_indices(atoms, hyper.n_embeddings, names=names, default=specialist)
         return build_graph(prepared, hyper.cutoff, dtype=potential.dtype)
 

@@ -4,15 +4,14 @@ from copy import copy
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
 
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import Prediction, predict
-from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 
 
 @torch.no_grad()
-def grades(force_field: ForceField, graph: Data) -> Tensor | None:
+def grades(force_field: ForceField, graph: AtomGraph) -> Tensor | None:
     """Extrapolation grade of every atom of a graph or a batch of graphs.
 
     Parameters
@@ -34,7 +33,7 @@ def grades(force_field: ForceField, graph: Data) -> Tensor | None:
     return force_field.extrapolation_grade(force_field.potential.features(graph), graph.atomic_numbers)
 
 
-def predict_graded(force_field: ForceField, graph: Data) -> tuple[Prediction, Tensor | None]:
+def predict_graded(force_field: ForceField, graph: AtomGraph) -> tuple[Prediction, Tensor | None]:
     """Energies, forces and strain derivatives, with the grades (n_atoms,) of the same forward pass if there is a gauge.
 
     Geometry is in the type of the graph up to the edge vectors, whatever type the weights have: vectors far from the origin
@@ -43,7 +42,7 @@ def predict_graded(force_field: ForceField, graph: Data) -> tuple[Prediction, Te
     potential, extrapolation_grade = force_field.potential, force_field.extrapolation_grade
     kept: list[Tensor] = []
 
-    def energies(graph: Data) -> Tensor:
+    def energies(graph: AtomGraph) -> Tensor:
         graph.edge_vectors = graph.edge_vectors.to(potential.dtype)
         if extrapolation_grade is None:
             return potential(graph)

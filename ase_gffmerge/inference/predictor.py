@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from torch import Tensor
-from torch_geometric.data import Data
 
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import Prediction
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.inference.compiled import Compile, CompiledPotential
 from ase_gffmerge.inference.predict import predict_graded
 
@@ -27,7 +27,7 @@ class Predictor:
         self._bare = replace(self._graded, extrapolation_grade=None)
         self._compiled = CompiledPotential(force_field.potential, compile=compile)
 
-    def __call__(self, graph: Data, *, graded: bool = True) -> tuple[Prediction, Tensor | None]:
+    def __call__(self, graph: AtomGraph, *, graded: bool = True) -> tuple[Prediction, Tensor | None]:
         """Prediction and grades (n_atoms,) as :func:`~ase_gffmerge.inference.predict.predict_graded` gives them.
 
         Grades are ``None`` when they are not wanted (``graded``), or there is no gauge.

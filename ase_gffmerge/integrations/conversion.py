@@ -6,11 +6,10 @@ from typing import TypeVar
 import torch
 from ase import Atoms
 from torch import Tensor
-from torch_geometric.data import Data
 
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.graphs import batch_graphs, build_graph
-from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.models import Potential
 
 P = TypeVar("P", bound=Potential)
@@ -40,7 +39,7 @@ def converted(
     copy_weights: Callable[[P], None],
     *,
     dtype: torch.dtype,
-    vendor_energies: Callable[[Data], Tensor],
+    vendor_energies: Callable[[AtomGraph], Tensor],
     vendor: str,
 ) -> P:
     """A potential with a network's weights, frozen, that was seen to compute the same.
@@ -83,7 +82,9 @@ def per_element(values: Tensor, species: Sequence[int]) -> Tensor:
     return (ones * values.flatten().double())[rows_of_elements(species)]
 
 
-def _require_same(potential: Potential, vendor_energies: Callable[[Data], Tensor], *, vendor: str) -> None:
+def _require_same(
+    potential: Potential, vendor_energies: Callable[[AtomGraph], Tensor], *, vendor: str
+) -> None:
     """Compare the energies of a few atoms of every element (five at most) at random places.
 
     Raises

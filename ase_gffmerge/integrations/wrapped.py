@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
 
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.models.base import HyperParameters, Potential, Stage, State
 from ase_gffmerge.models.layers.e3nn_compat import keep_plain
 from ase_gffmerge.models.layers.element_linear import ElementLinear
@@ -145,7 +145,7 @@ class ChainPotential(Potential):
             setattr(self.get_submodule(owner), key, exact.to(device=self.device, dtype=dtype))
         return self
 
-    def embed(self, graph: Data) -> State:
+    def embed(self, graph: AtomGraph) -> State:
         """Rows of the embedding."""
         return (self.embedded(graph),)
 
@@ -159,11 +159,11 @@ class ChainPotential(Potential):
         ]
         return (*maps, *scales)
 
-    def indices(self, graph: Data) -> Entries:
+    def indices(self, graph: AtomGraph) -> Entries:
         """Entries that do not depend on the edge vectors."""
         raise NotImplementedError
 
-    def geometry(self, graph: Data) -> ChainGeometry:
+    def geometry(self, graph: AtomGraph) -> ChainGeometry:
         """Entries by name."""
         return ChainGeometry(self.indices(graph), self.edge_entries, self.edge_functions(graph.edge_vectors))
 

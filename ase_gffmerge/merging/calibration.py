@@ -1,7 +1,7 @@
 """A specialist's calibration frames in batches, with its own node states and those of the growing merged model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 
@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
-from torch_geometric.data import Batch, Data
 
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models.base import Geometry, Potential
 from ase_gffmerge.runtime.batching import chunks
@@ -37,7 +36,7 @@ class CalibrationBatch:
         Scalars that the stages so far left for the readout.
     """
 
-    graph: Batch
+    graph: AtomGraph
     edges: Geometry
     geometry: Dual
     merged: Dual
@@ -96,22 +95,21 @@ def build_calibration(
     return calibration_sets
 
 
-def _graph(specialist: ForceField, index: int, atoms: Atoms) -> Data:
+def _graph(specialist: ForceField, index: int, atoms: Atoms) -> AtomGraph:
     graph = build_graph(atoms, specialist.cutoff, dtype=specialist.potential.dtype)
-    graph.specialist.fill_(index)
-    return graph
+    return replace(graph, specialist=torch.full_like(graph.specialist, index))
 
 
-def _size(graph: Data) -> int:
-    return max(graph.edge_index.shape[1], EDGES_PER_ATOM * len(graph.pos))
+def _size(graph: AtomGraph) -> int:
+    return max(graph.n_edges, EDGES_PER_ATOM * len(graph))
 
 
 def _scene(
-    specialist: ForceField, merged: Potential, graphs: Sequence[Data], *, probes: int
+    specialist: ForceField, merged: Potential, graphs: Sequence[AtomGraph], *, probes: int
 ) -> CalibrationBatch:
     potential = specialist.potential
     batch = batch_graphs(graphs).to(potential.device)
-    positions = Dual((batch.pos,), (_displacements(batch.pos, probes),) if probes else ())
+    positions = Dual((batch.positions,), (_displacements(batch.positions, probes),) if probes else ())
 
     geometry = pushforward(lambda r: potential.edge_functions(edge_vectors(batch, r)), positions)
     batch.edge_vectors = edge_vectors(batch)

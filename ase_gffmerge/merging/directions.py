@@ -17,9 +17,9 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Batch
 
 from ase_gffmerge.graphs import Prediction
+from ase_gffmerge.graphs.graph import AtomGraph
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Probes:
     strains: Tensor
 
     @classmethod
-    def draw(cls, graph: Batch, n_displacements: int, *, stress_weight: float, seed: int) -> Self:
+    def draw(cls, graph: AtomGraph, n_displacements: int, *, stress_weight: float, seed: int) -> Self:
         """Choose directions for a batch.
 
         Parameters
@@ -52,23 +52,25 @@ class Probes:
             Of the random displacements.
         """
         solid = torch.linalg.matrix_rank(graph.cell.double()) == 3
-        strains = graph.pos.new_zeros(0, len(graph.cell), 3, 3)
+        strains = graph.positions.new_zeros(0, graph.n_structures, 3, 3)
         if stress_weight and solid.any():
-            basis = stress_weight * symmetric_basis().to(graph.pos)
-            strains = basis[:, None] * solid.to(graph.pos)[:, None, None]
+            basis = stress_weight * symmetric_basis().to(graph.positions)
+            strains = basis[:, None] * solid.to(graph.positions)[:, None, None]
         return cls(displacement_directions(graph, n_displacements, seed=seed), strains)
 
-    def tangents(self, graph: Batch, edge_vectors: Tensor) -> Tensor:
+    def tangents(self, graph: AtomGraph, edge_vectors: Tensor) -> Tensor:
         """Tangents (n_probes, n_edges, 3) of the edge vectors (n_edges, 3)."""
         sender, receiver = graph.edge_index
         moved = self.displacements[:, sender] - self.displacements[:, receiver]
-        strained = torch.einsum("ea,peab->peb", edge_vectors, self.strains[:, graph.batch[receiver]])
+        strained = torch.einsum(
+            "ea,peab->peb", edge_vectors, self.strains[:, graph.structure_index[receiver]]
+        )
         return torch.cat([moved, strained])
 
-    def work(self, graph: Batch, prediction: Prediction) -> Tensor:
+    def work(self, graph: AtomGraph, prediction: Prediction) -> Tensor:
         """Change of the energy (n_probes, n_structures) along every direction."""
         power = -(prediction.forces * self.displacements).sum(-1)
-        moved = power.new_zeros(len(power), len(graph.cell)).index_add(1, graph.batch, power)
+        moved = power.new_zeros(len(power), graph.n_structures).index_add(1, graph.structure_index, power)
         strained = (prediction.strain_derivative * self.strains).sum(dim=(-2, -1))
         return torch.cat([moved, strained])
 
@@ -81,11 +83,11 @@ def symmetric_basis() -> Tensor:
     return basis
 
 
-def displacement_directions(graph: Batch, n_displacements: int, *, seed: int) -> Tensor:
+def displacement_directions(graph: AtomGraph, n_displacements: int, *, seed: int) -> Tensor:
     """Unit vectors, or Gaussian ones for structures with more coordinates, (n_displacements, n_atoms, 3)."""
-    counts = torch.bincount(graph.batch).tolist()
+    counts = torch.bincount(graph.structure_index).tolist()
     n_rows = min(n_displacements, 3 * max(counts))
-    directions = torch.zeros(n_rows, len(graph.pos), 3, dtype=graph.pos.dtype)
+    directions = torch.zeros(n_rows, len(graph), 3, dtype=graph.positions.dtype)
     generator = torch.Generator().manual_seed(seed)
     start = 0
     for n in counts:
@@ -95,4 +97,4 @@ def displacement_directions(graph: Batch, n_displacements: int, *, seed: int) ->
         else:
             block[:] = torch.randn(n_rows, n, 3, generator=generator, dtype=torch.float64) / math.sqrt(n_rows)
         start += n
-    return directions.to(graph.pos.device)
+    return directions.to(graph.positions.device)

@@ -183,7 +183,7 @@ def _batch_rows(
         graph.specialist.fill_(calibration_set.index)
     batch = batch_graphs(graphs).to(merged.device)
     target = predict(specialist.potential.for_inference(), batch)
-    n_atoms = torch.bincount(batch.batch).to(merged.dtype)
+    n_atoms = torch.bincount(batch.structure_index).to(merged.dtype)
     return readout_rows(
         merged,
         batch,

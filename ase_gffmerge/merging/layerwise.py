@@ -191,7 +191,7 @@ def _layer_grams(
     original: nn.Module,
 ) -> list[Gram]:
     """Statistics of one specialist: rows of the merged (or its own) input, targets of its own output."""
-    device = calibration_set.scenes[0].graph.pos.device
+    device = calibration_set.scenes[0].graph.positions.device
     values = [Gram.zero(*_size(problem, recipe), device=device) for problem in ours]
     slopes = list(values)
     for scene in calibration_set.scenes:

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import one_hot, silu
-from torch_geometric.data import Batch
 
 from ase_gffmerge.graphs import Prediction, predict
-from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import Solution, regularised_factor, ridge_solve
 from ase_gffmerge.merging.directions import Probes
@@ -74,7 +73,9 @@ def draw_random_features(
         lift.bias.copy_(spread * (b - (a * mean[read]).sum(-1).flatten()))
 
 
-def random_feature_derivatives(potential: Potential, graph: Batch, probes: Probes) -> tuple[Tensor, Tensor]:
+def random_feature_derivatives(
+    potential: Potential, graph: AtomGraph, probes: Probes
+) -> tuple[Tensor, Tensor]:
     """Readout inputs z (n_atoms, d) and their derivatives (n_probes, n_atoms, d) along the probes."""
     readout = widened(potential)
 
@@ -113,7 +114,7 @@ def slope_rows(
 
 def readout_rows(
     potential: Potential,
-    graph: Batch,
+    graph: AtomGraph,
     target: Prediction,
     probes: Probes,
     *,
@@ -144,7 +145,7 @@ def readout_rows(
     z, dz = random_feature_derivatives(potential, graph, probes)
     element = torch.searchsorted(elements, potential.species_row[graph.atomic_numbers])
     n_frames, n_elements = len(frame_weights), len(elements)
-    cell = graph.batch * n_elements + element
+    cell = graph.structure_index * n_elements + element
     scale = frame_weights.sqrt()[:, None]
     slopes = torch.cat(
         [rows.view(n_frames, -1) * scale for rows in slope_rows(readout, z, dz, cell, n_frames * n_elements)]
@@ -154,7 +155,7 @@ def readout_rows(
     phi = silu(readout.lift(z))
     sums = phi.new_zeros(n_frames * n_elements, phi.shape[1]).index_add(0, cell, phi).view(n_frames, -1)
     ones = one_hot(element, n_elements).to(phi)
-    counts = phi.new_zeros(n_frames, n_elements).index_add(0, graph.batch, ones)
+    counts = phi.new_zeros(n_frames, n_elements).index_add(0, graph.structure_index, ones)
     weight = energy_weight * scale * counts.sum(1, keepdim=True).rsqrt()
     energies = torch.cat([sums, counts], dim=1) * weight
     energy_targets = (target.energy - base.energy)[:, None].to(phi) * weight

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Batch
 
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.merging.layerwise import layer_inputs
 from ase_gffmerge.methods.permutation_symmetry import channel_groups
 from ase_gffmerge.models import Potential
@@ -27,7 +27,7 @@ Similarities = Mapping[str, Tensor]
 """For every group the similarity (n_specialists, n_specialists, n_channels, n_channels) of channels."""
 
 
-def channel_moments(potentials: Sequence[Potential], graphs: Sequence[Batch]) -> list[tuple[str, Tensor]]:
+def channel_moments(potentials: Sequence[Potential], graphs: Sequence[AtomGraph]) -> list[tuple[str, Tensor]]:
     """Second moments of all channels of all specialists together, for every place where a group enters a layer.
 
     Parameters
@@ -75,7 +75,7 @@ def similarities(moments: Sequence[tuple[str, Tensor]], n: int, *, power: float)
     return totals
 
 
-def _entering_rows(potential: Potential, graph: Batch) -> dict[str, Tensor]:
+def _entering_rows(potential: Potential, graph: AtomGraph) -> dict[str, Tensor]:
     """Rows that enter every affine map (n_rows, d_in + 1); the last column is 1 for scalars, 0 for components."""
     rows = {}
     for name, x in layer_inputs(potential, lambda: potential(graph)).items():

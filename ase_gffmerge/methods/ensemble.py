@@ -5,11 +5,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
 
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.force_field import symbols
-from ase_gffmerge.graphs.graph import structure_index
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.grid_search import DisagreementMetric
 from ase_gffmerge.methods.weight_space import aligned_copies
@@ -75,7 +74,7 @@ class Ensemble(nn.Module):
         """Device of the members' weights."""
         return next(self.parameters()).device
 
-    def forward(self, graph: Data) -> Tensor:
+    def forward(self, graph: AtomGraph) -> Tensor:
         """Per-atom energies (n_atoms,) in eV.
 
         Raises
@@ -83,8 +82,8 @@ class Ensemble(nn.Module):
         FramesError
             When no member knows all elements of a structure.
         """
-        structure = structure_index(graph)
-        total = torch.zeros(len(graph.pos), dtype=torch.float64, device=graph.pos.device)
+        structure = graph.structure_index
+        total = torch.zeros(len(graph), dtype=torch.float64, device=graph.positions.device)
         count = torch.zeros_like(total)
         for member in self.members:
             able = self._knows(member, graph, structure)  # type: ignore[arg-type]
@@ -99,10 +98,10 @@ class Ensemble(nn.Module):
         return total / count
 
     @staticmethod
-    def _knows(member: Potential, graph: Data, structure: Tensor) -> Tensor:
+    def _knows(member: Potential, graph: AtomGraph, structure: Tensor) -> Tensor:
         """Whether a member knows all elements of the structure that an atom belongs to (n_atoms,)."""
         converted = member.species_row[graph.atomic_numbers] < 0
-        counts = torch.zeros(len(graph.cell), device=converted.device).index_add(
+        counts = torch.zeros(graph.n_structures, device=converted.device).index_add(
             0, structure, converted.float()
         )
         return counts[structure] == 0

@@ -26,9 +26,9 @@ from copy import deepcopy
 import torch
 from ase import Atoms
 from torch import Tensor
-from torch_geometric.data import Batch
 
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.weight_space import WeightSpace, weighted_mean
@@ -69,13 +69,15 @@ def fisher_information(
         graphs = [build_graph(atoms, model.hyper.cutoff, dtype=model.dtype) for atoms in group]
         batch = batch_graphs(graphs).to(model.device)
         for _ in range(probes):
-            energy_signs = _signs((len(group),), generator, like=batch.pos)
-            force_signs = _signs(tuple(batch.pos.shape), generator, like=batch.pos)
+            energy_signs = _signs((len(group),), generator, like=batch.positions)
+            force_signs = _signs(tuple(batch.positions.shape), generator, like=batch.positions)
             total = total + squared_derivatives(model, batch, energy_signs, force_signs)
     return total / (probes * len(frames))
 
 
-def squared_derivatives(model: Potential, batch: Batch, energy_signs: Tensor, force_signs: Tensor) -> Tensor:
+def squared_derivatives(
+    model: Potential, batch: AtomGraph, energy_signs: Tensor, force_signs: Tensor
+) -> Tensor:
     """Squared derivatives (P,) of the signed sum of all outputs y of a batch with respect to the weights.
 
     Parameters
@@ -87,10 +89,10 @@ def squared_derivatives(model: Potential, batch: Batch, energy_signs: Tensor, fo
     energy_signs, force_signs : (n_structures,), (n_atoms, 3)
         Signs v of their energies and forces.
     """
-    n_atoms = torch.bincount(batch.batch, minlength=len(energy_signs)).to(energy_signs)
+    n_atoms = torch.bincount(batch.structure_index, minlength=len(energy_signs)).to(energy_signs)
     prediction = predict(model, batch, differentiable=True)
     energies = (energy_signs / n_atoms * prediction.energy).sum()
-    forces = (force_signs / (3 * n_atoms).sqrt()[batch.batch, None] * prediction.forces).sum()
+    forces = (force_signs / (3 * n_atoms).sqrt()[batch.structure_index, None] * prediction.forces).sum()
     gradients = torch.autograd.grad(energies + forces, list(model.parameters()), materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients]).double().square()
 

@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch_geometric.data import Batch
 
 from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.force_field import ForceField, symbols
 from ase_gffmerge.graphs import batch_graphs, build_graph
-from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.methods.activation_similarity import Similarities, channel_moments, similarities
@@ -106,7 +105,7 @@ def _fraction_moved(orders: Sequence[Mapping[str, Tensor]]) -> float:
     return float(moved.double().mean())
 
 
-def _batches(specialist: ForceField) -> Iterator[Batch]:
+def _batches(specialist: ForceField) -> Iterator[AtomGraph]:
     """Calibration frames in batches with edge vectors."""
     potential = specialist.potential
     for frames in chunks(specialist.calibration, MAX_ATOMS):

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
-from torch_geometric.data import Batch
 
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.inference.metrics import check_frames
 from ase_gffmerge.methods.base import MergeOutput
 from ase_gffmerge.models import Potential
@@ -48,7 +48,7 @@ class DisagreementMetric:
         Per specialist, its forces (n_atoms, 3) in eV/Å on them.
     """
 
-    batches: tuple[tuple[Batch, ...], ...]
+    batches: tuple[tuple[AtomGraph, ...], ...]
     forces: tuple[Tensor, ...]
 
     @classmethod
@@ -140,7 +140,7 @@ def _evenly(frames: Sequence[Atoms], n_frames: int) -> list[Atoms]:
     return [frames[i] for i in chosen]
 
 
-def _batches(potential: Potential, frames: Sequence[Atoms]) -> tuple[Batch, ...]:
+def _batches(potential: Potential, frames: Sequence[Atoms]) -> tuple[AtomGraph, ...]:
     cutoff, dtype = potential.hyper.cutoff, potential.dtype
     groups = [
         [build_graph(atoms, cutoff, dtype=dtype) for atoms in group] for group in chunks(frames, MAX_ATOMS)
@@ -148,5 +148,5 @@ def _batches(potential: Potential, frames: Sequence[Atoms]) -> tuple[Batch, ...]
     return tuple(batch_graphs(graphs).to(potential.device) for graphs in groups)
 
 
-def _forces(potential: Potential, batches: Sequence[Batch]) -> Tensor:
+def _forces(potential: Potential, batches: Sequence[AtomGraph]) -> Tensor:
     return torch.cat([predict(potential, batch).forces for batch in batches]).double()

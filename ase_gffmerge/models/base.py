@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
 
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.models.layers.buffers import ExactBuffers
 from ase_gffmerge.models.layers.radial import BesselBasis, polynomial_cutoff
 from ase_gffmerge.models.layers.readout import MLPReadout, RandomFeatureReadout
@@ -217,7 +217,7 @@ class Potential(ExactBuffers):
         """
         return self
 
-    def embed(self, graph: Data) -> State:
+    def embed(self, graph: AtomGraph) -> State:
         """Make initial node features from elements (and specialist indices)."""
         raise NotImplementedError
 
@@ -225,7 +225,7 @@ class Potential(ExactBuffers):
         """Functions of the unit vectors (n_edges, 3) from receiver to sender."""
         raise NotImplementedError
 
-    def geometry(self, graph: Data) -> Geometry:
+    def geometry(self, graph: AtomGraph) -> Geometry:
         """What the stages know about ``graph.edge_vectors``."""
         sender, receiver = graph.edge_index
         return EdgeGeometry(sender, receiver, *self.edge_functions(graph.edge_vectors))
@@ -240,12 +240,12 @@ class Potential(ExactBuffers):
         """Invariant features (n_atoms, channels) of a state."""
         raise NotImplementedError
 
-    def embedded(self, graph: Data) -> Tensor:
+    def embedded(self, graph: AtomGraph) -> Tensor:
         """Rows of the embedding table (n_atoms, channels)."""
         table = graph.specialist if self.hyper.n_embeddings > 1 else torch.zeros_like(graph.specialist)
         return self.embedding[table, self.species_row[graph.atomic_numbers]]
 
-    def features(self, graph: Data) -> list[Tensor]:
+    def features(self, graph: AtomGraph) -> list[Tensor]:
         """Scalars (n_atoms, channels) after every interaction block."""
         state, geometry, scalars = self.embed(graph), self.geometry(graph), []
         for stage in self.stages:
@@ -254,11 +254,11 @@ class Potential(ExactBuffers):
                 scalars.append(self.scalars(state))
         return scalars
 
-    def forward(self, graph: Data) -> Tensor:
+    def forward(self, graph: AtomGraph) -> Tensor:
         """Per-atom energies (n_atoms,) in eV, summed with their references in float64."""
         return self.energies(self.features(graph), graph)
 
-    def energies(self, scalars: Sequence[Tensor], graph: Data) -> Tensor:
+    def energies(self, scalars: Sequence[Tensor], graph: AtomGraph) -> Tensor:
         """Per-atom energies (n_atoms,) in eV from the scalars that :meth:`features` gives."""
         species = self.species_row[graph.atomic_numbers]
         return self.readout(scalars, species).double() + self.references[species]

@@ -31,8 +31,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from torch_geometric.data import Data
 
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.models.base import HyperParameters, Potential, Stage, State
 from ase_gffmerge.models.layers.gather import take_rows
 from ase_gffmerge.models.layers.gather_linear import JoinedLinear, Part
@@ -306,7 +306,7 @@ class CHGNet(Potential):
         """Layer norm and several hidden layers."""
         return NormalisedReadout(self.hyper.channels, self.hyper.readout_layers)
 
-    def embed(self, graph: Data) -> State:
+    def embed(self, graph: AtomGraph) -> State:
         """Element embeddings; the first stage adds the rest."""
         return (self.embedded(graph),)
 
@@ -314,7 +314,7 @@ class CHGNet(Potential):
         """Give the edge vectors as they are."""
         return (vectors,)
 
-    def geometry(self, graph: Data) -> CrystalGeometry:
+    def geometry(self, graph: AtomGraph) -> CrystalGeometry:
         """Pair the directions of every bond and find the angles between short ones."""
         sender, receiver = graph.edge_index
         bond, edge = undirected(graph.edge_index, graph.shifts)

@@ -33,8 +33,8 @@ from e3nn import o3
 from e3nn.nn import FullyConnectedNet
 from torch import Tensor
 from torch.nn.functional import silu
-from torch_geometric.data import Data
 
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.models.base import EdgeGeometry, HyperParameters, Potential, Stage, State
 from ase_gffmerge.models.layers.e3nn_compat import eager_e3nn, keep_plain
 from ase_gffmerge.models.layers.gate import SILU_SCALE, Gate
@@ -135,7 +135,7 @@ class NequIP(Potential):
                 gate = Gate(channels_out)
         keep_plain(self)
 
-    def embed(self, graph: Data) -> State:
+    def embed(self, graph: AtomGraph) -> State:
         """Element embeddings."""
         return (self.embedded(graph),)
 

@@ -1,18 +1,28 @@
 """What happens when the memory of a device does not suffice: smaller batches, or an error that says what would."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-from ase import Atoms
-from torch_geometric.data import Data
 
 from ase_gffmerge.runtime.devices import is_out_of_memory, memory_errors
 from ase_gffmerge.runtime.forking import survive_fork
 
 Item = TypeVar("Item")
-Frame = TypeVar("Frame", Atoms, Data)
+Frame = TypeVar("Frame", bound="Structure")
 Result = TypeVar("Result")
+
+
+class Structure(Protocol):
+    """Atoms, or a graph of them."""
+
+    def __len__(self) -> int:
+        """Number of atoms."""
+        ...
+
+    def get_chemical_formula(self) -> str:
+        """Formula for a message."""
+        ...
 
 
 def chunks(items: Iterable[Item], budget: int, *, size: Callable[[Any], int] = len) -> Iterator[list[Item]]:
@@ -60,8 +70,8 @@ def in_parts(
         if not is_out_of_memory(error):
             raise
         if len(frames) == 1:
-            atoms = frames[0] if isinstance(frames[0], Atoms) else Atoms(frames[0].atomic_numbers.tolist())
-            with memory_errors(f"{atoms.get_chemical_formula()} ({len(atoms)} atoms)", device=device):
+            formula = f"{frames[0].get_chemical_formula()} ({len(frames[0])} atoms)"
+            with memory_errors(formula, device=device):
                 raise
     if device.type == "cuda":  # here the error is gone, and with it the tensors that its traceback held
         torch.cuda.empty_cache()

@@ -10,11 +10,10 @@ import torch
 from ase import Atoms
 from ase.data import covalent_radii
 from torch import Tensor
-from torch_geometric.data import Data
 
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.graphs.derivatives import EnergyModel
-from ase_gffmerge.graphs.graph import batch_graphs, edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph, batch_graphs, edge_vectors
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.base import Stage, State
 from ase_gffmerge.testing.calculator.harness import NotApplicable, check, deviation, require, run_check
@@ -41,10 +40,10 @@ class PotentialSubject:
     """
 
     potential: Potential
-    graph: Data
+    graph: AtomGraph
     tolerance: float
 
-    def energies(self, graph: Data) -> Tensor:
+    def energies(self, graph: AtomGraph) -> Tensor:
         """Per-atom energies (n_atoms,) of a graph that has no edge vectors yet."""
         graph = copy.copy(graph)
         graph.edge_vectors = edge_vectors(graph).to(self.potential.dtype)
@@ -64,7 +63,7 @@ class PotentialSubject:
 def energies_per_atom_in_float64(subject: PotentialSubject) -> None:
     """One float64 energy per atom, whatever the dtype of the weights: reference energies are large."""
     energies = subject.energies(subject.graph)
-    shape, expected = tuple(energies.shape), (len(subject.graph.pos),)
+    shape, expected = tuple(energies.shape), (len(subject.graph),)
     require(shape == expected, f"the energies have shape {shape}, not {expected}")
     require(energies.dtype == torch.float64, f"the energies are {energies.dtype}, not float64")
     require(bool(energies.isfinite().all()), "an energy is not finite")
@@ -79,7 +78,7 @@ def atoms_without_neighbours(subject: PotentialSubject) -> None:
     require(not bool(prediction.forces.any()), "an isolated atom feels a force")
 
 
-def _without_edges(graph: Data) -> Data:
+def _without_edges(graph: AtomGraph) -> AtomGraph:
     graph = copy.copy(graph)
     graph.edge_index, graph.shifts = graph.edge_index[:, :0], graph.shifts[:0]
     return graph
@@ -90,7 +89,7 @@ def geometry_enters_through_edge_vectors(subject: PotentialSubject) -> str:
     """Neither positions nor cell are read: strain, batches and other engines rely on it."""
     graph = copy.copy(subject.graph)
     graph.edge_vectors = edge_vectors(graph).to(subject.potential.dtype)
-    graph.pos, graph.cell = graph.pos + 17.0, 3 * graph.cell
+    graph.positions, graph.cell = graph.positions + 17.0, 3 * graph.cell
     with torch.no_grad():
         return subject.compare(
             subject.potential(graph), subject.energies(subject.graph), "another position and cell"
@@ -126,7 +125,7 @@ def same_graph_same_bits(subject: PotentialSubject) -> None:
 
 
 def _as_model(subject: PotentialSubject) -> EnergyModel:
-    def energies(graph: Data) -> Tensor:
+    def energies(graph: AtomGraph) -> Tensor:
         graph.edge_vectors = graph.edge_vectors.to(subject.potential.dtype)
         return subject.potential(graph)
 
@@ -154,8 +153,8 @@ def _central_forces(subject: PotentialSubject, atoms: Sequence[int], step: float
 
     def energy(atom: int, axis: int, moved: float) -> float:
         graph = copy.copy(subject.graph)
-        graph.pos = graph.pos.clone()
-        graph.pos[atom, axis] += moved
+        graph.positions = graph.positions.clone()
+        graph.positions[atom, axis] += moved
         return subject.energies(graph).sum().item()
 
     return np.array(
@@ -168,11 +167,11 @@ def rotations_and_reflections(subject: PotentialSubject) -> str:
     """Energies do not depend on the orientation, nor on handedness."""
     generator = torch.Generator().manual_seed(0)
     turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))[0]
-    turn = turn.to(subject.graph.pos.device)
+    turn = turn.to(subject.graph.positions.device)
     expected, details = subject.energies(subject.graph), []
     for matrix, what in ((turn, "an orthogonal map"), (-turn, "the inverted map")):
         graph = copy.copy(subject.graph)
-        graph.pos, graph.cell = graph.pos @ matrix, graph.cell @ matrix
+        graph.positions, graph.cell = graph.positions @ matrix, graph.cell @ matrix
         details.append(subject.compare(subject.energies(graph), expected, what))
     return ", ".join(details)
 
@@ -180,13 +179,13 @@ def rotations_and_reflections(subject: PotentialSubject) -> str:
 @check(15)
 def order_of_atoms_and_edges(subject: PotentialSubject) -> str:
     """Permuting atoms permutes energies; permuting edges changes nothing."""
-    graph, n = subject.graph, len(subject.graph.pos)
+    graph, n = subject.graph, len(subject.graph)
     generator = torch.Generator().manual_seed(1)
-    order = torch.randperm(n, generator=generator).to(graph.pos.device)
-    edges = torch.randperm(graph.edge_index.shape[1], generator=generator).to(graph.pos.device)
+    order = torch.randperm(n, generator=generator).to(graph.positions.device)
+    edges = torch.randperm(graph.n_edges, generator=generator).to(graph.positions.device)
     shuffled = copy.copy(graph)
-    for name in ("pos", "atomic_numbers", "specialist"):
-        shuffled[name] = graph[name][order]
+    for name in ("positions", "atomic_numbers", "specialist"):
+        setattr(shuffled, name, getattr(graph, name)[order])
     shuffled.edge_index = order.argsort()[graph.edge_index][:, edges]
     shuffled.shifts = graph.shifts[edges]
     return subject.compare(subject.energies(shuffled), subject.energies(graph)[order], "another order")
@@ -196,10 +195,10 @@ def order_of_atoms_and_edges(subject: PotentialSubject) -> str:
 def structures_in_a_batch_are_strangers(subject: PotentialSubject) -> str:
     """Energies in a batch are those of the structures alone."""
     graph = subject.graph
-    if getattr(graph, "batch", None) is not None:
+    if graph.n_structures > 1:
         raise NotApplicable("the graph is a batch already")
     other = copy.copy(graph)
-    other.pos = graph.pos * 1.01
+    other.positions = graph.positions * 1.01
     together = subject.energies(batch_graphs([graph, other]))
     return subject.compare(together, torch.cat([subject.energies(g) for g in (graph, other)]), "batching")
 
@@ -210,8 +209,8 @@ def nothing_happens_at_the_cutoff(subject: PotentialSubject) -> str:
     cutoff, details = subject.potential.hyper.cutoff, []
     for numbers in combinations((subject.potential.species * 2)[:3], 2):
         pair = Atoms(numbers, [[0, 0, 0], [cutoff - 1e-6, 0, 0]])
-        graph = build_graph(pair, cutoff).to(subject.graph.pos.device)
-        require(graph.edge_index.shape[1] == 2, f"hyper.cutoff={cutoff} is not the radius of the graph")
+        graph = build_graph(pair, cutoff).to(subject.graph.positions.device)
+        require(graph.n_edges == 2, f"hyper.cutoff={cutoff} is not the radius of the graph")
         apart = subject.energies(_without_edges(graph))
         details.append(subject.compare(subject.energies(graph), apart, "a neighbour at the cutoff"))
     return ", ".join(details)
@@ -261,7 +260,7 @@ CHECKS = (
 
 
 def check_potential(
-    potential: Potential, structure: Atoms | Data | None = None, *, tolerance: float | None = None
+    potential: Potential, structure: Atoms | AtomGraph | None = None, *, tolerance: float | None = None
 ) -> CheckReport:
     """Check that an architecture, for example one of your own, does what merging and serving rely on.
 
@@ -292,7 +291,7 @@ def check_potential(
     graph = build_graph(structure, frozen.hyper.cutoff) if isinstance(structure, Atoms) else structure
     subject = PotentialSubject(potential=frozen, graph=graph.to(frozen.device), tolerance=tolerance)
     results = tuple(run_check(function, subject) for function in CHECKS)
-    return CheckReport(f"{type(potential).__name__} on {len(graph.pos)} atoms", results)
+    return CheckReport(f"{type(potential).__name__} on {len(graph)} atoms", results)
 
 
 def small_cluster(potential: Potential) -> Atoms:

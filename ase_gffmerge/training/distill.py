@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from ase import Atoms
-from torch_geometric.data import Batch, Data
 
 from ase_gffmerge.data.hashing import geometry_keys, hash_frames
 from ase_gffmerge.errors import IncompatibleSpecialistsError, MergeWarning
@@ -44,7 +43,7 @@ from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.training.checkpoint import History
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.loop import Callback, Loss, fit
-from ase_gffmerge.training.loss import loss_terms
+from ase_gffmerge.training.loss import LabeledGraph, loss_terms
 from ase_gffmerge.training.soap import SOAP
 from ase_gffmerge.training.teachers import DistillationSet, Teachers, merge_weights, prepare_teachers
 
@@ -179,7 +178,7 @@ def distilled_force_field(
 def distillation_loss(config: TrainConfig, feature_weight: float) -> Loss:
     """Errors of energies, forces and stresses, and of node features relative to their size."""
 
-    def loss(potential: Potential, batch: Batch) -> torch.Tensor:
+    def loss(potential: Potential, batch: LabeledGraph) -> torch.Tensor:
         if not feature_weight:
             return loss_terms(potential, batch, config)
         seen: list[torch.Tensor] = []
@@ -188,7 +187,7 @@ def distillation_loss(config: TrainConfig, feature_weight: float) -> Loss:
         )
         with hook:
             terms = loss_terms(potential, batch, config)
-        weight = batch.weight[batch.batch, None]
+        weight = batch.weight[batch.structure_index, None]
         mismatch = (weight * (seen[0] - batch.features).abs()).mean() / batch.features.abs().mean()
         return terms + feature_weight * mismatch
 
@@ -276,7 +275,7 @@ def distilled_report(
     record: MergeRecord | None,
     potential: Potential,
     teachers: Sequence[ForceField],
-    held_out: Sequence[Sequence[Data]],
+    held_out: Sequence[Sequence[LabeledGraph]],
     *,
     seconds: float,
     energy_shifts: Mapping[str, Mapping[str, float]],
@@ -312,7 +311,7 @@ def distilled_report(
     )
 
 
-def relative_error(potential: Potential, graphs: Sequence[Data]) -> float:
+def relative_error(potential: Potential, graphs: Sequence[LabeledGraph]) -> float:
     """Root mean square force error over the root mean square force."""
     squares = torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(graphs), BATCH):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -65,13 +66,13 @@ def train_jointly(
     training, validation = (
         [labelled_graphs(part, potential) for part in parts] for parts in zip(*splits, strict=True)
     )
-    for k, graphs in enumerate(training):
-        for graph in graphs:
-            graph.specialist.fill_(k)
-    weigh(training)
+    owned = [
+        [replace(graph, specialist=torch.full_like(graph.specialist, k)) for graph in graphs]
+        for k, graphs in enumerate(training)
+    ]
     return fit(
         potential,
-        [graph for graphs in training for graph in graphs],
+        [graph for graphs in weigh(owned) for graph in graphs],
         [graph for graphs in validation for graph in graphs],
         config,
         checkpoint=checkpoint,

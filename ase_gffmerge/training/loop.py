@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch_geometric.data import Batch, Data
 
 from ase_gffmerge.errors import TrainingError
 from ase_gffmerge.graphs import batch_graphs
@@ -15,13 +14,15 @@ from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import memory_errors
 from ase_gffmerge.training.checkpoint import History, TrainingState, can_resume, stale
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.loss import loss_terms, validate
+from ase_gffmerge.training.loss import LabeledGraph, loss_terms, validate
 
 Callback = Callable[[int, dict[str, float]], None]
-Loss = Callable[[Potential, Batch], Tensor]
+Loss = Callable[[Potential, LabeledGraph], Tensor]
 
 
-def shuffled_batches(graphs: Sequence[Data], config: TrainConfig, epoch: int) -> Iterator[Batch]:
+def shuffled_batches(
+    graphs: Sequence[LabeledGraph], config: TrainConfig, epoch: int
+) -> Iterator[LabeledGraph]:
     """Batches with every specialist's share of graphs, in an order that depends on seed and epoch alone."""
     rng = np.random.default_rng([config.seed, epoch])
     owner = np.array([int(graph.specialist[0]) for graph in graphs])
@@ -43,8 +44,8 @@ def update_average(average: Potential, potential: Potential, decay: float) -> No
 
 def fit(
     potential: Potential,
-    training: Sequence[Data],
-    validation: Sequence[Data],
+    training: Sequence[LabeledGraph],
+    validation: Sequence[LabeledGraph],
     config: TrainConfig,
     *,
     loss: Loss | None = None,
@@ -61,7 +62,7 @@ def fit(
     potential
         Trained in place; on its own device.
     training, validation
-        Graphs with targets, see :func:`~ase_gffmerge.training.loss.labelled_graph`.
+        Graphs with targets (on the CPU).
     config
         Options.
     loss
@@ -112,7 +113,7 @@ def fit(
 
 
 def _train_epoch(
-    state: TrainingState, graphs: Sequence[Data], loss: Loss, config: TrainConfig, *, epoch: int
+    state: TrainingState, graphs: Sequence[LabeledGraph], loss: Loss, config: TrainConfig, *, epoch: int
 ) -> dict[str, float]:
     potential, optimizer = state.potential, state.optimizer
     steps, losses = -(-len(graphs) // config.batch_size), []

@@ -1,70 +1,135 @@
 """Targets on graphs, and the loss against them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
-from torch_geometric.data import Batch, Data
 
 from ase_gffmerge.forcefield.conditioning import with_indices
 from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.models import Potential
 from ase_gffmerge.training.config import TrainConfig
 
 
-def labelled_graph(atoms: Atoms, potential: Potential, references: np.ndarray) -> Data:
-    """Graph with targets ``energy`` (1,) less references, ``forces`` (n_atoms, 3), ``stress`` (1, 3, 3), ``weight`` (1,)."""
+@dataclass(kw_only=True, eq=False)
+class LabeledGraph(AtomGraph):
+    """A graph, or a batch, with what a potential is trained on.
+
+    Attributes
+    ----------
+    energy : (n_structures,) eV
+        Less the reference energies.
+    forces : (n_atoms, 3) eV/Å
+    stress : (n_structures, 3, 3) eV/Å^3
+        NaN where it is not known.
+    weight : (n_structures,)
+        How much a structure counts in the loss.
+    features : (n_atoms, n_features)
+        Scalars after all blocks, which distillation may match; else without columns.
+    """
+
+    energy: Tensor
+    forces: Tensor
+    stress: Tensor
+    weight: Tensor
+    features: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        graph: AtomGraph,
+        *,
+        energy: Tensor,
+        forces: Tensor,
+        stress: Tensor,
+        features: Tensor | None = None,
+    ) -> Self:
+        """Give a graph with targets, which are the attributes of the class, and a weight of 1."""
+        return cls(
+            **vars(graph),
+            energy=energy,
+            forces=forces,
+            stress=stress,
+            weight=torch.ones_like(energy),
+            features=forces[:, :0] if features is None else features,
+        )
+
+
+def labelled_graph(atoms: Atoms, potential: Potential, references: np.ndarray) -> LabeledGraph:
+    """Graph of a labelled frame with its labels as targets.
+
+    Parameters
+    ----------
+    atoms
+        With energy and forces, and perhaps stress.
+    potential
+        Whose cutoff, precision and specialist indices are used.
+    references
+        Reference energies (n_species,) in eV.
+    """
     prepared = with_indices(atoms, potential.hyper.n_embeddings, default=0)
     graph = build_graph(prepared, potential.hyper.cutoff, dtype=potential.dtype)
     rows = potential.species_row.cpu().numpy()[atoms.numbers]
     energy = atoms.get_potential_energy() - references[rows].sum()
-    graph.energy = torch.tensor([energy], dtype=potential.dtype)
-    graph.forces = torch.as_tensor(atoms.get_forces(apply_constraint=False), dtype=potential.dtype)
     has_stress = atoms.cell.rank == 3 and atoms.calc is not None and "stress" in atoms.calc.results
     stress = atoms.get_stress(voigt=False) if has_stress else np.full((3, 3), np.nan)
-    graph.stress = torch.as_tensor(stress, dtype=potential.dtype)[None]
-    graph.weight = torch.ones(1, dtype=potential.dtype)
-    return graph
+    return LabeledGraph.of(
+        graph,
+        energy=torch.tensor([energy], dtype=potential.dtype),
+        forces=torch.as_tensor(atoms.get_forces(apply_constraint=False), dtype=potential.dtype),
+        stress=torch.as_tensor(stress, dtype=potential.dtype)[None],
+    )
 
 
-def labelled_graphs(frames: Sequence[Atoms], potential: Potential) -> list[Data]:
+def labelled_graphs(frames: Sequence[Atoms], potential: Potential) -> list[LabeledGraph]:
     """One :func:`labelled_graph` per frame, for the reference energies of ``potential``."""
     references = potential.references.cpu().numpy()
     return [labelled_graph(atoms, potential, references) for atoms in frames]
 
 
-def weigh(groups: Sequence[Sequence[Data]], scales: Sequence[float] | None = None) -> None:
-    r"""Set weights that give every group of graphs the same say, in place.
+def weigh(
+    groups: Sequence[Sequence[LabeledGraph]], scales: Sequence[float] | None = None
+) -> list[list[LabeledGraph]]:
+    r"""Give graphs weights by which every group of them counts the same.
 
     .. math:: w_k = \frac{\bar s}{s_k}\,\frac{\sum_j N_j}{K N_k}
 
     with :math:`N_k` atoms in group k and its scale of forces :math:`s_k` (``scales``, eV/Å; default: equal).
     """
     scales = scales or [1.0] * len(groups)
-    n_atoms = [sum(len(graph.pos) for graph in group) for group in groups]
-    for group, n, scale in zip(groups, n_atoms, scales, strict=True):
-        weight = sum(scales) / len(scales) / scale * sum(n_atoms) / (len(groups) * n)
-        for graph in group:
-            graph.weight.fill_(weight)
+    n_atoms = [sum(len(graph) for graph in group) for group in groups]
+    weights = [
+        sum(scales) / len(scales) / scale * sum(n_atoms) / (len(groups) * n)
+        for n, scale in zip(n_atoms, scales, strict=True)
+    ]
+    return [
+        [replace(graph, weight=torch.full_like(graph.weight, weight)) for graph in group]
+        for group, weight in zip(groups, weights, strict=True)
+    ]
 
 
-def reduced_energy(potential: Potential, batch: Batch, prediction: Prediction) -> Tensor:
+def reduced_energy(potential: Potential, batch: LabeledGraph, prediction: Prediction) -> Tensor:
     """Predicted energies (n_structures,) less the reference energies, in the type of the targets."""
     rows = potential.species_row[batch.atomic_numbers]
-    shift = torch.zeros_like(prediction.energy).index_add(0, batch.batch, potential.references[rows])
+    shift = torch.zeros_like(prediction.energy).index_add(
+        0, batch.structure_index, potential.references[rows]
+    )
     return (prediction.energy - shift).to(batch.energy.dtype)
 
 
-def loss_terms(potential: Potential, batch: Batch, config: TrainConfig) -> Tensor:
+def loss_terms(potential: Potential, batch: LabeledGraph, config: TrainConfig) -> Tensor:
     """Weighted mean absolute errors of energy per atom, force vectors (2-norm) and stress components."""
     prediction = predict(potential, batch, differentiable=True)
-    n_atoms = torch.bincount(batch.batch, minlength=len(batch.energy))
+    n_atoms = torch.bincount(batch.structure_index, minlength=len(batch.energy))
     energy = (reduced_energy(potential, batch, prediction) - batch.energy).abs() / n_atoms
     forces = (prediction.forces - batch.forces).square().sum(dim=-1).add(1e-12).sqrt()
     loss = config.energy_weight * (batch.weight * energy).mean()
-    loss = loss + config.force_weight * (batch.weight[batch.batch] * forces).mean()
+    loss = loss + config.force_weight * (batch.weight[batch.structure_index] * forces).mean()
     labelled = torch.isfinite(batch.stress).all(dim=(1, 2))
     if config.stress_weight and labelled.any():
         volume = torch.linalg.det(batch.cell[labelled]).abs()[:, None, None]
@@ -73,14 +138,14 @@ def loss_terms(potential: Potential, batch: Batch, config: TrainConfig) -> Tenso
     return loss
 
 
-def validate(potential: Potential, graphs: Sequence[Data], batch_size: int) -> dict[str, float]:
+def validate(potential: Potential, graphs: Sequence[LabeledGraph], batch_size: int) -> dict[str, float]:
     """Force MAE (eV/Å) and energy MAE (eV/atom) over labelled graphs, each counting by its weight."""
     forces, energies = [], []
     for start in range(0, len(graphs), batch_size):
         batch = batch_graphs(graphs[start : start + batch_size]).to(potential.device)
         prediction = predict(potential, batch)
-        n_atoms = torch.bincount(batch.batch)
+        n_atoms = torch.bincount(batch.structure_index)
         error = (reduced_energy(potential, batch, prediction) - batch.energy).abs() / n_atoms
         energies.append(batch.weight * error)
-        forces.append(batch.weight[batch.batch, None] * (prediction.forces - batch.forces).abs())
+        forces.append(batch.weight[batch.structure_index, None] * (prediction.forces - batch.forces).abs())
     return {"force_mae": float(torch.cat(forces).mean()), "energy_mae": float(torch.cat(energies).mean())}

@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from ase import Atoms
-from torch_geometric.data import Data
 
 from ase_gffmerge.data.frames import bare, displaced
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.inference.metrics import check_frames
 from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
 from ase_gffmerge.merging.distill_options import DistillOptions
@@ -26,7 +25,7 @@ from ase_gffmerge.merging.reference_energies import align_references
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.batching import chunks
 from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames
-from ase_gffmerge.training.loss import weigh
+from ase_gffmerge.training.loss import LabeledGraph, weigh
 
 HELD_OUT = 10
 """Every tenth frame is held out: the error on them says when to stop."""
@@ -67,8 +66,8 @@ class Teachers:
 
     teachers: list[ForceField]
     distillation_sets: list[DistillationSet]
-    training: list[list[Data]]
-    held_out: list[list[Data]]
+    training: list[list[LabeledGraph]]
+    held_out: list[list[LabeledGraph]]
     energy_shifts: dict[str, dict[str, float]]
 
 
@@ -116,9 +115,7 @@ def prepare_teachers(
     scales = [
         max(mean_force(graphs), 1e-6) / weight for graphs, weight in zip(training, weights, strict=True)
     ]
-    for groups in (training, held_out):
-        weigh(groups, scales)
-    return Teachers(teachers, distillation_sets, training, held_out, shifts)
+    return Teachers(teachers, distillation_sets, weigh(training, scales), weigh(held_out, scales), shifts)
 
 
 def merge_weights(merged: ForceField, n: int) -> Sequence[float]:
@@ -127,7 +124,7 @@ def merge_weights(merged: ForceField, n: int) -> Sequence[float]:
     return weights or (1.0,) * n
 
 
-def mean_force(graphs: Sequence[Data]) -> float:
+def mean_force(graphs: Sequence[LabeledGraph]) -> float:
     """Mean absolute force component, eV/Å."""
     return float(torch.cat([graph.forces for graph in graphs]).abs().mean())
 
@@ -184,8 +181,8 @@ def displaced_copies(frames: Sequence[Atoms], options: DistillOptions) -> list[A
 
 def graphs_with_targets(
     teacher: ForceField, student: Potential, frames: Sequence[Atoms], *, index: int, features: bool
-) -> list[Data]:
-    """Graphs with the teacher's predictions as targets, see :func:`~ase_gffmerge.training.loss.labelled_graph`.
+) -> list[LabeledGraph]:
+    """Graphs with the teacher's predictions as targets.
 
     Parameters
     ----------
@@ -200,7 +197,8 @@ def graphs_with_targets(
     features
         Also keep the teacher's scalars after all blocks, ``features`` (n_atoms, n_blocks · channels).
     """
-    labelled: list[Data] = []
+    labelled: list[LabeledGraph] = []
+    unknown = torch.full((1, 3, 3), torch.nan, dtype=student.dtype)
     for group in chunks(frames, MAX_ATOMS):
         graphs = [
             build_graph(atoms, student.hyper.cutoff, dtype=student.dtype, specialist=index) for atoms in group
@@ -208,25 +206,28 @@ def graphs_with_targets(
         batch = batch_graphs(graphs).to(student.device)
         prediction = predict(teacher.potential, batch)
         rows = student.species_row[batch.atomic_numbers]
-        reduced = prediction.energy.index_add(0, batch.batch, -student.references[rows]).to(student.dtype)
+        reduced = prediction.energy.index_add(0, batch.structure_index, -student.references[rows]).to(
+            student.dtype
+        )
         stress = prediction.stress(batch.cell) if any(atoms.pbc.all() for atoms in group) else None
         sizes = [len(atoms) for atoms in group]
         forces = prediction.forces.split(sizes)
         hidden = node_features(teacher.potential, batch).split(sizes) if features else None
         for i, (graph, atoms) in enumerate(zip(graphs, group, strict=True)):
-            graph.energy, graph.forces = reduced[i : i + 1].cpu(), forces[i].cpu()
-            graph.stress = torch.full((1, 3, 3), torch.nan, dtype=student.dtype)
-            if stress is not None and atoms.pbc.all():
-                graph.stress = stress[i : i + 1].cpu()
-            graph.weight = torch.ones(1, dtype=student.dtype)
-            if hidden is not None:
-                graph.features = hidden[i].cpu()
-        labelled += graphs
+            labelled.append(
+                LabeledGraph.of(
+                    graph,
+                    energy=reduced[i : i + 1].cpu(),
+                    forces=forces[i].cpu(),
+                    stress=unknown if stress is None or not atoms.pbc.all() else stress[i : i + 1].cpu(),
+                    features=None if hidden is None else hidden[i].cpu(),
+                )
+            )
     return labelled
 
 
 @torch.no_grad()
-def node_features(potential: Potential, batch: Data) -> torch.Tensor:
+def node_features(potential: Potential, batch: AtomGraph) -> torch.Tensor:
     """Scalars after all blocks (n_atoms, n_blocks · channels)."""
     batch.edge_vectors = edge_vectors(batch)
     features = torch.cat(potential.features(batch), dim=-1)

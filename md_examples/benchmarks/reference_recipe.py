@@ -57,7 +57,7 @@ def reference_recipe(specialists: Sequence[ForceField]) -> tuple[dict[str, Tenso
         graphs = [
             build_graph(a, potential.hyper.cutoff, dtype=potential.dtype) for a in specialist.calibration
         ]
-        for group in chunks(graphs, MAX_EDGES, size=lambda graph: graph.edge_index.shape[1]):
+        for group in chunks(graphs, MAX_EDGES, size=lambda graph: graph.n_edges):
             batch = batch_graphs(group)
             batch.edge_vectors = edge_vectors(batch)
             potential(batch)

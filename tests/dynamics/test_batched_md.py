@@ -147,7 +147,7 @@ def test_edges_are_exactly_those_within_the_cutoff(structures, skin, rng):
             rows = torch.cat([single.edge_index + offset, single.shifts.long().T]).T.tolist()
             expected |= {tuple(row) for row in rows}
             offset += len(atoms)
-            assert (batch.specialist[batch.batch == k] == k).all()
+            assert (batch.specialist[batch.structure_index == k] == k).all()
         found = torch.cat([batch.edge_index, batch.shifts.long().T]).T.tolist()
         assert {tuple(row) for row in found} == expected
         assert len(found) == len(expected)

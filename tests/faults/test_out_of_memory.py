@@ -40,9 +40,9 @@ class Small:
         self.sizes: list[int] = []
 
     def __call__(self, model, graph, **options):
-        if len(graph.pos) > self.n_atoms:
+        if len(graph) > self.n_atoms:
             raise self.failure
-        self.sizes.append(len(graph.pos))
+        self.sizes.append(len(graph))
         return self.evaluate(model, graph, **options)
 
 

@@ -131,6 +131,6 @@ class TestWithTheToolkit:
                 patch.setattr(batches, "searches_on", lambda device: False)
                 single = [build_graph(atoms, 3.5) for atoms in structures]
             expected = batches.batch_graphs(single)
-            for key in ("edge_index", "shifts", "pos", "atomic_numbers"):
-                assert torch.equal(found[key], expected[key])
+            for key in ("edge_index", "shifts", "positions", "atomic_numbers"):
+                assert torch.equal(getattr(found, key), getattr(expected, key))
         assert len(searched) > 3

@@ -65,8 +65,16 @@ def searches(monkeypatch) -> list[Atoms]:
 def assert_fresh(verlet: VerletCache, atoms: Atoms) -> None:
     """The graph is the one that knows no past: same numbers, same edges in the same order."""
     got, fresh = verlet.graph(atoms), build_graph(atoms, CUTOFF)
-    for key in ("pos", "atomic_numbers", "specialist", "cell", "edge_index", "shifts"):
-        assert torch.equal(got[key], fresh[key]), key
+    for key in (
+        "positions",
+        "atomic_numbers",
+        "specialist",
+        "cell",
+        "edge_index",
+        "shifts",
+        "structure_index",
+    ):
+        assert torch.equal(getattr(got, key), getattr(fresh, key)), key
 
 
 def strain(size: float, rng: np.random.Generator) -> np.ndarray:

@@ -64,5 +64,5 @@ def test_images_in_a_flat_batch_do_not_mix():
     bond, edge = undirected(batch.edge_index, batch.shifts)
     alone = [undirected(graph.edge_index, graph.shifts)[1] for graph in (first, second)]
     assert len(edge) == sum(map(len, alone))
-    owner = batch.batch[batch.edge_index[1]]
+    owner = batch.structure_index[batch.edge_index[1]]
     assert np.array_equal(owner[edge][bond], owner)

@@ -42,7 +42,7 @@ def gram(wide, batch, target, n_displacements: int) -> Gram:
         target,
         Probes.draw(batch, n_displacements, stress_weight=0.5, seed=0),
         elements=ELEMENTS,
-        frame_weights=torch.ones(batch.num_graphs, dtype=torch.float64),
+        frame_weights=torch.ones(batch.n_structures, dtype=torch.float64),
         energy_weight=1.0,
     )
     return Gram.of(*rows)
@@ -109,7 +109,7 @@ def test_work_is_the_change_of_energy_along_the_tangents(prepared) -> None:
     work = probes.work(batch, predict(wide, batch.clone()))
     vectors = edge_vectors(batch)
     tangents = probes.tangents(batch, vectors)
-    assert work.shape == (3 + 6, batch.num_graphs)
+    assert work.shape == (3 + 6, batch.n_structures)
     assert not work[3:, :-1].any()
     assert work[3:, -1].abs().min() > 0
     step = 1e-5
@@ -119,7 +119,9 @@ def test_work_is_the_change_of_energy_along_the_tangents(prepared) -> None:
             graph = batch.clone()
             graph.edge_vectors = vectors + sign * step * tangent
             per_atom = wide(graph)
-            energies.append(per_atom.new_zeros(batch.num_graphs).index_add(0, batch.batch, per_atom))
+            energies.append(
+                per_atom.new_zeros(batch.n_structures).index_add(0, batch.structure_index, per_atom)
+            )
         torch.testing.assert_close((energies[0] - energies[1]) / (2 * step), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -38,7 +38,7 @@ def test_slopes_of_stage_states_are_derivatives_along_the_probes(family, archite
         state = scene.target
         for _, stage in potential.named_stages():
             state = advance(stage, state, scene)
-        return state, scene.graph.pos
+        return state, scene.graph.positions
 
     state, positions = final_state()
     first = torch.as_tensor(specialist.calibration[0].positions)

@@ -30,7 +30,7 @@ def test_at_most_so_many_frames_are_used_evenly(make_merge_inputs) -> None:
     specialist = merge_inputs.specialists[0]
     few = DisagreementMetric.of([specialist], n_frames=3)
     chosen = [specialist.calibration[i] for i in (0, 4, 8)]
-    np.testing.assert_allclose(few.batches[0][0].pos, np.concatenate([a.positions for a in chosen]))
+    np.testing.assert_allclose(few.batches[0][0].positions, np.concatenate([a.positions for a in chosen]))
     assert len(DisagreementMetric.of([specialist]).batches[0][0].cell) == 9
 
 

@@ -60,7 +60,7 @@ def test_the_model_itself_stays_differentiable_both_ways(painn, graph) -> None:
     painn.for_inference()
     with dual_level():
         graph.edge_vectors = torch.autograd.forward_ad.make_dual(
-            *2 * (torch.rand(graph.num_edges, 3).double() + 1,)
+            *2 * (torch.rand(graph.n_edges, 3).double() + 1,)
         )
         assert torch.autograd.forward_ad.unpack_dual(painn(graph)).tangent is not None
 

@@ -175,13 +175,15 @@ def test_stages_emit_invariant_features(potential, atoms):
 def test_forward_mode(potential, atoms):
     """The directional derivative by dual numbers is the force."""
     graph = build_graph(atoms, potential.hyper.cutoff)
-    direction = torch.randn(graph.pos.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    direction = torch.randn(
+        graph.positions.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
 
     def energy(positions):
         graph.edge_vectors = edge_vectors(graph, positions)
         return potential(graph).sum()
 
-    slope = torch.func.jvp(energy, (graph.pos,), (direction,))[1]
+    slope = torch.func.jvp(energy, (graph.positions,), (direction,))[1]
     del graph.edge_vectors
     torch.testing.assert_close(slope, -(predict(potential, graph).forces * direction).sum())
 

@@ -15,7 +15,7 @@ HYPER = {"channels": 4, "n_blocks": 1, "n_radial": 4, "cutoff": 3.0}
 
 class ReadsPositions(PaiNN):
     def energies(self, scalars, graph):
-        return super().energies(scalars, graph) + 0.1 * graph.pos[:, 0]
+        return super().energies(scalars, graph) + 0.1 * graph.positions[:, 0]
 
 
 class SingleEnergies(PaiNN):
@@ -34,7 +34,7 @@ class Crossing(PaiNN):
     """The structures of a batch know of each other."""
 
     def energies(self, scalars, graph):
-        return super().energies(scalars, graph) + 0.01 * len(graph.pos)
+        return super().energies(scalars, graph) + 0.01 * len(graph)
 
 
 class Oriented(PaiNN):
@@ -50,7 +50,7 @@ class Detached(PaiNN):
 
 class Random(PaiNN):
     def energies(self, scalars, graph):
-        return super().energies(scalars, graph) + 1e-12 * torch.rand(len(graph.pos), dtype=torch.float64)
+        return super().energies(scalars, graph) + 1e-12 * torch.rand(len(graph), dtype=torch.float64)
 
 
 class Forgets(PaiNN):
@@ -66,12 +66,12 @@ class Forgets(PaiNN):
 
 class OrderMatters(PaiNN):
     def energies(self, scalars, graph):
-        return super().energies(scalars, graph) + 0.01 * torch.arange(len(graph.pos))
+        return super().energies(scalars, graph) + 0.01 * torch.arange(len(graph))
 
 
 class Lonely(PaiNN):
     def energies(self, scalars, graph):
-        return super().energies(scalars, graph) / float(graph.edge_index.shape[1] > 0 or "nan")
+        return super().energies(scalars, graph) / float(graph.n_edges > 0 or "nan")
 
 
 class Shortcut(PaiNN):

@@ -139,7 +139,7 @@ def test_features_are_matched_on_request(architecture: str) -> None:
         graphs = [build_graph(atoms, 4.0) for atoms in specialists[0].calibration]
         total = 0.0
         for graph in graphs:
-            graph.edge_vectors = graph.pos[graph.edge_index[0]] - graph.pos[graph.edge_index[1]]
+            graph.edge_vectors = graph.positions[graph.edge_index[0]] - graph.positions[graph.edge_index[1]]
             pair = [torch.cat(m.potential.features(graph), -1) for m in (model, specialists[0])]
             total += float((pair[0] - pair[1]).abs().mean())
         return total
@@ -367,13 +367,13 @@ def test_groups_of_unequal_size_count_the_same() -> None:
         labelled_graphs(labelled(s, s.calibration[: 2 + 6 * k]), s.potential)
         for k, s in enumerate(specialists)
     ]
-    weigh(groups, [1.0, 4.0])
-    says = [sum(float(graph.weight) * len(graph.pos) for graph in group) for group in groups]
+    groups = weigh(groups, [1.0, 4.0])
+    says = [sum(float(graph.weight) * len(graph) for graph in group) for group in groups]
     assert says[0] == pytest.approx(4 * says[1])
-    weigh(groups)
-    says = [sum(float(graph.weight) * len(graph.pos) for graph in group) for group in groups]
+    groups = weigh(groups)
+    says = [sum(float(graph.weight) * len(graph) for graph in group) for group in groups]
     assert says[0] == pytest.approx(says[1])
-    assert sum(says) == pytest.approx(sum(len(graph.pos) for group in groups for graph in group))
+    assert sum(says) == pytest.approx(sum(len(graph) for group in groups for graph in group))
 
 
 def test_patience() -> None:

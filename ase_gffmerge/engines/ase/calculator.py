@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
-from torch_geometric.data import Data
 
 from ase_gffmerge.engines.ase.arguments import (
     DTYPES,
@@ -34,6 +33,7 @@ from ase_gffmerge.engines.ase.results import (
 from ase_gffmerge.errors import ArgumentError
 from ase_gffmerge.forcefield.conditioning import KEY, same_choice, specialist_indices
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.graphs.verlet_cache import VerletCache
 from ase_gffmerge.inference.compiled import Compile
 from ase_gffmerge.inference.disagreement import force_disagreement
@@ -282,9 +282,9 @@ class GFFMergeCalculator(Calculator):
         self.results = results
         if grades is not None:
             self.extras["extrapolation"] = as_array(grades)
-        self.extras |= {"n_edges": graph.edge_index.shape[1], "seconds": time.perf_counter() - started}
+        self.extras |= {"n_edges": graph.n_edges, "seconds": time.perf_counter() - started}
 
-    def _graph(self, atoms: Atoms) -> Data:
+    def _graph(self, atoms: Atoms) -> AtomGraph:
         """Graph in float64 on the device, with specialist indices if the potential reads them."""
         prepared = self.force_field.prepared(atoms, specialist=self.parameters.get(KEY))
         return self._neighbours.graph(prepared)

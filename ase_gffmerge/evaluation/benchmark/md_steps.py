@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from ase.mep import NEB
 from torch import Tensor
-from torch_geometric.data import Data
 
 from ase_gffmerge.evaluation.benchmark.harness import Bench, Row, md_step, medians, register
 from ase_gffmerge.evaluation.benchmark.merging import SINGLE
 from ase_gffmerge.graphs import build_graph, predict
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.models import Potential
 
 STATM = Path("/proc/self/statm")
@@ -40,14 +40,14 @@ def step_rows(bench: Bench) -> Iterator[Row]:
             ratio=ratio,
             target=1.1,
             milliseconds=times,
-            note=f"{len(atoms)} atoms, {graph.edge_index.shape[1]} edges",
+            note=f"{len(atoms)} atoms, {graph.n_edges} edges",
         )
 
 
-def _evaluate(network: Potential, graph: Data) -> None:
+def _evaluate(network: Potential, graph: AtomGraph) -> None:
     """Compute energy and forces of a finished graph, without gauge."""
 
-    def energies(graph: Data) -> Tensor:
+    def energies(graph: AtomGraph) -> Tensor:
         graph.edge_vectors = graph.edge_vectors.to(network.dtype)
         return network(graph)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from ase import Atoms
-from torch_geometric.data import Data
 
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.comparison.inputs import LabelledSet
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.inference.metrics import Errors, evaluate
 from ase_gffmerge.methods import MergeInputs, MergeOutput, Method
 from ase_gffmerge.models import Potential
@@ -138,12 +138,12 @@ def relative_cost(model: Potential, own: Potential, atoms: Atoms, *, specialist:
     return statistics.median(seconds[0][WARM_UP:]) / statistics.median(seconds[1][WARM_UP:])
 
 
-def _graph(potential: Potential, atoms: Atoms, specialist: int) -> Data:
+def _graph(potential: Potential, atoms: Atoms, specialist: int) -> AtomGraph:
     graph = build_graph(atoms, potential.hyper.cutoff, dtype=potential.dtype, specialist=specialist)
     return batch_graphs([graph]).to(potential.device)
 
 
-def _seconds(potential: Potential, graph: Data) -> float:
+def _seconds(potential: Potential, graph: AtomGraph) -> float:
     clock = time.perf_counter if potential.device.type == "cuda" else time.process_time
     start = clock()
     prediction = predict(potential, graph)

@@ -201,9 +201,9 @@ def _vendor_energies(network: Any, head: int, graph: Any) -> Tensor:
     like, device = network.node_embedding.linear.weight, network.node_embedding.linear.weight.device
     rows = torch.full((119,), -1)
     rows[network.atomic_numbers.cpu()] = torch.arange(len(network.atomic_numbers))
-    n_atoms, n_edges = len(graph.atomic_numbers), graph.edge_index.shape[1]
+    n_atoms, n_edges = len(graph), graph.n_edges
     data = {
-        "positions": graph.pos,
+        "positions": graph.positions,
         "cell": torch.zeros(3, 3),
         "edge_index": graph.edge_index,
         "shifts": torch.zeros(n_edges, 3),

@@ -16,8 +16,8 @@ import torch
 from e3nn.o3 import FullyConnectedTensorProduct, Irreps
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
-from torch_geometric.data import Data
 
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.integrations.wrapped import (
     ChainPotential,
     Entries,
@@ -191,7 +191,7 @@ class Repulsion(nn.Module):
         self.scale = nn.Parameter(torch.ones(len(species)))
         self.elements = OneHot(species)
 
-    def forward(self, graph: Data) -> Tensor:
+    def forward(self, graph: AtomGraph) -> Tensor:
         """Energies (n_atoms,) in eV."""
         vectors, numbers = graph.edge_vectors, graph.atomic_numbers
         lengths = vectors.square().sum(dim=1, keepdim=True).sqrt()
@@ -251,7 +251,7 @@ class MACEPackage(ChainPotential):
             own += [name for name, _ in self.named_parameters() if ".symmetric_contractions." in name]
         return (*super().element_parameters(), *own)
 
-    def indices(self, graph: Data) -> Entries:
+    def indices(self, graph: AtomGraph) -> Entries:
         """Elements; the package's edges run from the receiving atom."""
         return {"edge_index": graph.edge_index.flip(0), "atomic_numbers": graph.atomic_numbers}
 
@@ -259,7 +259,7 @@ class MACEPackage(ChainPotential):
         """Edge vectors and their spherical harmonics."""
         return vectors, self.harmonics(vectors)
 
-    def energies(self, scalars: Sequence[Tensor], graph: Data) -> Tensor:
+    def energies(self, scalars: Sequence[Tensor], graph: AtomGraph) -> Tensor:
         """Energies of the readout, and the repulsion, which is no matter of a merge."""
         energies = super().energies(scalars, graph)
         return energies if self.repulsion is None else energies + self.repulsion(graph).double()

@@ -17,8 +17,8 @@ from nequip.model.utils import _IS_BUILDING_MODEL
 from nequip.nn import ScalarMLPFunction
 from nequip.nn.pair_potential import ZBL
 from torch import Tensor, nn
-from torch_geometric.data import Data
 
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.integrations.nequip import layers  # noqa: F401 (registers the package's layers)
 from ase_gffmerge.integrations.wrapped import (
     ChainPotential,
@@ -84,7 +84,7 @@ class Repulsion(nn.Module):
         with package_mode():
             self.module = ZBL(names, names, units, polynomial_cutoff_p=power, irreps_in=irreps)
 
-    def forward(self, graph: Data, species: Tensor, cutoff: float) -> Tensor:
+    def forward(self, graph: AtomGraph, species: Tensor, cutoff: float) -> Tensor:
         """Energies (n_atoms,) in eV."""
         vectors = graph.edge_vectors
         lengths = vectors.square().sum(dim=1, keepdim=True).sqrt()
@@ -149,7 +149,7 @@ class NequIPPackage(ChainPotential):
             )
         return ScaledReadout(network, len(self.species))
 
-    def indices(self, graph: Data) -> Entries:
+    def indices(self, graph: AtomGraph) -> Entries:
         """Elements in the place of their attributes; the package's edges run from the receiving atom."""
         numbers = graph.atomic_numbers
         return {"edge_index": graph.edge_index.flip(0), "atom_types": numbers, "node_attrs": numbers}
@@ -161,7 +161,7 @@ class NequIPPackage(ChainPotential):
         bessel = torch.sinc(x * n) * n * (2 * math.pi / self.hyper.cutoff**2)
         return bessel * envelope(x, self._power), self.harmonics(vectors)
 
-    def energies(self, scalars: Sequence[Tensor], graph: Data) -> Tensor:
+    def energies(self, scalars: Sequence[Tensor], graph: AtomGraph) -> Tensor:
         """Energies of the readout, and the repulsion, which is no matter of a merge."""
         energies = super().energies(scalars, graph)
         if self.repulsion is None:

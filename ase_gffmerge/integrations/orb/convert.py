@@ -245,7 +245,7 @@ def _vendor_energies(network: Any, graph: Any, hyper: "OrbPackageHyper") -> Tens
 
     numbers = graph.atomic_numbers
     batch = ase_atoms_to_atom_graphs(
-        Atoms(numbers.numpy(), positions=graph.pos.double().numpy()),
+        Atoms(numbers.numpy(), positions=graph.positions.double().numpy()),
         SystemConfig(hyper.cutoff, hyper.max_neighbors),
         device=torch.device("cpu"),
         output_dtype=next(network.parameters()).dtype,

@@ -25,9 +25,8 @@ from orb_models.forcefield.nn_util import build_mlp, get_cutoff
 from orb_models.forcefield.pretrained import orb_v3_conservative_architecture
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
-from torch_geometric.data import Data
 
-from ase_gffmerge.graphs.graph import structure_index
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.integrations.wrapped import ChainPotential, Entries, ModuleStage
 from ase_gffmerge.models.base import HyperParameters, State
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
@@ -177,11 +176,11 @@ class OrbPackage(ChainPotential):
         with package_mode():
             return MeanReadout(build_mlp(hyper.channels, hidden, 1, activation=hyper.activation))
 
-    def indices(self, graph: Data) -> Entries:
+    def indices(self, graph: AtomGraph) -> Entries:
         """Edges of the nearest neighbours, which run from the receiving atom in the package, and structures of the atoms."""
-        kept, structure = self._nearest(graph), structure_index(graph)
+        kept, structure = self._nearest(graph), graph.structure_index
         receivers, senders = graph.edge_index[:, kept]
-        counts = torch.bincount(structure, minlength=len(graph.cell))
+        counts = torch.bincount(structure, minlength=graph.n_structures)
         return {
             "kept": kept,
             "senders": senders,
@@ -190,10 +189,10 @@ class OrbPackage(ChainPotential):
             "counts": counts,
         }
 
-    def _nearest(self, graph: Data) -> Tensor:
+    def _nearest(self, graph: AtomGraph) -> Tensor:
         """Edges (n_kept,) to the nearest neighbours of every atom; among equals the first ones."""
         centre, limit = graph.edge_index[1], self.hyper.max_neighbors
-        n_edges = torch.bincount(centre, minlength=len(graph.atomic_numbers))
+        n_edges = torch.bincount(centre, minlength=len(graph))
         if not len(centre) or int(n_edges.max()) <= limit:
             return torch.arange(len(centre), device=centre.device)
         order = graph.edge_vectors.detach().square().sum(dim=1).argsort(stable=True)
@@ -208,12 +207,12 @@ class OrbPackage(ChainPotential):
         products = self.bessel(lengths)[:, :, None] * self.harmonics(vectors)[:, None, :]
         return cutoff * products.flatten(1), cutoff
 
-    def energies(self, scalars: Sequence[Tensor], graph: Data) -> Tensor:
+    def energies(self, scalars: Sequence[Tensor], graph: AtomGraph) -> Tensor:
         """Energies of the readout, and the repulsion, which is no matter of a merge."""
         energies = super().energies(scalars, graph)
         return energies if self.repulsion is None else energies + self._repulsion(graph).double()
 
-    def _repulsion(self, graph: Data) -> Tensor:
+    def _repulsion(self, graph: AtomGraph) -> Tensor:
         """Short-range repulsion of Ziegler, Biersack and Littmark, each atom's part (n_atoms,) in eV."""
         assert self.repulsion is not None
         found = self.indices(graph)

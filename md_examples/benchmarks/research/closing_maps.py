@@ -92,7 +92,7 @@ def _closing_metric(
     stage: Stage, layer: str, problem: AffineMap, scenes: Sequence[CalibrationBatch]
 ) -> Tensor:
     """Gram matrix of the closing layer's inputs, for the preconditioner."""
-    total = torch.zeros((), device=scenes[0].graph.pos.device)
+    total = torch.zeros((), device=scenes[0].graph.positions.device)
     for scene in scenes:
         values = (scene.merged + scene.geometry).value
         x = layer_input(stage.get_submodule(layer), lambda: run_stage(stage, scene, values))  # noqa: B023

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, silu
-from torch_geometric.data import Batch
 
 from ase_gffmerge.graphs import Prediction, predict
-from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.merging.directions import Probes
 from ase_gffmerge.merging.readout_fit import random_feature_derivatives, readout_rows, widened
 from ase_gffmerge.merging.recipe import ReadoutOptions
@@ -65,7 +64,7 @@ class ElementReadout(FeatureReadout):
 class PaiNNWithNorms(PaiNN):
     """PaiNN whose readout sees the norms of the vector features after every block as well."""
 
-    def features(self, graph: Batch) -> list[Tensor]:
+    def features(self, graph: AtomGraph) -> list[Tensor]:
         """Norms after every block, then scalars after every block, each (n_atoms, channels)."""
         state, geometry = self.embed(graph), self.geometry(graph)
         scalars, norms = [], []
@@ -106,7 +105,7 @@ def with_readout(kind: type[FeatureReadout], potential: Potential, options: Read
     return wide.eval().requires_grad_(False)
 
 
-def lifted_inputs(potential: Potential, graph: Batch) -> Tensor:
+def lifted_inputs(potential: Potential, graph: AtomGraph) -> Tensor:
     """Inputs z (n_atoms, d) of the readout's projection."""
     graph.edge_vectors = edge_vectors(graph)
     return widened(potential).random_features(potential.features(graph))
@@ -114,7 +113,7 @@ def lifted_inputs(potential: Potential, graph: Batch) -> Tensor:
 
 def feature_rows(
     potential: Potential,
-    graph: Batch,
+    graph: AtomGraph,
     target: Prediction,
     probes: Probes,
     *,
@@ -139,13 +138,15 @@ def feature_rows(
     features = pushforward(lambda z: readout.phi(z, species), Dual((z,), (dz,)))
     element = torch.searchsorted(elements, species)
     n_frames, n_elements = len(frame_weights), len(elements)
-    cell = graph.batch * n_elements + element
+    cell = graph.structure_index * n_elements + element
 
     def sums(values: Tensor) -> Tensor:
         total = values.new_zeros(n_frames * n_elements, values.shape[1])
         return total.index_add(0, cell, values).view(n_frames, -1)
 
-    counts = z.new_zeros(n_frames, n_elements).index_add(0, graph.batch, one_hot(element, n_elements).to(z))
+    counts = z.new_zeros(n_frames, n_elements).index_add(
+        0, graph.structure_index, one_hot(element, n_elements).to(z)
+    )
     scale = frame_weights.sqrt()[:, None]
     weight = energy_weight * scale * counts.sum(1, keepdim=True).rsqrt()
     slopes = torch.cat([torch.cat([sums(x), 0 * counts], dim=1) * scale for x in features.tangent[0]])

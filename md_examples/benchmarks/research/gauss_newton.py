@@ -14,11 +14,10 @@ import torch
 from ase import Atoms
 from torch import Tensor
 from torch.func import functional_call, jvp
-from torch_geometric.data import Batch
 
 from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.derivatives import assemble
-from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.merging.calibration import CalibrationSet
 from ase_gffmerge.merging.force_matching import MAX_ATOMS
 from ase_gffmerge.models import Potential
@@ -35,7 +34,7 @@ ENERGY_WEIGHT = 10.0
 class Labelled:
     """A batch with the specialist's labels and the weights of its rows."""
 
-    graph: Batch
+    graph: AtomGraph
     target: Prediction
     energy_weights: Tensor
     force_weight: float
@@ -46,7 +45,7 @@ class Labelled:
 
     def unflat(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """Transpose of :meth:`flat`."""
-        energy, forces = vector.split([len(self.energy_weights), self.graph.pos.numel()])
+        energy, forces = vector.split([len(self.energy_weights), self.graph.positions.numel()])
         return energy * self.energy_weights, forces.view(-1, 3) * self.force_weight
 
 
@@ -58,7 +57,7 @@ def labelled(calibration_set: CalibrationSet, frames: Sequence[Atoms], dtype: to
     batches = []
     for group in chunks(frames, MAX_ATOMS):
         batch = batch_graphs([build_graph(atoms, specialist.cutoff, dtype=dtype) for atoms in group])
-        weights = ENERGY_WEIGHT * (square / torch.bincount(batch.batch)).sqrt().to(dtype)
+        weights = ENERGY_WEIGHT * (square / torch.bincount(batch.structure_index)).sqrt().to(dtype)
         batches.append(Labelled(batch, predict(specialist.potential, batch), weights, square**0.5))
     return batches
 
@@ -79,7 +78,7 @@ class ForceProblem:
             found.append(batch.flat(energy, batch.target.forces - ours.forces))
         return found
 
-    def _energies(self, parameters: Parameters, graph: Batch, vectors: Tensor) -> Tensor:
+    def _energies(self, parameters: Parameters, graph: AtomGraph, vectors: Tensor) -> Tensor:
         graph.edge_vectors = vectors
         return functional_call(self.potential, parameters, (graph,))
 
@@ -90,7 +89,7 @@ class ForceProblem:
             graph = batch.graph
             vectors = edge_vectors(graph).detach().requires_grad_()
 
-            def energies(*values: Tensor, graph: Batch = graph, vectors: Tensor = vectors) -> Tensor:
+            def energies(*values: Tensor, graph: AtomGraph = graph, vectors: Tensor = vectors) -> Tensor:
                 return self._energies(dict(zip(names, values, strict=True)), graph, vectors)
 
             with torch.enable_grad():
@@ -116,7 +115,7 @@ class ForceProblem:
                     (edge_vectors(graph).detach(),),
                     (on_forces[sender] - on_forces[receiver],),
                 )
-                summed = (energies * on_energy[graph.batch]).sum() - slopes.sum()
+                summed = (energies * on_energy[graph.structure_index]).sum() - slopes.sum()
                 gradients = torch.autograd.grad(summed, list(leaves.values()), allow_unused=True)
             del graph.edge_vectors
             for name, gradient in zip(leaves, gradients, strict=True):

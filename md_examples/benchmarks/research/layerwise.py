@@ -14,9 +14,8 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Batch
 
-from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import ridge_solve
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
@@ -99,7 +98,7 @@ def _entering(stage: Stage, layer: str, scene: CalibrationBatch, of_merged: bool
     )
 
 
-def sensitivities(potential: Potential, graph: Batch) -> dict[str, Tensor]:
+def sensitivities(potential: Potential, graph: AtomGraph) -> dict[str, Tensor]:
     """|∂E/∂y|² (n_rows,) of every ``nn.Linear`` by qualified name."""
     added: dict[str, Tensor] = {}
 

@@ -189,7 +189,7 @@ def batch_rows(
     graphs = [build_graph(atoms, specialist.cutoff, dtype=merged.dtype) for atoms in frames]
     batch = batch_graphs(graphs)
     weights = calibration_set.weight / (
-        n_frames * torch.bincount(batch.batch) * calibration_set.mean_square_force
+        n_frames * torch.bincount(batch.structure_index) * calibration_set.mean_square_force
     )
     if setting.frame_weights is not None:
         weights = weights * torch.as_tensor(setting.frame_weights(calibration_set, frames))

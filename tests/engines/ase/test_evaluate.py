@@ -187,9 +187,9 @@ def test_memory_that_does_not_suffice(monkeypatch):
     expected, plain, sizes = TOY.evaluate(MIXED), extrapolation.predict, []
 
     def small(model, graph):
-        if len(graph.pos) > 6:
+        if len(graph) > 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        sizes.append(len(graph.pos))
+        sizes.append(len(graph))
         return plain(model, graph)
 
     monkeypatch.setattr(extrapolation, "predict", small)
