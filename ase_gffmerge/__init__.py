@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ase_gffmerge.dynamics.extrapolation_monitor import ExtrapolationMonitor as ExtrapolationMonitor
     from ase_gffmerge.engines.ase.calculator import GFFMergeCalculator as GFFMergeCalculator
     from ase_gffmerge.forcefield.force_field import ForceField as ForceField
-    from ase_gffmerge.forcefield.leverage_fit import with_extrapolation_grade as with_extrapolation_grade
+    from ase_gffmerge.integrations.load import load_force_field as load_force_field
     from ase_gffmerge.merging.external_calculators import merge_calculators as merge_calculators
     from ase_gffmerge.merging.merge import merge as merge
     from ase_gffmerge.merging.recipe import Recipe as Recipe
@@ -25,7 +25,7 @@ _HOMES = {
     "GFFMergeCalculator": "ase_gffmerge.engines.ase.calculator",
     "Recipe": "ase_gffmerge.merging.recipe",
     "ForceField": "ase_gffmerge.forcefield.force_field",
-    "with_extrapolation_grade": "ase_gffmerge.forcefield.leverage_fit",
+    "load_force_field": "ase_gffmerge.integrations.load",
     "distill": "ase_gffmerge.training.distill",
     "merge": "ase_gffmerge.merging.merge",
     "merge_calculators": "ase_gffmerge.merging.external_calculators",
@@ -39,11 +39,11 @@ __all__ = [
     "Recipe",
     "__version__",
     "distill",
+    "load_force_field",
     "merge",
     "merge_and_refine",
     "merge_calculators",
     "run_replicas",
-    "with_extrapolation_grade",
 ]
 
 

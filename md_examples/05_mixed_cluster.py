@@ -10,7 +10,7 @@ from ase.optimize import BFGS
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.dynamics.ase_md import run_md
-from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 
 NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
 

@@ -24,7 +24,7 @@ from ase.optimize import BFGS
 from ase.vibrations import Vibrations
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 from ase_gffmerge.sampling.statistical_inefficiency import inefficiency
 
 TEMPERATURE = 300  # K

@@ -18,7 +18,7 @@ from ase.md import VelocityVerlet
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.dynamics.ase_md import new_momenta
-from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 
 INTERVAL = 5  # steps from frame to frame
 FRAMES_BEFORE, FRAMES = 10, 20

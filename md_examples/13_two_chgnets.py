@@ -20,6 +20,7 @@ from ase.md.verlet import VelocityVerlet
 
 from ase_gffmerge import ForceField, GFFMergeCalculator
 from ase_gffmerge.errors import MergeWarning, ReferenceWarning
+from ase_gffmerge.integrations.load import export, from_vendor
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
 
@@ -52,7 +53,7 @@ def fine_tuned(folder: Path, element: str, frames: list[Atoms], base: ForceField
     specialist, _, _ = train(
         [folder / f"{element}.xyz"], folder / f"{element}.safetensors", config, init=base
     )
-    return specialist.export(folder / f"{element}.pth.tar")
+    return export(specialist, folder / f"{element}.pth.tar")
 
 
 def difference(calc: GFFMergeCalculator, other: GFFMergeCalculator, frames: list[Atoms]) -> float:
@@ -65,7 +66,7 @@ def main() -> None:
     """Fine-tune, merge, compare, run."""
     warnings.simplefilter("ignore", MergeWarning)
     warnings.simplefilter("ignore", ReferenceWarning)
-    base = ForceField.from_chgnet("0.3.0")
+    base = from_vendor("chgnet", "0.3.0")
     pretrained = GFFMergeCalculator(base, device="cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -92,7 +93,7 @@ def main() -> None:
         print(f"energy of copper after 0.2 ps of dynamics: {1000 * drift:.2f} meV per atom off")
         assert drift < 1e-3
 
-        checkpoint = mean.force_field.export(folder / "mean.pth.tar")
+        checkpoint = export(mean.force_field, folder / "mean.pth.tar")
         again = GFFMergeCalculator(f"chgnet:{checkpoint}", device="cpu")
         assert abs(again.get_potential_energy(atoms) - mean.get_potential_energy(atoms)) < 1e-4
         print("a merge without the wide readout is a CHGNet checkpoint again")

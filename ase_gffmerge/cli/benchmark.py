@@ -108,7 +108,7 @@ def make_bench(
     from ase_gffmerge.engines.ase.calculator import GFFMergeCalculator
     from ase_gffmerge.errors import BenchmarkError
     from ase_gffmerge.evaluation.benchmark.harness import Bench
-    from ase_gffmerge.workflows.load_or_merge import load
+    from ase_gffmerge.integrations.load import load_force_field
 
     def from_files(count: int, progress: Progress | None = None) -> GFFMergeCalculator:
         return GFFMergeCalculator(
@@ -118,7 +118,7 @@ def make_bench(
     def calculator(force_field: "ForceField", compiled: bool) -> "Calculator":
         return GFFMergeCalculator(force_field, device=device, dtype=dtype.value, compile=compiled)
 
-    specialists = tuple(load(source) for source in sources)
+    specialists = tuple(load_force_field(source) for source in sources)
     if not specialists[0].calibration:
         raise BenchmarkError(
             f"{specialists[0].name!r} has no calibration frames, so there is no structure to measure; "

@@ -49,16 +49,16 @@ def compare(
     """Compare all ways to use specialists together on frames that none of them has seen."""
     from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs, read_labelled, read_tests
     from ase_gffmerge.evaluation.comparison.store import RowStore, default_folder
+    from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.storage.atomic import require_writable
-    from ase_gffmerge.workflows.load_or_merge import load
 
     for path in filter(None, (markdown, plot)):
         require_writable(path)
     tests = read_tests(specialists, test or ())
     labelled = read_labelled(labels, specialists, option="--labels") if labels else ()
     merge_inputs = make_merge_inputs(
-        [load(source) for source in specialists],
-        base=load(base) if base else None,
+        [load_force_field(source) for source in specialists],
+        base=load_force_field(base) if base else None,
         labelled=labelled,
         device=device,
     )

@@ -1,6 +1,5 @@
 """``gffmerge convert``: another package's force field becomes a specialist, and back."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -42,20 +41,17 @@ def convert(
     from ase_gffmerge.data.frames import bare
     from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.data.splits import calibration_frames
-    from ase_gffmerge.forcefield.force_field import ForceField
     from ase_gffmerge.integrations import vendor_source
-    from ase_gffmerge.workflows.load_or_merge import load
+    from ase_gffmerge.integrations.load import export, load_force_field
 
     converted = vendor_source(source)
     require_other(out, [converted[1] if converted else source, *filter(None, [calibration])])
-    specialist = ForceField.from_vendor(*converted, trust=trust) if converted else load(source)
-    given = {"name": name, "level_of_theory": level_of_theory}
-    specialist = replace(specialist, **{key: value for key, value in given.items() if value})  # type: ignore[arg-type]
+    specialist = load_force_field(source, trust=trust, name=name, level_of_theory=level_of_theory)
     if calibration is not None:
         found = read_frames(calibration)
         chosen = calibration_frames(found, min(frames, len(found)), seed=0)
         specialist = specialist.with_calibration([bare(atoms) for atoms in chosen])
-    (specialist.save if out.suffix == ".safetensors" else specialist.export)(out)
+    specialist.save(out) if out.suffix == ".safetensors" else export(specialist, out)
     if as_json:
         facts = {"out": str(out), "name": specialist.name, "architecture": specialist.potential.architecture}
         print_json({**facts, "origin": specialist.provenance.origin, "frames": len(specialist.calibration)})

@@ -33,8 +33,8 @@ def demo(
 ) -> None:
     """Merge the bundled specialists, compare with the baselines, run both molecules with one calculator."""
     from ase_gffmerge.evaluation.comparison.demo import DemoResult, compare_models, run_dynamics
+    from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.storage.atomic import require_writable
-    from ase_gffmerge.workflows.load_or_merge import load
 
     require_writable(out / "demo.json")
     with progress_bar("merging") as progress:
@@ -43,7 +43,9 @@ def demo(
         )
         progress(0.3, "comparing with mean and paper")
         target = calc.force_field.potential.device
-        comparison = compare_models([load(name) for name in NAMES], calc.force_field, seconds, device=target)
+        comparison = compare_models(
+            [load_force_field(name) for name in NAMES], calc.force_field, seconds, device=target
+        )
         lengths = {"nvt": nvt_ps, "nve": nve_ps}
         runs = run_dynamics(calc, NAMES, lengths, out, progress=section(progress, 0.4, 1.0))
     result = DemoResult(comparison=comparison, cache_hit=bool(calc.cache_hit), runs=runs)

@@ -44,21 +44,21 @@ def distill(
     """
     from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.evaluation.analysis.plots import plot_history
+    from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.merging.distill_options import DistillOptions
     from ase_gffmerge.merging.recipe import load_recipe
     from ase_gffmerge.storage.atomic import require_writable
     from ase_gffmerge.training.checkpoint import checkpoint_path
     from ase_gffmerge.training.distill import distill
-    from ase_gffmerge.workflows.load_or_merge import load
 
     chosen = load_recipe(recipe)
     options = (chosen.refine or DistillOptions()).model_copy(update={"epochs": epochs} if epochs else {})
     chosen = chosen.model_copy(update={"refine": options})
-    loaded = [load(source) for source in specialists]
+    loaded = [load_force_field(source) for source in specialists]
     extra = [read_frames(path) for path in frames] if frames else None
     require_other(out, [*specialists, *(frames or ()), *filter(None, [init])])
     require_writable(out)
-    start = load(init) if init else merged_start(loaded, chosen, device)
+    start = load_force_field(init) if init else merged_start(loaded, chosen, device)
     with progress_bar("distilling") as progress:
         progress(0.0, "the specialists label their frames")
         watch = EpochWatch(options.epochs, progress)

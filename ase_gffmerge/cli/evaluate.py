@@ -101,9 +101,9 @@ def print_errors(errors: Mapping[str, Mapping[str, Any]], *, as_json: bool) -> N
 def load_models(sources: Sequence[str], specialist: str | None) -> "list[Contestant]":
     """Load every source; ``specialist`` concerns those with one surface per specialist."""
     from ase_gffmerge.evaluation.md.runs import Contestant
-    from ase_gffmerge.workflows.load_or_merge import load
+    from ase_gffmerge.integrations.load import load_force_field
 
-    loaded = [load(source) for source in sources]
+    loaded = [load_force_field(source) for source in sources]
     names = [force_field.name for force_field in loaded]
     several = [force_field for force_field in loaded if force_field.potential.hyper.n_embeddings > 1]
     return [

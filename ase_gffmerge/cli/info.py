@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 def info(model: ModelArgument, as_json: JsonOption = False) -> None:
     """Show architecture, elements, level of theory, training, errors, and how a merged file was made."""
-    from ase_gffmerge.forcefield.force_field import bundled_path
-    from ase_gffmerge.workflows.load_or_merge import load
+    from ase_gffmerge.forcefield.pretrained import bundled_path
+    from ase_gffmerge.integrations.load import load_force_field
 
-    document = {"path": str(bundled_path(model)), **describe(load(model))}
+    document = {"path": str(bundled_path(model)), **describe(load_force_field(model))}
     if as_json:
         print_json(document)
     else:
@@ -25,7 +25,7 @@ def describe(force_field: "ForceField") -> dict[str, Any]:
     """Everything but weights and frames, JSON-able."""
     from ase.data import chemical_symbols
 
-    from ase_gffmerge.forcefield.force_field import UNITS
+    from ase_gffmerge.forcefield.serialization import UNITS
 
     potential = force_field.potential
     elements = [chemical_symbols[number] for number in potential.species]

@@ -41,9 +41,9 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Merge specialists by least squares and write one potential with its report."""
+    from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.merging.recipe import load_recipe
     from ase_gffmerge.storage.atomic import require_writable
-    from ase_gffmerge.workflows.load_or_merge import load
 
     chosen = load_recipe(
         recipe,
@@ -51,7 +51,7 @@ def merge(
         weights=parse_weights(weights),
         allow_unrelated=allow_unrelated or None,
     )
-    loaded = [load(source) for source in specialists]
+    loaded = [load_force_field(source) for source in specialists]
     for path in filter(None, (out, report)):
         require_other(path, specialists)
         require_writable(path)

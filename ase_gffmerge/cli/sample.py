@@ -42,10 +42,10 @@ def sample(
     """
     from ase_gffmerge.cli.structures import require_other
     from ase_gffmerge.data.readers import read_frames
+    from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.runtime.devices import resolve_device
     from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames
     from ase_gffmerge.storage.documents import validated
-    from ase_gffmerge.workflows.load_or_merge import load
 
     given: dict[str, Any] = {"n": n, "time": time, "copies": copies, "relax": relax, "seed": seed}
     if temperatures:
@@ -54,7 +54,7 @@ def sample(
     check_outputs(out, attach)
     if out:
         require_other(out, structures)
-    force_field = load(specialist).to(device=resolve_device(device))
+    force_field = load_force_field(specialist).to(device=resolve_device(device))
     starts = [atoms for path in structures for atoms in read_frames(path)]
     with progress_bar("sampling") as progress:
         try:

@@ -46,10 +46,10 @@ def train(
 ) -> None:
     """Train a specialist; a killed training continues when the same command is run again."""
     from ase_gffmerge.evaluation.analysis.plots import plot_history
+    from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.training import train as training
     from ase_gffmerge.training.config import load_config
     from ase_gffmerge.training.initialization import load_references
-    from ase_gffmerge.workflows.load_or_merge import load
 
     options = load_config(config, model=model, epochs=epochs, seed=seed)
     require_other(out, [*frames, *(test or ()), *filter(None, [init])])
@@ -62,7 +62,7 @@ def train(
                 out,
                 options,
                 name=name,
-                init=load(init) if init else None,
+                init=load_force_field(init) if init else None,
                 references=None if references == "auto" else load_references(Path(references)),
                 n_calibration=calibration,
                 test=test or (),

@@ -152,5 +152,5 @@ def require_extrapolation_grade(calculator: Any) -> None:
         )
     raise MissingExtrapolationGradeError(
         f"{force_field.name!r} has no extrapolation gauge: it is a single specialist, or a merge by an older version; merge "
-        "again, or give the calculator ase_gffmerge.gauged(ForceField.load(...))"
+        "again, or give the calculator ForceField.load(...).with_extrapolation_grade()"
     )

@@ -6,8 +6,8 @@ from itertools import combinations
 import torch
 
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, RecipeError
-from ase_gffmerge.forcefield.calibration_tensors import require_sound
-from ase_gffmerge.forcefield.force_field import ForceField, first_not_finite, symbols
+from ase_gffmerge.forcefield.force_field import ForceField, symbols
+from ase_gffmerge.forcefield.serialization import first_not_finite, require_sound
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import affine_maps

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.errors import MergeWarning, RecipeError
-from ase_gffmerge.forcefield.force_field import ForceField, MergeRecord, Provenance
-from ase_gffmerge.forcefield.leverage_fit import fit_extrapolation_grade
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
+from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
 from ase_gffmerge.merging.average import averaged_parameters, mean_potential, on_all_elements
 from ase_gffmerge.merging.blockwise import align_output
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
@@ -90,7 +91,7 @@ def merge(
         with clock("report"):
             disagreements, parity = diagnose(parents, mean, potential)
         with clock("extrapolation"):
-            extrapolation_grade = fit_extrapolation_grade(potential, parents)
+            extrapolation_grade = fit_extrapolation_grade(potential, [s.calibration for s in parents])
     report = MergeReport(
         specialists=tuple(s.name for s in parents),
         layers=layers,

@@ -41,6 +41,11 @@ def digest(metadata: str, tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def content_digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 that the header of a file of this content holds."""
+    return digest(json.dumps(metadata, sort_keys=True), tensors)
+
+
 def write_file(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write tensors and JSON-able metadata to ``path`` atomically."""
     text = json.dumps(metadata, sort_keys=True)
@@ -96,12 +101,8 @@ def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, 
 
 def _content(path: Path, *, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Header and tensors, in memory of their own: tensors mapped from a file would change with it."""
+    _require_file(path)
     try:
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
-            raise FileFormatError(
-                f"{path} {what}; give the name of a bundled model or the path of a .safetensors file"
-            )
         with path.open("rb") as handle:
             header = _header(handle)
             if not with_tensors:
@@ -113,6 +114,18 @@ def _content(path: Path, *, with_tensors: bool) -> tuple[dict[str, str], dict[st
             f"{path} is not a readable safetensors file ({first_line(error)}); it is truncated, altered or of another "
             "kind: copy or download it again. Pickled checkpoints are never opened."
         ) from None
+
+
+def _require_file(path: Path) -> None:
+    try:
+        if path.is_file():
+            return
+        what = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
+    except (OSError, ValueError) as error:
+        what = f"cannot be read ({first_line(error)})"
+    raise FileFormatError(
+        f"{path} {what}; give the name of a bundled model or the path of a .safetensors file"
+    )
 
 
 def _header(handle: BinaryIO) -> dict[str, str]:

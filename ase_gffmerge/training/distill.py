@@ -30,8 +30,9 @@ from ase import Atoms
 
 from ase_gffmerge.data.hashing import geometry_keys, hash_frames
 from ase_gffmerge.errors import IncompatibleSpecialistsError, MergeWarning
-from ase_gffmerge.forcefield.force_field import ForceField, MergeRecord, Provenance
-from ase_gffmerge.forcefield.leverage_fit import fit_extrapolation_grade
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
+from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
 from ase_gffmerge.graphs import batch_graphs, predict
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.diagnostics import diagnose
@@ -171,7 +172,7 @@ def distilled_force_field(
         recipe={**recipe, "refine": options.model_dump(mode="json")},
         report=report.to_dict(),
     )
-    extrapolation_grade = fit_extrapolation_grade(potential, teachers.teachers)
+    extrapolation_grade = fit_extrapolation_grade(potential, [s.calibration for s in teachers.teachers])
     return replace(merged, potential=potential, merged=record, extrapolation_grade=extrapolation_grade)
 
 

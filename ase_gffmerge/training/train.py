@@ -12,7 +12,8 @@ from ase_gffmerge.data.hashing import geometry_keys, hash_frames, hash_labelled
 from ase_gffmerge.data.readers import read_frames, require_labels
 from ase_gffmerge.data.splits import calibration_frames, hold_out
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.forcefield.force_field import ForceField, Provenance
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.inference.metrics import Errors, evaluate
 from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.storage.atomic import require_writable

@@ -1,27 +1,22 @@
 """From names, files or objects to the one force field that is served; several are merged."""
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from ase import Atoms
 
-from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.errors import ArgumentError, FileFormatError, MergeWarning
-from ase_gffmerge.forcefield.force_field import BUNDLED, ForceField, bundled_path
-from ase_gffmerge.integrations import vendor_source
+from ase_gffmerge.errors import ArgumentError, MergeWarning
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.pretrained import bundled_path
+from ase_gffmerge.integrations.load import Source, as_force_field, as_list, describe
 from ase_gffmerge.workflows.parents import Parents
 from ase_gffmerge.workflows.shortcuts import hash_content
 
 if TYPE_CHECKING:
     from ase_gffmerge.merging.recipe import Recipe
-
-Source = str | Path | ForceField
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,97 +79,13 @@ def resolve(
     items = as_list(sources)
     if len(items) > 1:
         return _merged(items, options, device=device, progress=progress)
-    force_field = load(items[0])
+    force_field = as_force_field(items[0])
     check_single(force_field, options)
     return Resolved(
         force_field=force_field,
         arguments={"specialists": [describe(items[0])], "recipe": "gffmerge", "weights": None},
         borrowed=isinstance(items[0], ForceField),
     )
-
-
-def as_list(sources: Source | Iterable[Source]) -> list[Source]:
-    """One source or several as a list.
-
-    Raises
-    ------
-    ArgumentError
-        For an empty list, or something that is no source.
-    """
-    single = isinstance(sources, str | Path | ForceField | Mapping) or not isinstance(sources, Iterable)
-    items: list[Any] = [sources] if single else list(sources)  # type: ignore[arg-type]
-    if not items:
-        raise ArgumentError(
-            f"no specialists were given; name at least one of {', '.join(BUNDLED)}, or give the path of a "
-            ".safetensors file"
-        )
-    for item in items:
-        if isinstance(item, Mapping) and "fingerprint" in item:
-            raise ArgumentError(
-                f"specialist {item.get('name')!r} was given to the calculator as an object in memory, which "
-                "its parameters cannot bring back; save it with ForceField.save and give the path"
-            )
-        if not isinstance(item, str | Path | ForceField):
-            raise ArgumentError(
-                f"{item!r} ({type(item).__name__}) is no specialist; give a bundled name, a path or a "
-                "ForceField"
-            )
-    return items
-
-
-def load(source: Source) -> ForceField:
-    """Load a source with its weights as stored; objects are returned as they are.
-
-    Raises
-    ------
-    FileFormatError
-        For names that do not exist, with the nearest one that does, and for unusable files.
-    """
-    if isinstance(source, ForceField):
-        return source
-    if not vendor_source(source) and not os.path.exists(bundled_path(source)):
-        close = get_close_matches(str(source), BUNDLED, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the bundled names are {', '.join(BUNDLED)}"
-        raise FileFormatError(
-            f"there is no specialist {str(source)!r}, neither bundled nor as a file; {hint}"
-        )
-    return ForceField.load(source)
-
-
-def with_frames(
-    sources: Source | Iterable[Source], calibration: Sequence[str | Path | Sequence[Atoms] | None]
-) -> list[Source]:
-    """Specialists with the given calibration frames: one list or file per source, ``None`` to keep what is there.
-
-    Raises
-    ------
-    ArgumentError
-        When there are not as many entries as sources.
-    """
-    items = as_list(sources)
-    if isinstance(calibration, str | Path | Atoms) or len(calibration) != len(items):
-        raise ArgumentError(
-            f"calibration must hold one list of frames (or one file) for each of the {len(items)} specialists, in order"
-        )
-    return [
-        item if frames is None else load(item).with_calibration(_frames(frames))
-        for item, frames in zip(items, calibration, strict=True)
-    ]
-
-
-def _frames(frames: str | Path | Sequence[Atoms]) -> Sequence[Atoms]:
-    return read_frames(frames) if isinstance(frames, str | Path) else frames
-
-
-def describe(source: Source) -> str | dict[str, str]:
-    """Describe a source as JSON: its bundled name, its absolute path, or what the object in memory is."""
-    if isinstance(source, ForceField):
-        return {"name": source.name, "fingerprint": source.fingerprint}
-    if converted := vendor_source(source):
-        vendor, rest = converted
-        what, at, path = ("", "", rest) if Path(rest).exists() else rest.rpartition("@")
-        return f"{vendor}:{what}{at}{Path(path).absolute() if Path(path).exists() else path}"
-    return str(source) if bundled_path(source) != Path(source) else str(Path(source).absolute())
 
 
 def check_single(force_field: ForceField, options: MergeOptions) -> None:
@@ -230,7 +141,7 @@ def _merged(
         parents = Parents(paths=paths, fingerprints=known.merged.fingerprints if known.merged else ())
         arguments = _arguments(items, recipe, options)
         return Resolved(force_field=known, arguments=arguments, parents=parents, cache_hit=True)
-    loaded = [load(item) for item in items]
+    loaded = [as_force_field(item) for item in items]
     force_field, hit = cache.get_or_build(
         loaded, recipe, lambda: merge_and_refine(loaded, recipe, device=device, progress=progress)[0]
     )

@@ -38,6 +38,7 @@ from ase_gffmerge import ForceField, GFFMergeCalculator, merge
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs
+from ase_gffmerge.integrations.load import export
 from ase_gffmerge.merging.distill_options import DistillOptions
 from ase_gffmerge.merging.merge import MERGE_VERSION
 from ase_gffmerge.merging.recipe import Recipe
@@ -113,7 +114,7 @@ def speed(out: Path, specialists: list[ForceField], *, rounds: int = 5, steps: i
     """Seconds per step of dynamics, by CHGNet's own calculator and by ours in turns, and of statistics and solves."""
     from chgnet.model import CHGNetCalculator
 
-    vendor_file = specialists[0].export(out / "beta.pth.tar")
+    vendor_file = export(specialists[0], out / "beta.pth.tar")
     with redirect_stdout(StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         calculators = {

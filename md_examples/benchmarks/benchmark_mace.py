@@ -22,6 +22,7 @@ from mace.modules import ScaleShiftMACE, interaction_classes
 from ase_gffmerge import ForceField, merge
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.inference.metrics import evaluate, predict_frames
+from ase_gffmerge.integrations.load import from_vendor
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
@@ -75,7 +76,7 @@ def untrained(like: ForceField) -> ForceField:
             atomic_inter_scale=1.0,
             atomic_inter_shift=0.0,
         )
-    return ForceField.from_vendor("mace", network).to(dtype=torch.float32)
+    return from_vendor("mace", network).to(dtype=torch.float32)
 
 
 def trained(out: Path, name: str, frames: list[Atoms], init: ForceField, config: TrainConfig) -> ForceField:

@@ -30,7 +30,7 @@ from ase_gffmerge.evaluation.md.plots import plot_dynamics
 from ase_gffmerge.evaluation.md.protocol import Protocol
 from ase_gffmerge.evaluation.md.runs import Contestant
 from ase_gffmerge.evaluation.md.table import conditions, header, rows
-from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.merging.loop_options import TrajectoryOptions
 from ase_gffmerge.workflows.rollouts import follow

@@ -25,8 +25,8 @@ from ase_gffmerge.evaluation.comparison.inputs import LabelledSet, make_merge_in
 from ase_gffmerge.evaluation.comparison.plot import plot_comparison
 from ase_gffmerge.evaluation.comparison.store import RowStore
 from ase_gffmerge.evaluation.comparison.table import markdown
-from ase_gffmerge.forcefield.force_field import BUNDLED
-from ase_gffmerge.workflows.load_or_merge import load
+from ase_gffmerge.forcefield.pretrained import BUNDLED
+from ase_gffmerge.integrations.load import load_force_field
 
 MIXTURES: Mapping[str, tuple[str, ...]] = {
     "K=2": ("ethanol", "malonaldehyde"),
@@ -48,7 +48,7 @@ class Inputs:
     def specialist(self, molecule: str) -> ForceField:
         """The bundled specialist of a molecule, or the one in the folder."""
         name = f"rmd17-{molecule}"
-        return load(name if name in BUNDLED else self.specialists / f"{name}.safetensors")
+        return load_force_field(name if name in BUNDLED else self.specialists / f"{name}.safetensors")
 
     def tests(self, molecule: str) -> LabelledSet:
         """Evenly spaced test frames of a molecule."""

@@ -9,6 +9,7 @@ from training_plan import TrainingPlan, model_path, say, trained
 from ase_gffmerge import ForceField
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.inference.metrics import predict_frames
+from ase_gffmerge.integrations.load import from_vendor
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.initialization import fit_references
 
@@ -24,7 +25,7 @@ def base_model(out: Path) -> ForceField:
     path = model_path(out, BASE)
     if not path.exists():
         say("shifting the reference energies of CHGNet")
-        base = ForceField.from_chgnet("0.3.0", name=BASE, level_of_theory=THEORY)
+        base = from_vendor("chgnet", "0.3.0", name=BASE, level_of_theory=THEORY)
         for z, shift in reference_shifts(base, out).items():
             base.potential.references[base.species.index(z)] += shift
         base.save(path)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ase_gffmerge import ForceField, with_extrapolation_grade
-from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge import ForceField
+from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 from ase_gffmerge.inference.metrics import labels
 
 SCRIPT = Path(__file__).parents[2] / "md_examples" / "benchmarks" / "benchmark_extrapolation.py"
@@ -24,7 +24,7 @@ def benchmark():
 def test_grade_ranks_the_errors_of_a_specialist(benchmark, tmp_path, capsys) -> None:
     """Inside: its own test frames; outside: those of another molecule, with DFT labels."""
     specialists = [ForceField.load(f"rmd17-{name}") for name in benchmark.INSIDE]
-    force_field = with_extrapolation_grade(specialists[0])
+    force_field = specialists[0].with_extrapolation_grade()
     parts = {}
     for kind, name in (("inside", "rmd17-ethanol"), ("outside", "rmd17-malonaldehyde")):
         frames = bundled_test_frames(name)[:20]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ase_gffmerge import ForceField
-from ase_gffmerge.forcefield.bundled import bundled_test_frames
+from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 from ase_gffmerge.inference.metrics import evaluate
 
 SCRIPT = Path(__file__).parents[2] / "md_examples" / "benchmarks" / "benchmark_merge.py"

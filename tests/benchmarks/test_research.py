@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ase_gffmerge.forcefield.bundled import bundled_test_frames
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.inference.metrics import evaluate, predict_frames
 from ase_gffmerge.merging.directions import Probes

@@ -17,7 +17,8 @@ from ase.io import write
 from typer.testing import CliRunner
 
 from ase_gffmerge.cli import app
-from ase_gffmerge.forcefield.force_field import ForceField, Provenance
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.models import build_potential
 
 HYPER = {"channels": 8, "n_blocks": 1, "n_radial": 4, "cutoff": 4.0}

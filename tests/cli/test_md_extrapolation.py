@@ -7,7 +7,7 @@ import torch
 from ase.build import molecule
 from ase.io import read, write
 
-from ase_gffmerge import ForceField, with_extrapolation_grade
+from ase_gffmerge import ForceField
 from ase_gffmerge.models import build_potential
 
 HYPER = {"channels": 8, "n_blocks": 1, "n_radial": 4, "cutoff": 4.0}
@@ -24,7 +24,7 @@ def run(gffmerge, tmp_path: Path):
     potential = build_potential("painn", HYPER, (1, 8)).eval().requires_grad_(False)
     plain = ForceField(name="water", potential=potential, calibration=tuple(frames))
     plain.save(tmp_path / "plain.safetensors")
-    with_extrapolation_grade(plain).save(tmp_path / "gauged.safetensors")
+    plain.with_extrapolation_grade().save(tmp_path / "gauged.safetensors")
     torn = molecule("H2O")
     torn.positions[1] *= 2.5
     write(tmp_path / "whole.xyz", molecule("H2O"))

@@ -18,7 +18,8 @@ from ase.io import write
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.forcefield.force_field import ForceField, Provenance
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.inference.compiled import CompiledPotential
 from ase_gffmerge.inference.cuda_capture import CudaGraphs
 from ase_gffmerge.inference.cuda_graphs import VISITS

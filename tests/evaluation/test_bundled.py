@@ -13,8 +13,7 @@ from ase.io import write
 
 from ase_gffmerge import ForceField
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.forcefield.bundled import bundled_test_frames
-from ase_gffmerge.forcefield.force_field import BUNDLED, bundled_path
+from ase_gffmerge.forcefield.pretrained import BUNDLED, bundled_path, bundled_test_frames
 from ase_gffmerge.inference.metrics import evaluate
 
 ROOT = Path(__file__).parents[2]

@@ -32,7 +32,8 @@ from ase_gffmerge.evaluation.comparison.measurement import n_parameters, relativ
 from ase_gffmerge.evaluation.comparison.plot import plot_comparison
 from ase_gffmerge.evaluation.comparison.store import RowStore
 from ase_gffmerge.evaluation.comparison.table import footnotes, markdown, method_tables
-from ase_gffmerge.forcefield.force_field import ForceField, Provenance
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, Method, Requirement
 from ase_gffmerge.models import build_potential

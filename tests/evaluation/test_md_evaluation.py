@@ -20,8 +20,8 @@ from ase_gffmerge.evaluation.md.protocol import Protocol
 from ase_gffmerge.evaluation.md.runs import Contestant, estimated_seconds, run_models
 from ase_gffmerge.evaluation.md.table import conditions, header, rows
 from ase_gffmerge.evaluation.md.trajectory import MDTrajectory, load_trajectories, save_trajectories
-from ase_gffmerge.forcefield.bundled import bundled_test_frames
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.models import Potential, build_potential
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.forcefield.leverage_fit import with_extrapolation_grade
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.workflows.cache import MergeCache, cache_key
 from helpers.faults import RECIPE, tiny_specialists
@@ -40,7 +39,7 @@ def files(specialists, tmp_path) -> list[Path]:
 @pytest.fixture
 def model(specialists, tmp_path) -> Path:
     """A file with everything a file can hold: weights, frames, provenance, gauge."""
-    return with_extrapolation_grade(specialists[0]).save(tmp_path / "model.safetensors")
+    return specialists[0].with_extrapolation_grade().save(tmp_path / "model.safetensors")
 
 
 @pytest.fixture

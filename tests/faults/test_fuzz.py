@@ -22,7 +22,6 @@ from safetensors.torch import save
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import FileFormatError, GFFMergeError, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.forcefield.leverage_fit import with_extrapolation_grade
 from ase_gffmerge.merging.recipe import PRESETS, Recipe, load_recipe
 from ase_gffmerge.storage.tensor_file import SCHEMA, digest, read_file, read_metadata
 from ase_gffmerge.training.config import load_config
@@ -56,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def sound(folder) -> bytes:
     """A sound file with everything in it."""
-    return with_extrapolation_grade(tiny_specialists()[0]).save(folder / "sound.safetensors").read_bytes()
+    return tiny_specialists()[0].with_extrapolation_grade().save(folder / "sound.safetensors").read_bytes()
 
 
 def read_or_refuse(path: Path) -> ForceField | None:

@@ -8,13 +8,13 @@ import torch
 from ase.build import molecule
 from ase.calculators.calculator import CalculationFailed
 
-import ase_gffmerge.forcefield.leverage_fit as gauge_module
+import ase_gffmerge.forcefield.leverage as leverage
 import ase_gffmerge.inference.metrics as accuracy
 import ase_gffmerge.inference.predict as extrapolation
 import ase_gffmerge.training.loop as loop
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import DeviceMemoryError
-from ase_gffmerge.forcefield.leverage_fit import fit_extrapolation_grade
+from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
 from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.runtime.batching import in_parts
@@ -143,9 +143,9 @@ def test_a_merge(specialists, monkeypatch, tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def test_the_gauge_of_a_merge(specialists, monkeypatch):
-    expected = fit_extrapolation_grade(specialists[0].potential, specialists)
-    whole, sizes = gauge_module._features, []
+def test_the_extrapolation_grade_of_a_merge(specialists, monkeypatch):
+    expected = fit_extrapolation_grade(specialists[0].potential, [s.calibration for s in specialists])
+    whole, sizes = leverage._features, []
 
     def small(potential, frames, *, index):
         if len(frames) > 1:
@@ -153,8 +153,8 @@ def test_the_gauge_of_a_merge(specialists, monkeypatch):
         sizes.append(len(frames))
         return whole(potential, frames, index=index)
 
-    monkeypatch.setattr(gauge_module, "_features", small)
-    found = fit_extrapolation_grade(specialists[0].potential, specialists)
+    monkeypatch.setattr(leverage, "_features", small)
+    found = fit_extrapolation_grade(specialists[0].potential, [s.calibration for s in specialists])
     assert sizes == [1] * 4
     torch.testing.assert_close(found.whitening, expected.whitening)
 

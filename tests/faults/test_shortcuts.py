@@ -38,8 +38,8 @@ def shortcut(calculator, tmp_path):
 @pytest.fixture
 def loads(monkeypatch) -> list:
     """Sources that are loaded one by one."""
-    loaded, plain = [], sources.load
-    monkeypatch.setattr(sources, "load", lambda source: loaded.append(source) or plain(source))
+    loaded, plain = [], sources.as_force_field
+    monkeypatch.setattr(sources, "as_force_field", lambda source: loaded.append(source) or plain(source))
     return loaded
 
 

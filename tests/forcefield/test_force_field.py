@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ase_gffmerge.errors import FileFormatError, StructureError
-from ase_gffmerge.forcefield.force_field import ForceField, MergeRecord, Provenance
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.storage.atomic import require_writable
 from ase_gffmerge.storage.tensor_file import digest, read_file, read_metadata

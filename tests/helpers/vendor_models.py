@@ -12,6 +12,7 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator
 
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge
+from ase_gffmerge.integrations.load import from_vendor
 
 QUICK = {"readout": {"width": 64, "copies": 1}, "probes": 1}
 """The default recipe, with less of what takes time."""
@@ -59,7 +60,7 @@ def relatives(vendor: str, build: Callable[[], torch.nn.Module], *, size: float)
     for k, name in enumerate(("rmd17-ethanol", "rmd17-malonaldehyde")):
         model = moved(build(), seed=k, size=size)
         frames = ForceField.load(name).calibration[:5]
-        found.append(ForceField.from_vendor(vendor, model, calibration=frames, name=name))
+        found.append(from_vendor(vendor, model, calibration=frames, name=name))
     return found
 
 

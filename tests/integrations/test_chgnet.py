@@ -15,6 +15,7 @@ from ase_gffmerge import ForceField, GFFMergeCalculator, merge, merge_calculator
 from ase_gffmerge.errors import ArgumentError, CompileWarning, FileFormatError, MergeWarning
 from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.integrations import ADAPTERS
+from ase_gffmerge.integrations.load import export, from_vendor, load_force_field
 from ase_gffmerge.testing import check_calculator
 
 pytest.importorskip("chgnet", reason="needs the package chgnet: pip install chgnet")
@@ -70,7 +71,7 @@ def test_compiling_is_refused_once_with_the_same_results(original):
 
 @pytest.fixture(scope="module")
 def original() -> ForceField:
-    return ForceField.from_chgnet("0.3.0")
+    return from_vendor("chgnet", "0.3.0")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -121,19 +122,19 @@ def checkpoint(path, seed: int | None = None, *, small: bool = False, **argument
 @pytest.mark.filterwarnings("ignore")
 def test_a_checkpoint_goes_in_and_out_bitwise(tmp_path):
     path, model = checkpoint(tmp_path / "fine tuned é.pth.tar", seed=3)
-    specialist = ForceField.load(f"chgnet:{path}")
+    specialist = load_force_field(f"chgnet:{path}")
     assert specialist.name == "fine tuned é"
     assert specialist.provenance.origin.startswith("chgnet")
-    written = specialist.export(tmp_path / "again.pth.tar")
+    written = export(specialist, tmp_path / "again.pth.tar")
     from chgnet.model import CHGNet
 
     again = CHGNet.from_file(str(written))
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
-    copy = ForceField.load(specialist.save(tmp_path / "copy.safetensors"))
+    copy = load_force_field(specialist.save(tmp_path / "copy.safetensors"))
     assert copy.fingerprint == specialist.fingerprint
     assert copy.provenance.origin == specialist.provenance.origin
-    assert ForceField.from_chgnet(again).fingerprint == specialist.fingerprint
+    assert from_vendor("chgnet", again).fingerprint == specialist.fingerprint
 
 
 class Trap:
@@ -168,11 +169,11 @@ def test_files_that_are_no_chgnet_are_refused(tmp_path, capsys):
         "nan": "NaN or infinity",
     }.items():
         with pytest.raises(FileFormatError, match=words):
-            ForceField.load(f"chgnet:{tmp_path / name}.pth.tar")
+            load_force_field(f"chgnet:{tmp_path / name}.pth.tar")
     with pytest.raises(FileFormatError, match="is a folder"):
-        ForceField.load(f"chgnet:{tmp_path}")
+        load_force_field(f"chgnet:{tmp_path}")
     with pytest.raises(FileFormatError, match="a list is no CHGNet"):
-        ForceField.from_chgnet([good])
+        from_vendor("chgnet", [good])
     assert capsys.readouterr().out == ""
     assert next(iter(ADAPTERS)) == "chgnet"
 
@@ -193,7 +194,7 @@ def small(tmp_path_factory) -> ForceField:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         path, _ = checkpoint(tmp_path_factory.mktemp("small") / "small.pth.tar", small=True)
-    return ForceField.load(f"chgnet:{path}")
+    return load_force_field(f"chgnet:{path}")
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +272,7 @@ def test_vendor_files_are_merged_served_and_exported(tmp_path, vendor_calculator
         device="cpu",
     )
     assert calc.report is not None
-    exported = calc.force_field.export(tmp_path / "merged.pth.tar")
+    exported = export(calc.force_field, tmp_path / "merged.pth.tar")
     from chgnet.model import CHGNetCalculator
 
     theirs, ours = rocksalt(7), rocksalt(7)
@@ -291,17 +292,17 @@ def test_the_command_line_converts(small, tmp_path, capsys):
         app([str(argument) for argument in arguments], standalone_mode=False)
         return capsys.readouterr().out
 
-    checkpoint_file = small.export(tmp_path / "small.pth.tar")
+    checkpoint_file = export(small, tmp_path / "small.pth.tar")
     write(tmp_path / "salt.xyz", [rocksalt(seed) for seed in range(5)], format="extxyz")
     options = ("--calibration", tmp_path / "salt.xyz", "--frames", 3, "--level-of-theory", "PBE", "--json")
     facts = json.loads(run("convert", f"chgnet:{checkpoint_file}", tmp_path / "small.safetensors", *options))
     assert facts["frames"] == 3
-    specialist = ForceField.load(tmp_path / "small.safetensors")
+    specialist = load_force_field(tmp_path / "small.safetensors")
     assert specialist.fingerprint == small.fingerprint
     assert specialist.level_of_theory == "PBE"
     assert "chgnet" in run("info", tmp_path / "small.safetensors")
     run("convert", tmp_path / "small.safetensors", tmp_path / "again.pth.tar")
-    assert ForceField.load(f"chgnet:{tmp_path / 'again.pth.tar'}").fingerprint == small.fingerprint
+    assert load_force_field(f"chgnet:{tmp_path / 'again.pth.tar'}").fingerprint == small.fingerprint
 
 
 def test_calibration_is_one_entry_per_specialist(small, tmp_path):
@@ -331,7 +332,7 @@ def test_what_the_vendors_format_cannot_hold_is_not_exported(pair, tmp_path):
         warnings.simplefilter("ignore")
         merged, _ = merge(pair, {"messages": False, "readout": {"width": 8, "copies": 1}}, device="cpu")
     with pytest.raises(FileFormatError, match="widened readout"):
-        merged.export(tmp_path / "no.pth.tar")
+        export(merged, tmp_path / "no.pth.tar")
     with pytest.raises(FileFormatError, match="no format but"):
-        ForceField.load("rmd17-ethanol").export(tmp_path / "no.pth.tar")
+        export(load_force_field("rmd17-ethanol"), tmp_path / "no.pth.tar")
     assert ADAPTERS["chgnet"].architecture == merged.potential.architecture

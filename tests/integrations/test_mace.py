@@ -29,6 +29,7 @@ from mace.tools.scripts_utils import extract_config_mace_model  # noqa: E402
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.integrations import ADAPTERS  # noqa: E402
+from ase_gffmerge.integrations.load import export, from_vendor, load_force_field  # noqa: E402
 from ase_gffmerge.models.layers.e3nn_compat import package_mode  # noqa: E402
 from ase_gffmerge.testing import check_calculator  # noqa: E402
 
@@ -106,7 +107,7 @@ def calculator(model: torch.nn.Module, **options) -> MACECalculator:
 
 def check_same(model: torch.nn.Module, **options) -> None:
     theirs = calculator(model, **options)
-    ours = GFFMergeCalculator(ForceField.from_vendor("mace", theirs), dtype="float64", device="cpu")
+    ours = GFFMergeCalculator(from_vendor("mace", theirs), dtype="float64", device="cpu")
     for atoms in structures():
         assert_same(ours, theirs, atoms, tolerance=1e-11)
 
@@ -124,14 +125,14 @@ def test_results_are_the_vendors_without_scale_and_shift():
 def test_a_head_is_chosen(head, reference):
     model = build(**SCALARS, **TWO_HEADS)
     check_same(model, head=head)
-    potential = ForceField.from_vendor("mace", calculator(model, head=head)).potential
+    potential = from_vendor("mace", calculator(model, head=head)).potential
     assert potential.references[0] == pytest.approx(reference)
 
 
 def test_reading_leaves_the_process_alone():
     torch.manual_seed(3)
     before = torch.get_default_dtype(), torch.get_rng_state()
-    potential = ForceField.from_vendor("mace", build(**SCALARS).float()).potential
+    potential = from_vendor("mace", build(**SCALARS).float()).potential
     assert torch.get_default_dtype() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
     assert potential.dtype == torch.float32
@@ -139,7 +140,7 @@ def test_reading_leaves_the_process_alone():
 
 
 def test_casts_change_weights_alone():
-    potential = ForceField.from_vendor("mace", build()).potential
+    potential = from_vendor("mace", build()).potential
     exact = {name: buffer.clone() for name, buffer in potential.named_buffers()}
     assert any("U_matrix" in name for name in exact)
     copy = deepcopy(potential).float().double()
@@ -149,7 +150,7 @@ def test_casts_change_weights_alone():
 
 
 def test_the_contract_holds(tmp_path):
-    specialist = ForceField.from_vendor("mace", build(num_interactions=1, **SCALARS))
+    specialist = from_vendor("mace", build(num_interactions=1, **SCALARS))
     calc = GFFMergeCalculator(specialist.save(tmp_path / "s.safetensors"), dtype="float64", device="cpu")
     check_calculator(calc, bulk("C", a=3.6)).raise_if_failed()
 
@@ -177,14 +178,14 @@ def test_files_are_read_without_code(tmp_path, capsys):
     capsys.readouterr()
     for words, source in sources.items():
         with pytest.raises(FileFormatError, match=words):
-            ForceField.load(source)
+            load_force_field(source)
     assert "executed" not in capsys.readouterr().out
-    read = ForceField.load(checkpoint(tmp_path / "fine é.pt", model))
+    read = load_force_field(checkpoint(tmp_path / "fine é.pt", model))
     assert read.name == "fine é"
     assert read.provenance.origin.startswith("mace-torch 0.")
-    trusted = ForceField.from_vendor("mace", tmp_path / "whole.model", trust=True)
-    assert read.fingerprint == trusted.fingerprint == ForceField.from_vendor("mace", model).fingerprint
-    assert ForceField.load(read.save(tmp_path / "a.safetensors")).fingerprint == read.fingerprint
+    trusted = from_vendor("mace", tmp_path / "whole.model", trust=True)
+    assert read.fingerprint == trusted.fingerprint == from_vendor("mace", model).fingerprint
+    assert load_force_field(read.save(tmp_path / "a.safetensors")).fingerprint == read.fingerprint
 
 
 def test_what_is_not_read_is_refused():
@@ -208,8 +209,8 @@ def test_what_is_not_read_is_refused():
 
 @pytest.mark.parametrize("variant", ["repulsion", "nonlinear"])
 def test_exports_are_the_vendors_models(variant, tmp_path):
-    specialist = ForceField.from_vendor("mace", build(**VARIANTS[variant]))
-    path = specialist.export(tmp_path / "again.model")
+    specialist = from_vendor("mace", build(**VARIANTS[variant]))
+    path = export(specialist, tmp_path / "again.model")
     theirs = MACECalculator(model_paths=str(path), device="cpu", default_dtype="float64")
     ours = GFFMergeCalculator(specialist, dtype="float64", device="cpu")
     assert_same(ours, theirs, structures()[1], tolerance=1e-11)
@@ -230,7 +231,7 @@ def test_vendor_files_are_merged_served_and_exported(tmp_path):
         dtype="float64",
     )
     assert calc.report is not None
-    path = calc.force_field.export(tmp_path / "merged.model")
+    path = export(calc.force_field, tmp_path / "merged.model")
     theirs = MACECalculator(model_paths=str(path), device="cpu", default_dtype="float64")
     for atoms in structures():
         assert_same(calc, theirs, atoms, tolerance=1e-11)
@@ -253,9 +254,9 @@ def test_the_default_beats_paper_and_mean(tmp_path):
     merged, report = default_that_beats_paper_and_mean(relatives("mace", build_small, size=0.1))
     assert "embedding" in report.averaged
     assert any("skip_tp[O, 0e]" in row.name for row in report.layers)
-    assert ForceField.load(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint
+    assert load_force_field(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint
     with pytest.raises(FileFormatError, match="widened readout"):
-        merged.export(tmp_path / "merged.model")
+        export(merged, tmp_path / "merged.model")
 
 
 def of_different_elements(**variant) -> list[ForceField]:
@@ -263,7 +264,7 @@ def of_different_elements(**variant) -> list[ForceField]:
     config = {**SCALARS, **variant, "atomic_energies": np.array([-2.0, -1.0]), "num_elements": 2}
     models = [build(**config, atomic_numbers=numbers) for numbers in ([8, 1], [1, 6])]
     frames = [molecule("H2O"), molecule("CH4")]
-    return [ForceField.from_vendor("mace", m, calibration=[a]) for m, a in zip(models, frames, strict=True)]
+    return [from_vendor("mace", m, calibration=[a]) for m, a in zip(models, frames, strict=True)]
 
 
 @pytest.mark.parametrize("variant", ["plain", "nonlinear"])

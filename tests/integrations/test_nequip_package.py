@@ -20,9 +20,10 @@ from helpers.vendor_models import (
 nequip = pytest.importorskip("nequip", reason="needs the package nequip: pip install nequip")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-from ase_gffmerge import ForceField, GFFMergeCalculator, merge  # noqa: E402
+from ase_gffmerge import GFFMergeCalculator, merge  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.integrations import ADAPTERS  # noqa: E402
+from ase_gffmerge.integrations.load import export, from_vendor, load_force_field  # noqa: E402
 from ase_gffmerge.testing import check_calculator  # noqa: E402
 
 TYPES = ["C", "H", "O"]
@@ -79,7 +80,7 @@ def test_results_are_the_vendors(variant, dtype, tolerance, float64_default):
     from nequip.integrations.ase import NequIPCalculator
 
     model = build(model_dtype=dtype, **VARIANTS[variant])
-    ours = GFFMergeCalculator(ForceField.from_vendor("nequip", model), dtype=dtype, device="cpu")
+    ours = GFFMergeCalculator(from_vendor("nequip", model), dtype=dtype, device="cpu")
     torch.set_default_dtype(torch.float64)
     transforms = [ChemicalSpeciesToAtomTypeMapper(TYPES), NeighborListTransform(r_max=4.0)]
     theirs = NequIPCalculator(model, "cpu", transforms=transforms)
@@ -88,7 +89,7 @@ def test_results_are_the_vendors(variant, dtype, tolerance, float64_default):
 
 
 def test_the_contract_holds(tmp_path):
-    specialist = ForceField.from_vendor("nequip", build(model_dtype="float64"))
+    specialist = from_vendor("nequip", build(model_dtype="float64"))
     calc = GFFMergeCalculator(specialist.save(tmp_path / "s.safetensors"), dtype="float64", device="cpu")
     check_calculator(calc, bulk("C", a=3.6)).raise_if_failed()
 
@@ -97,7 +98,7 @@ def test_reading_leaves_the_process_alone():
     model = build()
     torch.manual_seed(3)
     before = torch.get_default_dtype(), torch.get_rng_state()
-    potential = ForceField.from_vendor("nequip", model).potential
+    potential = from_vendor("nequip", model).potential
     assert torch.get_default_dtype() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
     assert potential.dtype == torch.float32
@@ -106,9 +107,7 @@ def test_reading_leaves_the_process_alone():
 
 
 def test_casts_change_weights_alone():
-    potential = ForceField.from_vendor(
-        "nequip", build(model_dtype="float64", l_max=2, num_layers=3)
-    ).potential
+    potential = from_vendor("nequip", build(model_dtype="float64", l_max=2, num_layers=3)).potential
     exact = {name: buffer.clone() for name, buffer in potential.named_buffers()}
     assert any("w3j" in name for name in exact)
     copy = deepcopy(potential).float().double()
@@ -131,15 +130,15 @@ def checkpoint(path, model, *, averages: bool = False, **config):
 
 def test_checkpoints_are_read_without_code(tmp_path):
     model = build(pair_potential=ZBL)
-    read = ForceField.load(checkpoint(tmp_path / "a.ckpt", model, pair_potential=ZBL))
-    assert read.fingerprint == ForceField.from_vendor("nequip", model).fingerprint
+    read = load_force_field(checkpoint(tmp_path / "a.ckpt", model, pair_potential=ZBL))
+    assert read.fingerprint == from_vendor("nequip", model).fingerprint
     assert read.provenance.origin.startswith("nequip 0.")
-    averaged = ForceField.load(checkpoint(tmp_path / "b.ckpt", model, averages=True, pair_potential=ZBL))
+    averaged = load_force_field(checkpoint(tmp_path / "b.ckpt", model, averages=True, pair_potential=ZBL))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1)
-    assert averaged.fingerprint == ForceField.from_vendor("nequip", model).fingerprint
-    again = ForceField.load(read.save(tmp_path / "a.safetensors"))
+    assert averaged.fingerprint == from_vendor("nequip", model).fingerprint
+    again = load_force_field(read.save(tmp_path / "a.safetensors"))
     assert again.fingerprint == read.fingerprint
 
 
@@ -162,7 +161,7 @@ def test_what_is_not_read_is_refused(tmp_path, capsys):
     capsys.readouterr()
     for words, source in sources.items():
         with pytest.raises(FileFormatError, match=words):
-            ForceField.load(source)
+            load_force_field(source)
     assert "executed" not in capsys.readouterr().out
     with pytest.raises(FileFormatError, match="no NequIP model"):
         ADAPTERS["nequip"].read(torch.nn.Linear(2, 2))
@@ -176,8 +175,8 @@ def test_what_is_not_read_is_refused(tmp_path, capsys):
 def test_exports_are_the_vendors_checkpoints(variant, tmp_path, float64_default):
     from nequip.integrations.ase import NequIPCalculator
 
-    specialist = ForceField.from_vendor("nequip", build(model_dtype="float64", **VARIANTS[variant]))
-    path = specialist.export(tmp_path / "again.ckpt")
+    specialist = from_vendor("nequip", build(model_dtype="float64", **VARIANTS[variant]))
+    path = export(specialist, tmp_path / "again.ckpt")
     again = GFFMergeCalculator(f"nequip:{path}", dtype="float64", device="cpu")
     ours = GFFMergeCalculator(specialist, dtype="float64", device="cpu")
     torch.set_default_dtype(torch.float64)
@@ -196,7 +195,7 @@ def test_vendor_files_are_merged_served_and_exported(tmp_path, float64_default):
     ]
     frames, recipe = [[atoms] for atoms in structures()], {"readout": None, "messages": False, "probes": 0}
     calc = GFFMergeCalculator(sources, calibration=frames, recipe=recipe, cache_dir=tmp_path, device="cpu")
-    path = calc.force_field.export(tmp_path / "merged.ckpt")
+    path = export(calc.force_field, tmp_path / "merged.ckpt")
     torch.set_default_dtype(torch.float64)
     for atoms in structures():
         assert_same(calc, NequIPCalculator._from_saved_model(path), atoms, tolerance=3e-6)
@@ -208,10 +207,10 @@ def build_narrow():
 
 def test_self_connections_that_the_format_cannot_hold_are_refused(tmp_path):
     pair = relatives("nequip", build_narrow, size=0.1)
-    assert pair[0].export(tmp_path / "narrow.ckpt").exists()
+    assert export(pair[0], tmp_path / "narrow.ckpt").exists()
     merged, _ = merge(pair, "mean", device="cpu")
     with pytest.raises(FileFormatError, match="3 elements, which NequIP makes of the 2 features"):
-        merged.export(tmp_path / "merged.ckpt")
+        export(merged, tmp_path / "merged.ckpt")
 
 
 def build_double():
@@ -226,6 +225,6 @@ def test_the_default_beats_paper_and_mean(tmp_path):
     merged, report = default_that_beats_paper_and_mean(relatives("nequip", build_double, size=0.2))
     assert report.averaged == ("embedding", "readout.scale")
     assert any("sc[O, 0e]" in row.name for row in report.layers)
-    assert ForceField.load(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint
+    assert load_force_field(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint
     with pytest.raises(FileFormatError, match="widened readout"):
-        merged.export(tmp_path / "merged.ckpt")
+        export(merged, tmp_path / "merged.ckpt")

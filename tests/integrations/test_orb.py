@@ -22,10 +22,11 @@ from orb_models.forcefield import pretrained  # noqa: E402
 from orb_models.forcefield.atomic_system import SystemConfig  # noqa: E402
 from orb_models.forcefield.calculator import ORBCalculator  # noqa: E402
 
-from ase_gffmerge import ForceField, GFFMergeCalculator, merge, merge_calculators  # noqa: E402
+from ase_gffmerge import GFFMergeCalculator, merge, merge_calculators  # noqa: E402
 from ase_gffmerge.cli import app  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.integrations import ADAPTERS  # noqa: E402
+from ase_gffmerge.integrations.load import export, from_vendor, load_force_field  # noqa: E402
 from ase_gffmerge.testing import check_calculator  # noqa: E402
 
 NAME = "orb-v3-conservative-20-omat"
@@ -65,7 +66,7 @@ def vendor_calculator(model) -> ORBCalculator:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_results_are_the_vendors(variant):
     model = build(**VARIANTS[variant], scale=1.5)
-    ours = GFFMergeCalculator(ForceField.from_vendor("orb", model), device="cpu")
+    ours = GFFMergeCalculator(from_vendor("orb", model), device="cpu")
     pressed = bulk("C", cubic=True, a=3.1)  # neighbours beyond either limit, and the repulsion acts
     pressed.rattle(0.1, seed=3)
     for atoms in [*structures(), pressed]:
@@ -79,7 +80,7 @@ def test_all_that_is_kept_decides():
     limited = ORBCalculator(model, max_num_neighbors=7, device="cpu")
     energies = []
     for source in (model, limited, build(limit=20, seed=1)):
-        specialist = ForceField.from_vendor("orb", source)
+        specialist = from_vendor("orb", source)
         energies.append(GFFMergeCalculator(specialist, device="cpu").get_potential_energy(atoms))
     assert energies[1] == pytest.approx(limited.get_potential_energy(atoms), abs=3e-5)
     assert min(np.abs(np.diff(energies))) > 1e-3
@@ -87,7 +88,7 @@ def test_all_that_is_kept_decides():
 
 def test_the_contract_holds_but_for_rotations(tmp_path):
     """The vendor's network learns what a rotation is; nothing in it makes it invariant."""
-    path = ForceField.from_vendor("orb", build().double()).save(tmp_path / "s.safetensors")
+    path = from_vendor("orb", build().double()).save(tmp_path / "s.safetensors")
     calc = GFFMergeCalculator(path, dtype="float64", device="cpu")
     report = check_calculator(calc, bulk("NaCl", "rocksalt", a=5.6))
     assert [result.name for result in report.results if result.outcome == "failed"] == ["rotation"]
@@ -105,26 +106,26 @@ def test_files_say_what_a_model_is(tmp_path, monkeypatch):
     plain = checkpoint(tmp_path / "a.ckpt", model).removeprefix("orb:")
     named = checkpoint(tmp_path / "b.ckpt", model, architecture=NAME)
     told = checkpoint(tmp_path / "c.ckpt", model, architecture={"max_num_neighbors": 20, "radius": 6})
-    expected = ForceField.from_vendor("orb", model)
+    expected = from_vendor("orb", model)
     monkeypatch.setattr("cached_path.cached_path", lambda address: plain)
     underscores = NAME.replace("-", "_")
     for source in (f"orb:{NAME}@{plain}", f"orb:{underscores}@{plain}", named, told, f"orb:{NAME}"):
-        read = ForceField.load(source)
+        read = load_force_field(source)
         assert read.fingerprint == expected.fingerprint
         assert ("OMat24" in read.level_of_theory) == (source != told)
-    assert ForceField.load(named).name == "b"
-    assert ForceField.load(f"orb:{NAME}@{plain}").name == "a"
+    assert load_force_field(named).name == "b"
+    assert load_force_field(f"orb:{NAME}@{plain}").name == "a"
     monkeypatch.chdir(tmp_path)
     calc = GFFMergeCalculator(f"orb:{NAME}@a.ckpt", device="cpu")
     assert calc.todict()["specialists"] == [f"orb:{NAME}@{plain}"]
-    assert ForceField.load(read.save(tmp_path / "a.safetensors")).fingerprint == read.fingerprint
+    assert load_force_field(read.save(tmp_path / "a.safetensors")).fingerprint == read.fingerprint
 
     def unreachable(address):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("cached_path.cached_path", unreachable)
     with pytest.raises(FileFormatError, match=r"cannot be downloaded .*no route"):
-        ForceField.load(f"orb:{NAME}")
+        load_force_field(f"orb:{NAME}")
 
 
 def test_what_is_not_read_is_refused(tmp_path, capsys):
@@ -149,7 +150,7 @@ def test_what_is_not_read_is_refused(tmp_path, capsys):
     }
     for words, source in files.items():
         with pytest.raises(FileFormatError, match=words):
-            ForceField.load(source)
+            load_force_field(source)
     assert "executed" not in capsys.readouterr().out
     summed = build()
     summed.heads["energy"].atom_avg = False
@@ -169,8 +170,8 @@ def test_what_is_not_read_is_refused(tmp_path, capsys):
 
 def test_weights_go_out_and_in_again(tmp_path):
     model = build()
-    specialist = ForceField.from_vendor("orb", model)
-    path = specialist.export(tmp_path / "again.ckpt")
+    specialist = from_vendor("orb", model)
+    path = export(specialist, tmp_path / "again.ckpt")
     other = build(seed=1)
     other.load_state_dict(torch.load(path, weights_only=True))
     written, changed = other.state_dict(), ("grad_", "heads.energy.normalizer", "heads.energy.mlp.NN-1")
@@ -183,7 +184,7 @@ def test_weights_go_out_and_in_again(tmp_path):
         ["convert", f"orb:orb-v3-conservative-inf-mpa@{path}", str(tmp_path / "again.safetensors")],
         standalone_mode=False,
     )
-    again = ForceField.load(tmp_path / "again.safetensors")
+    again = load_force_field(tmp_path / "again.safetensors")
     assert again.potential.hyper == specialist.potential.hyper
     assert "Alexandria" in again.level_of_theory
 
@@ -201,9 +202,9 @@ def test_the_default_beats_paper_and_mean(tmp_path):
     assert "stages.1.module.network._edge_mlp.layer_norm.weight" in report.averaged
     solved = {row.name for row in report.layers}
     assert {"stages.0.module.encoder._edge_fn.mlp.NN-0", "stages.2.module.network._send_attn"} <= solved
-    assert ForceField.load(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint
+    assert load_force_field(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint
     with pytest.raises(FileFormatError, match="widened readout"):
-        merged.export(tmp_path / "no.ckpt")
+        export(merged, tmp_path / "no.ckpt")
 
 
 def test_vendor_files_are_merged_served_and_exported(tmp_path):
@@ -217,7 +218,7 @@ def test_vendor_files_are_merged_served_and_exported(tmp_path):
         sources, calibration=frames, recipe=recipe, cache_dir=tmp_path / "cache", device="cpu"
     )
     model = build(limit=20)
-    model.load_state_dict(torch.load(calc.force_field.export(tmp_path / "merged.ckpt"), weights_only=True))
+    model.load_state_dict(torch.load(export(calc.force_field, tmp_path / "merged.ckpt"), weights_only=True))
     for atoms in structures():
         assert_same(calc, vendor_calculator(model), atoms, tolerance=5e-6)
 
@@ -253,7 +254,7 @@ def rattled(name: str, seed: int):
 
 def test_the_default_runs_on_float32_weights():
     pair = [
-        ForceField.from_vendor("orb", model, calibration=[rattled("CH3CH2OH", k)], name=str(k))
+        from_vendor("orb", model, calibration=[rattled("CH3CH2OH", k)], name=str(k))
         for k, model in enumerate(moved(build(scale=1.5), build(scale=1.5)))
     ]
     merged, report = merge(pair, QUICK, device="cpu")

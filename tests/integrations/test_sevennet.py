@@ -20,9 +20,10 @@ from helpers.vendor_models import (
 sevenn = pytest.importorskip("sevenn", reason="needs the package sevenn: pip install sevenn")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-from ase_gffmerge import ForceField, GFFMergeCalculator  # noqa: E402
+from ase_gffmerge import GFFMergeCalculator  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.integrations import ADAPTERS  # noqa: E402
+from ase_gffmerge.integrations.load import export, from_vendor, load_force_field  # noqa: E402
 from ase_gffmerge.testing import check_calculator  # noqa: E402
 
 TYPES = (6, 1, 8)
@@ -81,7 +82,7 @@ def test_results_are_the_vendors(variant):
     from sevenn.calculator import SevenNetCalculator
 
     model = build(**VARIANTS[variant])
-    ours = GFFMergeCalculator(ForceField.from_vendor("sevenn", model), device="cpu")
+    ours = GFFMergeCalculator(from_vendor("sevenn", model), device="cpu")
     for atoms in structures():
         theirs = SevenNetCalculator(model, file_type="model_instance", device="cpu")
         assert_same(ours, theirs, atoms, tolerance=3e-6)
@@ -92,7 +93,7 @@ def test_pretrained_weights_are_the_vendors():
 
     salt = bulk("NaCl", "rocksalt", a=5.6)
     salt.rattle(0.1, seed=2)
-    specialist = ForceField.load("sevenn:7net-0")
+    specialist = load_force_field("sevenn:7net-0")
     assert len(specialist.species) == 89
     assert specialist.level_of_theory.startswith("PBE")
     ours, theirs = GFFMergeCalculator(specialist, device="cpu"), SevenNetCalculator("7net-0", device="cpu")
@@ -100,13 +101,13 @@ def test_pretrained_weights_are_the_vendors():
 
 
 def test_the_contract_holds(tmp_path):
-    path = ForceField.from_vendor("sevenn", build().double()).save(tmp_path / "s.safetensors")
+    path = from_vendor("sevenn", build().double()).save(tmp_path / "s.safetensors")
     calc = GFFMergeCalculator(path, dtype="float64", device="cpu")
     check_calculator(calc, bulk("C", a=3.6)).raise_if_failed()
 
 
 def test_casts_change_weights_alone():
-    potential = ForceField.from_vendor("sevenn", build(**VARIANTS["linear"])).potential.double()
+    potential = from_vendor("sevenn", build(**VARIANTS["linear"])).potential.double()
     exact = {name: buffer.clone() for name, buffer in potential.named_buffers()}
     copy = deepcopy(potential).float().double()
     for name, buffer in copy.named_buffers():
@@ -123,9 +124,9 @@ def checkpoint(path, model, **config):
 
 def test_checkpoints_are_read_without_code(tmp_path, capsys):
     model = build()
-    read = ForceField.load(checkpoint(tmp_path / "a.pth", model))
-    assert read.fingerprint == ForceField.from_vendor("sevenn", model).fingerprint
-    assert ForceField.load(read.save(tmp_path / "a.safetensors")).fingerprint == read.fingerprint
+    read = load_force_field(checkpoint(tmp_path / "a.pth", model))
+    assert read.fingerprint == from_vendor("sevenn", model).fingerprint
+    assert load_force_field(read.save(tmp_path / "a.safetensors")).fingerprint == read.fingerprint
     torch.save({"weights": 1}, tmp_path / "empty.pth")
     torch.save({"config": Trap()}, tmp_path / "trap.pth")
     sources = {
@@ -136,7 +137,7 @@ def test_checkpoints_are_read_without_code(tmp_path, capsys):
     }
     for words, source in sources.items():
         with pytest.raises(FileFormatError, match=words):
-            ForceField.load(source)
+            load_force_field(source)
     assert "executed" not in capsys.readouterr().out
     with pytest.raises(FileFormatError, match="biases"):
         ADAPTERS["sevenn"].read(build(use_bias_in_linear=True))
@@ -148,13 +149,13 @@ def test_checkpoints_are_read_without_code(tmp_path, capsys):
 def test_exports_are_the_vendors_checkpoints(variant, tmp_path):
     from sevenn.calculator import SevenNetCalculator
 
-    specialist = ForceField.from_vendor("sevenn", build(**VARIANTS[variant]))
-    path = specialist.export(tmp_path / "again.pth")
+    specialist = from_vendor("sevenn", build(**VARIANTS[variant]))
+    path = export(specialist, tmp_path / "again.pth")
     ours = GFFMergeCalculator(specialist, device="cpu")
     for atoms in structures():
         assert_same(ours, SevenNetCalculator(path, device="cpu"), atoms, tolerance=3e-6)
     weights = specialist.potential.state_dict()
-    for name, again in ForceField.load(f"sevenn:{path}").potential.state_dict().items():
+    for name, again in load_force_field(f"sevenn:{path}").potential.state_dict().items():
         torch.testing.assert_close(again, weights[name], rtol=3e-7, atol=0)
 
 
@@ -174,7 +175,7 @@ def test_vendor_files_are_merged_served_and_exported(tmp_path):
         cache_dir=tmp_path,
         device="cpu",
     )
-    path = calc.force_field.export(tmp_path / "merged.pth")
+    path = export(calc.force_field, tmp_path / "merged.pth")
     for atoms in structures():
         assert_same(calc, SevenNetCalculator(path, device="cpu"), atoms, tolerance=3e-6)
 
@@ -192,4 +193,4 @@ def test_the_default_beats_paper_and_mean(tmp_path):
     assert "stages.0.module.basis.coeffs" in report.averaged
     assert any("fc_tensor_product[O, 0e]" in row.name for row in report.layers)
     with pytest.raises(FileFormatError, match="widened readout"):
-        merged.export(tmp_path / "merged.pth")
+        export(merged, tmp_path / "merged.pth")

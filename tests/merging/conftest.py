@@ -10,7 +10,8 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 
-from ase_gffmerge.forcefield.force_field import ForceField, Provenance
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.models import build_potential
 from helpers.structures import OWN_ARCHITECTURES
 

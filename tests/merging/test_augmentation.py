@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.integrations.load import load_force_field
 from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
 from ase_gffmerge.merging.recipe import ReadoutOptions
-from ase_gffmerge.workflows.load_or_merge import load
 
 
 @pytest.fixture(scope="module")
 def ethanol() -> ForceField:
-    return load("rmd17-ethanol")
+    return load_force_field("rmd17-ethanol")
 
 
 def spread(copies, frames) -> float:

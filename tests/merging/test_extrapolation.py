@@ -13,12 +13,11 @@ from hypothesis.extra import numpy as hnp
 
 from ase_gffmerge import ForceField, merge
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.forcefield.leverage_fit import (
+from ase_gffmerge.forcefield.leverage import (
     RIDGE,
     calibration_features,
     fit_extrapolation_grade,
     left_out_leverages,
-    with_extrapolation_grade,
 )
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.inference.predict import grades, predict_graded
@@ -41,10 +40,16 @@ def grades_of(force_field: ForceField, *frames: Atoms) -> np.ndarray:
     return values.numpy()
 
 
+def frames_of(specialists: list[ForceField]) -> list[tuple[Atoms, ...]]:
+    return [specialist.calibration for specialist in specialists]
+
+
 def test_grade_is_the_left_out_leverage_by_its_definition(merged) -> None:
     """Against plain numpy: one solve for the grade, and one for every frame that is left out for the scale."""
     force_field, specialists = merged
-    z, numbers, frame = (x.numpy() for x in calibration_features(force_field.potential, specialists))
+    z, numbers, frame = (
+        x.numpy() for x in calibration_features(force_field.potential, frames_of(specialists))
+    )
     frames = [atoms for specialist in specialists for atoms in specialist.calibration]
     expected = np.empty(len(z))
     for number in np.unique(numbers):
@@ -82,7 +87,7 @@ def test_one_is_the_edge_of_the_calibration_set(merged) -> None:
     force_field, specialists = merged
     frames = [atoms for specialist in specialists for atoms in specialist.calibration]
     assert grades_of(force_field, *frames).max() < 1
-    z, numbers, frame = calibration_features(force_field.potential, specialists)
+    z, numbers, frame = calibration_features(force_field.potential, frames_of(specialists))
     for whitening, number in zip(
         force_field.extrapolation_grade.whitening.double(), force_field.extrapolation_grade.species
     ):
@@ -100,13 +105,8 @@ def test_one_is_the_edge_of_the_calibration_set(merged) -> None:
 
 
 def test_an_element_in_one_frame_only_is_judged_by_that_frame(family) -> None:
-    first, second = family("painn")
-    alone = replace(
-        first,
-        potential=first.potential,
-        calibration=(molecule("CH4"), *first.with_calibration(()).calibration),
-    )
-    extrapolation_grade = fit_extrapolation_grade(first.potential, [alone, second.with_calibration(())])
+    first, _ = family("painn")
+    extrapolation_grade = fit_extrapolation_grade(first.potential, [[molecule("CH4")], ()])
     force_field = replace(first, extrapolation_grade=extrapolation_grade)
     np.testing.assert_allclose(grades_of(force_field, molecule("CH4")).max(), 1.0, rtol=1e-3)
 
@@ -132,9 +132,7 @@ def test_grade_of_a_crystal_is_that_of_its_supercell(family) -> None:
     crystal = bulk("C", "diamond", a=3.6)
     force_field = replace(
         first,
-        extrapolation_grade=fit_extrapolation_grade(
-            first.potential, [first.with_calibration([crystal]), second]
-        ),
+        extrapolation_grade=fit_extrapolation_grade(first.potential, [[crystal], second.calibration]),
     )
     small, large = grades_of(force_field, crystal), grades_of(force_field, crystal * (2, 1, 2))
     np.testing.assert_allclose(large, np.tile(small, 4), rtol=1e-5)
@@ -148,7 +146,8 @@ def test_stretched_bond_and_unknown_element(merged) -> None:
     assert grades_of(force_field, inside).max() < 1 < grades_of(force_field, stretched).max()
     hydrocarbons = [s.with_calibration([molecule("CH4"), molecule("C2H6")]) for s in specialists]
     narrow = replace(
-        force_field, extrapolation_grade=fit_extrapolation_grade(force_field.potential, hydrocarbons)
+        force_field,
+        extrapolation_grade=fit_extrapolation_grade(force_field.potential, frames_of(hydrocarbons)),
     )
     values = grades_of(narrow, inside)
     assert (np.isinf(values) == (inside.numbers == 8)).all()
@@ -190,7 +189,7 @@ def test_every_recipe_leaves_a_gauge_of_the_final_potential(family, recipe: str)
     force_field, report = merge(specialists, options, device="cpu")
     assert torch.equal(
         force_field.extrapolation_grade.whitening,
-        fit_extrapolation_grade(force_field.potential, specialists).whitening,
+        fit_extrapolation_grade(force_field.potential, frames_of(specialists)).whitening,
     )
     assert report.seconds["extrapolation"] < 0.5 * sum(report.seconds.values())
 
@@ -217,22 +216,22 @@ def test_files(merged, tmp_path) -> None:
         metadata,
         tensors | {"gauge.whitening": tensors["gauge.whitening"][:, 1:]},
     )
-    with pytest.raises(FileFormatError, match="extrapolation gauge"):
+    with pytest.raises(FileFormatError, match="extrapolation grade"):
         ForceField.load(tmp_path / "bad.safetensors")
 
 
 def test_specialist_gauged_by_its_own_frames(family) -> None:
     specialist = family("nequip", 1)[0]
     assert specialist.extrapolation_grade is None
-    assert grades_of(with_extrapolation_grade(specialist), *specialist.calibration).max() < 1
-    assert with_extrapolation_grade(specialist.with_calibration(())).extrapolation_grade is None
+    assert grades_of(specialist.with_extrapolation_grade(), *specialist.calibration).max() < 1
+    assert specialist.with_calibration(()).with_extrapolation_grade().extrapolation_grade is None
 
 
 def test_bundled_pair_tells_broken_from_whole() -> None:
     """Held-out frames are inside for a realistic specialist, a torn molecule is far outside, and the file stays small."""
-    from ase_gffmerge.forcefield.bundled import bundled_test_frames
+    from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 
-    force_field = with_extrapolation_grade(ForceField.load("rmd17-ethanol"))
+    force_field = ForceField.load("rmd17-ethanol").with_extrapolation_grade()
     frames = bundled_test_frames("rmd17-ethanol")
     worst = [grades_of(force_field, atoms).max() for atoms in frames]
     assert np.quantile(worst, 0.9) < 1

@@ -7,7 +7,8 @@ import pytest
 import torch
 from ase.build import molecule
 
-from ase_gffmerge.forcefield.force_field import ForceField, Provenance
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.models import build_potential
 
 SMALL = {

@@ -14,7 +14,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, MergeWarning, RecipeError
-from ase_gffmerge.forcefield.force_field import ForceField, Provenance
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.merging.distill_options import DistillOptions
 from ase_gffmerge.merging.merge import merge

@@ -38,9 +38,10 @@ from ase_gffmerge.graphs.verlet_cache import VerletCache
 from ase_gffmerge.inference.compiled import Compile
 from ase_gffmerge.inference.disagreement import force_disagreement
 from ase_gffmerge.inference.predictor import Predictor
+from ase_gffmerge.integrations.load import Source, with_frames
 from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.runtime.forking import ForkSafeLock
-from ase_gffmerge.workflows.load_or_merge import MergeOptions, Resolved, Source, resolve, with_frames
+from ase_gffmerge.workflows.load_or_merge import MergeOptions, Resolved, resolve
 
 if TYPE_CHECKING:
     from ase_gffmerge.merging.recipe import Recipe

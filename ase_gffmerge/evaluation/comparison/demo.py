@@ -12,8 +12,8 @@ from ase.calculators.calculator import Calculator
 from ase_gffmerge.dynamics.ase_md import run_md
 from ase_gffmerge.dynamics.result import MDResult, Sample
 from ase_gffmerge.evaluation.comparison.measurement import run_timed
-from ase_gffmerge.forcefield.bundled import bundled_test_frames
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 from ase_gffmerge.inference.metrics import labels, predict_frames
 from ase_gffmerge.methods import METHODS, MergeInputs
 from ase_gffmerge.models import Potential

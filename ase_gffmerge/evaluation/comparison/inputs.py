@@ -9,9 +9,9 @@ from ase import Atoms
 
 from ase_gffmerge.data.readers import read_frames, require_labels
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
-from ase_gffmerge.forcefield.bundled import bundled_test_frames
 from ase_gffmerge.forcefield.conditioning import without_choice
-from ase_gffmerge.forcefield.force_field import BUNDLED, ForceField, bundled_path
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.pretrained import BUNDLED, bundled_path, bundled_test_frames
 from ase_gffmerge.inference.metrics import check_frames
 from ase_gffmerge.merging.compatibility import check_compatible
 from ase_gffmerge.merging.merge import working_copies

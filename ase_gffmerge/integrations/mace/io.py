@@ -44,7 +44,7 @@ def load_network(path: Path, *, trust: bool) -> Any:
             raise
         raise FileFormatError(
             f"{path} is not read: unless it is damaged, it is a pickled model, whose loading executes code from the file; "
-            "pass trust=True to ForceField.from_vendor, or --trust to gffmerge convert, for files of your own, or save "
+            "pass trust=True to load_force_field, or --trust to gffmerge convert, for files of your own, or save "
             f"{SAFE}"
         ) from None
     return _build(content, path)

@@ -22,7 +22,6 @@ from ase_gffmerge.errors import (
     GFFMergeError,
     MissingExtrapolationGradeError,
 )
-from ase_gffmerge.forcefield.leverage_fit import with_extrapolation_grade
 from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.inference.predict import grades
 from helpers.toys import cluster, crystal
@@ -214,6 +213,6 @@ def test_what_a_monitor_refuses(calc, painn_calc, inside, tmp_path: Path) -> Non
 
 
 def test_specialist_with_a_gauge_of_its_own(relatives, inside) -> None:
-    calc = GFFMergeCalculator(with_extrapolation_grade(relatives[0]), device="cpu")
+    calc = GFFMergeCalculator(relatives[0].with_extrapolation_grade(), device="cpu")
     calc.calculate(inside)
     assert calc.extras["extrapolation"].max() < 1

@@ -1,0 +1,219 @@
+"""From names, paths and other packages' models to force fields, and back to other packages' files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from ase import Atoms
+
+from ase_gffmerge.data.readers import read_frames
+from ase_gffmerge.errors import ArgumentError, FileFormatError
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.pretrained import BUNDLED, bundled_path
+from ase_gffmerge.forcefield.provenance import Provenance
+from ase_gffmerge.forcefield.serialization import require_finite
+from ase_gffmerge.integrations.registry import ADAPTERS, adapter_for, vendor_source
+
+Source = str | Path | ForceField
+"""A bundled name, the path of a ``.safetensors`` file, ``vendor:what``, or a force field in memory."""
+
+Frames = str | Path | Sequence[Atoms]
+"""Structures, or a file of them."""
+
+
+def load_force_field(
+    source: str | Path,
+    *,
+    calibration: Frames = (),
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    trust: bool = False,
+    name: str | None = None,
+    level_of_theory: str | None = None,
+) -> ForceField:
+    """Load a force field: bundled, from a file of this package, or from another package.
+
+    Parameters
+    ----------
+    source
+        A bundled name, the path of a ``.safetensors`` file, or ``vendor:what``: the path of the vendor's file or a name
+        of its pretrained weights (``chgnet:0.3.0``).
+    calibration
+        Unlabelled frames typical of what the force field knows, or a file of them; a merge needs some. Default: those in
+        the file.
+    dtype
+        Floating-point type of the weights; default: as stored.
+    device
+        Where to put them.
+    trust
+        Load files of other packages that execute code.
+    name, level_of_theory
+        Default: what the file says.
+
+    Raises
+    ------
+    FileFormatError
+        For names that do not exist, with the nearest one that does, and for files that cannot be used.
+    """
+    if parts := vendor_source(source):
+        found = from_vendor(*parts, trust=trust).to(device=device, dtype=dtype)
+    else:
+        found = ForceField.load(local_file(source), device=device, dtype=dtype)
+    changes = {"name": name, "level_of_theory": level_of_theory, "calibration": _structures(calibration)}
+    return replace(found, **{key: value for key, value in changes.items() if value})  # type: ignore[arg-type]
+
+
+def from_vendor(
+    vendor: str,
+    source: object,
+    *,
+    calibration: Frames = (),
+    name: str | None = None,
+    level_of_theory: str | None = None,
+    trust: bool = False,
+) -> ForceField:
+    """Make a specialist of another package's force field.
+
+    Parameters
+    ----------
+    vendor
+        One of :data:`~ase_gffmerge.integrations.registry.ADAPTERS`.
+    source
+        Path of the vendor's file, a name of its pretrained weights, or its model in memory.
+    calibration
+        Unlabelled frames typical of what it was fine-tuned on; a merge needs some.
+    name
+        Default: stem of the file.
+    level_of_theory
+        Of its labels; default: what the adapter knows.
+    trust
+        Load files that execute code.
+
+    Raises
+    ------
+    FileFormatError
+        When there is no such file, it holds code and is not trusted, or a model that the adapter cannot read.
+    """
+    converted = ADAPTERS[vendor].read(source, trust=trust)
+    require_finite(converted.potential, f"{vendor}:{source}")
+    in_file = isinstance(source, str | Path) and Path(source).exists()
+    stem = Path(str(source)).name.split(".")[0] if in_file else ""
+    label = source if isinstance(source, str) else "model"
+    return ForceField(
+        name=name or converted.name or stem or f"{vendor}-{label}",
+        potential=converted.potential,
+        calibration=_structures(calibration),
+        level_of_theory=level_of_theory or converted.level_of_theory,
+        provenance=Provenance(origin=f"{converted.vendor} {converted.version}".strip()),
+    )
+
+
+def export(force_field: ForceField, path: str | Path) -> Path:
+    """Write another package's format, for force fields that came from it.
+
+    Raises
+    ------
+    FileFormatError
+        When the architecture is no other package's, or holds what its format cannot.
+    """
+    return adapter_for(force_field.potential.architecture).write(force_field.potential, Path(path))
+
+
+def local_file(source: str | Path) -> Path:
+    """Path of one of our own files that exists.
+
+    Raises
+    ------
+    FileFormatError
+        For names that are neither bundled nor that of a file, with the nearest one that is.
+    """
+    path = bundled_path(source)
+    if not os.path.exists(path):
+        close = get_close_matches(str(source), BUNDLED, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the bundled names are {', '.join(BUNDLED)}"
+        raise FileFormatError(
+            f"there is no specialist {str(source)!r}, neither bundled nor as a file; {hint}"
+        )
+    return path
+
+
+def as_list(sources: Source | Iterable[Source]) -> list[Source]:
+    """One source or several as a list.
+
+    Raises
+    ------
+    ArgumentError
+        For an empty list, or something that is no source.
+    """
+    single = isinstance(sources, str | Path | ForceField | Mapping) or not isinstance(sources, Iterable)
+    items: list[object] = [sources] if single else list(sources)  # type: ignore[arg-type]
+    if not items:
+        raise ArgumentError(
+            f"no specialists were given; name at least one of {', '.join(BUNDLED)}, or give the path of a "
+            ".safetensors file"
+        )
+    return [_checked(item) for item in items]
+
+
+def _checked(item: object) -> Source:
+    if isinstance(item, str | Path | ForceField):
+        return item
+    if isinstance(item, Mapping) and "fingerprint" in item:
+        raise ArgumentError(
+            f"specialist {item.get('name')!r} was given to the calculator as an object in memory, which "
+            "its parameters cannot bring back; save it with ForceField.save and give the path"
+        )
+    raise ArgumentError(
+        f"{item!r} ({type(item).__name__}) is no specialist; give a bundled name, a path or a ForceField"
+    )
+
+
+def as_force_field(source: Source) -> ForceField:
+    """Load a source with its weights as stored; force fields in memory are returned as they are."""
+    return source if isinstance(source, ForceField) else load_force_field(source)
+
+
+def with_frames(sources: Source | Iterable[Source], calibration: Sequence[Frames | None]) -> list[Source]:
+    """Specialists with other calibration frames.
+
+    Parameters
+    ----------
+    sources
+        One or several.
+    calibration
+        For each of them frames or a file of them; ``None`` to keep what is there.
+
+    Raises
+    ------
+    ArgumentError
+        When there are not as many entries as sources.
+    """
+    items = as_list(sources)
+    if isinstance(calibration, str | Path | Atoms) or len(calibration) != len(items):
+        raise ArgumentError(
+            f"calibration must hold one list of frames (or one file) for each of the {len(items)} specialists, in order"
+        )
+    return [
+        item if frames is None else as_force_field(item).with_calibration(_structures(frames))
+        for item, frames in zip(items, calibration, strict=True)
+    ]
+
+
+def _structures(frames: Frames) -> tuple[Atoms, ...]:
+    return tuple(read_frames(frames) if isinstance(frames, str | Path) else frames)
+
+
+def describe(source: Source) -> str | dict[str, str]:
+    """Describe a source as JSON: its bundled name, its absolute path, or what the object in memory is."""
+    if isinstance(source, ForceField):
+        return {"name": source.name, "fingerprint": source.fingerprint}
+    if parts := vendor_source(source):
+        vendor, rest = parts
+        what, at, path = ("", "", rest) if Path(rest).exists() else rest.rpartition("@")
+        return f"{vendor}:{what}{at}{Path(path).absolute() if Path(path).exists() else path}"
+    return str(source) if bundled_path(source) != Path(source) else str(Path(source).absolute())
