@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.build import molecule
-from ase.calculators.emt import EMT
-from ase.calculators.singlepoint import SinglePointCalculator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,46 +34,24 @@ from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, Method, Requirement
 from ase_gffmerge.models import build_potential
+from helpers.structures import OWN_ARCHITECTURES
+from helpers.toys import SHALLOW, labelled, rattled, relative, toy
 
-SMALL = {
-    "painn": {"channels": 8, "n_blocks": 1, "n_radial": 4, "cutoff": 4.0},
-    "nequip": {"channels": 4, "n_blocks": 1, "n_radial": 4, "cutoff": 4.0, "l_max": 1, "radial_hidden": 8},
-}
 NAMES = ("methanol", "water")
 
 
 def frames(name: str, n: int, seed: int) -> tuple[Atoms, ...]:
-    rng, made = np.random.default_rng(seed), []
-    for _ in range(n):
-        atoms = molecule(name)
-        atoms.rattle(0.05, rng=rng)
-        atoms.calc = EMT()
-        results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
-        atoms.calc = SinglePointCalculator(atoms, **results)
-        made.append(atoms)
-    return tuple(made)
+    return tuple(labelled(atoms) for atoms in rattled(name, n, seed=seed, size=0.05))
 
 
 def family(architecture: str = "painn") -> tuple[ForceField, list[ForceField]]:
     """A base, and two specialists whose weights differ a little from it."""
-    torch.manual_seed(0)
-    potential = build_potential(architecture, SMALL[architecture], (1, 6, 8)).eval().requires_grad_(False)
-    base = ForceField(name="base", potential=potential, level_of_theory="EMT")
+    base = toy(architecture, SHALLOW[architecture], dtype=torch.float32, level_of_theory="EMT")
     children = []
     for seed, (name, formula) in enumerate(zip(NAMES, ("CH3OH", "H2O"))):
-        child = deepcopy(potential)
-        for parameter in child.parameters():
-            parameter.add_(0.05 * parameter.abs().mean() * torch.randn_like(parameter))
         seen = frames(formula, 6, seed)
-        children.append(
-            ForceField(
-                name=name,
-                potential=child,
-                calibration=seen[:4],
-                level_of_theory="EMT",
-                provenance=Provenance(lineage=(base.fingerprint,), seen_frames=geometry_keys(seen)),
-            )
-        )
+        provenance = Provenance(lineage=(base.fingerprint,), seen_frames=geometry_keys(seen))
+        children.append(relative(base, name, seen[:4], seed=seed, provenance=provenance))
     return base, children
 
 
@@ -137,7 +112,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     METHODS.update(saved)
 
 
-@pytest.mark.parametrize("architecture", sorted(SMALL))
+@pytest.mark.parametrize("architecture", OWN_ARCHITECTURES)
 def test_errors_are_those_of_the_potentials(architecture: str, tests, calls) -> None:
     _, specialists = family(architecture)
     comparison = compare_methods(make_merge_inputs(specialists, device="cpu"), tests)
@@ -242,7 +217,7 @@ def test_cost_is_the_ratio_of_medians(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_measured_cost_of_twice_the_blocks_is_higher() -> None:
     small, large = (
-        build_potential("painn", {**SMALL["painn"], "n_blocks": n}, (1, 6, 8)).eval() for n in (1, 6)
+        build_potential("painn", {**SHALLOW["painn"], "n_blocks": n}, (1, 6, 8)).eval() for n in (1, 6)
     )
     assert relative_cost(large, small, frames("CH3OH", 1, 0)[0]) > 1.5
 

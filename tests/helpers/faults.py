@@ -1,37 +1,30 @@
 """What the tests of faults share: tiny specialists, processes, and comparison to the last bit."""
 
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from ase.build import molecule
-from ase.calculators.emt import EMT
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.merging.recipe import load_recipe
-from ase_gffmerge.models import build_potential
+from helpers.toys import labelled, rattled, relative, toy
 
 HYPER = {"channels": 4, "n_blocks": 1, "n_radial": 3, "cutoff": 3.0}
 RECIPE = load_recipe("mean")
 
 
 def tiny_specialists() -> list[ForceField]:
+    """Two relatives with calibration frames and everything that provenance can hold."""
+    base = toy("painn", HYPER, dtype=torch.float32, level_of_theory="unknown")
+    provenance = Provenance(lineage=("base",), seen_frames=("00ff00ff00ff00ff",), errors={"mae": 0.1})
     made = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        base = build_potential("painn", HYPER, (1, 6, 8)).eval().requires_grad_(False)
-        for name, system in (("a", "CH3OH"), ("b", "CH3CHO")):
-            potential = deepcopy(base)
-            for parameter in potential.parameters():
-                parameter.add_(0.01 * torch.randn_like(parameter))
-            frames = (molecule(system), molecule("H2O"))
-            frames[1].rattle(0.05, seed=len(made))
-            provenance = Provenance(lineage=("base",), seen_frames=("00ff00ff00ff00ff",), errors={"mae": 0.1})
-            made.append(ForceField(name=name, potential=potential, calibration=frames, provenance=provenance))
+    for seed, (name, formula) in enumerate((("a", "CH3OH"), ("b", "CH3CHO"))):
+        frames = (molecule(formula), molecule("H2O"))
+        frames[1].rattle(0.05, seed=seed)
+        made.append(relative(base, name, frames, seed=seed, size=0.01, absolute=True, provenance=provenance))
     return made
 
 
@@ -70,13 +63,5 @@ def explains(error: Exception, *, named: object = "", longest: int = 3000) -> No
 
 def labelled_water(path: Path) -> Path:
     """Write a few frames with EMT's energies and forces."""
-    frames = []
-    for seed in range(6):
-        atoms = molecule("H2O")
-        atoms.rattle(0.05, seed=seed)
-        atoms.calc = EMT()
-        results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
-        atoms.calc = SinglePointCalculator(atoms, **results)
-        frames.append(atoms)
-    write(path, frames)
+    write(path, [labelled(atoms) for atoms in rattled("H2O", 6, size=0.05)])
     return path

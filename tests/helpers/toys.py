@@ -1,19 +1,128 @@
-"""Small random force fields and the structures on which the contract is checked."""
+"""Toy force fields: small random networks, relatives that are copies with moved weights, and frames to calibrate them."""
 
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 import torch
 from ase import Atoms
-from ase.build import bulk, fcc111, molecule
+from ase.build import molecule
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
 
-from ase_gffmerge import ForceField
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.models import build_potential
 
-SPECIES = (1, 6, 8, 13, 29)
 SMALL = {
+    "painn": {"channels": 8, "n_blocks": 2, "n_radial": 6, "cutoff": 4.0},
+    "nequip": {"channels": 4, "n_blocks": 2, "n_radial": 6, "cutoff": 4.0, "l_max": 1, "radial_hidden": 8},
+    "chgnet": {
+        "channels": 6,
+        "n_blocks": 2,
+        "n_radial": 5,
+        "cutoff": 4.0,
+        "n_angular": 5,
+        "readout_layers": 1,
+    },
+}
+"""Hyperparameters of networks that are evaluated in milliseconds and merged in a second."""
+SHALLOW = {name: {**hyper, "n_blocks": 1} for name, hyper in SMALL.items()}
+MOLECULES = ("CH3CH2OH", "CH3CHO", "CH3OCH3", "HCOOH")
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+Family = Callable[..., list[ForceField]]
+
+
+def toy(
+    architecture: str = "painn",
+    hyper: Mapping[str, object] | None = None,
+    species: Sequence[int] = (1, 6, 8),
+    *,
+    name: str = "base",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    level_of_theory: str = "toy",
+) -> ForceField:
+    """A force field with random weights, those of ``SMALL`` in size where nothing else is said."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        potential = build_potential(architecture, dict(hyper or SMALL[architecture]), tuple(species))
+    potential = potential.to(dtype=dtype).eval().requires_grad_(False)
+    return ForceField(name=name, potential=potential, level_of_theory=level_of_theory)
+
+
+def moved(model: Model, *, seed: int, size: float, absolute: bool = False) -> Model:
+    """The model itself, every weight moved at random by about ``size`` times its tensor's mean size, or by ``size``."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+            p.add_(size * (1.0 if absolute else p.abs().mean()) * noise)
+    return model
+
+
+def relative(
+    base: ForceField,
+    name: str,
+    frames: Sequence[Atoms] = (),
+    *,
+    seed: int,
+    size: float = 0.05,
+    absolute: bool = False,
+    provenance: Provenance | None = None,
+) -> ForceField:
+    """A 'fine-tuned' copy of ``base`` with calibration frames; its provenance is that it descends from ``base``."""
+    potential = moved(deepcopy(base.potential), seed=seed, size=size, absolute=absolute)
+    provenance = provenance or Provenance(lineage=(base.fingerprint,))
+    return replace(base, name=name, potential=potential, calibration=tuple(frames), provenance=provenance)
+
+
+def rattled(start: str | Atoms, n: int, *, seed: int = 0, size: float = 0.08) -> tuple[Atoms, ...]:
+    """Copies of a molecule or structure with positions moved at random."""
+    rng = np.random.default_rng(seed)
+    frames = []
+    for _ in range(n):
+        atoms = molecule(start) if isinstance(start, str) else start.copy()
+        atoms.positions += size * rng.standard_normal(atoms.positions.shape)
+        frames.append(atoms)
+    return tuple(frames)
+
+
+def labelled(atoms: Atoms, *, stress: bool = False) -> Atoms:
+    """The structure with EMT's energy and forces, and stress if wanted."""
+    atoms.calc = EMT()
+    results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+    if stress:
+        results["stress"] = atoms.get_stress()
+    atoms.calc = SinglePointCalculator(atoms, **results)
+    return atoms
+
+
+def family(
+    architecture: str,
+    k: int = 2,
+    *,
+    size: float = 0.05,
+    frames: int = 6,
+    species: tuple[int, ...] = (1, 6, 8),
+    hyper: Mapping[str, object] | None = None,
+) -> list[ForceField]:
+    """``k`` relatives of one base with frames of different molecules."""
+    base = toy(architecture, hyper, species)
+    return [
+        relative(base, f"s{i}", rattled(MOLECULES[i % 4], frames, seed=i), seed=i + 1, size=size)
+        for i in range(k)
+    ]
+
+
+# -- force fields of the calculator's contract --
+
+SPECIES = (1, 6, 8, 13, 29)
+CONTRACT = {
     "painn": {"channels": 8, "n_blocks": 2, "n_radial": 5},
     "nequip": {
         "channels": 6,
@@ -27,62 +136,22 @@ SMALL = {
 
 
 def random_force_field(architecture: str) -> ForceField:
-    toy = _random_force_field(architecture)
-    return replace(toy, potential=deepcopy(toy.potential))
+    """A toy for molecules, aluminium and copper, with reference energies."""
+    made = _random_force_field(architecture)
+    return replace(made, potential=deepcopy(made.potential))
 
 
 @cache
 def _random_force_field(architecture: str) -> ForceField:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        potential = build_potential(architecture, {"cutoff": 4.0, **SMALL.get(architecture, {})}, SPECIES)
-    potential.double().eval().requires_grad_(False)
-    potential.references.copy_(torch.linspace(-2.0, 2.0, len(SPECIES)))
-    return ForceField(name="toy", potential=potential)
+    hyper = {"cutoff": 4.0, **CONTRACT.get(architecture, {})}
+    made = toy(architecture, hyper, SPECIES, name="toy", seed=7, level_of_theory="unknown")
+    made.potential.references.copy_(torch.linspace(-2.0, 2.0, len(SPECIES)))
+    return made
 
 
-def relative(base: ForceField, name: str, system: str, *, seed: int) -> ForceField:
-    """A specialist a small step away from ``base``, with calibration frames of one molecule."""
-    potential = deepcopy(base.potential)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in potential.parameters():
-        parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    frames = [molecule(system) for _ in range(4)]
+def stranger(base: ForceField, name: str, formula: str, *, seed: int) -> ForceField:
+    """A copy a small step away that does not say where it comes from, with four frames of a molecule."""
+    frames = [molecule(formula) for _ in range(4)]
     for i, frame in enumerate(frames):
         frame.rattle(0.1, seed=10 * seed + i)
-    return replace(base, name=name, potential=potential, calibration=tuple(frames))
-
-
-def crystal() -> Atoms:
-    """Skewed, rattled, and smaller than the cutoff."""
-    atoms = bulk("Cu", "fcc", a=3.7) * (2, 1, 1)
-    atoms.numbers[1] = 13
-    atoms.set_cell(
-        atoms.cell @ np.add(np.eye(3), [[0.03, 0.05, 0], [0, -0.04, 0.06], [0.02, 0, 0.05]]), scale_atoms=True
-    )
-    atoms.rattle(0.1, seed=3)
-    return atoms
-
-
-def slab() -> Atoms:
-    atoms = fcc111("Al", (2, 1, 2), vacuum=5.0)
-    atoms.info.clear()  # ASE's notes on the surface do not fit into files
-    atoms.rattle(0.1, seed=4)
-    return atoms
-
-
-def cluster() -> Atoms:
-    atoms = molecule("CH3OH")
-    atoms.rattle(0.05, seed=5)
-    return atoms
-
-
-STRUCTURES = {"crystal": crystal, "slab": slab, "cluster": cluster}
-
-
-def everything(atoms, calc) -> dict:
-    """All results of a copy of ``atoms``."""
-    atoms = atoms.copy()
-    atoms.calc = calc
-    atoms.get_potential_energy()
-    return calc.results
+    return relative(base, name, frames, seed=seed, size=0.01, absolute=True, provenance=Provenance())

@@ -15,6 +15,7 @@ from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.inference.metrics import compare, predict_frames
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.models import Potential, build_potential
+from helpers.toys import rattled
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 
@@ -29,14 +30,6 @@ SMALL = {
 
 def recipe(name: str = "gffmerge", **options) -> Recipe:
     return load_recipe({"preset": name, **(SMALL if name == "gffmerge" else {}), **options})
-
-
-def rattled(name: str, n: int, seed: int) -> list[Atoms]:
-    rng = np.random.default_rng(seed)
-    frames = [molecule(name) for _ in range(n)]
-    for atoms in frames:
-        atoms.positions += 0.08 * rng.standard_normal(atoms.positions.shape)
-    return frames
 
 
 def disagreement(potential: Potential, specialist: ForceField, frames: Sequence[Atoms] = ()) -> float:
@@ -54,7 +47,7 @@ def merge_inputs(family, architecture):
 
     def make(k: int, *, frames: int = 5) -> list[ForceField]:
         specialists = family(architecture, k, size=0.1, frames=1)
-        sets = [rattled(name, frames, seed) for seed, name in enumerate(MOLECULES[:k])]
+        sets = [rattled(name, frames, seed=seed) for seed, name in enumerate(MOLECULES[:k])]
         return [s.with_calibration(frames) for s, frames in zip(specialists, sets)]
 
     return make

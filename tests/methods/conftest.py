@@ -1,20 +1,16 @@
 """Mixtures of small specialists: a base, and fine-tuned relatives made by perturbing its weights."""
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from ase import Atoms
-from ase.build import molecule
 
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.merging.recipe import PRESETS, load_recipe
 from ase_gffmerge.methods import MergeInputs, dare, fisher, task_arithmetic, ties
 from ase_gffmerge.models import build_potential
+from helpers.toys import rattled, relative, toy
 
 SMALL = {
     "painn": {"channels": 6, "n_blocks": 2, "n_radial": 5, "cutoff": 4.0},
@@ -22,14 +18,6 @@ SMALL = {
     | {"radial_hidden": 6},
 }
 MOLECULES = ("CH3OH", "H2CO", "HCOOH")
-
-
-def rattled(name: str, n: int, seed: int) -> tuple[Atoms, ...]:
-    rng = np.random.default_rng(seed)
-    frames = [molecule(name) for _ in range(n)]
-    for atoms in frames:
-        atoms.positions += 0.08 * rng.standard_normal(atoms.positions.shape)
-    return tuple(frames)
 
 
 def with_species(specialist: ForceField, species: Sequence[int], *, seed: int = 0) -> ForceField:
@@ -45,18 +33,6 @@ def with_species(specialist: ForceField, species: Sequence[int], *, seed: int = 
         new.embedding[:, to] = old.embedding[:, fro]
         new.references[to] = old.references[fro]
     return replace(specialist, potential=new.eval().requires_grad_(False))
-
-
-def relative(base: ForceField, *, seed: int, size: float, frames: tuple[Atoms, ...]) -> ForceField:
-    """A 'fine-tuned' copy: every weight moved by a random fraction of its tensor's size."""
-    potential = deepcopy(base.potential)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in potential.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(size * parameter.abs().mean() * noise)
-    lineage = Provenance(lineage=(base.fingerprint,))
-    return replace(base, name=f"s{seed}", potential=potential, calibration=frames, provenance=lineage)
 
 
 @pytest.fixture(autouse=True)
@@ -82,12 +58,10 @@ def make_merge_inputs() -> MakeMixture:
     def make(
         architecture: str, k: int = 2, *, size: float = 0.1, frames: int = 3, copies: bool = False
     ) -> MergeInputs:
-        torch.manual_seed(0)
-        potential = build_potential(architecture, SMALL[architecture], (1, 6, 8)).double().eval()
-        base = ForceField(name="base", potential=potential.requires_grad_(False), level_of_theory="toy")
+        base = toy(architecture, SMALL[architecture])
         seeds = [1] * k if copies else range(1, k + 1)
         specialists = [
-            relative(base, seed=seed, size=size, frames=rattled(MOLECULES[i % 3], frames, seed=i))
+            relative(base, f"s{seed}", rattled(MOLECULES[i % 3], frames, seed=i), seed=seed, size=size)
             for i, seed in enumerate(seeds)
         ]
         return MergeInputs(specialists=tuple(specialists), base=base)

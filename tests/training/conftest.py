@@ -7,20 +7,11 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
-from ase.calculators.emt import EMT
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
+from helpers.toys import labelled
+
 FrameFile = Callable[..., Path]
-
-
-def labelled(atoms: Atoms, *, stress: bool) -> Atoms:
-    atoms.calc = EMT()
-    results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
-    if stress:
-        results["stress"] = atoms.get_stress()
-    atoms.calc = SinglePointCalculator(atoms, **results)
-    return atoms
 
 
 def rattled(start: Atoms, n: int, *, seed: int) -> list[Atoms]:

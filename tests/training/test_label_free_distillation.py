@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, MergeWarning, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.merging.distill_options import DistillOptions
 from ase_gffmerge.merging.merge import merge
@@ -31,50 +29,25 @@ from ase_gffmerge.training.soap import SOAP
 from ase_gffmerge.training.teachers import prepare_distillation_set
 from ase_gffmerge.workflows.merge_and_distill import merge_and_refine, starting_point
 from helpers.structures import OWN_ARCHITECTURES
+from helpers.toys import SHALLOW, rattled, relative, toy
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 
-SMALL = {
-    "painn": {"channels": 8, "n_blocks": 1, "n_radial": 6, "cutoff": 4.0},
-    "nequip": {"channels": 4, "n_blocks": 1, "n_radial": 6, "cutoff": 4.0, "l_max": 1, "radial_hidden": 8},
-}
 TRAINING = {"epochs": 4, "batch_size": 4, "learning_rate": 1e-2, "force_weight": 10.0, "feature_weight": 0.0}
 QUICK = DistillOptions(**TRAINING, copies=0, temperature=0.0)
 MOLECULES = ("CH3OH", "HCOOH", "H2CO")
-
-
-def rattled(name: str, n: int, seed: int) -> tuple[Atoms, ...]:
-    rng = np.random.default_rng(seed)
-    start = bulk(name, cubic=True) if name in ("Cu", "Al") else molecule(name)
-    frames = [start.copy() for _ in range(n)]
-    for atoms in frames:
-        atoms.positions += 0.08 * rng.standard_normal(atoms.positions.shape)
-    return tuple(frames)
 
 
 def relatives(
     architecture: str, names: tuple[str, ...] = MOLECULES[:2], size: float = 0.3
 ) -> list[ForceField]:
     """Specialists that are perturbed copies of one random base."""
-    torch.manual_seed(0)
-    species = (13, 29) if names[0] == "Cu" else (1, 6, 8)
-    base = build_potential(architecture, SMALL[architecture], species).double().eval().requires_grad_(False)
-    root = ForceField(name="base", potential=base, level_of_theory="toy").fingerprint
+    base = toy(architecture, SHALLOW[architecture], (13, 29) if names[0] == "Cu" else (1, 6, 8))
     made = []
     for k, name in enumerate(names):
-        potential, generator = deepcopy(base), torch.Generator().manual_seed(k + 1)
-        for p in potential.parameters():
-            noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-            p.add_(size * p.abs().mean() * noise)
-        made.append(
-            ForceField(
-                name=f"{name}-{k}",
-                potential=potential,
-                calibration=rattled(name, 10, seed=k),
-                level_of_theory="toy",
-                provenance=Provenance(lineage=(root,)),
-            )
-        )
+        start = bulk(name, cubic=True) if name in ("Cu", "Al") else molecule(name)
+        frames = rattled(start, 10, seed=k)
+        made.append(relative(base, f"{name}-{k}", frames, seed=k + 1, size=size))
     return made
 
 
@@ -431,7 +404,7 @@ def test_soap_does_not_see_a_rotation() -> None:
 
 
 def test_wide_readouts_learn_slowly() -> None:
-    hyper = {**SMALL["painn"], "readout_width": 16, "readout_blocks": 1}
+    hyper = {**SHALLOW["painn"], "readout_width": 16, "readout_blocks": 1}
     wide = build_potential("painn", hyper, (1, 6))
     plain, slow = parameter_groups(wide)
     assert slow["lr_scale"] == 4 / 16
@@ -439,4 +412,4 @@ def test_wide_readouts_learn_slowly() -> None:
         id(p) for name, p in wide.named_parameters() if name.startswith("readout.") and "mlp" not in name
     }
     assert len(plain["params"]) + len(slow["params"]) == len(list(wide.parameters()))
-    assert len(parameter_groups(build_potential("painn", SMALL["painn"], (1, 6)))) == 1
+    assert len(parameter_groups(build_potential("painn", SHALLOW["painn"], (1, 6)))) == 1

@@ -18,30 +18,15 @@ from ase_gffmerge.errors import CacheError, CacheWarning
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import load_recipe
-from ase_gffmerge.models import build_potential
 from ase_gffmerge.workflows.cache import MergeCache, cache_key
+from helpers.faults import tiny_specialists
 
 RECIPE = load_recipe("mean")
 
 
-@pytest.fixture(scope="module")
-def _specialists() -> list[ForceField]:
-    made = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        base = build_potential("painn", {"channels": 4, "n_blocks": 1, "n_radial": 3}, (1, 6, 8)).eval()
-        base.requires_grad_(False)
-        for name, system in (("a", "CH3OH"), ("b", "CH3CHO")):
-            potential = deepcopy(base)
-            for parameter in potential.parameters():
-                parameter.add_(0.01 * torch.randn_like(parameter))
-            made.append(ForceField(name=name, potential=potential, calibration=(molecule(system),)))
-    return made
-
-
 @pytest.fixture
-def specialists(_specialists) -> list[ForceField]:
-    return list(_specialists)
+def specialists() -> list[ForceField]:
+    return tiny_specialists()
 
 
 @pytest.fixture

@@ -5,13 +5,8 @@ from ase import Atoms
 
 from ase_gffmerge import ForceField, GFFMergeCalculator
 from ase_gffmerge.merging.merge import merge
-from helpers.structures import OWN_ARCHITECTURES
-from helpers.toys import STRUCTURES, random_force_field, relative
-
-
-@pytest.fixture(params=OWN_ARCHITECTURES)
-def architecture(request) -> str:
-    return request.param
+from helpers.structures import STRUCTURES
+from helpers.toys import random_force_field, stranger
 
 
 @pytest.fixture
@@ -32,7 +27,7 @@ def painn_calc() -> GFFMergeCalculator:
 @pytest.fixture
 def relatives() -> list[ForceField]:
     base = random_force_field("painn")
-    return [relative(base, "ethanol", "CH3CH2OH", seed=1), relative(base, "methanol", "CH3OH", seed=2)]
+    return [stranger(base, "ethanol", "CH3CH2OH", seed=1), stranger(base, "methanol", "CH3OH", seed=2)]
 
 
 @pytest.fixture

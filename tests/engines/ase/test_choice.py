@@ -20,7 +20,8 @@ from ase_gffmerge.evaluation.md.runs import Contestant, run_models
 from ase_gffmerge.inference.metrics import evaluate, predict_frames
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.training.loss import labelled_graphs
-from helpers.toys import cluster, random_force_field
+from helpers.structures import cluster
+from helpers.toys import random_force_field
 
 NAMES = np.array(["ethanol", "methanol"] * 3)
 STATEMENTS = {

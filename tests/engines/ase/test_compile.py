@@ -16,7 +16,8 @@ from ase_gffmerge.errors import CompileWarning
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.inference.compiled import EAGER_STEPS, CompiledPotential
 from ase_gffmerge.models import build_potential
-from helpers.toys import SMALL, SPECIES, STRUCTURES, crystal, everything, random_force_field
+from helpers.structures import STRUCTURES, crystal, everything
+from helpers.toys import CONTRACT, SPECIES, random_force_field
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def fresh_counters():
 )
 def test_one_compilation_serves_every_size(architecture, first, fresh_counters) -> None:
     """What torch traces is what it would compile: once, without breaks, whatever the numbers of atoms and edges."""
-    hyper = {**SMALL[architecture], "n_blocks": 1, "cutoff": 4.0}
+    hyper = {**CONTRACT[architecture], "n_blocks": 1, "cutoff": 4.0}
     potential = build_potential(architecture, hyper, SPECIES).double().requires_grad_(False)
     compiled = CompiledPotential(potential, compile=True, backend="eager")
     for atoms in (first, *(crystal() * repeats for repeats in ((2, 1, 1), (1, 2, 2), (3, 1, 1)))):

@@ -37,7 +37,7 @@ from ase_gffmerge.errors import GFFMergeError
 from ase_gffmerge.inference import predictor as serving
 from ase_gffmerge.inference.predict import predict_graded
 from ase_gffmerge.testing import check_calculator
-from helpers.toys import cluster, crystal, everything
+from helpers.structures import cluster, crystal, everything
 
 
 def test_every_point_has_a_test_named_after_it():

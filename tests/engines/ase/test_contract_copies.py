@@ -17,7 +17,7 @@ from ase.mep import NEB
 from ase.optimize import FIRE
 
 from ase_gffmerge import GFFMergeCalculator
-from helpers.toys import cluster, crystal, everything
+from helpers.structures import cluster, crystal, everything
 
 
 def test_11_parameters_rebuild_the_calculator(force_field, tmp_path):

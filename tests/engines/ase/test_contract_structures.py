@@ -11,7 +11,7 @@ from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_s
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.graphs import graph as batches
 from ase_gffmerge.inference import predictor as serving
-from helpers.toys import cluster, crystal, everything, slab
+from helpers.structures import cluster, crystal, everything, slab
 
 
 def test_09_never_changes_the_callers_atoms(calc, atoms):

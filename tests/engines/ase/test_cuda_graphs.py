@@ -33,7 +33,8 @@ from ase_gffmerge.inference.cuda_graphs import (
     capacity,
 )
 from helpers.rerun import Rerun
-from helpers.toys import STRUCTURES, crystal, everything, random_force_field
+from helpers.structures import STRUCTURES, crystal, everything
+from helpers.toys import random_force_field
 
 
 def arguments(potential, atoms):

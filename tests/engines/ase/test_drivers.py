@@ -25,7 +25,7 @@ from ase.optimize import BFGS, FIRE, RFO
 from ase_gffmerge.errors import StructureError
 from ase_gffmerge.inference import predictor as serving
 from ase_gffmerge.inference.predict import predict_graded
-from helpers.toys import cluster, crystal
+from helpers.structures import cluster, crystal
 
 
 @pytest.fixture

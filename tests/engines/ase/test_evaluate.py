@@ -21,7 +21,8 @@ from ase_gffmerge.errors import DeviceMemoryError, GFFMergeError
 from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.models import painn_cpu as painn_served
 from ase_gffmerge.models.painn_cpu import BlockedSums, InferenceMessage
-from helpers.toys import SMALL, STRUCTURES, cluster, crystal, everything, random_force_field, slab
+from helpers.structures import STRUCTURES, cluster, crystal, everything, slab
+from helpers.toys import CONTRACT, random_force_field
 
 MIXED = [
     crystal(),
@@ -127,7 +128,7 @@ def test_the_network_of_single_structures_evaluates(monkeypatch):
     monkeypatch.setattr(painn_served, "BLOCK", 80)
     monkeypatch.setattr(BlockedSums, "apply", lambda *tensors: blocks.append(1) or plain(*tensors))
     (results,) = TOY.evaluate([crystal()])
-    assert len(blocks) == SMALL["painn"]["n_blocks"]
+    assert len(blocks) == CONTRACT["painn"]["n_blocks"]
     assert_same(results, everything(crystal(), TOY))
 
 

@@ -9,7 +9,7 @@ from ase.md import VelocityVerlet, thermalize_momenta
 from ase_gffmerge.dynamics.ase_md import run_md
 from ase_gffmerge.errors import GFFMergeError, StructureError
 from ase_gffmerge.graphs import neighbor_list as neighbours
-from helpers.toys import cluster, crystal
+from helpers.structures import cluster, crystal
 
 
 def boxed() -> Atoms:

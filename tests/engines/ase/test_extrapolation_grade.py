@@ -24,7 +24,7 @@ from ase_gffmerge.errors import (
 )
 from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.inference.predict import grades
-from helpers.toys import cluster, crystal
+from helpers.structures import cluster, crystal
 
 
 @pytest.fixture

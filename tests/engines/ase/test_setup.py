@@ -20,7 +20,8 @@ from ase_gffmerge.errors import (
     RecipeError,
     StructureError,
 )
-from helpers.toys import cluster, random_force_field, relative
+from helpers.structures import cluster
+from helpers.toys import random_force_field, stranger
 
 QUICK = {"readout": {"width": 16}}
 
@@ -78,8 +79,8 @@ def test_the_callers_specialists_are_not_changed(relatives, tmp_path):
 
 
 def test_a_poor_merge_warns_on_every_use(tmp_path):
-    strangers = [relative(random_force_field("painn"), "a", "CH3OH", seed=1)]
-    other = relative(strangers[0], "b", "CH3CH2OH", seed=2)
+    strangers = [stranger(random_force_field("painn"), "a", "CH3OH", seed=1)]
+    other = stranger(strangers[0], "b", "CH3CH2OH", seed=2)
     for parameter in other.potential.parameters():
         parameter.add_(parameter.roll(1, -1))
     options = {"recipe": {"preset": "paper"}, "allow_unrelated": True, "cache_dir": tmp_path, "device": "cpu"}
@@ -141,7 +142,7 @@ def test_unknown_specialists_are_refused(conditioned, choice, message):
 
 
 def test_specialists_that_share_a_name_are_told_apart(relatives, tmp_path):
-    twins = [relatives[0], relative(relatives[0], "ethanol", "CH3OH", seed=5)]
+    twins = [relatives[0], stranger(relatives[0], "ethanol", "CH3OH", seed=5)]
     recipe = {"preset": "mean", "conditioning": "per-specialist"}
     calc = GFFMergeCalculator(twins, recipe=recipe, specialist="ethanol-2", cache_dir=tmp_path, device="cpu")
     assert calc.specialist_names == ("ethanol", "ethanol-2")

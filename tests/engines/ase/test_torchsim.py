@@ -12,7 +12,8 @@ from ase.build import bulk
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import StructureError
 from ase_gffmerge.models.painn_cpu import InferenceMessage
-from helpers.toys import cluster, crystal, everything, random_force_field
+from helpers.structures import cluster, crystal, everything
+from helpers.toys import random_force_field
 
 
 def test_without_torchsim(monkeypatch):
