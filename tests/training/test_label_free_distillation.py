@@ -199,12 +199,12 @@ def test_stresses_of_crystals_are_learnt() -> None:
 def test_sampled_frames_join(monkeypatch: pytest.MonkeyPatch) -> None:
     first = relatives("painn")[0]
     n = len(prepare_distillation_set(first, QUICK).training)
-    from ase_gffmerge.training import distill_targets as distillation_sets
+    from ase_gffmerge.training import teachers
 
     class Result:
         frames = rattled("CH3OH", 5, seed=7)
 
-    monkeypatch.setattr(distillation_sets, "sample_frames", lambda *_: Result)
+    monkeypatch.setattr(teachers, "sample_frames", lambda *_: Result)
     distillation_set = prepare_distillation_set(first, QUICK.model_copy(update={"sampled": 5}))
     assert len(distillation_set.training) == n + 5 * 2
     held_out = {atoms.positions.tobytes() for atoms in distillation_set.held_out}
