@@ -1,19 +1,19 @@
 """``gffmerge benchmark``: what a force field costs on this machine, against targets and other packages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ase_gffmerge.cli.options import DeviceOption, DType, JsonOption
-from ase_gffmerge.cli.output import print_json, progress_bar
+from ase_gffmerge.cli.output import print_json, print_table, progress_bar
 from ase_gffmerge.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
 
-    from ase_gffmerge.evaluation.benchmark.harness import Bench, Row
+    from ase_gffmerge.evaluation.benchmark.harness import Bench
     from ase_gffmerge.forcefield.force_field import ForceField
 
 DEFAULT = ["rmd17-ethanol", "rmd17-malonaldehyde"]
@@ -62,8 +62,12 @@ def benchmark(
     Everything that is compared is measured in turn within one run. Other packages take part by a file of --with.
     """
     from ase_gffmerge.errors import BenchmarkError
-    from ase_gffmerge.evaluation.benchmark.harness import load_rows, run_benchmark
-    from ase_gffmerge.evaluation.benchmark.plot import plot_scaling
+    from ase_gffmerge.evaluation.benchmark.harness import (
+        benchmark_table,
+        load_rows,
+        plot_scaling,
+        run_benchmark,
+    )
     from ase_gffmerge.storage.atomic import require_writable
 
     for path in with_ or ():
@@ -98,7 +102,8 @@ def benchmark(
             {"machine": machine, "rows": {name: [r.to_dict() for r in found] for name, found in rows.items()}}
         )
     else:
-        print_rows(rows, machine)
+        print_table(benchmark_table(rows))
+        typer.echo(", ".join(f"{key}: {value}" for key, value in machine.items() if value))
 
 
 def make_bench(
@@ -153,24 +158,3 @@ def describe_machine(bench: "Bench") -> dict[str, Any]:
         "dtype": str(potential.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in potential.parameters()),
     }
-
-
-def print_rows(rows: "Mapping[str, Sequence[Row]]", machine: Mapping[str, Any]) -> None:
-    """Print the table for people."""
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    table = Table("row", "what", "in units of", "ratio", "target", "", "ms", "note", box=SIMPLE)
-    for name, found in rows.items():
-        for row in found:
-            ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
-            target = "" if row.target is None else f"{row.sense} {row.target:g}"
-            verdict = {True: "met", False: "missed", None: ""}[row.met]
-            times = ", ".join(f"{key} {value:.4g}" for key, value in row.milliseconds.items())
-            table.add_row(name, row.what, row.against, ratio, target, verdict, times, row.note)
-    console.print(table)
-    console.print(", ".join(f"{key}: {value}" for key, value in machine.items() if value), markup=False)

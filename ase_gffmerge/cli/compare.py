@@ -6,16 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ase_gffmerge.cli.options import DeviceOption, JsonOption
-from ase_gffmerge.cli.output import note, print_json, progress_bar
+from ase_gffmerge.cli.output import note, print_json, print_table, progress_bar
 from ase_gffmerge.runtime.progress import Progress
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ase_gffmerge.evaluation.comparison.compare import Comparison
     from ase_gffmerge.evaluation.comparison.inputs import LabelledSet
     from ase_gffmerge.evaluation.comparison.store import RowStore
-    from ase_gffmerge.evaluation.comparison.table import MethodTable
     from ase_gffmerge.methods import MergeInputs
 
 FRAMES_HELP = "one file per specialist, in order; several values, or repeat the option"
@@ -108,8 +105,8 @@ def watched(
 
 def write_files(comparison: "Comparison", markdown: Path | None, plot: Path | None) -> None:
     """Write the Markdown file and the plot, where asked for."""
-    from ase_gffmerge.evaluation.comparison.plot import plot_comparison
-    from ase_gffmerge.evaluation.comparison.table import markdown as tables
+    from ase_gffmerge.evaluation.comparison.report import markdown as tables
+    from ase_gffmerge.evaluation.comparison.report import plot_comparison
     from ase_gffmerge.storage.atomic import atomic_write
 
     if markdown:
@@ -120,31 +117,10 @@ def write_files(comparison: "Comparison", markdown: Path | None, plot: Path | No
 
 
 def print_comparison(comparison: "Comparison") -> None:
-    """Print all tables for people, as wide as they are where the output is no terminal."""
-    from rich.console import Console
+    """Print all tables for people."""
+    from ase_gffmerge.evaluation.comparison.report import footnotes, method_tables
 
-    from ase_gffmerge.evaluation.comparison.table import footnotes, method_tables
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, 160))
     for table in method_tables(comparison):
-        console.print(terminal_table(table))
-    console.print("* best of its column", *footnotes(comparison), sep="\n", highlight=False, markup=False)
-
-
-def terminal_table(table: "MethodTable") -> "Table":
-    """Numbers aligned to the right, the best of a column bold and with a star."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    drawn = Table(title=table.title, box=SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
-    for title in table.header:
-        heading = Text(title.replace("-", "-\n").replace(" ", "\n"))
-        drawn.add_column(heading, justify="left" if title in table.words else "right", overflow="fold")
-    for row in table.rows:
-        drawn.add_row(
-            *(Text(f"* {cell.text}", style="bold green") if cell.best else Text(cell.text) for cell in row)
-        )
-    return drawn
+        print_table(table)
+        typer.echo()
+    typer.echo("\n".join(["* best of its column", *footnotes(comparison)]))

@@ -1,22 +1,19 @@
 """``gffmerge data``: which public data sets there are, what they hold, and how to get them."""
 
-from __future__ import annotations
-
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from ase_gffmerge.cli.options import JsonOption
+from ase_gffmerge.cli.output import print_json, print_table
 from ase_gffmerge.data.download import fetch
 from ase_gffmerge.data.manifest import Manifest, list_manifests, load_manifest
+from ase_gffmerge.evaluation.table import Column, Table
 
 app = typer.Typer(help="List, show and fetch public data sets.", no_args_is_help=True)
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 NameArgument = Annotated[str, typer.Argument(help="Name of a data set, or path of a manifest (.yaml).")]
 
 
@@ -25,12 +22,14 @@ def list_command(as_json: JsonOption = False) -> None:
     """List the data sets with a manifest."""
     manifests = [load_manifest(name) for name in list_manifests()]
     if as_json:
-        _print_json([_summary(manifest) for manifest in manifests])
+        print_json([_summary(manifest) for manifest in manifests])
         return
-    table = Table("name", "title", "licence", "level of theory", "elements", "files")
-    for m in manifests:
-        table.add_row(m.name, m.title, m.licence, m.level_of_theory, " ".join(m.elements), str(len(m.files)))
-    Console().print(table)
+    titles = ("name", "title", "licence", "level of theory", "elements")
+    columns = (*(Column(title, words=True) for title in titles), Column("files"))
+    rows = [
+        (m.name, m.title, m.licence, m.level_of_theory, " ".join(m.elements), len(m.files)) for m in manifests
+    ]
+    print_table(Table(columns=columns, rows=tuple(rows)))
 
 
 @app.command("show")
@@ -38,17 +37,12 @@ def show_command(name: NameArgument, as_json: JsonOption = False) -> None:
     """Show all that a manifest says: rights, units, keys, splits, files and hashes."""
     manifest = load_manifest(name)
     if as_json:
-        _print_json(manifest.model_dump())
+        print_json(manifest.model_dump())
         return
-    console = Console()
-    facts = Table(show_header=False, box=None)
-    for label, value in _facts(manifest):
-        facts.add_row(label, value)
-    console.print(facts)
-    files = Table("file", "system", "split", "sha256")
-    for file in manifest.files:
-        files.add_row(file.path, file.system, file.split or "-", file.sha256 or f"none: {file.reason}")
-    console.print(files)
+    print_table(Table.of_values(_facts(manifest)))
+    columns = tuple(Column(title, words=True) for title in ("file", "system", "split", "sha256"))
+    files = [(f.path, f.system, f.split or "-", f.sha256 or f"none: {f.reason}") for f in manifest.files]
+    print_table(Table(columns=columns, rows=tuple(files)))
 
 
 @app.command("fetch")
@@ -68,7 +62,7 @@ def fetch_command(
     show = sys.stderr.isatty() and not as_json
     paths = fetch(manifest, directory=directory, files=files or None, progress=show)
     if as_json:
-        _print_json(
+        print_json(
             {"name": manifest.name, "licence": manifest.licence, "files": [str(path) for path in paths]}
         )
         return
@@ -106,7 +100,3 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("notes", manifest.notes or ""),
     ]
     return [row for row in rows if row[1]]
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))

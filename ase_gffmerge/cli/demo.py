@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ase_gffmerge.cli.options import DeviceOption, DType, JsonOption
-from ase_gffmerge.cli.output import note, plain, print_json, progress_bar
+from ase_gffmerge.cli.output import note, plain, print_json, print_table, progress_bar
 from ase_gffmerge.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Merge the bundled specialists, compare with the baselines, run both molecules with one calculator."""
-    from ase_gffmerge.evaluation.comparison.demo import DemoResult, compare_models, run_dynamics
+    from ase_gffmerge.evaluation.comparison.demo import DemoResult, compare_models, demo_table, run_dynamics
     from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.storage.atomic import require_writable
 
@@ -53,7 +52,7 @@ def demo(
     if as_json:
         print_json(result.to_dict())
     else:
-        print_result(result)
+        print_table(demo_table(result))
     note(f"written: {out} (demo.md, demo.json, parity.png and {2 * len(NAMES)} trajectories)")
 
 
@@ -77,8 +76,8 @@ def merged_calculator(
 
 def write_results(result: "DemoResult", out: Path) -> None:
     """Write the table (Markdown and JSON) and the parity plot."""
-    from ase_gffmerge.evaluation.analysis.parity import plot_parity
-    from ase_gffmerge.evaluation.comparison.demo_table import markdown
+    from ase_gffmerge.evaluation.comparison.demo import markdown
+    from ase_gffmerge.evaluation.plots import plot_parity
     from ase_gffmerge.storage.atomic import atomic_write
 
     texts = {
@@ -88,22 +87,3 @@ def write_results(result: "DemoResult", out: Path) -> None:
     for name, text in texts.items():
         atomic_write(out / name, text)
     plot_parity(result.comparison.reference, result.comparison.predicted, out / "parity.png")
-
-
-def print_result(result: "DemoResult") -> None:
-    """Print the table for people."""
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-
-    from ase_gffmerge.evaluation.comparison.demo_table import conditions, header, rows
-
-    first, *others = header(result)
-    table = Table(first, title=f"Merge of {' and '.join(result.names)}", box=SIMPLE)
-    for title in others:
-        table.add_column(fill(title, 10, break_long_words=False), justify="right")
-    for row in rows(result):
-        table.add_row(*(cell.replace(" / ", "\n") for cell in row))
-    console = Console()
-    console.print(table)
-    console.print(conditions(result), highlight=False)

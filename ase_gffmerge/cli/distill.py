@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ase_gffmerge.cli.options import DeviceOption, JsonOption
-from ase_gffmerge.cli.output import note, print_json, progress_bar
+from ase_gffmerge.cli.output import EpochWatch, note, print_json, progress_bar
 from ase_gffmerge.cli.structures import require_other
-from ase_gffmerge.cli.train import EpochWatch
 
 if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField
@@ -43,7 +42,7 @@ def distill(
     A killed distillation continues when the same command is run again.
     """
     from ase_gffmerge.data.readers import read_frames
-    from ase_gffmerge.evaluation.analysis.plots import plot_history
+    from ase_gffmerge.evaluation.plots import plot_history
     from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.merging.distill_options import DistillOptions
     from ase_gffmerge.merging.recipe import load_recipe

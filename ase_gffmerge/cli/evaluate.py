@@ -1,5 +1,6 @@
-"""``gffmerge evaluate``: errors of force fields on labelled frames, and how well their dynamics hold."""
+"""``gffmerge evaluate``: errors of force fields on labelled frames, and how well their dynamics hold (``--md``)."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ase_gffmerge.cli.options import DeviceOption, DType, JsonOption, SpecialistOption
-from ase_gffmerge.cli.output import print_json, print_table
+from ase_gffmerge.cli.output import note, plain, print_json, print_table, print_values, progress_bar
 
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from ase_gffmerge.evaluation.md.runs import Contestant
+    from ase_gffmerge.evaluation.md.evaluate import MDEvaluation
+    from ase_gffmerge.evaluation.md.runs import Contestant, Protocol
     from ase_gffmerge.forcefield.force_field import ForceField
     from ase_gffmerge.inference.metrics import Errors
 
@@ -61,8 +63,7 @@ def evaluate(
     for contestant in contestants:
         contestant.force_field.to(device=target)
     if md:
-        from ase_gffmerge.cli.evaluate_md import evaluate_md
-        from ase_gffmerge.evaluation.md.protocol import Protocol
+        from ase_gffmerge.evaluation.md.runs import Protocol
 
         protocol = Protocol(temperature=temperature, picoseconds=time, timestep=timestep, seeds=seeds)
         evaluate_md(contestants, frames, protocol, reference=reference, dtype=dtype, out=out, as_json=as_json)
@@ -95,7 +96,7 @@ def print_errors(errors: Mapping[str, Mapping[str, Any]], *, as_json: bool) -> N
         return
     for label, values in errors.items():
         named = {f"{key} ({UNITS[key]})" if key in UNITS else key: value for key, value in values.items()}
-        print_table(named if len(errors) == 1 else {"model": label, **named})
+        print_values(named if len(errors) == 1 else {"model": label, **named})
 
 
 def load_models(sources: Sequence[str], specialist: str | None) -> "list[Contestant]":
@@ -134,3 +135,89 @@ def known_specialist(force_field: "ForceField", name: str | None) -> str | None:
             f"{', '.join(force_field.specialist_names)}; name one"
         )
     return name
+
+
+def evaluate_md(
+    models: "Sequence[Contestant]",
+    frames: Path,
+    protocol: "Protocol",
+    *,
+    reference: Path | None,
+    dtype: DType,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Run, compare, write ``md.json`` and ``md.png`` into ``out``, and print."""
+    import torch
+
+    from ase_gffmerge.data.readers import read_frames
+    from ase_gffmerge.evaluation.md.evaluate import evaluate_dynamics, matching_frames, starting_structures
+    from ase_gffmerge.evaluation.md.report import dynamics_table
+    from ase_gffmerge.evaluation.md.runs import estimated_seconds
+    from ase_gffmerge.storage.atomic import require_writable
+
+    starts = read_frames(frames)
+    truth = matching_frames(read_frames(reference) if reference else starts, starts[0])
+    for model in models:
+        model.force_field.to(dtype=getattr(torch, dtype.value))
+        model.force_field.prepared(starts[0], specialist=model.specialist)
+    require_writable(out / "md.json")
+    errors = labelled_errors(models, starts)
+    seconds = estimated_seconds(models, starting_structures(starts, protocol.seeds), protocol)
+    note(f"{describe(protocol, len(models))}: about {duration(seconds)}; finished runs are kept in {out}")
+    try:
+        with progress_bar("dynamics") as progress:
+            evaluation = evaluate_dynamics(
+                models,
+                starts,
+                protocol=protocol,
+                reference=truth,
+                errors=errors,
+                folder=out / "runs",
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; {out} holds the finished runs, and the same command goes on from there"
+        ) from None
+    write_results(evaluation, out)
+    if as_json:
+        print_json(evaluation.to_dict())
+    else:
+        print_table(dynamics_table(evaluation))
+    note(f"written: {out} (md.json, md.png)")
+
+
+def labelled_errors(models: "Sequence[Contestant]", frames: "Sequence[Atoms]") -> "dict[str, Errors]":
+    """Errors by model where the frames have labels; nothing where they have none."""
+    from ase_gffmerge.data.readers import require_labels
+    from ase_gffmerge.errors import FramesError
+
+    try:
+        require_labels(frames, "the frames")
+    except FramesError:
+        return {}
+    return errors_by_model(models, frames)
+
+
+def describe(protocol: "Protocol", n_models: int) -> str:
+    """Say in one line what will be run."""
+    return (
+        f"{n_models} model(s) x {protocol.seeds} seed(s) x ({protocol.length('nvt'):g} ps NVT + "
+        f"{protocol.length('nve'):g} ps NVE) at {protocol.temperature:g} K"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds or minutes, rounded."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def write_results(evaluation: "MDEvaluation", out: Path) -> None:
+    """Write numbers and plot."""
+    from ase_gffmerge.evaluation.md.report import plot_dynamics
+    from ase_gffmerge.storage.atomic import atomic_write
+
+    text = json.dumps(plain(evaluation.to_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic_write(out / "md.json", text)
+    plot_dynamics(evaluation, out / "md.png")

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ase_gffmerge.cli.options import JsonOption, ModelArgument
-from ase_gffmerge.cli.output import print_json, print_table
+from ase_gffmerge.cli.output import print_json, print_values
 
 if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField
@@ -18,7 +18,7 @@ def info(model: ModelArgument, as_json: JsonOption = False) -> None:
     if as_json:
         print_json(document)
     else:
-        print_table(readable(document))
+        print_values(readable(document))
 
 
 def describe(force_field: "ForceField") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ase_gffmerge.cli.options import (
     SpecialistOption,
     StructureArgument,
 )
-from ase_gffmerge.cli.output import note, print_json, print_table, progress_bar
+from ase_gffmerge.cli.output import note, print_json, print_values, progress_bar
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -108,7 +108,7 @@ def md(
         print_json(document)
         return
     document["broken_bonds"] = len(result.broken_bonds)
-    print_table({LABELS.get(key, key): value for key, value in document.items()})
+    print_values({LABELS.get(key, key): value for key, value in document.items()})
     if result.broken_bonds:
         note(
             f"{len(result.broken_bonds)} bond(s) were at some time longer than 1.5 times their initial length"

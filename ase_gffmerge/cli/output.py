@@ -5,11 +5,14 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ase_gffmerge.runtime.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    from ase_gffmerge.evaluation.table import Table
 
 
 def print_json(document: Any) -> None:
@@ -30,14 +33,27 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def print_table(rows: Mapping[str, Any]) -> None:
+def print_table(table: "Table") -> None:
+    """Print a table: into the width of a terminal, else as wide as it is, so that programs find a row on a line."""
+    if not sys.stdout.isatty():
+        typer.echo(table.to_text())
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(table.to_rich())
+    for line in table.footnotes:
+        console.print(line, highlight=False, markup=False)
+
+
+def print_values(values: Mapping[str, Any]) -> None:
     """Print names and values in two columns."""
-    width = max((len(name) for name in rows), default=0)
-    for name, value in rows.items():
-        lines = str(f"{value:.6g}" if isinstance(value, float) else value).splitlines() or [""]
-        typer.echo(f"{name:<{width}}  {lines[0]}")
-        for line in lines[1:]:
-            typer.echo(f"{'':<{width}}  {line}")
+    from ase_gffmerge.evaluation.table import Table
+
+    written = {
+        name: value if isinstance(value, str | float | int) else str(value) for name, value in values.items()
+    }
+    print_table(Table.of_values(written))
 
 
 def note(message: str) -> None:
@@ -59,3 +75,27 @@ def progress_bar(description: str) -> Iterator[Progress]:
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=1.0)
         yield lambda fraction, text: bar.update(task, completed=fraction, description=text)
+
+
+class EpochWatch:
+    """Shows every epoch: on the bar of a terminal, else as a line on stderr."""
+
+    def __init__(self, epochs: int, progress: Progress):
+        self.epochs, self.progress, self.done = epochs, progress, 0
+
+    def __call__(self, epoch: int, losses: dict[str, float]) -> None:
+        """Show the losses of ``epoch`` (from 1)."""
+        if self.done == 0 and epoch > 1:
+            note(f"continued after epoch {epoch - 1} of an interrupted run")
+        self.done = epoch
+        text = f"epoch {epoch}/{self.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in losses.items())
+        if sys.stderr.isatty():
+            self.progress(epoch / self.epochs, text)
+        else:
+            note(text)
+
+    def farewell(self) -> str:
+        """Say what to do after Ctrl-C."""
+        if not self.done:
+            return "interrupted before an epoch of this run was complete; run the same command again"
+        return f"interrupted; epoch {self.done} of {self.epochs} is saved; the same command continues"

@@ -15,7 +15,7 @@ from ase_gffmerge.cli.options import (
     StructureArgument,
     positive,
 )
-from ase_gffmerge.cli.output import note, print_json, print_table, progress_bar
+from ase_gffmerge.cli.output import note, print_json, print_values, progress_bar
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -62,7 +62,7 @@ def relax(
         "volume": float(atoms.cell.volume) if cell else None,
         "out": str(out),
     }
-    print_json(document) if as_json else print_table({k: v for k, v in document.items() if v is not None})
+    print_json(document) if as_json else print_values({k: v for k, v in document.items() if v is not None})
     if not converged:
         note(f"gffmerge: not converged to {fmax:g} eV/Å in {taken} steps; allow more --steps")
         raise typer.Exit(1)

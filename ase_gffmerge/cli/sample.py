@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ase_gffmerge.cli.options import DeviceOption, JsonOption
-from ase_gffmerge.cli.output import note, print_json, print_table, progress_bar
+from ase_gffmerge.cli.output import note, print_json, print_values, progress_bar
 
 if TYPE_CHECKING:
     from ase_gffmerge.sampling.calibration_frames import SampleResult
@@ -104,7 +104,7 @@ def report(result: "SampleResult", written: dict[str, Path | None], *, as_json: 
         return
     for key in ("sources", "rejected"):
         document[key] = ", ".join(f"{count} {name}" for name, count in document[key].items()) or "none"
-    print_table({LABELS.get(key, key): value for key, value in document.items()})
+    print_values({LABELS.get(key, key): value for key, value in document.items()})
     if len(result.frames) < result.wanted:
         note(f"only {len(result.frames)} of {result.wanted} frames: allow a longer --time, or more --copies")
 

@@ -1,6 +1,5 @@
 """``gffmerge train``: from labelled frames to a specialist."""
 
-import sys
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ase_gffmerge.cli.options import DeviceOption, JsonOption
-from ase_gffmerge.cli.output import note, print_json, print_table, progress_bar
+from ase_gffmerge.cli.output import EpochWatch, print_json, print_values, progress_bar
 from ase_gffmerge.cli.structures import require_other
-from ase_gffmerge.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField
@@ -45,7 +43,7 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a specialist; a killed training continues when the same command is run again."""
-    from ase_gffmerge.evaluation.analysis.plots import plot_history
+    from ase_gffmerge.evaluation.plots import plot_history
     from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.training import train as training
     from ase_gffmerge.training.config import load_config
@@ -75,30 +73,6 @@ def train(
     report(summary(trained, out, curve, perf_counter() - started), as_json)
 
 
-class EpochWatch:
-    """Shows every epoch: on the bar of a terminal, else as a line on stderr."""
-
-    def __init__(self, epochs: int, progress: Progress):
-        self.epochs, self.progress, self.done = epochs, progress, 0
-
-    def __call__(self, epoch: int, losses: dict[str, float]) -> None:
-        """Show the losses of ``epoch`` (from 1)."""
-        if self.done == 0 and epoch > 1:
-            note(f"continued after epoch {epoch - 1} of an interrupted run")
-        self.done = epoch
-        text = f"epoch {epoch}/{self.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in losses.items())
-        if sys.stderr.isatty():
-            self.progress(epoch / self.epochs, text)
-        else:
-            note(text)
-
-    def farewell(self) -> str:
-        """Say what to do after Ctrl-C."""
-        if not self.done:
-            return "interrupted before an epoch of this run was complete; run the same command again"
-        return f"interrupted; epoch {self.done} of {self.epochs} is saved; the same command continues"
-
-
 def summary(
     trained: "tuple[ForceField, History, Errors | None]", out: Path, curve: Path, seconds: float
 ) -> dict[str, Any]:
@@ -124,4 +98,4 @@ def report(document: dict[str, Any], as_json: bool) -> None:
         return
     rows = {key: document[key] for key in ("out", "loss_curve", "epochs", "seconds")} | document["last_epoch"]
     rows |= {f"test {key}": value for key, value in (document["test_errors"] or {}).items()}
-    print_table(rows)
+    print_values(rows)

@@ -1,10 +1,11 @@
-"""Plots, drawn on figures of their own (no global state of matplotlib is touched)."""
+"""Plots of training and of forces, drawn on figures of their own (no global state of matplotlib is touched)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -62,3 +63,40 @@ def _curve(axes: Axes, values: Sequence[float | None], label: str) -> None:
     if points:
         marker = "o" if len(points) < 30 else ""
         axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5, marker=marker, markersize=3)
+
+
+COLOURS = {"specialist": "#222222", "gffmerge": "#2a8fb0", "paper": "#d1793b", "mean": "#b8b8b8"}
+
+
+def plot_parity(
+    reference: Mapping[str, np.ndarray], predicted: Mapping[str, Mapping[str, np.ndarray]], path: Path
+) -> Path:
+    """Draw a panel per molecule and model, all with the same axes, and write a PNG.
+
+    Parameters
+    ----------
+    reference
+        Labels by molecule, flat, in eV/Å.
+    predicted
+        The same by model and molecule.
+    path
+        The PNG file, written atomically.
+    """
+    figure = Figure(figsize=(2.6 * len(predicted) + 0.4, 2.7 * len(reference) + 0.3), layout="constrained")
+    grid = figure.subplots(len(reference), len(predicted), squeeze=False, sharex=True, sharey=True)
+    for row, (name, labels) in zip(grid, reference.items()):
+        for axes, (model, forces) in zip(row, predicted.items()):
+            _parity(axes, labels, forces[name], color=COLOURS.get(model))
+            axes.set_title(f"{name}: {model}", fontsize="small")
+    figure.supxlabel("labelled force (eV/Å)", fontsize="medium")
+    figure.supylabel("predicted force (eV/Å)", fontsize="medium")
+    return save_figure(figure, path)
+
+
+def _parity(axes: Axes, labels: np.ndarray, forces: np.ndarray, *, color: str | None) -> None:
+    axes.scatter(labels, forces, s=5, linewidth=0, alpha=0.7, color=color)
+    axes.axline((0.0, 0.0), slope=1.0, color="black", linewidth=0.8)
+    axes.set_aspect("equal")
+    error = 1000 * float(np.abs(forces - labels).mean())
+    axes.annotate(f"MAE {error:.1f} meV/Å", (0.04, 0.92), xycoords="axes fraction", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -31,7 +31,7 @@ from ase_gffmerge import ForceField
 from ase_gffmerge.data.frames import bare
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.evaluation.analysis.plots import save_figure
+from ase_gffmerge.evaluation.plots import save_figure
 from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.merging.distill_options import DistillOptions
 from ase_gffmerge.merging.merge import merge

@@ -26,10 +26,8 @@ from ase_gffmerge import ForceField, GFFMergeCalculator
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.md.evaluate import MDEvaluation, evaluate_dynamics
-from ase_gffmerge.evaluation.md.plots import plot_dynamics
-from ase_gffmerge.evaluation.md.protocol import Protocol
-from ase_gffmerge.evaluation.md.runs import Contestant
-from ase_gffmerge.evaluation.md.table import conditions, header, rows
+from ase_gffmerge.evaluation.md.report import dynamics_table, plot_dynamics
+from ase_gffmerge.evaluation.md.runs import Contestant, Protocol
 from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.merging.loop_options import TrajectoryOptions
@@ -126,9 +124,7 @@ def main() -> None:
         evaluation = compare_dynamics(
             molecule, merged, protocol=protocol, data=arguments.data, out=arguments.out
         )
-        for row in [header(evaluation), *rows(evaluation)]:
-            say(f"{row[0]:40s}" + "".join(f"{cell:>20s}" for cell in row[1:]))
-        say(conditions(evaluation))
+        say(dynamics_table(evaluation).to_text())
         plot_dynamics(evaluation, arguments.out / f"{molecule}.png")
         result[molecule] = evaluation.to_dict()
     if arguments.json:

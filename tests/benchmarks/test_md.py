@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ase_gffmerge import ForceField
-from ase_gffmerge.evaluation.md.protocol import Protocol
+from ase_gffmerge.evaluation.md.runs import Protocol
 from ase_gffmerge.merging.loop_options import TrajectoryOptions
 
 SCRIPT = Path(__file__).parents[2] / "md_examples" / "benchmarks" / "benchmark_md.py"

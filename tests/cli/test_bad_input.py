@@ -9,7 +9,7 @@ from ase.io import read, write
 
 from ase_gffmerge.errors import DeviceError, DynamicsError
 from ase_gffmerge.evaluation.benchmark.harness import ROWS, Bench
-from ase_gffmerge.evaluation.md.protocol import Protocol
+from ase_gffmerge.evaluation.md.runs import Protocol
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.runtime.devices import resolve_device
 

@@ -21,14 +21,15 @@ from ase_gffmerge.evaluation.comparison.compare import Comparison, compare_metho
 from ase_gffmerge.evaluation.comparison.inputs import (
     LabelledSet,
     bundled_ancestor,
+    check_leaks,
+    frames_seen,
     make_merge_inputs,
     read_tests,
 )
-from ase_gffmerge.evaluation.comparison.leakage import check_leaks, frames_seen
 from ase_gffmerge.evaluation.comparison.measurement import n_parameters, relative_cost
-from ase_gffmerge.evaluation.comparison.plot import plot_comparison
+from ase_gffmerge.evaluation.comparison.report import footnotes, markdown, method_tables, plot_comparison
 from ase_gffmerge.evaluation.comparison.store import RowStore
-from ase_gffmerge.evaluation.comparison.table import footnotes, markdown, method_tables
+from ase_gffmerge.evaluation.table import Best
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.inference.metrics import evaluate
@@ -390,17 +391,16 @@ def test_garbled_rows_are_measured_again(merge_inputs: MergeInputs, tests, calls
 def test_tables_mark_the_best(merge_inputs: MergeInputs, tests, calls) -> None:
     comparison = compare_methods(merge_inputs, tests)
     force_mae, chosen, *_ = method_tables(comparison)
-    assert [cells[0].text for cells in force_mae.rows] == [
+    assert [cells[0] for cells in force_mae.rows] == [
         "specialist", "first", "apart†", "rooted", "joint", "picky",
     ]  # fmt: skip
-    assert all(len(cells) == len(force_mae.header) for cells in force_mae.rows)
+    assert all(len(cells) == len(force_mae.columns) for cells in force_mae.rows)
     columns = list(zip(*force_mae.rows, strict=True))
     errors = comparison.errors("force_mae")
     for name, column in zip(NAMES, columns[1:3]):
-        assert column[0].text == f"{1000 * errors['specialist'][name]:.1f}"
-        marked = {cell.text for cell in column if cell.best}
-        assert marked == {f"{1000 * min(errors['first'][name], errors['apart'][name]):.1f}"}
-        assert not column[0].best, "the specialists are the measure, not a method"
+        assert column[0] == 1000 * errors["specialist"][name], "the specialists are the measure, not a method"
+        marked = {cell.value for cell in column if isinstance(cell, Best)}
+        assert marked == {1000 * min(errors["first"][name], errors["apart"][name])}
     text = markdown(comparison)
     assert "| scale 0.25 |" in text
     assert "skipped: these do not fit" in text
@@ -408,8 +408,8 @@ def test_tables_mark_the_best(merge_inputs: MergeInputs, tests, calls) -> None:
     assert f" **{1000 * best:.1f}** |" in text
     assert "† must be told" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in table} == {len(force_mae.header) + 1, len(NAMES) + 2, 3}
-    assert [cells[0].text for cells in chosen.rows] == ["first", "rooted", "joint", "picky"]
+    assert {line.count("|") for line in table} == {len(force_mae.columns) + 1, len(NAMES) + 2, 3}
+    assert [cells[0] for cells in chosen.rows] == ["first", "rooted", "joint", "picky"]
 
 
 def many(k: int) -> Comparison:

@@ -12,13 +12,15 @@ from ase.build import bulk, molecule
 
 from ase_gffmerge.errors import DynamicsError, FramesError, StructureError
 from ase_gffmerge.evaluation.md import runs as md_runs
-from ase_gffmerge.evaluation.md.distributions import distribution_range, frames_distributions
 from ase_gffmerge.evaluation.md.evaluate import MDEvaluation, evaluate_dynamics, starting_structures
-from ase_gffmerge.evaluation.md.observables import mean_diffusion, observe
-from ase_gffmerge.evaluation.md.plots import plot_dynamics
-from ase_gffmerge.evaluation.md.protocol import Protocol
-from ase_gffmerge.evaluation.md.runs import Contestant, estimated_seconds, run_models
-from ase_gffmerge.evaluation.md.table import conditions, header, rows
+from ase_gffmerge.evaluation.md.observables import (
+    distribution_range,
+    frames_distributions,
+    mean_diffusion,
+    observe,
+)
+from ase_gffmerge.evaluation.md.report import dynamics_table, plot_dynamics
+from ase_gffmerge.evaluation.md.runs import Contestant, Protocol, estimated_seconds, run_models
 from ase_gffmerge.evaluation.md.trajectory import MDTrajectory, load_trajectories, save_trajectories
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.pretrained import bundled_test_frames
@@ -293,7 +295,7 @@ def test_crystals_have_radial_distributions(tmp_path: Path) -> None:
     assert set(summary["rdf_mae"]) == {"H-H", "H-Li", "Li-Li"}
     assert summary["vdos_overlap_of_halves"] is None
     assert result.to_dict()["reference"] == {"n_frames": 1}
-    assert any(row[0] == "g(r) MAE H-Li (Å)" for row in rows(result))
+    assert any(row[0] == "g(r) MAE H-Li (Å)" for row in dynamics_table(result).rows)
     assert plot_dynamics(result, tmp_path / "md.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -347,19 +349,20 @@ def test_the_own_specialist_holds_and_the_other_does_not(ethanol: MDEvaluation) 
 
 
 def test_table(ethanol: MDEvaluation) -> None:
-    assert header(ethanol) == ["C2H6O", "rmd17-ethanol", "rmd17-malonaldehyde"]
-    table = {row[0]: row[1:] for row in rows(ethanol)}
+    shown = dynamics_table(ethanol)
+    assert [c.heading for c in shown.columns] == ["C2H6O", "rmd17-ethanol", "rmd17-malonaldehyde"]
+    table = {row[0]: list(row[1:]) for row in shown.rows}
     assert float(table["force MAE (meV/Å)"][0]) == pytest.approx(
         1000 * ethanol.errors["rmd17-ethanol"].force_mae, abs=0.06
     )
     assert table["seeds that held"][0] == "2 of 2"
     assert table["stable time of seeds, mean (ps)"][0] == "0.06"
-    assert "2 seeds, NVT 0.06 ps and NVE 0.03 ps at 500 K" in conditions(ethanol)
+    assert "2 seeds, NVT 0.06 ps and NVE 0.03 ps at 500 K" in shown.footnotes[0]
     broken = replace(ethanol.models[0].nvt[0], stopped="too hot: 9 K")
     model = replace(ethanol.models[0], nvt=(broken,), nve=(), spectrum=None, drifts=(), distributions={})
     worse = replace(ethanol, models=(model,), errors={})
-    assert "stopped: rmd17-ethanol: too hot: 9 K" in conditions(worse)
-    assert [row[1] for row in rows(worse)][-3:] == ["-", "-", "-"]
+    assert "stopped: rmd17-ethanol: too hot: 9 K" in dynamics_table(worse).footnotes[0]
+    assert [row[1] for row in dynamics_table(worse).rows][-3:] == ["-", "-", "-"]
 
 
 def test_plot(ethanol: MDEvaluation, tmp_path: Path) -> None:

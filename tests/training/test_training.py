@@ -419,7 +419,7 @@ def test_one_cycle_rises_and_falls() -> None:
 
 
 def test_loss_curve(tmp_path: Path) -> None:
-    from ase_gffmerge.evaluation.analysis.plots import plot_history
+    from ase_gffmerge.evaluation.plots import plot_history
     from ase_gffmerge.training.checkpoint import History
 
     rows = [{"loss": 1 / epoch, "force_mae": 0.5 / epoch, "energy_mae": 0.0} for epoch in range(1, 40)]

@@ -5,10 +5,14 @@ from ase_gffmerge.dynamics.energies import (
     harmonic_temperature,
     kinetic_energies,
 )
-from ase_gffmerge.evaluation.analysis.diffusion import (
+from ase_gffmerge.evaluation.analysis.correlation import (
     Diffusion,
+    Spectrum,
     diffusion_coefficient,
     mean_squared_displacement,
+    spectral_overlap,
+    velocity_autocorrelation,
+    vibrational_spectrum,
     without_drift,
 )
 from ase_gffmerge.evaluation.analysis.distances import (
@@ -16,13 +20,7 @@ from ase_gffmerge.evaluation.analysis.distances import (
     distance_distribution,
     distribution_mae,
     pair_distances,
-)
-from ase_gffmerge.evaluation.analysis.rdf import radial_distributions
-from ase_gffmerge.evaluation.analysis.vdos import (
-    Spectrum,
-    spectral_overlap,
-    velocity_autocorrelation,
-    vibrational_spectrum,
+    radial_distributions,
 )
 
 __all__ = [

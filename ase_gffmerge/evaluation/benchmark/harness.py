@@ -17,8 +17,11 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator
+from matplotlib.figure import Figure
 
 from ase_gffmerge.errors import BenchmarkError, first_line
+from ase_gffmerge.evaluation.plots import save_figure
+from ase_gffmerge.evaluation.table import Column, Table, Value
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.runtime.progress import Progress
 
@@ -232,3 +235,48 @@ def crowd(unit: Atoms, n_atoms: int) -> Atoms:
         molecule.positions += spacing * (place + 0.5)
         result += molecule
     return result
+
+
+def plot_scaling(rows: Mapping[str, Sequence[Row]], path: Path) -> Path:
+    """Draw milliseconds per MD step against atoms, from the scaling row, on logarithmic axes, and write a PNG."""
+    times = {int(n): value for row in rows["scaling"] for n, value in row.milliseconds.items()}
+    atoms = sorted(times)
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.loglog(atoms, [times[n] for n in atoms], marker="o", markersize=4, label="measured")
+    axes.loglog(atoms, [times[atoms[0]] * n / atoms[0] for n in atoms], "--", color="0.5", label="linear")
+    axes.set(xlabel="atoms", ylabel="ms per MD step")
+    axes.grid(visible=True, which="both", alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return save_figure(figure, path)
+
+
+def benchmark_table(rows: Mapping[str, Sequence[Row]]) -> Table:
+    """All rows with their targets and times."""
+    columns = (
+        Column("row", words=True),
+        Column("what", words=True),
+        Column("in units of", words=True),
+        Column("ratio", spec=".3g"),
+        Column("target"),
+        Column("", words=True),
+        Column("times", "ms", words=True),
+        Column("note", words=True),
+    )
+    return Table(
+        columns=columns, rows=tuple(_cells(name, row) for name, found in rows.items() for row in found)
+    )
+
+
+def _cells(name: str, row: Row) -> tuple[Value, ...]:
+    return (
+        name,
+        row.what,
+        row.against,
+        row.ratio,
+        None if row.target is None else f"{row.sense} {row.target:g}",
+        {True: "met", False: "missed", None: ""}[row.met],
+        ", ".join(f"{key} {value:.4g}" for key, value in row.milliseconds.items()),
+        row.note,
+    )

@@ -6,8 +6,13 @@ from itertools import combinations
 from typing import Any
 
 from ase_gffmerge.errors import GFFMergeError
-from ase_gffmerge.evaluation.comparison.inputs import LabelledSet, check_elements
-from ase_gffmerge.evaluation.comparison.leakage import check_leaks, frames_seen, unrecorded
+from ase_gffmerge.evaluation.comparison.inputs import (
+    LabelledSet,
+    check_elements,
+    check_leaks,
+    frames_seen,
+    unrecorded,
+)
 from ase_gffmerge.evaluation.comparison.measurement import Measurement, measure, measure_specialists
 from ase_gffmerge.evaluation.comparison.store import RowStore
 from ase_gffmerge.merging.compatibility import related

@@ -1,4 +1,4 @@
-"""What ``gffmerge demo`` measures: force errors of specialists and merges, and dynamics with the merged potential."""
+"""What ``gffmerge demo`` measures: force errors of specialists and merges, dynamics with the merged one; as a table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from ase.calculators.calculator import Calculator
 from ase_gffmerge.dynamics.ase_md import run_md
 from ase_gffmerge.dynamics.result import MDResult, Sample
 from ase_gffmerge.evaluation.comparison.measurement import run_timed
+from ase_gffmerge.evaluation.table import Column, Table
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 from ase_gffmerge.inference.metrics import labels, predict_frames
@@ -172,3 +173,64 @@ def run_dynamics(
             )
             done += n
     return runs
+
+
+def demo_table(result: DemoResult) -> Table:
+    """One row per model; dynamics are those of the default merge, one number per molecule."""
+    names = [name.removeprefix("rmd17-") for name in result.names]
+    columns = (
+        Column("model", words=True),
+        *(Column(f"{name} force MAE", "meV/Å", ".1f") for name in names),
+        Column("merge", "s", ".2f"),
+        Column("NVE drift", "meV/atom"),
+        Column("steps/s"),
+    )
+    rows = tuple(
+        (
+            model,
+            *(1000 * errors[name] for name in result.names),
+            _seconds(result, model),
+            *(_dynamics(result) if model == DEFAULT else (None, None)),
+        )
+        for model, errors in result.comparison.force_mae.items()
+    )
+    title = f"Merge of {' and '.join(result.names)}"
+    return Table(title=title, columns=columns, rows=rows, footnotes=(conditions(result),))
+
+
+def _seconds(result: DemoResult, model: str) -> float | str | None:
+    seconds = result.comparison.seconds.get(model)
+    if model == DEFAULT and result.cache_hit:
+        return f"{seconds:.2f} (cached)"
+    return seconds
+
+
+def _dynamics(result: DemoResult) -> tuple[str, str]:
+    drifts = [1000 * run.drift_per_atom for run in result.runs["nve"].values()]
+    return (
+        " / ".join(f"{drift:+.3f}" for drift in drifts),
+        " / ".join(f"{speed:.0f}" for speed in result.steps_per_second.values()),
+    )
+
+
+def conditions(result: DemoResult) -> str:
+    """Say what was run, and whether a bond broke."""
+    said = [
+        f"{ensemble.upper()} {run.steps * run.timestep / 1000:g} ps at {TEMPERATURES[ensemble]:g} K"
+        for ensemble, runs in result.runs.items()
+        for run in [next(iter(runs.values()))]
+    ]
+    broken = [
+        f"{name} ({ensemble})"
+        for ensemble, runs in result.runs.items()
+        for name, run in runs.items()
+        if run.broken_bonds
+    ]
+    bonds = f"bonds broke in {', '.join(broken)}" if broken else "no bond broke"
+    return f"{', '.join(said)}, step {TIMESTEP:g} fs, one calculator for all molecules; {bonds}."
+
+
+def markdown(result: DemoResult) -> str:
+    """Write table, conditions and the parity plot as a Markdown document."""
+    table = demo_table(result)
+    return f"# {table.title}\n\n{table.to_markdown()}\n\n![forces of the models and labels](parity.png)\n"

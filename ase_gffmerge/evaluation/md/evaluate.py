@@ -10,10 +10,14 @@ from ase import Atoms
 
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.evaluation.analysis import distribution_mae, harmonic_temperature, spectral_overlap
-from ase_gffmerge.evaluation.md.distributions import Distributions, distribution_range, frames_distributions
-from ase_gffmerge.evaluation.md.observables import ModelDynamics, observe
-from ase_gffmerge.evaluation.md.protocol import Protocol
-from ase_gffmerge.evaluation.md.runs import Contestant, run_models
+from ase_gffmerge.evaluation.md.observables import (
+    Distributions,
+    ModelDynamics,
+    distribution_range,
+    frames_distributions,
+    observe,
+)
+from ase_gffmerge.evaluation.md.runs import Contestant, Protocol, run_models
 from ase_gffmerge.forcefield.conditioning import with_choice_of
 from ase_gffmerge.inference.metrics import Errors, predict_frames
 from ase_gffmerge.runtime.progress import Progress, no_progress

@@ -1,26 +1,68 @@
-"""What is read from the trajectories of one model."""
+"""What is read from the trajectories of one model: distributions of distances, vibrations, drift, diffusion."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
 
 from ase_gffmerge.dynamics.stopping import StoppingCriteria
 from ase_gffmerge.evaluation.analysis import (
     Diffusion,
+    Distribution,
     Spectrum,
     diffusion_coefficient,
+    distance_distribution,
     energy_slope,
+    radial_distributions,
     spectral_overlap,
     velocity_autocorrelation,
     vibrational_spectrum,
     without_drift,
 )
-from ase_gffmerge.evaluation.md.distributions import Distributions, distributions
-from ase_gffmerge.evaluation.md.protocol import Protocol
+from ase_gffmerge.evaluation.md.runs import Protocol
 from ase_gffmerge.evaluation.md.trajectory import MDTrajectory
+
+Distributions = Mapping[str, Distribution]
+CRYSTAL_RANGE = 6.0
+
+
+def distribution_range(frames: Sequence[Atoms]) -> float:
+    """Range in Å that holds all distances of molecules, with 1 Å to spare; fixed for crystals."""
+    if frames[0].pbc.all():
+        return CRYSTAL_RANGE
+    return float(np.ceil(max(atoms.get_all_distances(mic=True).max() for atoms in frames) + 1))
+
+
+def distributions(
+    positions: np.ndarray, numbers: np.ndarray, cells: np.ndarray, pbc: np.ndarray, *, r_max: float
+) -> dict[str, Distribution]:
+    """h(r) of molecules and slabs as ``h``; g(r) by pair of elements of structures periodic in three directions.
+
+    Parameters
+    ----------
+    positions : (n_frames, n_atoms, 3)
+        Å; without frames, or with a single atom that is not periodic, there is no distribution.
+    numbers : (n_atoms,)
+    cells : (n_frames, 3, 3)
+        Å; slabs have that of the first frame.
+    pbc : (3,)
+    """
+    if len(positions) and pbc.all():
+        return radial_distributions(positions, numbers, cells, r_max=r_max)
+    if len(positions) == 0 or len(numbers) < 2:
+        return {}
+    return {"h": distance_distribution(positions, r_max=r_max, cell=cells[0], pbc=pbc)}
+
+
+def frames_distributions(frames: Sequence[Atoms], *, r_max: float) -> dict[str, Distribution]:
+    """Distributions of frames with the same atoms."""
+    positions = np.stack([atoms.positions for atoms in frames])
+    cells = np.stack([atoms.cell.array for atoms in frames])
+    return distributions(positions, frames[0].numbers, cells, frames[0].pbc, r_max=r_max)
+
 
 MIN_DIFFUSION_FRAMES = 100
 
@@ -111,7 +153,7 @@ def observe(
     Parameters
     ----------
     r_max
-        Range of the distributions in Å, see :func:`~ase_gffmerge.evaluation.md.distributions.distribution_range`.
+        Range of the distributions in Å, see :func:`~ase_gffmerge.evaluation.md.observables.distribution_range`.
     """
     begin = protocol.equilibration * protocol.length("nvt")
     temperatures = np.concatenate([run.temperatures[run.times >= begin] for run in nvt])

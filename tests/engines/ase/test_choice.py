@@ -15,8 +15,7 @@ from ase_gffmerge import ForceField, GFFMergeCalculator, run_replicas
 from ase_gffmerge.cli import app
 from ase_gffmerge.errors import MergeWarning, StructureError
 from ase_gffmerge.evaluation.comparison.inputs import read_labelled
-from ase_gffmerge.evaluation.md.protocol import Protocol
-from ase_gffmerge.evaluation.md.runs import Contestant, run_models
+from ase_gffmerge.evaluation.md.runs import Contestant, Protocol, run_models
 from ase_gffmerge.inference.metrics import evaluate, predict_frames
 from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.training.loss import labelled_graphs
