@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ase.io import read, write
 
-from ase_gffmerge.cli import evaluate_md
+from ase_gffmerge.cli import evaluate
 
 SHORT = ("--md", "--time", 0.04, "--seeds", 2, "--temperature", 50)
 
@@ -112,4 +112,4 @@ def test_bad_input(gffmerge, files: Path, arguments: list[object], said: str) ->
 
 
 def test_duration() -> None:
-    assert [evaluate_md.duration(seconds) for seconds in (0.4, 90, 600)] == ["0 s", "90 s", "10 min"]
+    assert [evaluate.duration(seconds) for seconds in (0.4, 90, 600)] == ["0 s", "90 s", "10 min"]
