@@ -13,10 +13,9 @@ if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField as ForceField
     from ase_gffmerge.integrations.load import load_force_field as load_force_field
     from ase_gffmerge.merging.external_calculators import merge_calculators as merge_calculators
-    from ase_gffmerge.merging.merge import merge as merge
     from ase_gffmerge.merging.recipe import Recipe as Recipe
     from ase_gffmerge.training.distill import distill as distill
-    from ase_gffmerge.workflows.merge_and_distill import merge_and_refine as merge_and_refine
+    from ase_gffmerge.workflows.merge import merge as merge
 
 __version__ = "0.1.0"
 
@@ -27,9 +26,8 @@ _HOMES = {
     "ForceField": "ase_gffmerge.forcefield.force_field",
     "load_force_field": "ase_gffmerge.integrations.load",
     "distill": "ase_gffmerge.training.distill",
-    "merge": "ase_gffmerge.merging.merge",
     "merge_calculators": "ase_gffmerge.merging.external_calculators",
-    "merge_and_refine": "ase_gffmerge.workflows.merge_and_distill",
+    "merge": "ase_gffmerge.workflows.merge",
     "run_replicas": "ase_gffmerge.dynamics.batched_md",
 }
 __all__ = [
@@ -41,7 +39,6 @@ __all__ = [
     "distill",
     "load_force_field",
     "merge",
-    "merge_and_refine",
     "merge_calculators",
     "run_replicas",
 ]

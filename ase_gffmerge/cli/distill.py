@@ -44,7 +44,7 @@ def distill(
     from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.evaluation.plots import plot_history
     from ase_gffmerge.integrations.load import load_force_field
-    from ase_gffmerge.merging.distill_options import DistillOptions
+    from ase_gffmerge.merging.recipe import DistillOptions
     from ase_gffmerge.merging.recipe import load_recipe
     from ase_gffmerge.storage.atomic import require_writable
     from ase_gffmerge.training.checkpoint import checkpoint_path
@@ -86,7 +86,7 @@ def merged_start(specialists: "Sequence[ForceField]", recipe: "Recipe", device: 
     from ase_gffmerge.merging.compatibility import check_compatible
     from ase_gffmerge.runtime.devices import resolve_device
     from ase_gffmerge.workflows.load_or_merge import MergeOptions, resolve
-    from ase_gffmerge.workflows.merge_and_distill import starting_point
+    from ase_gffmerge.workflows.merge import starting_point
 
     check_compatible(specialists, recipe)
     given, plain = starting_point(specialists, recipe)

@@ -15,14 +15,14 @@ from ase_gffmerge.data.frames import bare, displaced
 from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import build_graph
-from ase_gffmerge.merging.recipe import ReadoutOptions
+from ase_gffmerge.merging.recipe import AugmentationOptions
 
 MASS, TIMESTEP, FRICTION = 12.0, 2.0, 0.05
 """Of every atom in u; fs; 1/fs."""
 
 
 def with_copies(
-    specialist: ForceField, frames: Sequence[Atoms], options: ReadoutOptions, *, n_copies: int
+    specialist: ForceField, frames: Sequence[Atoms], options: AugmentationOptions, *, n_copies: int
 ) -> list[Atoms]:
     """Frames followed by ``n_copies`` copies of each, fewer where dynamics broke a structure."""
     originals = [bare(atoms) for atoms in frames]
@@ -42,7 +42,7 @@ def with_copies(
 
 
 def visited(
-    specialist: ForceField, frames: Sequence[Atoms], options: ReadoutOptions, *, n_copies: int
+    specialist: ForceField, frames: Sequence[Atoms], options: AugmentationOptions, *, n_copies: int
 ) -> list[Atoms]:
     """What the specialist's dynamics visits from every frame, one structure every ``options.interval`` fs."""
     every = max(round(options.interval / TIMESTEP), 1)
@@ -63,7 +63,7 @@ def visited(
     return [bare(atoms) for run in runs for atoms in run.frames[1:]]
 
 
-def copies_per_frame(specialist: ForceField, frames: Sequence[Atoms], options: ReadoutOptions) -> int:
+def copies_per_frame(specialist: ForceField, frames: Sequence[Atoms], options: AugmentationOptions) -> int:
     """``options.copies``, or fewer (at least one) where all copies together exceed ``options.max_copied_edges``."""
     if options.copies <= 1:
         return options.copies

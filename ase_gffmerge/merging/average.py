@@ -15,9 +15,9 @@ from ase_gffmerge.models.affine_maps import adjustable_maps, affine_maps
 def mean_potential(specialists: Sequence[ForceField], recipe: Recipe) -> Potential:
     """Weighted mean of all weights, on the device and in the type of the first specialist.
 
-    Embeddings and other weights per element are averaged over the specialists that know it; with ``recipe.normalise`` an
-    element's row follows the specialists in proportion to how often it occurs in their calibration frames. Under
-    per-specialist conditioning table k keeps the rows of specialist k.
+    Embeddings and other weights per element are averaged over the specialists that know it, in proportion to how often it
+    occurs in their calibration frames (the paper does without). Under per-specialist conditioning table k keeps the rows of
+    specialist k.
     """
     weights = torch.tensor(recipe.weights or [1.0] * len(specialists), dtype=torch.float64)
     share = weights / weights.sum()
@@ -36,7 +36,7 @@ def mean_potential(specialists: Sequence[ForceField], recipe: Recipe) -> Potenti
                 )
         known = _known_elements(specialists, species)
         counts = known * share[:, None]
-        if recipe.normalise:
+        if recipe.method != "paper":
             counts = counts * _occurrences(specialists, species)
         for name in by_element:
             rows = [_by_element(s, p[name].cpu(), species) for s, p in zip(specialists, named, strict=True)]

@@ -1,6 +1,6 @@
 """A specialist's calibration frames in batches, with its own node states and those of the growing merged model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -52,47 +52,64 @@ class CalibrationBatch:
 
 @dataclass
 class CalibrationSet:
-    """What one specialist knows.
+    """All batches of one specialist.
 
     Attributes
     ----------
     specialist, index, weight
-        Whose territory, its specialist index, and how much it counts.
-    scenes
-        Its calibration frames, or as many of them as the layers need, in batches.
+        Whose frames, its specialist index, and how much it counts.
+    batches
+        Its calibration frames, or as many of them as the layers need.
     """
 
     specialist: ForceField
     index: int
     weight: float
-    scenes: list[CalibrationBatch]
+    batches: list[CalibrationBatch]
 
     @cached_property
     def mean_square_force(self) -> float:
         """Mean square of the specialist's force components on its frames, (eV/Å)^2."""
-        forces = [predict(self.specialist.potential, scene.graph).forces for scene in self.scenes]
+        forces = [predict(self.specialist.potential, batch.graph).forces for batch in self.batches]
         return max(float(torch.cat(forces).double().square().mean()), 1e-12)
 
 
 MAX_EDGES, EDGES_PER_ATOM = 12_000, 24
-"""Size of a batch, where an atom counts as that many edges at least: memory, and what a stage's correction is taken from."""
+"""Size of a batch, where an atom counts as that many edges at least: memory, and what a block's correction is taken from."""
 
-MAX_SCENES = 4
+MAX_BATCHES = 4
 """Batches per specialist: far more rows than a layer has coefficients. The readout sees all frames."""
 
 
 def build_calibration(
-    specialists: Sequence[ForceField], merged: Potential, weights: Sequence[float], *, probes: int
+    specialists: Sequence[ForceField], merged: Potential, weights: Sequence[float], *, directions: int
 ) -> list[CalibrationSet]:
-    """Build graphs of calibration frames, in shuffled batches up to :data:`MAX_SCENES`, and embed them in both models."""
-    calibration_sets = []
-    for k, (specialist, weight) in enumerate(zip(specialists, weights, strict=True)):
-        order = np.random.default_rng(0).permutation(len(specialist.calibration))
-        graphs = [_graph(specialist, k, specialist.calibration[i]) for i in order]
-        batches = islice(chunks(graphs, MAX_EDGES, size=_size), MAX_SCENES)
-        scenes = [_scene(specialist, merged, batch, probes=probes) for batch in batches]
-        calibration_sets.append(CalibrationSet(specialist, k, weight, scenes))
-    return calibration_sets
+    """Embed the calibration frames of all specialists in their own models and in the merged one.
+
+    Parameters
+    ----------
+    specialists, weights
+        Whose frames, and how much each counts.
+    merged
+        The merged model before its first stage is aligned.
+    directions
+        Random displacements of all atoms along which derivatives are taken.
+    """
+    return [
+        CalibrationSet(specialist, k, weight, [_embedded(specialist, merged, g, directions) for g in graphs])
+        for k, (specialist, weight) in enumerate(zip(specialists, weights, strict=True))
+        for graphs in [calibration_graphs(specialist, index=k)]
+    ]
+
+
+def calibration_graphs(specialist: ForceField, *, index: int = 0) -> Iterator[AtomGraph]:
+    """Graphs of a specialist's calibration frames in shuffled batches, up to :data:`MAX_BATCHES`, on its device."""
+    order = np.random.default_rng(0).permutation(len(specialist.calibration))
+    graphs = [_graph(specialist, index, specialist.calibration[i]) for i in order]
+    for group in islice(chunks(graphs, MAX_EDGES, size=_size), MAX_BATCHES):
+        batch = batch_graphs(group).to(specialist.potential.device)
+        batch.edge_vectors = edge_vectors(batch)
+        yield batch
 
 
 def _graph(specialist: ForceField, index: int, atoms: Atoms) -> AtomGraph:
@@ -104,26 +121,20 @@ def _size(graph: AtomGraph) -> int:
     return max(graph.n_edges, EDGES_PER_ATOM * len(graph))
 
 
-def _scene(
-    specialist: ForceField, merged: Potential, graphs: Sequence[AtomGraph], *, probes: int
-) -> CalibrationBatch:
+def _embedded(specialist: ForceField, merged: Potential, graph: AtomGraph, directions: int) -> CalibrationBatch:
     potential = specialist.potential
-    batch = batch_graphs(graphs).to(potential.device)
-    positions = Dual((batch.positions,), (_displacements(batch.positions, probes),) if probes else ())
-
-    geometry = pushforward(lambda r: potential.edge_functions(edge_vectors(batch, r)), positions)
-    batch.edge_vectors = edge_vectors(batch)
-    edges = potential.geometry(batch)
-    ours, theirs = (_constant(model.embed(batch), probes) for model in (merged, potential))
-    return CalibrationBatch(batch, edges, geometry, ours, theirs)
+    positions = Dual((graph.positions,), (_displacements(graph.positions, directions),) if directions else ())
+    geometry = pushforward(lambda r: potential.edge_functions(edge_vectors(graph, r)), positions)
+    ours, theirs = (_constant(model.embed(graph), directions) for model in (merged, potential))
+    return CalibrationBatch(graph, potential.geometry(graph), geometry, ours, theirs)
 
 
-def _displacements(positions: Tensor, probes: int) -> Tensor:
-    """Random displacements of all atoms (probes, n_atoms, 3), unit normal, the same whatever the order of specialists."""
+def _displacements(positions: Tensor, n: int) -> Tensor:
+    """Random displacements of all atoms (n, n_atoms, 3), unit normal, the same whatever the order of specialists."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(probes, *positions.shape, generator=generator, dtype=torch.float64).to(positions)
+    return torch.randn(n, *positions.shape, generator=generator, dtype=torch.float64).to(positions)
 
 
-def _constant(state: Tensors, probes: int) -> Dual:
+def _constant(state: Tensors, directions: int) -> Dual:
     """A state that does not depend on the positions."""
-    return Dual(tuple(state), tuple(x.new_zeros(probes, *x.shape) for x in state) if probes else ())
+    return Dual(tuple(state), tuple(x.new_zeros(directions, *x.shape) for x in state) if directions else ())

@@ -1,7 +1,9 @@
-"""Which specialists may be merged, and why not."""
+"""Which specialists may be merged, and why not; their copies for a merge."""
 
 from collections.abc import Sequence
-from itertools import combinations
+from copy import deepcopy
+from dataclasses import replace
+from itertools import combinations, count
 
 import torch
 
@@ -122,3 +124,21 @@ def weight_distance(first: ForceField, second: ForceField) -> float:
 def _flat_maps(potential: Potential) -> dict[str, torch.Tensor]:
     """Coefficients of every affine map on the CPU."""
     return {name: problem.read().cpu().double().flatten() for name, problem in affine_maps(potential).items()}
+
+
+def working_copies(specialists: Sequence[ForceField], device: torch.device) -> list[ForceField]:
+    """Copies on one device, in the highest of their precisions, with distinct names."""
+    dtype = max((s.potential.dtype for s in specialists), key=lambda kind: torch.finfo(kind).bits)
+    return [
+        replace(s, name=name, potential=deepcopy(s.potential).to(device=device, dtype=dtype))
+        for s, name in zip(specialists, distinct([s.name for s in specialists]), strict=True)
+    ]
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names with ``-2``, ``-3``, ... after those that were there before."""
+    taken: list[str] = []
+    for name in names:
+        numbered = (f"{name}-{n}" for n in count(2))
+        taken.append(name if name not in taken else next(new for new in numbered if new not in taken))
+    return taken

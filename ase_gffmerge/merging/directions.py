@@ -23,7 +23,7 @@ from ase_gffmerge.graphs.graph import AtomGraph
 
 
 @dataclass(frozen=True)
-class Probes:
+class Directions:
     """Directions for all structures of a batch at once.
 
     Attributes
@@ -59,7 +59,7 @@ class Probes:
         return cls(displacement_directions(graph, n_displacements, seed=seed), strains)
 
     def tangents(self, graph: AtomGraph, edge_vectors: Tensor) -> Tensor:
-        """Tangents (n_probes, n_edges, 3) of the edge vectors (n_edges, 3)."""
+        """Tangents (n_directions, n_edges, 3) of the edge vectors (n_edges, 3)."""
         sender, receiver = graph.edge_index
         moved = self.displacements[:, sender] - self.displacements[:, receiver]
         strained = torch.einsum(
@@ -68,7 +68,7 @@ class Probes:
         return torch.cat([moved, strained])
 
     def work(self, graph: AtomGraph, prediction: Prediction) -> Tensor:
-        """Change of the energy (n_probes, n_structures) along every direction."""
+        """Change of the energy (n_directions, n_structures) along every direction."""
         power = -(prediction.forces * self.displacements).sum(-1)
         moved = power.new_zeros(len(power), graph.n_structures).index_add(1, graph.structure_index, power)
         strained = (prediction.strain_derivative * self.strains).sum(dim=(-2, -1))

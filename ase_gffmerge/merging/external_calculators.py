@@ -1,7 +1,7 @@
 """Merge the networks inside any ASE calculators, which evaluate their frames themselves while hooks watch the layers.
 
-For force fields without an adapter: steps 1 to 3 (sequential inputs, anchored ridge, equivariant layers) on every layer that
-:mod:`.layers` knows, in the order of execution; everything else is averaged. Slopes (:mod:`.duals`) are differences between
+For force fields without an integration: steps 1 to 3 (sequential inputs, anchored ridge, equivariant layers) on every layer that
+:mod:`~ase_gffmerge.models.affine_maps` knows, in the order of execution; everything else is averaged. Derivatives are differences between
 a frame and a displaced twin. Corrections of whole blocks and the wide readout need a potential that can be differentiated,
 and are not part of it.
 """
@@ -68,8 +68,8 @@ def merge_calculators(
     *,
     module: Module,
     ridge: float = 1e-5,
-    slope_weight: float = 1.0,
-    progress: Progress | None = None,
+    derivative_weight: float = 1.0,
+    progress: Progress = no_progress,
 ) -> HookedMerge:
     """Merge fine-tuned networks that ASE calculators hold.
 
@@ -84,8 +84,8 @@ def merge_calculators(
         modules, and take the same rows in the same order whenever a frame is evaluated.
     ridge
         Relative ridge, anchored at the mean of the weights.
-    slope_weight
-        Weight of the slopes against the values.
+    derivative_weight
+        Weight of the derivatives against the values.
     progress
         Called with a fraction (0 to 1) and a description.
 
@@ -98,7 +98,6 @@ def merge_calculators(
     """
     networks = [module(calculator) for calculator in calculators]
     _check(networks, calibration)
-    tell = progress or no_progress
     merged = deepcopy(calculators[0])
     target = module(merged)
     average_parameters(target, networks)
@@ -111,18 +110,24 @@ def merge_calculators(
         )
     layers: list[LayerReport] = []
     for i, name in enumerate(names):
-        tell(0.9 * i / len(names), name)
+        progress(0.9 * i / len(names), name)
         layers += _solve_layer(
-            name, merged, calculators, calibration, module=module, ridge=ridge, slope_weight=slope_weight
+            name,
+            merged,
+            calculators,
+            calibration,
+            module=module,
+            ridge=ridge,
+            derivative_weight=derivative_weight,
         )
-    tell(0.9, "report")
+    progress(0.9, "report")
     disagreements = tuple(
         disagreement(f"{k}", kind, predictions(calculator, frames), reference)
         for k, (own, frames) in enumerate(zip(calculators, calibration, strict=True))
         for reference in [predictions(own, frames)]
         for kind, calculator in (("mean", mean), ("merged", merged))
     )
-    tell(1.0, "done")
+    progress(1.0, "done")
     covered = {f"{name}.{key}" for name in names for key, _ in target.get_submodule(name).named_parameters()}
     averaged = tuple(name for name, _ in target.named_parameters() if name not in covered)
     return HookedMerge(
@@ -230,7 +235,7 @@ def _solve_layer(
     *,
     module: Module,
     ridge: float,
-    slope_weight: float,
+    derivative_weight: float,
 ) -> list[LayerReport]:
     """Solve all maps of one layer on the merged network's inputs and each network's own outputs."""
     layer = module(merged).get_submodule(name)
@@ -239,8 +244,8 @@ def _solve_layer(
     for calculator, frames in zip(calculators, calibration, strict=True):
         original = module(calculator).get_submodule(name)
         theirs = layer_maps(name, original)
-        values = [Gram.zero(*problem.read().shape) for problem in ours]
-        slopes = list(values)
+        values = [Gram.zero(*affine_map.read().shape) for affine_map in ours]
+        derivatives = list(values)
         for i, atoms in enumerate(frames):
             here, there = (
                 (_entering(merged, layer, one), _entering(calculator, original, one))
@@ -249,21 +254,21 @@ def _solve_layer(
             (x, own), (x_there, own_there) = here, there
             if x is None or own is None:  # nothing in this frame needs the layer
                 continue
-            for k, (problem, their) in enumerate(zip(ours, theirs, strict=True)):
-                rows, targets = _rows(problem, their, x, own)
+            for k, (affine_map, their) in enumerate(zip(ours, theirs, strict=True)):
+                rows, targets = _rows(affine_map, their, x, own)
                 values[k] += Gram.of(rows, targets)
                 if x_there is None or own_there is None:
                     continue
                 if x_there.shape == x.shape and own_there.shape == own.shape:  # no neighbour came or went
-                    rows_there, targets_there = _rows(problem, their, x_there, own_there)
-                    slopes[k] += Gram.of((rows_there - rows) / STEP, (targets_there - targets) / STEP)
-        grams.append([a.balanced(b, slope_weight) for a, b in zip(values, slopes, strict=True)])
+                    rows_there, targets_there = _rows(affine_map, their, x_there, own_there)
+                    derivatives[k] += Gram.of((rows_there - rows) / STEP, (targets_there - targets) / STEP)
+        grams.append([a.balanced(b, derivative_weight) for a, b in zip(values, derivatives, strict=True)])
     reports = []
-    for i, problem in enumerate(ours):
+    for i, affine_map in enumerate(ours):
         gram = normalised_sum([totals[i] for totals in grams], [1.0] * len(grams))
-        solution = ridge_solve(gram, problem.read().double().cpu(), ridge=ridge)
-        problem.write(solution.theta.to(problem.read()))
-        reports.append(LayerReport.of(problem.name, "layer", solution))
+        solution = ridge_solve(gram, affine_map.read().double().cpu(), ridge=ridge)
+        affine_map.write(solution.theta.to(affine_map.read()))
+        reports.append(LayerReport.of(affine_map.name, "layer", solution))
     return reports
 
 
@@ -274,9 +279,9 @@ def twin(atoms: Atoms, *, seed: int) -> Atoms:
     return copy
 
 
-def _rows(problem: AffineMap, their: AffineMap, x: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+def _rows(affine_map: AffineMap, their: AffineMap, x: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of the merged network's input, and what the other network makes of its own; always the same choice of them."""
-    rows, targets = problem.design(x), their.design(own) @ their.read()
+    rows, targets = affine_map.design(x), their.design(own) @ their.read()
     if len(rows) > MAX_ROWS:
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:MAX_ROWS].to(
             rows.device

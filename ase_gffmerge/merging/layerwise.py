@@ -1,84 +1,48 @@
-"""Steps 1-3: align the layers of a module, one after the other, with every specialist."""
+r"""Steps 1-3: align the affine layers of a block, one after the other, with every specialist's.
 
-from collections.abc import Callable, Sequence
-from typing import Any
+Each layer maps rows linearly, :math:`y = [x\ 1]\,\Theta`. In the order of execution, each is solved as
+
+.. math::
+
+   \min_\Theta\ \sum_k \frac{a_k}{n_k s_k} \bigl\| [X_k\ 1]\,\Theta - Y_k \bigr\|^2
+   \;+\; \lambda\,\frac{\mathrm{tr}\,G}{d}\, \bigl\| \Theta - \Theta_{\rm mean} \bigr\|^2 ,\qquad
+   G = \sum_k \frac{a_k}{n_k s_k}\,[X_k\ 1]^\top [X_k\ 1] .
+
+What the reference method (:mod:`.paper`) does not do: X_k come from the merged model as built so far, so that later layers
+correct the errors of earlier ones; specialists count the same, however many frames they bring and however large their
+outputs are; the ridge pulls to the mean, where nothing else is known. Forces are derivatives, which values do not determine:
+along P random displacements of the atoms (:mod:`.tangents`) the same Θ maps :math:`\dot X_k` to :math:`\dot Y_k`, which are
+further rows without the column of ones, scaled so that all targets :math:`\dot Y_k` together weigh ``derivative_weight``
+times what Y_k do. The problem stays convex, and is solved from Gram statistics by a Cholesky factorisation in float64.
+
+=================================================  ======================================================================
+symbol                                             variable
+=================================================  ======================================================================
+Θ = [W; b], Θ_mean                                 ``affine_map`` of the merged model, after and before it is solved
+X_k, :math:`\dot X_k`                              ``ours.value``, ``ours.tangent``: what enters the merged model's layer
+Y_k = [X 1] Θ_k, :math:`\dot Y_k = \dot X Θ_k`     targets: specialist k's own input ``own``, mapped by its own ``theta``
+[X_k 1]                                            ``affine_map.design(x)``; the ones only where the layer has a bias
+G, C = Σ_k [X_k 1]ᵀ Y_k                            ``gram.xx``, ``gram.xy``
+n_k, s_k                                           ``Gram.n_rows``, ``Gram.mean_square_target``: rows, and mean square of Y_k
+a_k, λ                                             ``CalibrationSet.weight``, ``recipe.ridge``
+=================================================  ======================================================================
+
+Equivariant layers are such maps, too, one per irrep (:mod:`ase_gffmerge.models.affine_maps`).
+"""
+
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ase_gffmerge.least_squares.gram import Gram, normalised_sum, symmetric_product
+from ase_gffmerge.least_squares.gram import Gram, normalised_sum
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet
+from ase_gffmerge.merging.activations import Inputs, Run, affine_layers, entering
+from ase_gffmerge.merging.calibration import CalibrationSet
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
-from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
-from ase_gffmerge.models.affine_maps import AffineMap, is_affine, layer_maps, rows_entering, with_ones
-from ase_gffmerge.models.base import Stage
-
-
-class _Reached(Exception):
-    """Raised by a hook to stop a forward pass at the layer of interest."""
-
-
-def layer_input(module: nn.Module, run: Callable[[], Any]) -> Tensor:
-    """Run a model up to ``module`` and return what enters it."""
-    caught: list[Tensor] = []
-
-    def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        caught.append(rows_entering(module, inputs))
-        raise _Reached
-
-    handle = module.register_forward_pre_hook(stop)
-    try:
-        run()
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return caught[0]
-
-
-def layer_inputs(
-    root: nn.Module, run: Callable[[], Any], *, wanted: Callable[[nn.Module], bool] = is_affine
-) -> dict[str, Tensor]:
-    """What enters every affine layer (or other wanted module) of ``root`` while ``run`` evaluates it, in that order."""
-    caught: dict[str, Tensor] = {}
-    alive: list[Any] = []  # so that no other object takes an identity
-    rows: dict[int, Tensor] = {}  # layers that are given one and the same object share its rows
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            key = id(inputs[0])
-            if key not in rows:
-                alive.append(inputs[0])
-                rows[key] = rows_entering(module, inputs)
-            caught[name] = rows[key]
-
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(note(name))
-        for name, module in root.named_modules()
-        if wanted(module)
-    ]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return caught
-
-
-def affine_layers(root: nn.Module, run: Callable[[], Any]) -> list[str]:
-    """Names of the affine layers of ``root`` in the order in which ``run`` executes them."""
-    return list(layer_inputs(root, run))
-
-
-Runner = Callable[[nn.Module, CalibrationBatch, Tensors], Any]
-"""``run(module, scene, tensors)`` evaluates the module under alignment on the tensors of :data:`Inputs`."""
-
-Inputs = Callable[[CalibrationBatch, bool], Dual]
-"""What enters the module in a scene: in the merged model (``True``) or in the specialist."""
+from ase_gffmerge.merging.tangents import Dual
+from ase_gffmerge.models.affine_maps import AffineMap, layer_maps
 
 
 def align_layers(
@@ -88,173 +52,83 @@ def align_layers(
     calibration_sets: Sequence[CalibrationSet],
     recipe: Recipe,
     *,
-    run: Runner,
+    run: Run,
     inputs: Inputs,
 ) -> list[LayerReport]:
-    """Solve every affine layer of a module in execution order.
+    """Solve every affine layer of a block in execution order.
 
     Parameters
     ----------
     prefix
-        Qualified name of the module, for the report.
+        Qualified name of the block, for the report.
     merged
-        Module of the merged model (a stage or the readout); written in place.
+        The block (a stage or the readout) in the merged model; written in place.
     originals
-        The same module of every specialist.
-    territories
-        Calibration scenes, in the order of ``originals``.
+        The same block in every specialist.
+    calibration_sets
+        Calibration frames, in the order of ``originals``.
     recipe
-        Options.
+        λ and the weight of derivatives.
     run, inputs
-        How to evaluate the module on a scene.
+        How to evaluate the block on a batch of frames.
     """
     reports = []
-    first = calibration_sets[0].scenes[0]
-    at_once = recipe.inputs == "specialist" and not recipe.probes
-    known = [
-        _own_grams(original, calibration_set, recipe, run=run, inputs=inputs) if at_once else {}
-        for original, calibration_set in zip(originals, calibration_sets, strict=True)
-    ]
-    names = (
-        known[0] if at_once else affine_layers(merged, lambda: run(merged, first, inputs(first, True).value))
-    )
-    for name in names:
-        ours = layer_maps(name, merged.get_submodule(name))
-        theirs = [layer_maps(name, original.get_submodule(name)) for original in originals]
-
-        def entering(module: nn.Module, scene: CalibrationBatch, of_merged: bool, name: str = name) -> Dual:
-            layer = module.get_submodule(name)
-            return pushforward(
-                lambda *x: layer_input(layer, lambda: run(module, scene, x)), inputs(scene, of_merged)
+    first = calibration_sets[0].batches[0]
+    for name in affine_layers(merged, lambda: run(merged, first, inputs(first, True).value)):
+        maps = layer_maps(name, merged.get_submodule(name))
+        statistics = [
+            layer_statistics(
+                maps,
+                layer_maps(name, original.get_submodule(name)),
+                (
+                    (
+                        entering(merged, name, batch, inputs(batch, True), run=run),
+                        entering(original, name, batch, inputs(batch, False), run=run),
+                    )
+                    for batch in calibration_set.batches
+                ),
+                derivative_weight=recipe.derivative_weight,
             )
-
-        grams = [
-            found.get(name)
-            or _layer_grams(
-                calibration_set, ours, their, recipe, entering=entering, merged=merged, original=original
-            )
-            for found, original, their, calibration_set in zip(
-                known, originals, theirs, calibration_sets, strict=True
-            )
+            for original, calibration_set in zip(originals, calibration_sets, strict=True)
         ]
-        for i, problem in enumerate(ours):
-            reports.append(
-                _solve_layer(prefix, problem, [gram[i] for gram in grams], calibration_sets, recipe)
-            )
+        for affine_map, grams in zip(maps, zip(*statistics, strict=True), strict=True):
+            gram = normalised_sum(grams, [calibration_set.weight for calibration_set in calibration_sets])
+            solution = ridge_solve(gram, affine_map.read().double(), ridge=recipe.ridge)
+            affine_map.write(solution.theta.to(affine_map.read().dtype))
+            reports.append(LayerReport.of(f"{prefix}.{affine_map.name}", "layer", solution))
     return reports
 
 
-def _own_grams(
-    original: nn.Module, calibration_set: CalibrationSet, recipe: Recipe, *, run: Runner, inputs: Inputs
-) -> dict[str, list[Gram]]:
-    r"""Statistics of all layers of one specialist from one pass over its frames, when the rows are its own.
-
-    Then :math:`Y = X\Theta_k`, so that :math:`C = G\,\Theta_k` and :math:`\|Y\|^2 = \mathrm{tr}\,\Theta_k^\top C`
-    follow from G; layers that cut the same rows from the same input share it.
-    """
-    totals: dict[str, list[Gram]] = {}
-    for scene in calibration_set.scenes:
-        entering = layer_inputs(original, lambda s=scene: run(original, s, inputs(s, False).value))  # type: ignore[misc]
-        products: dict[Any, Tensor] = {}
-        for name, x in entering.items():
-            grams = []
-            for problem in layer_maps(name, original.get_submodule(name)):
-                design = _design(problem, x, recipe)
-                key = (id(x), problem.rows, problem.has_bias)
-                if key not in products:
-                    products[key] = symmetric_product(design.double())
-                grams.append(_gram_of_own(products[key], problem.read().double(), len(design)))
-            totals[name] = (
-                [a + b for a, b in zip(totals[name], grams, strict=True)] if name in totals else grams
-            )
-    return totals
-
-
-def _gram_of_own(xx: Tensor, theta: Tensor, n_rows: int) -> Gram:
-    xy = xx[:, : len(theta)] @ theta
-    return Gram(xx, xy, float((theta * xy[: len(theta)]).sum()), float(n_rows))
-
-
-def _design(problem: AffineMap, inputs: Tensor, recipe: Recipe) -> Tensor:
-    """Rows of the unknowns, with the reference recipe's column of ones for layers without bias."""
-    return problem.design(inputs) if recipe.ones == "biased" else with_ones(problem.rows(inputs))
-
-
-def _layer_grams(
-    calibration_set: CalibrationSet,
-    ours: Sequence[AffineMap],
-    theirs: Sequence[AffineMap],
-    recipe: Recipe,
+def layer_statistics(
+    maps: Sequence[AffineMap],
+    originals: Sequence[AffineMap],
+    batches: Iterable[tuple[Dual, Dual]],
     *,
-    entering: Callable[[nn.Module, CalibrationBatch, bool], Dual],
-    merged: nn.Module,
-    original: nn.Module,
+    derivative_weight: float,
 ) -> list[Gram]:
-    """Statistics of one specialist: rows of the merged (or its own) input, targets of its own output."""
-    device = calibration_set.scenes[0].graph.positions.device
-    values = [Gram.zero(*_size(problem, recipe), device=device) for problem in ours]
-    slopes = list(values)
-    for scene in calibration_set.scenes:
-        own = entering(original, scene, False)
-        x = entering(merged, scene, True) if recipe.inputs == "merged" else own
-        for i, (problem, their) in enumerate(zip(ours, theirs, strict=True)):
-            theta = their.read()
-            design = _design(problem, x.value[0], recipe)
-            values[i] = values[i] + Gram.of(design, their.design(own.value[0]) @ theta)
-            if x.tangent:
-                rows, target = problem.rows(x.tangent[0]), their.rows(own.tangent[0])
-                design = torch.cat(
-                    [rows, rows.new_zeros(len(rows), values[i].xx.shape[0] - rows.shape[1])], dim=1
-                )
-                slopes[i] = slopes[i] + Gram.of(design, target @ theta[: target.shape[1]])
-    return [value.balanced(slope, recipe.slope_weight) for value, slope in zip(values, slopes, strict=True)]
+    """Statistics of one specialist for every map of a layer.
 
-
-def _size(problem: AffineMap, recipe: Recipe) -> tuple[int, int]:
-    """Shape of the unknowns, with the reference recipe's extra row for layers without bias."""
-    d, m = problem.read().shape
-    return d + (recipe.ones == "all" and not problem.has_bias), m
-
-
-def combine(grams: Sequence[Gram], calibration_sets: Sequence[CalibrationSet], recipe: Recipe) -> Gram:
-    """Weighted statistics of all specialists, normalised if the recipe says so."""
-    weights = [calibration_set.weight for calibration_set in calibration_sets]
-    if recipe.normalise:
-        return normalised_sum(list(grams), weights)
-    total = grams[0] * weights[0]
-    for gram, weight in zip(grams[1:], weights[1:], strict=True):
-        total = total + gram * weight
-    return total
-
-
-def _solve_layer(
-    prefix: str,
-    problem: AffineMap,
-    grams: Sequence[Gram],
-    calibration_sets: Sequence[CalibrationSet],
-    recipe: Recipe,
-) -> LayerReport:
-    gram = combine(grams, calibration_sets, recipe)
-    mean = problem.read().double()
-    if len(gram.xx) > len(mean):
-        mean = torch.cat([mean, mean.new_zeros(1, mean.shape[1])])
-    known = recipe.anchor == "zero" and gram.n_rows  # a layer that no frame reaches keeps the mean
-    prior = torch.zeros_like(mean) if known else mean
-    solution = ridge_solve(gram, prior, ridge=recipe.ridge, relative=recipe.ridge_scale == "relative")
-    problem.write(solution.theta[: len(problem.read())].to(problem.read().dtype))
-    return LayerReport.of(f"{prefix}.{problem.name}", "layer", solution, before=gram.residual(mean))
-
-
-def run_stage(stage: nn.Module, scene: CalibrationBatch, tensors: Tensors) -> Any:
-    """Evaluate a stage on the tensors of :func:`stage_inputs`."""
-    return stage(*scene.split(tensors))
-
-
-def stage_inputs(scene: CalibrationBatch, of_merged: bool) -> Dual:
-    """State before the stage, and geometry."""
-    return (scene.merged if of_merged else scene.target) + scene.geometry
-
-
-def advance(stage: Stage, state: Dual, scene: CalibrationBatch) -> Dual:
-    """State after the stage."""
-    return pushforward(lambda *x: tuple(run_stage(stage, scene, x)), state + scene.geometry)
+    Parameters
+    ----------
+    maps, originals
+        The layer's maps in the merged model and in the specialist.
+    batches
+        What enters the layer in the merged model and in the specialist.
+    derivative_weight
+        Weight of all derivatives against all values.
+    """
+    thetas = [original.read() for original in originals]
+    values = [
+        Gram.zero(*affine_map.read().shape, device=theta.device) for affine_map, theta in zip(maps, thetas)
+    ]
+    derivatives = list(values)
+    for ours, own in batches:
+        for i, (affine_map, original, theta) in enumerate(zip(maps, originals, thetas, strict=True)):
+            targets = original.design(own.value[0]) @ theta
+            values[i] += Gram.of(affine_map.design(ours.value[0]), targets)
+            if ours.tangent:
+                rows, own_rows = affine_map.rows(ours.tangent[0]), original.rows(own.tangent[0])
+                no_ones = rows.new_zeros(len(rows), int(affine_map.has_bias))
+                targets = own_rows @ theta[: own_rows.shape[1]]
+                derivatives[i] += Gram.of(torch.cat([rows, no_ones], dim=1), targets)
+    return [value.balanced(own, derivative_weight) for value, own in zip(values, derivatives, strict=True)]

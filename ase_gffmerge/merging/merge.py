@@ -1,60 +1,76 @@
-"""The story: specialists in, one merged potential and a report out.
+"""The closed-form merge: specialists in, one merged force field and a report out.
 
-specialists -> graphs of their calibration frames -> for every stage: inputs of the merged model as built so far, outputs
-of each specialist, Gram statistics, ridge solves -> all maps of the stage corrected together on its output -> readout
-matched to energies and forces.
+Read it with the paper (arXiv 2606.03232) in hand, in the order of the steps that :mod:`ase_gffmerge.merging` lists. What users
+call is :func:`ase_gffmerge.merge`, which may go on with closed-loop calibration and distillation.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import replace
-from itertools import count
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.errors import MergeWarning, RecipeError
+from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
+from ase_gffmerge.merging.activations import advance, run_stage, stage_inputs
 from ase_gffmerge.merging.average import averaged_parameters, mean_potential, on_all_elements
-from ase_gffmerge.merging.blockwise import align_output
+from ase_gffmerge.merging.blockwise import align_block
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
-from ase_gffmerge.merging.compatibility import check_compatible
+from ase_gffmerge.merging.compatibility import check_compatible, working_copies
 from ase_gffmerge.merging.diagnostics import diagnose
-from ase_gffmerge.merging.force_matching import match_forces
-from ase_gffmerge.merging.layerwise import advance, align_layers, run_stage, stage_inputs
-from ase_gffmerge.merging.recipe import Recipe, load_recipe
+from ase_gffmerge.merging.layerwise import align_layers
+from ase_gffmerge.merging.paper import solve_paper
+from ase_gffmerge.merging.readout_fit import match_forces
+from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.reference_energies import align_references
 from ase_gffmerge.merging.report import LayerReport, MergeReport
 from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import adjustable_maps
 from ase_gffmerge.models.base import Stage
-from ase_gffmerge.runtime.devices import memory_errors, resolve_device
-from ase_gffmerge.runtime.progress import Clock, Progress, no_progress
-
-MERGE_VERSION = 7
-"""Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""
+from ase_gffmerge.runtime.batching import memory_errors
+from ase_gffmerge.runtime.devices import resolve_device
+from ase_gffmerge.runtime.progress import Clock, Progress, no_progress, part_of
 
 
-def merge(
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """What the solves of a method leave.
+
+    Attributes
+    ----------
+    potential
+        The merged potential.
+    layers
+        Least-squares problems in the order they were solved.
+    held_out
+        Relative force error on held-out calibration frames, when a readout was fitted.
+    """
+
+    potential: Potential
+    layers: Sequence[LayerReport] = ()
+    held_out: float | None = None
+
+
+def closed_form_merge(
     specialists: Sequence[ForceField],
-    recipe: str | Recipe | dict[str, Any] = "gffmerge",
+    recipe: Recipe,
     *,
     device: str | torch.device = "auto",
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> tuple[ForceField, MergeReport]:
-    """Merge specialists into one potential by solving least-squares problems.
+    """Merge specialists once, by the recipe's method, without its ``closed_loop`` and ``refine``.
 
     Parameters
     ----------
     specialists
         At least two, with calibration frames, fine-tuned from a common base. They are not changed.
     recipe
-        ``gffmerge`` (default), ``paper``, ``mean``, a YAML file, a mapping or a :class:`Recipe`.
+        What to do.
     device
         Where statistics and solves run.
     progress
@@ -63,7 +79,6 @@ def merge(
     Returns
     -------
     merged : ForceField
-        A force field with ``merged`` set; save it with :meth:`ForceField.save`.
     report : MergeReport
 
     Raises
@@ -71,146 +86,129 @@ def merge(
     IncompatibleSpecialistsError, FramesError, RecipeError, DeviceError, DeviceMemoryError
         With the reason and the remedy.
     """
-    recipe = load_recipe(recipe)
-    if recipe.refine is not None or recipe.closed_loop is not None:
-        raise RecipeError(
-            "the recipe asks for more than a merge (refine, closed_loop), which merge() does not do; use merge_and_refine, "
-            "the calculator or the command line"
-        )
     check_compatible(specialists, recipe)
-    tell = progress or no_progress
-    clock = Clock()
-    target = resolve_device(device)
+    clock, target = Clock(), resolve_device(device)
     parents = working_copies(specialists, target)
     with memory_errors(f"merging {len(parents)} specialists", device=target, remedy="give fewer frames"):
         with torch.no_grad(), clock("mean"):
             shifts = align_references(parents)
             mean = mean_potential(parents, recipe)
-        potential, layers, held_out = _solve(mean, parents, recipe, clock, tell)
-        tell(0.95, "report")
+        solved = METHODS[recipe.method](mean, parents, recipe, clock, progress)
+        progress(0.95, "report")
         with clock("report"):
-            disagreements, parity = diagnose(parents, mean, potential)
+            disagreements, parity = diagnose(parents, mean, solved.potential)
         with clock("extrapolation"):
-            extrapolation_grade = fit_extrapolation_grade(potential, [s.calibration for s in parents])
+            grade = fit_extrapolation_grade(solved.potential, [s.calibration for s in parents])
     report = MergeReport(
         specialists=tuple(s.name for s in parents),
-        layers=layers,
+        layers=tuple(solved.layers),
         disagreements=disagreements,
-        held_out=held_out,
+        held_out=solved.held_out,
         energy_shifts=shifts,
         seconds=clock.seconds,
         parity=parity,
         averaged=averaged_parameters(mean, recipe),
     )
-    tell(1.0, report.verdict)
+    progress(1.0, report.verdict)
     if recipe.method != "mean" and report.verdict != "good":
-        warnings.warn(_verdict_message(report), MergeWarning, stacklevel=2)
-    return replace(
-        _as_specialist(specialists, potential, recipe, report), extrapolation_grade=extrapolation_grade
-    ), report
+        warnings.warn(report.warning, MergeWarning, stacklevel=3)
+    merged = _merged_force_field(specialists, solved.potential, recipe, report)
+    return replace(merged, extrapolation_grade=grade), report
 
 
-def working_copies(specialists: Sequence[ForceField], device: torch.device) -> list[ForceField]:
-    """Copies on one device, in the highest of their precisions, with distinct names."""
-    dtype = max((s.potential.dtype for s in specialists), key=lambda kind: torch.finfo(kind).bits)
-    return [
-        replace(s, name=name, potential=deepcopy(s.potential).to(device=device, dtype=dtype))
-        for s, name in zip(specialists, distinct([s.name for s in specialists]), strict=True)
-    ]
-
-
-def distinct(names: Sequence[str]) -> list[str]:
-    """Names with ``-2``, ``-3``, ... after those that were there before."""
-    taken: list[str] = []
-    for name in names:
-        numbered = (f"{name}-{n}" for n in count(2))
-        taken.append(name if name not in taken else next(new for new in numbered if new not in taken))
-    return taken
-
-
-def _solve(
-    mean: Potential, parents: Sequence[ForceField], recipe: Recipe, clock: Clock, tell: Progress
-) -> tuple[Potential, tuple[LayerReport, ...], float | None]:
-    """Build the merged potential from the mean: layers, plain readout, force-matched readout."""
-    potential = deepcopy(mean)
-    if recipe.method == "mean":
-        return potential, (), None
-    weights = recipe.weights or (1.0,) * len(parents)
+def _by_blocks(
+    mean: Potential, specialists: Sequence[ForceField], recipe: Recipe, clock: Clock, progress: Progress
+) -> Solved:
+    """This package's method: steps 1 to 4 for block after block, then step 5."""
+    merged, weights = deepcopy(mean), recipe.weights or (1.0,) * len(specialists)
     with torch.no_grad(), clock("layers"):
-        tell(0.05, "graphs")
-        parents = on_all_elements(parents)
-        calibration_sets = build_calibration(parents, potential, weights, probes=recipe.probes)
-        layers = _align_stages(potential, parents, calibration_sets, recipe, tell)
-        layers += _align_readout(potential, parents, calibration_sets, recipe)
+        progress(0.05, "graphs")
+        specialists = on_all_elements(specialists)
+        sets = build_calibration(specialists, merged, weights, directions=recipe.directions)
+        layers = _align_stages(merged, specialists, sets, recipe, part_of(progress, 0.1, 0.6))
+        layers += _align_readout(merged, specialists, sets, recipe)
     if recipe.readout is None:
-        return potential, tuple(layers), None
+        return Solved(potential=merged, layers=layers)
     with clock("readout"):
-        potential, row, held_out = match_forces(
-            potential, calibration_sets, recipe.readout, progress=lambda x: tell(0.6 + 0.35 * x, "readout")
+        merged, row, held_out = match_forces(
+            merged, sets, recipe.readout, progress=part_of(progress, 0.6, 0.95)
         )
-    return potential, (*layers, row), held_out
+    return Solved(potential=merged, layers=[*layers, row], held_out=held_out)
+
+
+def _as_the_paper(
+    mean: Potential, specialists: Sequence[ForceField], recipe: Recipe, clock: Clock, progress: Progress
+) -> Solved:
+    merged = deepcopy(mean)
+    with clock("layers"):
+        progress(0.1, "layers")
+        layers = solve_paper(merged, on_all_elements(specialists), recipe)
+    return Solved(potential=merged, layers=layers)
+
+
+def _the_mean(
+    mean: Potential, specialists: Sequence[ForceField], recipe: Recipe, clock: Clock, progress: Progress
+) -> Solved:
+    return Solved(potential=deepcopy(mean))
+
+
+METHODS: dict[str, Callable[[Potential, Sequence[ForceField], Recipe, Clock, Progress], Solved]] = {
+    "closed-form": _by_blocks,
+    "paper": _as_the_paper,
+    "mean": _the_mean,
+}
+"""``method(mean, specialists, recipe, clock, progress)`` for every value of :attr:`.Recipe.method`."""
 
 
 def _align_stages(
     merged: Potential,
-    parents: Sequence[ForceField],
+    specialists: Sequence[ForceField],
     calibration_sets: Sequence[CalibrationSet],
     recipe: Recipe,
-    tell: Progress,
+    progress: Progress,
 ) -> list[LayerReport]:
-    """Steps 1-4 for every stage, advancing the states of merged model (where they are read) and specialists together."""
+    """Align every stage, then advance the states of the merged model and of the specialists through it."""
     reports: list[LayerReport] = []
-    follows = recipe.inputs == "merged" or recipe.messages or recipe.readout is not None
     for i, (name, stage) in enumerate(merged.named_stages()):
-        tell(0.1 + 0.5 * i / len(merged.stages), name)
-        originals: list[Stage] = [parent.potential.get_submodule(name) for parent in parents]  # type: ignore[misc]
+        progress(i / len(merged.stages), name)
+        originals: list[Stage] = [s.potential.get_submodule(name) for s in specialists]  # type: ignore[misc]
         reports += align_layers(
             name, stage, originals, calibration_sets, recipe, run=run_stage, inputs=stage_inputs
         )
         if recipe.messages and adjustable_maps(stage):
-            reports.append(align_output(name, stage, originals, calibration_sets, recipe))
+            reports.append(align_block(name, stage, originals, calibration_sets, recipe))
         for original, calibration_set in zip(originals, calibration_sets, strict=True):
-            for scene in calibration_set.scenes:
-                scene.target = advance(original, scene.target, scene)
-                if follows:
-                    scene.merged = advance(stage, scene.merged, scene)
+            for batch in calibration_set.batches:
+                batch.target = advance(original, batch.target, batch)
+                batch.merged = advance(stage, batch.merged, batch)
                 if stage.emits_scalars:
-                    scene.target_scalars.append(pushforward(lambda *x: merged.scalars(x), scene.target))
-                    scene.merged_scalars.append(pushforward(lambda *x: merged.scalars(x), scene.merged))
+                    batch.target_scalars.append(pushforward(lambda *x: merged.scalars(x), batch.target))
+                    batch.merged_scalars.append(pushforward(lambda *x: merged.scalars(x), batch.merged))
     return reports
 
 
 def _align_readout(
     merged: Potential,
-    parents: Sequence[ForceField],
+    specialists: Sequence[ForceField],
     calibration_sets: Sequence[CalibrationSet],
     recipe: Recipe,
 ) -> list[LayerReport]:
-    """The plain readout, treated like any other layers."""
+    """Align the plain readout, layer by layer."""
 
-    def run(readout: nn.Module, scene: CalibrationBatch, scalars: Tensors) -> Tensor:
-        return readout(scalars, merged.species_row[scene.graph.atomic_numbers])
+    def run(readout: nn.Module, batch: CalibrationBatch, scalars: Tensors) -> Tensor:
+        energies: Tensor = readout(scalars, merged.species_row[batch.graph.atomic_numbers])
+        return energies
 
-    def inputs(scene: CalibrationBatch, of_merged: bool) -> Dual:
-        return sum(scene.merged_scalars if of_merged else scene.target_scalars, start=Dual((), ()))
+    def inputs(batch: CalibrationBatch, of_merged: bool) -> Dual:
+        return sum(batch.merged_scalars if of_merged else batch.target_scalars, start=Dual((), ()))
 
-    originals = [parent.potential.readout for parent in parents]
+    originals = [specialist.potential.readout for specialist in specialists]
     return align_layers(
         "readout", merged.readout, originals, calibration_sets, recipe, run=run, inputs=inputs
     )
 
 
-def _verdict_message(report: MergeReport) -> str:
-    worst = 100 * report.relative_disagreement
-    advice = (
-        "distil it on the specialists' own predictions before relying on it"
-        if report.verdict != "failed"
-        else "do not use it; do the specialists share a base, and do the calibration frames cover what they know?"
-    )
-    return f"the merged potential is {report.verdict}: it misses a specialist's forces by {worst:.0f} %; {advice}"
-
-
-def _as_specialist(
+def _merged_force_field(
     specialists: Sequence[ForceField], potential: Potential, recipe: Recipe, report: MergeReport
 ) -> ForceField:
     theories = dict.fromkeys(s.level_of_theory for s in specialists)

@@ -1,4 +1,4 @@
-r"""Step 5: a readout matched to the specialists' energies and forces in closed form.
+r"""Step 5: a readout matched to the specialists' energies, forces and stresses in closed form.
 
 With the node features fixed, energy and forces are linear in the readout's last weights θ and per-element constants c,
 
@@ -8,34 +8,256 @@ With the node features fixed, energy and forces are linear in the readout's last
    \mathbf F = \mathbf F^0 - \sum_i \theta_{Z_i}\cdot\frac{\partial\phi(z_i)}{\partial\mathbf r},\qquad
    \phi(z)=\mathrm{silu}(A z+b),\quad z=[x_B;\dots;x_L] ,
 
-where E⁰, F⁰ are the merged model's energy and forces at θ = c = 0. Rows are energies per root of the number
-of atoms (times ``energy_weight``) and derivatives along probes, displacements of the atoms and strains of the cell
-(:mod:`.probes`); the derivatives :math:`\dot z` come from forward-mode differentiation, many probes in one pass.
+where E⁰, F⁰ are the merged model's energy and forces at θ = c = 0, A and b are random and :math:`x_l` are the scalars after
+block l. Over the :math:`N_k` frames f of specialist k (calibration frames and copies, :mod:`.augmentation`), of
+:math:`n_f` atoms each, θ and c are
+
+.. math::
+
+   \min_{\theta, c}\ \sum_k \frac{a_k}{N_k s_k} \sum_{f\in k} \frac{1}{n_f} \Bigl[
+   \sum_p \bigl( \partial_p E_f - \partial_p E^{(k)}_f \bigr)^2
+   + \frac{w_E^2}{n_f} \bigl( E_f - E^{(k)}_f \bigr)^2 \Bigr]
+   + \lambda\,\frac{\mathrm{tr}\,G}{d}\,\bigl( |\theta|^2 + |c|^2 \bigr) ,
+
+with the specialist's weight :math:`a_k` and mean square force component :math:`s_k`, the ``energy_weight`` :math:`w_E`, and
+derivatives :math:`\partial_p` along displacements of the atoms and strains of the cell (:mod:`.directions`), whose squares
+sum up to those of forces and weighted stresses. The derivatives :math:`\dot z` come from forward-mode differentiation, many
+directions in one pass. Every fifth frame with its copies is held out and chooses λ; then all are solved together.
 
 Sources: random-feature readouts ("franken", arXiv 2505.05652), linear ACE (Drautz, doi:10.1103/PhysRevB.99.014104).
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
+from ase import Atoms
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import one_hot, silu
 
-from ase_gffmerge.graphs import Prediction, predict
+from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import Solution, regularised_factor, ridge_solve
-from ase_gffmerge.merging.directions import Probes
+from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
+from ase_gffmerge.merging.calibration import CalibrationSet
+from ase_gffmerge.merging.directions import Directions
+from ase_gffmerge.merging.recipe import ReadoutOptions
+from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.tangents import Dual, pushforward
-from ase_gffmerge.models import Potential
+from ase_gffmerge.models import Potential, build_potential
 from ase_gffmerge.models.layers.readout import RandomFeatureReadout
 from ase_gffmerge.models.layers.sparse_linear import SparseLinear
+from ase_gffmerge.runtime.batching import chunks
+from ase_gffmerge.runtime.progress import Progress, no_progress
 
 RIDGES = tuple(10.0**-exponent for exponent in range(3, 9))
+"""Values of λ that are tried."""
+
+HELD_OUT = 5
+"""Every fifth frame (with its copies) chooses the ridge."""
+
+MAX_ATOMS = 180
+"""Atoms per batch; much larger batches leave the processor's cache and are slower."""
+
+MAX_ROWS = 4096
+"""Rows that are collected before their Gram matrix is taken; each one costs a pass over the whole matrix."""
+
+MAX_UNKNOWNS = 8192
+"""Coefficients of all elements together; their Gram matrix takes 0.5 GB."""
+
+
+@torch.no_grad()
+def match_forces(
+    potential: Potential,
+    calibration_sets: Sequence[CalibrationSet],
+    options: ReadoutOptions,
+    *,
+    progress: Progress = no_progress,
+) -> tuple[Potential, LayerReport, float]:
+    """Widen the readout and solve it on energies and forces of all specialists.
+
+    Parameters
+    ----------
+    potential
+        The merged potential after steps 1 to 4.
+    calibration_sets
+        Specialists with the scalars that the merged potential has on their frames.
+    options
+        Size of the readout, copies, weights.
+    progress
+        Called with a fraction (0 to 1) and a description.
+
+    Returns
+    -------
+    potential
+        The merged potential with its new readout.
+    report
+        Diagnosis of the solve.
+    held_out
+        Root mean square force error (with the weighted energy error) on held-out frames, relative to the specialists'
+        root mean square force.
+    """
+    frames = [atoms for one in calibration_sets for atoms in one.specialist.calibration]
+    numbers = np.unique(np.concatenate([atoms.numbers for atoms in frames]))
+    merged = with_random_feature_readout(potential, options, n_elements=len(numbers))
+    readout = random_feature_readout(merged)
+    batches = [batch for calibration_set in calibration_sets for batch in calibration_set.batches]
+    rows = [readout.random_features([x.value[0] for x in batch.merged_scalars]) for batch in batches]
+    draw_random_features(readout, torch.cat(rows), seed=options.seed)
+    elements = merged.species_row[torch.as_tensor(numbers, device=merged.device)]
+    fitting, held_out = _statistics(merged, calibration_sets, options, elements, progress)
+    fit = fit_readout(fitting, held_out)
+    width = len(elements) * readout.lift.out_features
+    theta, constants = fit.solution.theta[:, 0].split([width, len(elements)])
+    readout.theta[elements] = theta.view(len(elements), -1).to(merged.dtype)
+    readout.constants[elements] = constants.to(merged.dtype)
+    share = sum(
+        calibration_set.weight * _held_out_share(calibration_set) for calibration_set in calibration_sets
+    )
+    relative_square = fit.held_out * held_out.yy / (3 * share) if share else fit.held_out
+    return merged, LayerReport.of("readout.theta", "readout", fit.solution), relative_square**0.5
+
+
+def random_feature_readout(potential: Potential) -> RandomFeatureReadout:
+    """The potential's readout, which must have random features."""
+    if not isinstance(potential.readout, RandomFeatureReadout):
+        raise TypeError("force matching needs a readout of random features")
+    return potential.readout
+
+
+def with_random_feature_readout(
+    potential: Potential, options: ReadoutOptions, *, n_elements: int = 1
+) -> Potential:
+    """Copy of ``potential`` with a readout of random features at θ = c = 0: the same energies and forces.
+
+    With many elements to solve for, the readout is narrower than ``options.width``.
+    """
+    width = min(options.width, max(MAX_UNKNOWNS // n_elements, 1))
+    width -= width % options.groups if width > options.groups else 0
+    blocks = min(options.blocks, potential.hyper.n_blocks)
+    sparse = options.inputs < blocks * potential.hyper.channels
+    hyper = replace(
+        potential.hyper,
+        readout_width=width,
+        readout_blocks=blocks,
+        readout_groups=math.gcd(options.groups, width) if sparse else 0,
+        readout_inputs=options.inputs if sparse else 0,
+    )
+    wide = build_potential(potential.architecture, hyper.to_dict(), potential.species)
+    wide.to(dtype=potential.dtype, device=potential.device)
+    state = {
+        (f"readout.mlp.{name.removeprefix('readout.')}" if name.startswith("readout.") else name): value
+        for name, value in potential.state_dict().items()
+    }
+    wide.load_state_dict(wide.state_dict() | state)
+    return wide.eval().requires_grad_(False)
+
+
+def draw_random_features(
+    readout: RandomFeatureReadout, rows: Tensor, *, seed: int, spread: float = 0.5
+) -> None:
+    r"""Draw A and b so that :math:`A z + b` has zero mean and standard deviation ``spread`` over rows z (n_atoms, d)."""
+    mean, deviation = rows.double().mean(0), rows.double().std(0).clamp(min=1e-6)
+    generator = torch.Generator().manual_seed(seed)
+    lift = readout.lift
+    read = lift.inputs[:, None] if isinstance(lift, SparseLinear) else torch.arange(lift.in_features)
+    a = torch.randn(lift.weight.shape, generator=generator, dtype=torch.float64).to(rows.device)
+    a = a / math.sqrt(a.shape[-1]) / deviation[read]
+    b = torch.randn(lift.out_features, generator=generator, dtype=torch.float64).to(rows.device)
+    with torch.no_grad():
+        lift.weight.copy_(spread * a)
+        lift.bias.copy_(spread * (b - (a * mean[read]).sum(-1).flatten()))
+
+
+def random_feature_derivatives(
+    potential: Potential, graph: AtomGraph, directions: Directions
+) -> tuple[Tensor, Tensor]:
+    """Readout inputs z (n_atoms, d) and their derivatives (n_directions, n_atoms, d) along all directions."""
+    readout = random_feature_readout(potential)
+
+    def inputs(vectors: Tensor) -> Tensor:
+        graph.edge_vectors = vectors
+        return readout.random_features(potential.features(graph))
+
+    vectors = edge_vectors(graph)
+    z = pushforward(inputs, Dual((vectors,), (directions.tangents(graph, vectors),)))
+    return z.value[0], z.tangent[0]
+
+
+def derivative_rows(
+    readout: RandomFeatureReadout, z: Tensor, dz: Tensor, cell: Tensor, n_cells: int
+) -> Iterator[Tensor]:
+    r"""Rows :math:`\sum_i \partial\phi(z_i)\cdot\dot z_i` for each direction, summed over the atoms of a cell.
+
+    Yields one tensor (n_cells, width) per direction; a cell is one element of one frame.
+    """
+    lift = readout.lift
+    linear = lift.linear if isinstance(lift, SparseLinear) else partial(functional.linear, weight=lift.weight)
+    a = lift(z)
+    sigmoid = torch.sigmoid(a)
+    slope = sigmoid * (1 + a * (1 - sigmoid))  # of silu
+    for derivative in dz:
+        rows = slope * linear(derivative)
+        yield rows.new_zeros(n_cells, rows.shape[1]).index_add(0, cell, rows)
+
+
+def readout_rows(
+    potential: Potential,
+    graph: AtomGraph,
+    target: Prediction,
+    directions: Directions,
+    *,
+    elements: Tensor,
+    frame_weights: Tensor,
+    energy_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """Rows (n_rows, n_unknowns) and targets (n_rows, 1) of one batch, for the unknowns [θ of the first element; ...; c].
+
+    Parameters
+    ----------
+    potential
+        Merged potential with a readout of random features at θ = c = 0.
+    graph
+        Batch of frames.
+    target
+        What the specialist says about them.
+    directions
+        Directions of the derivatives.
+    elements
+        Rows (n_elements,) of the species table that the frames contain; only these are solved for.
+    frame_weights
+        Weight of each frame (n_frames,).
+    energy_weight
+        See :class:`~ase_gffmerge.merging.recipe.ReadoutOptions`.
+    """
+    readout, base = random_feature_readout(potential), predict(potential, graph)
+    z, dz = random_feature_derivatives(potential, graph, directions)
+    element = torch.searchsorted(elements, potential.species_row[graph.atomic_numbers])
+    n_frames, n_elements = len(frame_weights), len(elements)
+    cell = graph.structure_index * n_elements + element
+    scale = frame_weights.sqrt()[:, None]
+    derivatives = torch.cat(
+        [
+            rows.view(n_frames, -1) * scale
+            for rows in derivative_rows(readout, z, dz, cell, n_frames * n_elements)
+        ]
+    )
+    no_constants = derivatives.new_zeros(len(derivatives), n_elements)
+    derivatives = torch.cat([derivatives, no_constants], dim=1)
+    work = (directions.work(graph, target) - directions.work(graph, base)) * scale.T
+    phi = silu(readout.lift(z))
+    sums = phi.new_zeros(n_frames * n_elements, phi.shape[1]).index_add(0, cell, phi).view(n_frames, -1)
+    ones = one_hot(element, n_elements).to(phi)
+    counts = phi.new_zeros(n_frames, n_elements).index_add(0, graph.structure_index, ones)
+    weight = energy_weight * scale * counts.sum(1, keepdim=True).rsqrt()
+    energies = torch.cat([sums, counts], dim=1) * weight
+    energy_targets = (target.energy - base.energy)[:, None].to(phi) * weight
+    return torch.cat([derivatives, energies]), torch.cat([work.reshape(-1, 1), energy_targets])
 
 
 @dataclass(frozen=True)
@@ -57,111 +279,6 @@ class ReadoutFit:
     held_out: float
 
 
-def draw_random_features(
-    readout: RandomFeatureReadout, rows: Tensor, *, seed: int, spread: float = 0.5
-) -> None:
-    r"""Draw A and b so that :math:`A z + b` has zero mean and standard deviation ``spread`` over rows z (n_atoms, d)."""
-    mean, deviation = rows.double().mean(0), rows.double().std(0).clamp(min=1e-6)
-    generator = torch.Generator().manual_seed(seed)
-    lift = readout.lift
-    read = lift.inputs[:, None] if isinstance(lift, SparseLinear) else torch.arange(lift.in_features)
-    a = torch.randn(lift.weight.shape, generator=generator, dtype=torch.float64).to(rows.device)
-    a = a / math.sqrt(a.shape[-1]) / deviation[read]
-    b = torch.randn(lift.out_features, generator=generator, dtype=torch.float64).to(rows.device)
-    with torch.no_grad():
-        lift.weight.copy_(spread * a)
-        lift.bias.copy_(spread * (b - (a * mean[read]).sum(-1).flatten()))
-
-
-def random_feature_derivatives(
-    potential: Potential, graph: AtomGraph, probes: Probes
-) -> tuple[Tensor, Tensor]:
-    """Readout inputs z (n_atoms, d) and their derivatives (n_probes, n_atoms, d) along the probes."""
-    readout = widened(potential)
-
-    def inputs(vectors: Tensor) -> Tensor:
-        graph.edge_vectors = vectors
-        return readout.random_features(potential.features(graph))
-
-    vectors = edge_vectors(graph)
-    z = pushforward(inputs, Dual((vectors,), (probes.tangents(graph, vectors),)))
-    return z.value[0], z.tangent[0]
-
-
-def widened(potential: Potential) -> RandomFeatureReadout:
-    """The potential's readout, which must be a widened one."""
-    if not isinstance(potential.readout, RandomFeatureReadout):
-        raise TypeError("force matching needs a widened readout")
-    return potential.readout
-
-
-def slope_rows(
-    readout: RandomFeatureReadout, z: Tensor, dz: Tensor, cell: Tensor, n_cells: int
-) -> Iterator[Tensor]:
-    r"""Rows :math:`\sum_i \partial\phi(z_i)\cdot\dot z_i` for each probe, summed over the atoms of a cell.
-
-    Yields one tensor (n_cells, width) per probe; a cell is one element of one frame.
-    """
-    lift = readout.lift
-    linear = lift.linear if isinstance(lift, SparseLinear) else partial(functional.linear, weight=lift.weight)
-    a = lift(z)
-    sigmoid = torch.sigmoid(a)
-    slope = sigmoid * (1 + a * (1 - sigmoid))
-    for derivative in dz:
-        rows = slope * linear(derivative)
-        yield rows.new_zeros(n_cells, rows.shape[1]).index_add(0, cell, rows)
-
-
-def readout_rows(
-    potential: Potential,
-    graph: AtomGraph,
-    target: Prediction,
-    probes: Probes,
-    *,
-    elements: Tensor,
-    frame_weights: Tensor,
-    energy_weight: float,
-) -> tuple[Tensor, Tensor]:
-    """Rows (n_rows, n_unknowns) and targets (n_rows, 1) of one batch, for the unknowns [θ of the first element; ...; c].
-
-    Parameters
-    ----------
-    potential
-        Merged potential with a widened readout at θ = c = 0.
-    graph
-        Batch of frames.
-    target
-        What the specialist says about them.
-    probes
-        Directions of the derivatives.
-    elements
-        Rows (n_elements,) of the species table that the frames contain; only these are solved for.
-    frame_weights
-        Weight of each frame (n_frames,).
-    energy_weight
-        See :class:`~ase_gffmerge.merging.recipe.ReadoutOptions`.
-    """
-    readout, base = widened(potential), predict(potential, graph)
-    z, dz = random_feature_derivatives(potential, graph, probes)
-    element = torch.searchsorted(elements, potential.species_row[graph.atomic_numbers])
-    n_frames, n_elements = len(frame_weights), len(elements)
-    cell = graph.structure_index * n_elements + element
-    scale = frame_weights.sqrt()[:, None]
-    slopes = torch.cat(
-        [rows.view(n_frames, -1) * scale for rows in slope_rows(readout, z, dz, cell, n_frames * n_elements)]
-    )
-    slopes = torch.cat([slopes, slopes.new_zeros(len(slopes), n_elements)], dim=1)
-    work = (probes.work(graph, target) - probes.work(graph, base)) * scale.T
-    phi = silu(readout.lift(z))
-    sums = phi.new_zeros(n_frames * n_elements, phi.shape[1]).index_add(0, cell, phi).view(n_frames, -1)
-    ones = one_hot(element, n_elements).to(phi)
-    counts = phi.new_zeros(n_frames, n_elements).index_add(0, graph.structure_index, ones)
-    weight = energy_weight * scale * counts.sum(1, keepdim=True).rsqrt()
-    energies = torch.cat([sums, counts], dim=1) * weight
-    energy_targets = (target.energy - base.energy)[:, None].to(phi) * weight
-    return torch.cat([slopes, energies]), torch.cat([work.reshape(-1, 1), energy_targets])
-
-
 def fit_readout(fitting: Gram, held_out: Gram) -> ReadoutFit:
     """Choose the ridge on held-out frames, from the largest down until two in turn gain nothing; the anchor is zero."""
     prior = torch.zeros_like(fitting.xy)
@@ -176,3 +293,99 @@ def fit_readout(fitting: Gram, held_out: Gram) -> ReadoutFit:
             break
     best, ridge = min(trials)
     return ReadoutFit(ridge_solve(fitting + held_out, prior, ridge=ridge), ridge, best)
+
+
+def _statistics(
+    merged: Potential,
+    calibration_sets: Sequence[CalibrationSet],
+    options: ReadoutOptions,
+    elements: Tensor,
+    progress: Progress,
+) -> tuple[Gram, Gram]:
+    """Statistics of all specialists: of the frames to fit, and of the held-out ones."""
+    size = len(elements) * (random_feature_readout(merged).lift.out_features + 1)
+    grams = [Gram.zero(size, 1, device=merged.device) for _ in range(2)]
+    for k, calibration_set in enumerate(calibration_sets):
+        specialist = calibration_set.specialist
+        n_copies = copies_per_frame(specialist, specialist.calibration, options)
+        for held_out, group in enumerate(_split(specialist.calibration)):
+            labelled = with_copies(specialist, group, options, n_copies=n_copies)
+            share = len(group) / len(specialist.calibration)
+            grams[held_out] += _calibration_gram(
+                merged, calibration_set, labelled, options, elements, share=share
+            )
+            progress((2 * k + held_out + 1) / (2 * len(calibration_sets)), "readout")
+    return grams[0], grams[1]
+
+
+def _held_out_share(calibration_set: CalibrationSet) -> float:
+    frames = calibration_set.specialist.calibration
+    return len(_split(frames)[1]) / len(frames)
+
+
+def _split(frames: Sequence[Atoms]) -> tuple[list[Atoms], list[Atoms]]:
+    """Frames to fit, and frames to choose the ridge."""
+    held_out = [atoms for i, atoms in enumerate(frames) if i % HELD_OUT == HELD_OUT - 1]
+    return [atoms for i, atoms in enumerate(frames) if i % HELD_OUT != HELD_OUT - 1], held_out
+
+
+def _calibration_gram(
+    merged: Potential,
+    calibration_set: CalibrationSet,
+    frames: Sequence[Atoms],
+    options: ReadoutOptions,
+    elements: Tensor,
+    *,
+    share: float,
+) -> Gram:
+    """Statistics of frames that make up ``share`` of a specialist's; it weighs a_k / (N_k s_k) per force component."""
+    size = len(elements) * (random_feature_readout(merged).lift.out_features + 1)
+    total = Gram.zero(size, 1, device=merged.device)
+    rows: list[Tensor] = []
+    targets: list[Tensor] = []
+    batches = list(chunks(frames, MAX_ATOMS))
+    for i, chunk in enumerate(batches):
+        row, target = _batch_rows(
+            merged,
+            calibration_set,
+            chunk,
+            options,
+            elements,
+            weight=share / len(frames),
+            seed=options.seed + i,
+        )
+        rows.append(row)
+        targets.append(target)
+        if sum(map(len, rows)) >= MAX_ROWS or i == len(batches) - 1:
+            total += Gram.of(torch.cat(rows), torch.cat(targets))
+            rows, targets = [], []
+    return total
+
+
+def _batch_rows(
+    merged: Potential,
+    calibration_set: CalibrationSet,
+    frames: Sequence[Atoms],
+    options: ReadoutOptions,
+    elements: Tensor,
+    *,
+    weight: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Rows and targets of one batch, labelled by the specialist; every frame has the given weight."""
+    specialist = calibration_set.specialist
+    graphs = [build_graph(atoms, specialist.cutoff, dtype=merged.dtype) for atoms in frames]
+    for graph in graphs:
+        graph.specialist.fill_(calibration_set.index)
+    batch = batch_graphs(graphs).to(merged.device)
+    target = predict(specialist.potential.for_inference(), batch)
+    n_atoms = torch.bincount(batch.structure_index).to(merged.dtype)
+    return readout_rows(
+        merged,
+        batch,
+        target,
+        Directions.draw(batch, options.directions, stress_weight=options.stress_weight, seed=seed),
+        elements=elements,
+        frame_weights=calibration_set.weight * weight / (n_atoms * calibration_set.mean_square_force),
+        energy_weight=options.energy_weight,
+    )

@@ -4,18 +4,44 @@ import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ase_gffmerge.errors import RecipeError
-from ase_gffmerge.merging.distill_options import DistillOptions
-from ase_gffmerge.merging.loop_options import ClosedLoopOptions
 from ase_gffmerge.storage.documents import STRICT, Seed, Whole, explain, read_options, shown, with_text_keys
 
+MERGE_VERSION = 7
+"""Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""
 
-class ReadoutOptions(BaseModel):
-    """Step 5, the force-matched readout.
+
+class AugmentationOptions(BaseModel):
+    """Copies of calibration frames that the specialist visits and labels by itself (:mod:`.augmentation`).
+
+    Attributes
+    ----------
+    copies, max_copied_edges
+        Copies of every calibration frame, fewer where those of a specialist would have more edges than that.
+    temperature, interval
+        Of the specialist's short dynamics that visits the copies: K, and fs from one copy to the next.
+    displacement
+        Standard deviation in Å of random displacements.
+    seed
+        Of everything that is drawn.
+    """
+
+    model_config = STRICT
+
+    copies: Whole = Field(default=8, ge=0)
+    max_copied_edges: Whole = Field(default=300_000, ge=0)
+    temperature: float = Field(default=500.0, ge=0)
+    interval: float = Field(default=20.0, gt=0)
+    displacement: float = Field(default=0.02, gt=0)
+    seed: Seed = 0
+
+
+class ReadoutOptions(AugmentationOptions):
+    """Step 5, the force-matched readout; at temperature 0 its copies are displaced at random.
 
     Attributes
     ----------
@@ -30,20 +56,9 @@ class ReadoutOptions(BaseModel):
         Weight of one energy per atom (eV) against one force component (eV/Å).
     stress_weight
         Weight of the strain derivative (eV) of structures with a volume against one force component (eV/Å).
-    copies, max_copied_edges
-        Copies of every calibration frame (:mod:`.copies`), fewer where those of a specialist would have more edges than
-        that.
-    temperature, interval
-        Of the specialist's short dynamics that visits the copies: K, and fs from one copy to the next.
-    displacement
-        At temperature 0 copies are displaced at random instead, with this standard deviation in Å.
-    probes
-        Directional derivatives per frame; frames with fewer coordinates use all of them.
-    seed
-        Seed of projection, copies and probes.
+    directions
+        Directional derivatives of the energy per frame; frames with fewer coordinates use all of them.
     """
-
-    model_config = STRICT
 
     width: Whole = Field(default=2048, ge=1)
     groups: Whole = Field(default=16, ge=1)
@@ -51,13 +66,101 @@ class ReadoutOptions(BaseModel):
     blocks: Whole = Field(default=3, ge=1)
     energy_weight: float = Field(default=10.0, ge=0)
     stress_weight: float = Field(default=0.3, ge=0)
-    copies: Whole = Field(default=8, ge=0)
-    max_copied_edges: Whole = Field(default=300_000, ge=0)
-    temperature: float = Field(default=500.0, ge=0)
-    interval: float = Field(default=20.0, gt=0)
-    displacement: float = Field(default=0.02, gt=0)
-    probes: Whole = Field(default=6, ge=1)
+    directions: Whole = Field(default=6, ge=1)
+
+
+class DistillOptions(AugmentationOptions):
+    """How a merged potential is fine-tuned on its specialists' own energies, forces and stresses.
+
+    Attributes
+    ----------
+    epochs, batch_size, learning_rate
+        Longest duration, frames per step, and the peak of the one-cycle schedule.
+    energy_weight, force_weight, stress_weight
+        Weights of the mean absolute differences: eV/atom, eV/Å (norm of a force), and eV/Å^3.
+    feature_weight
+        Weight of the difference between the node features of merged potential and specialist, in units of the latter's size.
+    widened
+        Start from a merge with the recipe's force-matched readout. Without it the start is further away but sooner there,
+        and the result costs no more per step than a specialist.
+    start_frames
+        Calibration frames per specialist, evenly spread, that the merge without the wide readout is solved on: more make the
+        start later, not better.
+    displacement, strain
+        Every frame and copy has a twin with displaced atoms: the standard deviation in Å, and the largest strain of cells.
+    sampled
+        Frames that each specialist adds by molecular dynamics of its own, from its calibration frames.
+    patience
+        Stop after so many epochs without progress on held-out frames.
+    ema_decay, gradient_clip
+        Decay of the moving average of the weights; largest norm of the gradient.
+    """
+
+    epochs: Whole = Field(default=4, ge=1)
+    batch_size: Whole = Field(default=10, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    energy_weight: float = Field(default=1.0, ge=0)
+    force_weight: float = Field(default=1.0, ge=0)
+    stress_weight: float = Field(default=1.0, ge=0)
+    feature_weight: float = Field(default=0.7, ge=0)
+    widened: bool = False
+    start_frames: Whole = Field(default=25, ge=1)
+    copies: Whole = Field(default=12, ge=0)
+    interval: float = Field(default=10.0, gt=0)
+    displacement: float = Field(default=0.03, gt=0)
+    strain: float = Field(default=0.02, ge=0, lt=0.5)
+    sampled: Whole = Field(default=0, ge=0)
+    patience: Whole = Field(default=3, ge=1)
+    ema_decay: float = Field(default=0.995, ge=0, lt=1)
+    gradient_clip: float = Field(default=10.0, gt=0)
+
+
+class TrajectoryOptions(BaseModel):
+    """Short Langevin dynamics of a merged potential.
+
+    Attributes
+    ----------
+    temperature
+        K.
+    replicas
+        Per specialist, each from another of its calibration frames.
+    time
+        Of every replica, ps.
+    timestep, friction
+        fs and 1/fs.
+    max_grade
+        A replica stops when an atom's extrapolation grade passes this; ``None``: it may go anywhere.
+    seed
+        Of starts, velocities and thermostat.
+    """
+
+    model_config = STRICT
+
+    temperature: float = Field(default=500.0, gt=0)
+    replicas: Whole = Field(default=8, ge=1)
+    time: float = Field(default=1.0, gt=0)
+    timestep: float = Field(default=1.0, gt=0)
+    friction: float = Field(default=0.02, ge=0)
+    max_grade: float | None = Field(default=3.0, gt=0)
     seed: Seed = 0
+
+
+class ClosedLoopOptions(TrajectoryOptions):
+    """Rounds of dynamics and merging.
+
+    Attributes
+    ----------
+    rounds
+        How often to merge again at most.
+    frames
+        Visited frames that join each specialist's calibration frames per round.
+    tolerance
+        The loop ends when all replicas hold and the mean disagreement fell by less than this fraction.
+    """
+
+    rounds: Whole = Field(default=2, ge=1)
+    frames: Whole = Field(default=150, ge=1)
+    tolerance: float = Field(default=0.03, ge=0, lt=1)
 
 
 class Recipe(BaseModel):
@@ -66,19 +169,15 @@ class Recipe(BaseModel):
     Attributes
     ----------
     method
-        ``closed-form`` solves layer by layer; ``mean`` averages the weights.
-    inputs
-        Rows of every layer come from the ``merged`` model as built so far, or from each ``specialist``.
-    normalise
-        Give every specialist the same say: divide by its number of rows and mean squared target.
-    ridge, ridge_scale, anchor
-        Strength of the ridge, its unit (the mean eigenvalue of the Gram matrix, or 1), and where it pulls to.
-    ones
-        Add a column of ones to ``biased`` layers only, or to ``all`` (a fitted bias without a home is dropped).
-    probes, slope_weight
-        Random displacements along which layers must agree in slope too, and how much slopes weigh against values.
+        ``closed-form``: this package's solves, block by block (:mod:`.layerwise`, :mod:`.blockwise`, :mod:`.readout_fit`);
+        ``paper``: the reference method (:mod:`.paper`); ``mean``: the mean of the weights (:mod:`.average`).
+    ridge
+        Strength λ of the pull to the mean, in units of the mean eigenvalue of the Gram matrix; of the pull to zero, as it
+        is, in the method ``paper``.
+    directions, derivative_weight
+        Random displacements along which the layers' derivatives are matched too, and how much these weigh against values.
     messages
-        Correct all maps of every stage together on the stage's output (message-level targets).
+        Correct all maps of every block together on the block's output (message-level targets).
     readout
         The force-matched readout, or ``None`` to treat the readout like any other layer.
     closed_loop
@@ -95,15 +194,10 @@ class Recipe(BaseModel):
 
     model_config = STRICT
 
-    method: Literal["closed-form", "mean"] = "closed-form"
-    inputs: Literal["merged", "specialist"] = "merged"
-    normalise: bool = True
+    method: Literal["closed-form", "paper", "mean"] = "closed-form"
     ridge: float = Field(default=1e-4, ge=0)
-    ridge_scale: Literal["relative", "absolute"] = "relative"
-    anchor: Literal["mean", "zero"] = "mean"
-    ones: Literal["biased", "all"] = "biased"
-    probes: Whole = Field(default=3, ge=0)
-    slope_weight: float = Field(default=1.0, ge=0)
+    directions: Whole = Field(default=3, ge=0)
+    derivative_weight: float = Field(default=1.0, ge=0)
     messages: bool = True
     readout: ReadoutOptions | None = ReadoutOptions()
     closed_loop: ClosedLoopOptions | None = None
@@ -114,20 +208,19 @@ class Recipe(BaseModel):
     allow_mixed_theory: bool = False
     allow_identical: bool = False
 
+    @model_validator(mode="after")
+    def _only_what_the_method_does(self) -> Self:
+        if self.method != "closed-form" and (self.messages or self.readout is not None):
+            raise ValueError(
+                f"the method {self.method!r} has neither messages nor a readout of its own; leave them out, or take the "
+                "method 'closed-form'"
+            )
+        return self
+
 
 PRESETS: dict[str, Recipe] = {
     "gffmerge": Recipe(),
-    "paper": Recipe(
-        inputs="specialist",
-        normalise=False,
-        ridge=1e-6,
-        ridge_scale="absolute",
-        anchor="zero",
-        ones="all",
-        probes=0,
-        messages=False,
-        readout=None,
-    ),
+    "paper": Recipe(method="paper", ridge=1e-6, directions=0, messages=False, readout=None),
     "mean": Recipe(method="mean", messages=False, readout=None),
 }
 
@@ -159,7 +252,8 @@ def load_recipe(source: "str | Path | Mapping[str, Any] | Recipe" = "gffmerge", 
         data = PRESETS[str(source)].model_dump()
     else:
         label, data = str(source), _read_yaml(Path(source))
-    preset = data.pop("preset", "gffmerge")
+    method = data.get("method")
+    preset = data.pop("preset", method if method in ("paper", "mean") else "gffmerge")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise RecipeError(f"{label}: unknown preset {shown(preset)}; use one of {', '.join(PRESETS)}")
     known = {key: value for key, value in overrides.items() if value is not None}

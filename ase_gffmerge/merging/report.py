@@ -1,7 +1,7 @@
 """What a merge did, layer by layer, and how far the result can be trusted."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -119,6 +119,8 @@ class MergeReport:
         Sample for the parity plot.
     averaged
         Parameters that no least-squares problem covers and that are the mean of the specialists'.
+    closed_loop
+        ``chosen`` of the ``rounds`` of a closed loop, each with its ``trajectories``, as JSON types.
     """
 
     specialists: tuple[str, ...]
@@ -129,6 +131,7 @@ class MergeReport:
     seconds: Mapping[str, float]
     parity: tuple[Parity, ...] = ()
     averaged: tuple[str, ...] = ()
+    closed_loop: Mapping[str, Any] | None = None
 
     @property
     def relative_disagreement(self) -> float:
@@ -144,6 +147,17 @@ class MergeReport:
         """`good` below 12 % relative force disagreement, `usable after distillation` below 30 %, else `failed`."""
         value = self.relative_disagreement
         return "good" if value < GOOD else "usable after distillation" if value < USABLE else "failed"
+
+    @property
+    def warning(self) -> str:
+        """What to say of a merged potential that is not good."""
+        worst = 100 * self.relative_disagreement
+        advice = (
+            "distil it on the specialists' own predictions before relying on it"
+            if self.verdict != "failed"
+            else "do not use it; do the specialists share a base, and do the calibration frames cover what they know?"
+        )
+        return f"the merged potential is {self.verdict}: it misses a specialist's forces by {worst:.0f} %; {advice}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able dictionary, verdict included."""
@@ -184,6 +198,8 @@ class MergeReport:
         if self.averaged:
             lines.append(f"  averaged, as no solve covers them: {_listed(self.averaged)}")
         lines.append("  " + ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items()))
+        if self.closed_loop:
+            lines += ["on its own trajectories", *_rounds(self.closed_loop)]
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> Path:
@@ -200,6 +216,22 @@ class MergeReport:
 
         Path(path).write_text(report_html(self), encoding="utf-8")
         return Path(path)
+
+
+def _rounds(loop: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each round of a closed loop."""
+    for k, entry in enumerate(loop["rounds"]):
+        went = entry["trajectories"]
+        parts = [
+            f"{t['specialist']} {1000 * t['disagreement']['force_mae']:.1f} meV/Å"
+            if t["disagreement"]
+            else f"{t['specialist']} broke"
+            for t in went
+        ]
+        total = sum(t["n_replicas"] for t in went)
+        held = total - sum(sum(t["stopped"].values()) for t in went)
+        mark = " (chosen)" if k == loop["chosen"] else ""
+        yield f"  round {k}: differs by {', '.join(parts)}; {held} of {total} replicas held{mark}"
 
 
 def _listed(names: tuple[str, ...], *, shown: int = 3) -> str:

@@ -1,7 +1,7 @@
 r"""Tensors together with their directional derivatives with respect to the atomic positions.
 
-Layers that agree with a specialist in value need not agree in slope, and forces are slopes. A dual carries, beside each
-tensor x, its derivatives :math:`\dot x_p = \partial x/\partial\mathbf r\cdot v_p` along P random displacements of the atoms.
+Layers that agree with a specialist in value need not agree in their derivatives, which forces are. A dual number (forward-mode
+differentiation) carries, beside each tensor x, its derivatives :math:`\dot x_p = \partial x/\partial\mathbf r\cdot v_p` along P random displacements of the atoms.
 Because a layer is affine, :math:`y = x W + b` implies :math:`\dot y_p = \dot x_p W`: the derivatives are further rows of the
 same least-squares problem (rows without the ones column), which therefore stays convex.
 """
@@ -27,7 +27,7 @@ class Dual:
     value
         Tensors x of any shapes (...).
     tangent
-        For each of them the derivatives (n_probes, ...); empty when no probes are used.
+        For each of them the derivatives (n_directions, ...); empty when there are no directions.
     """
 
     value: Tensors
@@ -43,7 +43,7 @@ class Dual:
 
 
 def pushforward(function: Callable[..., Any], inputs: Dual) -> Dual:
-    """Evaluate ``function(*tensors)`` (a tensor or a tuple of tensors) and its derivatives along all probes."""
+    """Evaluate ``function(*tensors)`` (a tensor or a tuple of tensors) and its derivatives along all directions."""
     outputs = [tensor.detach() for tensor in differentiable_pushforward(function, inputs)]
     n = len(outputs) // 2 if inputs.tangent else len(outputs)
     return Dual(tuple(outputs[:n]), tuple(outputs[n:]))

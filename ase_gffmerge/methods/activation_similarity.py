@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ase_gffmerge.graphs.graph import AtomGraph
-from ase_gffmerge.merging.layerwise import layer_inputs
+from ase_gffmerge.merging.activations import layer_inputs
 from ase_gffmerge.methods.permutation_symmetry import channel_groups
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import layer_maps

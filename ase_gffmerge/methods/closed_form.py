@@ -1,17 +1,39 @@
-"""Merging by least-squares problems, layer by layer: this package's method, and the published one."""
+"""The recipes of :func:`ase_gffmerge.merge` as methods: the mean, the published method, and this package's."""
 
+import warnings
+
+from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.merging.merge import closed_form_merge
+from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
-from ase_gffmerge.methods.mean import merge_by_recipe
 from ase_gffmerge.runtime.progress import Progress
+
+
+@method("mean", citation="Wortsman et al. (model soups), arXiv 2203.05482", merges=True)
+def mean(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
+    """Mean of the weights, embedding rows in proportion to how often each specialist's frames have the element."""
+    return _merge_by("mean", merge_inputs, progress)
 
 
 @method("paper", citation="GffMerge, arXiv 2606.03232", needs=(Requirement.FRAMES,), merges=True)
 def paper(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """The published method: every layer solved on the specialists' own activations."""
-    return merge_by_recipe(merge_inputs, "paper", progress=progress)
+    return _merge_by("paper", merge_inputs, progress)
 
 
 @method("gffmerge", citation="this package, after arXiv 2606.03232", needs=(Requirement.FRAMES,), merges=True)
 def gffmerge(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """The default recipe of this package."""
-    return merge_by_recipe(merge_inputs, "gffmerge", progress=progress)
+    return _merge_by("gffmerge", merge_inputs, progress)
+
+
+def _merge_by(preset: str, merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
+    """Merge with a preset whatever the specialists, and silently: a comparison tells how good it is."""
+    allowed = {"allow_unrelated": True, "allow_mixed_theory": True, "allow_identical": True}
+    recipe = PRESETS[preset].model_copy(update=allowed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergeWarning)
+        merged, _ = closed_form_merge(
+            merge_inputs.specialists, recipe, device=merge_inputs.device, progress=progress
+        )
+    return MergeOutput(potentials=(merged.potential,))

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import ridge_solve
+from ase_gffmerge.merging.activations import advance, layer_inputs, run_stage
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
-from ase_gffmerge.merging.layerwise import advance, layer_inputs, run_stage
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.merging.tangents import pushforward
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
@@ -110,7 +110,7 @@ def regmean(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     grams: list[Grams] = []
     for parent, calibration_set in zip(parents, _survey(parents, mean), strict=True):
         progress(0.5 * len(grams) / len(parents), f"inputs of {parent.name}")
-        runs = [partial(parent.potential, scene.graph) for scene in calibration_set.scenes]
+        runs = [partial(parent.potential, scene.graph) for scene in calibration_set.batches]
         grams.append(input_grams(parent.potential, runs))
 
     def build(alpha: float) -> Potential:
@@ -165,7 +165,7 @@ def merge_blockwise(
     """
     merged = deepcopy(mean)
     scenes = [
-        [replace(scene, merged_scalars=[]) for scene in calibration_set.scenes]
+        [replace(scene, merged_scalars=[]) for scene in calibration_set.batches]
         for calibration_set in calibration_sets
     ]
 

@@ -3,12 +3,11 @@
 import warnings
 
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.merging.distill_options import DistillOptions
-from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.merging.recipe import DistillOptions, Recipe
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.runtime.progress import Progress
 from ase_gffmerge.training.joint import FINE_TUNING, train_jointly
-from ase_gffmerge.workflows.merge_and_distill import merge_and_refine
+from ase_gffmerge.workflows.merge import merge
 
 
 @method(
@@ -24,9 +23,7 @@ def distill(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     recipe = Recipe(refine=options, allow_unrelated=True, allow_mixed_theory=True, allow_identical=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)
-        merged, _ = merge_and_refine(
-            merge_inputs.specialists, recipe, device=merge_inputs.device, progress=progress
-        )
+        merged, _ = merge(merge_inputs.specialists, recipe, device=merge_inputs.device, progress=progress)
     settings = {"epochs": merged.provenance.epochs, "learning rate": options.learning_rate}
     return MergeOutput(potentials=(merged.potential,), settings=settings)
 

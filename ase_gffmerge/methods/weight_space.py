@@ -20,7 +20,7 @@ from torch import Tensor
 from ase_gffmerge.errors import IncompatibleSpecialistsError, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.average import blank_potential, mean_references
-from ase_gffmerge.merging.merge import working_copies
+from ase_gffmerge.merging.compatibility import working_copies
 from ase_gffmerge.merging.reference_energies import align_references
 from ase_gffmerge.methods.base import MergeInputs
 from ase_gffmerge.models import Potential

@@ -36,8 +36,7 @@ from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
 from ase_gffmerge.graphs import batch_graphs, predict
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.diagnostics import diagnose
-from ase_gffmerge.merging.distill_options import DistillOptions
-from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.merging.recipe import DistillOptions, Recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import resolve_device

@@ -18,9 +18,8 @@ from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.inference.metrics import check_frames
 from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
-from ase_gffmerge.merging.distill_options import DistillOptions
-from ase_gffmerge.merging.merge import working_copies
-from ase_gffmerge.merging.recipe import ReadoutOptions
+from ase_gffmerge.merging.compatibility import working_copies
+from ase_gffmerge.merging.recipe import DistillOptions, ReadoutOptions
 from ase_gffmerge.merging.reference_energies import align_references
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.batching import chunks

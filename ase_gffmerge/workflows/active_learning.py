@@ -1,11 +1,10 @@
-"""Closed-loop calibration: where the merged potential goes by itself, the specialists tell it what is right.
+"""Closed-loop calibration: the specialists label the frames that the merged potential visits by itself, and it is merged again.
 
 merge -> short dynamics of the merged potential -> visited frames join the calibration frames of the specialist in whose
 territory they are -> merge again. The specialists label the visited frames for free, and rows are normalised per specialist
 and frame, so that more frames of one specialist do not outweigh the others.
 """
 
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +17,11 @@ from ase import Atoms
 from ase_gffmerge.data.frames import bare, evenly
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.merging.loop_options import ClosedLoopOptions
-from ase_gffmerge.merging.merge import merge
-from ase_gffmerge.merging.recipe import Recipe, load_recipe
+from ase_gffmerge.merging.merge import closed_form_merge
+from ase_gffmerge.merging.recipe import ClosedLoopOptions, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.runtime.devices import resolve_device
-from ase_gffmerge.runtime.progress import Progress, no_progress
+from ase_gffmerge.runtime.progress import Clock, Progress, no_progress, part_of
 from ase_gffmerge.workflows.rollouts import OwnTrajectory, follow
 
 
@@ -69,7 +67,7 @@ class RoundReport:
         return {
             "n_frames": list(self.n_frames),
             "stable": self.stable,
-            "disagreement": self.disagreement,
+            "disagreement": self.disagreement if np.isfinite(self.disagreement) else None,
             "trajectories": [trajectory.to_dict() for trajectory in self.trajectories],
             "seconds": self.seconds,
         }
@@ -94,26 +92,6 @@ class ClosedLoopResult:
     rounds: tuple[RoundReport, ...]
     chosen: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """The rounds as JSON types."""
-        return {"chosen": self.chosen, "rounds": [entry.to_dict() for entry in self.rounds]}
-
-    def summary(self) -> str:
-        """A line per round."""
-        lines = []
-        for k, entry in enumerate(self.rounds):
-            parts = [
-                f"{t.specialist} {1000 * t.disagreement.force_mae:.1f} meV/Å"
-                if t.disagreement
-                else f"{t.specialist} broke"
-                for t in entry.trajectories
-            ]
-            held = sum(t.n_replicas - sum(t.stopped.values()) for t in entry.trajectories)
-            total = sum(t.n_replicas for t in entry.trajectories)
-            mark = " (chosen)" if k == self.chosen else ""
-            lines.append(f"  round {k}: differs by {', '.join(parts)}; {held} of {total} replicas held{mark}")
-        return "\n".join(["on its own trajectories", *lines])
-
 
 def closed_loop(
     specialists: Sequence[ForceField],
@@ -121,14 +99,14 @@ def closed_loop(
     options: ClosedLoopOptions | None = None,
     *,
     device: str | torch.device = "auto",
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> ClosedLoopResult:
     """Merge, let the merged potential move, let the specialists label where it went, and merge again.
 
     Parameters
     ----------
     specialists, recipe, device
-        As for :func:`~ase_gffmerge.merging.merge.merge`.
+        As for :func:`ase_gffmerge.merge`.
     options
         How many rounds, how hot, how long; default: what the recipe says of it.
     progress
@@ -147,24 +125,25 @@ def closed_loop(
     recipe = load_recipe(recipe)
     options = options or recipe.closed_loop or ClosedLoopOptions()
     recipe = recipe.model_copy(update={"closed_loop": None})
-    tell, target = progress or no_progress, resolve_device(device)
+    target = resolve_device(device)
     grown, merges, rounds = list(specialists), list[_Merge](), list[RoundReport]()
     while len(rounds) <= options.rounds and not _settled(rounds, options.tolerance):
         if rounds:
             visits = [trajectory.visited for trajectory in rounds[-1].trajectories]
             grown = [_with_visited(s, v, options.frames) for s, v in zip(grown, visits, strict=True)]
-        stage = _Stage(tell, len(rounds), options.rounds + 1)
-        done, report = _round(grown, recipe, options, len(rounds), device=target, stage=stage)
+        index, total = len(rounds), options.rounds + 1
+        part = part_of(progress, index / total, (index + 1) / total, prefix=f"round {index}: ")
+        done, report = _round(grown, recipe, options, index, device=target, progress=part)
         merges.append(done)
         rounds.append(report)
     chosen = min(range(len(rounds)), key=lambda k: rounds[k].rank)
-    tell(1.0, merges[chosen].report.verdict)
+    progress(1.0, merges[chosen].report.verdict)
     return merges[chosen].result(options, rounds, chosen)
 
 
 @dataclass(frozen=True)
 class _Merge:
-    """What :func:`merge` returned, and what it warned of."""
+    """What :func:`.closed_form_merge` returned, and what it warned of."""
 
     merged: ForceField
     report: MergeReport
@@ -178,24 +157,11 @@ class _Merge:
             warnings.warn(warning.message, warning.category, stacklevel=3)
         record = self.merged.merged
         assert record is not None
+        loop = {"chosen": chosen, "rounds": [entry.to_dict() for entry in rounds]}
+        report = replace(self.report, closed_loop=loop)
         recipe = {**record.recipe, "closed_loop": options.model_dump(mode="json")}
-        merged = replace(self.merged, merged=replace(record, recipe=recipe))
-        return ClosedLoopResult(merged=merged, report=self.report, rounds=tuple(rounds), chosen=chosen)
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """Progress of one round of several."""
-
-    tell: Progress
-    index: int
-    total: int
-
-    def part(self, start: float, end: float) -> Progress:
-        """Progress of a part of the round."""
-        return lambda x, text: self.tell(
-            (self.index + start + (end - start) * x) / self.total, f"round {self.index}: {text}"
-        )
+        merged = replace(self.merged, merged=replace(record, recipe=recipe, report=report.to_dict()))
+        return ClosedLoopResult(merged=merged, report=report, rounds=tuple(rounds), chosen=chosen)
 
 
 def _round(
@@ -205,22 +171,18 @@ def _round(
     index: int,
     *,
     device: torch.device,
-    stage: _Stage,
+    progress: Progress,
 ) -> tuple[_Merge, RoundReport]:
     """Merge, and follow the merged potential."""
-    clock = [time.perf_counter()]
-    with warnings.catch_warnings(record=True) as said:
+    clock = Clock()
+    with clock("merge"), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", MergeWarning)
-        done = _Merge(*merge(specialists, recipe, device=device, progress=stage.part(0.0, 0.6)), said)
-    clock.append(time.perf_counter())
-    went = follow(done.merged, specialists, options, seed=index, progress=stage.part(0.6, 1.0))
-    clock.append(time.perf_counter())
-    report = RoundReport(
-        n_frames=tuple(len(specialist.calibration) for specialist in specialists),
-        trajectories=went,
-        seconds={"merge": clock[1] - clock[0], "dynamics": clock[2] - clock[1]},
-    )
-    return done, report
+        merge = closed_form_merge(specialists, recipe, device=device, progress=part_of(progress, 0.0, 0.6))
+        done = _Merge(*merge, said)
+    with clock("dynamics"):
+        went = follow(done.merged, specialists, options, seed=index, progress=part_of(progress, 0.6, 1.0))
+    n_frames = tuple(len(specialist.calibration) for specialist in specialists)
+    return done, RoundReport(n_frames=n_frames, trajectories=went, seconds=clock.seconds)
 
 
 def _settled(rounds: Sequence[RoundReport], tolerance: float) -> bool:

@@ -79,7 +79,7 @@ def cache_key(specialists: Sequence[ForceField], recipe: "Recipe") -> str:
     Covers every specialist's weights, species, calibration frames, name, level of theory and lineage in the
     order given, the complete recipe, and the version of the merge code, but neither devices nor folders.
     """
-    from ase_gffmerge.merging.merge import MERGE_VERSION
+    from ase_gffmerge.merging.recipe import MERGE_VERSION
 
     document = {
         "version": MERGE_VERSION,

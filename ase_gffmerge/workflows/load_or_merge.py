@@ -74,7 +74,7 @@ def resolve(
     device
         Where the merge is computed.
     progress
-        Handed to :func:`~ase_gffmerge.workflows.merge_and_distill.merge_and_refine`.
+        Handed to :func:`~ase_gffmerge.workflows.merge.merge`.
     """
     items = as_list(sources)
     if len(items) > 1:
@@ -129,7 +129,7 @@ def _merged(
     progress: Callable[[float, str], None] | None,
 ) -> Resolved:
     from ase_gffmerge.workflows.cache import MergeCache, cache_key
-    from ase_gffmerge.workflows.merge_and_distill import merge_and_refine
+    from ase_gffmerge.workflows.merge import merge
 
     recipe = options.load_recipe()
     cache = MergeCache(options.cache_dir)
@@ -143,7 +143,7 @@ def _merged(
         return Resolved(force_field=known, arguments=arguments, parents=parents, cache_hit=True)
     loaded = [as_force_field(item) for item in items]
     force_field, hit = cache.get_or_build(
-        loaded, recipe, lambda: merge_and_refine(loaded, recipe, device=device, progress=progress)[0]
+        loaded, recipe, lambda: merge(loaded, recipe, device=device, progress=progress)[0]
     )
     if hit:
         _warn_again(force_field, recipe)

@@ -12,7 +12,7 @@ from ase_gffmerge.dynamics.batched_md import ReplicaRun, run_replicas
 from ase_gffmerge.dynamics.stopping import standard_criteria
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.metrics import Errors, compare, labels, predict_frames
-from ase_gffmerge.merging.loop_options import TrajectoryOptions
+from ase_gffmerge.merging.recipe import TrajectoryOptions
 from ase_gffmerge.runtime.progress import Progress
 
 SPACING = 20.0

@@ -45,7 +45,7 @@ class Shortcut:
 
 def hash_content(paths: Sequence[Path], recipe: "Recipe") -> str | None:
     """SHA-256 over every byte of the files in their order, the recipe and the versions; ``None`` for unreadable files."""
-    from ase_gffmerge.merging.merge import MERGE_VERSION
+    from ase_gffmerge.merging.recipe import MERGE_VERSION
 
     try:
         digests = [_hash_file(path) for path in paths]

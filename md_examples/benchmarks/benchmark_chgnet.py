@@ -39,14 +39,14 @@ from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs
 from ase_gffmerge.integrations.load import export
-from ase_gffmerge.merging.distill_options import DistillOptions
-from ase_gffmerge.merging.merge import MERGE_VERSION
+from ase_gffmerge.merging.recipe import DistillOptions
+from ase_gffmerge.merging.recipe import MERGE_VERSION
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.methods import MergeOutput
 from ase_gffmerge.models import Potential
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.joint import train_jointly
-from ase_gffmerge.workflows.merge_and_distill import merge_and_refine
+from ase_gffmerge.workflows.merge import merge
 
 STAGES = ("models", "table", "distill", "speed", "md")
 METHODS = ("mean", "task_arithmetic", "paper")
@@ -99,7 +99,7 @@ def distilled(out: Path, specialists: list[ForceField]) -> dict[str, Any]:
         started = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MergeWarning)
-            merged, _ = merge_and_refine(
+            merged, _ = merge(
                 specialists, recipe, device="cpu", progress=lambda x, what: say(f"{x:4.0%} {what}")
             )
         seconds = time.process_time() - started

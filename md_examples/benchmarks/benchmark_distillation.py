@@ -33,15 +33,14 @@ from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.plots import save_figure
 from ase_gffmerge.inference.metrics import evaluate
-from ase_gffmerge.merging.distill_options import DistillOptions
-from ase_gffmerge.merging.merge import merge
-from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.merging.recipe import DistillOptions, Recipe
 from ase_gffmerge.models import Potential
 from ase_gffmerge.storage.atomic import atomic_write
 from ase_gffmerge.storage.tensor_file import read_file
 from ase_gffmerge.training.distill import distill
 from ase_gffmerge.training.joint import FINE_TUNING, train_jointly
-from ase_gffmerge.workflows.merge_and_distill import starting_point as narrow_merge
+from ase_gffmerge.workflows.merge import merge
+from ase_gffmerge.workflows.merge import starting_point as narrow_merge
 
 MOLECULES = ("ethanol", "malonaldehyde")
 NAMES = tuple(f"rmd17-{molecule}" for molecule in MOLECULES)

@@ -30,7 +30,7 @@ from ase_gffmerge.evaluation.md.report import dynamics_table, plot_dynamics
 from ase_gffmerge.evaluation.md.runs import Contestant, Protocol
 from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 from ase_gffmerge.inference.metrics import evaluate
-from ase_gffmerge.merging.loop_options import TrajectoryOptions
+from ase_gffmerge.merging.recipe import TrajectoryOptions
 from ase_gffmerge.workflows.rollouts import follow
 
 MOLECULES = ("ethanol", "malonaldehyde")

@@ -8,7 +8,7 @@ from typing import Any
 from training_plan import say
 
 from ase_gffmerge.evaluation.comparison.measurement import run_timed
-from ase_gffmerge.merging.merge import MERGE_VERSION
+from ase_gffmerge.merging.recipe import MERGE_VERSION
 from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput
 
 Results = dict[str, dict[str, Any]]

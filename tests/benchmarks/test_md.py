@@ -9,7 +9,7 @@ import torch
 
 from ase_gffmerge import ForceField
 from ase_gffmerge.evaluation.md.runs import Protocol
-from ase_gffmerge.merging.loop_options import TrajectoryOptions
+from ase_gffmerge.merging.recipe import TrajectoryOptions
 
 SCRIPT = Path(__file__).parents[2] / "md_examples" / "benchmarks" / "benchmark_md.py"
 

@@ -14,9 +14,10 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.inference.metrics import evaluate, predict_frames
-from ase_gffmerge.merging.directions import Probes
-from ase_gffmerge.merging.force_matching import match_forces
-from ase_gffmerge.merging.layerwise import align_layers, run_stage, stage_inputs
+from ase_gffmerge.merging.activations import run_stage, stage_inputs
+from ase_gffmerge.merging.directions import Directions
+from ase_gffmerge.merging.layerwise import align_layers
+from ase_gffmerge.merging.readout_fit import match_forces
 from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe
 
 NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
@@ -78,7 +79,7 @@ def test_features_differentiated_forward_give_the_products_rows(research, bench)
     general.readout.lift.load_state_dict(plain.readout.lift.state_dict())
     graph = batch_graphs([build_graph(a, plain.hyper.cutoff, dtype=plain.dtype) for a in bench.pools[0][:2]])
     target = predict(bench.specialists[0].potential, graph)
-    probes = Probes.draw(graph, 4, stress_weight=0.0, seed=0)
+    probes = Directions.draw(graph, 4, stress_weight=0.0, seed=0)
     weights = dict(elements=torch.arange(4), frame_weights=torch.ones(2).double(), energy_weight=3.0)
     rows = [features.feature_rows(p, graph, target, probes, **weights) for p in (plain, general)]
     torch.testing.assert_close(rows[0], rows[1])
@@ -103,7 +104,7 @@ def test_rows_of_every_kind_of_features_predict_what_the_fit_changes(research, b
     after = fit.fitted(bench.trunk, fit.Setting(options=SMALL, **settings[kind])).potentials[0]
     frames, elements = bench.tests[1][:2], torch.arange(len(after.species))
     graph = batch_graphs([build_graph(a, after.hyper.cutoff, dtype=after.dtype) for a in frames])
-    probes = Probes.draw(graph, 5, stress_weight=0.0, seed=1)
+    probes = Directions.draw(graph, 5, stress_weight=0.0, seed=1)
     old, new = predict(before, graph), predict(after, graph)
     ones = torch.ones(len(frames)).double()
     rows, _ = features.feature_rows(
@@ -160,7 +161,9 @@ def test_layers_with_unit_weights_are_the_products(research, bench):
     trunk = research("trunk").build_trunk(
         bench.specialists, recipe, solve_stage=lambda name, stage, *_: stage
     )
-    calibration_sets = layerwise.build_calibration(bench.specialists, trunk.potential, [1.0, 1.0], probes=2)
+    calibration_sets = layerwise.build_calibration(
+        bench.specialists, trunk.potential, [1.0, 1.0], directions=2
+    )
     originals = [s.potential.stages[0] for s in bench.specialists]
     ours, product = deepcopy(trunk.potential.stages[0]), deepcopy(trunk.potential.stages[0])
     with torch.no_grad():
@@ -176,7 +179,7 @@ def test_layers_with_unit_weights_are_the_products(research, bench):
 @pytest.mark.parametrize("index", [2, 3])
 def test_a_stage_with_random_hidden_features_starts_as_it_was(research, bench, index):
     potential, hidden = bench.trunk.potential, research("hidden_width")
-    scene = bench.trunk.calibration_sets[0].scenes[0]
+    scene = bench.trunk.calibration_sets[0].batches[0]
     state, edges = potential.embed(scene.graph), scene.split(scene.geometry.value)[1]
     for stage in potential.stages[:index]:
         state = stage(state, edges)

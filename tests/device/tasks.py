@@ -25,12 +25,12 @@ from ase_gffmerge.inference.cuda_capture import CudaGraphs
 from ase_gffmerge.inference.cuda_graphs import VISITS
 from ase_gffmerge.merging import stage_output
 from ase_gffmerge.merging import tangents as duals
-from ase_gffmerge.merging.distill_options import DistillOptions
-from ase_gffmerge.merging.merge import merge
+from ase_gffmerge.merging.recipe import DistillOptions
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.distill import distill
 from ase_gffmerge.training.train import train
+from ase_gffmerge.workflows.merge import merge
 from helpers.rerun import Rerun
 from helpers.second_device import numbers, second_device, slopes_by_differences
 
@@ -38,8 +38,8 @@ HYPER = {
     "painn": {"channels": 6, "n_blocks": 2, "n_radial": 5, "cutoff": 4.0},
     "nequip": {"channels": 4, "n_blocks": 2, "n_radial": 5, "cutoff": 4.0, "l_max": 1, "radial_hidden": 6},
 }
-READOUT = {"width": 8, "groups": 2, "inputs": 6, "blocks": 2, "copies": 1, "probes": 2}
-DEFAULT = {"readout": READOUT, "probes": 1}
+READOUT = {"width": 8, "groups": 2, "inputs": 6, "blocks": 2, "copies": 1, "directions": 2}
+DEFAULT = {"readout": READOUT, "directions": 1}
 RECIPES: dict[str, dict[str, Any]] = {
     "painn": {"paper": "paper", "default": {**DEFAULT, "conditioning": "per-specialist"}},
     "nequip": {"default": DEFAULT},

@@ -284,7 +284,7 @@ def test_leaks_and_foreign_elements_stop_before_anything_runs(
 
 
 def test_merged_potentials_have_seen_what_their_parents_saw() -> None:
-    from ase_gffmerge.merging.merge import merge
+    from ase_gffmerge.workflows.merge import merge
 
     pair = family()[1]
     merged, _ = merge(pair, "mean", device="cpu")

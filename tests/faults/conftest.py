@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.workflows.cache import MergeCache, cache_key
+from ase_gffmerge.workflows.merge import merge
 from helpers.faults import RECIPE, tiny_specialists
 
 PRELOADED = [

@@ -17,9 +17,9 @@ from ase_gffmerge.errors import (
     RecipeError,
 )
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import PRESETS, load_recipe
 from ase_gffmerge.workflows.cache import MergeCache
+from ase_gffmerge.workflows.merge import merge
 from helpers.faults import RECIPE, same_content
 
 VALUES = [float("nan"), float("inf"), -float("inf")]

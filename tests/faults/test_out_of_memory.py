@@ -16,11 +16,11 @@ from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import DeviceMemoryError
 from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
 from ase_gffmerge.inference.metrics import predict_frames
-from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.runtime.batching import in_parts
 from ase_gffmerge.runtime.devices import is_out_of_memory
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
+from ase_gffmerge.workflows.merge import merge
 from helpers.faults import RECIPE, labelled_water
 
 SYSTEMS = ("CH3OH", "H2O", "CH3CH2OH", "CO2", "CH4", "HCOOH", "H2O", "C2H6")

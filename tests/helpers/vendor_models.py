@@ -14,7 +14,7 @@ from ase.calculators.calculator import Calculator
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge
 from ase_gffmerge.integrations.load import from_vendor
 
-QUICK = {"readout": {"width": 64, "copies": 1}, "probes": 1}
+QUICK = {"readout": {"width": 64, "copies": 1}, "directions": 1}
 """The default recipe, with less of what takes time."""
 
 

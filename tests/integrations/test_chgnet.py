@@ -207,7 +207,7 @@ def pair(small) -> list[ForceField]:
     ]
 
 
-QUICK = {"readout": {"width": 64}, "probes": 1}
+QUICK = {"readout": {"width": 64}, "directions": 1}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -267,7 +267,7 @@ def test_vendor_files_are_merged_served_and_exported(tmp_path, vendor_calculator
     calc = GFFMergeCalculator(
         [f"chgnet:{path}" for path in paths],
         calibration=frames,
-        recipe={"readout": None, "probes": 1},
+        recipe={"readout": None, "directions": 1},
         cache_dir=tmp_path / "cache",
         device="cpu",
     )

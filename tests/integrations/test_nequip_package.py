@@ -193,7 +193,10 @@ def test_vendor_files_are_merged_served_and_exported(tmp_path, float64_default):
         checkpoint(tmp_path / f"{k}.ckpt", moved(build(**change), seed=k, size=0.1), **change)
         for k, change in enumerate(changes)
     ]
-    frames, recipe = [[atoms] for atoms in structures()], {"readout": None, "messages": False, "probes": 0}
+    frames, recipe = (
+        [[atoms] for atoms in structures()],
+        {"readout": None, "messages": False, "directions": 0},
+    )
     calc = GFFMergeCalculator(sources, calibration=frames, recipe=recipe, cache_dir=tmp_path, device="cpu")
     path = export(calc.force_field, tmp_path / "merged.ckpt")
     torch.set_default_dtype(torch.float64)

@@ -7,7 +7,7 @@ from ase_gffmerge.merging.average import averaged_parameters, mean_potential
 from ase_gffmerge.merging.recipe import load_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
-QUICK = {"readout": None, "probes": 0}
+QUICK = {"readout": None, "directions": 0}
 
 
 def test_averaged_parameters_are_the_mean_and_all_others_moved(family, architecture, tmp_path):

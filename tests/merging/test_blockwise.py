@@ -9,11 +9,10 @@ import torch
 
 from ase_gffmerge.least_squares.gauss_newton import dot, gauss_newton_steps
 from ase_gffmerge.merging.average import mean_potential
-from ase_gffmerge.merging.blockwise import align_output
+from ase_gffmerge.merging.blockwise import BlockMismatch, LinearizedBlock, align_block
 from ase_gffmerge.merging.calibration import build_calibration
-from ase_gffmerge.merging.merge import working_copies
+from ase_gffmerge.merging.compatibility import working_copies
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.stage_output import LinearizedBlock, StageMismatch
 from ase_gffmerge.models.affine_maps import adjustable_maps
 
 
@@ -92,7 +91,7 @@ def test_products_are_those_of_the_jacobian(scene_of_merge) -> None:
     mean, parents, calibration_sets = scene_of_merge
     name, stage = next(mean.named_stages())
     problem = LinearizedBlock(
-        stage, [p.potential.get_submodule(name) for p in parents], calibration_sets, Recipe(probes=2)
+        stage, [p.potential.get_submodule(name) for p in parents], calibration_sets, Recipe(directions=2)
     )
     generator = torch.Generator().manual_seed(1)
     v = {
@@ -121,9 +120,11 @@ def test_the_mismatch_falls_and_is_what_the_report_says(scene_of_merge) -> None:
     name, stage = next(mean.named_stages())
     originals = [p.potential.get_submodule(name) for p in parents]
     before = deepcopy(stage)
-    report = align_output(name, stage, originals, calibration_sets, Recipe(probes=2))
+    report = align_block(name, stage, originals, calibration_sets, Recipe(directions=2))
     assert report.residual_after < report.residual_before
-    old, new = (LinearizedBlock(s, originals, calibration_sets, Recipe(probes=2)) for s in (before, stage))
+    old, new = (
+        LinearizedBlock(s, originals, calibration_sets, Recipe(directions=2)) for s in (before, stage)
+    )
     assert report.residual_before == pytest.approx(old.mismatch(old.thetas) / old.target_norm)
     assert report.residual_after == pytest.approx(new.mismatch(new.thetas) / new.target_norm)
 
@@ -136,8 +137,12 @@ def test_the_mismatch_at_the_start_is_known_from_the_linearisation(scene_of_merg
     monkeypatch.setattr(
         LinearizedBlock, "mismatch", lambda self, thetas: evaluated.append(thetas) or plain(self, thetas)
     )
-    align_output(
-        name, stage, [p.potential.get_submodule(name) for p in parents], calibration_sets, Recipe(probes=2)
+    align_block(
+        name,
+        stage,
+        [p.potential.get_submodule(name) for p in parents],
+        calibration_sets,
+        Recipe(directions=2),
     )
     assert len(evaluated) == 1
 
@@ -147,7 +152,7 @@ def test_a_stage_that_agrees_stays(family) -> None:
     calibration_sets = build_calibration([parent], parent.potential, (1.0,), probes=2)
     name, stage = next(parent.potential.named_stages())
     weights = deepcopy(stage.state_dict())
-    report = align_output(name, stage, [deepcopy(stage)], calibration_sets, Recipe(probes=2))
+    report = align_block(name, stage, [deepcopy(stage)], calibration_sets, Recipe(directions=2))
     assert report.residual_after < 1e-10
     for key, value in stage.state_dict().items():
         torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-6)
@@ -159,11 +164,12 @@ def test_held_out_frames_end_the_iterations(family, monkeypatch) -> None:
     parents = working_copies(family("painn", 2), torch.device("cpu"))
     mean = mean_potential(parents, Recipe())
     calibration_sets = build_calibration(parents, mean, (1.0, 1.0), probes=2)
-    assert all(len(calibration_set.scenes) > 1 for calibration_set in calibration_sets)
+    assert all(len(calibration_set.batches) > 1 for calibration_set in calibration_sets)
     name, stage = next(mean.named_stages())
     originals = [p.potential.get_submodule(name) for p in parents]
     held_out, fitted = (
-        StageMismatch(stage, originals, calibration_sets, Recipe(probes=2), batch=batch) for batch in (1, 0)
+        BlockMismatch(stage, originals, calibration_sets, Recipe(directions=2), batch=batch)
+        for batch in (1, 0)
     )
 
     def mismatches() -> list[float]:
@@ -171,10 +177,10 @@ def test_held_out_frames_end_the_iterations(family, monkeypatch) -> None:
         return [one.mismatch(maps) for one in (held_out, fitted)]
 
     before = mismatches()
-    report = align_output(name, stage, originals, calibration_sets, Recipe(probes=2))
+    report = align_block(name, stage, originals, calibration_sets, Recipe(directions=2))
     after = mismatches()
     assert after[0] < before[0]
     assert report.residual_after == pytest.approx(after[1] / fitted.target_norm)
-    align_output(name, stage, originals, calibration_sets, Recipe(probes=2))
+    align_block(name, stage, originals, calibration_sets, Recipe(directions=2))
     again = mismatches()
     assert again[0] <= after[0]

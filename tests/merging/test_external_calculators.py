@@ -102,7 +102,7 @@ def test_it_is_nearer_to_both_than_the_mean(calculators):
 
 def test_the_first_layer_is_the_least_squares_solution(calculators):
     """Its inputs depend on no weights; NumPy solves the same stacked rows."""
-    result = merge_calculators(calculators, FRAMES, module=network_of, ridge=1e-14, slope_weight=0.0)
+    result = merge_calculators(calculators, FRAMES, module=network_of, ridge=1e-14, derivative_weight=0.0)
     rows, targets = [], []
     for calculator, frames in zip(calculators, FRAMES, strict=True):
         caught: list[torch.Tensor] = []

@@ -23,7 +23,7 @@ from ase_gffmerge.merging.report import MergeReport
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 
-SMALL_READOUT = {"readout": {"width": 24, "blocks": 2, "copies": 1}, "probes": 2}
+SMALL_READOUT = {"readout": {"width": 24, "blocks": 2, "copies": 1}, "directions": 2}
 
 
 def forces(specialist: ForceField, frames, index: int = 0) -> np.ndarray:

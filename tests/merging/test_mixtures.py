@@ -23,7 +23,7 @@ MOLECULES = ("CH3CH2OH", "CH3CHO", "CH3OCH3", "HCOOH", "CH3OH", "H2CO")
 # made-up specialists agree on no zero of energy, so forces alone are matched closely; their dynamics tears molecules
 SMALL = {
     "readout": {"width": 96, "blocks": 2, "copies": 1, "temperature": 0, "energy_weight": 0.1},
-    "probes": 1,
+    "directions": 1,
     "messages": False,
 }
 
@@ -113,7 +113,7 @@ def test_repeating_frames_of_one_specialist_changes_nothing(merge_inputs) -> Non
     frames = [*first.calibration, *second.calibration]
 
     def forces(specialists: list[ForceField], **options) -> np.ndarray:
-        plain = recipe(readout=None, probes=0, ridge=1e-3, **options)
+        plain = recipe(readout=None, directions=0, ridge=1e-3, **options)
         return np.concatenate(predict_frames(merge(specialists, plain)[0].potential, frames).forces)
 
     scale = np.abs(forces([first, second])).max()
@@ -153,7 +153,7 @@ def test_other_zeros_of_energy_are_aligned_and_reported(merge_inputs) -> None:
     shifted = merge_inputs(3, frames=2)
     for specialist, table in zip(shifted[1:], tables.values()):
         specialist.potential.references += torch.tensor(table, dtype=torch.float64)
-    (reference, unshifted), (merged, report) = (merge(s, recipe(probes=0)) for s in (plain, shifted))
+    (reference, unshifted), (merged, report) = (merge(s, recipe(directions=0)) for s in (plain, shifted))
     assert not unshifted.energy_shifts
     assert report.energy_shifts == {
         name: pytest.approx(dict(zip("HCO", table))) for name, table in tables.items()

@@ -7,13 +7,14 @@ from ase import Atoms
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.least_squares.gram import Gram
-from ase_gffmerge.merging.directions import Probes, displacement_directions
-from ase_gffmerge.merging.force_matching import MAX_UNKNOWNS, with_random_feature_readout
+from ase_gffmerge.merging.directions import Directions, displacement_directions
 from ase_gffmerge.merging.readout_fit import (
+    MAX_UNKNOWNS,
     draw_random_features,
     fit_readout,
     random_feature_derivatives,
     readout_rows,
+    with_random_feature_readout,
 )
 from ase_gffmerge.merging.recipe import ReadoutOptions
 
@@ -30,7 +31,7 @@ def prepared(family, architecture):
     crystal.set_cell([[3.0, 0.1, 0], [0.4, 3.2, 0], [0, 0.3, 2.9]])
     frames = [*first.calibration[:3], second.calibration[0], crystal]
     batch = batch_graphs([build_graph(atoms, first.cutoff) for atoms in frames])
-    probes = Probes.draw(batch, 2, stress_weight=0.0, seed=0)
+    probes = Directions.draw(batch, 2, stress_weight=0.0, seed=0)
     draw_random_features(wide.readout, random_feature_derivatives(wide, batch.clone(), probes)[0], seed=0)
     return first, wide, batch
 
@@ -40,7 +41,7 @@ def gram(wide, batch, target, n_displacements: int) -> Gram:
         wide,
         batch.clone(),
         target,
-        Probes.draw(batch, n_displacements, stress_weight=0.5, seed=0),
+        Directions.draw(batch, n_displacements, stress_weight=0.5, seed=0),
         elements=ELEMENTS,
         frame_weights=torch.ones(batch.n_structures, dtype=torch.float64),
         energy_weight=1.0,
@@ -55,7 +56,7 @@ def test_widening_changes_nothing_until_theta_does(prepared) -> None:
     torch.testing.assert_close(after.forces, before.forces, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("probes", [200, 5])
+@pytest.mark.parametrize("directions", [200, 5])
 def test_gram_is_the_normal_equation_of_energies_forces_and_stresses(prepared, probes) -> None:
     """Targets made by known coefficients leave no residual there, and the solve reproduces them."""
     _, wide, batch = prepared
@@ -105,7 +106,7 @@ def test_displacements_of_small_frames_are_unit_vectors_and_of_large_ones_averag
 def test_work_is_the_change_of_energy_along_the_tangents(prepared) -> None:
     """Central differences of the energy along every displacement and strain; molecules have no strain."""
     _, wide, batch = prepared
-    probes = Probes.draw(batch, 3, stress_weight=0.7, seed=0)
+    probes = Directions.draw(batch, 3, stress_weight=0.7, seed=0)
     work = probes.work(batch, predict(wide, batch.clone()))
     vectors = edge_vectors(batch)
     tangents = probes.tangents(batch, vectors)
@@ -127,7 +128,7 @@ def test_work_is_the_change_of_energy_along_the_tangents(prepared) -> None:
 
 def test_batches_of_molecules_have_no_strains(family) -> None:
     batch = batch_graphs([build_graph(atoms, 4.0) for atoms in family("painn", 1)[0].calibration[:2]])
-    assert len(Probes.draw(batch, 3, stress_weight=1.0, seed=0).strains) == 0
+    assert len(Directions.draw(batch, 3, stress_weight=1.0, seed=0).strains) == 0
 
 
 @pytest.mark.parametrize("n_elements", [1, 4, 9, 80])

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from ase_gffmerge.merging.activations import advance
 from ase_gffmerge.merging.calibration import build_calibration
-from ase_gffmerge.merging.layerwise import advance
 from ase_gffmerge.merging.tangents import Dual, pushforward
 
 
@@ -20,7 +20,7 @@ def test_without_probes_there_are_values_alone() -> None:
     assert out.tangent == ()
 
 
-@pytest.mark.parametrize("probes", [0, 2])
+@pytest.mark.parametrize("directions", [0, 2])
 def test_slopes_of_stage_states_are_derivatives_along_the_probes(family, architecture, probes) -> None:
     """Central differences of the state after all stages, displacing the atoms along each probe."""
     (specialist,) = family(architecture, 1, frames=2)
@@ -33,8 +33,8 @@ def test_slopes_of_stage_states_are_derivatives_along_the_probes(family, archite
             for i, atoms in zip(order, frames):
                 atoms.positions += shift[n * i : n * (i + 1)].numpy()
         moved = specialist.with_calibration(frames)
-        (calibration_set,) = build_calibration([moved], potential, [1.0], probes=probes)
-        (scene,) = calibration_set.scenes
+        (calibration_set,) = build_calibration([moved], potential, [1.0], directions=probes)
+        (scene,) = calibration_set.batches
         state = scene.target
         for _, stage in potential.named_stages():
             state = advance(stage, state, scene)

@@ -5,19 +5,18 @@ import pytest
 import torch
 import yaml
 
-from ase_gffmerge import ForceField, GFFMergeCalculator, merge, merge_and_refine
+from ase_gffmerge import ForceField, GFFMergeCalculator, merge
 from ase_gffmerge.data.frames import bare, evenly
 from ase_gffmerge.errors import MergeWarning, RecipeError
 from ase_gffmerge.inference.metrics import Errors, predict_frames
-from ase_gffmerge.merging.loop_options import ClosedLoopOptions, TrajectoryOptions
-from ase_gffmerge.merging.recipe import load_recipe
+from ase_gffmerge.merging.recipe import ClosedLoopOptions, TrajectoryOptions, load_recipe
 from ase_gffmerge.storage.documents import validated
 from ase_gffmerge.workflows.active_learning import ClosedLoopResult, closed_loop
 from ase_gffmerge.workflows.rollouts import OwnTrajectory, follow
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 
-RECIPE = {"readout": {"width": 8, "blocks": 1, "copies": 0}, "probes": 0}
+RECIPE = {"readout": {"width": 8, "blocks": 1, "copies": 0}, "directions": 0}
 SHORT = {"temperature": 50.0, "replicas": 2, "time": 0.04, "max_grade": None}
 
 
@@ -190,14 +189,14 @@ def test_a_loop_comes_before_a_distillation(pair):
         "closed_loop": {**SHORT, "rounds": 1, "frames": 2},
         "refine": {"epochs": 1, "copies": 0, "widened": True},
     }
-    merged, report = merge_and_refine(pair, recipe, device="cpu")
+    merged, report = merge(pair, recipe, device="cpu")
     assert "distillation" in report.seconds
     assert load_recipe(merged.merged.recipe) == load_recipe(recipe)
 
 
 @pytest.mark.parametrize("architecture", ["painn"])
 def test_a_single_merge_refuses_a_loop(pair):
-    with pytest.raises(RecipeError, match="merge_and_refine"):
+    with pytest.raises(RecipeError, match="merge"):
         merge(pair, {**RECIPE, "closed_loop": {}})
     with pytest.raises(RecipeError, match="did you mean 'rounds'"):
         load_recipe({"closed_loop": {"round": 1}})

@@ -15,9 +15,7 @@ from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, MergeWarning, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import build_graph, predict
-from ase_gffmerge.merging.distill_options import DistillOptions
-from ase_gffmerge.merging.merge import merge
-from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe, load_recipe
+from ase_gffmerge.merging.recipe import DistillOptions, ReadoutOptions, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.training.checkpoint import History, checkpoint_path, stale
@@ -27,7 +25,7 @@ from ase_gffmerge.training.joint import train_jointly
 from ase_gffmerge.training.loss import labelled_graphs, weigh
 from ase_gffmerge.training.soap import SOAP
 from ase_gffmerge.training.teachers import prepare_distillation_set
-from ase_gffmerge.workflows.merge_and_distill import merge_and_refine, starting_point
+from ase_gffmerge.workflows.merge import merge, starting_point
 from helpers.structures import OWN_ARCHITECTURES
 from helpers.toys import SHALLOW, rattled, relative, toy
 
@@ -248,8 +246,6 @@ def test_refusals() -> None:
     matching = QUICK.model_copy(update={"feature_weight": 1.0})
     with pytest.raises(IncompatibleSpecialistsError, match="feature_weight"):
         distill(relatives("nequip")[0], specialists[:2], matching)
-    with pytest.raises(RecipeError, match="merge_and_refine"):
-        merge(specialists[:2], Recipe(refine=QUICK))
     with pytest.raises(RecipeError, match="did you mean 'epochs'"):
         load_recipe({"refine": {"epoch": 3}})
 
@@ -276,7 +272,7 @@ def test_refine_through_the_calculator_is_cached(tmp_path: Path) -> None:
 def test_the_readout_stays_wide_only_on_request(widened: bool, width: int) -> None:
     options = QUICK.model_copy(update={"widened": widened, "epochs": 1})
     seen: list[float] = []
-    merged, report = merge_and_refine(
+    merged, report = merge(
         relatives("painn"),
         Recipe(readout=ReadoutOptions(width=16, blocks=1, copies=1), refine=options),
         device="cpu",

@@ -16,10 +16,10 @@ from ase.build import molecule
 import ase_gffmerge.workflows.cache as cache_module
 from ase_gffmerge.errors import CacheError, CacheWarning
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.merging.merge import merge
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.workflows.cache import MergeCache, cache_key
 from helpers.faults import tiny_specialists
+from ase_gffmerge.workflows.merge import merge
 
 RECIPE = load_recipe("mean")
 
@@ -221,7 +221,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from ase_gffmerge.workflows.cache import MergeCache
-from ase_gffmerge.merging.merge import merge
+from ase_gffmerge.workflows.merge import merge
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.forcefield.force_field import ForceField
 

@@ -11,7 +11,7 @@ from ase_gffmerge.data.hashing import hash_frames, hash_labelled
 from ase_gffmerge.evaluation.comparison.inputs import LabelledSet
 from ase_gffmerge.evaluation.comparison.measurement import Measurement
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.merging.merge import MERGE_VERSION
+from ase_gffmerge.merging.recipe import MERGE_VERSION
 from ase_gffmerge.methods import MergeInputs, Method, Requirement
 from ase_gffmerge.storage.atomic import atomic_write, require_writable
 from ase_gffmerge.workflows.cache import MergeCache

@@ -42,7 +42,7 @@ def with_frames(n: int) -> Callable[[Bench], MergeOutput]:
 
 def readout_with_frames(n: int, *, copies: int, probes: int) -> Callable[[Bench], MergeOutput]:
     """Readout fitted on ``n`` frames per specialist, trunk on the usual ones."""
-    options = CHEAP.model_copy(update={"copies": copies, "probes": probes})
+    options = CHEAP.model_copy(update={"copies": copies, "directions": probes})
     return lambda bench: fitted(bench.trunk, Setting(options=options, frames=bench.pool_frames(n)))
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from ase_gffmerge.merging.activations import advance, layer_input, run_stage
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet
-from ase_gffmerge.merging.layerwise import advance, layer_input, run_stage
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.tangents import Dual, differentiable_pushforward
@@ -45,7 +45,7 @@ def align_messages(
     closing
         Other layers than those of ``CLOSING``.
     """
-    scenes = [calibration_set.scenes[0] for calibration_set in calibration_sets]
+    scenes = [calibration_set.batches[0] for calibration_set in calibration_sets]
     targets = [
         advance(original, scene.target, scene) for original, scene in zip(originals, scenes, strict=True)
     ]
@@ -84,7 +84,7 @@ def _output_of(
 def _part_scales(state: Dual, weight: float, recipe: Recipe) -> tuple[float, ...]:
     """Weights a_k / (N_k s_kc) of the parts of a state and of their slopes."""
     squares = [float(part.double().square().sum()) for part in state.value + state.tangent]
-    weights = [weight] * len(state.value) + [weight * recipe.slope_weight] * len(state.tangent)
+    weights = [weight] * len(state.value) + [weight * recipe.derivative_weight] * len(state.tangent)
     return tuple(w / square if square > 0 else 0.0 for w, square in zip(weights, squares, strict=True))
 
 

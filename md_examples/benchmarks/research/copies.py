@@ -98,7 +98,7 @@ class Dynamics:
     timestep: float = 0.5
     equal_masses: bool = False
     temperature: float = 500.0
-    probes: int = CHEAP.probes
+    probes: int = CHEAP.directions
     width: int = CHEAP.width
 
     def visited(self, specialist: ForceField) -> dict[bytes, list[Atoms]]:
@@ -132,7 +132,7 @@ class Dynamics:
         """Sample, then fit the readout of a trunk."""
         start = time.process_time()
         found = [self.visited(calibration_set.specialist) for calibration_set in trunk.calibration_sets]
-        options = CHEAP.model_copy(update={"probes": self.probes, "width": self.width})
+        options = CHEAP.model_copy(update={"directions": self.probes, "width": self.width})
 
         def copies(
             frames: Sequence[Atoms], calibration_set: CalibrationSet, options: ReadoutOptions
@@ -195,7 +195,7 @@ def trials() -> list[Trial]:
     )
     for run, order in runs:
         more = ", equal masses" * run.equal_masses
-        more += f", {run.probes} probes" * (run.probes != CHEAP.probes)
+        more += f", {run.probes} probes" * (run.probes != CHEAP.directions)
         more += f", width {run.width}" * (run.width != CHEAP.width)
         hot = f", {run.temperature:.0f} K" * (run.temperature != 500)
         found.append(

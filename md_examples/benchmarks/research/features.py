@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot, silu
 
 from ase_gffmerge.graphs import Prediction, predict
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
-from ase_gffmerge.merging.directions import Probes
+from ase_gffmerge.merging.directions import Directions
 from ase_gffmerge.merging.readout_fit import random_feature_derivatives, readout_rows, widened
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.merging.tangents import Dual, pushforward
@@ -115,7 +115,7 @@ def feature_rows(
     potential: Potential,
     graph: AtomGraph,
     target: Prediction,
-    probes: Probes,
+    probes: Directions,
     *,
     elements: Tensor,
     frame_weights: Tensor,

@@ -19,7 +19,7 @@ from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.derivatives import assemble
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.merging.calibration import CalibrationSet
-from ase_gffmerge.merging.force_matching import MAX_ATOMS
+from ase_gffmerge.merging.readout_fit import MAX_ATOMS
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.batching import chunks
 from research.bench import Bench, MergeOutput, Trial, shared

@@ -113,7 +113,7 @@ def with_random_hidden(width: int) -> SolveStage:
     ) -> Stage:
         assert isinstance(stage, Message | Update)
         states = [
-            scene.merged.value for calibration_set in calibration_sets for scene in calibration_set.scenes
+            scene.merged.value for calibration_set in calibration_sets for scene in calibration_set.batches
         ]
         if any(vectors.any() for _, vectors in states):
             stage = widened_stage(stage, torch.cat([hidden_rows(stage, state) for state in states]), width)

@@ -1,12 +1,13 @@
-"""Family ``trunk``: all affine maps of a stage at once, as the product does it (``merging.align_output``)."""
+"""Family ``trunk``: all affine maps of a stage at once, as the product does it (``merging.align_block``)."""
 
 import time
 from collections.abc import Callable, Sequence
 
-from ase_gffmerge.merging.blockwise import align_output
+from ase_gffmerge.merging.activations import run_stage, stage_inputs
+from ase_gffmerge.merging.blockwise import align_block
 from ase_gffmerge.merging.calibration import CalibrationSet
-from ase_gffmerge.merging.force_matching import match_forces
-from ase_gffmerge.merging.layerwise import align_layers, run_stage, stage_inputs
+from ase_gffmerge.merging.layerwise import align_layers
+from ase_gffmerge.merging.readout_fit import match_forces
 from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe
 from ase_gffmerge.models.base import Stage
 from research.bench import Bench, MergeOutput, Trial, shared
@@ -29,7 +30,7 @@ def jointly(*, iterations: int = 15, messages: bool = False) -> SolveStage:
         align_layers(name, stage, originals, calibration_sets, recipe, run=run_stage, inputs=stage_inputs)
         if messages:
             align_messages(name, stage, originals, calibration_sets, recipe)
-        align_output(name, stage, originals, calibration_sets, recipe, iterations=iterations)
+        align_block(name, stage, originals, calibration_sets, recipe, iterations=iterations)
         return stage
 
     return solve

@@ -48,7 +48,7 @@ def solve_layers(
     correct: Correct = lambda gram, prior, theta: theta,
 ) -> None:
     """Solve the layers of a stage in execution order, as the product does, with weighted rows or corrected solutions."""
-    first = calibration_sets[0].scenes[0]
+    first = calibration_sets[0].batches[0]
     values = stage_inputs(first, True).value
     for layer in affine_layers(merged, lambda: run_stage(merged, first, values)):
         for i, problem in enumerate(layer_maps(layer, merged.get_submodule(layer))):
@@ -57,7 +57,7 @@ def solve_layers(
                 their = layer_maps(layer, original.get_submodule(layer))[i]
                 weights = [
                     row_weights(calibration_set, s, f"{name}.{layer}")
-                    for s in range(len(calibration_set.scenes))
+                    for s in range(len(calibration_set.batches))
                 ]
                 grams.append(_gram(problem, their, layer, merged, original, calibration_set, recipe, weights))
             gram, prior = combine(grams, calibration_sets, recipe), problem.read().double()
@@ -78,7 +78,7 @@ def _gram(
     """Statistics of values and slopes of one territory."""
     theta = their.read()
     values = slopes = Gram.zero(*problem.read().shape)
-    for scene, weight in zip(calibration_set.scenes, weights, strict=True):
+    for scene, weight in zip(calibration_set.batches, weights, strict=True):
         x, own = (_entering(stage, layer, scene, ours) for stage, ours in ((merged, True), (original, False)))
         design = problem.design(x.value[0])
         root = torch.ones(len(design), 1) if weight is None else weight.sqrt()[:, None]
@@ -88,7 +88,7 @@ def _gram(
             root = root.repeat(len(rows) // len(root), 1)
             padded = torch.cat([rows, rows.new_zeros(len(rows), design.shape[1] - rows.shape[1])], dim=1)
             slopes += Gram.of(padded * root, (target @ theta[: target.shape[1]]) * root)
-    return values.balanced(slopes, recipe.slope_weight)
+    return values.balanced(slopes, recipe.derivative_weight)
 
 
 def _entering(stage: Stage, layer: str, scene: CalibrationBatch, of_merged: bool):
@@ -129,7 +129,7 @@ def by_sensitivity() -> SolveStage:
         key = (calibration_set.index, scene)
         if key not in known:
             known[key] = sensitivities(
-                calibration_set.specialist.potential, calibration_set.scenes[scene].graph
+                calibration_set.specialist.potential, calibration_set.batches[scene].graph
             )
         square = known[key].get(layer)
         return None if square is None else square / square.mean().clamp(min=1e-30) + 0.1
@@ -165,7 +165,7 @@ def corrected(potential: Potential, calibration_set: CalibrationSet, recipe: Rec
     """Copy of the merged potential with low-rank corrections of every stage's layers for one specialist."""
     own = deepcopy(potential)
     parent = calibration_set.specialist
-    alone = build_calibration([parent], own, [1.0], probes=recipe.probes)
+    alone = build_calibration([parent], own, [1.0], directions=recipe.directions)
     for name, stage in own.named_stages():
         originals: list[Stage] = [parent.potential.get_submodule(name)]  # type: ignore[list-item]
         solve_layers(name, stage, originals, alone, recipe, correct=truncated(rank))

@@ -106,8 +106,8 @@ def _option_trials() -> list[Trial]:
         ("energy weight 1", {"energy_weight": 1.0}, 43),
         ("energy weight 3", {"energy_weight": 3.0}, 38),
         ("energy weight 30", {"energy_weight": 30.0}, 43),
-        ("probes 9", {"probes": 9}, 44),
-        ("probes 27", {"probes": 27}, 39),
+        ("probes 9", {"directions": 9}, 44),
+        ("probes 27", {"directions": 27}, 39),
     )
     return [
         Trial(

@@ -16,9 +16,17 @@ from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import regularised_factor, ridge_solve
 from ase_gffmerge.merging.calibration import CalibrationSet
-from ase_gffmerge.merging.directions import Probes
-from ase_gffmerge.merging.force_matching import HELD_OUT, MAX_ATOMS, MAX_ROWS
-from ase_gffmerge.merging.readout_fit import RIDGES, ReadoutFit, draw_random_features, fit_readout, widened
+from ase_gffmerge.merging.directions import Directions
+from ase_gffmerge.merging.readout_fit import (
+    HELD_OUT,
+    MAX_ATOMS,
+    MAX_ROWS,
+    RIDGES,
+    ReadoutFit,
+    draw_random_features,
+    fit_readout,
+    widened,
+)
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.layers.readout import RandomFeatureReadout
@@ -119,7 +127,7 @@ def fit_potentials(
     given = {id(p): p for p in potentials}
     wide = {key: setting.with_random_feature_readout(p, setting.options) for key, p in given.items()}
     merged = [wide[id(p)] for p in potentials]
-    scenes = [(m, scene) for m, t in zip(merged, calibration_sets, strict=True) for scene in t.scenes]
+    scenes = [(m, scene) for m, t in zip(merged, calibration_sets, strict=True) for scene in t.batches]
     element = torch.cat([m.species_row[scene.graph.atomic_numbers] for m, scene in scenes])
     first = widened(merged[0])
     setting.lift(first, torch.cat([lifted_inputs(m, scene.graph) for m, scene in scenes]), element)
@@ -197,7 +205,9 @@ def batch_rows(
         merged,
         batch,
         predict(specialist.potential, batch),
-        Probes.draw(batch, options.probes, stress_weight=options.stress_weight, seed=options.seed + seed),
+        Directions.draw(
+            batch, options.directions, stress_weight=options.stress_weight, seed=options.seed + seed
+        ),
         elements=elements,
         frame_weights=weights.to(merged.dtype),
         energy_weight=options.energy_weight,

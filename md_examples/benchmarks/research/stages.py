@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ase_gffmerge.merging.activations import run_stage, stage_inputs
 from ase_gffmerge.merging.calibration import CalibrationSet
-from ase_gffmerge.merging.layerwise import align_layers, run_stage, stage_inputs
+from ase_gffmerge.merging.layerwise import align_layers
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models.base import Stage
 from research.bench import Bench, MergeOutput, Trial
@@ -70,10 +71,10 @@ def trials() -> list[Trial]:
         ("two sweeps", "second sweep anchored at the first", walked(sweeps=2), 22),
         ("messages none", "no message-level solves", walked(messages=False), 55),
         ("messages last", "message-level solves in the last block only", messages_in_last_block, 56),
-        ("slopes off", "layers agree in values only", walked(probes=0), 57),
-        ("slope probes 8", "slopes along 8 displacements", walked(probes=8), 58),
-        ("slope weight 0.25", "slopes weigh a quarter of values", walked(slope_weight=0.25), 59),
-        ("slope weight 4", "slopes weigh four times values", walked(slope_weight=4.0), 51),
+        ("slopes off", "layers agree in values only", walked(directions=0), 57),
+        ("slope probes 8", "slopes along 8 displacements", walked(directions=8), 58),
+        ("slope weight 0.25", "slopes weigh a quarter of values", walked(derivative_weight=0.25), 59),
+        ("slope weight 4", "slopes weigh four times values", walked(derivative_weight=4.0), 51),
     ]
     rows += [
         (f"ridge {ridge:.0e}", f"ridge of layers and messages {ridge:.0e}", walked(ridge=ridge), 60)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.merging.activations import advance, run_stage, stage_inputs
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
-from ase_gffmerge.merging.layerwise import advance, align_layers, run_stage, stage_inputs
-from ase_gffmerge.merging.merge import working_copies
+from ase_gffmerge.merging.compatibility import working_copies
+from ase_gffmerge.merging.layerwise import align_layers
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.reference_energies import align_references
 from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
@@ -61,7 +62,7 @@ def build_trunk(
     potential = mean_potential(parents, recipe)
     weights = recipe.weights or (1.0,) * len(parents)
     for _ in range(sweeps):
-        calibration_sets = build_calibration(parents, potential, weights, probes=recipe.probes)
+        calibration_sets = build_calibration(parents, potential, weights, directions=recipe.directions)
         for i, (name, _) in enumerate(potential.named_stages()):
             originals: list[Stage] = [p.potential.get_submodule(name) for p in parents]  # type: ignore[misc]
             stage = solve_stage(name, potential.stages[i], originals, calibration_sets, recipe)
@@ -76,7 +77,7 @@ def go_on(
 ) -> None:
     """Advance all scenes by one finished stage."""
     for original, calibration_set in zip(originals, calibration_sets, strict=True):
-        for scene in calibration_set.scenes:
+        for scene in calibration_set.batches:
             scene.target = advance(original, scene.target, scene)
             scene.merged = advance(stage, scene.merged, scene)
             if stage.emits_scalars:
