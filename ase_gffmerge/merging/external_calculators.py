@@ -1,9 +1,9 @@
 """Merge the networks inside any ASE calculators, which evaluate their frames themselves while hooks watch the layers.
 
-For force fields without an integration: steps 1 to 3 (sequential inputs, anchored ridge, equivariant layers) on every layer that
-:mod:`~ase_gffmerge.models.affine_maps` knows, in the order of execution; everything else is averaged. Derivatives are differences between
-a frame and a displaced twin. Corrections of whole blocks and the wide readout need a potential that can be differentiated,
-and are not part of it.
+For force fields without an integration: steps 1 to 3 (sequential inputs, anchored ridge, equivariant layers) on every layer
+that :mod:`~ase_gffmerge.models.affine_maps` knows, in the order of execution; everything else is averaged. Derivatives are
+differences between a frame and a displaced twin. Corrections of whole blocks and a readout of random features need a
+potential that can be differentiated, and are not part of it.
 """
 
 from collections.abc import Callable, Iterator, Sequence

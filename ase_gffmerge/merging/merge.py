@@ -1,7 +1,7 @@
 """The closed-form merge: specialists in, one merged force field and a report out.
 
-Read it with the paper (arXiv 2606.03232) in hand, in the order of the steps that :mod:`ase_gffmerge.merging` lists. What users
-call is :func:`ase_gffmerge.merge`, which may go on with closed-loop calibration and distillation.
+Read it with the paper (arXiv 2606.03232) in hand, in the order of the steps that :mod:`ase_gffmerge.merging` lists. Users
+call :func:`ase_gffmerge.merge`, which may go on with closed-loop calibration and distillation.
 """
 
 import warnings
@@ -119,7 +119,7 @@ def closed_form_merge(
 def _by_blocks(
     mean: Potential, specialists: Sequence[ForceField], recipe: Recipe, clock: Clock, progress: Progress
 ) -> Solved:
-    """This package's method: steps 1 to 4 for block after block, then step 5."""
+    """The default method: steps 1 to 4 for block after block, then step 5."""
     merged, weights = deepcopy(mean), recipe.weights or (1.0,) * len(specialists)
     with torch.no_grad(), clock("layers"):
         progress(0.05, "graphs")

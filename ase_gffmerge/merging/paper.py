@@ -7,7 +7,8 @@ the activation. In float64 each layer is
 
 and everything else (embeddings, norms, scales) is the mean of the specialists'; with ``conditioning: per-specialist`` each
 keeps its own embedding table ("switched embeddings"). The paper fits the bias of layers that have none, too, and then drops
-it. As :math:`Y_k = [X_k\ 1]\,\Theta_k` with the specialist's own coefficients, :math:`G_k = [X_k\ 1]^\top [X_k\ 1]` says all.
+it. As :math:`Y_k = [X_k\ 1]\,\Theta_k` with the specialist's own coefficients, the Gram matrices
+:math:`G_k = [X_k\ 1]^\top [X_k\ 1]` say all.
 """
 
 from collections.abc import Sequence

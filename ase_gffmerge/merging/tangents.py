@@ -1,9 +1,10 @@
 r"""Tensors together with their directional derivatives with respect to the atomic positions.
 
-Layers that agree with a specialist in value need not agree in their derivatives, which forces are. A dual number (forward-mode
-differentiation) carries, beside each tensor x, its derivatives :math:`\dot x_p = \partial x/\partial\mathbf r\cdot v_p` along P random displacements of the atoms.
-Because a layer is affine, :math:`y = x W + b` implies :math:`\dot y_p = \dot x_p W`: the derivatives are further rows of the
-same least-squares problem (rows without the ones column), which therefore stays convex.
+Layers that agree with a specialist in value need not agree in their derivatives, which forces are. A dual number
+(forward-mode differentiation) carries, beside each tensor x, its derivatives
+:math:`\dot x_p = \partial x/\partial\mathbf r\cdot v_p` along P random displacements of the atoms. As a layer is affine,
+:math:`y = x W + b` implies :math:`\dot y_p = \dot x_p W`: the derivatives are further rows of the same least-squares problem
+(rows without the ones column), which therefore stays convex.
 """
 
 from collections.abc import Callable

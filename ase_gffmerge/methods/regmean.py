@@ -142,7 +142,7 @@ def regmean_plus_plus(merge_inputs: MergeInputs, progress: Progress) -> MergeOut
 
 
 def _survey(parents: Sequence[ForceField], mean: Potential) -> list[CalibrationSet]:
-    return build_calibration(parents, mean, len(parents) * [1.0], probes=0)
+    return build_calibration(parents, mean, len(parents) * [1.0], directions=0)
 
 
 def merge_blockwise(

@@ -1,4 +1,4 @@
-"""Closed-loop calibration: the specialists label the frames that the merged potential visits by itself, and it is merged again.
+"""Closed-loop calibration: merge again with frames that the merged potential visits and the specialists label.
 
 merge -> short dynamics of the merged potential -> visited frames join the calibration frames of the specialist in whose
 territory they are -> merge again. The specialists label the visited frames for free, and rows are normalised per specialist

@@ -46,7 +46,6 @@ from ase_gffmerge.methods import MergeOutput
 from ase_gffmerge.models import Potential
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.joint import train_jointly
-from ase_gffmerge.workflows.merge import merge
 
 STAGES = ("models", "table", "distill", "speed", "md")
 METHODS = ("mean", "task_arithmetic", "paper")

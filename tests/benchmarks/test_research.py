@@ -79,9 +79,9 @@ def test_features_differentiated_forward_give_the_products_rows(research, bench)
     general.readout.lift.load_state_dict(plain.readout.lift.state_dict())
     graph = batch_graphs([build_graph(a, plain.hyper.cutoff, dtype=plain.dtype) for a in bench.pools[0][:2]])
     target = predict(bench.specialists[0].potential, graph)
-    probes = Directions.draw(graph, 4, stress_weight=0.0, seed=0)
+    directions = Directions.draw(graph, 4, stress_weight=0.0, seed=0)
     weights = dict(elements=torch.arange(4), frame_weights=torch.ones(2).double(), energy_weight=3.0)
-    rows = [features.feature_rows(p, graph, target, probes, **weights) for p in (plain, general)]
+    rows = [features.feature_rows(p, graph, target, directions, **weights) for p in (plain, general)]
     torch.testing.assert_close(rows[0], rows[1])
 
 
@@ -104,16 +104,16 @@ def test_rows_of_every_kind_of_features_predict_what_the_fit_changes(research, b
     after = fit.fitted(bench.trunk, fit.Setting(options=SMALL, **settings[kind])).potentials[0]
     frames, elements = bench.tests[1][:2], torch.arange(len(after.species))
     graph = batch_graphs([build_graph(a, after.hyper.cutoff, dtype=after.dtype) for a in frames])
-    probes = Directions.draw(graph, 5, stress_weight=0.0, seed=1)
+    directions = Directions.draw(graph, 5, stress_weight=0.0, seed=1)
     old, new = predict(before, graph), predict(after, graph)
     ones = torch.ones(len(frames)).double()
     rows, _ = features.feature_rows(
-        after, graph, new, probes, elements=elements, frame_weights=ones, energy_weight=1.0
+        after, graph, new, directions, elements=elements, frame_weights=ones, energy_weight=1.0
     )
     coefficients = torch.cat([after.readout.theta.flatten(), after.readout.constants])
     slopes, energies = (rows @ coefficients).split([5 * len(frames), len(frames)])
     assert energies.abs().max() > 0
-    torch.testing.assert_close(slopes.view(5, -1), probes.work(graph, new) - probes.work(graph, old))
+    torch.testing.assert_close(slopes.view(5, -1), directions.work(graph, new) - directions.work(graph, old))
     torch.testing.assert_close(energies * len(frames[0]) ** 0.5, new.energy - old.energy)
 
 

@@ -18,7 +18,7 @@ from ase_gffmerge.models.affine_maps import adjustable_maps
 
 @dataclass
 class Dense:
-    """A linear problem with known Jacobians per map, in two batches."""
+    """A linear linear with known Jacobians per map, in two batches."""
 
     jacobians: dict[str, list[torch.Tensor]]
     residual: list[torch.Tensor]
@@ -54,26 +54,26 @@ def random_problem(shapes: dict[str, tuple[int, int]]) -> Dense:
 
 
 def test_a_converged_step_is_dense_least_squares() -> None:
-    problem = random_problem({"a": (4, 3), "b": (2, 5)})
-    *_, step = gauss_newton_steps(problem, iterations=300, damping=0.0)
+    linear = random_problem({"a": (4, 3), "b": (2, 5)})
+    *_, step = gauss_newton_steps(linear, iterations=300, damping=0.0)
     dense = np.vstack(
-        [np.hstack([problem.jacobians[name][k].numpy() for name in ("a", "b")]) for k in range(2)]
+        [np.hstack([linear.jacobians[name][k].numpy() for name in ("a", "b")]) for k in range(2)]
     )
-    expected, *_ = np.linalg.lstsq(dense, torch.cat(problem.residual).numpy(), rcond=None)
+    expected, *_ = np.linalg.lstsq(dense, torch.cat(linear.residual).numpy(), rcond=None)
     found = torch.cat([step["a"].flatten(), step["b"].flatten()])
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_damping_shortens_the_step() -> None:
-    problem = random_problem({"a": (4, 3)})
-    free, damped = ([*gauss_newton_steps(problem, iterations=100, damping=mu)][-1] for mu in (0.0, 10.0))
+    linear = random_problem({"a": (4, 3)})
+    free, damped = ([*gauss_newton_steps(linear, iterations=100, damping=mu)][-1] for mu in (0.0, 10.0))
     assert dot(damped, damped) < 0.5 * dot(free, free)
 
 
 def test_nothing_to_correct_is_no_step() -> None:
-    problem = random_problem({"a": (4, 3)})
-    problem.residual = [torch.zeros_like(r) for r in problem.residual]
-    assert not list(gauss_newton_steps(problem, iterations=5, damping=0.0))
+    linear = random_problem({"a": (4, 3)})
+    linear.residual = [torch.zeros_like(r) for r in linear.residual]
+    assert not list(gauss_newton_steps(linear, iterations=5, damping=0.0))
 
 
 @pytest.fixture(params=["painn", "nequip"])
@@ -83,35 +83,35 @@ def scene_of_merge(request, family):
     for parent in parents:
         parent.potential.double()
     mean = mean_potential(parents, Recipe())
-    return mean, parents, build_calibration(parents, mean, (1.0, 1.0), probes=2)
+    return mean, parents, build_calibration(parents, mean, (1.0, 1.0), directions=2)
 
 
 def test_products_are_those_of_the_jacobian(scene_of_merge) -> None:
     """Jv against central differences of the output, and uᵀ(Jv) = (Jᵀu)ᵀv."""
     mean, parents, calibration_sets = scene_of_merge
     name, stage = next(mean.named_stages())
-    problem = LinearizedBlock(
+    linear = LinearizedBlock(
         stage, [p.potential.get_submodule(name) for p in parents], calibration_sets, Recipe(directions=2)
     )
     generator = torch.Generator().manual_seed(1)
     v = {
         key: torch.randn(theta.shape, generator=generator, dtype=theta.dtype)
-        for key, theta in problem.thetas.items()
+        for key, theta in linear.thetas.items()
     }
-    u = [torch.randn(r.shape, generator=generator, dtype=r.dtype) for r in problem.residual]
-    jv = problem.forward(v)
-    back = sum(dot(problem.vjp(k, vector), v) for k, vector in enumerate(u))
+    u = [torch.randn(r.shape, generator=generator, dtype=r.dtype) for r in linear.residual]
+    jv = linear.forward(v)
+    back = sum(dot(linear.vjp(k, vector), v) for k, vector in enumerate(u))
     assert sum(float(a @ b) for a, b in zip(u, jv, strict=True)) == pytest.approx(back)
     h = 1e-5
     with torch.no_grad():
         for k, column in enumerate(jv):
             ahead, behind = (
-                problem._output(k, {key: theta + s * h * v[key] for key, theta in problem.thetas.items()})
+                linear.output(k, {key: theta + s * h * v[key] for key, theta in linear.thetas.items()})
                 for s in (1, -1)
             )
             torch.testing.assert_close((ahead - behind) / (2 * h), column, rtol=1e-5, atol=1e-7)
-    assert problem.mismatch(problem.thetas) == pytest.approx(
-        sum(float(r.square().sum()) for r in problem.residual)
+    assert linear.mismatch(linear.thetas) == pytest.approx(
+        sum(float(r.square().sum()) for r in linear.residual)
     )
 
 
@@ -149,7 +149,7 @@ def test_the_mismatch_at_the_start_is_known_from_the_linearisation(scene_of_merg
 
 def test_a_stage_that_agrees_stays(family) -> None:
     (parent,) = working_copies(family("painn", 2)[:1], torch.device("cpu"))
-    calibration_sets = build_calibration([parent], parent.potential, (1.0,), probes=2)
+    calibration_sets = build_calibration([parent], parent.potential, (1.0,), directions=2)
     name, stage = next(parent.potential.named_stages())
     weights = deepcopy(stage.state_dict())
     report = align_block(name, stage, [deepcopy(stage)], calibration_sets, Recipe(directions=2))
@@ -163,7 +163,7 @@ def test_held_out_frames_end_the_iterations(family, monkeypatch) -> None:
     monkeypatch.setattr("ase_gffmerge.merging.calibration.MAX_EDGES", 250)
     parents = working_copies(family("painn", 2), torch.device("cpu"))
     mean = mean_potential(parents, Recipe())
-    calibration_sets = build_calibration(parents, mean, (1.0, 1.0), probes=2)
+    calibration_sets = build_calibration(parents, mean, (1.0, 1.0), directions=2)
     assert all(len(calibration_set.batches) > 1 for calibration_set in calibration_sets)
     name, stage = next(mean.named_stages())
     originals = [p.potential.get_submodule(name) for p in parents]
@@ -173,7 +173,7 @@ def test_held_out_frames_end_the_iterations(family, monkeypatch) -> None:
     )
 
     def mismatches() -> list[float]:
-        maps = {key: problem.read().clone() for key, problem in adjustable_maps(stage).items()}
+        maps = {key: linear.read().clone() for key, linear in adjustable_maps(stage).items()}
         return [one.mismatch(maps) for one in (held_out, fitted)]
 
     before = mismatches()

@@ -113,14 +113,14 @@ def test_repeating_frames_of_one_specialist_changes_nothing(merge_inputs) -> Non
     frames = [*first.calibration, *second.calibration]
 
     def forces(specialists: list[ForceField], **options) -> np.ndarray:
-        plain = recipe(readout=None, directions=0, ridge=1e-3, **options)
+        plain = load_recipe({"readout": None, "directions": 0, "ridge": 1e-3, **options})
         return np.concatenate(predict_frames(merge(specialists, plain)[0].potential, frames).forces)
 
     scale = np.abs(forces([first, second])).max()
     np.testing.assert_allclose(
         forces([repeated, second]), forces([first, second]), atol=1e-6 * scale, rtol=1e-6
     )
-    tilted = forces([repeated, second], normalise=False) - forces([first, second], normalise=False)
+    tilted = forces([repeated, second], preset="paper") - forces([first, second], preset="paper")
     assert np.abs(tilted).max() > 1e-3 * scale
 
 

@@ -31,8 +31,8 @@ def prepared(family, architecture):
     crystal.set_cell([[3.0, 0.1, 0], [0.4, 3.2, 0], [0, 0.3, 2.9]])
     frames = [*first.calibration[:3], second.calibration[0], crystal]
     batch = batch_graphs([build_graph(atoms, first.cutoff) for atoms in frames])
-    probes = Directions.draw(batch, 2, stress_weight=0.0, seed=0)
-    draw_random_features(wide.readout, random_feature_derivatives(wide, batch.clone(), probes)[0], seed=0)
+    directions = Directions.draw(batch, 2, stress_weight=0.0, seed=0)
+    draw_random_features(wide.readout, random_feature_derivatives(wide, batch.clone(), directions)[0], seed=0)
     return first, wide, batch
 
 
@@ -57,7 +57,7 @@ def test_widening_changes_nothing_until_theta_does(prepared) -> None:
 
 
 @pytest.mark.parametrize("directions", [200, 5])
-def test_gram_is_the_normal_equation_of_energies_forces_and_stresses(prepared, probes) -> None:
+def test_gram_is_the_normal_equation_of_energies_forces_and_stresses(prepared, directions) -> None:
     """Targets made by known coefficients leave no residual there, and the solve reproduces them."""
     _, wide, batch = prepared
     generator = torch.Generator().manual_seed(3)
@@ -67,7 +67,7 @@ def test_gram_is_the_normal_equation_of_energies_forces_and_stresses(prepared, p
     with torch.no_grad():
         goal.readout.theta.copy_(theta)
         goal.readout.constants.copy_(constants)
-    statistics = gram(wide, batch, predict(goal, batch.clone()), probes)
+    statistics = gram(wide, batch, predict(goal, batch.clone()), directions)
     coefficients = torch.cat([theta.flatten(), constants])[:, None]
     assert statistics.residual(coefficients) < 1e-12
     assert statistics.residual(torch.zeros_like(coefficients)) == 1.0
@@ -106,10 +106,10 @@ def test_displacements_of_small_frames_are_unit_vectors_and_of_large_ones_averag
 def test_work_is_the_change_of_energy_along_the_tangents(prepared) -> None:
     """Central differences of the energy along every displacement and strain; molecules have no strain."""
     _, wide, batch = prepared
-    probes = Directions.draw(batch, 3, stress_weight=0.7, seed=0)
-    work = probes.work(batch, predict(wide, batch.clone()))
+    directions = Directions.draw(batch, 3, stress_weight=0.7, seed=0)
+    work = directions.work(batch, predict(wide, batch.clone()))
     vectors = edge_vectors(batch)
-    tangents = probes.tangents(batch, vectors)
+    tangents = directions.tangents(batch, vectors)
     assert work.shape == (3 + 6, batch.n_structures)
     assert not work[3:, :-1].any()
     assert work[3:, -1].abs().min() > 0

@@ -21,7 +21,7 @@ def test_without_probes_there_are_values_alone() -> None:
 
 
 @pytest.mark.parametrize("directions", [0, 2])
-def test_slopes_of_stage_states_are_derivatives_along_the_probes(family, architecture, probes) -> None:
+def test_slopes_of_stage_states_are_derivatives_along_the_probes(family, architecture, directions) -> None:
     """Central differences of the state after all stages, displacing the atoms along each probe."""
     (specialist,) = family(architecture, 1, frames=2)
     potential = specialist.potential
@@ -33,7 +33,7 @@ def test_slopes_of_stage_states_are_derivatives_along_the_probes(family, archite
             for i, atoms in zip(order, frames):
                 atoms.positions += shift[n * i : n * (i + 1)].numpy()
         moved = specialist.with_calibration(frames)
-        (calibration_set,) = build_calibration([moved], potential, [1.0], directions=probes)
+        (calibration_set,) = build_calibration([moved], potential, [1.0], directions=directions)
         (scene,) = calibration_set.batches
         state = scene.target
         for _, stage in potential.named_stages():
@@ -43,11 +43,11 @@ def test_slopes_of_stage_states_are_derivatives_along_the_probes(family, archite
     state, positions = final_state()
     first = torch.as_tensor(specialist.calibration[0].positions)
     order = [0, 1] if torch.equal(positions[: len(first)], first) else [1, 0]
-    if not probes:
+    if not directions:
         assert state.tangent == ()
         return
     generator = torch.Generator().manual_seed(0)
-    displacements = torch.randn(probes, *positions.shape, generator=generator, dtype=torch.float64)
+    displacements = torch.randn(directions, *positions.shape, generator=generator, dtype=torch.float64)
     step = 1e-5
     for p, displacement in enumerate(displacements):
         ahead, back = (final_state(sign * step * displacement)[0] for sign in (1, -1))

@@ -138,7 +138,7 @@ def test_the_loop_is_on_record_and_in_words(pair, tmp_path):
     with pytest.warns(MergeWarning):
         result = closed_loop(
             pair,
-            {"method": "closed-form", "readout": None, "messages": False, "ridge": 1e6, "anchor": "zero"},
+            {"preset": "paper", "ridge": 1e6},
             options,
             device="cpu",
             progress=lambda fraction, _: told.append(fraction),
@@ -148,9 +148,10 @@ def test_the_loop_is_on_record_and_in_words(pair, tmp_path):
     loaded = ForceField.load(result.merged.save(tmp_path / "merged.safetensors"))
     assert loaded.merged is not None
     assert load_recipe(loaded.merged.recipe).closed_loop == options
-    assert "(chosen)" in result.summary()
-    assert "round 1: differs by methanol" in result.summary()
-    assert result.to_dict()["rounds"][1]["n_frames"] == [8, 8]
+    assert "(chosen)" in result.report.summary()
+    assert "round 1: differs by methanol" in result.report.summary()
+    assert result.report.closed_loop["rounds"][1]["n_frames"] == [8, 8]
+    assert loaded.merged.report == result.report.to_dict()
 
 
 def test_unknown_options_get_a_suggestion():
@@ -195,8 +196,10 @@ def test_a_loop_comes_before_a_distillation(pair):
 
 
 @pytest.mark.parametrize("architecture", ["painn"])
-def test_a_single_merge_refuses_a_loop(pair):
-    with pytest.raises(RecipeError, match="merge"):
-        merge(pair, {**RECIPE, "closed_loop": {}})
+def test_a_merge_does_the_loop_of_its_recipe(pair):
+    recipe = {**RECIPE, "closed_loop": {**SHORT, "rounds": 1, "frames": 2}}
+    (merged, report), by_hand = merge(pair, recipe, device="cpu"), closed_loop(pair, recipe, device="cpu")
+    assert merged.fingerprint == by_hand.merged.fingerprint
+    assert len(report.closed_loop["rounds"]) == 2
     with pytest.raises(RecipeError, match="did you mean 'rounds'"):
         load_recipe({"closed_loop": {"round": 1}})

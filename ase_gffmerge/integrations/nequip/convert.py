@@ -13,6 +13,7 @@ import torch
 from ase.data import atomic_numbers as NUMBERS
 from torch import Tensor
 
+import ase_gffmerge.integrations.nequip.layers  # noqa: F401 (registers the package's layers)
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.integrations.base import Adapter, ConvertedModel, VendorObject
 from ase_gffmerge.integrations.conversion import converted, one_number_of_scalars

@@ -40,9 +40,9 @@ def with_frames(n: int) -> Callable[[Bench], MergeOutput]:
     return lambda bench: fitted(build_trunk(bench.calibrated(n), Recipe()), Setting())
 
 
-def readout_with_frames(n: int, *, copies: int, probes: int) -> Callable[[Bench], MergeOutput]:
+def readout_with_frames(n: int, *, copies: int, directions: int) -> Callable[[Bench], MergeOutput]:
     """Readout fitted on ``n`` frames per specialist, trunk on the usual ones."""
-    options = CHEAP.model_copy(update={"copies": copies, "directions": probes})
+    options = CHEAP.model_copy(update={"copies": copies, "directions": directions})
     return lambda bench: fitted(bench.trunk, Setting(options=options, frames=bench.pool_frames(n)))
 
 
@@ -58,13 +58,13 @@ def trials() -> list[Trial]:
         )
         for n, order in ((25, 35), (50, 34), (100, 33), (200, 12), (400, 11))
     ]
-    for n, copies, probes, order in ((400, 0, 6, 13), (800, 0, 6, 14), (800, 0, 27, 32), (400, 2, 6, 15)):
+    for n, copies, directions, order in ((400, 0, 6, 13), (800, 0, 6, 14), (800, 0, 27, 32), (400, 2, 6, 15)):
         found.append(
             Trial(
-                name=f"readout frames {n} x {1 + copies}, probes {probes}",
+                name=f"readout frames {n} x {1 + copies}, directions {directions}",
                 family=FAMILY,
-                changes=f"readout on {n} true frames with {copies} copies, {probes} derivatives each; trunk on 100",
-                run=readout_with_frames(n, copies=copies, probes=probes),
+                changes=f"readout on {n} true frames with {copies} copies, {directions} derivatives each; trunk on 100",
+                run=readout_with_frames(n, copies=copies, directions=directions),
                 order=order,
             )
         )

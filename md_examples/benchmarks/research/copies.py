@@ -89,7 +89,7 @@ class Dynamics:
         Give every atom 12 u: what is visited in the long run stays the same, light atoms no longer limit the time step.
     temperature
         K.
-    probes, width
+    directions, width
         Derivatives per frame and features in the readout's fit.
     """
 
@@ -98,7 +98,7 @@ class Dynamics:
     timestep: float = 0.5
     equal_masses: bool = False
     temperature: float = 500.0
-    probes: int = CHEAP.directions
+    directions: int = CHEAP.directions
     width: int = CHEAP.width
 
     def visited(self, specialist: ForceField) -> dict[bytes, list[Atoms]]:
@@ -132,7 +132,7 @@ class Dynamics:
         """Sample, then fit the readout of a trunk."""
         start = time.process_time()
         found = [self.visited(calibration_set.specialist) for calibration_set in trunk.calibration_sets]
-        options = CHEAP.model_copy(update={"directions": self.probes, "width": self.width})
+        options = CHEAP.model_copy(update={"directions": self.directions, "width": self.width})
 
         def copies(
             frames: Sequence[Atoms], calibration_set: CalibrationSet, options: ReadoutOptions
@@ -183,8 +183,8 @@ def trials() -> list[Trial]:
         (Dynamics(copies=2, steps=40), 10),
         (Dynamics(copies=8, steps=10, timestep=2.0, equal_masses=True), 6),
         (Dynamics(copies=4, steps=10, timestep=2.0, equal_masses=True), 7),
-        (Dynamics(copies=8, steps=10, timestep=2.0, equal_masses=True, probes=27), 16),
-        (Dynamics(copies=16, steps=10, timestep=2.0, equal_masses=True, probes=3), 16),
+        (Dynamics(copies=8, steps=10, timestep=2.0, equal_masses=True, directions=27), 16),
+        (Dynamics(copies=16, steps=10, timestep=2.0, equal_masses=True, directions=3), 16),
         (Dynamics(copies=16, steps=10, timestep=2.0, equal_masses=True), 16),
         (Dynamics(copies=8, steps=30, timestep=2.0, equal_masses=True), 16),
         (Dynamics(copies=8, steps=10, timestep=2.0, equal_masses=True, width=2048), 16),
@@ -195,7 +195,7 @@ def trials() -> list[Trial]:
     )
     for run, order in runs:
         more = ", equal masses" * run.equal_masses
-        more += f", {run.probes} probes" * (run.probes != CHEAP.directions)
+        more += f", {run.directions} directions" * (run.directions != CHEAP.directions)
         more += f", width {run.width}" * (run.width != CHEAP.width)
         hot = f", {run.temperature:.0f} K" * (run.temperature != 500)
         found.append(

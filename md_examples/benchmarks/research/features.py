@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot, silu
 from ase_gffmerge.graphs import Prediction, predict
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.merging.directions import Directions
-from ase_gffmerge.merging.readout_fit import random_feature_derivatives, readout_rows, widened
+from ase_gffmerge.merging.readout_fit import random_feature_derivatives, random_feature_readout, readout_rows
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.merging.tangents import Dual, pushforward
 from ase_gffmerge.models import Potential
@@ -22,7 +22,7 @@ from ase_gffmerge.models.painn import PaiNN
 
 
 class FeatureReadout(RandomFeatureReadout):
-    """A widened readout with other features; subclasses define :meth:`phi`."""
+    """A random-feature readout with other features; subclasses define :meth:`phi`."""
 
     def phi(self, z: Tensor, species: Tensor) -> Tensor:
         """Features (n_atoms, width) for inputs (n_atoms, d) and element rows (n_atoms,)."""
@@ -77,7 +77,7 @@ class PaiNNWithNorms(PaiNN):
 
 
 def with_norms(potential: Potential, options: ReadoutOptions) -> Potential:
-    """Copy of a PaiNN whose widened readout (θ = c = 0) sees scalars and norms of all blocks."""
+    """Copy of a PaiNN whose random-feature readout (θ = c = 0) sees scalars and norms of all blocks."""
     hyper, n_species = potential.hyper, len(potential.species)
     wide = PaiNNWithNorms(hyper, potential.species).to(dtype=potential.dtype)
     wide.load_state_dict(potential.state_dict())
@@ -95,7 +95,7 @@ def with_readout(kind: type[FeatureReadout], potential: Potential, options: Read
     wide = with_wide_readout(potential, options)
     hyper = wide.hyper
     readout = kind(
-        widened(wide).mlp,
+        random_feature_readout(wide).mlp,
         hyper.channels,
         len(wide.species),
         width=options.width,
@@ -108,33 +108,33 @@ def with_readout(kind: type[FeatureReadout], potential: Potential, options: Read
 def lifted_inputs(potential: Potential, graph: AtomGraph) -> Tensor:
     """Inputs z (n_atoms, d) of the readout's projection."""
     graph.edge_vectors = edge_vectors(graph)
-    return widened(potential).random_features(potential.features(graph))
+    return random_feature_readout(potential).random_features(potential.features(graph))
 
 
 def feature_rows(
     potential: Potential,
     graph: AtomGraph,
     target: Prediction,
-    probes: Directions,
+    directions: Directions,
     *,
     elements: Tensor,
     frame_weights: Tensor,
     energy_weight: float,
 ) -> tuple[Tensor, Tensor]:
     """:func:`~ase_gffmerge.merging.readout_fit.readout_rows` for any readout, with the same arguments."""
-    readout = widened(potential)
+    readout = random_feature_readout(potential)
     if not isinstance(readout, FeatureReadout):
         return readout_rows(
             potential,
             graph,
             target,
-            probes,
+            directions,
             elements=elements,
             frame_weights=frame_weights,
             energy_weight=energy_weight,
         )
     base, species = predict(potential, graph), potential.species_row[graph.atomic_numbers]
-    z, dz = random_feature_derivatives(potential, graph, probes)
+    z, dz = random_feature_derivatives(potential, graph, directions)
     features = pushforward(lambda z: readout.phi(z, species), Dual((z,), (dz,)))
     element = torch.searchsorted(elements, species)
     n_frames, n_elements = len(frame_weights), len(elements)
@@ -151,6 +151,6 @@ def feature_rows(
     weight = energy_weight * scale * counts.sum(1, keepdim=True).rsqrt()
     slopes = torch.cat([torch.cat([sums(x), 0 * counts], dim=1) * scale for x in features.tangent[0]])
     energies = torch.cat([sums(features.value[0]), counts], dim=1) * weight
-    work = (probes.work(graph, target) - probes.work(graph, base)) * scale.T
+    work = (directions.work(graph, target) - directions.work(graph, base)) * scale.T
     energy_targets = (target.energy - base.energy)[:, None].to(z) * weight
     return torch.cat([slopes, energies]), torch.cat([work.reshape(-1, 1), energy_targets])

@@ -46,9 +46,7 @@ def with_product_readout(bench: Bench) -> MergeOutput:
     """Closing maps alone, then the product's readout with its defaults."""
     trunk = build_trunk(bench.specialists, Recipe())
     start = time.process_time()
-    potential, _, _ = match_forces(
-        trunk.potential, trunk.calibration_sets, ReadoutOptions(), progress=lambda fraction: None
-    )
+    potential, _, _ = match_forces(trunk.potential, trunk.calibration_sets, ReadoutOptions())
     spent = time.process_time() - start
     return MergeOutput(
         potentials=shared(potential, bench.specialists),

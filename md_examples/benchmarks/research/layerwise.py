@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
-from ase_gffmerge.least_squares.gram import Gram
+from ase_gffmerge.least_squares.gram import Gram, normalised_sum
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
-from ase_gffmerge.merging.layerwise import affine_layers, combine, layer_input, run_stage, stage_inputs
+from ase_gffmerge.merging.activations import affine_layers, entering, run_stage, stage_inputs
+from ase_gffmerge.merging.calibration import CalibrationSet, build_calibration
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.tangents import pushforward
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import AffineMap, layer_maps
 from ase_gffmerge.models.base import Stage
@@ -60,7 +59,8 @@ def solve_layers(
                     for s in range(len(calibration_set.batches))
                 ]
                 grams.append(_gram(problem, their, layer, merged, original, calibration_set, recipe, weights))
-            gram, prior = combine(grams, calibration_sets, recipe), problem.read().double()
+            gram = normalised_sum(grams, [calibration_set.weight for calibration_set in calibration_sets])
+            prior = problem.read().double()
             theta = ridge_solve(gram, prior, ridge=recipe.ridge).theta
             problem.write(correct(gram, prior, theta).to(problem.read()))
 
@@ -79,7 +79,10 @@ def _gram(
     theta = their.read()
     values = slopes = Gram.zero(*problem.read().shape)
     for scene, weight in zip(calibration_set.batches, weights, strict=True):
-        x, own = (_entering(stage, layer, scene, ours) for stage, ours in ((merged, True), (original, False)))
+        x, own = (
+            entering(stage, layer, scene, stage_inputs(scene, ours), run=run_stage)
+            for stage, ours in ((merged, True), (original, False))
+        )
         design = problem.design(x.value[0])
         root = torch.ones(len(design), 1) if weight is None else weight.sqrt()[:, None]
         values += Gram.of(design * root, (their.design(own.value[0]) @ theta) * root)
@@ -89,13 +92,6 @@ def _gram(
             padded = torch.cat([rows, rows.new_zeros(len(rows), design.shape[1] - rows.shape[1])], dim=1)
             slopes += Gram.of(padded * root, (target @ theta[: target.shape[1]]) * root)
     return values.balanced(slopes, recipe.derivative_weight)
-
-
-def _entering(stage: Stage, layer: str, scene: CalibrationBatch, of_merged: bool):
-    module = stage.get_submodule(layer)
-    return pushforward(
-        lambda *x: layer_input(module, lambda: run_stage(stage, scene, x)), stage_inputs(scene, of_merged)
-    )
 
 
 def sensitivities(potential: Potential, graph: AtomGraph) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from ase_gffmerge.merging.readout_fit import draw_random_features, widened
+from ase_gffmerge.merging.readout_fit import draw_random_features, random_feature_readout
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.layers.readout import RandomFeatureReadout
 from research.bench import Bench, MergeOutput, Trial
@@ -67,7 +67,7 @@ def gated(readout: RandomFeatureReadout, rows: Tensor, element: Tensor) -> None:
 
 def gradient_outer_product(potential: Potential, rows: Tensor, element: Tensor) -> Tensor:
     r"""M (d, d), float64: mean of :math:`g g^\top` over atoms, without the plain two-layer part."""
-    readout = widened(potential)
+    readout = random_feature_readout(potential)
 
     def energy(z: Tensor, theta: Tensor) -> Tensor:
         return torch.nn.functional.silu(readout.lift(z)) @ theta
@@ -106,8 +106,8 @@ def _option_trials() -> list[Trial]:
         ("energy weight 1", {"energy_weight": 1.0}, 43),
         ("energy weight 3", {"energy_weight": 3.0}, 38),
         ("energy weight 30", {"energy_weight": 30.0}, 43),
-        ("probes 9", {"directions": 9}, 44),
-        ("probes 27", {"directions": 27}, 39),
+        ("directions 9", {"directions": 9}, 44),
+        ("directions 27", {"directions": 27}, 39),
     )
     return [
         Trial(

@@ -25,7 +25,7 @@ from ase_gffmerge.merging.readout_fit import (
     ReadoutFit,
     draw_random_features,
     fit_readout,
-    widened,
+    random_feature_readout,
 )
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.models import Potential
@@ -42,7 +42,7 @@ CHEAP = ReadoutOptions(
     copies=2,
     temperature=0.0,
     displacement=0.02,
-    probes=6,
+    directions=6,
     energy_weight=10.0,
 )
 """The cheap reference that trials are compared with: dense features, rattled copies."""
@@ -70,7 +70,7 @@ def whitened(readout: RandomFeatureReadout, rows: Tensor, element: Tensor, *, sp
 
 
 def with_wide_readout(potential: Potential, options: ReadoutOptions) -> Potential:
-    """Copy with a widened readout at θ = c = 0, whatever its stages are."""
+    """Copy with a random-feature readout at θ = c = 0, whatever its stages are."""
     hyper, n_species = potential.hyper, len(potential.species)
     blocks = min(options.blocks, hyper.n_blocks)
     own = deepcopy(potential.readout)
@@ -88,7 +88,7 @@ class Setting:
     Attributes
     ----------
     options
-        Width, blocks, weights, copies, probes.
+        Width, blocks, weights, copies, directions.
     frames
         Frames of every specialist instead of its calibration frames.
     copies, lift, widen
@@ -129,7 +129,7 @@ def fit_potentials(
     merged = [wide[id(p)] for p in potentials]
     scenes = [(m, scene) for m, t in zip(merged, calibration_sets, strict=True) for scene in t.batches]
     element = torch.cat([m.species_row[scene.graph.atomic_numbers] for m, scene in scenes])
-    first = widened(merged[0])
+    first = random_feature_readout(merged[0])
     setting.lift(first, torch.cat([lifted_inputs(m, scene.graph) for m, scene in scenes]), element)
     for model in merged[1:]:
         model.readout = first

@@ -72,7 +72,7 @@ def trials() -> list[Trial]:
         ("messages none", "no message-level solves", walked(messages=False), 55),
         ("messages last", "message-level solves in the last block only", messages_in_last_block, 56),
         ("slopes off", "layers agree in values only", walked(directions=0), 57),
-        ("slope probes 8", "slopes along 8 displacements", walked(directions=8), 58),
+        ("slope directions 8", "slopes along 8 displacements", walked(directions=8), 58),
         ("slope weight 0.25", "slopes weigh a quarter of values", walked(derivative_weight=0.25), 59),
         ("slope weight 4", "slopes weigh four times values", walked(derivative_weight=4.0), 51),
     ]
