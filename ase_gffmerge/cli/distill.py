@@ -44,8 +44,7 @@ def distill(
     from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.evaluation.plots import plot_history
     from ase_gffmerge.integrations.load import load_force_field
-    from ase_gffmerge.merging.recipe import DistillOptions
-    from ase_gffmerge.merging.recipe import load_recipe
+    from ase_gffmerge.merging.recipe import DistillOptions, load_recipe
     from ase_gffmerge.storage.atomic import require_writable
     from ase_gffmerge.training.checkpoint import checkpoint_path
     from ase_gffmerge.training.distill import distill

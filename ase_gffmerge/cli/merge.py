@@ -36,7 +36,10 @@ def merge(
     from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.merging.recipe import ClosedLoopOptions, load_recipe
     from ase_gffmerge.storage.atomic import require_writable
+    from ase_gffmerge.storage.documents import validated
+    from ase_gffmerge.workflows.merge import merge as merge_specialists
 
+    loop = {"rounds": closed_loop, "temperature": loop_temperature}
     chosen = load_recipe(
         recipe,
         conditioning=conditioning.value if conditioning else None,

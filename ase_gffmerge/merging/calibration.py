@@ -121,7 +121,9 @@ def _size(graph: AtomGraph) -> int:
     return max(graph.n_edges, EDGES_PER_ATOM * len(graph))
 
 
-def _embedded(specialist: ForceField, merged: Potential, graph: AtomGraph, directions: int) -> CalibrationBatch:
+def _embedded(
+    specialist: ForceField, merged: Potential, graph: AtomGraph, directions: int
+) -> CalibrationBatch:
     potential = specialist.potential
     positions = Dual((graph.positions,), (_displacements(graph.positions, directions),) if directions else ())
     geometry = pushforward(lambda r: potential.edge_functions(edge_vectors(graph, r)), positions)

@@ -39,9 +39,7 @@ from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs
 from ase_gffmerge.integrations.load import export
-from ase_gffmerge.merging.recipe import DistillOptions
-from ase_gffmerge.merging.recipe import MERGE_VERSION
-from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.merging.recipe import MERGE_VERSION, DistillOptions, Recipe
 from ase_gffmerge.methods import MergeOutput
 from ase_gffmerge.models import Potential
 from ase_gffmerge.training.config import TrainConfig

@@ -23,7 +23,7 @@ from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.inference.compiled import CompiledPotential
 from ase_gffmerge.inference.cuda_capture import CudaGraphs
 from ase_gffmerge.inference.cuda_graphs import VISITS
-from ase_gffmerge.merging import stage_output
+from ase_gffmerge.merging import blockwise
 from ase_gffmerge.merging import tangents as duals
 from ase_gffmerge.merging.recipe import DistillOptions
 from ase_gffmerge.models import build_potential
@@ -163,7 +163,7 @@ def results(device: str) -> dict[str, torch.Tensor]:
 def main() -> None:
     warnings.simplefilter("ignore", MergeWarning)
     CompiledPotential._on_gpu, CudaGraphs.__call__ = True, Rerun()  # type: ignore[method-assign,assignment]
-    duals.differentiable_pushforward = stage_output.differentiable_pushforward = slopes_by_differences
+    duals.differentiable_pushforward = blockwise.differentiable_pushforward = slopes_by_differences
     expected = results("cpu")
     with second_device() as device:
         found = results(device)
