@@ -18,8 +18,8 @@ from ase_gffmerge.errors import CacheError, CacheWarning
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.workflows.cache import MergeCache, cache_key
-from helpers.faults import tiny_specialists
 from ase_gffmerge.workflows.merge import merge
+from helpers.faults import tiny_specialists
 
 RECIPE = load_recipe("mean")
 

@@ -4,9 +4,9 @@ import pytest
 from ase import Atoms
 
 from ase_gffmerge import ForceField, GFFMergeCalculator
+from ase_gffmerge.workflows.merge import merge
 from helpers.structures import STRUCTURES
 from helpers.toys import random_force_field, stranger
-from ase_gffmerge.workflows.merge import merge
 
 
 @pytest.fixture

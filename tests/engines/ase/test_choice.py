@@ -18,9 +18,9 @@ from ase_gffmerge.evaluation.comparison.inputs import read_labelled
 from ase_gffmerge.evaluation.md.runs import Contestant, Protocol, run_models
 from ase_gffmerge.inference.metrics import evaluate, predict_frames
 from ase_gffmerge.training.loss import labelled_graphs
+from ase_gffmerge.workflows.merge import merge
 from helpers.structures import cluster
 from helpers.toys import random_force_field
-from ase_gffmerge.workflows.merge import merge
 
 NAMES = np.array(["ethanol", "methanol"] * 3)
 STATEMENTS = {
