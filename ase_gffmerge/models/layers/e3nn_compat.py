@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Tracer
 
 from ase_gffmerge.runtime.forking import ForkSafeLock
 
@@ -37,19 +37,29 @@ def eager_e3nn() -> Iterator[None]:
             e3nn.set_optimization_defaults(**{option: defaults[option] for option in _EAGER})
 
 
-def keep_plain(root: nn.Module) -> None:
-    """Let copies of plain modules be plain, too: e3nn 0.4 compiles the code that it generated when it copies it.
+class BufferTracer(Tracer):
+    """Traces generated code without folding what it computes of buffers into new constants."""
 
-    What it generates to raise an error, in place of a method that was not asked for, cannot be read from a pickle and goes.
+    proxy_buffer_attributes = True
+
+
+def keep_plain(root: nn.Module) -> None:
+    """Let copies of the code that e3nn generated be what the original is, with the same buffers and no others.
+
+    A pickle of such code, and with e3nn 0.6 every copy, traces it again, which by default folds products of buffers into
+    tensors that are named ``_tensor_constant0``, ... and stand in state dictionaries; e3nn 0.4 compiles it when it copies
+    it. What it generates to raise an error, in place of a method that was not asked for, cannot be read from a pickle and
+    goes.
     """
-    if "jit_mode" in _EAGER:
-        return
     for module in list(root.modules()):
-        if hasattr(module, "__codegen__"):
+        if "jit_mode" not in _EAGER and hasattr(module, "__codegen__"):
             setattr(module, "__codegen__", [])  # noqa: B010 (a module's own attribute, which is no tensor)
         for name, part in list(module.named_children()):
-            if isinstance(part, GraphModule) and not any(node.op == "output" for node in part.graph.nodes):
+            if not isinstance(part, GraphModule):
+                continue
+            if "jit_mode" not in _EAGER and not any(node.op == "output" for node in part.graph.nodes):
                 delattr(module, name)
+            part._tracer_cls = part.graph._tracer_cls = BufferTracer
 
 
 @contextmanager
