@@ -1,7 +1,8 @@
 """What the tests of several packages do with their models."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from ase.build import bulk, molecule
 from ase.calculators.calculator import Calculator
 
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge
-from ase_gffmerge.integrations.load import from_vendor
+from ase_gffmerge.integrations.load import export, from_vendor
 
 QUICK = {"readout": {"width": 64, "copies": 1}, "directions": 1}
 """The default recipe, with less of what takes time."""
@@ -74,6 +75,28 @@ def assert_copies_merge_into(original: ForceField) -> None:
             copy.calc = GFFMergeCalculator(specialist, dtype="float64", device="cpu")
             forces.append(copy.get_forces())
         np.testing.assert_allclose(*forces, atol=1e-10)
+
+
+def merged_saved_cached_and_exported(
+    vendor: str, models: Sequence[torch.nn.Module], frames: Sequence[Atoms], folder: Path
+) -> tuple[Calculator, Path]:
+    """Merge networks, each with a frame of its own; the force field's own file and the cache hold the same weights.
+
+    Returns the calculator and the file in the vendor's format.
+    """
+    sources = []
+    for k, (model, atoms) in enumerate(zip(models, frames, strict=True)):
+        specialist = from_vendor(vendor, model, calibration=[atoms], name=f"relative {k}")
+        sources.append(specialist.save(folder / f"{k}.safetensors"))
+    recipe = {"readout": None, "messages": False, "probes": 0}
+    calc, again = (
+        GFFMergeCalculator(sources, recipe=recipe, cache_dir=folder / "cache", device="cpu") for _ in range(2)
+    )
+    assert (calc.cache_hit, again.cache_hit) == (False, True)
+    saved = ForceField.load(calc.force_field.save(folder / "merged.safetensors"))
+    assert saved.fingerprint == again.force_field.fingerprint == calc.force_field.fingerprint
+    assert calc.force_field.fingerprint not in {ForceField.load(source).fingerprint for source in sources}
+    return calc, export(calc.force_field, folder / "merged.pth")
 
 
 def merges(pair: list[ForceField], recipes: Mapping[str, Any]) -> dict[str, tuple[ForceField, Any, float]]:

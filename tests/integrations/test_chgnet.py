@@ -17,6 +17,7 @@ from ase_gffmerge.inference.metrics import predict_frames
 from ase_gffmerge.integrations import ADAPTERS
 from ase_gffmerge.integrations.load import export, from_vendor, load_force_field
 from ase_gffmerge.testing import check_calculator
+from helpers.vendor_models import assert_same, merged_saved_cached_and_exported, moved
 
 pytest.importorskip("chgnet", reason="needs the package chgnet: pip install chgnet")
 warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -72,6 +73,18 @@ def test_compiling_is_refused_once_with_the_same_results(original):
 @pytest.fixture(scope="module")
 def original() -> ForceField:
     return from_vendor("chgnet", "0.3.0")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_relatives_of_the_published_network_are_merged_saved_cached_and_exported(tmp_path):
+    from chgnet.model import CHGNet, CHGNetCalculator
+
+    relatives = [moved(CHGNet.load(verbose=False), seed=seed, size=0.01) for seed in (1, 2)]
+    crystals = [rocksalt(1), rocksalt(2, symbols="LiF", a=4.0)]  # without angles of 180 degrees
+    calc, path = merged_saved_cached_and_exported("chgnet", relatives, crystals, tmp_path)
+    for crystal in crystals:
+        theirs = CHGNetCalculator.from_file(str(path), use_device="cpu")
+        assert_same(calc, theirs, crystal, tolerance=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,5 +1,6 @@
 """SevenNet of the package sevenn: the vendor's results, the vendor's files, and merges."""
 
+import pickle
 from copy import deepcopy
 
 import numpy as np
@@ -12,6 +13,7 @@ from helpers.vendor_models import (
     assert_copies_merge_into,
     assert_same,
     default_that_beats_paper_and_mean,
+    merged_saved_cached_and_exported,
     moved,
     relatives,
     structures,
@@ -112,6 +114,40 @@ def test_casts_change_weights_alone():
     copy = deepcopy(potential).float().double()
     for name, buffer in copy.named_buffers():
         assert torch.equal(buffer, exact[name]), name
+
+
+WITH_FUSED_PRODUCTS = {
+    "channel": 32,
+    "lmax": 2,
+    "irreps_manual": ["32x0e", "32x0e+16x1e+8x2e", "32x0e+16x1e+8x2e", "32x0e"],
+    "num_convolution_layer": 3,
+    "is_parity": False,
+}
+"""Large enough for e3nn to multiply Clebsch-Gordan coefficients with factors before anything else."""
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda whole: pickle.loads(pickle.dumps(whole))])
+def test_copies_have_the_constants_of_the_original(copied):
+    potential = from_vendor("sevenn", build(**WITH_FUSED_PRODUCTS)).potential
+    copy = copied(copied(potential)).double()
+    potential.double()
+    assert list(copy.state_dict()) == list(potential.state_dict())
+    theirs, ours = (dict(p.named_buffers()) for p in (potential, copy))
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_relatives_of_the_published_network_are_merged_saved_cached_and_exported(tmp_path):
+    from sevenn.calculator import SevenNetCalculator
+
+    published = SevenNetCalculator("7net-0", device="cpu").model
+    relatives_of_it = [moved(deepcopy(published), seed=seed, size=0.01) for seed in (1, 2)]
+    crystals = [bulk("NaCl", "rocksalt", a=5.6), bulk("MgO", "rocksalt", a=4.2)]
+    for crystal in crystals:
+        crystal.rattle(0.1, seed=2)
+    calc, path = merged_saved_cached_and_exported("sevenn", relatives_of_it, crystals, tmp_path)
+    for crystal in crystals:
+        assert_same(calc, SevenNetCalculator(path, device="cpu"), crystal, tolerance=3e-6)
 
 
 def checkpoint(path, model, **config):
