@@ -9,7 +9,7 @@ from ase import Atoms, units
 from ase.md import VelocityVerlet
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.dynamics.ase_md import new_momenta
+from ase_gffmerge.dynamics.velocities import new_momenta
 from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 
 TEMPERATURE = 300

@@ -17,7 +17,7 @@ from ase.io import Trajectory, read
 from ase.md import VelocityVerlet
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.dynamics.ase_md import new_momenta
+from ase_gffmerge.dynamics.velocities import new_momenta
 from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 
 INTERVAL = 5  # steps from frame to frame

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ase import Atoms
 
     from ase_gffmerge.dynamics.extrapolation_monitor import ExtrapolationMonitor
-    from ase_gffmerge.dynamics.result import Sample
+    from ase_gffmerge.dynamics.trajectory import Sample
 
 
 class Ensemble(StrEnum):

@@ -11,23 +11,11 @@ from ase.constraints import FixCom
 from ase.md import MTKNPT, Langevin, VelocityVerlet
 from ase.md.md import MolecularDynamics
 
-from ase_gffmerge.dynamics.bonds import Bonds, bonds_intact, broken_bonds, find_bonds
-from ase_gffmerge.dynamics.result import MDResult, Sample
+from ase_gffmerge.dynamics.bonds import broken_bonds, find_bonds
+from ase_gffmerge.dynamics.trajectory import Sample, Trajectory
 from ase_gffmerge.dynamics.trajectory_io import frame_writer
 from ase_gffmerge.dynamics.velocities import degrees_of_freedom, new_momenta
 from ase_gffmerge.errors import DynamicsError, StructureError, first_line
-
-__all__ = [
-    "Bonds",
-    "DynamicsError",
-    "MDResult",
-    "Sample",
-    "bonds_intact",
-    "broken_bonds",
-    "find_bonds",
-    "new_momenta",
-    "run_md",
-]
 
 ENSEMBLES = ("nve", "nvt", "npt")
 
@@ -46,7 +34,7 @@ def run_md(
     thermalize: bool = True,
     trajectory: str | Path | None = None,
     on_sample: Callable[[Sample], None] | None = None,
-) -> MDResult:
+) -> Trajectory:
     """Run molecular dynamics on ``atoms`` in place.
 
     Parameters
@@ -75,6 +63,11 @@ def run_md(
     on_sample
         Called with every :class:`Sample`.
 
+    Returns
+    -------
+    Trajectory
+        Energies and temperatures of the samples; frames are in the file alone.
+
     Raises
     ------
     DynamicsError
@@ -91,7 +84,7 @@ def run_md(
     if thermalize:
         new_momenta(atoms, temperature, rng=rng)
     atoms.get_forces()
-    bonds = find_bonds(atoms)
+    bonds, start = find_bonds(atoms), atoms.copy()
     samples: list[Sample] = []
     broken: set[tuple[int, int]] = set()
     with _resting_centre(atoms, ensemble), _explained(timestep), frame_writer(trajectory) as write:
@@ -99,7 +92,7 @@ def run_md(
             atoms, ensemble, temperature, timestep, friction=friction, pressure=pressure, rng=rng
         )
         freedom = degrees_of_freedom(atoms, at_rest=thermalize and ensemble == "nve")
-        start = perf_counter()
+        began = perf_counter()
         for done in _sampled_steps(steps, interval):
             if done:
                 dynamics.run(done - samples[-1].step)
@@ -108,18 +101,23 @@ def run_md(
             write(atoms)
             if on_sample:
                 on_sample(samples[-1])
-        seconds = perf_counter() - start
-    return MDResult(
+        seconds = perf_counter() - began
+    none = np.empty((0, len(atoms), 3))
+    return Trajectory(
+        start=start,
         ensemble=ensemble,
-        steps=steps,
         timestep=timestep,
-        n_atoms=len(atoms),
-        seconds=seconds,
+        steps=steps,
+        target_temperature=temperature,
         times=np.array([sample.time for sample in samples]),
-        total_energies=np.array([sample.total_energy for sample in samples]),
+        potential_energies=np.array([sample.potential_energy for sample in samples]),
+        kinetic_energies=np.array([sample.kinetic_energy for sample in samples]),
         temperatures=np.array([sample.temperature for sample in samples]),
-        potential_energy=samples[-1].potential_energy,
+        positions=none,
+        momenta=none,
+        forces=none,
         broken_bonds=tuple(sorted(broken)),
+        seconds=seconds,
     )
 
 
@@ -226,4 +224,4 @@ def _sample(atoms: Atoms, step: int, timestep: float, freedom: int) -> Sample:
             f"time step (now {timestep:g} fs) or relax the structure first"
         )
     temperature = 2 * kinetic / (freedom * units.kB)
-    return Sample(step, step * timestep, potential + kinetic, potential, temperature)
+    return Sample(step, step * timestep, potential, kinetic, temperature)

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any, Literal, get_args
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.singlepoint import SinglePointCalculator
 
 from ase_gffmerge.dynamics.langevin import BatchedLangevin
 from ase_gffmerge.dynamics.stopping import Stop, StoppingCriteria, StoppingTracker
+from ase_gffmerge.dynamics.trajectory import Trajectory
 from ase_gffmerge.dynamics.velocities import degrees_of_freedom, new_momenta
 from ase_gffmerge.errors import DynamicsError, StructureError
 from ase_gffmerge.inference.metrics import check_frames
@@ -17,43 +18,6 @@ from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress, no_progress
 
 Ensemble = Literal["nve", "nvt"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplicaRun:
-    """What one replica did.
-
-    Attributes
-    ----------
-    frames
-        Structures with momenta, potential energy (eV) and forces (eV/Å), not wrapped into the cell.
-    times_fs, potential_energies, kinetic_energies, temperatures : (n_frames,)
-        fs, eV, eV, K; of the frames.
-    target_temperature
-        K.
-    stopped
-        ``None`` for a replica that ran to the end; else ``bond broken``, ``atoms too close``, ``too hot``,
-        ``extrapolation`` or ``not finite``. The structure that was the reason is not among the frames.
-    detail
-        Which atoms or what value it was.
-    stopped_at_fs
-        When.
-    """
-
-    frames: tuple[Atoms, ...]
-    times_fs: np.ndarray
-    potential_energies: np.ndarray
-    kinetic_energies: np.ndarray
-    temperatures: np.ndarray
-    target_temperature: float
-    stopped: str | None = None
-    detail: str = ""
-    stopped_at_fs: float | None = None
-
-    @property
-    def total_energies(self) -> np.ndarray:
-        """Potential plus kinetic energy (n_frames,) in eV."""
-        return self.potential_energies + self.kinetic_energies
 
 
 def run_replicas(
@@ -72,9 +36,9 @@ def run_replicas(
     specialist: str | int | Sequence[str | int | None] | None = None,
     names: Sequence[str] | None = None,
     skin: float = 1.0,
-    monitor: StoppingCriteria | None = None,
-    on_progress: Progress | None = None,
-) -> list[ReplicaRun]:
+    criteria: StoppingCriteria | None = None,
+    progress: Progress = no_progress,
+) -> list[Trajectory]:
     """Run every structure as a replica of its own, all of them in one batch.
 
     A replica that breaks leaves the batch; the others go on and notice nothing: its noise and velocities come from
@@ -110,14 +74,14 @@ def run_replicas(
         ``specialist`` name them.
     skin
         Of the neighbour lists, Å; it changes the speed, not the result.
-    monitor
+    criteria
         What stops a replica; default: broken bonds, atoms too close, runaway temperature.
-    on_progress
+    progress
         Called with a fraction (0 to 1) and a description.
 
     Returns
     -------
-    list of ReplicaRun
+    list of Trajectory
         In the order of the structures.
 
     Raises
@@ -146,7 +110,7 @@ def run_replicas(
     starts = [
         _start(s, t, g, thermalize) for s, t, g in zip(structures, temperatures, generators, strict=True)
     ]
-    swarm = BatchedLangevin(
+    replicas = BatchedLangevin(
         potential,
         starts,
         temperatures=temperatures,
@@ -158,93 +122,94 @@ def run_replicas(
     at_rest = thermalize and ensemble == "nve"
     freedom = [degrees_of_freedom(atoms, at_rest=at_rest) for atoms in starts]
     intact = starts if references is None else _each(list(references), n, "references")
-    watch = StoppingTracker(monitor or StoppingCriteria(), swarm, intact, freedom=freedom)
+    tracker = StoppingTracker(criteria or StoppingCriteria(), replicas, intact, freedom=freedom)
     records = [_Record(atoms, t) for atoms, t in zip(starts, temperatures, strict=True)]
-    tell = on_progress or no_progress
-    friction = friction if ensemble == "nvt" else 0.0
-    _run(swarm, watch, records, timestep=timestep, steps=steps, every=every, friction=friction, tell=tell)
-    return [record.close() for record in records]
-
-
-def _run(
-    swarm: BatchedLangevin,
-    watch: StoppingTracker,
-    records: list["_Record"],
-    *,
-    timestep: float,
-    steps: int,
-    every: int,
-    friction: float,
-    tell: Progress,
-) -> None:
-    """Integrate, stop what breaks, record the rest."""
+    began = perf_counter()
     moving = list(records)
     for step in range(steps + 1):
         if step:
-            swarm.step(timestep, friction=friction)
+            replicas.step(timestep, friction=friction if ensemble == "nvt" else 0.0)
         recording = step % every == 0
-        stops = watch.stops(recording=recording)
-        if stops:
-            for k, stop in stops.items():
-                moving[k].stop(stop, step * timestep)
-            kept = [k for k in range(len(moving)) if k not in stops]
-            moving = [moving[k] for k in kept]
-            if not moving:
-                return
-            swarm.keep(kept)
-            watch.keep(kept)
+        moving = _without_stopped(replicas, tracker, moving, time=step * timestep, recording=recording)
+        if not moving:
+            break
         if recording:
-            _record(swarm, watch, moving, step * timestep)
-            tell(step / steps, f"{len(moving)} of {len(records)} replicas at {step * timestep / 1000:.2f} ps")
+            _record(replicas, tracker, moving, step * timestep)
+            progress(step / steps, f"{len(moving)} of {n} replicas at {step * timestep / 1000:.2f} ps")
+    seconds = perf_counter() - began
+    return [
+        record.trajectory(ensemble=ensemble, timestep=timestep, steps=steps, seconds=seconds)
+        for record in records
+    ]
 
 
-def _record(swarm: BatchedLangevin, watch: StoppingTracker, moving: Sequence["_Record"], time: float) -> None:
-    arrays = [x.cpu().numpy() for x in (swarm.positions, swarm.momenta, swarm.forces)]
-    rows = np.stack(
-        [x.cpu().numpy() for x in (swarm.energies, swarm.kinetic_energies(), watch.temperatures())], axis=1
-    )
-    for record, part, row in zip(moving, swarm.slices, rows, strict=True):
-        record.add(time, row, *(array[part] for array in arrays))
+def _without_stopped(
+    replicas: BatchedLangevin,
+    tracker: StoppingTracker,
+    moving: list["_Record"],
+    *,
+    time: float,
+    recording: bool,
+) -> list["_Record"]:
+    """Take the replicas that have to stop out of the batch; the records of the others."""
+    stops = tracker.stops(recording=recording)
+    if not stops:
+        return moving
+    for k, stop in stops.items():
+        moving[k].stopped, moving[k].stopped_at = stop, time
+    kept = [k for k in range(len(moving)) if k not in stops]
+    if kept:
+        replicas.keep(kept)
+        tracker.keep(kept)
+    return [moving[k] for k in kept]
+
+
+def _record(
+    replicas: BatchedLangevin, tracker: StoppingTracker, moving: Sequence["_Record"], time: float
+) -> None:
+    """Add the present frame to every record."""
+    vectors = [x.cpu().numpy() for x in (replicas.positions, replicas.momenta, replicas.forces)]
+    scalars = (replicas.energies, replicas.kinetic_energies(), tracker.temperatures())
+    rows = np.stack([x.cpu().numpy() for x in scalars], axis=1)
+    for record, part, row in zip(moving, replicas.slices, rows, strict=True):
+        record.times.append(time)
+        record.scalars.append(row)
+        record.vectors.append(np.array([vector[part] for vector in vectors]))
 
 
 @dataclass
 class _Record:
-    """A replica's diary."""
+    """What is recorded of one replica: scalars (3,) and vectors (3, n_atoms, 3) per frame."""
 
     start: Atoms
     target: float
-    frames: list[Atoms] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
-    rows: list[np.ndarray] = field(default_factory=list)
+    scalars: list[np.ndarray] = field(default_factory=list)
+    vectors: list[np.ndarray] = field(default_factory=list)
     stopped: Stop | None = None
     stopped_at: float | None = None
 
-    def add(
-        self, time: float, row: np.ndarray, positions: np.ndarray, momenta: np.ndarray, forces: np.ndarray
-    ) -> None:
-        atoms = self.start.copy()
-        atoms.positions = positions
-        atoms.set_momenta(momenta)
-        atoms.calc = SinglePointCalculator(atoms, energy=float(row[0]), forces=forces.copy())
-        self.frames.append(atoms)
-        self.times.append(time)
-        self.rows.append(row)
-
-    def stop(self, stop: Stop, time: float) -> None:
-        self.stopped, self.stopped_at = stop, time
-
-    def close(self) -> ReplicaRun:
-        potential, kinetic, temperature = np.array(self.rows).reshape(-1, 3).T
-        return ReplicaRun(
-            frames=tuple(self.frames),
-            times_fs=np.array(self.times),
+    def trajectory(self, *, ensemble: str, timestep: float, steps: int, seconds: float) -> Trajectory:
+        """All frames as arrays; options as for :class:`Trajectory`."""
+        potential, kinetic, temperatures = np.array(self.scalars).reshape(-1, 3).T
+        vectors = np.array(self.vectors).reshape(-1, 3, len(self.start), 3)
+        return Trajectory(
+            start=self.start,
+            ensemble=ensemble,
+            timestep=timestep,
+            steps=steps,
+            target_temperature=self.target,
+            times=np.array(self.times),
             potential_energies=potential,
             kinetic_energies=kinetic,
-            temperatures=temperature,
-            target_temperature=self.target,
+            temperatures=temperatures,
+            positions=vectors[:, 0],
+            momenta=vectors[:, 1],
+            forces=vectors[:, 2],
             stopped=self.stopped.reason if self.stopped else None,
             detail=self.stopped.detail if self.stopped else "",
-            stopped_at_fs=self.stopped_at,
+            stopped_at=self.stopped_at,
+            seconds=seconds,
         )
 
 

@@ -1,4 +1,4 @@
-"""Watching a run of dynamics or a relaxation for structures that the force field does not know."""
+"""An observer of dynamics and relaxations that acts on structures beyond the calibration frames."""
 
 import warnings
 from pathlib import Path
@@ -56,7 +56,7 @@ class ExtrapolationMonitor:
     Raises
     ------
     MissingExtrapolationGradeError
-        When the calculator serves a force field without a gauge.
+        When the force field of the calculator has no extrapolation grade.
     GFFMergeError
         For options that do not fit each other.
     FileFormatError
@@ -148,9 +148,9 @@ def require_extrapolation_grade(calculator: Any) -> None:
         return
     if force_field is None:
         raise MissingExtrapolationGradeError(
-            f"{type(calculator).__name__} serves no extrapolation grade; give the GFFMergeCalculator as calculator="
+            f"{type(calculator).__name__} has no extrapolation grade; give the GFFMergeCalculator as calculator="
         )
     raise MissingExtrapolationGradeError(
-        f"{force_field.name!r} has no extrapolation gauge: it is a single specialist, or a merge by an older version; merge "
+        f"{force_field.name!r} has no extrapolation grade: it is a single specialist, or a merge by an older version; merge "
         "again, or give the calculator ForceField.load(...).with_extrapolation_grade()"
     )

@@ -107,7 +107,7 @@ class BatchedLangevin:
         return values.new_zeros(len(self)).index_add(0, self.structure_index, values)
 
     def any_atom(self, flags: Tensor) -> Tensor:
-        """Tell the replicas (n_replicas,) in which any atom is flagged (n_atoms,)."""
+        """Flags (n_replicas,) of the replicas in which any atom is flagged (n_atoms,)."""
         return self.per_replica(flags.double()) > 0
 
     def kinetic_energies(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""When a replica is no longer worth following."""
+"""What stops a replica of molecular dynamics: broken bonds, overlaps, runaway temperature, extrapolation."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class StoppingCriteria:
 
 
 def standard_criteria(force_field: ForceField, *, max_grade: float | None = 2.0) -> StoppingCriteria:
-    """A monitor that also looks at the extrapolation grade, if the force field has a gauge; ``None``: it does not."""
+    """Default criteria, and ``max_grade`` (if not ``None``) where the force field has an extrapolation grade."""
     if force_field.extrapolation_grade is None or max_grade is None:
         return StoppingCriteria()
 
@@ -77,26 +77,26 @@ class BondCriterion:
     limits: np.ndarray
 
     @classmethod
-    def of(cls, atoms: Atoms, monitor: StoppingCriteria) -> "BondCriterion":
+    def of(cls, atoms: Atoms, criteria: StoppingCriteria) -> "BondCriterion":
         """Bonds of the structure as it is now, without those of mobile elements."""
         bonds = find_bonds(atoms)
-        hops = np.isin(atoms.numbers, [chemical_symbols.index(symbol) for symbol in monitor.mobile])
+        hops = np.isin(atoms.numbers, [chemical_symbols.index(symbol) for symbol in criteria.mobile])
         held = ~hops[bonds.pairs].any(axis=1)
         pairs = bonds.pairs[held]
         vectors = atoms.positions[pairs[:, 1]] - atoms.positions[pairs[:, 0]]
         nearest = find_mic(vectors, atoms.cell, atoms.pbc)[0] if len(pairs) else vectors
-        return cls(pairs, nearest - vectors, (monitor.stretch or np.inf) * bonds.lengths[held])
+        return cls(pairs, nearest - vectors, (criteria.stretch or np.inf) * bonds.lengths[held])
 
 
 class StoppingTracker:
-    """A monitor at work on a swarm.
+    """Stopping criteria applied to a batch of replicas while they move.
 
     Parameters
     ----------
-    monitor
-        The criteria.
-    swarm
-        What to look at.
+    criteria
+        What stops a replica.
+    replicas
+        The batch.
     references
         Intact structures, one per replica.
     freedom
@@ -105,21 +105,21 @@ class StoppingTracker:
 
     def __init__(
         self,
-        monitor: StoppingCriteria,
-        swarm: BatchedLangevin,
+        criteria: StoppingCriteria,
+        replicas: BatchedLangevin,
         references: Sequence[Atoms],
         *,
         freedom: Sequence[int],
     ):
-        self.monitor, self.swarm = monitor, swarm
-        self.freedom = torch.as_tensor(freedom, dtype=torch.float64, device=swarm.device)
-        self.radii = torch.as_tensor(covalent_radii, dtype=torch.float64, device=swarm.device)
-        self._bonds = [BondCriterion.of(atoms, monitor) for atoms in references]
+        self.criteria, self.replicas = criteria, replicas
+        self.freedom = torch.as_tensor(freedom, dtype=torch.float64, device=replicas.device)
+        self.radii = torch.as_tensor(covalent_radii, dtype=torch.float64, device=replicas.device)
+        self._bonds = [BondCriterion.of(atoms, criteria) for atoms in references]
         self._join()
 
     def _join(self) -> None:
-        starts = [part.start for part in self.swarm.slices]
-        device = self.swarm.device
+        starts = [part.start for part in self.replicas.slices]
+        device = self.replicas.device
         self.pairs = torch.as_tensor(
             np.concatenate([b.pairs + start for b, start in zip(self._bonds, starts, strict=True)]),
             device=device,
@@ -128,14 +128,14 @@ class StoppingTracker:
         self.limits = torch.as_tensor(np.concatenate([b.limits for b in self._bonds]), device=device)
 
     def keep(self, kept: Sequence[int]) -> None:
-        """Go on with the replicas of these indices, after the swarm has."""
+        """Go on with the replicas of these indices, after the batch has."""
         self.freedom = self.freedom[list(kept)]
         self._bonds = [self._bonds[k] for k in kept]
         self._join()
 
     def temperatures(self) -> Tensor:
         """Instantaneous temperature (n_replicas,) in K."""
-        return 2 * self.swarm.kinetic_energies() / (self.freedom * units.kB)
+        return 2 * self.replicas.kinetic_energies() / (self.freedom * units.kB)
 
     def stops(self, *, recording: bool) -> dict[int, Stop]:
         """Replicas to stop now; ``recording``: a frame is about to be recorded, so look at the grade too."""
@@ -146,25 +146,25 @@ class StoppingTracker:
 
     def _all(self, recording: bool) -> Iterator[tuple[int, Stop]]:
         yield from self._not_finite()
-        if self.monitor.stretch is not None:
+        if self.criteria.stretch is not None:
             yield from self._broken()
-        if self.monitor.contact is not None:
-            yield from self._too_close(self.monitor.contact)
-        if self.monitor.heat is not None:
-            yield from self._too_hot(self.monitor.heat)
-        if recording and self.monitor.grade is not None:
-            yield from self._unknown(self.monitor.grade)
+        if self.criteria.contact is not None:
+            yield from self._too_close(self.criteria.contact)
+        if self.criteria.heat is not None:
+            yield from self._too_hot(self.criteria.heat)
+        if recording and self.criteria.grade is not None:
+            yield from self._extrapolating(self.criteria.grade)
 
     def _not_finite(self) -> Iterator[tuple[int, Stop]]:
-        total = self.swarm.energies + self.swarm.kinetic_energies()
+        total = self.replicas.energies + self.replicas.kinetic_energies()
         for k in _where(~torch.isfinite(total)):
             yield k, Stop("not finite", "energy or momenta are not finite")
-        for k in _where(self.swarm.leapt):
+        for k in _where(self.replicas.leapt):
             yield k, Stop("not finite", "an atom moved further than the cutoff in one step")
 
     def _broken(self) -> Iterator[tuple[int, Stop]]:
         i, j = self.pairs.T
-        lengths = (self.swarm.positions[j] - self.swarm.positions[i] + self.offsets).norm(dim=1)
+        lengths = (self.replicas.positions[j] - self.replicas.positions[i] + self.offsets).norm(dim=1)
         for n in _where(~(lengths <= self.limits)):
             yield (
                 self._replica(i[n]),
@@ -174,7 +174,7 @@ class StoppingTracker:
             )
 
     def _too_close(self, contact: float) -> Iterator[tuple[int, Stop]]:
-        graph = self.swarm.graph
+        graph = self.replicas.graph
         radii = self.radii[graph.atomic_numbers]
         j, i = graph.edge_index
         lengths = edge_vectors(graph).norm(dim=1)
@@ -185,23 +185,23 @@ class StoppingTracker:
             )
 
     def _too_hot(self, heat: float) -> Iterator[tuple[int, Stop]]:
-        now, target = self.temperatures(), self.swarm.temperatures
+        now, target = self.temperatures(), self.replicas.temperatures
         for k in _where((now > heat * target) & (target > 0)):
             yield k, Stop("too hot", f"{float(now[k]):.0f} K, {float(target[k]):g} K were asked for")
 
-    def _unknown(self, grade: Grade) -> Iterator[tuple[int, Stop]]:
-        grades = grade(self.swarm.graph)
-        for n in _where(~(grades <= self.monitor.max_grade)):
+    def _extrapolating(self, grade: Grade) -> Iterator[tuple[int, Stop]]:
+        grades = grade(self.replicas.graph)
+        for n in _where(~(grades <= self.criteria.max_grade)):
             detail = f"atom {self._label(n)} has an extrapolation grade of {float(grades[n]):.2f}"
             yield self._replica(n), Stop("extrapolation", detail)
 
     def _replica(self, atom: Tensor | int) -> int:
-        return int(self.swarm.structure_index[atom])
+        return int(self.replicas.structure_index[atom])
 
     def _label(self, atom: Tensor | int) -> str:
         """Element and index within the replica."""
-        symbol = chemical_symbols[int(self.swarm.graph.atomic_numbers[atom])]
-        return f"{symbol}{int(atom) - self.swarm.slices[self._replica(atom)].start}"
+        symbol = chemical_symbols[int(self.replicas.graph.atomic_numbers[atom])]
+        return f"{symbol}{int(atom) - self.replicas.slices[self._replica(atom)].start}"
 
     def _pair(self, i: Tensor, j: Tensor) -> str:
         return f"{self._label(i)} and {self._label(j)}"

@@ -1,18 +1,24 @@
-"""Trajectories on disk, frame by frame."""
+"""Trajectories on disk: frame by frame while they are made (.traj, .extxyz), or finished batches as arrays (.npz)."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields
+from io import BytesIO
 from pathlib import Path
+from zipfile import BadZipFile
 
 import ase.io
+import numpy as np
 from ase import Atoms
-from ase.io.trajectory import Trajectory
+from ase.io.trajectory import TrajectoryWriter
 
+from ase_gffmerge.dynamics.trajectory import Trajectory
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.storage.atomic import require_writable
+from ase_gffmerge.storage.atomic import atomic_write, require_writable
 
 SUFFIXES = (".traj", ".xyz", ".extxyz")
+STORED = tuple(field.name for field in fields(Trajectory) if field.name != "start")
 
 
 def check_trajectory(path: str | Path) -> Path:
@@ -56,7 +62,7 @@ def frame_writer(path: str | Path | None) -> Iterator[Callable[[Atoms], None]]:
 
 @contextmanager
 def _traj(path: Path) -> Iterator[Callable[[Atoms], None]]:
-    trajectory = Trajectory(path, "w")
+    trajectory = TrajectoryWriter(path)
     try:
         yield trajectory.write
     finally:
@@ -88,3 +94,32 @@ def _explained(path: Path, n_frames: int) -> Iterator[None]:
             f"cannot write frame {n_frames} to {path}: {error.strerror or error}; the {n_frames} frames before it are "
             "complete: free some space and go on from the last of them"
         ) from None
+
+
+def save_trajectories(trajectories: Sequence[Trajectory], path: Path) -> None:
+    """Write a batch, but for its starting structures, as one compressed ``.npz`` file, atomically."""
+    arrays = {
+        f"{k}.{name}": np.asarray(value)
+        for k, trajectory in enumerate(trajectories)
+        for name in STORED
+        if (value := getattr(trajectory, name)) is not None
+    }
+    buffer = BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    atomic_write(path, buffer.getvalue())
+
+
+def load_trajectories(path: Path, starts: Sequence[Atoms]) -> list[Trajectory] | None:
+    """Read the batch that began at ``starts`` back bit for bit; ``None`` when the file is missing or damaged."""
+    try:
+        with path.open("rb") as handle, np.load(handle) as archive:
+            return [_trajectory(archive, k, start) for k, start in enumerate(starts)]
+    except (OSError, ValueError, KeyError, BadZipFile):
+        return None
+
+
+def _trajectory(archive: np.lib.npyio.NpzFile, k: int, start: Atoms) -> Trajectory:
+    stored = {name: archive[f"{k}.{name}"] for name in STORED if f"{k}.{name}" in archive}
+    plain = {name: value.item() if value.ndim == 0 else value for name, value in stored.items()}
+    bonds = tuple((int(i), int(j)) for i, j in stored["broken_bonds"].reshape(-1, 2))
+    return Trajectory(start=start, **plain | {"broken_bonds": bonds})

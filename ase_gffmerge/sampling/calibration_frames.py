@@ -18,7 +18,7 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.sampling.screening import screen
-from ase_gffmerge.sampling.temperature_ladder import Ladder, LadderOptions, climb
+from ase_gffmerge.sampling.temperature_ladder import Ladder, LadderOptions, run_ladder
 
 RELAXATION, DAMPING = 500.0, 0.05
 """Time to rest in fs, and the friction meanwhile in 1/fs."""
@@ -91,7 +91,7 @@ def sample_frames(
     structures: Sequence[Atoms],
     options: SampleOptions | None = None,
     *,
-    monitor: StoppingCriteria | None = None,
+    criteria: StoppingCriteria | None = None,
     progress: Progress | None = None,
 ) -> SampleResult:
     """Sample calibration frames by short molecular dynamics with the specialist itself.
@@ -107,9 +107,9 @@ def sample_frames(
         Starting points: molecules or crystals.
     options
         How many frames, how hot, how long.
-    monitor
-        What is refused; default: broken bonds, overlaps, runaway temperature and, when the specialist has a gauge, atoms
-        beyond twice the edge of its calibration frames.
+    criteria
+        What is refused; default: broken bonds, overlaps, runaway temperature and, when the specialist has an extrapolation
+        grade, atoms beyond twice the edge of its calibration frames.
     progress
         Called with a fraction (0 to 1) and a description.
 
@@ -119,15 +119,15 @@ def sample_frames(
         For no structures or unknown elements, or when not a single frame survives.
     """
     began = time.perf_counter()
-    options, monitor = options or SampleOptions(), monitor or standard_criteria(specialist)
+    options, criteria = options or SampleOptions(), criteria or standard_criteria(specialist)
     _check(specialist)
-    starts, rejected = _relaxed(specialist.potential, structures, options, monitor)
+    starts, rejected = _relaxed(specialist.potential, structures, options, criteria)
     n_displaced = round(options.rattled * options.n)
-    ladder = climb(
+    ladder = run_ladder(
         specialist.potential,
         starts,
         options,
-        monitor=monitor,
+        criteria=criteria,
         n=options.n - n_displaced,
         progress=progress or no_progress,
     )
@@ -137,7 +137,7 @@ def sample_frames(
             f"{specialist.name!r} gave no frames ({_counts(rejected)}); check that it knows these structures, or use "
             "lower temperatures or a longer time"
         )
-    extra, refused = _displaced(specialist.potential, ladder, n_displaced, options, monitor)
+    extra, refused = _displaced(specialist.potential, ladder, n_displaced, options, criteria)
     frames = (*ladder.frames, *extra)
     return SampleResult(
         frames=frames,
@@ -163,7 +163,7 @@ def _counts(rejected: Mapping[str, int]) -> str:
 
 
 def _relaxed(
-    potential: Potential, structures: Sequence[Atoms], options: SampleOptions, monitor: StoppingCriteria
+    potential: Potential, structures: Sequence[Atoms], options: SampleOptions, criteria: StoppingCriteria
 ) -> tuple[list[Atoms], Counter[str]]:
     """Structures cooled to rest, and why some were lost on the way."""
     if not options.relax:
@@ -178,14 +178,14 @@ def _relaxed(
         steps=steps,
         every=steps,
         friction=DAMPING,
-        monitor=monitor,
+        criteria=criteria,
     )
     whole = [run.frames[-1] for run in runs if run.stopped is None]
     return whole, Counter(run.stopped for run in runs if run.stopped is not None)
 
 
 def _displaced(
-    potential: Potential, ladder: Ladder, n: int, options: SampleOptions, monitor: StoppingCriteria
+    potential: Potential, ladder: Ladder, n: int, options: SampleOptions, criteria: StoppingCriteria
 ) -> tuple[list[Atoms], Counter[str]]:
     """``n`` displaced copies of sampled frames, drawn until enough are accepted or as many again were refused."""
     rng = np.random.default_rng((options.seed, n))
@@ -196,7 +196,7 @@ def _displaced(
         copies = [
             displaced(ladder.frames[k], rattle=options.rattle, strain=options.strain, rng=rng) for k in chosen
         ]
-        stops = screen(potential, copies, [ladder.references[k] for k in chosen], monitor=monitor)
+        stops = screen(potential, copies, [ladder.references[k] for k in chosen], criteria=criteria)
         refused.update(stop.reason for stop in stops if stop)
         accepted += [copy for copy, stop in zip(copies, stops, strict=True) if stop is None]
     for atoms in accepted:

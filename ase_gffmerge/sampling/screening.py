@@ -1,4 +1,4 @@
-"""Structures that need not move are judged by the same criteria as replicas that do."""
+"""Stopping criteria of molecular dynamics, applied to structures that do not move."""
 
 from collections.abc import Sequence
 
@@ -17,20 +17,20 @@ def screen(
     frames: Sequence[Atoms],
     references: Sequence[Atoms],
     *,
-    monitor: StoppingCriteria,
+    criteria: StoppingCriteria,
     max_atoms: int = 2000,
 ) -> list[Stop | None]:
-    """Say what is wrong with each frame, compared with the intact structure it comes from.
+    """Find what is wrong with each frame, compared with the intact structure that it comes from.
 
     Parameters
     ----------
     potential
-        Its energies must be finite, and the monitor's grade acceptable.
+        Its energies must be finite, and its extrapolation grade acceptable.
     frames
-        What is judged.
+        Structures to look at.
     references
         One per frame, the same atoms in the same order; their bonds must hold.
-    monitor
+    criteria
         The criteria.
     max_atoms
         Size of a batch.
@@ -38,18 +38,18 @@ def screen(
     found: list[Stop | None] = []
     for group in chunks(frames, max_atoms):
         part = references[len(found) : len(found) + len(group)]
-        stops = _screen(potential, [bare(atoms) for atoms in group], part, monitor)
+        stops = _screen(potential, [bare(atoms) for atoms in group], part, criteria)
         found += [stops.get(k) for k in range(len(group))]
     return found
 
 
 def _screen(
-    potential: Potential, frames: Sequence[Atoms], references: Sequence[Atoms], monitor: StoppingCriteria
+    potential: Potential, frames: Sequence[Atoms], references: Sequence[Atoms], criteria: StoppingCriteria
 ) -> dict[int, Stop]:
     n = len(frames)
     generators = [np.random.default_rng(0)] * n
-    swarm = BatchedLangevin(
+    replicas = BatchedLangevin(
         potential, frames, temperatures=[0.0] * n, generators=generators, specialist=[0] * n, skin=0.0
     )
     freedom = [3 * len(atoms) for atoms in frames]
-    return StoppingTracker(monitor, swarm, references, freedom=freedom).stops(recording=True)
+    return StoppingTracker(criteria, replicas, references, freedom=freedom).stops(recording=True)

@@ -11,8 +11,9 @@ from ase import Atoms
 from pydantic import BaseModel, ConfigDict, Field
 
 from ase_gffmerge.data.frames import bare, evenly
-from ase_gffmerge.dynamics.batched_md import ReplicaRun, run_replicas
+from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.dynamics.stopping import StoppingCriteria
+from ase_gffmerge.dynamics.trajectory import Trajectory
 from ase_gffmerge.models import Potential
 from ase_gffmerge.sampling.statistical_inefficiency import decorrelation_time
 
@@ -83,7 +84,7 @@ class Ladder:
 
 
 @dataclass
-class _Rung:
+class _Replica:
     """One replica: where it started, where it is, its candidate frames."""
 
     start: Atoms
@@ -93,23 +94,23 @@ class _Rung:
     stopped: str | None = None
     time: float = 0.0
 
-    def extend(self, run: ReplicaRun, *, equilibration: float) -> None:
+    def extend(self, run: Trajectory, *, equilibration: float) -> None:
         """Take in another stretch of the trajectory; the last frame before a break is dropped."""
         frames = run.frames[1:] if run.stopped is None else run.frames[1:-1]
-        times = self.time + run.times_fs[1:]
+        times = self.time + run.times[1:]
         self.candidates += [atoms for atoms, time in zip(frames, times, strict=False) if time > equilibration]
         self.stopped = run.stopped
-        self.time += float(run.times_fs[-1]) if len(run.times_fs) else 0.0
+        self.time += float(run.times[-1]) if len(run.times) else 0.0
         self.now = run.frames[-1] if run.frames else self.now
 
 
-def climb(
+def run_ladder(
     potential: Potential,
     structures: Sequence[Atoms],
     options: LadderOptions,
     *,
     n: int,
-    monitor: StoppingCriteria,
+    criteria: StoppingCriteria,
     progress: Callable[[float, str], None],
 ) -> Ladder:
     """Run every structure at every temperature until there are ``n`` decorrelated frames, or time is over.
@@ -122,43 +123,43 @@ def climb(
         How hot and how long.
     n
         Frames wanted; when there are more they are thinned out evenly.
-    monitor
+    criteria
         What stops a replica; bonds are compared with those of its structure.
     progress
         Called with a fraction (0 to 1) and a description.
     """
-    rungs = [
-        _Rung(atoms, temperature, atoms)
+    replicas = [
+        _Replica(atoms, temperature, atoms)
         for atoms, temperature, _ in product(structures, options.temperatures, range(options.copies))
     ]
-    decorrelation, chosen, segment = INTERVAL, list[tuple[_Rung, Atoms]](), 0
+    decorrelation, chosen, segment = INTERVAL, list[tuple[_Replica, Atoms]](), 0
     while len(chosen) < n and segment * SEGMENT < options.longest:
-        moving = [rung for rung in rungs if rung.stopped is None]
+        moving = [replica for replica in replicas if replica.stopped is None]
         if not moving:
             break
-        _segment(potential, moving, options, segment=segment, monitor=monitor, progress=progress)
-        decorrelation = decorrelation_time([rung.candidates for rung in rungs], INTERVAL)
+        _segment(potential, moving, options, segment=segment, criteria=criteria, progress=progress)
+        decorrelation = decorrelation_time([replica.candidates for replica in replicas], INTERVAL)
         stride = math.ceil(decorrelation / INTERVAL)
-        chosen = [(rung, atoms) for rung in rungs for atoms in rung.candidates[::stride]]
+        chosen = [(replica, atoms) for replica in replicas for atoms in replica.candidates[::stride]]
         segment += 1
     progress(1.0, f"{min(len(chosen), n)} of {n} frames")
     kept = [chosen[k] for k in evenly(len(chosen), n)]
     return Ladder(
-        frames=tuple(_sampled(atoms, rung.temperature) for rung, atoms in kept),
-        references=tuple(rung.start for rung, _ in kept),
-        stopped=Counter(rung.stopped for rung in rungs if rung.stopped),
+        frames=tuple(_sampled(atoms, replica.temperature) for replica, atoms in kept),
+        references=tuple(replica.start for replica, _ in kept),
+        stopped=Counter(replica.stopped for replica in replicas if replica.stopped),
         decorrelation_fs=decorrelation,
-        simulated_ps=sum(rung.time for rung in rungs) / 1000,
+        simulated_ps=sum(replica.time for replica in replicas) / 1000,
     )
 
 
 def _segment(
     potential: Potential,
-    moving: Sequence[_Rung],
+    moving: Sequence[_Replica],
     options: LadderOptions,
     *,
     segment: int,
-    monitor: StoppingCriteria,
+    criteria: StoppingCriteria,
     progress: Callable[[float, str], None],
 ) -> None:
     every = max(1, round(INTERVAL / options.timestep))
@@ -166,21 +167,21 @@ def _segment(
     length = min(SEGMENT, options.longest * (1 - done))
     runs = run_replicas(
         potential,
-        [rung.now for rung in moving],
+        [replica.now for replica in moving],
         ensemble="nvt",
-        temperature=[rung.temperature for rung in moving],
+        temperature=[replica.temperature for replica in moving],
         timestep=options.timestep,
         steps=every * max(1, round(length / INTERVAL)),
         every=every,
         friction=options.friction,
         seed=[(options.seed, segment, k) for k in range(len(moving))],
         thermalize=segment == 0,
-        references=[rung.start for rung in moving],
-        monitor=monitor,
-        on_progress=lambda fraction, text: progress(done + fraction * length / options.longest, text),
+        references=[replica.start for replica in moving],
+        criteria=criteria,
+        progress=lambda fraction, text: progress(done + fraction * length / options.longest, text),
     )
-    for rung, run in zip(moving, runs, strict=True):
-        rung.extend(run, equilibration=1000 * options.equilibration)
+    for replica, run in zip(moving, runs, strict=True):
+        replica.extend(run, equilibration=1000 * options.equilibration)
 
 
 def _sampled(atoms: Atoms, temperature: float) -> Atoms:

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ase_gffmerge.errors import CheckpointWarning, FileFormatError, first_line
 from ase_gffmerge.models import Potential
@@ -46,19 +47,26 @@ class TrainingState:
     """
 
     potential: Potential
-    average: Potential
+    average: AveragedModel
     best: Potential | None
     optimizer: torch.optim.Optimizer
     history: History
 
     @classmethod
-    def begin(cls, potential: Potential, optimizer: torch.optim.Optimizer, *, keep_best: bool) -> Self:
-        """State before the first epoch."""
+    def begin(
+        cls,
+        potential: Potential,
+        average: AveragedModel,
+        optimizer: torch.optim.Optimizer,
+        *,
+        keep_best: bool,
+    ) -> Self:
+        """State before the first epoch; ``keep_best``: the result is the best average, not the last."""
         best = deepcopy(potential) if keep_best else None
-        return cls(potential, deepcopy(potential), best, optimizer, History())
+        return cls(potential, average, best, optimizer, History())
 
     @property
-    def modules(self) -> dict[str, Potential]:
+    def modules(self) -> dict[str, nn.Module]:
         """Weights by name in a checkpoint."""
         kept = {"model": self.potential, "average": self.average, "best": self.best}
         return {name: module for name, module in kept.items() if module is not None}
@@ -66,7 +74,7 @@ class TrainingState:
     @property
     def result(self) -> Potential:
         """The weights to use."""
-        return (self.average if self.best is None else self.best).eval().requires_grad_(False)
+        return (self.average.module if self.best is None else self.best).eval().requires_grad_(False)
 
     def save(self, path: Path, run: Mapping[str, Any]) -> None:
         """Write a checkpoint of the training identified by ``run``."""
@@ -88,7 +96,7 @@ class TrainingState:
         """Enter the losses of an epoch, and keep its weights if they are the best."""
         self.history.rows.append(row)
         if self.best is not None and improved(validation_scores(self.history, config)):
-            self.best.load_state_dict(self.average.state_dict())
+            self.best.load_state_dict(self.average.module.state_dict())
 
 
 def validation_scores(history: History, config: TrainConfig) -> list[float]:

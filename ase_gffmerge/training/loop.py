@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel
 
 from ase_gffmerge.errors import TrainingError
 from ase_gffmerge.graphs import batch_graphs
@@ -35,11 +37,44 @@ def shuffled_batches(
         yield batch_graphs([graphs[i] for i in order[start : start + config.batch_size]])
 
 
-@torch.no_grad()
-def update_average(average: Potential, potential: Potential, decay: float) -> None:
-    """Exponential moving average of all weights, in place."""
-    for mean, value in zip(average.parameters(), potential.parameters(), strict=True):
-        mean.lerp_(value, 1 - decay)
+def averaged(potential: Potential, decay: float) -> AveragedModel:
+    """Exponential moving average of the weights, of shorter memory in the first steps: decay n / (9 + n) after n of them."""
+
+    def update(average: list[Tensor], current: list[Tensor], n: Tensor | int) -> None:
+        torch._foreach_lerp_(average, current, 1 - min(decay, int(n) / (9 + int(n))))
+
+    average = AveragedModel(potential, multi_avg_fn=update)
+    average.n_averaged.fill_(1)  # the initial weights count
+    return average
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, peak: float, *, steps: int, done: int = 0) -> OneCycleLR:
+    """One-cycle policy (arXiv 1708.07120): cosine from 4 % of the peak up to it, then down to 0.1 %.
+
+    Parameters
+    ----------
+    optimizer
+        A group's ``lr_scale`` multiplies its rate.
+    peak
+        Largest rate, reached after a tenth of the steps.
+    steps
+        Of the whole training.
+    done
+        Steps that a continued training has behind it.
+    """
+    schedule = OneCycleLR(
+        optimizer,
+        max_lr=[peak * group.get("lr_scale", 1.0) for group in optimizer.param_groups],
+        total_steps=steps + 1,  # so that rises of less than a step are possible, too
+        pct_start=(0.1 * steps + 1) / (steps + 1),
+        cycle_momentum=False,
+        div_factor=25,
+        final_div_factor=40,
+    )
+    if done:
+        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": done - 1, "_step_count": done})
+        schedule.step()
+    return schedule
 
 
 def fit(
@@ -68,7 +103,7 @@ def fit(
     loss
         Scalar loss of a batch; default: :func:`~ase_gffmerge.training.loss.loss_terms`.
     optimizer
-        Fresh optimiser of the parameters; a group's ``lr_scale`` multiplies the schedule's rate. Default: Adam.
+        Fresh optimizer of the parameters, see :func:`one_cycle`. Default: Adam.
     patience
         Return the average with the least validation error, the start included, and stop when that many epochs in a
         row did not lower it; default: all epochs, and the last average.
@@ -89,21 +124,26 @@ def fit(
     """
     loss = loss or (lambda model, batch: loss_terms(model, batch, config))
     optimizer = optimizer or torch.optim.Adam(potential.parameters(), lr=config.learning_rate)
-    state = TrainingState.begin(potential, optimizer, keep_best=patience is not None)
+    average = averaged(potential, config.ema_decay)
+    state = TrainingState.begin(potential, average, optimizer, keep_best=patience is not None)
     history = state.history
     if checkpoint and can_resume(checkpoint, run or {}):
         state.load(checkpoint)
     elif patience is not None:
         history.start.update(validate(potential, validation, config.batch_size))
+    steps = -(-len(training) // config.batch_size)
+    schedule = one_cycle(
+        optimizer, config.learning_rate, steps=config.epochs * steps, done=len(history.rows) * steps
+    )
     while len(history.rows) < config.epochs and not (patience and stale(history, config, patience)):
         with memory_errors(
             f"a batch of {config.batch_size} frames",
             device=potential.device,
             remedy="use a smaller batch_size",
         ):
-            row = _train_epoch(state, training, loss, config, epoch=len(history.rows))
+            row = _train_epoch(state, schedule, training, loss, config)
         if validation:
-            row |= validate(state.average, validation, config.batch_size)
+            row |= validate(state.average.module, validation, config.batch_size)
         state.add(row, config)
         if checkpoint:
             state.save(checkpoint, run or {})
@@ -113,15 +153,15 @@ def fit(
 
 
 def _train_epoch(
-    state: TrainingState, graphs: Sequence[LabeledGraph], loss: Loss, config: TrainConfig, *, epoch: int
+    state: TrainingState,
+    schedule: OneCycleLR,
+    graphs: Sequence[LabeledGraph],
+    loss: Loss,
+    config: TrainConfig,
 ) -> dict[str, float]:
-    potential, optimizer = state.potential, state.optimizer
-    steps, losses = -(-len(graphs) // config.batch_size), []
-    for step, batch in enumerate(shuffled_batches(graphs, config, epoch)):
-        done = epoch * steps + step
-        rate = one_cycle(done / (config.epochs * steps), config.learning_rate)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
+    potential, optimizer, epoch = state.potential, state.optimizer, len(state.history.rows)
+    losses = []
+    for batch in shuffled_batches(graphs, config, epoch):
         value = loss(potential, batch.to(potential.device))
         optimizer.zero_grad()
         value.backward()
@@ -129,7 +169,8 @@ def _train_epoch(
         if not torch.isfinite(value.detach() + norm):
             raise diverged(epoch + 1, float(value.detach()), config)
         optimizer.step()
-        update_average(state.average, potential, min(config.ema_decay, (1 + done) / (10 + done)))
+        schedule.step()
+        state.average.update_parameters(potential)
         losses.append(float(value.detach()))
     return {"loss": float(np.mean(losses))}
 
@@ -141,26 +182,3 @@ def diverged(epoch: int, loss: float, config: TrainConfig) -> TrainingError:
         f"not finite); lower learning_rate (now {config.learning_rate:g}) or gradient_clip (now "
         f"{config.gradient_clip:g}), and look for overlapping atoms and extreme forces in the frames"
     )
-
-
-def one_cycle(
-    progress: float, peak: float, *, warm_up: float = 0.1, start: float = 0.04, end: float = 1e-3
-) -> float:
-    """Learning rate of the one-cycle policy (arXiv 1708.07120): cosine up to ``peak``, cosine down to zero.
-
-    Parameters
-    ----------
-    progress
-        Fraction of the training done, 0 to 1.
-    peak
-        Largest rate.
-    warm_up
-        Fraction of the training spent rising.
-    start, end
-        First and last rate as fractions of the peak.
-    """
-    if progress < warm_up:
-        low, phase = start, 0.5 * (1 - np.cos(np.pi * progress / warm_up))
-    else:
-        low, phase = end, 0.5 * (1 + np.cos(np.pi * (progress - warm_up) / (1 - warm_up)))
-    return float(peak * (low + (1 - low) * phase))

@@ -22,7 +22,7 @@ from ase_gffmerge.merging.recipe import ClosedLoopOptions, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.runtime.progress import Clock, Progress, no_progress, part_of
-from ase_gffmerge.workflows.rollouts import OwnTrajectory, follow
+from ase_gffmerge.workflows.rollouts import RolloutReport, run_rollouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class RoundReport:
     """
 
     n_frames: tuple[int, ...]
-    trajectories: tuple[OwnTrajectory, ...]
+    trajectories: tuple[RolloutReport, ...]
     seconds: dict[str, float]
 
     @property
@@ -52,7 +52,7 @@ class RoundReport:
     def disagreement(self) -> float:
         """Force MAE between merged potential and specialists on the visited frames, the mean over specialists, eV/Å.
 
-        Infinite when there is a specialist in whose territory no replica lasted for a single frame.
+        Infinite when there is a specialist from whose frames no replica lasted for a single frame.
         """
         errors = [trajectory.disagreement for trajectory in self.trajectories]
         return float(np.mean([error.force_mae if error else np.inf for error in errors]))
@@ -180,7 +180,7 @@ def _round(
         merge = closed_form_merge(specialists, recipe, device=device, progress=part_of(progress, 0.0, 0.6))
         done = _Merge(*merge, said)
     with clock("dynamics"):
-        went = follow(done.merged, specialists, options, seed=index, progress=part_of(progress, 0.6, 1.0))
+        went = run_rollouts(done.merged, specialists, options, seed=index, progress=part_of(progress, 0.6, 1.0))
     n_frames = tuple(len(specialist.calibration) for specialist in specialists)
     return done, RoundReport(n_frames=n_frames, trajectories=went, seconds=clock.seconds)
 

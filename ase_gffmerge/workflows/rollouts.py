@@ -1,4 +1,4 @@
-"""How a merged potential fares on its own trajectories, started in every specialist's territory."""
+"""Rollouts: molecular dynamics of a merged potential from every specialist's calibration frames, and its errors there."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,25 +8,26 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.dynamics.batched_md import ReplicaRun, run_replicas
+from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.dynamics.stopping import standard_criteria
+from ase_gffmerge.dynamics.trajectory import Trajectory
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.metrics import Errors, compare, labels, predict_frames
 from ase_gffmerge.merging.recipe import TrajectoryOptions
-from ase_gffmerge.runtime.progress import Progress
+from ase_gffmerge.runtime.progress import Progress, no_progress
 
 SPACING = 20.0
 """fs between visited frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnTrajectory:
-    """What the merged potential did in one specialist's territory.
+class RolloutReport:
+    """Rollouts of a merged potential that began at calibration frames of one specialist.
 
     Attributes
     ----------
     specialist
-        Whose territory.
+        Its name.
     visited
         The frames it went through, ``SPACING`` apart, without the starts; none after a replica broke.
     disagreement
@@ -63,15 +64,15 @@ class OwnTrajectory:
         }
 
 
-def follow(
+def run_rollouts(
     merged: ForceField,
     specialists: Sequence[ForceField],
     options: TrajectoryOptions,
     *,
     seed: int = 0,
-    progress: Progress | None = None,
-) -> tuple[OwnTrajectory, ...]:
-    """Run the merged potential from every specialist's calibration frames and ask the specialists what they think.
+    progress: Progress = no_progress,
+) -> tuple[RolloutReport, ...]:
+    """Run the merged potential from every specialist's calibration frames and compare it with them where it went.
 
     Parameters
     ----------
@@ -88,7 +89,7 @@ def follow(
 
     Returns
     -------
-    tuple of OwnTrajectory
+    tuple of RolloutReport
         One per specialist. All replicas of all specialists move in one batch.
     """
     starts = [_starts(s.calibration, options.replicas, seed=(options.seed, seed)) for s in specialists]
@@ -105,11 +106,11 @@ def follow(
         friction=options.friction,
         seed=[(options.seed, seed, k) for k in range(len(owner))],
         specialist=owner if merged.potential.hyper.n_embeddings > 1 else 0,
-        monitor=standard_criteria(merged, max_grade=options.max_grade),
-        on_progress=progress,
+        criteria=standard_criteria(merged, max_grade=options.max_grade),
+        progress=progress,
     )
     return tuple(
-        _screened(specialist, [run for run, k in zip(runs, owner, strict=True) if k == index], options)
+        _report(specialist, [run for run, k in zip(runs, owner, strict=True) if k == index])
         for index, specialist in enumerate(specialists)
     )
 
@@ -120,17 +121,16 @@ def _starts(frames: Sequence[Atoms], n: int, *, seed: tuple[int, int]) -> list[A
     return [frames[order[k % len(order)]] for k in range(n)]
 
 
-def _screened(
-    specialist: ForceField, runs: Sequence[ReplicaRun], options: TrajectoryOptions
-) -> OwnTrajectory:
+def _report(
+    specialist: ForceField, runs: Sequence[Trajectory]
+) -> RolloutReport:
     visited = tuple(atoms for run in runs for atoms in run.frames[1:])
     predicted = predict_frames(specialist.potential, visited) if visited else None
-    times = [1000 * options.time if run.stopped_at_fs is None else run.stopped_at_fs for run in runs]
-    return OwnTrajectory(
+    return RolloutReport(
         specialist=specialist.name,
         visited=visited,
         disagreement=compare(labels(visited), predicted) if predicted else None,
         n_replicas=len(runs),
         stopped=Counter(run.stopped for run in runs if run.stopped is not None),
-        mean_time=float(np.mean(times)) / 1000,
+        mean_time=float(np.mean([run.duration for run in runs])) / 1000,
     )

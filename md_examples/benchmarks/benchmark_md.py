@@ -31,7 +31,7 @@ from ase_gffmerge.evaluation.md.runs import Contestant, Protocol
 from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.merging.recipe import TrajectoryOptions
-from ase_gffmerge.workflows.rollouts import follow
+from ase_gffmerge.workflows.rollouts import run_rollouts
 
 MOLECULES = ("ethanol", "malonaldehyde")
 NAMES = tuple(f"rmd17-{molecule}" for molecule in MOLECULES)
@@ -57,7 +57,7 @@ def own_trajectories(
     """Force MAE (eV/Å) of the merged potential against each specialist where it went, and of both on labelled frames."""
     found = {}
     for specialist, test, own in zip(
-        specialists, tests, follow(merged, specialists, options, seed=1), strict=True
+        specialists, tests, run_rollouts(merged, specialists, options, seed=1), strict=True
     ):
         found[specialist.name] = {
             **own.to_dict(),

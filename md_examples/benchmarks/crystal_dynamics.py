@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.dynamics.batched_md import ReplicaRun, run_replicas
+from ase_gffmerge.dynamics.batched_md import run_replicas
+from ase_gffmerge.dynamics.trajectory import Trajectory
 from ase_gffmerge.evaluation.analysis import diffusion_coefficient, radial_distributions, without_drift
 from ase_gffmerge.models import Potential
 
@@ -33,7 +34,7 @@ def side_by_side(start: Atoms, *, specialist: Potential, merged: Potential, step
     }
 
 
-def nvt_runs(potential: Potential, start: Atoms, steps: int) -> list[ReplicaRun]:
+def nvt_runs(potential: Potential, start: Atoms, steps: int) -> list[Trajectory]:
     """One run per temperature, all in one batch."""
     return run_replicas(
         potential,
@@ -46,18 +47,18 @@ def nvt_runs(potential: Potential, start: Atoms, steps: int) -> list[ReplicaRun]
     )
 
 
-def second_half(run: ReplicaRun) -> np.ndarray:
+def second_half(run: Trajectory) -> np.ndarray:
     """Positions (n_frames, n_atoms, 3) in Å, after the crystal had time to warm up."""
     return np.array([atoms.positions for atoms in run.frames[len(run.frames) // 2 :]])
 
 
-def summary(run: ReplicaRun) -> dict[str, Any]:
+def summary(run: Trajectory) -> dict[str, Any]:
     """How a run went.
 
     Returns
     -------
     dict
-        ``stopped``, ``stopped_at_fs``: why and when it was stopped, ``None`` if it was not. Of its second half:
+        ``stopped``, ``stopped_at``: why and when it was stopped, ``None`` if it was not. Of its second half:
         ``mean_temperature`` (K), ``li_diffusion`` and ``li_diffusion_error`` (Å²/ps; ``None`` if it is too short).
     """
     atoms = run.frames[0]
@@ -66,14 +67,14 @@ def summary(run: ReplicaRun) -> dict[str, Any]:
     diffusion = diffusion_coefficient(positions, interval=0.001 * TIMESTEP * EVERY) if enough else None
     return {
         "stopped": run.stopped,
-        "stopped_at_fs": run.stopped_at_fs,
+        "stopped_at": run.stopped_at,
         "mean_temperature": float(run.temperatures[len(run.temperatures) // 2 :].mean()),
         "li_diffusion": diffusion.coefficient if diffusion else None,
         "li_diffusion_error": diffusion.standard_error if diffusion else None,
     }
 
 
-def rdf_difference(first: ReplicaRun, second: ReplicaRun) -> dict[str, float]:
+def rdf_difference(first: Trajectory, second: Trajectory) -> dict[str, float]:
     """Mean absolute difference of g(r) up to 6 Å of two runs of one crystal, by pair of elements."""
     atoms = first.frames[0]
     ours, theirs = (

@@ -9,15 +9,15 @@ from ase_gffmerge.workflows import active_learning as closed_loop
 @pytest.fixture
 def brief(monkeypatch):
     """Dynamics of 20 fs, whatever was asked for; the temperatures that were asked for."""
-    follow, asked = closed_loop.follow, []
+    original, asked = closed_loop.run_rollouts, []
 
     def shortened(merged, specialists, options, **keywords):
         asked.append(options.temperature)
-        return follow(
+        return original(
             merged, specialists, options.model_copy(update={"time": 0.02, "replicas": 1}), **keywords
         )
 
-    monkeypatch.setattr(closed_loop, "follow", shortened)
+    monkeypatch.setattr(closed_loop, "run_rollouts", shortened)
     return asked
 
 

@@ -11,11 +11,11 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 from ase.io import read
 
-from ase_gffmerge.dynamics.ase_md import DynamicsError, run_md
+from ase_gffmerge.dynamics.ase_md import run_md
 from ase_gffmerge.dynamics.bonds import bonds_intact, broken_bonds, find_bonds
-from ase_gffmerge.dynamics.result import MDResult, Sample
+from ase_gffmerge.dynamics.trajectory import Sample, Trajectory
 from ase_gffmerge.dynamics.velocities import degrees_of_freedom, new_momenta
-from ase_gffmerge.errors import FileFormatError, StructureError
+from ase_gffmerge.errors import DynamicsError, FileFormatError, StructureError
 
 
 class Springs(Calculator):
@@ -48,7 +48,7 @@ def copper() -> Atoms:
     return atoms
 
 
-def nve(atoms: Atoms, **changes: object) -> MDResult:
+def nve(atoms: Atoms, **changes: object) -> Trajectory:
     options = {"ensemble": "nve", "temperature": 300.0, "steps": 50, "timestep": 0.5, **changes}
     return run_md(atoms, **options)  # type: ignore[arg-type]
 
@@ -64,7 +64,7 @@ def test_nve_conserves_energy_and_momenta() -> None:
     assert result.times[0] == 0
     assert result.times[-1] == pytest.approx(100)
     assert len(result.times) == len(result.total_energies) == len(result.temperatures) == 41
-    assert result.potential_energy == atoms.get_potential_energy()
+    assert result.potential_energies[-1] == atoms.get_potential_energy()
     assert result.total_energies[-1] == atoms.get_total_energy()
     assert result.steps_per_second > 0
     assert (result.n_atoms, result.steps) == (9, 400)
@@ -80,16 +80,20 @@ def test_energy_error_falls_with_the_square_of_the_time_step() -> None:
 
 def test_drift_and_slope_of_a_known_series() -> None:
     times = np.array([0.0, 1000.0, 2000.0])
-    result = MDResult(
+    result = Trajectory(
+        start=Atoms("H2"),
         ensemble="nve",
         steps=2000,
         timestep=1.0,
-        n_atoms=2,
+        target_temperature=1.0,
         seconds=4.0,
         times=times,
-        total_energies=np.array([1.0, 1.1, 1.2]),
+        potential_energies=np.array([0.4, 0.6, 0.5]),
+        kinetic_energies=np.array([0.6, 0.5, 0.7]),
         temperatures=np.array([9.0, 1.0, 2.0]),
-        potential_energy=0.5,
+        positions=np.empty((0, 2, 3)),
+        momenta=np.empty((0, 2, 3)),
+        forces=np.empty((0, 2, 3)),
         broken_bonds=((0, 1),),
     )
     summary = result.to_dict()
@@ -190,7 +194,7 @@ def test_trajectory_holds_energies_and_forces(tmp_path: Path, name: str) -> None
     result = nve(atoms, trajectory=tmp_path / name)
     frames = read(tmp_path / name, ":")
     assert len(frames) == len(result.times)
-    assert frames[-1].get_potential_energy() == pytest.approx(result.potential_energy, abs=1e-6)
+    assert frames[-1].get_potential_energy() == pytest.approx(result.potential_energies[-1], abs=1e-6)
     np.testing.assert_allclose(frames[-1].get_forces(), atoms.get_forces(), atol=1e-6)
     np.testing.assert_allclose(frames[-1].get_momenta(), atoms.get_momenta(), atol=1e-6)
 

@@ -9,8 +9,8 @@ from ase.constraints import FixAtoms
 from ase.md import VelocityVerlet
 
 from ase_gffmerge import ForceField, GFFMergeCalculator, run_replicas
-from ase_gffmerge.dynamics.batched_md import ReplicaRun
 from ase_gffmerge.dynamics.stopping import StoppingCriteria
+from ase_gffmerge.dynamics.trajectory import Trajectory
 from ase_gffmerge.errors import DynamicsError, FramesError, StructureError
 from ase_gffmerge.graphs.graph import build_graph
 from ase_gffmerge.graphs.verlet import VerletGraph
@@ -19,7 +19,7 @@ from helpers.springs import Springs
 OFF = StoppingCriteria(stretch=None, contact=None, heat=None)
 
 
-def positions(run: ReplicaRun) -> np.ndarray:
+def positions(run: Trajectory) -> np.ndarray:
     return np.array([atoms.positions for atoms in run.frames])
 
 
@@ -43,7 +43,7 @@ def test_nve_follows_ases_velocity_verlet(potential, structures):
         steps=20,
         every=20,
         thermalize=False,
-        monitor=OFF,
+        criteria=OFF,
     )
     for atoms, run in zip(starts, runs, strict=True):
         atoms.calc = GFFMergeCalculator(
@@ -53,6 +53,8 @@ def test_nve_follows_ases_velocity_verlet(potential, structures):
         np.testing.assert_allclose(run.frames[-1].positions, atoms.positions, atol=1e-9)
         np.testing.assert_allclose(run.frames[-1].get_momenta(), atoms.get_momenta(), atol=1e-8)
         assert run.potential_energies[-1] == pytest.approx(atoms.get_potential_energy(), abs=1e-9)
+        assert run.kinetic_energies[-1] == pytest.approx(atoms.get_kinetic_energy(), abs=1e-9)
+        np.testing.assert_allclose(run.velocities[-1], atoms.get_velocities(), atol=1e-9)
         np.testing.assert_allclose(run.frames[-1].get_forces(), atoms.get_forces(), atol=1e-8)
 
 
@@ -67,7 +69,7 @@ def test_nve_conserves_energy_to_second_order():
             steps=steps,
             every=1,
             seed=3,
-            monitor=OFF,
+            criteria=OFF,
         )
         return float(run.total_energies.std())
 
@@ -83,7 +85,7 @@ def test_initial_velocities_are_at_rest_and_have_the_temperature():
         timestep=0.5,
         steps=1,
         every=1,
-        monitor=OFF,
+        criteria=OFF,
     )
     for run in runs[:5]:
         np.testing.assert_allclose(run.frames[0].get_momenta().sum(axis=0), 0, atol=1e-9)
@@ -104,7 +106,7 @@ def test_langevin_samples_temperature_and_configurations():
         steps=500,
         every=4,
         friction=0.1,
-        monitor=OFF,
+        criteria=OFF,
     )
     for target in (200.0, 600.0):
         chosen = [run for run in runs if run.target_temperature == target]
@@ -117,7 +119,7 @@ def test_langevin_samples_temperature_and_configurations():
 
 
 def test_a_replica_does_not_notice_the_others(potential, structures):
-    options = {"ensemble": "nvt", "timestep": 0.5, "steps": 12, "every": 4, "monitor": OFF}
+    options = {"ensemble": "nvt", "timestep": 0.5, "steps": 12, "every": 4, "criteria": OFF}
     together = run_replicas(potential, structures, temperature=[300, 100, 200], seed=[5, 6, 7], **options)
     for atoms, temperature, seed, run in zip(structures, (300, 100, 200), (5, 6, 7), together, strict=True):
         (alone,) = run_replicas(potential, [atoms], temperature=temperature, seed=[seed], **options)
@@ -126,7 +128,7 @@ def test_a_replica_does_not_notice_the_others(potential, structures):
 
 
 def test_skin_changes_nothing(potential, structures):
-    options = {"ensemble": "nvt", "temperature": 2000, "timestep": 1.0, "steps": 40, "monitor": OFF}
+    options = {"ensemble": "nvt", "temperature": 2000, "timestep": 1.0, "steps": 40, "criteria": OFF}
     runs = [run_replicas(potential, structures, skin=skin, **options) for skin in (0.0, 0.3)]
     for exact, fast in zip(*runs, strict=True):
         assert np.abs(positions(exact)[-1] - positions(exact)[0]).max() > 0.2  # lists were found again
@@ -161,7 +163,7 @@ def test_the_seed_decides(potential):
             "timestep": 0.5,
             "steps": 5,
             "every": 5,
-            "monitor": OFF,
+            "criteria": OFF,
         }
         return positions(run_replicas(potential, [molecule("H2O")] * 2, seed=seed, **options)[1])[-1]
 
@@ -194,17 +196,17 @@ def test_a_broken_replica_leaves_and_the_others_go_on():
         "thermalize": False,
     }
     springs = Springs(stiffness=0.01)
-    broken, fine = run_replicas(springs, [hot, cold], monitor=StoppingCriteria(heat=None), **options)
+    broken, fine = run_replicas(springs, [hot, cold], criteria=StoppingCriteria(heat=None), **options)
     assert broken.stopped == "bond broken"
     assert "O0 and H1" in broken.detail or "H1" in broken.detail
-    assert 0 < broken.stopped_at_fs < 12
-    assert broken.times_fs[-1] <= broken.stopped_at_fs
+    assert 0 < broken.stopped_at < 12
+    assert broken.times[-1] <= broken.stopped_at
     assert fine.stopped is None
-    assert fine.times_fs.tolist() == [0, 2, 4, 6, 8, 10, 12]
-    (alone,) = run_replicas(springs, [cold], monitor=StoppingCriteria(heat=None), **options)
+    assert fine.times.tolist() == [0, 2, 4, 6, 8, 10, 12]
+    (alone,) = run_replicas(springs, [cold], criteria=StoppingCriteria(heat=None), **options)
     np.testing.assert_allclose(positions(fine), positions(alone), atol=1e-12)
     (too_hot,) = run_replicas(springs, [hot], **options)
-    assert (too_hot.stopped, too_hot.stopped_at_fs, too_hot.frames) == ("too hot", 0.0, ())
+    assert (too_hot.stopped, too_hot.stopped_at, too_hot.frames) == ("too hot", 0.0, ())
 
 
 def test_other_reasons_to_stop():
@@ -213,12 +215,12 @@ def test_other_reasons_to_stop():
     water = molecule("H2O")
     nan = Springs(stiffness=np.nan)
     assert run_replicas(nan, [water], **options)[0].stopped == "not finite"
-    assert run_replicas(Springs(stiffness=1e9), [water], monitor=OFF, **options)[0].stopped == "not finite"
+    assert run_replicas(Springs(stiffness=1e9), [water], criteria=OFF, **options)[0].stopped == "not finite"
     run, other = run_replicas(Springs(), [close, water], **options)
     assert (run.stopped, other.stopped) == ("atoms too close", None)
     assert "0.20 Å" in run.detail
     graded = StoppingCriteria(grade=lambda graph: graph.atomic_numbers / 4.0, max_grade=1.9)
-    run, other = run_replicas(Springs(), [water, close], monitor=graded, **options)
+    run, other = run_replicas(Springs(), [water, close], criteria=graded, **options)
     assert (run.stopped, other.stopped) == ("extrapolation", "atoms too close")
     assert run.detail == "atom O0 has an extrapolation grade of 2.00"
 
@@ -239,7 +241,7 @@ def test_replicas_that_explode_stop_before_neighbours_are_searched(monkeypatch, 
         "every": 1,
         "thermalize": False,
     }
-    lost, fine = run_replicas(Springs(stiffness=0.01), [hot, cold], monitor=OFF, **options)
+    lost, fine = run_replicas(Springs(stiffness=0.01), [hot, cold], criteria=OFF, **options)
     assert (lost.stopped, lost.detail) == ("not finite", "an atom moved further than the cutoff in one step")
     assert fine.stopped is None
     assert searched == [0, 1]
@@ -257,9 +259,9 @@ def test_mobile_ions_may_hop_and_bonds_reach_across_cells():
     springs = Springs(stiffness=1e-6)
     springs.species = (3, 6, 8)
     held = StoppingCriteria(heat=None, contact=None)
-    assert run_replicas(springs, [crystal], monitor=held, **options)[0].stopped is None
+    assert run_replicas(springs, [crystal], criteria=held, **options)[0].stopped is None
     strict = StoppingCriteria(heat=None, contact=None, mobile=())
-    assert run_replicas(springs, [crystal], monitor=strict, **options)[0].stopped == "bond broken"
+    assert run_replicas(springs, [crystal], criteria=strict, **options)[0].stopped == "bond broken"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from ase import Atoms, units
 from ase.build import bulk, molecule
 
+from ase_gffmerge.dynamics.trajectory import Trajectory
+from ase_gffmerge.dynamics.trajectory_io import load_trajectories, save_trajectories
 from ase_gffmerge.errors import DynamicsError, FramesError, StructureError
 from ase_gffmerge.evaluation.md import runs as md_runs
 from ase_gffmerge.evaluation.md.evaluate import MDEvaluation, evaluate_dynamics, starting_structures
@@ -21,7 +24,6 @@ from ase_gffmerge.evaluation.md.observables import (
 )
 from ase_gffmerge.evaluation.md.report import dynamics_table, plot_dynamics
 from ase_gffmerge.evaluation.md.runs import Contestant, Protocol, estimated_seconds, run_models
-from ase_gffmerge.evaluation.md.trajectory import MDTrajectory, load_trajectories, save_trajectories
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 from ase_gffmerge.inference.metrics import evaluate
@@ -70,36 +72,50 @@ def frames(n: int = 6) -> list[Atoms]:
 
 
 def oscillating(
-    *, stopped: str = "", n_frames: int = 501, wavenumber: float = 1500.0, interval: float = 2.0
-) -> MDTrajectory:
+    *,
+    stop: dict[str, Any] | None = None,
+    n_frames: int = 501,
+    wavenumber: float = 1500.0,
+    interval: float = 2.0,
+) -> Trajectory:
     """N2 that vibrates harmonically at constant energy; ``interval`` in fs."""
-    times = interval * np.arange(n_frames) / 1000
-    omega = 2 * np.pi * 100 * units._c * wavenumber * 1e-12
+    times = interval * np.arange(n_frames)
+    omega = 2 * np.pi * 100 * units._c * wavenumber * 1e-15
     stretch = 0.1 * np.cos(omega * times)
     positions, velocities = np.zeros((n_frames, 2, 3)), np.zeros((n_frames, 2, 3))
     positions[:, 1, 0] = 1.1 + stretch
     velocities[:, 1, 0] = np.gradient(stretch)
     velocities[:, 0, 0] = -velocities[:, 1, 0]
-    return MDTrajectory(
-        numbers=np.array([7, 7]),
-        masses=np.array([14.0, 14.0]),
-        cell=np.zeros((3, 3)),
-        pbc=np.zeros(3, dtype=bool),
+    kinetic = 7.0 * np.square(velocities).sum(axis=(1, 2))
+    start = Atoms("N2", masses=[14.0, 14.0])
+    return Trajectory(
+        start=start,
+        ensemble="nve",
+        timestep=interval,
+        steps=n_frames - 1,
+        target_temperature=150.0,
         positions=positions,
-        velocities=velocities,
+        momenta=14.0 * velocities,
+        forces=np.zeros_like(positions),
         times=times,
-        total_energies=-10 + 0.004 * times,
+        potential_energies=-10 + 4e-6 * times - kinetic,
+        kinetic_energies=kinetic,
         temperatures=np.linspace(100.0, 200.0, n_frames),
-        stopped=stopped,
-        stable_time=float(times[-1]),
+        **(stop or {}),
     )
 
 
 def test_what_is_read_from_known_trajectories() -> None:
     protocol = Protocol(picoseconds=2.0, seeds=2, equilibration=0.5)
-    broken = replace(oscillating(n_frames=100), stopped="bond broken: N0 and N1", stable_time=0.199)
+    broken = oscillating(
+        n_frames=100, stop={"stopped": "bond broken", "detail": "N0 and N1", "stopped_at": 199.0}
+    )
     nvt = [oscillating(n_frames=1001), broken]
-    nve = [oscillating(), replace(oscillating(), total_energies=np.full(501, 3.0)), broken]
+    nve = [
+        oscillating(),
+        replace(oscillating(), potential_energies=np.zeros(501), kinetic_energies=np.full(501, 3.0)),
+        broken,
+    ]
     found = observe("model", nvt, nve, protocol=protocol, r_max=2.0)
     assert found.stability_times == [2.0, 0.199]
     assert found.temperature == pytest.approx(175.0)  # the second half of the first run
@@ -122,7 +138,7 @@ def test_what_is_read_from_known_trajectories() -> None:
 
 
 def test_models_that_break_at_once_have_no_observables() -> None:
-    empty = replace(oscillating(n_frames=10), stopped="too hot: 9000 K", stable_time=0.02)
+    empty = oscillating(n_frames=10, stop={"stopped": "too hot", "detail": "9000 K", "stopped_at": 20.0})
     found = observe("model", [empty], [empty], protocol=Protocol(picoseconds=2.0), r_max=2.0)
     assert found.distributions == {}
     assert (found.spectrum, found.spectral_noise, found.temperature, found.drifts) == (None, None, None, ())
@@ -140,15 +156,13 @@ def test_diffusion_of_the_mobile_element_in_a_crystal() -> None:
     positions += 0.05 * np.arange(n_frames)[:, None, None]
     run = replace(
         oscillating(),
-        numbers=atoms.numbers,
-        masses=atoms.get_masses(),
-        cell=atoms.cell.array,
-        pbc=atoms.pbc,
+        start=atoms,
         positions=positions,
-        velocities=np.zeros_like(positions),
-        times=interval * np.arange(n_frames),
+        momenta=np.zeros_like(positions),
+        times=1000 * interval * np.arange(n_frames),
         temperatures=np.full(n_frames, 500.0),
-        total_energies=np.zeros(n_frames),
+        potential_energies=np.zeros(n_frames),
+        kinetic_energies=np.zeros(n_frames),
     )
     protocol = Protocol(picoseconds=6.0, equilibration=0.0)
     found = observe("model", [run, run], [oscillating()], protocol=protocol, r_max=6.0)
@@ -208,18 +222,23 @@ def test_starting_structures_are_spread_over_the_frames() -> None:
 
 def test_trajectories_come_back_bit_for_bit(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "batch.npz"
-    batch = [oscillating(n_frames=5), oscillating(stopped="too hot: 1 K")]
+    batch = [
+        oscillating(n_frames=5),
+        oscillating(stop={"stopped": "too hot", "detail": "1 K", "stopped_at": 3.0}),
+    ]
     save_trajectories(batch, path)
-    again = load_trajectories(path)
+    starts = [run.start for run in batch]
+    again = load_trajectories(path, starts)
     assert again is not None
     for first, second in zip(batch, again, strict=True):
-        for field in fields(MDTrajectory):
+        for field in fields(Trajectory)[1:]:
             np.testing.assert_array_equal(getattr(first, field.name), getattr(second, field.name))
-        assert type(second.stopped) is str
-    assert [run.held for run in again] == [True, False]
+        assert second.start == first.start
+        assert (type(second.detail), type(second.steps)) == (str, int)
+    assert [run.complete for run in again] == [True, False]
     path.write_bytes(path.read_bytes()[:300])
-    assert load_trajectories(path) is None
-    assert load_trajectories(tmp_path / "missing.npz") is None
+    assert load_trajectories(path, starts) is None
+    assert load_trajectories(tmp_path / "missing.npz", starts) is None
 
 
 def test_finished_batches_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +296,7 @@ def test_reference_frames_of_the_runs_themselves_have_no_error() -> None:
     model = contestant("one")
     protocol = replace(SHORT, equilibration=0.0)
     runs = run_models([model], starting_structures(frames(), 2), protocol)["one"]["nvt"]
-    truth = [run.structure(k) for run in runs for k in range(len(run.times))]
+    truth = [atoms for run in runs for atoms in run.frames]
     result = evaluate_dynamics([model], frames(), protocol=protocol, reference=truth)
     assert result.distribution_maes(result.models[0])["h"] == pytest.approx(0)
     measured = result.models[0].temperature
@@ -339,7 +358,7 @@ def ethanol() -> MDEvaluation:
 
 def test_the_own_specialist_holds_and_the_other_does_not(ethanol: MDEvaluation) -> None:
     own, other = ethanol.models
-    assert all(run.held for run in (*own.nvt, *own.nve))
+    assert all(run.complete for run in (*own.nvt, *own.nve))
     assert own.stability_times == [0.06, 0.06]
     maes = [ethanol.distribution_maes(model).get("h", np.inf) for model in (own, other)]
     assert maes[0] < maes[1]

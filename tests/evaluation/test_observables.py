@@ -8,14 +8,12 @@ from ase.geometry.rdf import get_rdf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ase_gffmerge.dynamics.trajectory import energy_slope, harmonic_temperature
 from ase_gffmerge.evaluation.analysis import (
     Distribution,
     diffusion_coefficient,
     distance_distribution,
     distribution_mae,
-    energy_slope,
-    harmonic_temperature,
-    kinetic_energies,
     mean_squared_displacement,
     pair_distances,
     radial_distributions,
@@ -245,13 +243,6 @@ def test_overlap() -> None:
 def test_energy_slope() -> None:
     times = np.linspace(0, 2, 21)
     assert energy_slope(times, -1000 + 0.03 * times, n_atoms=3) == pytest.approx(0.01)
-
-
-def test_kinetic_energies_are_those_of_ase() -> None:
-    atoms = molecule("CH3OH")
-    atoms.set_momenta(np.random.default_rng(0).standard_normal((6, 3)))
-    found = kinetic_energies(atoms.get_velocities()[None], atoms.get_masses())
-    assert found == pytest.approx([atoms.get_kinetic_energy()])
 
 
 @pytest.mark.parametrize(("periodic", "modes"), [(False, 21), (True, 24)])

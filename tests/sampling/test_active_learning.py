@@ -12,7 +12,7 @@ from ase_gffmerge.inference.metrics import Errors, predict_frames
 from ase_gffmerge.merging.recipe import ClosedLoopOptions, TrajectoryOptions, load_recipe
 from ase_gffmerge.storage.documents import validated
 from ase_gffmerge.workflows.active_learning import ClosedLoopResult, closed_loop
-from ase_gffmerge.workflows.rollouts import OwnTrajectory, follow
+from ase_gffmerge.workflows.rollouts import RolloutReport, run_rollouts
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 
@@ -47,7 +47,9 @@ def test_each_round_merges_with_the_frames_visited_in_the_one_before(pair):
 
 def test_follow_compares_merged_potential_and_specialist_where_it_went(pair):
     merged, _ = merge(pair, RECIPE, device="cpu")
-    for specialist, trajectory in zip(pair, follow(merged, pair, TrajectoryOptions(**SHORT)), strict=True):
+    for specialist, trajectory in zip(
+        pair, run_rollouts(merged, pair, TrajectoryOptions(**SHORT)), strict=True
+    ):
         assert len(trajectory.visited) == 2 * 2
         assert trajectory.stable
         assert trajectory.mean_time == pytest.approx(0.04)
@@ -63,7 +65,7 @@ def test_follow_compares_merged_potential_and_specialist_where_it_went(pair):
 @pytest.mark.parametrize("architecture", ["painn"])
 def test_rounds_start_elsewhere(pair):
     merged, _ = merge(pair, RECIPE, device="cpu")
-    first, second = (follow(merged, pair, TrajectoryOptions(**SHORT), seed=seed)[0] for seed in (0, 1))
+    first, second = (run_rollouts(merged, pair, TrajectoryOptions(**SHORT), seed=seed)[0] for seed in (0, 1))
     assert not np.allclose(first.visited[0].positions, second.visited[0].positions)
 
 
@@ -83,20 +85,20 @@ def test_conditioned_potentials_move_as_their_specialist(pair):
 def test_what_breaks_is_neither_followed_nor_labelled(pair):
     merged, _ = merge(pair, RECIPE, device="cpu")
     hot = TrajectoryOptions(**{**SHORT, "temperature": 50000.0, "time": 0.2})
-    for trajectory in follow(merged, pair, hot):
+    for trajectory in run_rollouts(merged, pair, hot):
         assert not trajectory.stable
         assert sum(trajectory.stopped.values()) == 2
         assert trajectory.mean_time < 0.2
         assert len(trajectory.visited) < 2 * 10
     unknown = TrajectoryOptions(**{**SHORT, "max_grade": 1e-9})
-    for trajectory in follow(merged, pair, unknown):
+    for trajectory in run_rollouts(merged, pair, unknown):
         assert trajectory.stopped == {"extrapolation": 2}
         assert trajectory.visited == ()
         assert trajectory.disagreement is None
 
 
-def trajectory(error: float, broken: int) -> OwnTrajectory:
-    return OwnTrajectory(
+def trajectory(error: float, broken: int) -> RolloutReport:
+    return RolloutReport(
         specialist="s",
         visited=(),
         disagreement=Errors(error, error, error, 1),
@@ -125,7 +127,7 @@ def test_when_the_loop_ends_and_what_it_chooses(pair, monkeypatch, history, n_ro
     monkeypatch.setattr("ase_gffmerge.workflows.active_learning.merge", lambda *_, **__: once)
     told = iter(history)
     monkeypatch.setattr(
-        "ase_gffmerge.workflows.active_learning.follow", lambda *_, **__: (trajectory(*next(told)),) * 2
+        "ase_gffmerge.workflows.active_learning.run_rollouts", lambda *_, **__: (trajectory(*next(told)),) * 2
     )
     result = closed_loop(pair, RECIPE, ClosedLoopOptions(rounds=3, tolerance=0.02), device="cpu")
     assert (len(result.rounds), result.chosen) == (n_rounds, chosen)

@@ -67,7 +67,7 @@ def test_judge_names_what_is_wrong(springs):
     long.positions[1] += [0, 2.0, 0]
     close.positions[2] = close.positions[0] + [0, 0, 0.3]
     stops = screen(
-        springs.potential, [WATER, long, close], [WATER] * 3, monitor=StoppingCriteria(), max_atoms=4
+        springs.potential, [WATER, long, close], [WATER] * 3, criteria=StoppingCriteria(), max_atoms=4
     )
     assert [stop and stop.reason for stop in stops] == [None, "bond broken", "atoms too close"]
 
@@ -131,7 +131,7 @@ def test_what_breaks_is_counted_and_not_sampled():
 
 def test_frames_beyond_the_grade_are_refused(springs):
     no_hydrogen = StoppingCriteria(grade=lambda graph: (graph.atomic_numbers == 1).double() * 3)
-    result = sample_frames(springs, [CO, OH], SampleOptions(**FAST), monitor=no_hydrogen)
+    result = sample_frames(springs, [CO, OH], SampleOptions(**FAST), criteria=no_hydrogen)
     assert result.rejected == {"extrapolation": 1}  # when it was cooled
     assert {str(atoms.symbols) for atoms in result.frames} == {"CO"}
 

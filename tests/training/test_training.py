@@ -409,13 +409,35 @@ def test_differences_name_what_changed() -> None:
 
 
 def test_one_cycle_rises_and_falls() -> None:
-    rates = [one_cycle(x, 1.0) for x in np.linspace(0, 1, 101)]
+    rates = learning_rates(100)
     assert rates[0] == pytest.approx(0.04)
     assert max(rates) == pytest.approx(1.0)
     assert np.argmax(rates) == 10
+    assert len(rates) == 101
     assert rates[-1] == pytest.approx(1e-3)
     assert (np.diff(rates[:11]) > 0).all()
     assert (np.diff(rates[10:]) < 0).all()
+    assert learning_rates(100, done=40) == rates[40:]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 11, 20])
+def test_one_cycle_of_few_steps(steps: int) -> None:
+    rates = learning_rates(steps)
+    assert all(1e-3 * (1 - 1e-9) <= rate <= 1.0 for rate in rates)
+    assert steps < 10 or max(rates) > 0.98
+    assert rates[-1] == pytest.approx(1e-3)
+
+
+def learning_rates(steps: int, done: int = 0) -> list[float]:
+    """Rate of every step that is left, and of one more."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [parameter], "lr_scale": 1.0}], lr=1.0)
+    schedule, rates = one_cycle(optimizer, 1.0, steps=steps, done=done), []
+    for _ in range(done, steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return [*rates, optimizer.param_groups[0]["lr"]]
 
 
 def test_loss_curve(tmp_path: Path) -> None:

@@ -1,10 +1,5 @@
 """Observables of trajectories: pure functions on arrays (positions in Å, times in ps unless said otherwise)."""
 
-from ase_gffmerge.dynamics.energies import (
-    energy_slope,
-    harmonic_temperature,
-    kinetic_energies,
-)
 from ase_gffmerge.evaluation.analysis.correlation import (
     Diffusion,
     Spectrum,
@@ -30,9 +25,6 @@ __all__ = [
     "diffusion_coefficient",
     "distance_distribution",
     "distribution_mae",
-    "energy_slope",
-    "harmonic_temperature",
-    "kinetic_energies",
     "mean_squared_displacement",
     "pair_distances",
     "radial_distributions",

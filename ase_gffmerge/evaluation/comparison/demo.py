@@ -10,7 +10,7 @@ import torch
 from ase.calculators.calculator import Calculator
 
 from ase_gffmerge.dynamics.ase_md import run_md
-from ase_gffmerge.dynamics.result import MDResult, Sample
+from ase_gffmerge.dynamics.trajectory import Sample, Trajectory
 from ase_gffmerge.evaluation.comparison.measurement import run_timed
 from ase_gffmerge.evaluation.table import Column, Table
 from ase_gffmerge.forcefield.force_field import ForceField
@@ -64,7 +64,7 @@ class DemoResult:
 
     comparison: ForceComparison
     cache_hit: bool
-    runs: Mapping[str, Mapping[str, MDResult]]
+    runs: Mapping[str, Mapping[str, Trajectory]]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -134,7 +134,7 @@ def run_dynamics(
     out: Path,
     *,
     progress: Progress,
-) -> dict[str, dict[str, MDResult]]:
+) -> dict[str, dict[str, Trajectory]]:
     """Run every molecule with the one calculator, from its first test frame, and write the trajectories.
 
     Parameters
@@ -150,7 +150,7 @@ def run_dynamics(
     progress
         Called with a fraction (0 to 1) and a description.
     """
-    runs: dict[str, dict[str, MDResult]] = {ensemble: {} for ensemble in picoseconds}
+    runs: dict[str, dict[str, Trajectory]] = {ensemble: {} for ensemble in picoseconds}
     steps = {ensemble: max(round(1000 * ps / TIMESTEP), 1) for ensemble, ps in picoseconds.items()}
     done, total = 0, len(names) * sum(steps.values())
     for ensemble, n in steps.items():

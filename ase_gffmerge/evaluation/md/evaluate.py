@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from ase_gffmerge.dynamics.trajectory import harmonic_temperature
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.evaluation.analysis import distribution_mae, harmonic_temperature, spectral_overlap
+from ase_gffmerge.evaluation.analysis import distribution_mae, spectral_overlap
 from ase_gffmerge.evaluation.md.observables import (
     Distributions,
     ModelDynamics,

@@ -9,13 +9,13 @@ from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
 
 from ase_gffmerge.dynamics.stopping import StoppingCriteria
+from ase_gffmerge.dynamics.trajectory import Trajectory
 from ase_gffmerge.evaluation.analysis import (
     Diffusion,
     Distribution,
     Spectrum,
     diffusion_coefficient,
     distance_distribution,
-    energy_slope,
     radial_distributions,
     spectral_overlap,
     velocity_autocorrelation,
@@ -23,7 +23,6 @@ from ase_gffmerge.evaluation.analysis import (
     without_drift,
 )
 from ase_gffmerge.evaluation.md.runs import Protocol
-from ase_gffmerge.evaluation.md.trajectory import MDTrajectory
 
 Distributions = Mapping[str, Distribution]
 CRYSTAL_RANGE = 6.0
@@ -94,8 +93,8 @@ class ModelDynamics:
     """
 
     label: str
-    nvt: tuple[MDTrajectory, ...]
-    nve: tuple[MDTrajectory, ...]
+    nvt: tuple[Trajectory, ...]
+    nve: tuple[Trajectory, ...]
     temperature: float | None
     potential_energy: float | None
     distributions: Distributions
@@ -107,17 +106,17 @@ class ModelDynamics:
     @property
     def stability_times(self) -> list[float]:
         """Time in ps until each NVT run broke; its length when it did not."""
-        return [run.stable_time for run in self.nvt]
+        return [run.duration / 1000 for run in self.nvt]
 
     def to_dict(self) -> dict[str, Any]:
         """Summary for JSON, without curves."""
         return {
             "stability_time": self.stability_times,
             "stability_time_mean": float(np.mean(self.stability_times)),
-            "held": sum(run.held for run in self.nvt),
-            "stopped": [run.stopped or None for run in self.nvt],
+            "held": sum(run.complete for run in self.nvt),
+            "stopped": [f"{run.stopped}: {run.detail}" if run.stopped else None for run in self.nvt],
             "temperature": self.temperature,
-            "nve_held": sum(run.held for run in self.nve),
+            "nve_held": sum(run.complete for run in self.nve),
             "nve_drift": list(self.drifts),
             "nve_drift_mean_absolute": float(np.abs(self.drifts).mean()) if self.drifts else None,
             "vdos_overlap_of_halves": self.spectral_noise,
@@ -142,8 +141,8 @@ def mean_diffusion(runs: Sequence[Diffusion]) -> tuple[float, float]:
 
 def observe(
     label: str,
-    nvt: Sequence[MDTrajectory],
-    nve: Sequence[MDTrajectory],
+    nvt: Sequence[Trajectory],
+    nve: Sequence[Trajectory],
     *,
     protocol: Protocol,
     r_max: float,
@@ -155,7 +154,7 @@ def observe(
     r_max
         Range of the distributions in Å, see :func:`~ase_gffmerge.evaluation.md.observables.distribution_range`.
     """
-    begin = protocol.equilibration * protocol.length("nvt")
+    begin = 1000 * protocol.equilibration * protocol.length("nvt")
     temperatures = np.concatenate([run.temperatures[run.times >= begin] for run in nvt])
     potential_energies = np.concatenate([run.potential_energies[run.times >= begin] for run in nvt])
     return ModelDynamics(
@@ -168,43 +167,44 @@ def observe(
         spectrum=_spectrum(nve, protocol),
         spectral_noise=_overlap_of_halves(nve, protocol),
         drifts=tuple(
-            energy_slope(run.times, run.total_energies, n_atoms=len(run.numbers)) for run in nve if run.held
+            run.drift_slope_per_atom for run in nve if run.complete
         ),
         diffusion=_mobile_diffusion(nvt, begin),
     )
 
 
-def _equilibrated(runs: Sequence[MDTrajectory], begin: float, *, r_max: float) -> Distributions:
+def _equilibrated(runs: Sequence[Trajectory], begin: float, *, r_max: float) -> Distributions:
     positions = np.concatenate([run.after(begin) for run in runs])
-    cells = np.broadcast_to(runs[0].cell, (len(positions), 3, 3))
-    return distributions(positions, runs[0].numbers, cells, runs[0].pbc, r_max=r_max)
+    start = runs[0].start
+    cells = np.broadcast_to(start.cell.array, (len(positions), 3, 3))
+    return distributions(positions, start.numbers, cells, start.pbc, r_max=r_max)
 
 
-def _spectrum(runs: Sequence[MDTrajectory], protocol: Protocol) -> Spectrum | None:
+def _spectrum(runs: Sequence[Trajectory], protocol: Protocol) -> Spectrum | None:
     """Mean over the runs that lasted."""
     interval = protocol.every("nve") * protocol.timestep
     n_lags = min(
         round(protocol.correlation_time / interval), protocol.steps("nve") // protocol.every("nve") // 2
     )
-    correlations = [velocity_autocorrelation(run.velocities, run.masses, n_lags) for run in runs if run.held]
+    correlations = [velocity_autocorrelation(run.velocities, run.start.get_masses(), n_lags) for run in runs if run.complete]
     return vibrational_spectrum(np.mean(correlations, axis=0), interval=interval) if correlations else None
 
 
-def _overlap_of_halves(runs: Sequence[MDTrajectory], protocol: Protocol) -> float | None:
+def _overlap_of_halves(runs: Sequence[Trajectory], protocol: Protocol) -> float | None:
     halves = [_spectrum(runs[k::2], protocol) for k in (0, 1)]
     return spectral_overlap(halves[0], halves[1]) if halves[0] and halves[1] else None
 
 
-def _mobile_diffusion(runs: Sequence[MDTrajectory], begin: float) -> dict[str, tuple[Diffusion, ...]]:
+def _mobile_diffusion(runs: Sequence[Trajectory], begin: float) -> dict[str, tuple[Diffusion, ...]]:
     """Diffusion of the elements that hop, in crystals whose runs lasted long enough for an error estimate."""
     mobile = {atomic_numbers[symbol] for symbol in StoppingCriteria().mobile}
-    lasting = [r for r in runs if r.held and r.pbc.all() and len(r.after(begin)) >= MIN_DIFFUSION_FRAMES]
+    lasting = [r for r in runs if r.complete and r.start.pbc.all() and len(r.after(begin)) >= MIN_DIFFUSION_FRAMES]
     found = {}
-    for element in sorted(mobile.intersection(lasting[0].numbers.tolist())) if lasting else ():
+    for element in sorted(mobile.intersection(lasting[0].start.numbers.tolist())) if lasting else ():
         found[chemical_symbols[element]] = tuple(
             diffusion_coefficient(
-                without_drift(run.after(begin), run.masses)[:, run.numbers == element],
-                interval=float(run.times[1] - run.times[0]),
+                without_drift(run.after(begin), run.start.get_masses())[:, run.start.numbers == element],
+                interval=float(run.times[1] - run.times[0]) / 1000,
             )
             for run in lasting
         )

@@ -24,7 +24,7 @@ def dynamics_table(evaluation: MDEvaluation) -> Table:
     rows: list[Row] = [
         *_errors(evaluation),
         ("stable time of seeds, mean (ps)", *(f"{np.mean(m.stability_times):.2f}" for m in models)),
-        ("seeds that held", *(f"{sum(run.held for run in m.nvt)} of {len(m.nvt)}" for m in models)),
+        ("seeds that held", *(f"{sum(run.complete for run in m.nvt)} of {len(m.nvt)}" for m in models)),
         ("mean temperature (K)", *(f"{m.temperature:.0f}" if m.temperature else "-" for m in models)),
         ("temperature of the reference (K)", *(_reference_temperature(evaluation, m) for m in models)),
         *_distributions(evaluation),
@@ -182,7 +182,7 @@ def _temperatures(axes: Axes, models: Styled, target: float) -> None:
     for model, colour in models:
         for run in model.nvt:
             if len(run.times) > 1:
-                axes.plot(run.times, _smooth(run.temperatures), color=colour, lw=0.8, alpha=0.6)
+                axes.plot(run.times / 1000, _smooth(run.temperatures), color=colour, lw=0.8, alpha=0.6)
     if axes.lines:
         axes.axhline(target, color=REFERENCE, linewidth=0.8)
     axes.set(
@@ -205,8 +205,8 @@ def _energies(axes: Axes, models: Styled) -> None:
     for model, colour in models:
         for run in model.nve:
             if len(run.times):
-                change = 1000 * (run.total_energies - run.total_energies.mean()) / len(run.numbers)
-                axes.plot(run.times, _smooth(change), color=colour, linewidth=0.9, alpha=0.7)
+                change = 1000 * (run.total_energies - run.total_energies.mean()) / run.n_atoms
+                axes.plot(run.times / 1000, _smooth(change), color=colour, linewidth=0.9, alpha=0.7)
     axes.set(
         title=f"energy conservation (NVE), mean of {100 * SMOOTHING:g} %",
         xlabel="time (ps)",

@@ -11,9 +11,10 @@ import numpy as np
 from ase import Atoms
 
 from ase_gffmerge.dynamics.batched_md import Ensemble, run_replicas
+from ase_gffmerge.dynamics.trajectory import Trajectory
+from ase_gffmerge.dynamics.trajectory_io import load_trajectories, save_trajectories
 from ase_gffmerge.errors import DynamicsError
-from ase_gffmerge.evaluation.md.trajectory import MDTrajectory, load_trajectories, save_trajectories
-from ase_gffmerge.forcefield.conditioning import KEY, with_choice_of
+from ase_gffmerge.forcefield.conditioning import KEY
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.runtime.progress import Progress, no_progress
 
@@ -109,7 +110,7 @@ def run_models(
     *,
     folder: Path | None = None,
     progress: Progress = no_progress,
-) -> dict[str, dict[Ensemble, list[MDTrajectory]]]:
+) -> dict[str, dict[Ensemble, list[Trajectory]]]:
     """Run every model from the same structures with the same seeds.
 
     An NVE run begins at the middle frame of the NVT run of its seed, with new velocities.
@@ -128,7 +129,7 @@ def run_models(
     dict
         By label and ensemble, one trajectory per seed.
     """
-    runs: dict[str, dict[Ensemble, list[MDTrajectory]]] = {}
+    runs: dict[str, dict[Ensemble, list[Trajectory]]] = {}
     for k, model in enumerate(models):
 
         def tell(fraction: float, text: str, before: int = k, label: str = model.label) -> None:
@@ -136,7 +137,7 @@ def run_models(
 
         nvt = _batch(model, starts, protocol, "nvt", folder, lambda f, text: tell(2 / 3 * f, f"NVT {text}"))
         middles = [
-            with_choice_of(run.structure(len(run.times) // 2), start) if len(run.times) else start
+            run.frames[len(run.times) // 2].copy() if len(run.times) else start
             for run, start in zip(nvt, starts, strict=True)
         ]
         nve = _batch(
@@ -153,9 +154,9 @@ def _batch(
     ensemble: Ensemble,
     folder: Path | None,
     progress: Progress,
-) -> list[MDTrajectory]:
+) -> list[Trajectory]:
     path = folder / f"{ensemble}-{_key(model, starts, protocol, ensemble)[:20]}.npz" if folder else None
-    finished = load_trajectories(path) if path else None
+    finished = load_trajectories(path, starts) if path else None
     if finished is None:
         finished = _run(model, starts, protocol, ensemble, progress)
         if path:
@@ -166,8 +167,8 @@ def _batch(
 
 def _run(
     model: Contestant, starts: Sequence[Atoms], protocol: Protocol, ensemble: Ensemble, progress: Progress
-) -> list[MDTrajectory]:
-    runs = run_replicas(
+) -> list[Trajectory]:
+    return run_replicas(
         model.force_field.potential,
         starts,
         ensemble=ensemble,
@@ -179,10 +180,8 @@ def _run(
         seed=0 if ensemble == "nvt" else 1,
         specialist=model.specialist,
         names=model.force_field.specialist_names,
-        on_progress=progress,
+        progress=progress,
     )
-    length = protocol.length(ensemble)
-    return [MDTrajectory.of(run, start, length=length) for run, start in zip(runs, starts, strict=True)]
 
 
 def _key(model: Contestant, starts: Sequence[Atoms], protocol: Protocol, ensemble: Ensemble) -> str:
