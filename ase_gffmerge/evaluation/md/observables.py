@@ -166,9 +166,7 @@ def observe(
         distributions=_equilibrated(nvt, begin, r_max=r_max),
         spectrum=_spectrum(nve, protocol),
         spectral_noise=_overlap_of_halves(nve, protocol),
-        drifts=tuple(
-            run.drift_slope_per_atom for run in nve if run.complete
-        ),
+        drifts=tuple(run.drift_slope_per_atom for run in nve if run.complete),
         diffusion=_mobile_diffusion(nvt, begin),
     )
 
@@ -186,7 +184,11 @@ def _spectrum(runs: Sequence[Trajectory], protocol: Protocol) -> Spectrum | None
     n_lags = min(
         round(protocol.correlation_time / interval), protocol.steps("nve") // protocol.every("nve") // 2
     )
-    correlations = [velocity_autocorrelation(run.velocities, run.start.get_masses(), n_lags) for run in runs if run.complete]
+    correlations = [
+        velocity_autocorrelation(run.velocities, run.start.get_masses(), n_lags)
+        for run in runs
+        if run.complete
+    ]
     return vibrational_spectrum(np.mean(correlations, axis=0), interval=interval) if correlations else None
 
 
@@ -198,7 +200,9 @@ def _overlap_of_halves(runs: Sequence[Trajectory], protocol: Protocol) -> float 
 def _mobile_diffusion(runs: Sequence[Trajectory], begin: float) -> dict[str, tuple[Diffusion, ...]]:
     """Diffusion of the elements that hop, in crystals whose runs lasted long enough for an error estimate."""
     mobile = {atomic_numbers[symbol] for symbol in StoppingCriteria().mobile}
-    lasting = [r for r in runs if r.complete and r.start.pbc.all() and len(r.after(begin)) >= MIN_DIFFUSION_FRAMES]
+    lasting = [
+        r for r in runs if r.complete and r.start.pbc.all() and len(r.after(begin)) >= MIN_DIFFUSION_FRAMES
+    ]
     found = {}
     for element in sorted(mobile.intersection(lasting[0].start.numbers.tolist())) if lasting else ():
         found[chemical_symbols[element]] = tuple(
