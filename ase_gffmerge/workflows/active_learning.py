@@ -180,7 +180,9 @@ def _round(
         merge = closed_form_merge(specialists, recipe, device=device, progress=part_of(progress, 0.0, 0.6))
         done = _Merge(*merge, said)
     with clock("dynamics"):
-        went = run_rollouts(done.merged, specialists, options, seed=index, progress=part_of(progress, 0.6, 1.0))
+        went = run_rollouts(
+            done.merged, specialists, options, seed=index, progress=part_of(progress, 0.6, 1.0)
+        )
     n_frames = tuple(len(specialist.calibration) for specialist in specialists)
     return done, RoundReport(n_frames=n_frames, trajectories=went, seconds=clock.seconds)
 

@@ -121,9 +121,7 @@ def _starts(frames: Sequence[Atoms], n: int, *, seed: tuple[int, int]) -> list[A
     return [frames[order[k % len(order)]] for k in range(n)]
 
 
-def _report(
-    specialist: ForceField, runs: Sequence[Trajectory]
-) -> RolloutReport:
+def _report(specialist: ForceField, runs: Sequence[Trajectory]) -> RolloutReport:
     visited = tuple(atoms for run in runs for atoms in run.frames[1:])
     predicted = predict_frames(specialist.potential, visited) if visited else None
     return RolloutReport(
