@@ -31,7 +31,7 @@ def limited(processes):
     return do
 
 
-@pytest.mark.parametrize("size", [0, 100, 5000])
+@pytest.mark.parametrize("size", [0, pytest.param(100, marks=pytest.mark.slow), 5000])
 def test_the_cache_cannot_be_written(limited, files, tmp_path, size):
     cache = tmp_path / "cache"
     expected = workers.energy_of(files, RECIPE, tmp_path / "elsewhere")[0]

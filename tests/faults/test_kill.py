@@ -32,13 +32,14 @@ def moments(context, target, *arguments, folder: Path) -> int:
     return count
 
 
-def test_merge_and_cache_writing(processes, files, specialists, tmp_path):
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_merge_and_cache_writing(processes, files, specialists, tmp_path, stride):
     healthy = tmp_path / "healthy"
     healthy.mkdir()
     count = moments(processes, workers.merge_into_cache, files, RECIPE, healthy, folder=healthy)
     (expected,) = MergeCache(healthy).entries()
     assert count > 10
-    for fatal in range(count):
+    for fatal in range(0, count, stride):
         cache = MergeCache(tmp_path / f"killed at {fatal}")
         died = run(processes, workers.merge_into_cache, files, RECIPE, cache.directory, fatal)
         assert died == -signal.SIGKILL

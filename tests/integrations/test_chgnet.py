@@ -257,7 +257,9 @@ def test_default_beats_paper_beats_mean(pair, tmp_path):
     assert default < 0.7 * mean
 
 
-@pytest.mark.parametrize("recipe", ["paper", {**QUICK, "readout": None}])
+@pytest.mark.parametrize(
+    "recipe", ["paper", pytest.param({**QUICK, "readout": None}, marks=pytest.mark.slow)]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_crystals_without_angles_merge(small, recipe):
     """No three atoms of sparse sodium are near enough: the layers of angles see no rows, and keep the mean."""

@@ -49,6 +49,7 @@ def test_merging_copies_returns_the_specialist(family, architecture, name) -> No
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("conditioning", ["shared", "per-specialist"])
+@pytest.mark.slow_for("per-specialist")
 def test_order_of_specialists_is_irrelevant(family, architecture, name, conditioning) -> None:
     specialists = family(architecture, 3)
     frames = specialists[0].calibration
@@ -73,6 +74,7 @@ def test_merged_potential_is_equivariant(family, architecture) -> None:
     np.testing.assert_allclose(rotated.forces[0], straight.forces[0] @ rotation.T, atol=1e-10)
 
 
+@pytest.mark.slow_for("nequip")
 def test_specialists_are_not_changed_and_merging_is_reproducible(family, architecture) -> None:
     specialists = family(architecture, 2)
     before = [deepcopy(s.potential.state_dict()) for s in specialists]
@@ -91,6 +93,7 @@ def test_per_specialist_conditioning_keeps_every_table(family, architecture) -> 
         assert torch.equal(merged.potential.embedding[k], specialist.potential.embedding[0])
 
 
+@pytest.mark.slow_for("nequip")
 def test_weights_pull_towards_the_heavier_specialist(family, architecture) -> None:
     specialists = family(architecture, 2, size=0.2)
     light, heavy = (
@@ -142,6 +145,7 @@ def test_tables_that_differ_while_the_energies_agree_are_left_alone(family) -> N
     assert not merge(specialists, recipe("gffmerge"))[1].energy_shifts
 
 
+@pytest.mark.slow_for("nequip")
 def test_report_is_complete_round_trips_and_shows(family, architecture, tmp_path) -> None:
     _, report = merge(family(architecture, 2), recipe("gffmerge"))
     assert MergeReport.from_dict(json.loads(report.to_json())) == report

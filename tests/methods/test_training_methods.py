@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
@@ -48,6 +49,7 @@ def test_needs() -> None:
     assert joint.needs == {Requirement.BASE, Requirement.LABELS}
 
 
+@pytest.mark.slow_for("nequip")
 def test_distill(make_merge_inputs, architecture, monkeypatch) -> None:
     training_options = {"epochs": 10, "batch_size": 3, "learning_rate": 2e-2, "patience": 10}
     quick = DistillOptions(**training_options, copies=3, temperature=0.0, force_weight=1000.0)

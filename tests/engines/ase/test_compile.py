@@ -29,7 +29,12 @@ def fresh_counters():
 
 
 @pytest.mark.parametrize(
-    "first", [Atoms("H2", [[0, 0, 0], [0, 0, 0.8]]), molecule("H2O"), crystal()], ids=["H2", "H2O", "crystal"]
+    "first",
+    [
+        pytest.param(Atoms("H2", [[0, 0, 0], [0, 0, 0.8]]), id="H2"),
+        pytest.param(molecule("H2O"), id="H2O", marks=pytest.mark.slow),
+        pytest.param(crystal(), id="crystal", marks=pytest.mark.slow),
+    ],
 )
 def test_one_compilation_serves_every_size(architecture, first, fresh_counters) -> None:
     """What torch traces is what it would compile: once, without breaks, whatever the numbers of atoms and edges."""
