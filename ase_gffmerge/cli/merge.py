@@ -35,6 +35,7 @@ def merge(
     """Merge specialists by least squares and write one potential with its report."""
     from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.merging.recipe import ClosedLoopOptions, load_recipe
+    from ase_gffmerge.merging.report_plot import save_html
     from ase_gffmerge.storage.atomic import require_writable
     from ase_gffmerge.storage.documents import validated
     from ase_gffmerge.workflows.merge import merge as merge_specialists
@@ -55,7 +56,7 @@ def merge(
         merged, result = merge_specialists(loaded, chosen, device=device, progress=progress)
     merged.save(out)
     if report:
-        result.save_html(report)
+        save_html(result, report)
     if as_json:
         print_json({"out": str(out), **result.to_dict()})
         return

@@ -1,1 +1,7 @@
-"""Least squares on tensors: Gram statistics, ridge regression, Gauss-Newton steps."""
+"""Least squares on tensors: what every merge of this package solves. Tensors in, dataclasses out.
+
+* :mod:`.gram`: sufficient statistics of rows and targets, which add up over batches, processes and machines;
+* :mod:`.ridge`: ridge regression from them, anchored at a prior;
+* :mod:`.gauss_newton`: one Gauss-Newton step on several affine maps at once, matrix-free;
+* :mod:`.random_signs`: Hutchinson's estimates of traces and diagonals.
+"""

@@ -21,6 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ase_gffmerge.least_squares.random_signs import random_signs
+
 Thetas = dict[str, Tensor]
 """Affine maps Θ_l (d_l, m_l) by name."""
 
@@ -31,7 +33,7 @@ INPUT_FLOOR, OUTPUT_FLOOR = 0.1, 0.01
 """Least eigenvalues of G and least entries of b, relative to their means: what the estimates cannot resolve."""
 
 
-class Linearised(Protocol):
+class LinearizedResiduals(Protocol):
     """Weighted residuals and their linearisation; vectors of residuals are lists with one tensor per batch.
 
     Attributes
@@ -57,7 +59,9 @@ class Linearised(Protocol):
         ...
 
 
-def gauss_newton_steps(problem: Linearised, *, iterations: int, damping: float) -> Iterator[Thetas]:
+def gauss_newton_steps(
+    residuals: LinearizedResiduals, *, iterations: int, damping: float
+) -> Iterator[Thetas]:
     """Step δ of all maps after every conjugate-gradient iteration; fewer iterations regularise more.
 
     Every residual is made orthogonal to all earlier ones again: round-off would take that away, and with it the
@@ -65,15 +69,15 @@ def gauss_newton_steps(problem: Linearised, *, iterations: int, damping: float) 
 
     Parameters
     ----------
-    problem
-        Residuals and their linearisation.
+    residuals
+        With their linearisation.
     iterations
         How many at most.
     damping
         μ; as P has the units of the curvature, it is a pure number.
     """
-    metric = KroneckerPreconditioner.of(problem)
-    left = _transpose(problem, problem.residual)
+    metric = KroneckerPreconditioner.of(residuals)
+    left = _transpose(residuals, residuals.residual)
     step = {name: torch.zeros_like(value) for name, value in left.items()}
     direction = z = metric.solve(left)
     norm = first = dot(left, z)
@@ -82,7 +86,7 @@ def gauss_newton_steps(problem: Linearised, *, iterations: int, damping: float) 
     for _ in range(iterations):
         if norm <= round_off * first:
             break
-        curved = _transpose(problem, problem.forward(direction))
+        curved = _transpose(residuals, residuals.forward(direction))
         curved = _add(curved, metric.product(direction), factor=damping)
         length = norm / dot(direction, curved)
         past.append((left, z, norm))
@@ -104,10 +108,10 @@ class KroneckerPreconditioner:
     outputs: Thetas
 
     @classmethod
-    def of(cls, problem: Linearised) -> "KroneckerPreconditioner":
+    def of(cls, residuals: LinearizedResiduals) -> "KroneckerPreconditioner":
         """Estimate b so that the diagonal of P has the size of the diagonal of JᵀJ."""
-        inputs = {name: _floored(gram) for name, gram in problem.grams.items()}
-        diagonal = _diagonal(problem)
+        inputs = {name: _floored(gram) for name, gram in residuals.grams.items()}
+        diagonal = _diagonal(residuals)
         outputs = {name: (d / inputs[name].diagonal()[:, None]).mean(dim=0) for name, d in diagonal.items()}
         least = 1e-12 * max(float(b.mean()) for b in outputs.values()) + 1e-30
         return cls(
@@ -135,23 +139,23 @@ def _floored(gram: Tensor) -> Tensor:
     return gram / mean + INPUT_FLOOR * unit if mean > 0 else unit
 
 
-def _diagonal(problem: Linearised) -> Thetas:
+def _diagonal(residuals: LinearizedResiduals) -> Thetas:
     """Hutchinson's estimate of the diagonal of JᵀJ, batch by batch with the same signs, whatever their order."""
-    total = {name: torch.zeros_like(theta) for name, theta in problem.thetas.items()}
-    for k, residual in enumerate(problem.residual):
+    total = {name: torch.zeros_like(theta) for name, theta in residuals.thetas.items()}
+    for k, residual in enumerate(residuals.residual):
         generator = torch.Generator().manual_seed(0)
         for _ in range(SIGNS):
-            signs = 2.0 * torch.randint(0, 2, residual.shape, generator=generator).to(residual) - 1
-            for name, value in problem.vjp(k, signs).items():
+            signs = random_signs(tuple(residual.shape), like=residual, generator=generator)
+            for name, value in residuals.vjp(k, signs).items():
                 total[name] += value.square() / SIGNS
     return total
 
 
-def _transpose(problem: Linearised, vectors: Sequence[Tensor]) -> Thetas:
+def _transpose(residuals: LinearizedResiduals, vectors: Sequence[Tensor]) -> Thetas:
     """Jᵀ u, the sum over batches."""
-    total = {name: torch.zeros_like(theta) for name, theta in problem.thetas.items()}
+    total = {name: torch.zeros_like(theta) for name, theta in residuals.thetas.items()}
     for k, vector in enumerate(vectors):
-        total = _add(total, problem.vjp(k, vector), factor=1.0)
+        total = _add(total, residuals.vjp(k, vector), factor=1.0)
     return total
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ase_gffmerge.least_squares.gram import Gram
+from ase_gffmerge.least_squares.random_signs import random_signs
 
 EXACT_TRACE, SIGNS = 2000, 16
 """Unknowns up to which the effective rank is exact, and the number of random vectors of signs beyond."""
@@ -86,7 +87,7 @@ def _trace_of_inverse(factor: Tensor) -> float:
         columns, repeats = torch.eye(d).to(factor), 1
     else:
         generator = torch.Generator().manual_seed(0)
-        columns, repeats = 2.0 * torch.randint(0, 2, (d, SIGNS), generator=generator).to(factor) - 1, SIGNS
+        columns, repeats = random_signs((d, SIGNS), like=factor, generator=generator), SIGNS
     return float(torch.linalg.solve_triangular(factor, columns, upper=False).square().sum()) / repeats
 
 
@@ -94,6 +95,13 @@ def regularised_factor(gram: Gram, *, ridge: float, relative: bool = True) -> tu
     """Cholesky factor of G + μI, and μ; a singular matrix gets the smallest ridge that round-off asks for.
 
     Without rows (G = 0) any ridge gives the prior.
+
+    Parameters
+    ----------
+    gram
+        G.
+    ridge, relative
+        As for :func:`ridge_solve`.
     """
     matrix = gram.xx
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

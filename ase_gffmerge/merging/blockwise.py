@@ -202,7 +202,7 @@ class LinearizedBlock(BlockMismatch):
     Attributes
     ----------
     thetas, grams, residual
-        See :class:`~ase_gffmerge.least_squares.gauss_newton.Linearised`.
+        See :class:`~ase_gffmerge.least_squares.gauss_newton.LinearizedResiduals`.
     """
 
     def __init__(

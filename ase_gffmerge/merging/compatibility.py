@@ -123,7 +123,10 @@ def weight_distance(first: ForceField, second: ForceField) -> float:
 
 def _flat_maps(potential: Potential) -> dict[str, torch.Tensor]:
     """Coefficients of every affine map on the CPU."""
-    return {name: problem.read().cpu().double().flatten() for name, problem in affine_maps(potential).items()}
+    return {
+        name: affine_map.read().cpu().double().flatten()
+        for name, affine_map in affine_maps(potential).items()
+    }
 
 
 def working_copies(specialists: Sequence[ForceField], device: torch.device) -> list[ForceField]:

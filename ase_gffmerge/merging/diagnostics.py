@@ -1,4 +1,13 @@
-"""How the mean, the merged model and the other specialists differ from each specialist on its calibration frames."""
+r"""How far the merged model is from every specialist, beside the mean of the weights and the other specialists.
+
+On the calibration frames of specialist k, with its own forces :math:`F^{(k)}`, the relative disagreement of a model is
+
+.. math:: d_k = \sqrt{\langle |F - F^{(k)}|^2 \rangle \,/\, \langle |F^{(k)}|^2 \rangle} .
+
+The verdict goes by the largest :math:`d_k` of the merged model, or by the error of a fitted readout on held-out frames
+if that is larger: ``good`` below 12 %, ``usable after distillation`` below 30 %, else ``failed``
+(:attr:`.MergeReport.relative_disagreement`, :attr:`.MergeReport.verdict`). No labels are needed for it.
+"""
 
 from collections.abc import Sequence
 
@@ -10,12 +19,21 @@ from ase_gffmerge.merging.report import Disagreement, Parity
 from ase_gffmerge.models import Potential
 
 PARITY_SAMPLE = 600
+"""Force components per specialist that are kept for the parity plot."""
 
 
 def diagnose(
     specialists: Sequence[ForceField], mean: Potential, merged: Potential
 ) -> tuple[tuple[Disagreement, ...], tuple[Parity, ...]]:
-    """Evaluate all models on every specialist's calibration frames."""
+    """Evaluate all models on every specialist's calibration frames.
+
+    Parameters
+    ----------
+    specialists
+        In the order of their indices.
+    mean, merged
+        The two models that are compared with each of them.
+    """
     rows: list[Disagreement] = []
     parity: list[Parity] = []
     for k, specialist in enumerate(specialists):
@@ -37,7 +55,15 @@ def diagnose(
 def disagreement(
     specialist: str, model: str, predicted: FramePredictions, reference: FramePredictions
 ) -> Disagreement:
-    """How one model's predictions differ from a specialist's."""
+    """How one model's predictions differ from a specialist's.
+
+    Parameters
+    ----------
+    specialist, model
+        Names.
+    predicted, reference
+        Of the model and of the specialist, on the same frames.
+    """
     errors = compare(predicted, reference)
     return Disagreement(
         specialist=specialist,

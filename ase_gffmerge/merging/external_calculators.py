@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ase_gffmerge.data.frames import bare
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.inference.metrics import FramePredictions
+from ase_gffmerge.integrations.registry import adapters_by_architecture
 from ase_gffmerge.least_squares.gram import Gram, normalised_sum
 from ase_gffmerge.least_squares.ridge import ridge_solve
 from ase_gffmerge.merging.diagnostics import disagreement
@@ -96,6 +97,7 @@ def merge_calculators(
     FramesError
         When a calculator has no frames.
     """
+    adapters_by_architecture()  # whose modules register the layers of their packages
     networks = [module(calculator) for calculator in calculators]
     _check(networks, calibration)
     merged = deepcopy(calculators[0])

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import TypeAdapter, ValidationError
@@ -201,21 +200,6 @@ class MergeReport:
         if self.closed_loop:
             lines += ["on its own trajectories", *_rounds(self.closed_loop)]
         return "\n".join(lines)
-
-    def plot(self, path: str | Path) -> Path:
-        """Write parity plots and per-layer residuals as PNG, SVG or PDF."""
-        from ase_gffmerge.merging.report_plot import report_figure
-
-        figure = report_figure(self)
-        figure.savefig(path, dpi=130, bbox_inches="tight")
-        return Path(path)
-
-    def save_html(self, path: str | Path) -> Path:
-        """Write one self-contained HTML page."""
-        from ase_gffmerge.merging.report_plot import report_html
-
-        Path(path).write_text(report_html(self), encoding="utf-8")
-        return Path(path)
 
 
 def _rounds(loop: Mapping[str, Any]) -> Iterator[str]:

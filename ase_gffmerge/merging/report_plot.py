@@ -1,15 +1,29 @@
-"""The merge report as a figure and as one self-contained HTML page."""
+"""The merge report as a figure and as one self-contained web page."""
 
 import base64
 import html
 import io
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ase_gffmerge.merging.report import GOOD, USABLE, LayerReport, MergeReport
+from ase_gffmerge.merging.report import GOOD, USABLE, LayerReport, MergeReport, Parity
 
 COLOURS = {"mean": "#b8b8b8", "merged": "#1f6f8b", "message": "#d1793b", "readout": "#7a5195"}
+
+
+def save_figure(report: MergeReport, path: str | Path) -> Path:
+    """Write parity plots and per-layer residuals as PNG, SVG or PDF."""
+    report_figure(report).savefig(path, dpi=130, bbox_inches="tight")
+    return Path(path)
+
+
+def save_html(report: MergeReport, path: str | Path) -> Path:
+    """Write one web page that needs no other file."""
+    Path(path).write_text(report_html(report), encoding="utf-8")
+    return Path(path)
 
 
 def report_figure(report: MergeReport) -> Figure:
@@ -26,7 +40,7 @@ def report_figure(report: MergeReport) -> Figure:
     return figure
 
 
-def _parity_panel(axis: Any, report: MergeReport, sample: Any) -> None:
+def _parity_panel(axis: Axes, report: MergeReport, sample: Parity) -> None:
     errors = {d.model: d.force_mae for d in report.disagreements if d.specialist == sample.specialist}
     for model, values in (("mean", sample.mean), ("merged", sample.merged)):
         label = f"{model}: MAE {1000 * errors[model]:.1f} meV/Å"
@@ -37,7 +51,7 @@ def _parity_panel(axis: Any, report: MergeReport, sample: Any) -> None:
     axis.legend(fontsize=8, loc="upper left", frameon=False)
 
 
-def _residual_panel(axis: Any, report: MergeReport) -> None:
+def _residual_panel(axis: Axes, report: MergeReport) -> None:
     names = [f"{row.name} ({row.kind})" if row.kind != "layer" else row.name for row in report.layers]
     positions = range(len(names))
     after = [COLOURS["merged" if row.kind == "layer" else row.kind] for row in report.layers]
@@ -72,7 +86,7 @@ def report_html(report: MergeReport) -> str:
     )
     layers = _table(
         (
-            "problem",
+            "layer",
             "kind",
             "rows",
             "columns",
@@ -109,7 +123,7 @@ def _residuals(row: LayerReport) -> tuple[str, str]:
     return f"{row.residual_before:.2e}", f"{row.residual_after:.2e}"
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+def _table(header: tuple[str, ...], rows: Sequence[Sequence[object]]) -> str:
     head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -79,10 +79,10 @@ def _entering_rows(potential: Potential, graph: AtomGraph) -> dict[str, Tensor]:
     """Rows that enter every affine map (n_rows, d_in + 1); the last column is 1 for scalars, 0 for components."""
     rows = {}
     for name, x in layer_inputs(potential, lambda: potential(graph)).items():
-        for problem in layer_maps(name, potential.get_submodule(name)):
-            part = problem.rows(x).double()
+        for affine_map in layer_maps(name, potential.get_submodule(name)):
+            part = affine_map.rows(x).double()
             constant = torch.full_like(part[:, :1], float(len(part) == len(x)))
-            rows[problem.name] = torch.cat([part, constant], dim=1)
+            rows[affine_map.name] = torch.cat([part, constant], dim=1)
     return rows
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.least_squares.random_signs import random_signs
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.weight_space import WeightSpace, weighted_mean
@@ -69,8 +70,10 @@ def fisher_information(
         graphs = [build_graph(atoms, model.hyper.cutoff, dtype=model.dtype) for atoms in group]
         batch = batch_graphs(graphs).to(model.device)
         for _ in range(probes):
-            energy_signs = _signs((len(group),), generator, like=batch.positions)
-            force_signs = _signs(tuple(batch.positions.shape), generator, like=batch.positions)
+            energy_signs = random_signs((len(group),), like=batch.positions, generator=generator)
+            force_signs = random_signs(
+                tuple(batch.positions.shape), like=batch.positions, generator=generator
+            )
             total = total + squared_derivatives(model, batch, energy_signs, force_signs)
     return total / (probes * len(frames))
 
@@ -120,8 +123,3 @@ def _relative_information(space: WeightSpace, progress: Progress) -> Tensor:
         information = fisher_information(potential, specialist.calibration)
         rows.append(information * space.known[k].sum() / information.sum())
     return torch.stack(rows)
-
-
-def _signs(shape: tuple[int, ...], generator: torch.Generator, *, like: Tensor) -> Tensor:
-    """Random signs, drawn on the CPU."""
-    return (2 * torch.randint(2, shape, generator=generator) - 1).to(like)

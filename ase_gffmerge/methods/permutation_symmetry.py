@@ -97,12 +97,12 @@ def permuted(potential: Potential, permutations: Permutations) -> Potential:
         For every group of :func:`channel_groups` the old place of each new channel; groups left out stay.
     """
     groups, result = channel_groups(potential), deepcopy(potential)
-    for name, problem in affine_maps(result).items():
+    for name, affine_map in affine_maps(result).items():
         inputs, outputs = (_order(side, permutations) for side in groups.maps[name])
-        theta = problem.read()
-        assert theta.shape == (len(inputs) + problem.has_bias, len(outputs)), name
+        theta = affine_map.read()
+        assert theta.shape == (len(inputs) + affine_map.has_bias, len(outputs)), name
         bias = torch.arange(len(inputs), len(theta))
-        problem.write(theta[torch.cat([inputs, bias])][:, outputs])
+        affine_map.write(theta[torch.cat([inputs, bias])][:, outputs])
     with torch.no_grad():
         columns = _order((Channels(groups.embedding, potential.hyper.channels),), permutations)
         result.embedding.copy_(potential.embedding[..., columns])

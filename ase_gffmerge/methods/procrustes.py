@@ -77,14 +77,14 @@ def merge_turned(
     merged = deepcopy(mean)
     ends = channel_groups(potentials[0]).maps
     maps = [affine_maps(potential) for potential in potentials]
-    for name, problem in affine_maps(merged).items():
+    for name, affine_map in affine_maps(merged).items():
         if all(channels.group is None for channels in ends[name].inputs):
             continue
-        theta = problem.read()
-        d = len(theta) - problem.has_bias
+        theta = affine_map.read()
+        d = len(theta) - affine_map.has_bias
         weights = [their[name].read()[:d].double() for their in maps]
         target = weights.pop(reference)
         others = torch.stack([turned(weight, target) for weight in weights]).mean(0)
         weight = share * others + (1 - share) * target
-        problem.write(torch.cat([weight.to(theta), theta[d:]]))
+        affine_map.write(torch.cat([weight.to(theta), theta[d:]]))
     return merged

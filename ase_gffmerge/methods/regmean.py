@@ -48,7 +48,7 @@ RIDGE = 1e-10
 """Relative ridge towards the mean: decides only where the inputs do not."""
 
 Grams = Mapping[str, Tensor]
-"""Gram matrix per row (d_in, d_in) of the inputs of every affine map, by the name of its problem."""
+"""Gram matrix per row (d_in, d_in) of the inputs of every affine map, by its name."""
 
 
 def regression_mean(grams: Sequence[Tensor], weights: Sequence[Tensor], *, alpha: float) -> Tensor:
@@ -81,10 +81,10 @@ def input_grams(root: nn.Module, runs: Sequence[Callable[[], Any]]) -> Grams:
     total: dict[str, Gram] = {}
     for run in runs:
         for name, x in layer_inputs(root, run).items():
-            for problem in layer_maps(name, root.get_submodule(name)):
-                rows = problem.rows(x)
+            for affine_map in layer_maps(name, root.get_submodule(name)):
+                rows = affine_map.rows(x)
                 gram = Gram.of(rows, rows[:, :0])
-                total[problem.name] = total[problem.name] + gram if problem.name in total else gram
+                total[affine_map.name] = total[affine_map.name] + gram if affine_map.name in total else gram
     return {name: gram.xx / max(gram.n_rows, 1.0) for name, gram in total.items()}
 
 
@@ -94,11 +94,11 @@ def solve_maps(
 ) -> None:
     """Write the regression mean into all affine maps of ``merged``, which holds the mean; biases stay."""
     theirs = [affine_maps(original) for original in originals]
-    for name, problem in affine_maps(merged).items():
-        theta, d = problem.read(), len(grams[0][name])
+    for name, affine_map in affine_maps(merged).items():
+        theta, d = affine_map.read(), len(grams[0][name])
         weights = [maps[name].read()[:d] for maps in theirs]
         solution = regression_mean([gram[name] for gram in grams], weights, alpha=alpha)
-        problem.write(torch.cat([solution.to(theta), theta[d:]]))
+        affine_map.write(torch.cat([solution.to(theta), theta[d:]]))
 
 
 @method("regmean", citation="Jin et al., arXiv 2212.09849", needs=(Requirement.FRAMES,), merges=True)
@@ -108,9 +108,9 @@ def regmean(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     parents = aligned_copies(merge_inputs)
     mean = mean_potential(parents, PRESETS["mean"])
     grams: list[Grams] = []
-    for parent, calibration_set in zip(parents, _survey(parents, mean), strict=True):
+    for parent, calibration_set in zip(parents, _calibration(parents, mean), strict=True):
         progress(0.5 * len(grams) / len(parents), f"inputs of {parent.name}")
-        runs = [partial(parent.potential, scene.graph) for scene in calibration_set.batches]
+        runs = [partial(parent.potential, batch.graph) for batch in calibration_set.batches]
         grams.append(input_grams(parent.potential, runs))
 
     def build(alpha: float) -> Potential:
@@ -131,7 +131,7 @@ def regmean_plus_plus(merge_inputs: MergeInputs, progress: Progress) -> MergeOut
     """Regression mean with what the merged model as built so far sends into every block."""
     parents = aligned_copies(merge_inputs)
     mean = mean_potential(parents, PRESETS["mean"])
-    calibration_sets = _survey(parents, mean)
+    calibration_sets = _calibration(parents, mean)
 
     def build(alpha: float) -> Potential:
         return merge_blockwise(mean, parents, calibration_sets, alpha=alpha)
@@ -141,7 +141,7 @@ def regmean_plus_plus(merge_inputs: MergeInputs, progress: Progress) -> MergeOut
     ).merge_output()
 
 
-def _survey(parents: Sequence[ForceField], mean: Potential) -> list[CalibrationSet]:
+def _calibration(parents: Sequence[ForceField], mean: Potential) -> list[CalibrationSet]:
     return build_calibration(parents, mean, len(parents) * [1.0], directions=0)
 
 
@@ -158,48 +158,48 @@ def merge_blockwise(
     ----------
     mean
         The mean of the specialists, which gives everything that is not an affine map.
-    parents, territories
+    parents, calibration_sets
         Specialists and their calibration frames, embedded by ``mean``.
     alpha
         Factor of the off-diagonal elements of the Gram matrices.
     """
     merged = deepcopy(mean)
-    scenes = [
-        [replace(scene, merged_scalars=[]) for scene in calibration_set.batches]
+    batches = [
+        [replace(batch, merged_scalars=[]) for batch in calibration_set.batches]
         for calibration_set in calibration_sets
     ]
 
-    def run_readout(readout: nn.Module, scene: CalibrationBatch) -> Tensor:
-        scalars = [dual.value[0] for dual in scene.merged_scalars]
-        return readout(scalars, merged.species_row[scene.graph.atomic_numbers])
+    def run_readout(readout: nn.Module, batch: CalibrationBatch) -> Tensor:
+        scalars = [dual.value[0] for dual in batch.merged_scalars]
+        return readout(scalars, merged.species_row[batch.graph.atomic_numbers])
 
     for name, stage in merged.named_stages():
         originals = [parent.potential.get_submodule(name) for parent in parents]
-        _merge_block(stage, originals, scenes, run=_run_stage, alpha=alpha)
-        for scene in chain.from_iterable(scenes):
-            scene.merged = advance(stage, scene.merged, scene)
+        _merge_block(stage, originals, batches, run=_run_stage, alpha=alpha)
+        for batch in chain.from_iterable(batches):
+            batch.merged = advance(stage, batch.merged, batch)
             if stage.emits_scalars:
-                scene.merged_scalars.append(pushforward(lambda *x: merged.scalars(x), scene.merged))
+                batch.merged_scalars.append(pushforward(lambda *x: merged.scalars(x), batch.merged))
     readouts = [parent.potential.readout for parent in parents]
-    _merge_block(merged.readout, readouts, scenes, run=run_readout, alpha=alpha)
+    _merge_block(merged.readout, readouts, batches, run=run_readout, alpha=alpha)
     return merged
 
 
-def _run_stage(stage: nn.Module, scene: CalibrationBatch) -> Any:
-    return run_stage(stage, scene, (scene.merged + scene.geometry).value)
+def _run_stage(stage: nn.Module, batch: CalibrationBatch) -> Any:
+    return run_stage(stage, batch, (batch.merged + batch.geometry).value)
 
 
 def _merge_block(
     merged: nn.Module,
     originals: Sequence[nn.Module],
-    scenes: Sequence[Sequence[CalibrationBatch]],
+    batches: Sequence[Sequence[CalibrationBatch]],
     *,
     run: Callable[[nn.Module, CalibrationBatch], Any],
     alpha: float,
 ) -> None:
     """Merge the affine maps of one block, with inputs from each specialist's block on the merged model's state."""
     grams = [
-        input_grams(original, [partial(run, original, scene) for scene in group])
-        for original, group in zip(originals, scenes, strict=True)
+        input_grams(original, [partial(run, original, batch) for batch in group])
+        for original, group in zip(originals, batches, strict=True)
     ]
     solve_maps(merged, originals, grams, alpha=alpha)

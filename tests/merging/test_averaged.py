@@ -5,6 +5,7 @@ import pytest
 from ase_gffmerge import merge
 from ase_gffmerge.merging.average import averaged_parameters, mean_potential
 from ase_gffmerge.merging.recipe import load_recipe
+from ase_gffmerge.merging.report_plot import save_html
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 QUICK = {"readout": None, "directions": 0}
@@ -18,7 +19,9 @@ def test_averaged_parameters_are_the_mean_and_all_others_moved(family, architect
     assert set(report.averaged) == same
     assert "embedding" in same
     assert "averaged, as no solve covers them: embedding" in report.summary()
-    assert "Averaged, as no solve covers them: embedding" in report.save_html(tmp_path / "r.html").read_text()
+    assert (
+        "Averaged, as no solve covers them: embedding" in save_html(report, tmp_path / "r.html").read_text()
+    )
 
 
 def test_the_mean_says_nothing_of_it(family, architecture):
