@@ -62,7 +62,7 @@ import sys
 import torch
 from ase_gffmerge import ForceField
 from ase_gffmerge.errors import GFFMergeError
-from ase_gffmerge.integrations import ADAPTERS
+from ase_gffmerge.integrations.load import export, load_force_field
 from ase_gffmerge.methods import METHODS, MergeInputs
 from ase_gffmerge.models import architectures, build_potential
 
@@ -70,12 +70,12 @@ assert "tiny_plugin" not in sys.modules
 assert architectures()[-1] == "tiny" and architectures()[:3] == ("painn", "nequip", "chgnet")
 potential = build_potential("tiny", {"channels": 4, "n_blocks": 1, "n_radial": 3}, (1, 8))
 torch.save(potential.state_dict(), "weights.pt")
-first = ForceField.load("tinyvendor:weights.pt")
+first = load_force_field("tinyvendor:weights.pt")
 assert first.potential.architecture == "tiny" and first.name == "weights"
 again = ForceField.load(first.save("first.safetensors"))
 assert again.fingerprint == first.fingerprint
-again.export("again.pt")
-assert ForceField.load("tinyvendor:again.pt").fingerprint == first.fingerprint
+export(again, "again.pt")
+assert load_force_field("tinyvendor:again.pt").fingerprint == first.fingerprint
 output = METHODS["last"].run(MergeInputs(specialists=(first, again)), lambda fraction, text: print(text))
 assert output.potentials == (again.potential,)
 assert METHODS["ties"].name == "ties"
