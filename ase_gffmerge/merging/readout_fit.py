@@ -50,8 +50,8 @@ from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.tangents import Dual, pushforward
 from ase_gffmerge.models import Potential, build_potential
+from ase_gffmerge.models.layers.linear import SparseLinear
 from ase_gffmerge.models.layers.readout import RandomFeatureReadout
-from ase_gffmerge.models.layers.sparse_linear import SparseLinear
 from ase_gffmerge.runtime.batching import chunks
 from ase_gffmerge.runtime.progress import Progress, no_progress
 

@@ -27,8 +27,7 @@ from torch.nn.functional import layer_norm
 from torch_geometric.nn import Linear as GeometricLinear
 
 from ase_gffmerge.models.layers.e3nn_compat import EquivariantLinear, FullyConnectedNet
-from ase_gffmerge.models.layers.element_linear import ElementLinear
-from ase_gffmerge.models.layers.gather_linear import JoinedLinear
+from ase_gffmerge.models.layers.linear import ElementLinear, JoinedLinear
 
 MAX_ELEMENTS = 16
 """Elements up to which an :class:`.ElementLinear` is solved: its rows are repeated for each of them."""

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.graphs.graph import AtomGraph
-from ase_gffmerge.models.layers.buffers import ExactBuffers
-from ase_gffmerge.models.layers.radial import BesselBasis, polynomial_cutoff
+from ase_gffmerge.models.layers.radial import BesselBasis, ExactBuffers, polynomial_cutoff
 from ase_gffmerge.models.layers.readout import MLPReadout, RandomFeatureReadout
 
 State = tuple[Tensor, ...]

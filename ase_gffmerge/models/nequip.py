@@ -16,7 +16,7 @@ y (n_atoms, irreps.dim)                           ``state[0]``, laid out by :cla
 W_up, W_down, W_skip                              ``linear_up``, ``linear_down``, ``skip`` (``o3.Linear``)
 R(r), one weight per path and channel             ``radial`` (``FullyConnectedNet`` without bias)
 f_c(r)                                            ``geometry.envelope``
-x ⊗ Y, per path                                   ``geometry.angular``, see :mod:`.coupling`
+x ⊗ Y, per path                                   ``geometry.angular``, see :mod:`.tensor_product`
 n̄, mean number of neighbours                      ``avg_num_neighbors``
 ================================================  ======================================
 
@@ -29,6 +29,7 @@ are told the mean square 1/cutoff^2 of their input, the Bessel basis at distance
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from e3nn import o3
 from e3nn.nn import FullyConnectedNet
 from torch import Tensor
@@ -37,9 +38,46 @@ from torch.nn.functional import silu
 from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.models.base import EdgeGeometry, HyperParameters, Potential, Stage, State
 from ase_gffmerge.models.layers.e3nn_compat import eager_e3nn, keep_plain
-from ase_gffmerge.models.layers.gate import SILU_SCALE, Gate
 from ase_gffmerge.models.layers.gather import take_rows
 from ase_gffmerge.models.layers.tensor_product import Convolution, CoupledHarmonics, natural
+
+SILU_SCALE = 1.6765324703310918
+"""c = <silu(z)^2>^(-1/2) for normally distributed z."""
+
+
+class Gate:
+    r"""Gated nonlinearity of pre-gate features: scalars, one gate per tensor, tensors; it has no parameters.
+
+    .. math:: s \to c\,\mathrm{silu}(s),\qquad t^{(l)}_u \to c\,\mathrm{silu}(g^{(l)}_u)\,t^{(l)}_u
+
+    (Weiler et al., arXiv 1807.02547), with c such that a normally distributed input keeps its second moment.
+
+    Parameters
+    ----------
+    channels
+        Gated features of every order l = 0, 1, ...
+
+    Attributes
+    ----------
+    irreps_in
+        Pre-gate features.
+    """
+
+    def __init__(self, channels: tuple[int, ...]):
+        self.channels = channels
+        self.irreps_in = natural((sum(channels), *channels[1:]))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Map (n_atoms, irreps_in.dim) to gated features (n_atoms, natural(channels).dim)."""
+        n_scalars = sum(self.channels)
+        scalars, *gates = (SILU_SCALE * silu(features[:, :n_scalars])).split(self.channels, dim=1)
+        sizes = [mul * (2 * order + 1) for order, mul in enumerate(self.channels) if order]
+        tensors = features[:, n_scalars:].split(sizes, dim=1)
+        gated = [
+            (gate[:, :, None] * tensor.unflatten(1, (gate.shape[1], -1))).flatten(1)
+            for gate, tensor in zip(gates, tensors, strict=True)
+        ]
+        return torch.cat([scalars, *gated], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import ridge_solve
 from ase_gffmerge.models.affine_maps import affine_maps, layer_maps, rows_entering
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
-from ase_gffmerge.models.layers.element_linear import ElementLinear, element_weights, write_product
+from ase_gffmerge.models.layers.linear import ElementLinear, element_weights, write_product
 
 SPECIES = (1, 6, 8)
 IN, OUT = "3x0e + 2x1o + 2x0e + 1x2e", "4x0e + 1x0o + 2x1o + 3x2e"

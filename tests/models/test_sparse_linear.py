@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ase_gffmerge.models.layers.sparse_linear import SparseLinear
+from ase_gffmerge.models.layers.linear import SparseLinear
 
 
 @given(d=st.integers(1, 9), groups=st.integers(1, 4), width=st.integers(1, 3), seed=st.integers(0, 99))

@@ -183,7 +183,7 @@ def _own_weight(module: Any, name: str, value: Tensor, order: Tensor) -> Tensor:
     from e3nn.o3 import FullyConnectedTensorProduct
 
     from ase_gffmerge.integrations.mace.model import TABLES
-    from ase_gffmerge.models.layers.element_linear import element_weights
+    from ase_gffmerge.models.layers.linear import element_weights
 
     if name == "skip_tp.weight" and isinstance(module.skip_tp, FullyConnectedTensorProduct):
         return element_weights(module.skip_tp, torch.eye(len(order))[order])

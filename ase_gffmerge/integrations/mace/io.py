@@ -11,7 +11,7 @@ from ase_gffmerge.errors import FileFormatError, first_line
 from ase_gffmerge.integrations.base import load_checkpoint
 from ase_gffmerge.integrations.mace.model import TABLES, MACEPackage, build_network
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
-from ase_gffmerge.models.layers.element_linear import write_product
+from ase_gffmerge.models.layers.linear import write_product
 
 READ = "give a .model file, a MACECalculator, or a MACE or ScaleShiftMACE of mace.modules"
 

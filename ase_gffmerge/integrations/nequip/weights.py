@@ -13,7 +13,7 @@ from ase_gffmerge.integrations.conversion import per_element, rows_of_elements
 from ase_gffmerge.integrations.nequip.io import MODEL, ZBL_TARGET, layers_of
 from ase_gffmerge.integrations.nequip.model import NequIPPackage, nested_builders
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
-from ase_gffmerge.models.layers.element_linear import element_weights, write_product
+from ase_gffmerge.models.layers.linear import element_weights, write_product
 
 TRAINING_MODULE = "nequip.train.NequIPLightningModule"
 """The package's class that reads a checkpoint."""

@@ -23,7 +23,7 @@ from ase_gffmerge.integrations.wrapped import (
 )
 from ase_gffmerge.models.base import HyperParameters, State
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
-from ase_gffmerge.models.layers.element_linear import ElementLinear
+from ase_gffmerge.models.layers.linear import ElementLinear
 
 BLOCK = (
     "self_connection_intro",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ase_gffmerge.integrations.conversion import per_element, rows_of_elements
 from ase_gffmerge.integrations.sevennet.model import BLOCK, SevenNetPackage, build_network
-from ase_gffmerge.models.layers.element_linear import element_weights, write_product
+from ase_gffmerge.models.layers.linear import element_weights, write_product
 
 
 @torch.no_grad()

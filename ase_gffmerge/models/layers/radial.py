@@ -1,11 +1,14 @@
-r"""Radial basis and cutoff, smooth enough that energy, force and stress vanish continuously at the cutoff."""
+r"""Radial basis and cutoff, smooth enough that energy, force and stress vanish continuously at the cutoff.
+
+Their constants, like those of other layers, are :class:`ExactBuffers`.
+"""
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
-from torch import Tensor
-
-from ase_gffmerge.models.layers.buffers import ExactBuffers
+from torch import Tensor, nn
 
 
 def polynomial_cutoff(lengths: Tensor, cutoff: float) -> Tensor:
@@ -19,6 +22,21 @@ def polynomial_cutoff(lengths: Tensor, cutoff: float) -> Tensor:
     """
     x = (lengths / cutoff).clamp(max=1.0)
     return 1 + x**3 * (-10 + x * (15 - 6 * x))
+
+
+class ExactBuffers(nn.Module):
+    """A module whose own buffers follow it to a device but keep their floating-point type.
+
+    A model that goes ``.float()`` and back ``.double()`` then computes what it computed before, up to its
+    weights. Use the buffers cast to the type of the features they meet.
+    """
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
 
 
 class BesselBasis(ExactBuffers):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from ase_gffmerge.models.layers.sparse_linear import SparseLinear
+from ase_gffmerge.models.layers.linear import SparseLinear
 
 
 class MLPReadout(nn.Module):

@@ -21,7 +21,7 @@ import torch
 from e3nn import o3
 from torch import Tensor
 
-from ase_gffmerge.models.layers.buffers import ExactBuffers
+from ase_gffmerge.models.layers.radial import ExactBuffers
 
 
 class Path(NamedTuple):

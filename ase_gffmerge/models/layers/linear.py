@@ -1,10 +1,13 @@
-r"""Equivariant linear layer with weights of its own for every element, as in the self-connections of NequIP.
+r"""Linear layers of special kinds: sparse, on gathered features, and with weights of their own for every element.
+
+The last kind are the equivariant self-connections of NequIP,
 
 .. math:: y_i^{(l)} = \sum_{p\,:\,l_p = l} W_p^{(z_i)}\, x_i^{(l_p)}
 
-Packages write it as a fully connected tensor product of the features with element attributes :math:`a_z` (one-hot
+which packages write as a fully connected tensor product of the features with element attributes :math:`a_z` (one-hot
 vectors, or rows of an embedding). Those enter only as :math:`W_p^{(z)} = c_p \sum_v a_{zv} W_{pv}`, which is what is kept
-here: for each element the layer is linear in its parameters, and a merge can treat one element at a time.
+in :class:`ElementLinear`: for each element the layer is linear in its parameters, and a merge can treat one element at a
+time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +17,68 @@ import torch
 from e3nn.o3 import FullyConnectedTensorProduct, Irreps
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
+
+from ase_gffmerge.models.layers.gather import take_rows
+
+Part = tuple[Tensor, Tensor | None]
+"""Features (m, d) and the row that each of n rows takes; ``None`` when the features are those rows already."""
+
+
+class SparseLinear(nn.Module):
+    r"""Affine map :math:`y_{gw} = \sum_s W_{gws}\, x_{I_{gs}} + b_{gw}`: each of G groups of outputs reads S inputs.
+
+    A dense map of the same width costs d/S times as much.
+
+    Parameters
+    ----------
+    in_features, out_features
+        Sizes d and G·W; the number of outputs must be divisible by that of groups.
+    groups
+        G.
+    inputs
+        S; which ones each group reads is drawn at random, the same whenever the sizes are.
+    """
+
+    inputs: Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, groups: int, inputs: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        generator = torch.Generator().manual_seed(0)
+        chosen = [torch.randperm(in_features, generator=generator)[:inputs] for _ in range(groups)]
+        self.register_buffer("inputs", torch.stack(chosen), persistent=False)
+        self.weight = nn.Parameter(torch.zeros(groups, out_features // groups, inputs))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Map (n, d) to (n, G·W) without the offset b."""
+        read = x.T.index_select(0, self.inputs.flatten()).unflatten(0, self.inputs.shape)
+        return torch.bmm(self.weight, read).flatten(0, 1).T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (n, d) to (n, G·W)."""
+        return self.linear(x) + self.bias
+
+
+class JoinedLinear(nn.Linear):
+    r"""Linear layer on joined features, :math:`y_n = W\,[x^1_{i_1(n)};\dots;x^K_{i_K(n)}] + b`.
+
+    As the layer is linear, :math:`y_n = \sum_k (W_k x^k)_{i_k(n)} + b`: the products are taken before the rows are
+    collected, of which there are many times more.
+    """
+
+    def forward(self, parts: Sequence[Part]) -> Tensor:  # type: ignore[override]
+        """Map parts whose widths add up to ``in_features`` to (n, out_features)."""
+        weights = self.weight.split([features.shape[-1] for features, _ in parts], dim=1)
+        total: Tensor = self.bias
+        for (features, rows), weight in zip(parts, weights, strict=True):
+            product = features @ weight.T
+            total = (product if rows is None else take_rows(product, rows)) + total
+        return total
+
+    def entering(self, parts: Sequence[Part]) -> Tensor:
+        """Give the input (n, in_features) of the plain linear layer."""
+        return torch.cat([x if rows is None else take_rows(x, rows) for x, rows in parts], dim=1)
 
 
 @dataclass(frozen=True)
