@@ -28,8 +28,10 @@ def list_entries(directory: DirOption = None, as_json: JsonOption = False) -> No
         print_json({"directory": str(cache.directory), "entries": entries})
         return
     for entry in entries:
-        parents = " + ".join(entry["parents"]) or "?"
-        typer.echo(f"{entry['key'][:12]}  {entry['size'] / 1e6:7.2f} MB  {entry['modified'][:19]}  {parents}")
+        specialists = " + ".join(entry["specialists"]) or "?"
+        typer.echo(
+            f"{entry['key'][:12]}  {entry['size'] / 1e6:7.2f} MB  {entry['modified'][:19]}  {specialists}"
+        )
     typer.echo(f"{len(entries)} merged potential(s) in {cache.directory}", err=True)
 
 
@@ -70,7 +72,7 @@ def describe(entry: "CacheEntry") -> dict[str, Any]:
         "key": entry.key,
         "path": str(entry.path),
         "name": entry.name,
-        "parents": list(entry.parents),
+        "specialists": list(entry.specialists),
         "size": entry.size,
         "modified": entry.modified.isoformat(),
     }

@@ -54,7 +54,7 @@ def merge_record(force_field: "ForceField") -> dict[str, Any] | None:
     if merged is None:
         return None
     return {
-        "parents": list(merged.parents),
+        "specialists": list(merged.specialists),
         "fingerprints": list(merged.fingerprints),
         "recipe": merged.recipe,
         "verdict": merged.report.get("verdict"),
@@ -75,7 +75,7 @@ def readable(document: dict[str, Any]) -> dict[str, Any]:
     rows["references"] = _pairs(document["references"]) + " (eV)"
     rows["calibration frames"] = document["calibration_frames"]
     if merged:
-        rows["merged from"] = ", ".join(merged["parents"])
+        rows["merged from"] = ", ".join(merged["specialists"])
         rows |= {"recipe": _pairs(merged["recipe"]), "verdict": merged["verdict"]}
     else:
         size = f"{training['n_train']} frames, {training['epochs']} epochs"

@@ -18,7 +18,7 @@ from ase_gffmerge.forcefield.pretrained import bundled_path
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
 from ase_gffmerge.forcefield.serialization import Contents, pack, read_contents, require_finite, require_sound
 from ase_gffmerge.models import Potential
-from ase_gffmerge.storage.tensor_file import content_digest, digest, write_file
+from ase_gffmerge.storage.tensor_file import content_digest, write_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,14 @@ class ForceField:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of architecture and weights, whatever device they are on."""
-        return digest(f"{self.potential.architecture}{self.potential.hyper}", self.potential.state_dict())
+        """SHA-256 of architecture, elements and weights, whatever device they are on."""
+        potential = self.potential
+        model = {
+            "architecture": potential.architecture,
+            "hyper": potential.hyper.to_dict(),
+            "species": list(potential.species),
+        }
+        return content_digest(model, potential.state_dict())
 
     @property
     def content_digest(self) -> str:
@@ -78,7 +84,7 @@ class ForceField:
     @property
     def specialist_names(self) -> tuple[str, ...]:
         """Names of the specialists it was merged from, in the order of their indices; its own if it was not merged."""
-        return self.merged.parents if self.merged else (self.name,)
+        return self.merged.specialists if self.merged else (self.name,)
 
     def check_species(self, atoms: Atoms) -> None:
         """Raise :class:`StructureError` when ``atoms`` holds elements that the potential does not know."""

@@ -14,7 +14,7 @@ _BYTES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where a specialist comes from.
+    """Training history of a force field.
 
     Attributes
     ----------
@@ -30,7 +30,7 @@ class Provenance:
         Keys (:func:`~ase_gffmerge.data.hashing.geometry_key`) of all training and validation frames, those of the
         ancestors among them, ascending: no test frame may be one of these. Empty when nothing is known.
     origin
-        Package and version of a foreign force field that this one was read from, or descends from.
+        Package and version of another package's force field that this one was read from, or descends from.
     """
 
     data_set: str = "unknown"
@@ -44,9 +44,8 @@ class Provenance:
     origin: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Metadata for a file or a printout: of the frames seen only the number, and an origin if there is one."""
-        plain = {**vars(self), "seen_frames": len(self.seen_frames)}
-        return plain if self.origin else {key: value for key, value in plain.items() if key != "origin"}
+        """Metadata for a file or a printout: of the frames seen only the number."""
+        return {**vars(self), "seen_frames": len(self.seen_frames)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,24 +54,23 @@ class MergeRecord:
 
     Attributes
     ----------
-    parents
-        Names of the specialists, in the order of their indices.
+    specialists
+        Their names, in the order of their indices.
     fingerprints
         Their SHA-256 fingerprints.
     recipe
         The complete recipe.
     report
         The merge report as JSON-able dictionary.
-    key
-        The cache's name of this merge (:func:`~ase_gffmerge.workflows.cache.cache_key`), so that an entry of the cache
-        says which one it is; empty elsewhere.
+    cache_key
+        Name of this merge in the cache of merges, so that an entry says which one it is; empty elsewhere.
     """
 
-    parents: tuple[str, ...]
+    specialists: tuple[str, ...]
     fingerprints: tuple[str, ...]
     recipe: Mapping[str, Any]
     report: Mapping[str, Any]
-    key: str = ""
+    cache_key: str = ""
 
 
 def pack_seen(provenance: Provenance) -> dict[str, Tensor]:
@@ -107,11 +105,11 @@ def unpack_provenance(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]
 def unpack_merge_record(metadata: Mapping[str, Any]) -> MergeRecord:
     """Inverse of ``vars``; raises ``ValueError`` for what is no record of a merge."""
     return MergeRecord(
-        parents=texts(metadata, "parents"),
+        specialists=texts(metadata, "specialists"),
         fingerprints=texts(metadata, "fingerprints"),
         recipe=require_kind(metadata["recipe"], dict, "recipe"),
         report=require_kind(metadata["report"], dict, "report"),
-        key=require_kind(metadata.get("key", ""), str, "key"),
+        cache_key=require_kind(metadata["cache_key"], str, "cache_key"),
     )
 
 

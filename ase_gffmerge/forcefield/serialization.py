@@ -29,7 +29,7 @@ from ase_gffmerge.storage.tensor_file import read_file
 UNITS = {"energy": "eV", "length": "Å"}
 """Of every file; others are refused."""
 
-_WEIGHTS, _GRADE, _FRAMES = "potential.", "gauge.", "calibration."
+_WEIGHTS, _GRADE, _FRAMES = "potential.", "extrapolation_grade.", "calibration."
 _WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FRAME_ARRAYS = {"n_atoms": "i", "numbers": "i", "positions": "f", "cells": "f", "pbc": "b"}
 _GARBLED = (

@@ -213,13 +213,13 @@ def _merged_force_field(
 ) -> ForceField:
     theories = dict.fromkeys(s.level_of_theory for s in specialists)
     record = MergeRecord(
-        parents=report.specialists,
+        specialists=report.specialists,
         fingerprints=tuple(s.fingerprint for s in specialists),
         recipe=recipe.model_dump(mode="json"),
         report=report.to_dict(),
     )
     return ForceField(
-        name="+".join(record.parents),
+        name="+".join(record.specialists),
         potential=potential.requires_grad_(False).eval(),
         level_of_theory=" + ".join(theories),
         provenance=Provenance(

@@ -11,7 +11,7 @@ model.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol, Self
@@ -54,9 +54,8 @@ class HyperParameters:
     n_radial: int = 20
     readout_width: int = 0
     readout_blocks: int = 1
-    # fingerprints are taken of the repr: what is added later stays out of it, or files lose their ancestors
-    readout_groups: int = field(default=0, repr=False)
-    readout_inputs: int = field(default=0, repr=False)
+    readout_groups: int = 0
+    readout_inputs: int = 0
     n_embeddings: int = 1
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ W(r) = (W_f rbf(r) + b_f) f_c(r)          ``filters``
 """
 
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
@@ -41,12 +41,7 @@ class PaiNNHyper(HyperParameters):
         of files that do not say; ``gffmerge train`` begins new models with a larger one.
     """
 
-    norm_offset: float = field(default=NORM_OFFSET, repr=False)
-
-    def __repr__(self) -> str:
-        """What fingerprints are taken of: without the offset where it is that of files older than it."""
-        text = super().__repr__()
-        return text if self.norm_offset == NORM_OFFSET else f"{text[:-1]}, norm_offset={self.norm_offset})"
+    norm_offset: float = NORM_OFFSET
 
 
 class Message(Stage):

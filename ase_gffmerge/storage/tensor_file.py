@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,17 +18,8 @@ from ase_gffmerge.storage.atomic import atomic_write
 FORMAT = "ase-gffmerge"
 
 
-def _count_seen_frames(metadata: dict[str, Any]) -> dict[str, Any]:
-    """1 to 2: files of schema 1 do not say which frames the training saw."""
-    provenance = metadata.get("provenance")
-    if not isinstance(provenance, dict):
-        return metadata
-    return {**metadata, "provenance": {**provenance, "seen_frames": 0}}
-
-
-MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_count_seen_frames,)
-"""Pure functions of the metadata, the first of which leads from schema 1 to schema 2."""
-SCHEMA = 1 + len(MIGRATIONS)
+SCHEMA = 1
+"""Version of what files hold, raised with every change that older code would misread."""
 
 
 def digest(metadata: str, tensors: Mapping[str, Tensor]) -> str:
@@ -64,7 +55,12 @@ def _canonical(data: bytes) -> bytes:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Read the metadata alone; tensors stay on disk and are not verified."""
-    return _read(path, with_tensors=False)[0]
+    return _metadata(_ours(path, with_tensors=False)[0], path)
+
+
+def read_digest(path: Path) -> str:
+    """SHA-256 of a file's content (:func:`content_digest`), which is verified."""
+    return _ours(path, with_tensors=True)[0]["sha256"]
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -75,28 +71,32 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     FileFormatError
         When the file is missing, not safetensors, not ours, of an unknown schema version, or altered.
     """
-    return _read(path, with_tensors=True)
+    header, tensors = _ours(path, with_tensors=True)
+    return _metadata(header, path), tensors
 
 
-def _read(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _ours(path: Path, *, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header of a file that is one of ours, and its tensors, whose digest is verified."""
     header, tensors = _content(path, with_tensors=with_tensors)
     if header.get("format") != FORMAT:
         raise FileFormatError(
             f"{path} is a safetensors file but not one of ase-gffmerge (its header has no format mark); "
             "make one with `gffmerge train` or `gffmerge merge`"
         )
-    schema, text = _known_schema(header.get("schema", ""), path), header.get("metadata", "")
-    if with_tensors and digest(text, tensors) != header.get("sha256"):
+    _require_schema(header.get("schema", ""), path)
+    if with_tensors and digest(header.get("metadata", ""), tensors) != header.get("sha256"):
         raise FileFormatError(f"{path} was altered after writing (its SHA-256 is wrong); copy it again")
+    return header, tensors
+
+
+def _metadata(header: Mapping[str, str], path: Path) -> dict[str, Any]:
     try:
-        metadata = json.loads(text)
+        metadata = json.loads(header.get("metadata", ""))
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: the metadata is not JSON ({error}); copy the file again") from None
     if not isinstance(metadata, dict):
         raise FileFormatError(f"{path}: the metadata is not a JSON object; copy the file again")
-    for migrate in MIGRATIONS[schema - 1 :]:
-        metadata = migrate(metadata)
-    return metadata, tensors
+    return metadata
 
 
 def _content(path: Path, *, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -158,12 +158,12 @@ _UNREADABLE = (
 )
 
 
-def _known_schema(schema: str, path: Path) -> int:
-    if schema in map(str, range(1, SCHEMA + 1)):
-        return int(schema)
+def _require_schema(schema: str, path: Path) -> None:
+    if schema == str(SCHEMA):
+        return
     newer = schema.isascii() and schema.isdigit() and len(schema) < 9 and int(schema) > SCHEMA
     raise FileFormatError(
-        f"{path} has schema version {schema!r}, this ase-gffmerge reads versions up to {SCHEMA}; "
+        f"{path} has schema version {schema!r}, this ase-gffmerge reads version {SCHEMA}; "
         + ("it was written by a newer one: " if newer else "")
         + "install the version that wrote it, or a newer one"
     )

@@ -166,7 +166,7 @@ def distilled_force_field(
         )
     recipe = merged.merged.recipe if merged.merged else {}
     record = MergeRecord(
-        parents=report.specialists,
+        specialists=report.specialists,
         fingerprints=tuple(s.fingerprint for s in specialists),
         recipe={**recipe, "refine": options.model_dump(mode="json")},
         report=report.to_dict(),
@@ -224,8 +224,8 @@ def check_student(
     known = ", ".join(s.name for s in specialists)
     if merged.merged and merged.merged.fingerprints != tuple(s.fingerprint for s in specialists):
         raise IncompatibleSpecialistsError(
-            f"{merged.name!r} was merged from {', '.join(merged.merged.parents)}, not from {known} with these weights in "
-            "this order; give the specialists it was made of, in their order"
+            f"{merged.name!r} was merged from {', '.join(merged.merged.specialists)}, not from {known} with these weights "
+            "in this order; give the specialists it was made of, in their order"
         )
     if frames is not None and len(frames) != len(specialists):
         raise IncompatibleSpecialistsError(

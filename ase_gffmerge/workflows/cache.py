@@ -44,7 +44,7 @@ class CacheEntry:
         The file, a complete merged force field.
     key
         SHA-256 of everything the merge depends on.
-    name, parents
+    name, specialists
         Name of the merged potential and of its specialists; empty when the file cannot be read.
     size
         In bytes.
@@ -55,7 +55,7 @@ class CacheEntry:
     path: Path
     key: str
     name: str
-    parents: tuple[str, ...]
+    specialists: tuple[str, ...]
     size: int
     modified: datetime
 
@@ -167,10 +167,11 @@ class MergeCache:
 
     def remember(self, content: str, merged: ForceField) -> None:
         """Note that files of this content lead to ``merged``, if that is an entry."""
-        if merged.merged is not None and merged.merged.key:
+        if merged.merged is not None and merged.merged.cache_key:
             record = merged.merged
             write_shortcut(
-                self.directory, Shortcut(content=content, key=record.key, fingerprints=record.fingerprints)
+                self.directory,
+                Shortcut(content=content, key=record.cache_key, fingerprints=record.fingerprints),
             )
 
     @contextmanager
@@ -239,7 +240,7 @@ def _unusable(directory: str | Path, error: Exception) -> CacheError:
 def _read_entry(path: Path) -> ForceField:
     """Read and verify an entry, which says itself which merge it is: a file may have been renamed, or be a link."""
     merged = ForceField.load(path)
-    if merged.merged is None or merged.merged.key != path.stem:
+    if merged.merged is None or merged.merged.cache_key != path.stem:
         raise FileFormatError(f"{path} does not hold the merge that its name stands for; clear the cache")
     return merged
 
@@ -261,7 +262,7 @@ def _load(path: Path, fingerprints: Sequence[str], *, warn: bool) -> ForceField 
 
 def _store(merged: ForceField, path: Path) -> ForceField:
     """Write an entry and read it back; a full disk costs the entry, not the merge."""
-    record = replace(merged.merged, key=path.stem) if merged.merged else None
+    record = replace(merged.merged, cache_key=path.stem) if merged.merged else None
     try:
         replace(merged, merged=record).save(path)
         return _read_entry(path)
@@ -278,12 +279,12 @@ def _describe(path: Path) -> CacheEntry | None:
         return None
     try:
         metadata = read_metadata(path)
-        name, parents = str(metadata["name"]), tuple(map(str, metadata["merged"]["parents"]))
+        name, specialists = str(metadata["name"]), tuple(map(str, metadata["merged"]["specialists"]))
     except (FileFormatError, KeyError, TypeError):
-        name, parents = "", ()
+        name, specialists = "", ()
     modified = datetime.fromtimestamp(status.st_mtime, tz=UTC)
     return CacheEntry(
-        path=path, key=path.stem, name=name, parents=parents, size=status.st_size, modified=modified
+        path=path, key=path.stem, name=name, specialists=specialists, size=status.st_size, modified=modified
     )
 
 

@@ -157,7 +157,7 @@ def test_merge(gffmerge, files: Path) -> None:
     assert "<html" in (files / "m.html").read_text().lower()
     model = ForceField.load("m.safetensors")
     assert model.merged is not None
-    assert model.merged.parents == ("methanol", "water")
+    assert model.merged.specialists == ("methanol", "water")
     text = gffmerge(*command, "--out", "again.safetensors", "--weights", "1,2")
     assert text.code == 0, text.err
     assert "methanol" in text.out
@@ -236,7 +236,7 @@ def test_info(gffmerge, merged: Path) -> None:
     assert document["merged"] is None
     both = gffmerge("info", merged, "--json").json()
     assert both["kind"] == "merged"
-    assert both["merged"]["parents"] == ["methanol", "water"]
+    assert both["merged"]["specialists"] == ["methanol", "water"]
     assert both["merged"]["verdict"]
     assert both["merged"]["recipe"]["readout"]["width"] == 16
     text = gffmerge("info", merged).out
@@ -327,7 +327,7 @@ def test_cache(gffmerge, merged: Path, tmp_path: Path) -> None:
         folder / f"{key}.safetensors"
     )
     (listed,) = gffmerge("cache", "list", "--dir", folder, "--json").json()["entries"]
-    assert (listed["key"], listed["parents"]) == (key, ["methanol", "water"])
+    assert (listed["key"], listed["specialists"]) == (key, ["methanol", "water"])
     assert listed["size"] == entry.stat().st_size
     assert "methanol + water" in gffmerge("cache", "list", "--dir", folder).out
     assert gffmerge("cache", "verify", "--dir", folder, "--json").json()["entries"][0]["ok"] is True

@@ -151,7 +151,9 @@ HEADERS = {
     "null": None,
     "deep": b"[" * 100_000 + b"]" * 100_000,
     "deep objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
-    "deep metadata": {"__metadata__": {"format": "ase-gffmerge", "schema": "2", "metadata": "[" * 10**5}},
+    "deep metadata": {
+        "__metadata__": {"format": "ase-gffmerge", "schema": str(SCHEMA), "metadata": "[" * 10**5}
+    },
     "metadata that is no object": {"__metadata__": [1]},
     "metadata of numbers": {"__metadata__": {"format": 1}},
     "not UTF-8": b'{"\xff": 1}',
@@ -245,22 +247,12 @@ def test_no_version(model, version):
     assert "newer one: " not in str(caught.value)
 
 
-def test_older_version_migrates(model):
-    metadata, tensors = read_file(model)
-    expected = ForceField.load(model)
+def test_announced_frames_must_be_there(model):
+    metadata = read_metadata(model)
     del metadata["provenance"]["seen_frames"]
-    rewrite(model, metadata=metadata, schema="1")
-    with pytest.raises(FileFormatError, match="seen_frames"):  # version 1 had no such tensor
+    rewrite(model, metadata=metadata)
+    with pytest.raises(FileFormatError, match="seen_frames"):
         ForceField.load(model)
-    del tensors["provenance.seen_frames"]
-    text = json.dumps(metadata, sort_keys=True)
-    header = {"format": "ase-gffmerge", "schema": "1", "metadata": text, "sha256": digest(text, tensors)}
-    save_file(tensors, model, metadata=header)
-    migrated = ForceField.load(model)
-    assert migrated.fingerprint == expected.fingerprint
-    assert migrated.provenance.seen_frames == ()
-    again = migrated.save(model.with_name("again.safetensors"))
-    assert same_content(ForceField.load(again), migrated)
 
 
 TYPES = [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -286,9 +278,9 @@ def test_wrong_types_of_weights(model, name, dtype):
         ("calibration.numbers", torch.float64),
         ("calibration.n_atoms", torch.bool),
         ("calibration.pbc", torch.int64),
-        ("gauge.species", torch.float32),
-        ("gauge.species", torch.uint8),
-        ("gauge.whitening", torch.int32),
+        ("extrapolation_grade.species", torch.float32),
+        ("extrapolation_grade.species", torch.uint8),
+        ("extrapolation_grade.whitening", torch.int32),
         ("provenance.seen_frames", torch.float32),
     ],
     ids=str,
@@ -301,11 +293,11 @@ def test_types_that_do_not_fit_the_others(model, name, dtype):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("gauge.species", torch.tensor([1, 6, 119])),
-        ("gauge.species", torch.tensor([1, 6, -8])),
-        ("gauge.species", torch.tensor([1, 6, 6])),
-        ("gauge.whitening", torch.zeros(3, 5, 5)),
-        ("gauge.whitening", torch.zeros(3, 0, 0)),
+        ("extrapolation_grade.species", torch.tensor([1, 6, 119])),
+        ("extrapolation_grade.species", torch.tensor([1, 6, -8])),
+        ("extrapolation_grade.species", torch.tensor([1, 6, 6])),
+        ("extrapolation_grade.whitening", torch.zeros(3, 5, 5)),
+        ("extrapolation_grade.whitening", torch.zeros(3, 0, 0)),
         ("calibration.numbers", torch.full((9,), 200)),
         ("calibration.n_atoms", torch.tensor([2**62, 2**62, 2**62, 2**62])),
         ("calibration.cells", torch.full((2, 3, 3), torch.inf, dtype=torch.float64)),
@@ -346,9 +338,9 @@ def test_values_that_cannot_be(model, name, value):
         ("provenance", {"lineage": [1], "seen_frames": 1}),
         ("provenance", {"lineage": [], "seen_frames": 1, "errors": {"mae": "small"}}),
         ("provenance", {"lineage": [], "seen_frames": 1, "epochs": "many"}),
-        ("merged", {"parents": "ab", "fingerprints": [], "recipe": {}, "report": {}}),
-        ("merged", {"parents": [], "fingerprints": [], "recipe": [], "report": {}}),
-        ("merged", {"parents": [], "fingerprints": [], "recipe": {}, "report": {}, "key": 1}),
+        ("merged", {"specialists": "ab", "fingerprints": [], "recipe": {}, "report": {}, "cache_key": ""}),
+        ("merged", {"specialists": [], "fingerprints": [], "recipe": [], "report": {}, "cache_key": ""}),
+        ("merged", {"specialists": [], "fingerprints": [], "recipe": {}, "report": {}, "cache_key": 1}),
         ("merged", 5),
     ],
     ids=lambda value: value if isinstance(value, str) else shown(value),
@@ -362,7 +354,13 @@ def test_metadata_that_cannot_be(model, key, value):
 
 
 def test_report_that_is_none(model):
-    record = {"parents": ["a", "b"], "fingerprints": ["1", "2"], "recipe": {}, "report": {"layers": 5}}
+    record = {
+        "specialists": ["a", "b"],
+        "fingerprints": ["1", "2"],
+        "recipe": {},
+        "report": {"layers": 5},
+        "cache_key": "",
+    }
     rewrite(model, metadata={**read_metadata(model), "merged": record})
     calc = GFFMergeCalculator(model)
     with pytest.raises(

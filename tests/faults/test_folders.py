@@ -173,7 +173,7 @@ def test_folder_in_place_of_an_entry(specialists, build, entry):
     ):
         found, hit = MergeCache(entry.parent).get_or_build(specialists, RECIPE, build)
     assert not hit
-    assert found.merged.parents == ("a", "b")
+    assert found.merged.specialists == ("a", "b")
     assert (entry / "inside").is_dir()
 
 
@@ -276,4 +276,4 @@ def test_endless_files(tmp_path):
 
 
 def test_key_in_the_entry(specialists, entry):
-    assert ForceField.load(entry).merged.key == cache_key(specialists, RECIPE) == entry.stem
+    assert ForceField.load(entry).merged.cache_key == cache_key(specialists, RECIPE) == entry.stem

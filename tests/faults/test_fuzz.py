@@ -212,7 +212,9 @@ def tensors_like(draw, tensors: dict) -> dict:
                 draw(st.lists(st.integers(0, 5), max_size=4)), dtype=tensors[name].dtype
             )
         elif action == "rename":
-            tensors[draw(st.sampled_from(["potential.x", "gauge.species", "x"]))] = tensors.pop(name)
+            tensors[draw(st.sampled_from(["potential.x", "extrapolation_grade.species", "x"]))] = tensors.pop(
+                name
+            )
         else:
             del tensors[name]
     return tensors

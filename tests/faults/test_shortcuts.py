@@ -109,7 +109,7 @@ def test_a_shortcut_to_the_merge_of_others_is_not_taken(calculator, files, short
     (other,) = set(shortcut.parent.glob("*.shortcut")) - {shortcut}
     theirs = json.loads(other.read_text())
     shortcut.write_text(json.dumps(json.loads(shortcut.read_text()) | {"key": theirs["key"]}))
-    assert calculator().force_field.merged.parents == ("a", "b")
+    assert calculator().force_field.merged.specialists == ("a", "b")
     assert len(loads) == 4
 
 

@@ -86,7 +86,7 @@ def test_large_weights_are_finite(tmp_path: Path) -> None:
 
 def test_merge_record_round_trip(tmp_path: Path) -> None:
     record = MergeRecord(
-        parents=("a", "b"), fingerprints=("1", "2"), recipe={"ridge": 1e-4}, report={"x": [1.5]}
+        specialists=("a", "b"), fingerprints=("1", "2"), recipe={"ridge": 1e-4}, report={"x": [1.5]}
     )
     saved = replace(make(), merged=record, calibration=()).save(tmp_path / "m.safetensors")
     loaded = ForceField.load(saved)
@@ -191,7 +191,7 @@ def rewrite(path: Path, *, metadata: object = None, tensors: dict | None = None,
     text = json.dumps(old_metadata if metadata is None else metadata, sort_keys=True)
     text = metadata if isinstance(metadata, str) else text
     tensors = old_tensors if tensors is None else tensors
-    standard = {"format": "ase-gffmerge", "schema": "2", "metadata": text, "sha256": digest(text, tensors)}
+    standard = {"format": "ase-gffmerge", "schema": "1", "metadata": text, "sha256": digest(text, tensors)}
     save_file(tensors, path, metadata={**standard, **header})
 
 
@@ -205,26 +205,20 @@ def test_foreign_safetensors(path: Path) -> None:
     refused(path, "not one of ase-gffmerge")
 
 
-@pytest.mark.parametrize("version", ["3", "0", "banana"])
+@pytest.mark.parametrize("version", ["2", "0", "banana"])
 def test_unknown_schema(path: Path, version: str) -> None:
     rewrite(path, schema=version)
     refused(path, f"schema version '{version}'.*install the version")
 
 
-def test_files_of_schema_1_know_no_frames_seen(path: Path) -> None:
+def test_files_may_know_no_frames_seen(path: Path) -> None:
     metadata, tensors = read_file(path)
-    del metadata["provenance"]["seen_frames"]
+    metadata["provenance"]["seen_frames"] = 0
     del tensors["provenance.seen_frames"]
-    rewrite(path, metadata=metadata, tensors=tensors, schema="1")
-    assert read_metadata(path)["provenance"]["seen_frames"] == 0
+    rewrite(path, metadata=metadata, tensors=tensors)
     loaded = ForceField.load(path)
     assert loaded.provenance == replace(make().provenance, seen_frames=())
     assert loaded.fingerprint == make().fingerprint
-
-
-def test_checkpoint_of_schema_1_can_be_read(path: Path) -> None:
-    rewrite(path, metadata={"checkpoint": {"epoch": 3}}, schema="1")
-    assert read_metadata(path) == {"checkpoint": {"epoch": 3}}
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "null", ""])
@@ -259,7 +253,7 @@ def test_missing_metadata(path: Path, key: str) -> None:
         ("units", {"energy": "Ha", "length": "Å"}, "units"),
         ("provenance", {"lineage": [], "seen_frames": 2, "mood": "good"}, "mood"),
         ("provenance", None, "write the file again"),
-        ("merged", {"parents": ["a"]}, "write the file again"),
+        ("merged", {"specialists": ["a"]}, "write the file again"),
     ],
 )
 def test_wrong_metadata(path: Path, key: str, value: object, pattern: str) -> None:
@@ -341,7 +335,7 @@ def test_written_file_has_ordinary_permissions(path: Path) -> None:
     (path.parent / "plain").write_text("x")
     assert path.stat().st_mode == (path.parent / "plain").stat().st_mode
     with safe_open(path, framework="pt") as handle:
-        assert handle.metadata()["schema"] == "2"
+        assert handle.metadata()["schema"] == "1"
 
 
 def test_float64_weights_survive_a_round_trip_bitwise(tmp_path) -> None:

@@ -195,7 +195,7 @@ def test_every_recipe_leaves_a_gauge_of_the_final_potential(family, recipe: str)
 
 
 def test_files(merged, tmp_path) -> None:
-    """Bitwise round trip; a file without a gauge loads and has none; a garbled gauge is refused."""
+    """Bitwise round trip; a file without a grade loads and has none; a garbled one is refused."""
     force_field, specialists = merged
     path = force_field.save(tmp_path / "merged.safetensors")
     loaded = ForceField.load(path)
@@ -207,14 +207,14 @@ def test_files(merged, tmp_path) -> None:
     assert loaded.save(tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
     metadata, tensors = read_file(path)
-    old = {name: value for name, value in tensors.items() if not name.startswith("gauge.")}
+    old = {name: value for name, value in tensors.items() if not name.startswith("extrapolation_grade.")}
     write_file(tmp_path / "old.safetensors", metadata, old)
     assert ForceField.load(tmp_path / "old.safetensors").extrapolation_grade is None
     assert grades(ForceField.load(tmp_path / "old.safetensors"), batch) is None
     write_file(
         tmp_path / "bad.safetensors",
         metadata,
-        tensors | {"gauge.whitening": tensors["gauge.whitening"][:, 1:]},
+        tensors | {"extrapolation_grade.whitening": tensors["extrapolation_grade.whitening"][:, 1:]},
     )
     with pytest.raises(FileFormatError, match="extrapolation grade"):
         ForceField.load(tmp_path / "bad.safetensors")

@@ -170,7 +170,7 @@ def test_report_is_complete_round_trips_and_shows(family, architecture, tmp_path
 def test_namesakes_get_distinct_names(family) -> None:
     specialists = [replace(s, name="model") for s in family("painn", 3)]
     merged, report = merge(specialists, recipe("mean"))
-    assert report.specialists == merged.merged.parents == ("model", "model-2", "model-3")
+    assert report.specialists == merged.merged.specialists == ("model", "model-2", "model-3")
 
 
 def test_a_bad_merge_warns(family) -> None:

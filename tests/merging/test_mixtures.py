@@ -69,7 +69,7 @@ def test_any_number_of_specialists_merges(merge_inputs, k) -> None:
     (merged, report), (mean, _) = (
         merge(specialists, recipe(name, messages=name != "mean")) for name in ("gffmerge", "mean")
     )
-    assert merged.merged.parents == report.specialists == tuple(f"s{i}" for i in range(k))
+    assert merged.merged.specialists == report.specialists == tuple(f"s{i}" for i in range(k))
     assert merged.potential.hyper.n_embeddings == 1
     ours, theirs = (np.mean([disagreement(m.potential, s) for s in specialists]) for m in (merged, mean))
     assert ours < 0.85 * theirs

@@ -1,6 +1,5 @@
 """The norms of PaiNN's vectors, where symmetry makes the vectors vanish."""
 
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -61,12 +60,10 @@ def test_files_remember_it(tmp_path) -> None:
     assert loaded.fingerprint == saved.fingerprint
 
 
-def test_fingerprints_tell_it_apart_but_not_from_files_that_are_older() -> None:
-    old, new = (ForceField(name="x", potential=painn(norm_offset=offset)) for offset in (1e-8, 1e-2))
-    assert old.fingerprint != new.fingerprint
-    assert re.fullmatch(r"PaiNNHyper\(cutoff=4.0, .*n_embeddings=1\)", repr(old.potential.hyper))
-    assert repr(new.potential.hyper) == repr(old.potential.hyper)[:-1] + ", norm_offset=0.01)"
-    assert replace(new.potential.hyper, norm_offset=1e-8) == old.potential.hyper
+def test_fingerprints_tell_it_apart() -> None:
+    small, large = (ForceField(name="x", potential=painn(norm_offset=offset)) for offset in (1e-8, 1e-2))
+    assert small.fingerprint != large.fingerprint
+    assert replace(large.potential.hyper, norm_offset=1e-8) == small.potential.hyper
 
 
 @pytest.mark.parametrize("offset", [0.0, -1.0, float("inf"), "none"])

@@ -198,7 +198,7 @@ def test_full_disk_costs_the_entry_but_not_the_merge(specialists, build, tmp_pat
         with pytest.warns(CacheWarning, match="No space left"):
             merged, hit = cache.get_or_build(specialists, RECIPE, build)
     assert not hit
-    assert merged.merged.parents == ("a", "b")
+    assert merged.merged.specialists == ("a", "b")
     assert cache.entries() == []
     assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
 
@@ -275,7 +275,7 @@ def test_entries_verify_and_clear(specialists, build, tmp_path):
     assert cache.entries() == cache.verify() == cache.clear() == []
     cache.get_or_build(specialists, RECIPE, build)
     (entry,) = cache.entries()
-    assert (entry.name, entry.parents) == ("a+b", ("a", "b"))
+    assert (entry.name, entry.specialists) == ("a+b", ("a", "b"))
     assert entry.key == cache_key(specialists, RECIPE)
     assert entry.size == entry.path.stat().st_size > 0
     assert entry.modified.tzinfo is not None
@@ -287,7 +287,7 @@ def test_entries_verify_and_clear(specialists, build, tmp_path):
     assert not checks[entry.path].ok
     assert "altered" in checks[entry.path].problem
     assert bad.name in checks[bad].problem
-    assert checks[bad].entry.parents == ()
+    assert checks[bad].entry.specialists == ()
     (tmp_path / f".{entry.path.name}.abc.tmp").touch()
     (tmp_path / "README").touch()
     assert {removed.path for removed in cache.clear()} == {entry.path, bad}
@@ -301,4 +301,4 @@ def test_nothing_is_written_beside_the_entries(specialists, build, tmp_path):
         cache.get_or_build(specialists, RECIPE, build)
     visible = [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
     assert visible == [cache.entries()[0].path]
-    assert json.loads(json.dumps(cache.entries()[0].parents)) == ["a", "b"]
+    assert json.loads(json.dumps(cache.entries()[0].specialists)) == ["a", "b"]
