@@ -23,7 +23,6 @@ from ase_gffmerge.cli import (
     train,
 )
 from ase_gffmerge.cli.variadic import VariadicCommand
-from ase_gffmerge.errors import GFFMergeError
 
 
 class Verbs(TyperGroup):
@@ -44,17 +43,20 @@ class Verbs(TyperGroup):
             warnings.showwarning = _show_warning
             try:
                 return super().invoke(ctx)
-            except GFFMergeError as error:
-                message, code = _line(error), 2
             except KeyboardInterrupt as stop:
                 _say("", str(stop) or "interrupted")
                 raise typer.Exit(130) from None
             except Exception as error:
-                if not _is_usage_error(error):
+                from ase_gffmerge.errors import GFFMergeError
+
+                if isinstance(error, GFFMergeError):
+                    message = _line(error)
+                elif _is_usage_error(error):
+                    message = f"{_line(error)} Try `{_path(error, ctx)} --help`."
+                else:
                     raise
-                message, code = f"{_line(error)} Try `{_path(error, ctx)} --help`.", 2
         _say("error: ", message)
-        raise typer.Exit(code)
+        raise typer.Exit(2)
 
 
 app = typer.Typer(

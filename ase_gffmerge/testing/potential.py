@@ -16,9 +16,15 @@ from ase_gffmerge.graphs.derivatives import EnergyModel
 from ase_gffmerge.graphs.graph import AtomGraph, batch_graphs, edge_vectors
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.base import Stage, State
-from ase_gffmerge.testing.calculator.harness import NotApplicable, check, deviation, require, run_check
-from ase_gffmerge.testing.calculator.side_effects import global_state
-from ase_gffmerge.testing.differences import derivative
+from ase_gffmerge.testing.calculator.harness import (
+    NotApplicable,
+    check,
+    derivative,
+    deviation,
+    require,
+    run_check,
+)
+from ase_gffmerge.testing.calculator.robustness import global_state
 from ase_gffmerge.testing.report import CheckReport
 
 STEP = 1e-3  # Å, of central differences

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ase_gffmerge.errors import GFFMergeError
 
-MergeOutput = Literal["passed", "failed", "skipped"]
+Outcome = Literal["passed", "failed", "skipped"]
 WIDTH = 110
 
 
@@ -33,7 +33,7 @@ class CheckResult:
 
     point: int
     name: str
-    outcome: MergeOutput
+    outcome: Outcome
     detail: str
 
 
@@ -52,7 +52,7 @@ class CheckReport:
     subject: str
     results: tuple[CheckResult, ...]
 
-    def of(self, outcome: MergeOutput) -> tuple[CheckResult, ...]:
+    def of(self, outcome: Outcome) -> tuple[CheckResult, ...]:
         """Results with this outcome."""
         return tuple(result for result in self.results if result.outcome == outcome)
 

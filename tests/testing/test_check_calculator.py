@@ -12,9 +12,10 @@ from ase.calculators.fd import FiniteDifferenceCalculator
 from ase.calculators.lj import LennardJones
 from ase.calculators.mixing import SumCalculator
 
-from ase_gffmerge.testing import CheckReport, ContractError, check_calculator, differences
+from ase_gffmerge.testing import CheckReport, ContractError, check_calculator
+from ase_gffmerge.testing.calculator import harness
 from ase_gffmerge.testing.calculator.checks import CHECKS
-from ase_gffmerge.testing.differences import derivative
+from ase_gffmerge.testing.calculator.harness import derivative
 from helpers import pairs
 from helpers.pairs import Pairs
 
@@ -193,7 +194,7 @@ def test_central_differences_are_trusted_as_far_as_they_agree(monkeypatch, name,
     assert right.outcome == "passed", right.detail
     assert wrong.outcome == "failed"
     assert "for the differences" in wrong.detail
-    monkeypatch.setattr(differences, "RELATIVE", 0.0)
+    monkeypatch.setattr(harness, "RELATIVE", 0.0)
     assert found(pairs.Stiff()).outcome == "failed"
 
 

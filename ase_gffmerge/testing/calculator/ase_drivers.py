@@ -24,11 +24,11 @@ from ase_gffmerge.testing.calculator.harness import (
     Subject,
     check,
     counted,
+    derivative,
     deviation,
     raised_by,
     require,
 )
-from ase_gffmerge.testing.differences import derivative
 
 STEPS = 8
 PER_STEP = 1.3  # evaluations; what asks for energy, forces and stress one by one costs two or three

@@ -6,17 +6,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.testing.calculator import (
-    ase_drivers,
-    copies,
-    derivatives,
-    failures,
-    instrumentation,
-    results,
-    side_effects,
-    structures,
-    symmetry,
-)
+from ase_gffmerge.testing.calculator import ase_drivers, derivatives, results, robustness, structures
 from ase_gffmerge.testing.calculator.harness import Check, Subject, Tolerances, run_check, served
 from ase_gffmerge.testing.calculator.results import is_an_ase_calculator
 from ase_gffmerge.testing.report import CheckReport, CheckResult
@@ -25,17 +15,7 @@ CHECKS: tuple[Check, ...] = tuple(
     sorted(
         (
             function
-            for part in (
-                results,
-                instrumentation,
-                failures,
-                structures,
-                copies,
-                side_effects,
-                derivatives,
-                symmetry,
-                ase_drivers,
-            )
+            for part in (results, robustness, structures, derivatives, ase_drivers)
             for function in part.CHECKS
         ),
         key=lambda function: function.point,  # type: ignore[attr-defined]

@@ -5,8 +5,14 @@ from ase import Atoms, units
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
 from ase.md import MTKNPT, VelocityVerlet, thermalize_momenta
 
-from ase_gffmerge.testing.calculator.harness import NotApplicable, Subject, check, deviation, require
-from ase_gffmerge.testing.differences import derivative
+from ase_gffmerge.testing.calculator.harness import (
+    NotApplicable,
+    Subject,
+    check,
+    derivative,
+    deviation,
+    require,
+)
 
 ATOMS_TRIED = 4
 TEMPERATURE = 300.0

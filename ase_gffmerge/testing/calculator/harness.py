@@ -1,9 +1,10 @@
-"""What the checks of a calculator have in common: its subject, how they fail, and how they are run."""
+"""What the checks share: the object under test, how they fail and are run, and central differences."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 
 from ase_gffmerge.errors import first_line
-from ase_gffmerge.testing.report import CheckResult, MergeOutput
+from ase_gffmerge.testing.report import CheckResult, Outcome
 
 PROPERTIES = ("energy", "free_energy", "energies", "forces", "stress")
 GPA_PER_EV_PER_ANGSTROM3 = 160.21766208
@@ -156,7 +157,7 @@ def check(point: int) -> Callable[[Callable[..., str | None]], Callable[..., str
 
 def run_check(function: Callable[..., str | None], subject: Any) -> CheckResult:
     """Outcome of a check, whatever it raises."""
-    outcome: MergeOutput = "passed"
+    outcome: Outcome = "passed"
     try:
         detail = function(subject) or ""
     except NotApplicable as reason:
@@ -231,3 +232,33 @@ def refusal(calc: Any, atoms: Atoms, name: str) -> BaseException | None:
 def served(calc: Any, atoms: Atoms) -> tuple[str, ...]:
     """Declared properties that the calculator does not refuse for ``atoms``."""
     return tuple(name for name in declared(calc) if refusal(calc, atoms, name) is None)
+
+
+RELATIVE = 1e-5
+"""Largest share of a derivative that its error may be said to be: a check must not pass for want of smoothness."""
+
+
+def derivative(central: Callable[[float], np.ndarray], step: float) -> tuple[np.ndarray, float]:
+    r"""Central differences extrapolated to step zero, and how far they can be trusted.
+
+    With :math:`D(h) = f' + a h^2 + b h^4 + \dots` Richardson's :math:`R(h) = (4 D(h) - D(2h))/3` errs by
+    :math:`-4 b h^4`, and :math:`R(2h)` by 16 times that. Their difference is therefore 15 times the error of
+    :math:`R(h)` where the steps are small, holds terms of higher order where they are not, and round-off.
+
+    Parameters
+    ----------
+    central
+        Central differences of a step.
+    step
+        The smallest of the three steps, which are ``step``, ``2 * step`` and ``4 * step``.
+
+    Returns
+    -------
+    derivative
+        R(step).
+    error
+        Largest difference between R(step) and R(2 step), at most ``RELATIVE`` times the largest derivative.
+    """
+    slopes = [central(factor * step) for factor in (1, 2, 4)]
+    fine, coarse = ((4 * short - long) / 3 for short, long in pairwise(slopes))
+    return fine, min(deviation(fine, coarse), RELATIVE * float(np.abs(fine).max(initial=0.0)))

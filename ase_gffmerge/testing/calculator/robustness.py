@@ -1,18 +1,171 @@
-"""Points 12 and 13: global state, reproducibility, memory."""
+"""Points 7, 8 and 11 to 13: failures, copies, side effects, reproducibility and memory."""
 
+import copy
 import gc
 import logging
 import os
+import pickle
 import random
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from ase.calculators.calculator import CalculationFailed, CalculatorSetupError, PropertyNotImplementedError
 
 from ase_gffmerge.testing.calculator.harness import NotApplicable, Subject, check, raised_by, require
+
+OGANESSON = 118
+
+
+@check(7)
+def unknown_elements_fail_when_attached(subject: Subject) -> str | None:
+    """``atoms.calc = calc`` names what is not supported, instead of failing later or not at all."""
+    atoms = subject.structure.copy()
+    atoms.numbers[0] = OGANESSON
+    error = raised_by(lambda: setattr(atoms, "calc", subject.calc))
+    if error is not None:
+        require("Og" in str(error), f"the error does not name the element: {error}")
+        return "refused when attached"
+    error = raised_by(lambda: atoms.get_potential_energy())
+    require(
+        error is None,
+        f"oganesson is accepted by atoms.calc = calc and fails only in the evaluation ({type(error).__name__}: {error})",
+    )
+    rest = subject.evaluate(subject.structure[1:])["energy"] if len(atoms) > 1 else 0.0
+    ignored = abs(atoms.get_potential_energy() - rest) < 1e-12
+    require(not ignored, "an atom of oganesson is silently ignored")
+    raise NotApplicable("it evaluates oganesson like anything else")
+
+
+@check(8)
+def positions_that_are_not_finite_fail(subject: Subject) -> None:
+    """A NaN must stop a run, with ASE's own error."""
+    for bad in (np.nan, np.inf):
+        atoms = subject.atoms()
+        atoms.positions[0, 0] = bad
+        error = raised_by(lambda atoms=atoms: subject.evaluate(atoms))  # type: ignore[misc]
+        require(error is not None, f"a position of {bad} is evaluated without complaint")
+        require(
+            isinstance(error, CalculationFailed),
+            f"a position of {bad} raises {type(error).__name__} instead of CalculationFailed",
+        )
+
+
+@check(8)
+def works_again_after_a_failure(subject: Subject) -> str:
+    """An exception leaves nothing behind; then the next structure is evaluated afresh."""
+    moved = subject.structure.copy()
+    moved.positions[0] += 0.3
+    subject.reset()
+    expected = subject.evaluate(moved)
+    subject.reset()
+    atoms = subject.atoms()
+    subject.evaluate(atoms)
+    atoms.positions[0, 0] = np.nan
+    raised_by(lambda: subject.evaluate(atoms))
+    return subject.compare(subject.evaluate(moved), expected, what="a failure before it")
+
+
+@check(8)
+def unknown_properties_are_refused(subject: Subject) -> None:
+    """``PropertyNotImplementedError`` for what is not implemented."""
+    others = [
+        name for name in ("dipole", "magmom", "charges") if name not in subject.calc.implemented_properties
+    ]
+    if not others:
+        raise NotApplicable("it implements everything that could be asked for")
+    name = others[0]
+    error = raised_by(lambda: subject.calc.get_property(name, subject.structure))
+    require(
+        isinstance(error, PropertyNotImplementedError),
+        f"asking for {name} " + (f"raises {type(error).__name__}" if error else "returns something"),
+    )
+
+
+@check(8)
+def an_empty_structure_is_refused(subject: Subject) -> None:
+    """``CalculatorSetupError`` for a structure without atoms."""
+    error = raised_by(lambda: subject.evaluate(subject.structure[:0]))
+    require(
+        isinstance(error, CalculatorSetupError),
+        "no atoms "
+        + (f"raise {type(error).__name__}" if error else "are evaluated")
+        + ", not CalculatorSetupError",
+    )
+
+
+THREADS = 3
+
+
+def _moved(subject: Subject) -> Any:
+    atoms = subject.structure.copy()
+    atoms.positions[0] += 0.1
+    return atoms
+
+
+def _same_and_independent(subject: Subject, twin: Any, how: str) -> str:
+    """The twin agrees, and its evaluations do not touch the results of the original."""
+    expected = subject.evaluate(subject.structure)
+    detail = subject.compare(subject.evaluate(subject.structure, twin), expected, what=how)
+    subject.evaluate(subject.structure)
+    kept = copy.deepcopy(dict(subject.calc.results))
+    subject.evaluate(_moved(subject), twin)
+    stays = subject.calc.results.keys() == kept.keys()
+    require(twin is not subject.calc and stays, f"{how} shares its results with the original")
+    subject.compare(subject.calc.results, kept, what=f"an evaluation by a calculator made by {how}")
+    return detail
+
+
+@check(11)
+def todict_rebuilds_it(subject: Subject) -> str:
+    """``type(calc)(**calc.todict())`` is the same calculator."""
+    twin = type(subject.calc)(**subject.calc.todict())
+    return _same_and_independent(subject, twin, "todict()")
+
+
+@check(11)
+def pickles(subject: Subject) -> str:
+    """Worker processes receive calculators by pickle, fresh or used."""
+    subject.evaluate(subject.structure)
+    return _same_and_independent(subject, pickle.loads(pickle.dumps(subject.calc)), "pickling")
+
+
+@check(11)
+def deep_copies(subject: Subject) -> str:
+    """``copy.deepcopy(atoms)`` copies the calculator, too."""
+    atoms = subject.atoms()
+    subject.evaluate(atoms)
+    return _same_and_independent(subject, copy.deepcopy(atoms).calc, "copy.deepcopy")
+
+
+@check(11)
+def spawns(subject: Subject) -> str:
+    """``calc.spawn()`` shares the weights, but neither results nor neighbours."""
+    if not callable(getattr(subject.calc, "spawn", None)):
+        raise NotApplicable("it has no spawn()")
+    return _same_and_independent(subject, subject.calc.spawn(), "spawn()")
+
+
+@check(11)
+def works_in_threads(subject: Subject) -> str:
+    """``NEB(parallel=True)`` evaluates its images, each with a calculator of its own, in threads."""
+    images = [subject.structure.copy() for _ in range(THREADS)]
+    for seed, image in enumerate(images):
+        image.rattle(0.03, seed=seed)
+    expected = [subject.evaluate(image) for image in images]
+    twins = [subject.twin() for _ in images]
+    with ThreadPoolExecutor(THREADS) as pool:
+        got = list(pool.map(subject.evaluate, images * 4, twins * 4))
+    details = [
+        subject.compare(one, other, what="evaluating in threads")
+        for one, other in zip(got, expected * 4, strict=True)
+    ]
+    return f"{len(details)} evaluations in {THREADS} threads"
+
 
 STEPS = 20
 EARLY = 5
@@ -123,4 +276,19 @@ def networks_are_frozen(subject: Subject) -> str:
     return f"{len(modules)} modules"
 
 
-CHECKS = (leaves_global_state_alone, same_input_gives_the_same_bits, memory_is_flat, networks_are_frozen)
+CHECKS = (
+    unknown_elements_fail_when_attached,
+    positions_that_are_not_finite_fail,
+    works_again_after_a_failure,
+    unknown_properties_are_refused,
+    an_empty_structure_is_refused,
+    todict_rebuilds_it,
+    pickles,
+    deep_copies,
+    spawns,
+    works_in_threads,
+    leaves_global_state_alone,
+    same_input_gives_the_same_bits,
+    memory_is_flat,
+    networks_are_frozen,
+)
