@@ -46,6 +46,8 @@ class Verbs(TyperGroup):
             except KeyboardInterrupt as stop:
                 _say("", str(stop) or "interrupted")
                 raise typer.Exit(130) from None
+            except typer.Exit:
+                raise
             except Exception as error:
                 from ase_gffmerge.errors import GFFMergeError
 

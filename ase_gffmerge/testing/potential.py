@@ -57,7 +57,15 @@ class PotentialSubject:
             return self.potential(graph)
 
     def compare(self, got: Tensor, expected: Tensor, what: str) -> str:
-        """Largest difference, in words; fails beyond the tolerance."""
+        """Largest difference, in words; fails beyond the tolerance.
+
+        Parameters
+        ----------
+        got, expected : (n_atoms,)
+            Energies in eV.
+        what
+            What was done, for the message.
+        """
         gap = (got - expected).abs().max().item() if got.numel() else 0.0
         require(
             gap <= self.tolerance, f"{what} changes energies by {gap:.3g} eV (tolerance {self.tolerance:.1g})"

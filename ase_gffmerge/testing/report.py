@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ase_gffmerge.errors import GFFMergeError
 
@@ -80,7 +80,7 @@ class CheckReport:
         )
         return f"{self.subject}: {counts}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain dictionary for JSON."""
         return {
             "subject": self.subject,

@@ -4,10 +4,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import numpy as np
 from ase import Atoms, units
+from ase.calculators.calculator import Calculator
 from ase.calculators.fd import FiniteDifferenceCalculator
 from ase.calculators.loggingcalc import LoggingCalculator
 from ase.calculators.mixing import SumCalculator
@@ -21,6 +21,7 @@ from ase.optimize import BFGS, FIRE
 
 from ase_gffmerge.testing.calculator.harness import (
     NotApplicable,
+    Results,
     Subject,
     check,
     counted,
@@ -116,15 +117,15 @@ def evaluations_of_a_band(subject: Subject) -> str:
     return f"{rate:.2f} per step, three moving images"
 
 
-def _count_for_good(calc: Any, calls: list[int]) -> None:
+def _count_for_good(calc: Calculator, calls: list[int]) -> None:
     """Let every call of ``calc.calculate`` add to ``calls``; the calculator is not used afterwards."""
     plain = calc.calculate
 
-    def calculate(*args: Any, **kwargs: Any) -> Any:
+    def calculate(*args: object, **kwargs: object) -> None:
         calls.append(1)
-        return plain(*args, **kwargs)
+        plain(*args, **kwargs)
 
-    calc.calculate = calculate
+    calc.calculate = calculate  # type: ignore[method-assign]
 
 
 @check(18)
@@ -217,7 +218,7 @@ def socket_client(subject: Subject) -> str:
         with SocketIOCalculator(unixsocket=name, timeout=30) as server:
             client = Thread(target=_serve, args=(subject, name, problems), daemon=True)
             client.start()
-            got: list[dict[str, Any]] = []
+            got: list[Results] = []
             error = raised_by(lambda: _ask(server, [subject.structure, moved], got))
         client.join(30)
     for problem in (*problems, error):
@@ -225,7 +226,7 @@ def socket_client(subject: Subject) -> str:
     return [subject.compare(a, b, what="the socket") for a, b in zip(got, expected, strict=True)][-1]
 
 
-def _ask(server: Any, structures: list[Atoms], got: list[dict[str, Any]]) -> None:
+def _ask(server: SocketIOCalculator, structures: list[Atoms], got: list[Results]) -> None:
     """Send structures, one after the other, and collect the answers."""
     atoms = structures[0].copy()
     atoms.calc = server

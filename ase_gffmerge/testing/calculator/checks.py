@@ -1,30 +1,30 @@
 """The contract between a calculator and ASE as a series of checks."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.calculator import Calculator
 
 from ase_gffmerge.testing.calculator import ase_drivers, derivatives, results, robustness, structures
 from ase_gffmerge.testing.calculator.harness import Check, Subject, Tolerances, run_check, served
 from ase_gffmerge.testing.calculator.results import is_an_ase_calculator
 from ase_gffmerge.testing.report import CheckReport, CheckResult
 
-CHECKS: tuple[Check, ...] = tuple(
+CHECKS: tuple[Check[Subject], ...] = tuple(
     sorted(
         (
             function
             for part in (results, robustness, structures, derivatives, ase_drivers)
             for function in part.CHECKS
         ),
-        key=lambda function: function.point,  # type: ignore[attr-defined]
+        key=lambda function: function.point,
     )
 )
 
 
 def check_calculator(
-    calc: Any,
+    calc: Calculator,
     atoms: Atoms,
     *,
     forces_tol: float = 1e-7,
@@ -110,7 +110,7 @@ def check_calculator(
     return CheckReport(f"{type(calc).__name__} on {structure.get_chemical_formula()}", tuple(results))
 
 
-def _nothing_to_check(calc: Any) -> CheckReport:
+def _nothing_to_check(calc: object) -> CheckReport:
     """Report on something that is no calculator at all."""
     what = f"the class {calc.__name__}" if isinstance(calc, type) else repr(calc)[:60]
     finding = (
@@ -119,14 +119,14 @@ def _nothing_to_check(calc: Any) -> CheckReport:
     return CheckReport(what, (CheckResult(1, is_an_ase_calculator.__name__, "failed", finding),))
 
 
-def _chosen(points: Iterable[int] | None) -> list[Check]:
+def _chosen(points: Iterable[int] | None) -> list[Check[Subject]]:
     """Checks of these points."""
-    existing = {function.point for function in CHECKS}  # type: ignore[attr-defined]
+    existing = {function.point for function in CHECKS}
     wanted = existing if points is None else set(points)
     unknown = sorted(wanted - existing)
     if unknown:
         raise ValueError(f"no point {unknown} can be checked from outside; choose among {sorted(existing)}")
-    return [function for function in CHECKS if function.point in wanted]  # type: ignore[attr-defined]
+    return [function for function in CHECKS if function.point in wanted]
 
 
 def _rattled(atoms: Atoms, size: float) -> Atoms:

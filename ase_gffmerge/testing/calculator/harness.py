@@ -5,15 +5,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.calculator import BaseCalculator, Calculator, PropertyNotImplementedError
+from numpy.typing import ArrayLike
 
 from ase_gffmerge.errors import first_line
 from ase_gffmerge.testing.report import CheckResult, Outcome
 
+Results = dict[str, Any]
+"""Numbers and arrays by the name of the property."""
 PROPERTIES = ("energy", "free_energy", "energies", "forces", "stress")
 GPA_PER_EV_PER_ANGSTROM3 = 160.21766208
 
@@ -67,7 +70,7 @@ class Subject:
         Number of steps of the run at constant energy.
     """
 
-    calc: Any
+    calc: Calculator
     structure: Atoms
     properties: tuple[str, ...]
     tolerances: Tolerances
@@ -75,13 +78,13 @@ class Subject:
     timestep: float
     steps: int
 
-    def atoms(self, calc: Any = None) -> Atoms:
+    def atoms(self, calc: BaseCalculator | None = None) -> Atoms:
         """Copy of the structure with the calculator attached."""
         atoms = self.structure.copy()
         atoms.calc = self.calc if calc is None else calc
         return atoms
 
-    def evaluate(self, atoms: Atoms, calc: Any = None) -> dict[str, Any]:
+    def evaluate(self, atoms: Atoms, calc: BaseCalculator | None = None) -> Results:
         """All properties of a copy of ``atoms``, as copies; no stress without a volume."""
         own = atoms.copy()
         own.calc = self.calc if calc is None else calc
@@ -96,7 +99,7 @@ class Subject:
         if "stress" in names and self.structure.cell.rank < 3:
             raise NotApplicable("the structure has no volume")
 
-    def of(self, numbers: Sequence[int], positions: Any = None) -> Atoms:
+    def of(self, numbers: Sequence[int], positions: Sequence[Sequence[float]] | None = None) -> Atoms:
         """Atoms of elements that the structure holds, open, with its ``info`` and the arrays of atoms of their kind."""
         known = self.structure.numbers.tolist()
         atoms = self.structure[[known.index(number) for number in numbers]]
@@ -117,13 +120,21 @@ class Subject:
         else:
             self.calc.atoms, self.calc.results = None, {}
 
-    def twin(self) -> Any:
+    def twin(self) -> Calculator:
         """Calculator with results of its own: spawned, else a deep copy."""
         spawn = getattr(self.calc, "spawn", None)
         return spawn() if callable(spawn) else copy.deepcopy(self.calc)
 
-    def compare(self, got: Mapping[str, Any], expected: Mapping[str, Any], *, what: str) -> str:
-        """Largest deviation of each property, in words; fails beyond the tolerances."""
+    def compare(self, got: Mapping[str, ArrayLike], expected: Mapping[str, ArrayLike], *, what: str) -> str:
+        """Largest deviation of each property, in words; fails beyond the tolerances.
+
+        Parameters
+        ----------
+        got, expected
+            Values by property; those that both hold are compared.
+        what
+            What was done, for the message.
+        """
         limits = {
             "energy": self.tolerances.energy * len(self.structure),
             "free_energy": self.tolerances.energy * len(self.structure),
@@ -142,20 +153,31 @@ class Subject:
         return "changes " + ", ".join(f"{name} {found[name]:.1e}" for name in names if name != "free_energy")
 
 
-Check = Callable[[Subject], str | None]
+S = TypeVar("S", contravariant=True)
 
 
-def check(point: int) -> Callable[[Callable[..., str | None]], Callable[..., str | None]]:
-    """Mark a function as the check of a contract's point; it returns what it measured, or raises."""
+class Check(Protocol[S]):
+    """A function that returns what it measured of a subject, or raises; ``point`` is the contract's point it belongs to."""
 
-    def mark(function: Callable[..., str | None]) -> Callable[..., str | None]:
-        function.point = point  # type: ignore[attr-defined]
-        return function
+    point: int
+    __name__: str
+
+    def __call__(self, subject: S, /) -> str | None:
+        """Check."""
+
+
+def check(point: int) -> Callable[[Callable[[S], str | None]], Check[S]]:
+    """Mark a function as the check of a contract's point."""
+
+    def mark(function: Callable[[S], str | None]) -> Check[S]:
+        marked = cast(Check[S], function)
+        marked.point = point
+        return marked
 
     return mark
 
 
-def run_check(function: Callable[..., str | None], subject: Any) -> CheckResult:
+def run_check(function: Check[S], subject: S) -> CheckResult:
     """Outcome of a check, whatever it raises."""
     outcome: Outcome = "passed"
     try:
@@ -166,7 +188,7 @@ def run_check(function: Callable[..., str | None], subject: Any) -> CheckResult:
         outcome, detail = "failed", str(finding)
     except Exception as error:
         outcome, detail = "failed", f"raised {type(error).__name__}: {first_line(error)[:300]}"
-    return CheckResult(function.point, function.__name__, outcome, detail)  # type: ignore[attr-defined]
+    return CheckResult(function.point, function.__name__, outcome, detail)
 
 
 def require(condition: bool, finding: str) -> None:
@@ -175,7 +197,7 @@ def require(condition: bool, finding: str) -> None:
         raise CheckFailed(finding)
 
 
-def deviation(got: Any, expected: Any) -> float:
+def deviation(got: ArrayLike, expected: ArrayLike) -> float:
     """Largest absolute difference; infinite when the shapes differ or anything is not finite."""
     got, expected = np.asarray(got, dtype=float), np.asarray(expected, dtype=float)
     if got.shape != expected.shape or not np.isfinite(got).all() or not np.isfinite(expected).all():
@@ -183,7 +205,7 @@ def deviation(got: Any, expected: Any) -> float:
     return float(np.abs(got - expected).max(initial=0.0))
 
 
-def raised_by(function: Callable[[], Any]) -> BaseException | None:
+def raised_by(function: Callable[[], object]) -> BaseException | None:
     """Exception that a call raises, if any."""
     try:
         function()
@@ -193,18 +215,18 @@ def raised_by(function: Callable[[], Any]) -> BaseException | None:
 
 
 @contextmanager
-def counted(calc: Any) -> Iterator[list[Sequence[str]]]:
+def counted(calc: Calculator) -> Iterator[list[Sequence[str]]]:
     """Record what every call of ``calc.calculate`` was asked for."""
     calls: list[Sequence[str]] = []
     plain = calc.calculate
 
     def calculate(
-        atoms: Any = None, properties: Sequence[str] = ("energy",), *args: Any, **kwargs: Any
-    ) -> Any:
+        atoms: Atoms | None = None, properties: Sequence[str] = ("energy",), *args: object, **kwargs: object
+    ) -> None:
         calls.append(tuple(properties or ()))
-        return plain(atoms, properties, *args, **kwargs)
+        plain(atoms, properties, *args, **kwargs)
 
-    calc.calculate = calculate
+    calc.calculate = calculate  # type: ignore[method-assign]
     try:
         yield calls
     finally:
@@ -212,13 +234,23 @@ def counted(calc: Any) -> Iterator[list[Sequence[str]]]:
             del calc.calculate
 
 
-def declared(calc: Any) -> tuple[str, ...]:
+def declared(calc: Calculator) -> tuple[str, ...]:
     """Properties, of those the contract is about, that the calculator says it implements."""
     return tuple(name for name in PROPERTIES if name in getattr(calc, "implemented_properties", ()))
 
 
-def refusal(calc: Any, atoms: Atoms, name: str) -> BaseException | None:
-    """ASE's error for properties that are not implemented, if asking for this one raises it."""
+def refusal(calc: Calculator, atoms: Atoms, name: str) -> BaseException | None:
+    """ASE's error for properties that are not implemented, if asking for this one raises it.
+
+    Parameters
+    ----------
+    calc
+        The calculator.
+    atoms
+        A structure, which stays as it is.
+    name
+        Of the property.
+    """
 
     def ask() -> None:
         own = atoms.copy()
@@ -229,7 +261,7 @@ def refusal(calc: Any, atoms: Atoms, name: str) -> BaseException | None:
     return error if isinstance(error, PropertyNotImplementedError) else None
 
 
-def served(calc: Any, atoms: Atoms) -> tuple[str, ...]:
+def served(calc: Calculator, atoms: Atoms) -> tuple[str, ...]:
     """Declared properties that the calculator does not refuse for ``atoms``."""
     return tuple(name for name in declared(calc) if refusal(calc, atoms, name) is None)
 

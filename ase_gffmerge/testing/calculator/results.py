@@ -1,7 +1,6 @@
 """Points 1 to 6: type, properties, results, sums, and what the calculator watches (ASE does not watch ``atoms.info``)."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import ase.outputs
 import numpy as np
@@ -207,7 +206,7 @@ def same_structure_is_not_computed_again(subject: Subject) -> None:
         )
 
 
-_EDITS: dict[str, Any] = {
+_EDITS: dict[str, Callable[[Atoms], object]] = {
     "positions": lambda atoms: atoms.positions.__setitem__((0, 0), atoms.positions[0, 0] + 1e-6),
     "cell vectors": lambda atoms: atoms.set_cell(atoms.cell.array + 1e-6),
     "boundary conditions": lambda atoms: atoms.set_pbc(~atoms.pbc),
@@ -224,18 +223,18 @@ UNPHYSICAL = {
 }  # what ASE watches, or no energy depends on
 
 
-class _Spied(dict):
+class _Spied(dict[str, object]):
     """A dictionary that notes which keys are looked up."""
 
-    def __init__(self, content: Mapping[str, Any], seen: set[str]):
+    def __init__(self, content: Mapping[str, object], seen: set[str]):
         super().__init__(content)
         self.seen = seen
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: str) -> object:
         self.seen.add(key)
         return super().__getitem__(key)
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> object:
         """As for any dictionary, noted."""
         self.seen.add(key)
         return super().get(key, default)
@@ -251,19 +250,19 @@ def keys_read(subject: Subject) -> dict[str, set[str]]:
 
     class Spied(Atoms):
         @property
-        def info(self) -> Any:
+        def info(self) -> _Spied:
             return vars(self)["_info"]
 
         @info.setter
-        def info(self, content: Mapping[str, Any]) -> None:
+        def info(self, content: Mapping[str, object]) -> None:
             vars(self)["_info"] = _Spied(content, seen["info"])
 
-        @property
-        def arrays(self) -> Any:
+        @property  # type: ignore[override]
+        def arrays(self) -> _Spied:
             return vars(self)["_arrays"]
 
         @arrays.setter
-        def arrays(self, content: Mapping[str, Any]) -> None:
+        def arrays(self, content: Mapping[str, object]) -> None:
             vars(self)["_arrays"] = _Spied(content, seen["arrays"])
 
     atoms = subject.structure

@@ -11,10 +11,15 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
-from ase.calculators.calculator import CalculationFailed, CalculatorSetupError, PropertyNotImplementedError
+from ase import Atoms
+from ase.calculators.calculator import (
+    CalculationFailed,
+    Calculator,
+    CalculatorSetupError,
+    PropertyNotImplementedError,
+)
 
 from ase_gffmerge.testing.calculator.harness import NotApplicable, Subject, check, raised_by, require
 
@@ -101,13 +106,13 @@ def an_empty_structure_is_refused(subject: Subject) -> None:
 THREADS = 3
 
 
-def _moved(subject: Subject) -> Any:
+def _moved(subject: Subject) -> Atoms:
     atoms = subject.structure.copy()
     atoms.positions[0] += 0.1
     return atoms
 
 
-def _same_and_independent(subject: Subject, twin: Any, how: str) -> str:
+def _same_and_independent(subject: Subject, twin: Calculator, how: str) -> str:
     """The twin agrees, and its evaluations do not touch the results of the original."""
     expected = subject.evaluate(subject.structure)
     detail = subject.compare(subject.evaluate(subject.structure, twin), expected, what=how)
@@ -145,9 +150,10 @@ def deep_copies(subject: Subject) -> str:
 @check(11)
 def spawns(subject: Subject) -> str:
     """``calc.spawn()`` shares the weights, but neither results nor neighbours."""
-    if not callable(getattr(subject.calc, "spawn", None)):
+    spawn = getattr(subject.calc, "spawn", None)
+    if not callable(spawn):
         raise NotApplicable("it has no spawn()")
-    return _same_and_independent(subject, subject.calc.spawn(), "spawn()")
+    return _same_and_independent(subject, spawn(), "spawn()")
 
 
 @check(11)
@@ -171,9 +177,9 @@ STEPS = 20
 EARLY = 5
 
 
-def global_state() -> dict[str, Any]:
+def global_state() -> dict[str, object]:
     """What belongs to the whole process; torch's part only where torch is loaded."""
-    state: dict[str, Any] = {
+    state: dict[str, object] = {
         "random's state": random.getstate(),
         "numpy's random state": np.random.get_state()[1].tolist(),  # type: ignore[index] # noqa: NPY002
         "numpy's error handling": np.geterr(),

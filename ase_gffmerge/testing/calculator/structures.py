@@ -3,7 +3,6 @@
 import gc
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -12,6 +11,7 @@ from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from ase_gffmerge.testing.calculator.harness import (
     CheckFailed,
     NotApplicable,
+    Results,
     Subject,
     check,
     deviation,
@@ -158,7 +158,7 @@ def edits_in_place_are_noticed(subject: Subject) -> str:
     atoms = subject.atoms()
     another = subject.structure[:1]
     another.positions += [0.9, 1.4, 1.2]
-    edits: list[Callable[[Atoms], Any]] = [
+    edits: list[Callable[[Atoms], object]] = [
         lambda atoms: atoms.extend(another),
         lambda atoms: atoms.set_positions(atoms.positions[::-1]),
         lambda atoms: atoms.set_positions(atoms.positions * 1.02),
@@ -184,7 +184,7 @@ def _walk(atoms: Atoms, steps: int) -> list[Atoms]:
     return walk
 
 
-def _all_fresh(subject: Subject, walk: list[Atoms], got: list[dict[str, Any]], what: str) -> str:
+def _all_fresh(subject: Subject, walk: list[Atoms], got: list[Results], what: str) -> str:
     """Compare results with those of a calculator that saw an unrelated structure before."""
     detail = ""
     for atoms, results in zip(walk, got, strict=True):
@@ -198,7 +198,7 @@ SHORT, LONG, SCAN = 0.5, 20.0, 0.1  # Å
 FLOOR = 1e-10  # eV, eV/Å: round-off
 
 
-def _transformed(subject: Subject, atoms: Atoms, expected: dict[str, Any], what: str) -> str:
+def _transformed(subject: Subject, atoms: Atoms, expected: Results, what: str) -> str:
     return subject.compare(subject.evaluate(atoms), expected, what=what)
 
 
