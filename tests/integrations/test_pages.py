@@ -1,7 +1,7 @@
 """Each vendor's page shows a way from two checkpoints to dynamics that runs, in the environment of that vendor."""
 
 import re
-from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +29,15 @@ SMALLER = {"mace": {"num_interactions": 1, "correlation": 2, "max_ell": 1}}
 NAMES = ("ethanol", "malonaldehyde")
 
 
+def module_of(page: str) -> ModuleType:
+    """The module of that vendor's tests."""
+    path = Path(__file__).with_name(f"{TESTS[page]}.py")
+    spec = spec_from_file_location(path.stem, path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def code_of(page: str) -> str:
     """Its only block, which is to be run."""
     ((kind, target, language, code),) = BLOCK.findall(PAGES[page])
@@ -51,7 +60,7 @@ def fine_tuned(page: str, package: ModuleType, folder: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_two_checkpoints_become_one_calculator(page, tmp_path):
-    package, code = import_module(TESTS[page]), code_of(page)
+    package, code = module_of(page), code_of(page)
     fine_tuned(page, package, tmp_path)
     output = run_block("python", code, folder=tmp_path, cache=tmp_path / "cache").stdout
     assert abs(float(re.search(r"changed by (\S+) eV", output)[1])) < 0.05
