@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ase_gffmerge.forcefield.conditioning import with_indices
 from ase_gffmerge.graphs import Prediction, predict
-from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.graphs.verlet import VerletGraph
 from ase_gffmerge.models import Potential
 
@@ -117,13 +116,8 @@ class BatchedLangevin:
     def evaluate(self) -> None:
         """Energies and forces at the current positions."""
         self.graph = self.neighbours.at(self.positions)
-        prediction: Prediction = predict(self._atomic_energies, self.graph)
+        prediction: Prediction = predict(self.potential, self.graph)
         self.energies, self.forces = prediction.energy, prediction.forces
-
-    def _atomic_energies(self, graph: AtomGraph) -> Tensor:
-        """Geometry is float64 up to here, whatever type the weights have."""
-        graph.edge_vectors = graph.edge_vectors.to(self.potential.dtype)
-        return self.potential(graph)
 
     def step(self, timestep: float, *, friction: float) -> None:
         """One step of ``timestep`` fs with ``friction`` in 1/fs."""

@@ -51,7 +51,7 @@ class TorchSimModel(ModelInterface):
     def __init__(self, force_field: ForceField, *, specialist: str | int | None = None, skin: float = 1.0):
         super().__init__()
         self.force_field, self.specialist, self.skin = force_field, specialist, skin
-        self._server = Predictor(force_field, compile=False)
+        self._predictor = Predictor(force_field, compile=False)
         self._device, self._dtype = force_field.potential.device, torch.float64
         self._compute_forces = self._compute_stress = True
         self._memory_scales_with = "n_atoms_x_density"
@@ -75,7 +75,7 @@ class TorchSimModel(ModelInterface):
             state = SimState(**state, masses=torch.ones_like(state["positions"][:, 0]))
         with torch.inference_mode(False):
             graph = self._graph(state)
-            prediction, grades = self._server(graph)
+            prediction, grades = self._predictor(graph)
         volume = torch.linalg.det(graph.cell).abs()[:, None, None]
         stress = torch.where(volume > 0, prediction.strain_derivative / volume, torch.nan)
         results = {"energy": prediction.energy, "forces": prediction.forces, "stress": stress}

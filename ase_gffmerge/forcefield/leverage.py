@@ -129,8 +129,9 @@ def _features(potential: Potential, frames: Sequence[Atoms], *, index: int) -> t
     cutoff, dtype = potential.hyper.cutoff, potential.dtype
     graphs = [build_graph(atoms, cutoff, dtype=dtype, specialist=index) for atoms in frames]
     graph = batch_graphs(graphs).to(potential.device)
-    graph.edge_vectors = edge_vectors(graph)
-    return torch.cat(potential.features(graph)[-blocks:], dim=-1).double(), graph.atomic_numbers
+    return torch.cat(
+        potential.features(edge_vectors(graph), graph)[-blocks:], dim=-1
+    ).double(), graph.atomic_numbers
 
 
 def _whitening(z: Tensor, frame: Tensor) -> Tensor:

@@ -13,21 +13,34 @@ Geometry enters a potential only through the edge vectors
 where the strain acts on row vectors, :math:`h \to h(1+\varepsilon)`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph, Topology, edge_vectors
 
 
-class EnergyModel(Protocol):
-    """Anything that maps a graph with ``edge_vectors`` to per-atom energies (n_atoms,) in eV."""
+class EdgeFunction(Protocol):
+    """What a potential is to everything that evaluates it: energies as a function of edge vectors."""
 
-    def __call__(self, graph: AtomGraph) -> Tensor:
-        """Per-atom energies (n_atoms,) in eV."""
+    def __call__(self, vectors: Tensor, graph: Topology) -> tuple[Tensor, Sequence[Tensor]]:
+        """Per-atom energies (n_atoms,) in eV, and the readout's inputs, (n_atoms, channels) each.
+
+        Parameters
+        ----------
+        vectors
+            Edge vectors (n_edges, 3) in Å.
+        graph
+            Constants: elements, specialists and edges.
+        """
         ...
+
+
+EdgeDerivatives = tuple[Tensor, Tensor, Sequence[Tensor]]
+"""Gradient (n_edges, 3) of the energy with respect to the edge vectors, energies and the readout's inputs."""
 
 
 @dataclass(frozen=True)
@@ -41,55 +54,91 @@ class Prediction:
     forces : (n_atoms, 3) eV/Å
     strain_derivative : (n_structures, 3, 3) eV
         dE/d(strain), symmetric; divide by the volume for the stress (positive under tension).
+    readout_inputs : (n_atoms, channels) each
+        What the readout read: scalars after the blocks. Extrapolation grades and distillation use them.
     """
 
     energies: Tensor
     energy: Tensor
     forces: Tensor
     strain_derivative: Tensor
+    readout_inputs: tuple[Tensor, ...] = ()
 
     def stress(self, cell: Tensor) -> Tensor:
         """Stress (n_structures, 3, 3) in eV/Å^3 for cells (n_structures, 3, 3) in Å."""
         return self.strain_derivative / torch.linalg.det(cell).abs()[:, None, None]
 
 
-def predict(model: EnergyModel, graph: AtomGraph, *, differentiable: bool = False) -> Prediction:
+def predict(function: EdgeFunction, graph: AtomGraph, *, differentiable: bool = False) -> Prediction:
     """Evaluate energies, forces and strain derivatives with one forward and one reverse pass.
+
+    Geometry is in the type of the graph up to the edge vectors, whatever type the weights have: vectors far from the
+    origin keep their digits, and forces sum to zero, also in float32.
 
     Parameters
     ----------
-    model
-        A potential; it reads ``graph.edge_vectors``.
+    function
+        A potential.
     graph
         One graph or a batch.
     differentiable
         Keep the graph of the derivative itself, for training on forces.
     """
-    vectors = edge_vectors(graph).detach().requires_grad_()
-    graph.edge_vectors = vectors
+    vectors = edge_vectors(graph)
+    return assemble(graph, vectors, differentiate(function, vectors, graph, differentiable=differentiable))
+
+
+def differentiate(
+    function: EdgeFunction, vectors: Tensor, graph: Topology, *, differentiable: bool = False
+) -> EdgeDerivatives:
+    """Evaluate an edge function and its gradient by a reverse pass.
+
+    Parameters
+    ----------
+    function
+        A potential.
+    vectors, graph
+        Its arguments.
+    differentiable
+        Keep the graph of the derivative itself.
+    """
+    vectors = vectors.detach().requires_grad_()
     with torch.enable_grad():
-        energies = model(graph)
+        energies, scalars = function(vectors, graph)
         if vectors.numel() == 0 or not energies.requires_grad:
             gradient = torch.zeros_like(vectors)
         else:
             (gradient,) = torch.autograd.grad(energies.sum(), vectors, create_graph=differentiable)
-    del graph.edge_vectors
-    if not differentiable:
-        energies = energies.detach()
-    return assemble(graph, energies, vectors.detach(), gradient)
+    if differentiable:
+        return gradient, energies, scalars
+    return gradient, energies.detach(), [x.detach() for x in scalars]
 
 
-def assemble(graph: AtomGraph, energies: Tensor, vectors: Tensor, gradient: Tensor) -> Prediction:
-    """Sum per-edge gradients (n_edges, 3) in eV/Å into forces and strain derivatives."""
+def assemble(graph: AtomGraph, vectors: Tensor, derivatives: EdgeDerivatives) -> Prediction:
+    """Sum gradients of the edges into forces and strain derivatives.
+
+    Parameters
+    ----------
+    graph
+        One graph or a batch.
+    vectors
+        Its edge vectors (n_edges, 3) in Å.
+    derivatives
+        What was evaluated for them, in any type.
+    """
+    gradient, energies, scalars = derivatives
+    vectors, gradient = vectors.detach(), gradient.to(vectors.dtype)
     sender, receiver = graph.edge_index
-    forces = (
-        torch.zeros_like(graph.positions).index_add(0, receiver, gradient).index_add(0, sender, -gradient)
-    )
+    forces = torch.zeros_like(graph.positions)
+    forces = forces.index_add(0, receiver, gradient).index_add(0, sender, -gradient)
     if graph.n_structures == 1:
         virial = (vectors.mT @ gradient)[None]
-        return Prediction(energies, energies.sum()[None], forces, 0.5 * (virial + virial.mT))
-    structure, n_structures = graph.structure_index, graph.n_structures
-    outer = vectors[:, :, None] * gradient[:, None, :]
-    virial = outer.new_zeros(n_structures, 3, 3).index_add(0, structure[receiver], 0.5 * (outer + outer.mT))
-    energy = energies.new_zeros(n_structures).index_add(0, structure, energies)
-    return Prediction(energies, energy, forces, virial)
+        energy, strain_derivative = energies.sum()[None], 0.5 * (virial + virial.mT)
+    else:
+        structure, n = graph.structure_index, graph.n_structures
+        outer = vectors[:, :, None] * gradient[:, None, :]
+        strain_derivative = outer.new_zeros(n, 3, 3).index_add(
+            0, structure[receiver], 0.5 * (outer + outer.mT)
+        )
+        energy = energies.new_zeros(n).index_add(0, structure, energies)
+    return Prediction(energies, energy, forces, strain_derivative, tuple(scalars))

@@ -13,16 +13,12 @@ from ase_gffmerge.graphs.cuda_neighbor_list import device_neighbour_list, search
 from ase_gffmerge.graphs.neighbor_list import neighbour_list
 
 
-@dataclass(kw_only=True, eq=False)
-class AtomGraph:
-    """Atoms and the edges between neighbors of one structure, or of a batch of structures.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Topology:
+    """Which atoms are neighbors: everything in a graph but lengths. With edge vectors it is all that a potential reads.
 
     Attributes
     ----------
-    positions : (n_atoms, 3)
-        Å.
-    cell : (n_structures, 3, 3)
-        Cell vectors as rows, Å; zero along directions that have none.
     atomic_numbers, specialist : (n_atoms,) int64
         Elements, and the index of the specialist each atom belongs to (read by per-specialist embeddings).
     edge_index : (2, n_edges) int64
@@ -33,14 +29,11 @@ class AtomGraph:
         Which structure of the batch an atom belongs to, ascending.
     """
 
-    positions: Tensor
-    cell: Tensor
     atomic_numbers: Tensor
     specialist: Tensor
     edge_index: Tensor
     shifts: Tensor
     structure_index: Tensor
-    edge_vectors: Tensor | None = None
 
     def __len__(self) -> int:
         """Number of atoms, as of :class:`ase.Atoms`."""
@@ -50,6 +43,22 @@ class AtomGraph:
     def n_edges(self) -> int:
         """Number of directed edges."""
         return self.edge_index.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AtomGraph(Topology):
+    """One structure, or a batch of structures, as a graph of atoms and the edges between neighbors.
+
+    Attributes
+    ----------
+    positions : (n_atoms, 3)
+        Å.
+    cell : (n_structures, 3, 3)
+        Cell vectors as rows, Å; zero along directions that have none.
+    """
+
+    positions: Tensor
+    cell: Tensor
 
     @property
     def n_structures(self) -> int:
@@ -62,8 +71,7 @@ class AtomGraph:
 
     def to(self, device: torch.device) -> Self:
         """Give the same graph on a device."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: x.to(device) for name, x in tensors.items() if x is not None})
+        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 Graph = TypeVar("Graph", bound=AtomGraph)
@@ -115,7 +123,7 @@ def batch_graphs(graphs: Sequence[Graph]) -> Graph:
     sizes = torch.tensor([[len(graph), graph.n_structures] for graph in graphs])
     first_atoms, first_structures = (sizes.cumsum(0) - sizes).T.tolist()
     joined: dict[str, Tensor] = {}
-    for name in (field.name for field in fields(graphs[0]) if getattr(graphs[0], field.name) is not None):
+    for name in (field.name for field in fields(graphs[0])):
         parts: list[Tensor] = [getattr(graph, name) for graph in graphs]
         if name in ("edge_index", "structure_index"):
             starts = first_atoms if name == "edge_index" else first_structures

@@ -10,7 +10,7 @@ from ase_gffmerge.graphs import Prediction, batch_graphs
 from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.runtime.batching import chunks, in_parts
 
-Predictor = Callable[[AtomGraph], tuple[Prediction, Tensor | None]]
+BatchPredictor = Callable[[AtomGraph], tuple[Prediction, Tensor | None]]
 """A batch in, its prediction out, with extrapolation grades (n_atoms,) or ``None``."""
 
 
@@ -20,7 +20,11 @@ its caches, on a GPU what keeps it busy."""
 
 
 def predict_batches(
-    predictor: Predictor, graphs: Iterable[AtomGraph], *, device: torch.device, max_edges: int | None = None
+    predictor: BatchPredictor,
+    graphs: Iterable[AtomGraph],
+    *,
+    device: torch.device,
+    max_edges: int | None = None,
 ) -> Iterator[tuple[Prediction, Tensor | None]]:
     """Predictions of one structure after the other; only the graphs of one batch are in memory.
 
@@ -39,7 +43,7 @@ def predict_batches(
 
 
 def predict_together(
-    predictor: Predictor, graphs: Sequence[AtomGraph], *, device: torch.device
+    predictor: BatchPredictor, graphs: Sequence[AtomGraph], *, device: torch.device
 ) -> Iterator[tuple[Prediction, Tensor | None]]:
     """Predict a batch of graphs, or, where memory does not suffice, its halves, down to single structures.
 

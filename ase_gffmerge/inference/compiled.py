@@ -10,18 +10,17 @@ import os
 import threading
 import types
 import warnings
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from ase_gffmerge.errors import CompileWarning, first_line
-from ase_gffmerge.graphs import Prediction
-from ase_gffmerge.graphs.derivatives import assemble
-from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
+from ase_gffmerge.graphs.derivatives import EdgeDerivatives, EdgeFunction, differentiate
+from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.inference.cuda_capture import CudaGraphs
-from ase_gffmerge.inference.cuda_graphs import CapturedFunction, EdgeFunction, Result, Size, padding_graph
+from ase_gffmerge.inference.cuda_graphs import CapturedFunction, Size, TensorFunction, padding_graph
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import is_out_of_memory
 
@@ -37,18 +36,8 @@ of two or three atoms, like the components of a vector, it would have to trace a
 among threads."""
 
 
-@dataclass
-class EdgeGraph:
-    """What a potential reads of a graph, in a form that can be traced."""
-
-    edge_vectors: Tensor
-    edge_index: Tensor
-    specialist: Tensor
-    atomic_numbers: Tensor
-
-
 class CompiledPotential:
-    """Predictions of a potential by functions that were compiled, or recorded as CUDA graphs.
+    """A potential's energies and gradient by the fastest function there is: compiled, recorded as a CUDA graph, or eager.
 
     Parameters
     ----------
@@ -76,32 +65,48 @@ class CompiledPotential:
 
     def _forget(self) -> None:
         """Begin anew, with nothing compiled."""
-        self._functions: dict[Way, EdgeFunction] = {}
+        self._eager = self.potential.for_inference()
+        self._functions: dict[Way, TensorFunction] = {}
         self._evaluations, self._failed = 0, False
         self._process, self._lock = os.getpid(), threading.Lock()
 
-    def __call__(self, graph: AtomGraph) -> tuple[Prediction, list[Tensor]] | None:
-        """Give prediction and scalars of every block for a graph or a batch; ``None`` where eager evaluation is due."""
-        if not self._serves(graph):
-            return None
+    def __call__(self, vectors: Tensor, graph: Topology) -> EdgeDerivatives:
+        """Evaluate the potential and its gradient (:func:`~ase_gffmerge.graphs.derivatives.differentiate`).
+
+        Parameters
+        ----------
+        vectors
+            Edge vectors (n_edges, 3) in Å.
+        graph
+            One graph or a batch.
+        """
+        if not self._offers(graph):
+            return differentiate(self._eager, vectors, graph)
         self._evaluations += 1
-        vectors = edge_vectors(graph)
         arguments = (
             vectors.to(self.potential.dtype),
             graph.edge_index.contiguous(),
             graph.specialist,
             graph.atomic_numbers,
         )
-        result = self._compiled(*arguments)
-        if result is None and self._on_gpu:
-            result = self._evaluate("recorded", *arguments)
-        if result is None:
-            return None
-        gradient, (energies, scalars) = result
-        return assemble(graph, energies, vectors, gradient.to(vectors.dtype)), scalars
+        if not self._failed and (self.compile is True or self._evaluations > EAGER_STEPS):
+            try:
+                result = self._evaluate("compiled", *arguments)
+            except Exception as error:  # whatever a compiler may say
+                if is_out_of_memory(error):
+                    raise
+                self._give_up(error)
+            else:
+                self._functions.pop("recorded", None)  # its recordings keep memory
+                return result
+        return (
+            self._evaluate("recorded", *arguments)
+            if self._on_gpu
+            else differentiate(self._eager, vectors, graph)
+        )
 
-    def _serves(self, graph: AtomGraph) -> bool:
-        """Whether it has anything to offer. Sizes of 0 and 1 would be compiled on their own."""
+    def _offers(self, graph: Topology) -> bool:
+        """Whether it has more to offer than eager evaluation. Sizes of 0 and 1 would be compiled on their own."""
         if self.compile is False or os.getpid() != self._process:
             return False  # a forked process does not have the compiler's threads
         if min(len(graph), graph.n_edges) < 2:
@@ -112,21 +117,7 @@ class CompiledPotential:
     def _on_gpu(self) -> bool:
         return self.potential.device.type == "cuda"
 
-    def _compiled(self, *arguments: Tensor) -> Result | None:
-        """Evaluate the compiled function, if it is due and there is a compiler."""
-        if self._failed or (self.compile == "auto" and self._evaluations <= EAGER_STEPS):
-            return None
-        try:
-            result = self._evaluate("compiled", *arguments)
-        except Exception as error:  # whatever a compiler may say
-            if is_out_of_memory(error):
-                raise
-            self._give_up(error)
-            return None
-        self._functions.pop("recorded", None)  # its recordings keep memory
-        return result
-
-    def _evaluate(self, way: Way, *arguments: Tensor) -> Result:
+    def _evaluate(self, way: Way, *arguments: Tensor) -> EdgeDerivatives:
         """Call a function; other threads wait for its first call, in which it may be compiled."""
         known = self._functions.get(way)  # which another thread may take away
         if known is not None:
@@ -137,7 +128,7 @@ class CompiledPotential:
             self._functions[way] = function
         return result
 
-    def _made(self, way: Way) -> EdgeFunction:
+    def _made(self, way: Way) -> TensorFunction:
         padding_atom = self.potential.species[0], self.potential.hyper.cutoff
         if way == "compiled":
             function = compiled(self.potential, backend=self.backend)
@@ -157,7 +148,7 @@ class CompiledPotential:
                 "the force field cannot be compiled here and is evaluated step by step, with the same results: "
                 f"{first_line(error)}; install a C++ compiler (CPU) or Triton (GPU), or a newer torch, or say compile=False",
                 CompileWarning,
-                stacklevel=6,
+                stacklevel=5,
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,34 +160,40 @@ class CompiledPotential:
         self._forget()
 
 
-def differentiated(potential: Potential) -> EdgeFunction:
-    """Give ``(vectors, edge_index, specialist, atomic_numbers) -> (gradient, (energies, scalars))``, by reverse passes."""
+def traced_topology(edge_index: Tensor, specialist: Tensor, atomic_numbers: Tensor) -> Topology:
+    """Give what :attr:`.Potential.compilable` networks read of a graph; the rest is empty."""
+    empty = edge_index.new_zeros(0)
+    return Topology(
+        atomic_numbers=atomic_numbers,
+        specialist=specialist,
+        edge_index=edge_index,
+        shifts=empty,
+        structure_index=empty,
+    )
 
-    def evaluate(vectors: Tensor, *rest: Tensor) -> Result:
-        with torch.enable_grad():
-            graph: Any = EdgeGraph(vectors.detach().requires_grad_(), *rest)
-            scalars = potential.features(graph)
-            energies = potential.energies(scalars, graph)
-            (gradient,) = torch.autograd.grad(energies.sum(), graph.edge_vectors)
-        return gradient, (energies.detach(), [x.detach() for x in scalars])
+
+def differentiated(potential: EdgeFunction) -> TensorFunction:
+    """Give ``(vectors, edge_index, specialist, atomic_numbers) -> EdgeDerivatives`` by reverse passes."""
+
+    def evaluate(vectors: Tensor, *constants: Tensor) -> EdgeDerivatives:
+        return differentiate(potential, vectors, traced_topology(*constants))
 
     return evaluate
 
 
-def compiled(potential: Potential, *, backend: str) -> EdgeFunction:
+def compiled(potential: EdgeFunction, *, backend: str) -> TensorFunction:
     """Compile the same function; the reverse pass has to be a function as well to be fused."""
 
-    def energy(vectors: Tensor, *rest: Tensor) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
-        graph: Any = EdgeGraph(vectors, *rest)
-        scalars = potential.features(graph)
-        energies = potential.energies(scalars, graph)
+    def energy(vectors: Tensor, *constants: Tensor) -> tuple[Tensor, tuple[Tensor, Sequence[Tensor]]]:
+        energies, scalars = potential(vectors, traced_topology(*constants))
         return energies.sum(), (energies, scalars)
 
     gradient = torch.func.grad(energy, has_aux=True)
 
-    def evaluate(*arguments: Tensor) -> Any:
-        return gradient(*arguments)
+    def evaluate(*arguments: Tensor) -> EdgeDerivatives:
+        derivative, (energies, scalars) = gradient(*arguments)
+        return derivative, energies, scalars
 
     # torch counts compilations per code object, and stops after eight: every potential gets one of its own
     own = types.FunctionType(evaluate.__code__.replace(), evaluate.__globals__, closure=evaluate.__closure__)
-    return torch.compile(own, dynamic=True, fullgraph=True, backend=backend)
+    return cast("TensorFunction", torch.compile(own, dynamic=True, fullgraph=True, backend=backend))

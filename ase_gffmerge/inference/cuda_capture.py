@@ -8,7 +8,8 @@ from weakref import WeakSet
 
 import torch
 
-from ase_gffmerge.inference.cuda_graphs import Arguments, EdgeFunction, Result
+from ase_gffmerge.graphs.derivatives import EdgeDerivatives
+from ase_gffmerge.inference.cuda_graphs import Arguments, TensorFunction
 
 _ONE_AT_A_TIME = (
     threading.Lock()
@@ -30,7 +31,9 @@ class CudaGraphs:
         self._pool: Any = None
         self._living: WeakSet[Any] = WeakSet()
 
-    def __call__(self, function: EdgeFunction, inputs: Arguments) -> tuple[Result, Callable[[], object]]:
+    def __call__(
+        self, function: TensorFunction, inputs: Arguments
+    ) -> tuple[EdgeDerivatives, Callable[[], object]]:
         """Record one evaluation of ``function`` on ``inputs``; give its outputs, and what replays it."""
         with _ONE_AT_A_TIME, torch.cuda.device(inputs[0].device):
             if self._streams is None:
@@ -44,7 +47,7 @@ class CudaGraphs:
             self._living.add(graph)
         return outputs, graph.replay
 
-    def _warm_up(self, function: EdgeFunction, inputs: Arguments, stream: Any) -> None:
+    def _warm_up(self, function: TensorFunction, inputs: Arguments, stream: Any) -> None:
         present = torch.cuda.current_stream()
         stream.wait_stream(present)
         try:
@@ -54,7 +57,9 @@ class CudaGraphs:
         finally:
             present.wait_stream(stream)
 
-    def _captured(self, graph: Any, stream: Any, function: EdgeFunction, inputs: Arguments) -> Result:
+    def _captured(
+        self, graph: Any, stream: Any, function: TensorFunction, inputs: Arguments
+    ) -> EdgeDerivatives:
         """Capture; whatever goes wrong, leave torch as it was and tell the first cause."""
         present, cause = torch.cuda.current_stream(), None
         try:

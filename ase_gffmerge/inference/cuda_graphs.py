@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from ase_gffmerge.errors import CaptureWarning, first_line
+from ase_gffmerge.graphs.derivatives import EdgeDerivatives
 from ase_gffmerge.runtime.devices import is_out_of_memory
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor]
 """Edge vectors (n_edges, 3), edge index (2, n_edges), specialist (n_atoms,) and atomic numbers (n_atoms,)."""
-Result = tuple[Tensor, tuple[Tensor, list[Tensor]]]
-"""Gradient (n_edges, 3), energies (n_atoms,) and scalars (n_atoms, channels) of every block."""
-EdgeFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Result]
+TensorFunction = Callable[[Tensor, Tensor, Tensor, Tensor], EdgeDerivatives]
+"""An edge function and its gradient as a function of tensors alone, which can be traced and recorded."""
 
 PADDING_ATOMS = 8
 """Least number of ghost atoms, which share the superfluous edges: sums over the edges of one atom are slow on a GPU."""
@@ -62,7 +62,7 @@ def capacity(count: int) -> int:
     return max(4, -(-count // step)) * step
 
 
-Record = Callable[[EdgeFunction, Arguments], tuple[Result, Callable[[], object]]]
+Record = Callable[[TensorFunction, Arguments], tuple[EdgeDerivatives, Callable[[], object]]]
 """Evaluates a function, and gives its result with what writes that of the inputs' later values in its place."""
 
 
@@ -72,10 +72,10 @@ class Recording:
 
     padding: Arguments
     inputs: Arguments
-    outputs: Result
+    outputs: EdgeDerivatives
     replay: Callable[[], object]
 
-    def __call__(self, arguments: Sequence[Tensor]) -> Result:
+    def __call__(self, arguments: Sequence[Tensor]) -> EdgeDerivatives:
         """Put a graph in the place of the first ghosts, replay, and copy what belongs to it."""
         edges, atoms = slice(len(arguments[0])), slice(len(arguments[2]))
         for buffer, values, padding, dim in zip(
@@ -84,8 +84,8 @@ class Recording:
             n = values.shape[dim]
             torch.cat([values, padding.narrow(dim, n, padding.shape[dim] - n)], dim=dim, out=buffer)
         self.replay()
-        gradient, (energies, scalars) = self.outputs
-        return gradient[edges].clone(), (energies[atoms].clone(), [x[atoms].clone() for x in scalars])
+        gradient, energies, scalars = self.outputs
+        return gradient[edges].clone(), energies[atoms].clone(), [x[atoms].clone() for x in scalars]
 
 
 def padding_graph(size: Size, padding_atom: tuple[int, float], *, like: Tensor) -> Arguments:
@@ -111,7 +111,7 @@ class CapturedFunction:
         How to record.
     """
 
-    def __init__(self, function: EdgeFunction, *, padding_atom: tuple[int, float], record: Record):
+    def __init__(self, function: TensorFunction, *, padding_atom: tuple[int, float], record: Record):
         self.function, self.padding_atom, self.record = function, padding_atom, record
         self._visits: Counter[Size] = Counter()
         self._needed: dict[Size, int] = {}
@@ -119,7 +119,7 @@ class CapturedFunction:
         self._failures, self._lock = 0, threading.Lock()
         self._stream: Any = None
 
-    def __call__(self, *arguments: Tensor) -> Result:
+    def __call__(self, *arguments: Tensor) -> EdgeDerivatives:
         """Evaluate, by a recording where there is one."""
         n_edges, n_atoms = len(arguments[0]), len(arguments[2])
         if n_edges <= MAX_EDGES and self._failures < FAILURES:
@@ -159,7 +159,7 @@ class CapturedFunction:
             stream.wait_stream(self._stream)
         self._stream = stream
 
-    def _launched(self, arguments: Sequence[Tensor]) -> Result:
+    def _launched(self, arguments: Sequence[Tensor]) -> EdgeDerivatives:
         """Evaluate kernel by kernel; recordings give their memory back where it is short."""
         try:
             return self.function(*arguments)

@@ -1,6 +1,4 @@
-"""Where a force field extrapolates: a grade per atom from the features of a forward pass."""
-
-from copy import copy
+"""Predictions of a force field and where it extrapolates: a grade per atom from the features of the same forward pass."""
 
 import torch
 from torch import Tensor
@@ -19,38 +17,20 @@ def grades(force_field: ForceField, graph: AtomGraph) -> Tensor | None:
     force_field
         A force field with an extrapolation grade.
     graph
-        On the device of the force field; it is not changed.
+        On the device of the force field.
 
     Returns
     -------
     Tensor or None
-        (n_atoms,), where 1 is the edge of the calibration set; ``None`` when the force field has no gauge.
+        (n_atoms,), where 1 is the edge of the calibration set; ``None`` when the force field has no grade.
     """
     if force_field.extrapolation_grade is None:
         return None
-    graph = copy(graph)
-    graph.edge_vectors = edge_vectors(graph).to(force_field.potential.dtype)
-    return force_field.extrapolation_grade(force_field.potential.features(graph), graph.atomic_numbers)
+    features = force_field.potential.features(edge_vectors(graph), graph)
+    return force_field.extrapolation_grade(features, graph.atomic_numbers)
 
 
 def predict_graded(force_field: ForceField, graph: AtomGraph) -> tuple[Prediction, Tensor | None]:
-    """Energies, forces and strain derivatives, with the grades (n_atoms,) of the same forward pass if there is a gauge.
-
-    Geometry is in the type of the graph up to the edge vectors, whatever type the weights have: vectors far from the origin
-    keep their digits, and forces sum to zero, also in float32.
-    """
-    potential, extrapolation_grade = force_field.potential, force_field.extrapolation_grade
-    kept: list[Tensor] = []
-
-    def energies(graph: AtomGraph) -> Tensor:
-        graph.edge_vectors = graph.edge_vectors.to(potential.dtype)
-        if extrapolation_grade is None:
-            return potential(graph)
-        scalars = potential.features(graph)
-        kept.extend(x.detach() for x in scalars)
-        return potential.energies(scalars, graph)
-
-    prediction = predict(energies, graph)
-    return prediction, None if extrapolation_grade is None else extrapolation_grade(
-        kept, graph.atomic_numbers
-    )
+    """Energies, forces and strain derivatives, with the grades (n_atoms,) of the same forward pass if there are any."""
+    prediction, grade = predict(force_field.potential, graph), force_field.extrapolation_grade
+    return prediction, None if grade is None else grade(prediction.readout_inputs, graph.atomic_numbers)

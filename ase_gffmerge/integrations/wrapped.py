@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.models.base import HyperParameters, Potential, Stage, State
 from ase_gffmerge.models.layers.e3nn_compat import keep_plain
 from ase_gffmerge.models.layers.linear import ElementLinear
@@ -145,7 +145,7 @@ class ChainPotential(Potential):
             setattr(self.get_submodule(owner), key, exact.to(device=self.device, dtype=dtype))
         return self
 
-    def embed(self, graph: AtomGraph) -> State:
+    def embed(self, graph: Topology) -> State:
         """Rows of the embedding."""
         return (self.embedded(graph),)
 
@@ -159,13 +159,13 @@ class ChainPotential(Potential):
         ]
         return (*maps, *scales)
 
-    def indices(self, graph: AtomGraph) -> Entries:
-        """Entries that do not depend on the edge vectors."""
+    def indices(self, vectors: Tensor, graph: Topology) -> Entries:
+        """Entries that are not differentiated; which edges there are may depend on the values of the edge vectors."""
         raise NotImplementedError
 
-    def geometry(self, graph: AtomGraph) -> ChainGeometry:
+    def geometry(self, vectors: Tensor, graph: Topology) -> ChainGeometry:
         """Entries by name."""
-        return ChainGeometry(self.indices(graph), self.edge_entries, self.edge_functions(graph.edge_vectors))
+        return ChainGeometry(self.indices(vectors, graph), self.edge_entries, self.edge_functions(vectors))
 
     def scalars(self, state: State) -> Tensor:
         """Even scalars, the first ``channels`` of the features of the links."""

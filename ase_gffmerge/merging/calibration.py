@@ -107,9 +107,7 @@ def calibration_graphs(specialist: ForceField, *, index: int = 0) -> Iterator[At
     order = np.random.default_rng(0).permutation(len(specialist.calibration))
     graphs = [_graph(specialist, index, specialist.calibration[i]) for i in order]
     for group in islice(chunks(graphs, MAX_EDGES, size=_size), MAX_BATCHES):
-        batch = batch_graphs(group).to(specialist.potential.device)
-        batch.edge_vectors = edge_vectors(batch)
-        yield batch
+        yield batch_graphs(group).to(specialist.potential.device)
 
 
 def _graph(specialist: ForceField, index: int, atoms: Atoms) -> AtomGraph:
@@ -128,7 +126,7 @@ def _embedded(
     positions = Dual((graph.positions,), (_displacements(graph.positions, directions),) if directions else ())
     geometry = pushforward(lambda r: potential.edge_functions(edge_vectors(graph, r)), positions)
     ours, theirs = (_constant(model.embed(graph), directions) for model in (merged, potential))
-    return CalibrationBatch(graph, potential.geometry(graph), geometry, ours, theirs)
+    return CalibrationBatch(graph, potential.geometry(edge_vectors(graph), graph), geometry, ours, theirs)
 
 
 def _displacements(positions: Tensor, n: int) -> Tensor:

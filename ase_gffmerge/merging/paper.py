@@ -12,11 +12,13 @@ it. As :math:`Y_k = [X_k\ 1]\,\Theta_k` with the specialist's own coefficients, 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.least_squares.gram import Gram, symmetric_product
 from ase_gffmerge.least_squares.ridge import ridge_solve
 from ase_gffmerge.merging.activations import layer_inputs
@@ -58,7 +60,8 @@ def _own_statistics(specialist: ForceField) -> dict[str, Gram]:
     potential, total = specialist.potential, dict[str, Gram]()
     for graph in calibration_graphs(specialist):
         products: dict[object, Tensor] = {}  # layers that cut the same rows from the same tensor share them
-        for layer, x in layer_inputs(potential, lambda: potential(graph)).items():  # noqa: B023 (run at once)
+        forward = partial(potential, edge_vectors(graph), graph)
+        for layer, x in layer_inputs(potential, forward).items():
             for affine_map in layer_maps(layer, potential.get_submodule(layer)):
                 rows, key = affine_map.rows(x), (id(x), affine_map.rows)
                 if key not in products:

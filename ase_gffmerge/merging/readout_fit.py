@@ -181,8 +181,7 @@ def random_feature_derivatives(
     readout = random_feature_readout(potential)
 
     def inputs(vectors: Tensor) -> Tensor:
-        graph.edge_vectors = vectors
-        return readout.random_features(potential.features(graph))
+        return readout.random_features(potential.features(vectors, graph))
 
     vectors = edge_vectors(graph)
     z = pushforward(inputs, Dual((vectors,), (directions.tangents(graph, vectors),)))

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.merging.activations import layer_inputs
 from ase_gffmerge.methods.permutation_symmetry import channel_groups
 from ase_gffmerge.models import Potential
@@ -78,7 +78,7 @@ def similarities(moments: Sequence[tuple[str, Tensor]], n: int, *, power: float)
 def _entering_rows(potential: Potential, graph: AtomGraph) -> dict[str, Tensor]:
     """Rows that enter every affine map (n_rows, d_in + 1); the last column is 1 for scalars, 0 for components."""
     rows = {}
-    for name, x in layer_inputs(potential, lambda: potential(graph)).items():
+    for name, x in layer_inputs(potential, lambda: potential(edge_vectors(graph), graph)).items():
         for affine_map in layer_maps(name, potential.get_submodule(name)):
             part = affine_map.rows(x).double()
             constant = torch.full_like(part[:, :1], float(len(part) == len(x)))

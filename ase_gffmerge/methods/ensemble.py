@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.force_field import symbols
-from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.grid_search import DisagreementMetric
 from ase_gffmerge.methods.weight_space import aligned_copies
@@ -74,37 +74,35 @@ class Ensemble(nn.Module):
         """Device of the members' weights."""
         return next(self.parameters()).device
 
-    def forward(self, graph: AtomGraph) -> Tensor:
-        """Per-atom energies (n_atoms,) in eV.
+    def forward(self, vectors: Tensor, graph: Topology) -> tuple[Tensor, list[Tensor]]:
+        """Per-atom energies (n_atoms,) in eV for edge vectors (n_edges, 3) in Å; members share no inputs of a readout.
 
         Raises
         ------
         FramesError
             When no member knows all elements of a structure.
         """
-        structure = graph.structure_index
-        total = torch.zeros(len(graph), dtype=torch.float64, device=graph.positions.device)
+        total = torch.zeros(len(graph), dtype=torch.float64, device=vectors.device)
         count = torch.zeros_like(total)
         for member in self.members:
-            able = self._knows(member, graph, structure)  # type: ignore[arg-type]
+            able = self._knows(member, graph)  # type: ignore[arg-type]
             if able.any():
-                total = total + torch.where(able, member(graph), 0.0)
+                total = total + torch.where(able, member(vectors, graph)[0], 0.0)
                 count = count + able
         if not count.all():
             raise FramesError(
                 "no specialist knows all elements of one of the structures, so there are no outputs to average; a merged "
                 "potential covers them"
             )
-        return total / count
+        return total / count, []
 
     @staticmethod
-    def _knows(member: Potential, graph: AtomGraph, structure: Tensor) -> Tensor:
+    def _knows(member: Potential, graph: Topology) -> Tensor:
         """Whether a member knows all elements of the structure that an atom belongs to (n_atoms,)."""
-        converted = member.species_row[graph.atomic_numbers] < 0
-        counts = torch.zeros(graph.n_structures, device=converted.device).index_add(
-            0, structure, converted.float()
-        )
-        return counts[structure] == 0
+        foreign = member.species_row[graph.atomic_numbers] < 0
+        counts = torch.zeros(len(graph), device=foreign.device)  # there are no more structures than atoms
+        counts.index_add_(0, graph.structure_index, foreign.float())
+        return counts[graph.structure_index] == 0
 
 
 @method("ensemble", citation="mean of the specialists' outputs")

@@ -24,7 +24,7 @@ from torch import Tensor
 from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.force_field import ForceField, symbols
 from ase_gffmerge.graphs import batch_graphs, build_graph
-from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.methods.activation_similarity import Similarities, channel_moments, similarities
@@ -106,13 +106,11 @@ def _fraction_moved(orders: Sequence[Mapping[str, Tensor]]) -> float:
 
 
 def _batches(specialist: ForceField) -> Iterator[AtomGraph]:
-    """Calibration frames in batches with edge vectors."""
+    """Calibration frames in batches."""
     potential = specialist.potential
     for frames in chunks(specialist.calibration, MAX_ATOMS):
         graphs = [build_graph(atoms, specialist.cutoff, dtype=potential.dtype) for atoms in frames]
-        batch = batch_graphs(graphs).to(potential.device)
-        batch.edge_vectors = edge_vectors(batch)
-        yield batch
+        yield batch_graphs(graphs).to(potential.device)
 
 
 def _with_common_frames(specialists: Sequence[ForceField]) -> list[ForceField]:

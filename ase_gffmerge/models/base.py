@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.models.layers.radial import BesselBasis, ExactBuffers, polynomial_cutoff
 from ase_gffmerge.models.layers.readout import MLPReadout, RandomFeatureReadout
 
@@ -215,7 +215,7 @@ class Potential(ExactBuffers):
         """
         return self
 
-    def embed(self, graph: AtomGraph) -> State:
+    def embed(self, graph: Topology) -> State:
         """Make initial node features from elements (and specialist indices)."""
         raise NotImplementedError
 
@@ -223,10 +223,10 @@ class Potential(ExactBuffers):
         """Functions of the unit vectors (n_edges, 3) from receiver to sender."""
         raise NotImplementedError
 
-    def geometry(self, graph: AtomGraph) -> Geometry:
-        """What the stages know about ``graph.edge_vectors``."""
+    def geometry(self, vectors: Tensor, graph: Topology) -> Geometry:
+        """What the stages know about the edge vectors (n_edges, 3) in Å."""
         sender, receiver = graph.edge_index
-        return EdgeGeometry(sender, receiver, *self.edge_functions(graph.edge_vectors))
+        return EdgeGeometry(sender, receiver, *self.edge_functions(vectors))
 
     def edge_functions(self, vectors: Tensor) -> State:
         """Parts of the geometry for edge vectors (n_edges, 3); without indices, so that it can be differentiated in bulk."""
@@ -238,26 +238,51 @@ class Potential(ExactBuffers):
         """Invariant features (n_atoms, channels) of a state."""
         raise NotImplementedError
 
-    def embedded(self, graph: AtomGraph) -> Tensor:
+    def embedded(self, graph: Topology) -> Tensor:
         """Rows of the embedding table (n_atoms, channels)."""
         table = graph.specialist if self.hyper.n_embeddings > 1 else torch.zeros_like(graph.specialist)
         return self.embedding[table, self.species_row[graph.atomic_numbers]]
 
-    def features(self, graph: AtomGraph) -> list[Tensor]:
-        """Scalars (n_atoms, channels) after every interaction block."""
-        state, geometry, scalars = self.embed(graph), self.geometry(graph), []
+    def features(self, vectors: Tensor, graph: Topology) -> list[Tensor]:
+        """Scalars (n_atoms, channels) after every interaction block, the inputs of the readout."""
+        state, geometry, scalars = self.embed(graph), self.geometry(vectors.to(self.dtype), graph), []
         for stage in self.stages:
             state = stage(state, geometry)
             if stage.emits_scalars:
                 scalars.append(self.scalars(state))
         return scalars
 
-    def forward(self, graph: AtomGraph) -> Tensor:
-        """Per-atom energies (n_atoms,) in eV, summed with their references in float64."""
-        return self.energies(self.features(graph), graph)
+    def forward(self, vectors: Tensor, graph: Topology) -> tuple[Tensor, list[Tensor]]:
+        """Evaluate the potential, an :class:`~ase_gffmerge.graphs.derivatives.EdgeFunction`.
 
-    def energies(self, scalars: Sequence[Tensor], graph: AtomGraph) -> Tensor:
-        """Per-atom energies (n_atoms,) in eV from the scalars that :meth:`features` gives."""
+        Parameters
+        ----------
+        vectors
+            Edge vectors (n_edges, 3) in Å, of any floating-point type.
+        graph
+            Elements, specialists and edges.
+
+        Returns
+        -------
+        energies : (n_atoms,) float64
+            In eV, reference energies included.
+        scalars : (n_atoms, channels) each
+            See :meth:`features`.
+        """
+        vectors = vectors.to(self.dtype)
+        scalars = self.features(vectors, graph)
+        return self.energies(scalars, vectors, graph), scalars
+
+    def energies(self, scalars: Sequence[Tensor], vectors: Tensor, graph: Topology) -> Tensor:
+        """Per-atom energies (n_atoms,) in eV, float64, from the readout's inputs.
+
+        Parameters
+        ----------
+        scalars
+            What :meth:`features` gives.
+        vectors, graph
+            See :meth:`forward`; most readouts do not look at the edge vectors.
+        """
         species = self.species_row[graph.atomic_numbers]
         return self.readout(scalars, species).double() + self.references[species]
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.models.base import HyperParameters, Potential, Stage, State
 from ase_gffmerge.models.layers.gather import take_rows
 from ase_gffmerge.models.layers.line_graph import angles_between, undirected
@@ -306,7 +306,7 @@ class CHGNet(Potential):
         """Layer norm and several hidden layers."""
         return NormalisedReadout(self.hyper.channels, self.hyper.readout_layers)
 
-    def embed(self, graph: AtomGraph) -> State:
+    def embed(self, graph: Topology) -> State:
         """Element embeddings; the first stage adds the rest."""
         return (self.embedded(graph),)
 
@@ -314,13 +314,13 @@ class CHGNet(Potential):
         """Give the edge vectors as they are."""
         return (vectors,)
 
-    def geometry(self, graph: AtomGraph) -> CrystalGeometry:
+    def geometry(self, vectors: Tensor, graph: Topology) -> CrystalGeometry:
         """Pair the directions of every bond and find the angles between short ones."""
         sender, receiver = graph.edge_index
         bond, edge = undirected(graph.edge_index, graph.shifts)
-        short = graph.edge_vectors.detach().square().sum(dim=1) < self.hyper.bond_cutoff**2
+        short = vectors.detach().square().sum(dim=1) < self.hyper.bond_cutoff**2
         angle = angles_between(receiver, short.nonzero().squeeze(1))
-        return CrystalGeometry(sender, receiver, bond, edge, angle, graph.edge_vectors)
+        return CrystalGeometry(sender, receiver, bond, edge, angle, vectors)
 
     def scalars(self, state: State) -> Tensor:
         """Return the atoms' features (n_atoms, channels)."""

@@ -35,7 +35,7 @@ from e3nn.nn import FullyConnectedNet
 from torch import Tensor
 from torch.nn.functional import silu
 
-from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.models.base import EdgeGeometry, HyperParameters, Potential, Stage, State
 from ase_gffmerge.models.layers.e3nn_compat import eager_e3nn, keep_plain
 from ase_gffmerge.models.layers.gather import take_rows
@@ -173,7 +173,7 @@ class NequIP(Potential):
                 gate = Gate(channels_out)
         keep_plain(self)
 
-    def embed(self, graph: AtomGraph) -> State:
+    def embed(self, graph: Topology) -> State:
         """Element embeddings."""
         return (self.embedded(graph),)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.models.base import EdgeGeometry, HyperParameters, Potential, Stage, State
 from ase_gffmerge.models.layers.gather import take_rows
 from ase_gffmerge.models.painn_cpu import InferenceMessage
@@ -116,7 +116,7 @@ class PaiNN(Potential):
         ).train(self.training)
         return twin
 
-    def embed(self, graph: AtomGraph) -> State:
+    def embed(self, graph: Topology) -> State:
         """Element embeddings and zero vectors."""
         scalars = self.embedded(graph)
         return scalars, scalars.new_zeros(len(scalars), 3, self.hyper.channels)

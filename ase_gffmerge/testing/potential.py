@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -12,7 +12,6 @@ from ase.data import covalent_radii
 from torch import Tensor
 
 from ase_gffmerge.graphs import build_graph, predict
-from ase_gffmerge.graphs.derivatives import EnergyModel
 from ase_gffmerge.graphs.graph import AtomGraph, batch_graphs, edge_vectors
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.base import Stage, State
@@ -50,11 +49,9 @@ class PotentialSubject:
     tolerance: float
 
     def energies(self, graph: AtomGraph) -> Tensor:
-        """Per-atom energies (n_atoms,) of a graph that has no edge vectors yet."""
-        graph = copy.copy(graph)
-        graph.edge_vectors = edge_vectors(graph).to(self.potential.dtype)
+        """Per-atom energies (n_atoms,) of a graph."""
         with torch.no_grad():
-            return self.potential(graph)
+            return self.potential(edge_vectors(graph), graph)[0]
 
     def compare(self, got: Tensor, expected: Tensor, what: str) -> str:
         """Largest difference, in words; fails beyond the tolerance.
@@ -88,26 +85,22 @@ def atoms_without_neighbours(subject: PotentialSubject) -> None:
     """A graph without edges has finite energies that do not depend on positions, and no forces."""
     graph = _without_edges(subject.graph)
     require(bool(subject.energies(graph).isfinite().all()), "an isolated atom has no finite energy")
-    prediction = predict(_as_model(subject), graph)
+    prediction = predict(subject.potential, graph)
     require(not bool(prediction.forces.any()), "an isolated atom feels a force")
 
 
 def _without_edges(graph: AtomGraph) -> AtomGraph:
-    graph = copy.copy(graph)
-    graph.edge_index, graph.shifts = graph.edge_index[:, :0], graph.shifts[:0]
-    return graph
+    return replace(graph, edge_index=graph.edge_index[:, :0], shifts=graph.shifts[:0])
 
 
 @check(9)
 def geometry_enters_through_edge_vectors(subject: PotentialSubject) -> str:
     """Neither positions nor cell are read: strain, batches and other engines rely on it."""
-    graph = copy.copy(subject.graph)
-    graph.edge_vectors = edge_vectors(graph).to(subject.potential.dtype)
-    graph.positions, graph.cell = graph.positions + 17.0, 3 * graph.cell
+    graph = subject.graph
+    elsewhere = replace(graph, positions=graph.positions + 17.0, cell=3 * graph.cell)
     with torch.no_grad():
-        return subject.compare(
-            subject.potential(graph), subject.energies(subject.graph), "another position and cell"
-        )
+        energies, _ = subject.potential(edge_vectors(graph), elsewhere)
+    return subject.compare(energies, subject.energies(graph), "another position and cell")
 
 
 @check(11)
@@ -138,18 +131,10 @@ def same_graph_same_bits(subject: PotentialSubject) -> None:
     require(torch.equal(first, second), f"two passes differ by {(first - second).abs().max().item():.1e} eV")
 
 
-def _as_model(subject: PotentialSubject) -> EnergyModel:
-    def energies(graph: AtomGraph) -> Tensor:
-        graph.edge_vectors = graph.edge_vectors.to(subject.potential.dtype)
-        return subject.potential(graph)
-
-    return energies
-
-
 @check(14)
 def forces_are_the_gradient(subject: PotentialSubject) -> str:
     """Forces by autograd equal central differences of the energy."""
-    forces = predict(_as_model(subject), subject.graph).forces
+    forces = predict(subject.potential, subject.graph).forces
     chosen = sorted({0, len(forces) - 1})
     numerical, doubt = derivative(lambda step: _central_forces(subject, chosen, step), STEP)
     error = deviation(forces[chosen].cpu(), numerical)
@@ -166,10 +151,9 @@ def _central_forces(subject: PotentialSubject, atoms: Sequence[int], step: float
     """Forces (n_atoms, 3) on some atoms by central differences, eV/Å."""
 
     def energy(atom: int, axis: int, moved: float) -> float:
-        graph = copy.copy(subject.graph)
-        graph.positions = graph.positions.clone()
-        graph.positions[atom, axis] += moved
-        return subject.energies(graph).sum().item()
+        positions = subject.graph.positions.clone()
+        positions[atom, axis] += moved
+        return subject.energies(replace(subject.graph, positions=positions)).sum().item()
 
     return np.array(
         [[(energy(i, k, -step) - energy(i, k, step)) / (2 * step) for k in range(3)] for i in atoms]
@@ -184,8 +168,8 @@ def rotations_and_reflections(subject: PotentialSubject) -> str:
     turn = turn.to(subject.graph.positions.device)
     expected, details = subject.energies(subject.graph), []
     for matrix, what in ((turn, "an orthogonal map"), (-turn, "the inverted map")):
-        graph = copy.copy(subject.graph)
-        graph.positions, graph.cell = graph.positions @ matrix, graph.cell @ matrix
+        graph = subject.graph
+        graph = replace(graph, positions=graph.positions @ matrix, cell=graph.cell @ matrix)
         details.append(subject.compare(subject.energies(graph), expected, what))
     return ", ".join(details)
 
@@ -197,11 +181,14 @@ def order_of_atoms_and_edges(subject: PotentialSubject) -> str:
     generator = torch.Generator().manual_seed(1)
     order = torch.randperm(n, generator=generator).to(graph.positions.device)
     edges = torch.randperm(graph.n_edges, generator=generator).to(graph.positions.device)
-    shuffled = copy.copy(graph)
-    for name in ("positions", "atomic_numbers", "specialist"):
-        setattr(shuffled, name, getattr(graph, name)[order])
-    shuffled.edge_index = order.argsort()[graph.edge_index][:, edges]
-    shuffled.shifts = graph.shifts[edges]
+    shuffled = replace(
+        graph,
+        positions=graph.positions[order],
+        atomic_numbers=graph.atomic_numbers[order],
+        specialist=graph.specialist[order],
+        edge_index=order.argsort()[graph.edge_index][:, edges],
+        shifts=graph.shifts[edges],
+    )
     return subject.compare(subject.energies(shuffled), subject.energies(graph)[order], "another order")
 
 
@@ -211,8 +198,7 @@ def structures_in_a_batch_are_strangers(subject: PotentialSubject) -> str:
     graph = subject.graph
     if graph.n_structures > 1:
         raise NotApplicable("the graph is a batch already")
-    other = copy.copy(graph)
-    other.positions = graph.positions * 1.01
+    other = replace(graph, positions=graph.positions * 1.01)
     together = subject.energies(batch_graphs([graph, other]))
     return subject.compare(together, torch.cat([subject.energies(g) for g in (graph, other)]), "batching")
 
@@ -233,23 +219,22 @@ def nothing_happens_at_the_cutoff(subject: PotentialSubject) -> str:
 @check(0)
 def stages_chain_up_to_the_energy(subject: PotentialSubject) -> str:
     """``features`` is the chain of stages that the merge walks along."""
-    potential, graph = subject.potential, copy.copy(subject.graph)
-    graph.edge_vectors = edge_vectors(graph).to(potential.dtype)
+    potential, graph = subject.potential, subject.graph
+    vectors = edge_vectors(graph).to(potential.dtype)
     with torch.no_grad():
         scalars = [potential.scalars(after) for stage, _, after in _walk(subject) if stage.emits_scalars]
         require(bool(scalars), "no stage emits scalars")
-        return subject.compare(
-            potential.energies(scalars, graph), potential(graph), "walking along the stages"
-        )
+        walked = potential.energies(scalars, vectors, graph)
+        return subject.compare(walked, potential(vectors, graph)[0], "walking along the stages")
 
 
 def _walk(subject: PotentialSubject) -> list[tuple[Stage, State, State]]:
     """Stages with the states before and after them."""
-    potential, graph = subject.potential, copy.copy(subject.graph)
-    graph.edge_vectors = edge_vectors(graph).to(potential.dtype)
+    potential, graph = subject.potential, subject.graph
+    vectors = edge_vectors(graph).to(potential.dtype)
     steps = []
     with torch.no_grad():
-        state, geometry = potential.embed(graph), potential.geometry(graph)
+        state, geometry = potential.embed(graph), potential.geometry(vectors, graph)
         for _, stage in potential.named_stages():
             after = stage(state, geometry)
             steps.append((stage, state, after))

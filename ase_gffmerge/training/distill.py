@@ -179,16 +179,15 @@ def distillation_loss(config: TrainConfig, feature_weight: float) -> Loss:
     """Errors of energies, forces and stresses, and of node features relative to their size."""
 
     def loss(potential: Potential, batch: LabeledGraph) -> torch.Tensor:
+        prediction = predict(potential, batch, differentiable=True)
+        terms = loss_terms(potential, batch, config, prediction=prediction)
         if not feature_weight:
-            return loss_terms(potential, batch, config)
-        seen: list[torch.Tensor] = []
-        hook = potential.readout.register_forward_pre_hook(
-            lambda _, inputs: seen.append(torch.cat(list(inputs[0]), dim=-1))
+            return terms
+        weight, features = (
+            batch.weight[batch.structure_index, None],
+            torch.cat(prediction.readout_inputs, dim=-1),
         )
-        with hook:
-            terms = loss_terms(potential, batch, config)
-        weight = batch.weight[batch.structure_index, None]
-        mismatch = (weight * (seen[0] - batch.features).abs()).mean() / batch.features.abs().mean()
+        mismatch = (weight * (features - batch.features).abs()).mean() / batch.features.abs().mean()
         return terms + feature_weight * mismatch
 
     return loss

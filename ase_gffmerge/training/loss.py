@@ -16,7 +16,7 @@ from ase_gffmerge.models import Potential
 from ase_gffmerge.training.config import TrainConfig
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LabeledGraph(AtomGraph):
     """A graph, or a batch, with what a potential is trained on.
 
@@ -122,9 +122,23 @@ def reduced_energy(potential: Potential, batch: LabeledGraph, prediction: Predic
     return (prediction.energy - shift).to(batch.energy.dtype)
 
 
-def loss_terms(potential: Potential, batch: LabeledGraph, config: TrainConfig) -> Tensor:
-    """Weighted mean absolute errors of energy per atom, force vectors (2-norm) and stress components."""
-    prediction = predict(potential, batch, differentiable=True)
+def loss_terms(
+    potential: Potential, batch: LabeledGraph, config: TrainConfig, *, prediction: Prediction | None = None
+) -> Tensor:
+    """Weighted mean absolute errors of energy per atom, force vectors (2-norm) and stress components.
+
+    Parameters
+    ----------
+    potential
+        What is trained.
+    batch
+        Structures with targets.
+    config
+        The weights of the terms.
+    prediction
+        Of the potential for the batch, differentiable; default: it is evaluated here.
+    """
+    prediction = prediction or predict(potential, batch, differentiable=True)
     n_atoms = torch.bincount(batch.structure_index, minlength=len(batch.energy))
     energy = (reduced_energy(potential, batch, prediction) - batch.energy).abs() / n_atoms
     forces = (prediction.forces - batch.forces).square().sum(dim=-1).add(1e-12).sqrt()

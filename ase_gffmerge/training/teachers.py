@@ -15,7 +15,6 @@ from ase_gffmerge.data.frames import bare, displaced
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.inference.metrics import check_frames
 from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
 from ase_gffmerge.merging.compatibility import working_copies
@@ -211,7 +210,7 @@ def graphs_with_targets(
         stress = prediction.stress(batch.cell) if any(atoms.pbc.all() for atoms in group) else None
         sizes = [len(atoms) for atoms in group]
         forces = prediction.forces.split(sizes)
-        hidden = node_features(teacher.potential, batch).split(sizes) if features else None
+        hidden = torch.cat(prediction.readout_inputs, dim=-1).split(sizes) if features else None
         for i, (graph, atoms) in enumerate(zip(graphs, group, strict=True)):
             labelled.append(
                 LabeledGraph.of(
@@ -223,12 +222,3 @@ def graphs_with_targets(
                 )
             )
     return labelled
-
-
-@torch.no_grad()
-def node_features(potential: Potential, batch: AtomGraph) -> torch.Tensor:
-    """Scalars after all blocks (n_atoms, n_blocks · channels)."""
-    batch.edge_vectors = edge_vectors(batch)
-    features = torch.cat(potential.features(batch), dim=-1)
-    del batch.edge_vectors
-    return features

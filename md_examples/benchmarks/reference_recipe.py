@@ -59,8 +59,7 @@ def reference_recipe(specialists: Sequence[ForceField]) -> tuple[dict[str, Tenso
         ]
         for group in chunks(graphs, MAX_EDGES, size=lambda graph: graph.n_edges):
             batch = batch_graphs(group)
-            batch.edge_vectors = edge_vectors(batch)
-            potential(batch)
+            potential(edge_vectors(batch), batch)
         for handle in handles:
             handle.remove()
     solved = {name: system.solve()[0] for name, system in equations.items() if isinstance(system.xx, Tensor)}

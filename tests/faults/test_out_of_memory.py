@@ -9,8 +9,8 @@ from ase.build import molecule
 from ase.calculators.calculator import CalculationFailed
 
 import ase_gffmerge.forcefield.leverage as leverage
+import ase_gffmerge.inference.compiled as evaluation
 import ase_gffmerge.inference.metrics as accuracy
-import ase_gffmerge.inference.predict as extrapolation
 import ase_gffmerge.training.loop as loop
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import DeviceMemoryError
@@ -39,11 +39,12 @@ class Small:
         self.evaluate, self.n_atoms, self.failure = evaluate, n_atoms, failure
         self.sizes: list[int] = []
 
-    def __call__(self, model, graph, **options):
+    def __call__(self, *arguments, **options):
+        graph = arguments[-1]
         if len(graph) > self.n_atoms:
             raise self.failure
         self.sizes.append(len(graph))
-        return self.evaluate(model, graph, **options)
+        return self.evaluate(*arguments, **options)
 
 
 @pytest.fixture
@@ -127,7 +128,9 @@ def test_the_calculator(specialists, monkeypatch, failure):
     small, large = molecule("H2O"), molecule("CH3OH")
     small.calc = large.calc = calc
     expected = small.get_potential_energy()
-    monkeypatch.setattr(extrapolation, "predict", Small(extrapolation.predict, n_atoms=3, failure=failure))
+    monkeypatch.setattr(
+        evaluation, "differentiate", Small(evaluation.differentiate, n_atoms=3, failure=failure)
+    )
     with pytest.raises(CalculationFailed, match=r"CH4O \(6 atoms\) needs more memory than cpu") as caught:
         large.get_forces()
     assert isinstance(caught.value, DeviceMemoryError)

@@ -76,12 +76,17 @@ def test_batch_equals_singles(potential, structures):
         torch.testing.assert_close(getattr(together, name), expected, rtol=1e-12, atol=1e-10)
 
 
-def test_energies_sum_and_graph_is_left_clean(potential, atoms):
+def test_energies_sum_and_nothing_is_kept_for_another_derivative(potential, atoms):
     graph = build_graph(atoms, potential.hyper.cutoff)
     prediction = predict(potential, graph)
     torch.testing.assert_close(prediction.energies.sum()[None], prediction.energy)
-    assert graph.edge_vectors is None
-    assert not any(getattr(prediction, name).requires_grad for name in vars(prediction))
+    tensors = (
+        prediction.energies,
+        prediction.forces,
+        prediction.strain_derivative,
+        *prediction.readout_inputs,
+    )
+    assert not any(x.requires_grad for x in tensors)
 
 
 def test_forces_can_be_differentiated(potential, atoms):

@@ -14,9 +14,8 @@ class Rerun:
         outputs = function(*inputs)
 
         def replay():
-            _, (energies, scalars) = new = function(*inputs)
-            flat = (outputs[0], outputs[1][0], *outputs[1][1])
-            for old, fresh in zip(flat, (new[0], energies, *scalars), strict=True):
+            (gradient, energies, scalars), new = outputs, function(*inputs)
+            for old, fresh in zip((gradient, energies, *scalars), (*new[:2], *new[2]), strict=True):
                 old.copy_(fresh)
 
         return outputs, replay

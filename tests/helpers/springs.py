@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import torch
 from ase.data import covalent_radii
+from torch import Tensor
 
-from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.graphs.graph import Topology
 
 
 class Springs:
@@ -20,20 +21,20 @@ class Springs:
     def for_inference(self) -> "Springs":
         return self
 
-    def __call__(self, graph: AtomGraph) -> torch.Tensor:
-        stretch = graph.edge_vectors.norm(dim=1) - self.length
+    def __call__(self, vectors: Tensor, graph: Topology) -> tuple[Tensor, list[Tensor]]:
+        stretch = vectors.norm(dim=1) - self.length
         per_edge = 0.25 * self.stiffness * stretch**2  # half of a pair's energy: two edges per pair
-        return per_edge.new_zeros(len(graph)).index_add(0, graph.edge_index[1], per_edge)
+        return per_edge.new_zeros(len(graph)).index_add(0, graph.edge_index[1], per_edge), []
 
 
 class Bonded(Springs):
     """Springs of covalent length between unlike atoms; beyond a quarter of stretch or squeeze they pull no more."""
 
-    def __call__(self, graph: AtomGraph) -> torch.Tensor:
+    def __call__(self, vectors: Tensor, graph: Topology) -> tuple[Tensor, list[Tensor]]:
         receiver, sender = graph.edge_index
         radii = torch.as_tensor(covalent_radii)[graph.atomic_numbers]
         length = radii[receiver] + radii[sender]
-        strain = (graph.edge_vectors.norm(dim=1) / length - 1).clamp(-0.25, 0.25)
+        strain = (vectors.norm(dim=1) / length - 1).clamp(-0.25, 0.25)
         per_edge = 0.25 * self.stiffness * (length * strain) ** 2
         per_edge = per_edge * (graph.atomic_numbers[receiver] != graph.atomic_numbers[sender])
-        return per_edge.new_zeros(len(graph)).index_add(0, sender, per_edge)
+        return per_edge.new_zeros(len(graph)).index_add(0, sender, per_edge), []

@@ -222,20 +222,20 @@ def fork_while_a_thread_evaluates(calc: GFFMergeCalculator, answers) -> None:
     from ase.build import molecule
 
     evaluating, done = threading.Event(), threading.Event()
-    busy, serve = molecule("CH3OH"), calc._server
+    busy, serve = molecule("CH3OH"), calc._predictor
 
     def slow(graph):
         evaluating.set()
         done.wait(60)
         return serve(graph)
 
-    calc._server, busy.calc = slow, calc
+    calc._predictor, busy.calc = slow, calc
     thread = threading.Thread(target=busy.get_forces)
     thread.start()
     evaluating.wait(60)
     if os.fork() == 0:
         signal.alarm(20)  # ends a child that waits for a thread it does not have
-        calc._server = serve
+        calc._predictor = serve
         answers.put(ForcesWith(calc)("CH3CHO"))
         os._exit(0)
     _, status = os.wait()

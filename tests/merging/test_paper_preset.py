@@ -27,9 +27,8 @@ def rows_of_every_linear(specialist) -> dict[str, tuple[np.ndarray, np.ndarray]]
         if isinstance(module, nn.Linear)
     ]
     graph = batch_graphs([build_graph(atoms, specialist.cutoff) for atoms in specialist.calibration])
-    graph.edge_vectors = edge_vectors(graph)
     with torch.no_grad():
-        specialist.potential(graph)
+        specialist.potential(edge_vectors(graph), graph)
     for handle in handles:
         handle.remove()
     return rows

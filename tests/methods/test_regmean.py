@@ -63,8 +63,7 @@ def linear_rows(specialist) -> dict[str, np.ndarray]:
         if isinstance(module, nn.Linear)
     ]
     graph = batch_graphs([build_graph(atoms, specialist.cutoff) for atoms in specialist.calibration])
-    graph.edge_vectors = edge_vectors(graph)
-    specialist.potential(graph)
+    specialist.potential(edge_vectors(graph), graph)
     for handle in handles:
         handle.remove()
     return rows

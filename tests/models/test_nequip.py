@@ -34,10 +34,8 @@ def test_states_are_equivariant(structures, l_max, inversion):
     matrix = orthogonal(inversion=inversion)
     graph = build_graph(structures[-1], 4.0)
     vectors = edge_vectors(graph)
-    graph.edge_vectors = vectors
-    state, geometry = potential.embed(graph), potential.geometry(graph)
-    graph.edge_vectors = vectors @ matrix.mT
-    turned, turned_geometry = potential.embed(graph), potential.geometry(graph)
+    state, geometry = potential.embed(graph), potential.geometry(vectors, graph)
+    turned, turned_geometry = potential.embed(graph), potential.geometry(vectors @ matrix.mT, graph)
     for _, stage in potential.named_stages():
         state, turned = stage(state, geometry), stage(turned, turned_geometry)
         irreps = stage.linear_down.irreps_out
@@ -107,5 +105,4 @@ def test_nothing_depends_on_the_default_type(structures, dtype):
     potential = build_potential("nequip", {"channels": 4, "tensor_channels": 2}, (1, 6, 8, 13)).to(dtype)
     torch.set_default_dtype(torch.float32 if dtype == torch.float64 else torch.float64)
     graph = build_graph(structures[0], 5.0, dtype=dtype)
-    graph.edge_vectors = edge_vectors(graph)
-    assert all(x.dtype == dtype for x in potential.features(graph))
+    assert all(x.dtype == dtype for x in potential.features(edge_vectors(graph), graph))

@@ -14,18 +14,18 @@ HYPER = {"channels": 4, "n_blocks": 1, "n_radial": 4, "cutoff": 3.0}
 
 
 class ReadsPositions(PaiNN):
-    def energies(self, scalars, graph):
-        return super().energies(scalars, graph) + 0.1 * graph.positions[:, 0]
+    def energies(self, scalars, vectors, graph):
+        return super().energies(scalars, vectors, graph) + 0.1 * graph.positions[:, 0]
 
 
 class SingleEnergies(PaiNN):
-    def energies(self, scalars, graph):
-        return super().energies(scalars, graph).float()
+    def energies(self, scalars, vectors, graph):
+        return super().energies(scalars, vectors, graph).float()
 
 
 class NoEnvelope(PaiNN):
-    def geometry(self, graph):
-        geometry = super().geometry(graph)
+    def geometry(self, vectors, graph):
+        geometry = super().geometry(vectors, graph)
         geometry.envelope.fill_(1.0)
         return geometry
 
@@ -33,8 +33,8 @@ class NoEnvelope(PaiNN):
 class Crossing(PaiNN):
     """The structures of a batch know of each other."""
 
-    def energies(self, scalars, graph):
-        return super().energies(scalars, graph) + 0.01 * len(graph)
+    def energies(self, scalars, vectors, graph):
+        return super().energies(scalars, vectors, graph) + 0.01 * len(graph)
 
 
 class Oriented(PaiNN):
@@ -43,14 +43,14 @@ class Oriented(PaiNN):
 
 
 class Detached(PaiNN):
-    def geometry(self, graph):
-        graph.edge_vectors = torch.cat([graph.edge_vectors[:1].detach(), graph.edge_vectors[1:]])
-        return super().geometry(graph)
+    def geometry(self, vectors, graph):
+        vectors = torch.cat([vectors[:1].detach(), vectors[1:]])
+        return super().geometry(vectors, graph)
 
 
 class Random(PaiNN):
-    def energies(self, scalars, graph):
-        return super().energies(scalars, graph) + 1e-12 * torch.rand(len(graph), dtype=torch.float64)
+    def energies(self, scalars, vectors, graph):
+        return super().energies(scalars, vectors, graph) + 1e-12 * torch.rand(len(graph), dtype=torch.float64)
 
 
 class Forgets(PaiNN):
@@ -60,32 +60,33 @@ class Forgets(PaiNN):
         super().__init__(hyper, species)
         self.hidden_shift = torch.rand(1, dtype=torch.float64)
 
-    def energies(self, scalars, graph):
-        return super().energies(scalars, graph) + self.hidden_shift
+    def energies(self, scalars, vectors, graph):
+        return super().energies(scalars, vectors, graph) + self.hidden_shift
 
 
 class OrderMatters(PaiNN):
-    def energies(self, scalars, graph):
-        return super().energies(scalars, graph) + 0.01 * torch.arange(len(graph))
+    def energies(self, scalars, vectors, graph):
+        return super().energies(scalars, vectors, graph) + 0.01 * torch.arange(len(graph))
 
 
 class Lonely(PaiNN):
-    def energies(self, scalars, graph):
-        return super().energies(scalars, graph) / float(graph.n_edges > 0 or "nan")
+    def energies(self, scalars, vectors, graph):
+        return super().energies(scalars, vectors, graph) / float(graph.n_edges > 0 or "nan")
 
 
 class Shortcut(PaiNN):
     """The energy does not come from the chain of stages alone."""
 
-    def forward(self, graph):
-        return super().forward(graph) + 0.1
+    def forward(self, vectors, graph):
+        energies, scalars = super().forward(vectors, graph)
+        return energies + 0.1, scalars
 
 
 class SlightlyWrongForces(PaiNN):
     """Right energies; a ten-thousandth more of every force."""
 
-    def energies(self, scalars, graph):
-        energies = super().energies(scalars, graph)
+    def energies(self, scalars, vectors, graph):
+        energies = super().energies(scalars, vectors, graph)
         return energies.detach() + (1 + 1e-4) * (energies - energies.detach())
 
 

@@ -111,8 +111,8 @@ def test_features_are_matched_on_request(architecture: str) -> None:
         graphs = [build_graph(atoms, 4.0) for atoms in specialists[0].calibration]
         total = 0.0
         for graph in graphs:
-            graph.edge_vectors = graph.positions[graph.edge_index[0]] - graph.positions[graph.edge_index[1]]
-            pair = [torch.cat(m.potential.features(graph), -1) for m in (model, specialists[0])]
+            vectors = graph.positions[graph.edge_index[0]] - graph.positions[graph.edge_index[1]]
+            pair = [torch.cat(m.potential.features(vectors, graph), -1) for m in (model, specialists[0])]
             total += float((pair[0] - pair[1]).abs().mean())
         return total
 

@@ -32,7 +32,7 @@ def evaluate_structures(
     force_field: ForceField,
     structures: Iterable[Atoms],
     *,
-    server: Predictor,
+    predictor: Predictor,
     served: Sequence[str],
     properties: Sequence[str] | None = None,
     specialist: str | int | None = None,
@@ -46,8 +46,8 @@ def evaluate_structures(
         What a structure is checked against.
     structures
         Of any sizes and boundary conditions.
-    server
-        What evaluates: the same force field.
+    predictor
+        What evaluates the same force field.
     served, properties
         What there is, and what of it is wanted; default: everything that a structure has. ``extrapolation`` is given on
         request, when the force field has a gauge.
@@ -70,11 +70,13 @@ def evaluate_structures(
                 require_volume(atoms)
             prepared.append(_checked(force_field, atoms, specialist))
     _check_size(max_edges)
-    predictor = partial(server, graded=GRADE in wanted)
     with torch.inference_mode(False):
         graphs = (build_graph(atoms, force_field.cutoff) for atoms in prepared)
         predictions = predict_batches(
-            predictor, graphs, device=force_field.potential.device, max_edges=max_edges
+            partial(predictor, graded=GRADE in wanted),
+            graphs,
+            device=force_field.potential.device,
+            max_edges=max_edges,
         )
         return [
             _results(k, atoms, *prediction, wanted)

@@ -153,7 +153,7 @@ class GFFMergeCalculator(Calculator):
             sources = specialists if calibration is None else with_frames(specialists, calibration)
             resolved = resolve(sources, options, device=target, progress=progress)
             self.force_field = _served(resolved, target, DTYPES[precision])
-            self._server = Predictor(self.force_field, compile=compile)
+            self._predictor = Predictor(self.force_field, compile=compile)
             self._parents = resolved.parents
         self.cache_hit = resolved.cache_hit
         self._neighbours = VerletCache(cutoff=self.force_field.cutoff, skin=skin, device=target)
@@ -277,7 +277,7 @@ class GFFMergeCalculator(Calculator):
             structure.info[KEY] = copy.deepcopy(structure.info[KEY])
         with torch.inference_mode(False), computing(structure, self.force_field.potential.device):
             graph = self._graph(structure)
-            prediction, grades = self._server(graph)
+            prediction, grades = self._predictor(graph)
         results = ase_results(prediction, structure)
         require_finite(results, structure)
         self.results = results
@@ -325,7 +325,7 @@ class GFFMergeCalculator(Calculator):
         return evaluate_structures(
             self.force_field,
             structures,
-            server=self._server,
+            predictor=self._predictor,
             served=PROPERTIES,
             properties=properties,
             specialist=self.parameters.get(KEY),

@@ -2,13 +2,11 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from ase.mep import NEB
-from torch import Tensor
 
 from ase_gffmerge.evaluation.benchmark.harness import Bench, Row, md_step, medians, register
 from ase_gffmerge.evaluation.benchmark.merging import SINGLE
@@ -46,12 +44,7 @@ def step_rows(bench: Bench) -> Iterator[Row]:
 
 def _evaluate(network: Potential, graph: AtomGraph) -> None:
     """Compute energy and forces of a finished graph, without gauge."""
-
-    def energies(graph: AtomGraph) -> Tensor:
-        graph.edge_vectors = graph.edge_vectors.to(network.dtype)
-        return network(graph)
-
-    predict(energies, copy(graph))
+    predict(network, graph)
 
 
 @register("compile")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ase_gffmerge.errors import FileFormatError, first_line
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.integrations.base import Adapter, ConvertedModel, VendorObject
 from ase_gffmerge.integrations.conversion import converted, per_element, rows_of_elements
 from ase_gffmerge.models import Potential
@@ -196,7 +197,7 @@ def _own_weight(module: Any, name: str, value: Tensor, order: Tensor) -> Tensor:
     return value
 
 
-def _vendor_energies(network: Any, head: int, graph: Any) -> Tensor:
+def _vendor_energies(network: Any, head: int, graph: AtomGraph) -> Tensor:
     """Energies per atom by the network itself, of atoms without a cell."""
     like, device = network.node_embedding.linear.weight, network.node_embedding.linear.weight.device
     rows = torch.full((119,), -1)

@@ -17,7 +17,7 @@ from e3nn.o3 import FullyConnectedTensorProduct, Irreps
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.integrations.wrapped import (
     ChainPotential,
     Entries,
@@ -191,9 +191,9 @@ class Repulsion(nn.Module):
         self.scale = nn.Parameter(torch.ones(len(species)))
         self.elements = OneHot(species)
 
-    def forward(self, graph: AtomGraph) -> Tensor:
+    def forward(self, vectors: Tensor, graph: Topology) -> Tensor:
         """Energies (n_atoms,) in eV."""
-        vectors, numbers = graph.edge_vectors, graph.atomic_numbers
+        numbers = graph.atomic_numbers
         lengths = vectors.square().sum(dim=1, keepdim=True).sqrt()
         elements = self.elements(numbers, vectors)
         energies = self.module(lengths, elements, graph.edge_index, self.elements.atomic_numbers)
@@ -251,7 +251,7 @@ class MACEPackage(ChainPotential):
             own += [name for name, _ in self.named_parameters() if ".symmetric_contractions." in name]
         return (*super().element_parameters(), *own)
 
-    def indices(self, graph: AtomGraph) -> Entries:
+    def indices(self, vectors: Tensor, graph: Topology) -> Entries:
         """Elements; the package's edges run from the receiving atom."""
         return {"edge_index": graph.edge_index.flip(0), "atomic_numbers": graph.atomic_numbers}
 
@@ -259,10 +259,10 @@ class MACEPackage(ChainPotential):
         """Edge vectors and their spherical harmonics."""
         return vectors, self.harmonics(vectors)
 
-    def energies(self, scalars: Sequence[Tensor], graph: AtomGraph) -> Tensor:
+    def energies(self, scalars: Sequence[Tensor], vectors: Tensor, graph: Topology) -> Tensor:
         """Energies of the readout, and the repulsion, which is no matter of a merge."""
-        energies = super().energies(scalars, graph)
-        return energies if self.repulsion is None else energies + self.repulsion(graph).double()
+        energies = super().energies(scalars, vectors, graph)
+        return energies if self.repulsion is None else energies + self.repulsion(vectors, graph).double()
 
 
 def _replace_empty_parameters(root: nn.Module) -> None:

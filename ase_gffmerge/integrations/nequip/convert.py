@@ -15,6 +15,7 @@ from torch import Tensor
 
 import ase_gffmerge.integrations.nequip.layers  # noqa: F401 (registers the package's layers)
 from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.integrations.base import Adapter, ConvertedModel, VendorObject
 from ase_gffmerge.integrations.conversion import converted, one_number_of_scalars
 from ase_gffmerge.integrations.nequip.io import find_network, layers_of, load_network
@@ -143,13 +144,13 @@ def _repulsion(network: Any) -> dict[str, Any] | None:
     return {"units": units, "power": float(pair.cutoff.p)}
 
 
-def _vendor_energies(network: Any, graph: Any, species: tuple[int, ...]) -> Tensor:
+def _vendor_energies(network: Any, graph: AtomGraph, species: tuple[int, ...]) -> Tensor:
     """Energies per atom by the network itself."""
     types = torch.full((119,), -1)
     types[list(species)] = torch.arange(len(species))
     data = {
         "edge_index": graph.edge_index.flip(0),
-        "edge_vectors": graph.edge_vectors.double(),
+        "edge_vectors": edge_vectors(graph).double(),
         "atom_types": types[graph.atomic_numbers],
     }
     for name, module in network.named_children():

@@ -18,7 +18,7 @@ from nequip.nn import ScalarMLPFunction
 from nequip.nn.pair_potential import ZBL
 from torch import Tensor, nn
 
-from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.integrations.nequip import layers  # noqa: F401 (registers the package's layers)
 from ase_gffmerge.integrations.wrapped import (
     ChainPotential,
@@ -84,9 +84,8 @@ class Repulsion(nn.Module):
         with package_mode():
             self.module = ZBL(names, names, units, polynomial_cutoff_p=power, irreps_in=irreps)
 
-    def forward(self, graph: AtomGraph, species: Tensor, cutoff: float) -> Tensor:
+    def forward(self, vectors: Tensor, graph: Topology, species: Tensor, cutoff: float) -> Tensor:
         """Energies (n_atoms,) in eV."""
-        vectors = graph.edge_vectors
         lengths = vectors.square().sum(dim=1, keepdim=True).sqrt()
         self.module.model_dtype = vectors.dtype
         found = self.module(
@@ -149,7 +148,7 @@ class NequIPPackage(ChainPotential):
             )
         return ScaledReadout(network, len(self.species))
 
-    def indices(self, graph: AtomGraph) -> Entries:
+    def indices(self, vectors: Tensor, graph: Topology) -> Entries:
         """Elements in the place of their attributes; the package's edges run from the receiving atom."""
         numbers = graph.atomic_numbers
         return {"edge_index": graph.edge_index.flip(0), "atom_types": numbers, "node_attrs": numbers}
@@ -161,12 +160,14 @@ class NequIPPackage(ChainPotential):
         bessel = torch.sinc(x * n) * n * (2 * math.pi / self.hyper.cutoff**2)
         return bessel * envelope(x, self._power), self.harmonics(vectors)
 
-    def energies(self, scalars: Sequence[Tensor], graph: AtomGraph) -> Tensor:
+    def energies(self, scalars: Sequence[Tensor], vectors: Tensor, graph: Topology) -> Tensor:
         """Energies of the readout, and the repulsion, which is no matter of a merge."""
-        energies = super().energies(scalars, graph)
+        energies = super().energies(scalars, vectors, graph)
         if self.repulsion is None:
             return energies
         return (
             energies
-            + self.repulsion(graph, self.species_row[graph.atomic_numbers], self.hyper.cutoff).double()
+            + self.repulsion(
+                vectors, graph, self.species_row[graph.atomic_numbers], self.hyper.cutoff
+            ).double()
         )

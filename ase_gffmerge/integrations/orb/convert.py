@@ -16,6 +16,7 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from ase_gffmerge.errors import FileFormatError, first_line
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.integrations.base import Adapter, ConvertedModel, VendorObject, load_checkpoint
 from ase_gffmerge.integrations.conversion import converted
 from ase_gffmerge.models import Potential
@@ -239,7 +240,7 @@ def _convert(network: nn.Module, hyper: "OrbPackageHyper") -> "OrbPackage":
     )
 
 
-def _vendor_energies(network: Any, graph: Any, hyper: "OrbPackageHyper") -> Tensor:
+def _vendor_energies(network: Any, graph: AtomGraph, hyper: "OrbPackageHyper") -> Tensor:
     """Equal parts of the energy by the network itself, and the atoms' references."""
     from orb_models.forcefield.atomic_system import SystemConfig, ase_atoms_to_atom_graphs
 

@@ -26,7 +26,7 @@ from orb_models.forcefield.pretrained import orb_v3_conservative_architecture
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.integrations.wrapped import ChainPotential, Entries, ModuleStage
 from ase_gffmerge.models.base import HyperParameters, State
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
@@ -176,11 +176,11 @@ class OrbPackage(ChainPotential):
         with package_mode():
             return MeanReadout(build_mlp(hyper.channels, hidden, 1, activation=hyper.activation))
 
-    def indices(self, graph: AtomGraph) -> Entries:
+    def indices(self, vectors: Tensor, graph: Topology) -> Entries:
         """Edges of the nearest neighbours, which run from the receiving atom in the package, and structures of the atoms."""
-        kept, structure = self._nearest(graph), graph.structure_index
+        kept, structure = self._nearest(vectors, graph), graph.structure_index
         receivers, senders = graph.edge_index[:, kept]
-        counts = torch.bincount(structure, minlength=graph.n_structures)
+        counts = torch.bincount(structure)
         return {
             "kept": kept,
             "senders": senders,
@@ -189,13 +189,13 @@ class OrbPackage(ChainPotential):
             "counts": counts,
         }
 
-    def _nearest(self, graph: AtomGraph) -> Tensor:
+    def _nearest(self, vectors: Tensor, graph: Topology) -> Tensor:
         """Edges (n_kept,) to the nearest neighbours of every atom; among equals the first ones."""
         centre, limit = graph.edge_index[1], self.hyper.max_neighbors
         n_edges = torch.bincount(centre, minlength=len(graph))
         if not len(centre) or int(n_edges.max()) <= limit:
             return torch.arange(len(centre), device=centre.device)
-        order = graph.edge_vectors.detach().square().sum(dim=1).argsort(stable=True)
+        order = vectors.detach().square().sum(dim=1).argsort(stable=True)
         order = order[centre[order].argsort(stable=True)]
         rank = torch.arange(len(centre), device=centre.device) - (n_edges.cumsum(0) - n_edges)[centre[order]]
         return order[rank < limit].sort().values
@@ -207,21 +207,21 @@ class OrbPackage(ChainPotential):
         products = self.bessel(lengths)[:, :, None] * self.harmonics(vectors)[:, None, :]
         return cutoff * products.flatten(1), cutoff
 
-    def energies(self, scalars: Sequence[Tensor], graph: AtomGraph) -> Tensor:
+    def energies(self, scalars: Sequence[Tensor], vectors: Tensor, graph: Topology) -> Tensor:
         """Energies of the readout, and the repulsion, which is no matter of a merge."""
-        energies = super().energies(scalars, graph)
-        return energies if self.repulsion is None else energies + self._repulsion(graph).double()
+        energies = super().energies(scalars, vectors, graph)
+        return energies if self.repulsion is None else energies + self._repulsion(vectors, graph).double()
 
-    def _repulsion(self, graph: AtomGraph) -> Tensor:
+    def _repulsion(self, vectors: Tensor, graph: Topology) -> Tensor:
         """Short-range repulsion of Ziegler, Biersack and Littmark, each atom's part (n_atoms,) in eV."""
         assert self.repulsion is not None
-        found = self.indices(graph)
+        found = self.indices(vectors, graph)
         batch = SimpleNamespace(
             senders=found["senders"],
             receivers=found["receivers"],
             n_node=found["counts"],
             node_features={"atomic_numbers_embedding": one_hot(graph.atomic_numbers, num_classes=118)},
-            edge_features={"vectors": graph.edge_vectors[found["kept"]]},
+            edge_features={"vectors": vectors[found["kept"]]},
         )
         energy: Tensor = self.repulsion(batch)["energy"]
         return (energy / found["counts"])[found["structure"]]

@@ -12,6 +12,7 @@ from e3nn.o3 import Irreps
 from torch import Tensor, nn
 
 from ase_gffmerge.errors import FileFormatError, first_line
+from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.integrations.base import Adapter, ConvertedModel, VendorObject, load_checkpoint
 from ase_gffmerge.integrations.conversion import converted, one_number_of_scalars
 from ase_gffmerge.models import Potential
@@ -179,7 +180,7 @@ def _arguments(network: Any) -> dict[str, Any]:
     }
 
 
-def _vendor_energies(network: Any, graph: Any) -> Tensor:
+def _vendor_energies(network: Any, graph: AtomGraph) -> Tensor:
     """Energies per atom by the network itself, which works in float32 only."""
     network = deepcopy(network).float()
     types = torch.full((119,), -1)
@@ -187,7 +188,7 @@ def _vendor_energies(network: Any, graph: Any) -> Tensor:
         types[number] = row
     data = {
         "edge_index": graph.edge_index.flip(0),
-        "edge_vec": graph.edge_vectors.float(),
+        "edge_vec": edge_vectors(graph).float(),
         "x": types[graph.atomic_numbers],
     }
     for name, module in network.named_children():

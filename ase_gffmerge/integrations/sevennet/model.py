@@ -13,7 +13,7 @@ from sevenn._const import ACTIVATION
 from sevenn.model_build import build_E3_equivariant_model
 from torch import Tensor, nn
 
-from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.integrations.wrapped import (
     ChainPotential,
     Entries,
@@ -122,7 +122,7 @@ class SevenNetPackage(ChainPotential):
                 network = nn.Sequential(Linear(f"{channels}x0e", hidden), Linear(hidden, "1x0e"))
         return ScaledReadout(network, len(self.species))
 
-    def indices(self, graph: AtomGraph) -> Entries:
+    def indices(self, vectors: Tensor, graph: Topology) -> Entries:
         """Elements in the place of their one-hot vectors; the package's edges run from the receiving atom."""
         return {"edge_index": graph.edge_index.flip(0), "node_attr": graph.atomic_numbers}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, silu
 
 from ase_gffmerge.graphs import Prediction, predict
-from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph, Topology, edge_vectors
 from ase_gffmerge.merging.directions import Directions
 from ase_gffmerge.merging.readout_fit import random_feature_derivatives, random_feature_readout, readout_rows
 from ase_gffmerge.merging.recipe import ReadoutOptions
@@ -64,9 +64,9 @@ class ElementReadout(FeatureReadout):
 class PaiNNWithNorms(PaiNN):
     """PaiNN whose readout sees the norms of the vector features after every block as well."""
 
-    def features(self, graph: AtomGraph) -> list[Tensor]:
+    def features(self, vectors: Tensor, graph: Topology) -> list[Tensor]:
         """Norms after every block, then scalars after every block, each (n_atoms, channels)."""
-        state, geometry = self.embed(graph), self.geometry(graph)
+        state, geometry = self.embed(graph), self.geometry(vectors, graph)
         scalars, norms = [], []
         for stage in self.stages:
             state = stage(state, geometry)
@@ -107,8 +107,7 @@ def with_readout(kind: type[FeatureReadout], potential: Potential, options: Read
 
 def lifted_inputs(potential: Potential, graph: AtomGraph) -> Tensor:
     """Inputs z (n_atoms, d) of the readout's projection."""
-    graph.edge_vectors = edge_vectors(graph)
-    return random_feature_readout(potential).random_features(potential.features(graph))
+    return random_feature_readout(potential).random_features(potential.features(edge_vectors(graph), graph))
 
 
 def feature_rows(

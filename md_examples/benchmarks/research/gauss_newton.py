@@ -79,8 +79,7 @@ class ForceProblem:
         return found
 
     def _energies(self, parameters: Parameters, graph: AtomGraph, vectors: Tensor) -> Tensor:
-        graph.edge_vectors = vectors
-        return functional_call(self.potential, parameters, (graph,))
+        return functional_call(self.potential, parameters, (vectors, graph))[0]
 
     def forward(self, direction: Parameters) -> list[Tensor]:
         """J v."""
@@ -96,8 +95,7 @@ class ForceProblem:
                 at, along = tuple(self.parameters.values()), tuple(direction[name] for name in names)
                 _, change = jvp(energies, at, along)
                 (gradient,) = torch.autograd.grad(change.sum(), vectors)
-            del graph.edge_vectors
-            moved = assemble(graph, change.detach(), vectors.detach(), gradient)
+            moved = assemble(graph, vectors, (gradient, change.detach(), []))
             found.append(batch.flat(moved.energy.to(moved.forces), moved.forces))
         return found
 
@@ -117,7 +115,6 @@ class ForceProblem:
                 )
                 summed = (energies * on_energy[graph.structure_index]).sum() - slopes.sum()
                 gradients = torch.autograd.grad(summed, list(leaves.values()), allow_unused=True)
-            del graph.edge_vectors
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
                     total[name] += gradient

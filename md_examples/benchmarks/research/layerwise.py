@@ -107,10 +107,11 @@ def sensitivities(potential: Potential, graph: AtomGraph) -> dict[str, Tensor]:
 
     linear = [(n, m) for n, m in potential.named_modules() if isinstance(m, nn.Linear)]
     handles = [module.register_forward_hook(perturb(name)) for name, module in linear]
-    graph.edge_vectors = edge_vectors(graph)
     try:
         with torch.enable_grad():
-            gradients = torch.autograd.grad(potential(graph).sum(), list(added.values()))
+            gradients = torch.autograd.grad(
+                potential(edge_vectors(graph), graph)[0].sum(), list(added.values())
+            )
     finally:
         for handle in handles:
             handle.remove()

@@ -34,8 +34,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import GFFMergeError
+from ase_gffmerge.graphs.derivatives import assemble
 from ase_gffmerge.inference import predictor as serving
-from ase_gffmerge.inference.predict import predict_graded
 from ase_gffmerge.testing import check_calculator
 from helpers.structures import cluster, crystal, everything
 
@@ -89,9 +89,7 @@ def test_03_types_shapes_and_a_new_dict_each_time(calc):
 
 def test_03_one_evaluation_answers_everything(calc, monkeypatch):
     count = []
-    monkeypatch.setattr(
-        serving, "predict_graded", lambda *arguments: count.append(1) or predict_graded(*arguments)
-    )
+    monkeypatch.setattr(serving, "assemble", lambda *arguments: count.append(1) or assemble(*arguments))
     atoms = crystal()
     atoms.calc = calc
     atoms.get_stress(), atoms.get_forces(), atoms.get_potential_energies(), atoms.get_potential_energy()

@@ -120,7 +120,7 @@ def test_10_neighbours_do_not_depend_on_what_ase_says_has_changed(painn_calc):
     everything(atoms, painn_calc)
     atoms.positions[0] += 1.5
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serving, "predict_graded", lambda *_: 1 / 0)
+        patch.setattr(serving, "assemble", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             everything(atoms, painn_calc)
     assert painn_calc.check_state(atoms) == []

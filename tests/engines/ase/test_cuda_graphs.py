@@ -7,7 +7,6 @@ import itertools
 import threading
 import warnings
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from dataclasses import dataclass
 
 import pytest
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import CaptureWarning, CompileWarning
 from ase_gffmerge.graphs import build_graph, predict
+from ase_gffmerge.graphs.derivatives import assemble
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.inference.compiled import EAGER_STEPS, CompiledPotential, differentiated
 from ase_gffmerge.inference.cuda_capture import CudaGraphs
@@ -48,7 +48,7 @@ def captured(potential, record) -> CapturedFunction:
 
 
 def assert_equal_results(found, expected) -> None:
-    (gradient, (energies, scalars)), (true_gradient, (true_energies, true_scalars)) = found, expected
+    (gradient, energies, scalars), (true_gradient, true_energies, true_scalars) = found, expected
     for one, other in zip(
         (gradient, energies, *scalars), (true_gradient, true_energies, *true_scalars), strict=True
     ):
@@ -125,10 +125,10 @@ def test_results_do_not_change_when_the_next_structure_is_replayed() -> None:
     for _ in range(VISITS):
         first = function(*given)
         function(*moved)
-    before = [x.clone() for x in (first[0], first[1][0], *first[1][1])]
+    before = [x.clone() for x in (*first[:2], *first[2])]
     shaken = (given[0] * 1.01, *given[1:])
     function(*shaken)
-    assert all(torch.equal(x, y) for x, y in zip(before, (first[0], first[1][0], *first[1][1]), strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(before, (*first[:2], *first[2]), strict=True))
 
 
 def test_only_the_latest_sizes_are_kept() -> None:
@@ -361,9 +361,9 @@ def test_a_gpu_records_at_once_and_compiles_later(like_a_gpu, monkeypatch) -> No
     potential = random_force_field("painn").potential
     served = CompiledPotential(potential, compile="auto")
     graph = build_graph(crystal(), potential.hyper.cutoff)
-    expected = predict(potential, copy(graph))
+    expected, vectors = predict(potential, graph), edge_vectors(graph)
     for step in range(EAGER_STEPS + VISITS):
-        prediction, _ = served(graph)
+        prediction = assemble(graph, vectors, served(vectors, graph))
         torch.testing.assert_close(prediction.forces, expected.forces, rtol=0, atol=1e-12)
         assert len(compilations) == (step >= EAGER_STEPS)
     assert len(like_a_gpu) == 2, "the network step by step, then the compiled one"
@@ -379,9 +379,9 @@ def test_without_a_compiler_a_gpu_still_records(like_a_gpu, monkeypatch) -> None
     served = CompiledPotential(potential, compile=True)
     graph = build_graph(crystal(), potential.hyper.cutoff)
     with pytest.warns(CompileWarning, match="triton"):
-        served(graph)
+        served(edge_vectors(graph), graph)
     for _ in range(VISITS):
-        served(graph)
+        served(edge_vectors(graph), graph)
     assert len(like_a_gpu) == 1
 
 
@@ -439,7 +439,7 @@ def test_on_a_gpu_recordings_give_what_the_cpu_gives(architecture, compile, dtyp
             for key, value in expected.items():
                 close = {"rtol": 0, "atol": 1e-9 if dtype == "float64" else 1e-4}
                 torch.testing.assert_close(torch.as_tensor(found[key]), torch.as_tensor(value), **close)
-    (function,) = gpu._server._compiled._functions.values()
+    (function,) = gpu._predictor._evaluate._functions.values()
     assert len(function._recordings) == 2
 
 

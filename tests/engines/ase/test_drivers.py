@@ -23,8 +23,8 @@ from ase.mep import NEB
 from ase.optimize import BFGS, FIRE, RFO
 
 from ase_gffmerge.errors import StructureError
+from ase_gffmerge.graphs.derivatives import assemble
 from ase_gffmerge.inference import predictor as serving
-from ase_gffmerge.inference.predict import predict_graded
 from helpers.structures import cluster, crystal
 
 
@@ -32,9 +32,7 @@ from helpers.structures import cluster, crystal
 def evaluations(monkeypatch):
     """A list that grows with every evaluation of a calculator."""
     counted = []
-    monkeypatch.setattr(
-        serving, "predict_graded", lambda *arguments: counted.append(1) or predict_graded(*arguments)
-    )
+    monkeypatch.setattr(serving, "assemble", lambda *arguments: counted.append(1) or assemble(*arguments))
     return counted
 
 

@@ -15,7 +15,7 @@ from ase.calculators.calculator import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ase_gffmerge.inference.predict as extrapolation
+import ase_gffmerge.inference.compiled as evaluation
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import DeviceMemoryError, GFFMergeError
 from ase_gffmerge.inference.metrics import predict_frames
@@ -160,7 +160,7 @@ def not_finite() -> Atoms:
     ids=["empty", "element", "cell", "flat", "nan"],
 )
 def test_a_bad_structure_is_named_before_anything_is_evaluated(monkeypatch, bad, error, message):
-    monkeypatch.setattr(extrapolation, "predict", lambda *_: pytest.fail("evaluated"))
+    monkeypatch.setattr(evaluation, "differentiate", lambda *_: pytest.fail("evaluated"))
     with pytest.raises(error, match=f"structure 2: .*{message}") as caught:
         TOY.evaluate([cluster(), crystal(), bad])
     assert isinstance(caught.value, GFFMergeError)
@@ -185,15 +185,15 @@ def test_impossible_batches(max_edges):
 
 
 def test_memory_that_does_not_suffice(monkeypatch):
-    expected, plain, sizes = TOY.evaluate(MIXED), extrapolation.predict, []
+    expected, plain, sizes = TOY.evaluate(MIXED), evaluation.differentiate, []
 
-    def small(model, graph):
+    def small(potential, vectors, graph):
         if len(graph) > 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
         sizes.append(len(graph))
-        return plain(model, graph)
+        return plain(potential, vectors, graph)
 
-    monkeypatch.setattr(extrapolation, "predict", small)
+    monkeypatch.setattr(evaluation, "differentiate", small)
     for found, results in zip(TOY.evaluate(MIXED), expected, strict=True):
         assert_same(found, results)
     assert sum(sizes) == sum(map(len, MIXED))
