@@ -11,21 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import platformdirs
 from filelock import BaseFileLock, FileLock
 
-from ase_gffmerge.data.hashing import hash_frames
 from ase_gffmerge.errors import CacheError, CacheWarning, FileFormatError
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.merging import recipe as recipe_module
+from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.storage.atomic import remove_leftovers
 from ase_gffmerge.storage.tensor_file import read_metadata
-from ase_gffmerge.workflows.shortcuts import SUFFIX as SHORTCUT
-from ase_gffmerge.workflows.shortcuts import Shortcut, read_shortcut, write_shortcut
-
-if TYPE_CHECKING:
-    from ase_gffmerge.merging.recipe import Recipe
 
 ENVIRONMENT_VARIABLE = "GFFMERGE_CACHE"
 SUFFIX = ".safetensors"
@@ -73,31 +68,23 @@ class CacheCheck:
         return self.problem is None
 
 
-def cache_key(specialists: Sequence[ForceField], recipe: "Recipe") -> str:
-    """SHA-256 over all that decides a merge's outcome, including whether it is refused.
+def cache_key(digests: Sequence[str], recipe: Recipe) -> str:
+    """SHA-256 over all that decides a merge's result, including whether it is refused.
 
-    Covers every specialist's weights, species, calibration frames, name, level of theory and lineage in the
-    order given, the complete recipe, and the version of the merge code, but neither devices nor folders.
+    Parameters
+    ----------
+    digests
+        Of everything that the specialists' files hold, in the order given: :attr:`.ForceField.content_digest`, which is what
+        :func:`.read_digest` finds in a file's header.
+    recipe
+        The complete recipe; the version of the merge's numbers is added, but neither devices nor folders.
     """
-    from ase_gffmerge.merging.recipe import MERGE_VERSION
-
     document = {
-        "version": MERGE_VERSION,
+        "version": recipe_module.MERGE_VERSION,
         "recipe": recipe.model_dump(mode="json"),
-        "specialists": [_identity(specialist) for specialist in specialists],
+        "specialists": list(digests),
     }
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def _identity(specialist: ForceField) -> dict[str, object]:
-    return {
-        "name": specialist.name,
-        "weights": specialist.fingerprint,
-        "species": list(specialist.species),
-        "calibration": hash_frames(specialist.calibration),
-        "level_of_theory": specialist.level_of_theory,
-        "lineage": list(specialist.provenance.lineage),
-    }
 
 
 class MergeCache:
@@ -123,7 +110,7 @@ class MergeCache:
         return self.directory / f"{key}{SUFFIX}"
 
     def get_or_build(
-        self, specialists: Sequence[ForceField], recipe: "Recipe", build: Callable[[], ForceField]
+        self, specialists: Sequence[ForceField], recipe: Recipe, build: Callable[[], ForceField]
     ) -> tuple[ForceField, bool]:
         """Load the merge of ``specialists`` by ``recipe``, or build and store it while other processes wait.
 
@@ -150,7 +137,7 @@ class MergeCache:
         CacheError
             When the folder cannot be written or locked.
         """
-        key = cache_key(specialists, recipe)
+        key = cache_key([specialist.content_digest for specialist in specialists], recipe)
         path, fingerprints = self.path(key), [specialist.fingerprint for specialist in specialists]
         if found := _load(path, fingerprints, warn=False):
             return found, True
@@ -160,19 +147,9 @@ class MergeCache:
             remove_leftovers(path)  # whoever wrote them held the lock, and was killed
             return _store(build(), path), False
 
-    def recall(self, content: str) -> ForceField | None:
-        """Load the merge that files of this content led to before (:func:`~.shortcuts.hash_content`)."""
-        shortcut = read_shortcut(self.directory, content)
-        return _load(self.path(shortcut.key), shortcut.fingerprints, warn=False) if shortcut else None
-
-    def remember(self, content: str, merged: ForceField) -> None:
-        """Note that files of this content lead to ``merged``, if that is an entry."""
-        if merged.merged is not None and merged.merged.cache_key:
-            record = merged.merged
-            write_shortcut(
-                self.directory,
-                Shortcut(content=content, key=record.cache_key, fingerprints=record.fingerprints),
-            )
+    def find(self, key: str) -> ForceField | None:
+        """Load an entry and verify that it is the merge of this key; ``None`` where there is none."""
+        return _load(self.path(key), None, warn=False)
 
     @contextmanager
     def _locked(self, key: str) -> Iterator[None]:
@@ -209,7 +186,7 @@ class MergeCache:
         return [CacheCheck(entry=entry, problem=_problem(entry.path)) for entry in self.entries()]
 
     def clear(self) -> list[CacheEntry]:
-        """Delete all entries, shortcuts to them and what killed processes left behind; returns the deleted entries.
+        """Delete all entries and what killed processes left behind; returns the deleted entries.
 
         Raises
         ------
@@ -217,7 +194,7 @@ class MergeCache:
             When a file cannot be deleted.
         """
         entries = self.entries()
-        beside = [f"{_KEY}{SHORTCUT}", f".{_KEY}.*.tmp", f".{_KEY}.lock"]
+        beside = [f".{_KEY}.*.tmp", f".{_KEY}.lock"]
         others = [path for pattern in beside for path in self._files(pattern)]
         for path in [*(entry.path for entry in entries), *others]:
             try:
@@ -245,13 +222,30 @@ def _read_entry(path: Path) -> ForceField:
     return merged
 
 
-def _load(path: Path, fingerprints: Sequence[str], *, warn: bool) -> ForceField | None:
-    """Read and verify an entry; ``None`` if there is none, or one that is corrupt or of another merge."""
+def _load(path: Path, fingerprints: Sequence[str] | None, *, warn: bool) -> ForceField | None:
+    """Read and verify an entry.
+
+    Parameters
+    ----------
+    path
+        Where it should be.
+    fingerprints
+        Of the specialists, where they are known: the entry must name the same.
+    warn
+        Say why an entry that is there is not used.
+
+    Returns
+    -------
+    ForceField or None
+        ``None`` if there is none, or one that is corrupt or of another merge.
+    """
     if not os.path.isfile(path):
         return None
     try:
         merged = _read_entry(path)
-        if merged.merged is None or merged.merged.fingerprints != tuple(fingerprints):
+        if fingerprints is not None and (
+            merged.merged is None or merged.merged.fingerprints != tuple(fingerprints)
+        ):
             raise FileFormatError(f"{path} is a merge of other specialists than its name stands for")
     except FileFormatError as error:
         if warn:

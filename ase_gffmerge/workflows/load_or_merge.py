@@ -1,38 +1,35 @@
 """From names, files or objects to the one force field that is served; several are merged."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ase_gffmerge.errors import ArgumentError, MergeWarning
+from ase_gffmerge.errors import ArgumentError, FileFormatError, MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.forcefield.pretrained import bundled_path
-from ase_gffmerge.integrations.load import Source, as_force_field, as_list, describe
-from ase_gffmerge.workflows.parents import Parents
-from ase_gffmerge.workflows.shortcuts import hash_content
-
-if TYPE_CHECKING:
-    from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.integrations.load import Source, as_force_field, as_list, describe, local_file
+from ase_gffmerge.integrations.registry import vendor_source
+from ase_gffmerge.merging.recipe import Recipe, load_recipe
+from ase_gffmerge.runtime.progress import Progress, no_progress
+from ase_gffmerge.storage.tensor_file import read_digest
+from ase_gffmerge.workflows.cache import MergeCache, cache_key
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
     """How several specialists become one; see :class:`~ase_gffmerge.engines.ase.calculator.GFFMergeCalculator`."""
 
-    recipe: "str | Path | Mapping[str, Any] | Recipe" = "gffmerge"
+    recipe: str | Path | Mapping[str, Any] | Recipe = "gffmerge"
     conditioning: str | None = None
     weights: tuple[float, ...] | None = None
     allow_unrelated: bool = False
     cache_dir: str | Path | None = None
 
-    def load_recipe(self) -> "Recipe":
+    def load_recipe(self) -> Recipe:
         """Load the recipe and work the other options in."""
-        from ase_gffmerge.merging.recipe import load_recipe
-
         return load_recipe(
             self.recipe,
             conditioning=self.conditioning,
@@ -45,14 +42,14 @@ class MergeOptions:
 class Resolved:
     """The force field to serve, with JSON-able constructor arguments that lead to it again.
 
-    ``borrowed`` says that somebody else holds it, too, and must find it unchanged. ``parents`` are what it was merged from,
-    and ``cache_hit`` says whether the merge was found in the cache; both are ``None`` when nothing was to be merged.
+    ``borrowed`` says that somebody else holds it, too, and must find it unchanged. ``specialists`` are what it was merged
+    from, and ``cache_hit`` says whether the merge was found in the cache; both are ``None`` when nothing was to be merged.
     """
 
     force_field: ForceField
     arguments: Mapping[str, Any]
     borrowed: bool = False
-    parents: Parents | None = None
+    specialists: "Specialists | None" = None
     cache_hit: bool | None = None
 
 
@@ -61,7 +58,7 @@ def resolve(
     options: MergeOptions,
     *,
     device: torch.device,
-    progress: Callable[[float, str], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Resolved:
     """Load the sources and, if there are several, merge them through the cache.
 
@@ -104,7 +101,7 @@ def check_single(force_field: ForceField, options: MergeOptions) -> None:
         )
 
 
-def _warn_again(force_field: ForceField, recipe: "Recipe") -> None:
+def _warn_again(force_field: ForceField, recipe: Recipe) -> None:
     """Say about a cached merge what was said when it was made."""
     from ase_gffmerge.merging.report import GOOD, MergeReport
 
@@ -126,35 +123,91 @@ def _merged(
     options: MergeOptions,
     *,
     device: torch.device,
-    progress: Callable[[float, str], None] | None,
+    progress: Progress,
 ) -> Resolved:
-    from ase_gffmerge.workflows.cache import MergeCache, cache_key
-    from ase_gffmerge.workflows.merge import merge
-
+    """Find the merge by what the specialists' files hold, or load them and merge them while other processes wait."""
     recipe = options.load_recipe()
     cache = MergeCache(options.cache_dir)
-    paths = [bundled_path(item) for item in items if not isinstance(item, ForceField)]
-    in_files = len(paths) == len(items)  # an object has no path, but its merge has one
-    content = hash_content(paths, recipe) if in_files else None
-    if content and (known := cache.recall(content)):
-        _warn_again(known, recipe)
-        parents = Parents(paths=paths, fingerprints=known.merged.fingerprints if known.merged else ())
-        arguments = _arguments(items, recipe, options)
-        return Resolved(force_field=known, arguments=arguments, parents=parents, cache_hit=True)
-    loaded = [as_force_field(item) for item in items]
-    force_field, hit = cache.get_or_build(
-        loaded, recipe, lambda: merge(loaded, recipe, device=device, progress=progress)[0]
-    )
+    inputs = [_input(item) for item in items]
+    digests = [_digest(item) for item in inputs]
+    key = cache_key(digests, recipe)
+    force_field, hit = cache.find(key), True
+    specialists = Specialists(inputs, digests)
+    if force_field is None:
+        from ase_gffmerge.workflows.merge import merge
+
+        loaded = [as_force_field(item) for item in inputs]
+        key = cache_key([specialist.content_digest for specialist in loaded], recipe)
+        specialists = Specialists(loaded)
+        force_field, hit = cache.get_or_build(
+            loaded, recipe, lambda: merge(loaded, recipe, device=device, progress=progress)[0]
+        )
     if hit:
         _warn_again(force_field, recipe)
-    if content and content == hash_content(paths, recipe):  # the files did not change while they were read
-        cache.remember(content, force_field)
-    entry = cache.path(cache_key(loaded, recipe))
-    arguments = _arguments(items if in_files else [entry], recipe, options if in_files else MergeOptions())
-    return Resolved(force_field=force_field, arguments=arguments, parents=Parents(loaded), cache_hit=hit)
+    if any(isinstance(item, ForceField) for item in items):  # an object has no path, but its merge has one
+        items, options = [cache.path(key)], MergeOptions()
+    return Resolved(
+        force_field=force_field,
+        arguments=_arguments(items, recipe, options),
+        specialists=specialists,
+        cache_hit=hit,
+    )
 
 
-def _arguments(items: Sequence[Source], recipe: "Recipe", options: MergeOptions) -> dict[str, Any]:
+def _input(source: Source) -> ForceField | Path:
+    """A force field in memory, or the path of one of our own files; another package's model is loaded."""
+    if isinstance(source, ForceField) or vendor_source(source):
+        return as_force_field(source)
+    return local_file(source)
+
+
+def _digest(item: ForceField | Path) -> str:
+    return item.content_digest if isinstance(item, ForceField) else read_digest(item)
+
+
+class Specialists:
+    """The specialists of a merge without their calibration frames; those in files are loaded when they are asked for.
+
+    Parameters
+    ----------
+    inputs
+        Force fields, or paths of files.
+    digests
+        What the files held, in the order of ``inputs``; not needed for force fields.
+    """
+
+    def __init__(self, inputs: Sequence[ForceField | Path], digests: Sequence[str] = ()):
+        self._inputs = [
+            item.with_calibration(()) if isinstance(item, ForceField) else item.absolute() for item in inputs
+        ]
+        self._digests = digests or [""] * len(inputs)
+
+    def load(self) -> tuple[ForceField, ...]:
+        """Give the specialists, in the order of their indices.
+
+        Raises
+        ------
+        FileFormatError
+            When a file has gone, was damaged, or holds another specialist by now.
+        """
+        loaded = tuple(map(_unchanged, self._inputs, self._digests))
+        self._inputs = list(loaded)
+        return loaded
+
+
+def _unchanged(item: ForceField | Path, digest: str) -> ForceField:
+    if isinstance(item, ForceField):
+        return item
+    specialist = ForceField.load(item)
+    if specialist.content_digest != digest:
+        raise FileFormatError(
+            f"{item} holds another specialist than the one that was merged; make a new calculator of the specialists as "
+            "they are now, or put the old file back"
+        )
+    return specialist.with_calibration(())
+
+
+def _arguments(items: Sequence[Source], recipe: Recipe, options: MergeOptions) -> dict[str, Any]:
     """Constructor arguments for the same force field."""
     named = options.recipe if isinstance(options.recipe, str) and not Path(options.recipe).suffix else None
     return {

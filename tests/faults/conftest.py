@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.workflows.cache import MergeCache, cache_key
+from ase_gffmerge.workflows.cache import MergeCache
 from ase_gffmerge.workflows.merge import merge
-from helpers.faults import RECIPE, tiny_specialists
+from helpers.faults import RECIPE, key_of, tiny_specialists
 
 PRELOADED = [
     "pytest",
@@ -47,7 +47,7 @@ def entry(specialists, merged, tmp_path) -> Path:
     """The entry of their merge in the cache ``tmp_path / "cache"``."""
     cache = MergeCache(tmp_path / "cache")
     cache.get_or_build(specialists, RECIPE, lambda: merged)
-    return cache.path(cache_key(specialists, RECIPE))
+    return cache.path(key_of(specialists, RECIPE))
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import CacheError, CacheWarning, FileFormatError, GFFMergeError, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.recipe import load_recipe
-from ase_gffmerge.workflows.cache import MergeCache, cache_key
+from ase_gffmerge.workflows.cache import MergeCache
 from helpers import workers
-from helpers.faults import RECIPE, run, same_content
+from helpers.faults import RECIPE, key_of, run, same_content
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def link_elsewhere(entry: Path) -> Path:
     """To an intact file of another merge of the same specialists."""
     loaded = ForceField.load(entry)
     path = entry.parent.parent / "mine.safetensors"
-    replace(loaded, merged=replace(loaded.merged, key="0" * 64)).save(path)
+    replace(loaded, merged=replace(loaded.merged, cache_key="0" * 64)).save(path)
     return path
 
 
@@ -276,4 +276,4 @@ def test_endless_files(tmp_path):
 
 
 def test_key_in_the_entry(specialists, entry):
-    assert ForceField.load(entry).merged.cache_key == cache_key(specialists, RECIPE) == entry.stem
+    assert ForceField.load(entry).merged.cache_key == key_of(specialists, RECIPE) == entry.stem

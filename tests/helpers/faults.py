@@ -1,5 +1,6 @@
 """What the tests of faults share: tiny specialists, processes, and comparison to the last bit."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from ase.io import write
 
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.provenance import Provenance
-from ase_gffmerge.merging.recipe import load_recipe
+from ase_gffmerge.merging.recipe import Recipe, load_recipe
+from ase_gffmerge.workflows.cache import cache_key
 from helpers.toys import labelled, rattled, relative, toy
 
 HYPER = {"channels": 4, "n_blocks": 1, "n_radial": 3, "cutoff": 3.0}
@@ -65,3 +67,8 @@ def labelled_water(path: Path) -> Path:
     """Write a few frames with EMT's energies and forces."""
     write(path, [labelled(atoms) for atoms in rattled("H2O", 6, size=0.05)])
     return path
+
+
+def key_of(specialists: Sequence[ForceField], recipe: Recipe) -> str:
+    """Name of a merge in the cache."""
+    return cache_key([specialist.content_digest for specialist in specialists], recipe)

@@ -16,10 +16,11 @@ from ase.build import molecule
 import ase_gffmerge.workflows.cache as cache_module
 from ase_gffmerge.errors import CacheError, CacheWarning
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.merging import recipe as recipe_module
 from ase_gffmerge.merging.recipe import load_recipe
-from ase_gffmerge.workflows.cache import MergeCache, cache_key
+from ase_gffmerge.workflows.cache import MergeCache
 from ase_gffmerge.workflows.merge import merge
-from helpers.faults import tiny_specialists
+from helpers.faults import key_of, tiny_specialists
 
 RECIPE = load_recipe("mean")
 
@@ -85,16 +86,16 @@ def test_where_the_folder_is(tmp_path, monkeypatch):
 
 
 def test_key_is_stable(specialists):
-    key = cache_key(specialists, RECIPE)
+    key = key_of(specialists, RECIPE)
     again = [replace(s, potential=deepcopy(s.potential)) for s in specialists]
-    assert key == cache_key(again, load_recipe({"preset": "mean"}))
+    assert key == key_of(again, load_recipe({"preset": "mean"}))
     assert len(key) == 64
-    assert key == cache_key([s.to(device="cpu") for s in specialists], RECIPE)
+    assert key == key_of([s.to(device="cpu") for s in specialists], RECIPE)
 
 
 def test_key_survives_a_file_round_trip(specialists, tmp_path):
     loaded = [ForceField.load(s.save(tmp_path / f"{s.name}.safetensors")) for s in specialists]
-    assert cache_key(loaded, RECIPE) == cache_key(specialists, RECIPE)
+    assert key_of(loaded, RECIPE) == key_of(specialists, RECIPE)
 
 
 def test_key_depends_on_everything_that_matters(specialists, monkeypatch):
@@ -115,10 +116,10 @@ def test_key_depends_on_everything_that_matters(specialists, monkeypatch):
         ([replace(a, level_of_theory="PBE"), b], RECIPE),
         ([replace(a, provenance=replace(a.provenance, lineage=("x",))), b], RECIPE),
     ]
-    keys = {cache_key(specialists, recipe) for specialists, recipe in variants}
+    keys = {key_of(specialists, recipe) for specialists, recipe in variants}
     assert len(keys) == len(variants)
-    monkeypatch.setattr(sys.modules["ase_gffmerge.merging.merge"], "MERGE_VERSION", -1)
-    assert cache_key([a, b], RECIPE) not in keys
+    monkeypatch.setattr(recipe_module, "MERGE_VERSION", -1)
+    assert key_of([a, b], RECIPE) not in keys
 
 
 # -- what can go wrong --
@@ -149,7 +150,7 @@ def damage_by_swapping(path):
 def test_corrupt_entry_is_rebuilt_with_a_warning(specialists, build, tmp_path, damage):
     cache = MergeCache(tmp_path)
     good, _ = cache.get_or_build(specialists, RECIPE, build)
-    path = cache.path(cache_key(specialists, RECIPE))
+    path = cache.path(key_of(specialists, RECIPE))
     damage(path)
     with pytest.warns(CacheWarning, match=path.name):
         rebuilt, hit = cache.get_or_build(specialists, RECIPE, build)
@@ -276,7 +277,7 @@ def test_entries_verify_and_clear(specialists, build, tmp_path):
     cache.get_or_build(specialists, RECIPE, build)
     (entry,) = cache.entries()
     assert (entry.name, entry.specialists) == ("a+b", ("a", "b"))
-    assert entry.key == cache_key(specialists, RECIPE)
+    assert entry.key == key_of(specialists, RECIPE)
     assert entry.size == entry.path.stat().st_size > 0
     assert entry.modified.tzinfo is not None
     assert [check.ok for check in cache.verify()] == [True]

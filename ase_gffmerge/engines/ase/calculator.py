@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +41,7 @@ from ase_gffmerge.inference.predictor import Predictor
 from ase_gffmerge.integrations.load import Source, with_frames
 from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.runtime.forking import ForkSafeLock
+from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.workflows.load_or_merge import MergeOptions, Resolved, resolve
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class GFFMergeCalculator(Calculator):
         allow_unrelated: bool = False,
         specialist: str | int | None = None,
         compile: Compile = "auto",
-        progress: Callable[[float, str], None] | None = None,
+        progress: Progress = no_progress,
     ):
         super().__init__()
         vars(self).pop("get_spin_polarized", None)  # a reference cycle that would keep the weights alive
@@ -154,7 +155,7 @@ class GFFMergeCalculator(Calculator):
             resolved = resolve(sources, options, device=target, progress=progress)
             self.force_field = _served(resolved, target, DTYPES[precision])
             self._predictor = Predictor(self.force_field, compile=compile)
-            self._parents = resolved.parents
+            self._specialists = resolved.specialists
         self.cache_hit = resolved.cache_hit
         self._neighbours = VerletCache(cutoff=self.force_field.cutoff, skin=skin, device=target)
         self._check_choice(specialist)
@@ -340,13 +341,13 @@ class GFFMergeCalculator(Calculator):
         ase.calculators.calculator.CalculatorSetupError
             When the calculator was not made from several specialists, or fewer than two know all elements.
         """
-        if self._parents is None:
+        if self._specialists is None:
             raise ArgumentError(
                 f"{self.force_field.name!r} was given without the specialists it came from, so nobody can disagree; make "
                 "the calculator from the specialists (their merge is found in the cache)"
             )
         with torch.inference_mode(False), self._lock:
-            return force_disagreement(self._parents.load(), require_structure(atoms))
+            return force_disagreement(self._specialists.load(), require_structure(atoms))
 
     # -- copies --
 
