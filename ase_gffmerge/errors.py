@@ -101,6 +101,10 @@ class MergeWarning(UserWarning):
     """The merge finished, but its report's verdict is not `good`."""
 
 
+class LabelWarning(UserWarning):
+    """Labels of frames were converted, or look like labels in other units."""
+
+
 class ReferenceWarning(UserWarning):
     """Reference energies that do not fit the frames of a training."""
 

@@ -55,7 +55,8 @@ def evaluate(
 
     With --md: run dynamics with every model, compare stability, distances of atoms, vibrations, energy conservation.
     """
-    from ase_gffmerge.data.readers import read_frames, require_labels
+    from ase_gffmerge.data.labels import require_labels
+    from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.runtime.devices import resolve_device
 
     target = resolve_device(device)
@@ -190,7 +191,7 @@ def evaluate_md(
 
 def labelled_errors(models: "Sequence[Contestant]", frames: "Sequence[Atoms]") -> "dict[str, Errors]":
     """Errors by model where the frames have labels; nothing where they have none."""
-    from ase_gffmerge.data.readers import require_labels
+    from ase_gffmerge.data.labels import require_labels
     from ase_gffmerge.errors import FramesError
 
     try:

@@ -29,13 +29,15 @@ def hash_frames(frames: Sequence[Atoms]) -> str:
 
 
 def hash_labelled(frames: Sequence[Atoms]) -> str:
-    """SHA-256 over geometries, energies, forces and (where present) stresses."""
+    """SHA-256 over geometries, energies, forces and (where present) stresses and weights."""
     digest = hashlib.sha256(hash_frames(frames).encode())
     for atoms in frames:
         results = atoms.calc.results if atoms.calc is not None else {}
         for name in ("energy", "forces", "stress"):
             if results.get(name) is not None:
                 digest.update(name.encode() + np.asarray(results[name], dtype="<f8").tobytes())
+        if "config_weight" in atoms.info:
+            digest.update(f"weight {atoms.info['config_weight']}".encode())
     return digest.hexdigest()
 
 

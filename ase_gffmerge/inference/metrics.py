@@ -7,6 +7,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
+from ase_gffmerge.data.labels import energy_label, force_labels
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.conditioning import with_indices
 from ase_gffmerge.graphs import build_graph, predict
@@ -113,8 +114,8 @@ def _symbols(numbers: Sequence[int]) -> str:
 def labels(frames: Sequence[Atoms]) -> FramePredictions:
     """Energies and forces attached to labelled frames; constraints that a frame carries are no part of its label."""
     return FramePredictions(
-        np.array([atoms.get_potential_energy() for atoms in frames]),
-        [atoms.get_forces(apply_constraint=False) for atoms in frames],
+        np.array([energy_label(atoms) for atoms in frames]),
+        [force_labels(atoms) for atoms in frames],
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from ase import Atoms
 from ase.data import atomic_numbers
 
+from ase_gffmerge.data.labels import energy_label
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, ReferenceWarning
 from ase_gffmerge.forcefield.force_field import ForceField, symbols
 from ase_gffmerge.models import Potential, build_potential
@@ -30,8 +31,22 @@ def initial_specialist(
     *,
     init: ForceField | None,
     references: Mapping[int, float] | None,
+    isolated: Mapping[int, float] | None = None,
 ) -> ForceField:
-    """Weights to start from: a copy of those of ``init``, or random ones with fitted references.
+    """Weights to start from: a copy of those of ``init``, or random ones with fitted reference energies.
+
+    Parameters
+    ----------
+    frames
+        Labelled frames, which decide the elements and the fit.
+    config
+        Architecture, hyper-parameters, seed.
+    init
+        Force field to start from; its reference energies are kept unless ``references`` are given.
+    references
+        Energies per element in eV.
+    isolated
+        Energies of isolated atoms in eV, which a fit takes as they are.
 
     Raises
     ------
@@ -48,7 +63,7 @@ def initial_specialist(
     theory = config.level_of_theory or (init.level_of_theory if init else "unknown")
     if init is None:
         potential = random_potential(config, tuple(elements))
-        table = fit_references(frames, elements) if references is None else references
+        table = fit_references(frames, elements, isolated) if references is None else references
     else:
         check_parent(init, elements, config)
         potential, table = deepcopy(init.potential), references or {}
@@ -98,11 +113,27 @@ def composition(frames: Sequence[Atoms], species: Sequence[int]) -> np.ndarray:
     )
 
 
-def fit_references(frames: Sequence[Atoms], species: Sequence[int]) -> dict[int, float]:
-    """Least-squares energies per element in eV (minimum norm where compositions are degenerate)."""
-    energies = np.array([atoms.get_potential_energy() for atoms in frames])
-    solution = np.linalg.lstsq(composition(frames, species), energies, rcond=1e-10)[0]
-    return {int(z): float(energy) for z, energy in zip(species, solution, strict=True)}
+def fit_references(
+    frames: Sequence[Atoms], species: Sequence[int], known: Mapping[int, float] | None = None
+) -> dict[int, float]:
+    """Fit energies per element by least squares (minimum norm where compositions are degenerate).
+
+    Parameters
+    ----------
+    frames
+        With energies.
+    species
+        Atomic numbers.
+    known
+        Energies in eV that are not fitted, those of isolated atoms.
+    """
+    known = {z: energy for z, energy in (known or {}).items() if z in species}
+    energies = np.array([energy_label(atoms) for atoms in frames])
+    unknown = [z for z in species if z not in known]
+    if known:
+        energies = energies - composition(frames, list(known)) @ np.array(list(known.values()))
+    solution = np.linalg.lstsq(composition(frames, unknown), energies, rcond=1e-10)[0] if unknown else []
+    return {**known, **{int(z): float(energy) for z, energy in zip(unknown, solution, strict=True)}}
 
 
 def warn_of_offset(frames: Sequence[Atoms], references: Mapping[int, float]) -> None:
@@ -112,7 +143,7 @@ def warn_of_offset(frames: Sequence[Atoms], references: Mapping[int, float]) -> 
     learn such an offset drifts far from its base.
     """
     offsets = [
-        (atoms.get_potential_energy() - sum(references[z] for z in atoms.numbers.tolist())) / len(atoms)
+        (energy_label(atoms) - sum(references[z] for z in atoms.numbers.tolist())) / len(atoms)
         for atoms in frames
     ]
     mean = float(np.mean(offsets))

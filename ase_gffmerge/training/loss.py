@@ -9,6 +9,7 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
+from ase_gffmerge.data.labels import energy_label, force_labels, frame_weight, stress_label
 from ase_gffmerge.forcefield.conditioning import with_indices
 from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph
@@ -47,15 +48,16 @@ class LabeledGraph(AtomGraph):
         energy: Tensor,
         forces: Tensor,
         stress: Tensor,
+        weight: float = 1.0,
         features: Tensor | None = None,
     ) -> Self:
-        """Give a graph with targets, which are the attributes of the class, and a weight of 1."""
+        """Give a graph with targets, which are the attributes of the class."""
         return cls(
             **vars(graph),
             energy=energy,
             forces=forces,
             stress=stress,
-            weight=torch.ones_like(energy),
+            weight=torch.full_like(energy, weight),
             features=forces[:, :0] if features is None else features,
         )
 
@@ -75,14 +77,15 @@ def labelled_graph(atoms: Atoms, potential: Potential, references: np.ndarray) -
     prepared = with_indices(atoms, potential.hyper.n_embeddings, default=0)
     graph = build_graph(prepared, potential.hyper.cutoff, dtype=potential.dtype)
     rows = potential.species_row.cpu().numpy()[atoms.numbers]
-    energy = atoms.get_potential_energy() - references[rows].sum()
-    has_stress = atoms.cell.rank == 3 and atoms.calc is not None and "stress" in atoms.calc.results
-    stress = atoms.get_stress(voigt=False) if has_stress else np.full((3, 3), np.nan)
+    energy = energy_label(atoms) - references[rows].sum()
+    stress = stress_label(atoms)
+    stress = np.full((3, 3), np.nan) if stress is None else stress
     return LabeledGraph.of(
         graph,
         energy=torch.tensor([energy], dtype=potential.dtype),
-        forces=torch.as_tensor(atoms.get_forces(apply_constraint=False), dtype=potential.dtype),
+        forces=torch.as_tensor(force_labels(atoms), dtype=potential.dtype),
         stress=torch.as_tensor(stress, dtype=potential.dtype)[None],
+        weight=frame_weight(atoms),
     )
 
 
@@ -95,7 +98,7 @@ def labelled_graphs(frames: Sequence[Atoms], potential: Potential) -> list[Label
 def weigh(
     groups: Sequence[Sequence[LabeledGraph]], scales: Sequence[float] | None = None
 ) -> list[list[LabeledGraph]]:
-    r"""Give graphs weights by which every group of them counts the same.
+    r"""Multiply the weights of graphs by factors with which every group of them counts the same.
 
     .. math:: w_k = \frac{\bar s}{s_k}\,\frac{\sum_j N_j}{K N_k}
 
@@ -108,7 +111,7 @@ def weigh(
         for n, scale in zip(n_atoms, scales, strict=True)
     ]
     return [
-        [replace(graph, weight=torch.full_like(graph.weight, weight)) for graph in group]
+        [replace(graph, weight=graph.weight * weight) for graph in group]
         for group, weight in zip(groups, weights, strict=True)
     ]
 

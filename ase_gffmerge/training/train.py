@@ -9,7 +9,8 @@ from ase import Atoms
 
 from ase_gffmerge.data.frames import bare
 from ase_gffmerge.data.hashing import geometry_keys, hash_frames, hash_labelled
-from ase_gffmerge.data.readers import read_frames, require_labels
+from ase_gffmerge.data.labels import is_isolated_atom, isolated_atom_energies, require_labels
+from ase_gffmerge.data.readers import iter_frames
 from ase_gffmerge.data.splits import calibration_frames, hold_out
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
@@ -34,6 +35,7 @@ def train(
     references: Mapping[int, float] | None = None,
     n_calibration: int = 100,
     test: Sequence[Path] = (),
+    keys: Mapping[str, str | None] | None = None,
     device: str = "auto",
     callback: Callback | None = None,
 ) -> tuple[ForceField, History, Errors | None]:
@@ -52,11 +54,15 @@ def train(
     init
         Start from a copy of these weights (its reference energies are kept unless ``references`` are given).
     references
-        Energies per element in eV; default: those of ``init``, else a least-squares fit.
+        Energies per element in eV; default: those of ``init``, else those of isolated atoms among the frames and a
+        least-squares fit for the other elements.
     n_calibration
         How many training frames are stored, unlabelled, for merging.
     test
         Files of labelled frames for the errors recorded in the file.
+    keys
+        Names of the labels in ``sources`` and ``test``, by ``energy``, ``forces`` and ``stress``; see
+        :func:`~ase_gffmerge.data.labels.normalize_labels`.
     device
         ``auto``, ``cpu``, ``cuda``.
     callback
@@ -75,9 +81,9 @@ def train(
         When the loss is no longer finite.
     """
     target = resolve_device(device)
-    training, validation = split_frames(sources, config)
-    test_frames = [atoms for path in test for atoms in labelled_frames(path)]
-    start = initial_specialist(training, config, init=init, references=references)
+    training, validation, isolated = split_frames(sources, config, keys)
+    test_frames = [atoms for path in test for atoms in labelled_frames(path, keys)[0]]
+    start = initial_specialist(training, config, init=init, references=references, isolated=isolated)
     for atoms in (*validation, *test_frames):
         start.check_species(atoms)
     if n_calibration < 1:
@@ -116,19 +122,49 @@ def train(
     return specialist, history, errors
 
 
-def labelled_frames(path: Path) -> list[Atoms]:
-    """Read frames that all carry energies (eV) and forces (eV/Å), or raise :class:`FramesError`."""
-    frames = read_frames(path)
+def labelled_frames(
+    path: Path, keys: Mapping[str, str | None] | None = None
+) -> tuple[list[Atoms], list[Atoms]]:
+    """Read frames that must carry energies (eV) and forces (eV/Å), and those of isolated atoms, which need energies alone.
+
+    Raises
+    ------
+    FramesError, FileFormatError
+        For what cannot be read, or lacks labels under these keys (see :func:`~ase_gffmerge.data.readers.iter_frames`).
+    """
+    frames, isolated = [], []
+    for atoms in iter_frames(path, keys=keys):
+        (isolated if is_isolated_atom(atoms) else frames).append(atoms)
     require_labels(frames, path)
-    return frames
+    return frames, isolated
 
 
-def split_frames(sources: Sequence[Path], config: TrainConfig) -> tuple[list[Atoms], list[Atoms]]:
-    """Hold ``config.validation`` frames of every file out of training, chosen by the seed."""
+def split_frames(
+    sources: Sequence[Path], config: TrainConfig, keys: Mapping[str, str | None] | None = None
+) -> tuple[list[Atoms], list[Atoms], dict[int, float]]:
+    """Read labelled frames and hold ``config.validation`` of every file out of training, chosen by the seed.
+
+    Parameters
+    ----------
+    sources
+        Files.
+    config
+        Number of frames to hold out, seed.
+    keys
+        Names of the labels, as for :func:`labelled_frames`.
+
+    Returns
+    -------
+    training, validation
+        Frames.
+    isolated
+        Energies of isolated atoms by atomic number, eV.
+    """
     training: list[Atoms] = []
     validation: list[Atoms] = []
+    alone: list[Atoms] = []
     for path in sources:
-        frames = labelled_frames(path)
+        frames, isolated = labelled_frames(path, keys)
         if len(frames) <= config.validation:
             raise FramesError(
                 f"{path} has {len(frames)} frames, which leaves none beside {config.validation} for "
@@ -137,7 +173,8 @@ def split_frames(sources: Sequence[Path], config: TrainConfig) -> tuple[list[Ato
         kept, held_out = hold_out(frames, config.validation, seed=config.seed)
         training += kept
         validation += held_out
-    return training, validation
+        alone += isolated
+    return training, validation, isolated_atom_energies(alone)
 
 
 def run_identity(

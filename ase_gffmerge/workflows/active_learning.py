@@ -1,8 +1,8 @@
 """Closed-loop calibration: merge again with frames that the merged potential visits and the specialists label.
 
-merge -> short dynamics of the merged potential -> visited frames join the calibration frames of the specialist in whose
-territory they are -> merge again. The specialists label the visited frames for free, and rows are normalised per specialist
-and frame, so that more frames of one specialist do not outweigh the others.
+merge -> short dynamics of the merged potential from the calibration frames of every specialist -> visited frames join those
+of the specialist that they began at -> merge again. The specialists label the visited frames for free, and rows are
+normalised per specialist and frame, so that more frames of one specialist do not outweigh the others.
 """
 
 import warnings
@@ -147,13 +147,13 @@ class _Merge:
 
     merged: ForceField
     report: MergeReport
-    said: list[warnings.WarningMessage]
+    caught: list[warnings.WarningMessage]
 
     def result(
         self, options: ClosedLoopOptions, rounds: Sequence[RoundReport], chosen: int
     ) -> ClosedLoopResult:
         """The result, with the loop on record in the merged file; warnings are passed on."""
-        for warning in self.said:
+        for warning in self.caught:
             warnings.warn(warning.message, warning.category, stacklevel=3)
         record = self.merged.merged
         assert record is not None
@@ -175,16 +175,16 @@ def _round(
 ) -> tuple[_Merge, RoundReport]:
     """Merge, and follow the merged potential."""
     clock = Clock()
-    with clock("merge"), warnings.catch_warnings(record=True) as said:
+    with clock("merge"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MergeWarning)
         merge = closed_form_merge(specialists, recipe, device=device, progress=part_of(progress, 0.0, 0.6))
-        done = _Merge(*merge, said)
+        done = _Merge(*merge, caught)
     with clock("dynamics"):
-        went = run_rollouts(
+        trajectories = run_rollouts(
             done.merged, specialists, options, seed=index, progress=part_of(progress, 0.6, 1.0)
         )
     n_frames = tuple(len(specialist.calibration) for specialist in specialists)
-    return done, RoundReport(n_frames=n_frames, trajectories=went, seconds=clock.seconds)
+    return done, RoundReport(n_frames=n_frames, trajectories=trajectories, seconds=clock.seconds)
 
 
 def _settled(rounds: Sequence[RoundReport], tolerance: float) -> bool:

@@ -118,7 +118,7 @@ def enter_seen_frames(name: str, data: Path, out: Path) -> None:
     """Record the frames of a finished training and of its ancestors' in the file; refuses frames of another training."""
     plan, path = PLANS[name], out / f"{name}.safetensors"
     specialist = ForceField.load(path)
-    training, validation = split_frames(
+    training, validation, _ = split_frames(
         [data_file(data, molecule, "train") for molecule in plan.molecules], config_of(plan)
     )
     if hash_frames(training) != specialist.provenance.data_hash:

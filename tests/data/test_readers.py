@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ase_gffmerge.data.hashing import geometry_fingerprint, hash_frames
-from ase_gffmerge.data.readers import iter_frames, read_frames, require_labels
+from ase_gffmerge.data.labels import require_labels
+from ase_gffmerge.data.readers import iter_frames, read_frames
 from ase_gffmerge.errors import FileFormatError, FramesError
 
 KCAL = units.kcal / units.mol
@@ -287,7 +288,7 @@ def test_truncated_and_not_finite_extxyz(tmp_path: Path) -> None:
     with Trajectory(tmp_path / "frames.traj", "w") as trajectory:
         for atoms in frames:
             trajectory.write(atoms)
-    with pytest.raises(FramesError, match="energy of frame 1 is not finite"):
+    with pytest.raises(FramesError, match=r"frames.traj, frame 1: energy is not finite; remove this frame"):
         read_frames(tmp_path / "frames.traj")
 
 

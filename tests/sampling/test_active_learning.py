@@ -124,7 +124,7 @@ def trajectory(error: float, broken: int) -> RolloutReport:
 )
 def test_when_the_loop_ends_and_what_it_chooses(pair, monkeypatch, history, n_rounds, chosen):
     once = merge(pair, RECIPE, device="cpu")
-    monkeypatch.setattr("ase_gffmerge.workflows.active_learning.merge", lambda *_, **__: once)
+    monkeypatch.setattr("ase_gffmerge.workflows.active_learning.closed_form_merge", lambda *_, **__: once)
     told = iter(history)
     monkeypatch.setattr(
         "ase_gffmerge.workflows.active_learning.run_rollouts", lambda *_, **__: (trajectory(*next(told)),) * 2

@@ -8,7 +8,8 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.data.hashing import geometry_key, geometry_keys
-from ase_gffmerge.data.readers import read_frames, require_labels
+from ase_gffmerge.data.labels import require_labels
+from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.conditioning import without_choice
 from ase_gffmerge.forcefield.force_field import ForceField
