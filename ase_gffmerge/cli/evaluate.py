@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ase_gffmerge.cli.options import DeviceOption, DType, JsonOption, SpecialistOption
+from ase_gffmerge.cli.options import (
+    DeviceOption,
+    DType,
+    EnergyKey,
+    ForcesKey,
+    JsonOption,
+    SpecialistOption,
+    StressKey,
+)
 from ase_gffmerge.cli.output import note, plain, print_json, print_table, print_values, progress_bar
 
 if TYPE_CHECKING:
@@ -32,6 +40,9 @@ def evaluate(
     ],
     specialist: SpecialistOption = None,
     device: DeviceOption = "auto",
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    stress_key: StressKey = None,
     md: Annotated[
         bool, typer.Option("--md", help="Run dynamics with every model and compare.", rich_help_panel=MD)
     ] = False,
@@ -55,7 +66,7 @@ def evaluate(
 
     With --md: run dynamics with every model, compare stability, distances of atoms, vibrations, energy conservation.
     """
-    from ase_gffmerge.data.labels import require_labels
+    from ase_gffmerge.data.labels import is_isolated_atom, require_labels
     from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.runtime.devices import resolve_device
 
@@ -63,13 +74,16 @@ def evaluate(
     contestants = load_models(models, specialist)
     for contestant in contestants:
         contestant.force_field.to(device=target)
+    labelled = read_frames(frames, energy_key=energy_key, forces_key=forces_key, stress_key=stress_key)
     if md:
         from ase_gffmerge.evaluation.md.runs import Protocol
 
         protocol = Protocol(temperature=temperature, picoseconds=time, timestep=timestep, seeds=seeds)
-        evaluate_md(contestants, frames, protocol, reference=reference, dtype=dtype, out=out, as_json=as_json)
+        evaluate_md(
+            contestants, labelled, protocol, reference=reference, dtype=dtype, out=out, as_json=as_json
+        )
         return
-    labelled = read_frames(frames)
+    labelled = [atoms for atoms in labelled if not is_isolated_atom(atoms)] or labelled
     require_labels(labelled, frames)
     errors = errors_by_model(contestants, labelled)
     print_errors({label: found.to_dict() for label, found in errors.items()}, as_json=as_json)
@@ -140,7 +154,7 @@ def known_specialist(force_field: "ForceField", name: str | None) -> str | None:
 
 def evaluate_md(
     models: "Sequence[Contestant]",
-    frames: Path,
+    starts: "Sequence[Atoms]",
     protocol: "Protocol",
     *,
     reference: Path | None,
@@ -157,7 +171,6 @@ def evaluate_md(
     from ase_gffmerge.evaluation.md.runs import estimated_seconds
     from ase_gffmerge.storage.atomic import require_writable
 
-    starts = read_frames(frames)
     truth = matching_frames(read_frames(reference) if reference else starts, starts[0])
     for model in models:
         model.force_field.to(dtype=getattr(torch, dtype.value))

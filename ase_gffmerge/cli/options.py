@@ -40,3 +40,13 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 SpecialistOption = Annotated[
     str | None, typer.Option(help="Which specialist the structure belongs to (per-specialist conditioning).")
 ]
+EnergyKey = Annotated[
+    str | None,
+    typer.Option(
+        "--energy-key", help="Name of the energies in the frames, e.g. REF_energy; auto: look for one."
+    ),
+]
+ForcesKey = Annotated[str | None, typer.Option("--forces-key", help="The same for forces.")]
+StressKey = Annotated[
+    str | None, typer.Option("--stress-key", help="The same for stresses (eV/Å³), or virials (eV).")
+]

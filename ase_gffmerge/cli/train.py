@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ase_gffmerge.cli.options import DeviceOption, JsonOption
+from ase_gffmerge.cli.options import DeviceOption, EnergyKey, ForcesKey, JsonOption, StressKey
 from ase_gffmerge.cli.output import EpochWatch, print_json, print_values, progress_bar
 from ase_gffmerge.cli.structures import require_other
 
@@ -37,8 +37,13 @@ def train(
     test: Annotated[list[Path] | None, typer.Option(help="Labelled frames to test on; repeatable.")] = None,
     references: Annotated[
         str,
-        typer.Option(help="Energies per element: a JSON file (eV), or auto: those of --init, else a fit."),
+        typer.Option(
+            help="Energies per element: a JSON file (eV), or auto: of --init, else of isolated atoms and a fit."
+        ),
     ] = "auto",
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    stress_key: StressKey = None,
     name: Annotated[str | None, typer.Option(help="Name of the specialist [default: name of --out].")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -64,6 +69,7 @@ def train(
                 references=None if references == "auto" else load_references(Path(references)),
                 n_calibration=calibration,
                 test=test or (),
+                keys={"energy": energy_key, "forces": forces_key, "stress": stress_key},
                 device=device,
                 callback=watch,
             )
