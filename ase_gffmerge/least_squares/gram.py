@@ -7,6 +7,7 @@ For rows X (n, d) and targets Y (n, m) the loss :math:`\|X\Theta-Y\|^2` depends 
 which add up over batches, processes and machines.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -43,9 +44,17 @@ class Gram:
 
     @classmethod
     def zero(cls, d: int, m: int, *, device: torch.device | str = "cpu") -> Self:
-        """Statistics of no rows."""
-        options = {"dtype": torch.float64, "device": device}
-        return cls(torch.zeros(d, d, **options), torch.zeros(d, m, **options), 0.0, 0.0)  # type: ignore[call-overload]
+        """Statistics of no rows.
+
+        Parameters
+        ----------
+        d, m
+            Columns of rows and targets.
+        device
+            Where they are added up.
+        """
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        return cls(nothing.new_zeros(d, d), nothing.new_zeros(d, m), 0.0, 0.0)
 
     def __add__(self, other: Self) -> Self:
         """Statistics of the union of the rows."""
@@ -89,7 +98,7 @@ def symmetric_product(x: Tensor, *, block: int = 1024) -> Tensor:
     return product
 
 
-def normalised_sum(grams: list[Gram], weights: list[float]) -> Gram:
+def normalized_sum(grams: Sequence[Gram], weights: Sequence[float]) -> Gram:
     r"""Weighted sum :math:`\sum_k \frac{a_k}{n_k s_k}\,\mathrm{Gram}_k` with mean squared targets s_k.
 
     Every specialist counts the same, however many frames it brings and however large its targets are. Without any rows (no

@@ -68,7 +68,7 @@ def ridge_solve(gram: Gram, prior: Tensor, *, ridge: float, relative: bool = Tru
         When G + μI is not positive definite even after the ridge was raised a thousandfold from round-off.
     """
     prior = prior.to(gram.xx)
-    factor, mu = regularised_factor(gram, ridge=ridge, relative=relative)
+    factor, mu = regularized_factor(gram, ridge=ridge, relative=relative)
     theta = prior + torch.cholesky_solve(gram.xy - gram.xx @ prior, factor)
     return Solution(
         theta=theta,
@@ -91,7 +91,7 @@ def _trace_of_inverse(factor: Tensor) -> float:
     return float(torch.linalg.solve_triangular(factor, columns, upper=False).square().sum()) / repeats
 
 
-def regularised_factor(gram: Gram, *, ridge: float, relative: bool = True) -> tuple[Tensor, float]:
+def regularized_factor(gram: Gram, *, ridge: float, relative: bool = True) -> tuple[Tensor, float]:
     """Cholesky factor of G + μI, and μ; a singular matrix gets the smallest ridge that round-off asks for.
 
     Without rows (G = 0) any ridge gives the prior.

@@ -1,7 +1,6 @@
 """What enters the layers of a block: activations of a specialist or of the merged model on calibration frames."""
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,16 +9,26 @@ from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models.affine_maps import is_affine, rows_entering
 from ase_gffmerge.models.base import Stage
 
-Run = Callable[[nn.Module, CalibrationBatch, Tensors], Any]
+Run = Callable[[nn.Module, CalibrationBatch, Tensors], Tensor | Tensors]
 """``run(block, batch, tensors)`` evaluates a block, a stage or the readout, on the tensors of :data:`Inputs`."""
 
 Inputs = Callable[[CalibrationBatch, bool], Dual]
 """``inputs(batch, of_merged)`` is what enters the block: in the merged model (``True``) or in the specialist."""
 
 
-def run_stage(stage: nn.Module, batch: CalibrationBatch, tensors: Tensors) -> Any:
-    """Evaluate a stage on the tensors of :func:`stage_inputs`."""
-    return stage(*batch.split(tensors))
+def run_stage(stage: nn.Module, batch: CalibrationBatch, tensors: Tensors) -> Tensors:
+    """Evaluate a stage.
+
+    Parameters
+    ----------
+    stage
+        Of the merged model or of a specialist.
+    batch
+        Frames.
+    tensors
+        Values of :func:`stage_inputs`.
+    """
+    return tuple(stage(*batch.split(tensors)))
 
 
 def stage_inputs(batch: CalibrationBatch, of_merged: bool) -> Dual:
@@ -28,8 +37,18 @@ def stage_inputs(batch: CalibrationBatch, of_merged: bool) -> Dual:
 
 
 def advance(stage: Stage, state: Dual, batch: CalibrationBatch) -> Dual:
-    """State after the stage."""
-    return pushforward(lambda *x: tuple(run_stage(stage, batch, x)), state + batch.geometry)
+    """State after a stage.
+
+    Parameters
+    ----------
+    stage
+        Of the merged model or of a specialist.
+    state
+        Before it.
+    batch
+        Frames.
+    """
+    return pushforward(lambda *x: run_stage(stage, batch, x), state + batch.geometry)
 
 
 def entering(block: nn.Module, name: str, batch: CalibrationBatch, inputs: Dual, *, run: Run) -> Dual:
@@ -54,11 +73,11 @@ class _Reached(Exception):
     """Raised by a hook to stop a forward pass at the layer of interest."""
 
 
-def layer_input(module: nn.Module, run: Callable[[], Any]) -> Tensor:
+def layer_input(module: nn.Module, run: Callable[[], object]) -> Tensor:
     """Run a model up to ``module`` and return what enters it."""
     caught: list[Tensor] = []
 
-    def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def stop(_: nn.Module, inputs: tuple[object, ...]) -> None:
         caught.append(rows_entering(module, inputs))
         raise _Reached
 
@@ -73,7 +92,7 @@ def layer_input(module: nn.Module, run: Callable[[], Any]) -> Tensor:
 
 
 def layer_inputs(
-    root: nn.Module, run: Callable[[], Any], *, wanted: Callable[[nn.Module], bool] = is_affine
+    root: nn.Module, run: Callable[[], object], *, wanted: Callable[[nn.Module], bool] = is_affine
 ) -> dict[str, Tensor]:
     """What enters the layers of ``root`` while ``run`` evaluates it, in the order of their execution.
 
@@ -89,11 +108,11 @@ def layer_inputs(
         Which of its modules are watched; default: affine layers.
     """
     caught: dict[str, Tensor] = {}
-    alive: list[Any] = []  # so that no other object takes an identity
+    alive: list[object] = []  # so that no other object takes an identity
     rows: dict[int, Tensor] = {}
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def note(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[object, ...]) -> None:
             key = id(inputs[0])
             if key not in rows:
                 alive.append(inputs[0])
@@ -115,6 +134,6 @@ def layer_inputs(
     return caught
 
 
-def affine_layers(root: nn.Module, run: Callable[[], Any]) -> list[str]:
+def affine_layers(root: nn.Module, run: Callable[[], object]) -> list[str]:
     """Names of the affine layers of ``root`` in the order in which ``run`` executes them."""
     return list(layer_inputs(root, run))

@@ -24,7 +24,19 @@ MASS, TIMESTEP, FRICTION = 12.0, 2.0, 0.05
 def with_copies(
     specialist: ForceField, frames: Sequence[Atoms], options: AugmentationOptions, *, n_copies: int
 ) -> list[Atoms]:
-    """Frames followed by ``n_copies`` copies of each, fewer where dynamics broke a structure."""
+    """Frames followed by copies of each, fewer where dynamics broke a structure.
+
+    Parameters
+    ----------
+    specialist
+        Whose dynamics visits the copies.
+    frames
+        Where they start.
+    options
+        Temperature and interval, or random displacements at temperature 0.
+    n_copies
+        Of every frame.
+    """
     originals = [bare(atoms) for atoms in frames]
     if not n_copies or not frames:
         return originals
@@ -44,7 +56,15 @@ def with_copies(
 def visited(
     specialist: ForceField, frames: Sequence[Atoms], options: AugmentationOptions, *, n_copies: int
 ) -> list[Atoms]:
-    """What the specialist's dynamics visits from every frame, one structure every ``options.interval`` fs."""
+    """What the specialist's dynamics visits from every frame.
+
+    Parameters
+    ----------
+    specialist, frames, n_copies
+        As for :func:`with_copies`.
+    options
+        Temperature, and the interval between visited structures.
+    """
     every = max(round(options.interval / TIMESTEP), 1)
     starts = [atoms.copy() for atoms in frames]
     for atoms in starts:
@@ -64,7 +84,17 @@ def visited(
 
 
 def copies_per_frame(specialist: ForceField, frames: Sequence[Atoms], options: AugmentationOptions) -> int:
-    """``options.copies``, or fewer (at least one) where all copies together exceed ``options.max_copied_edges``."""
+    """How many copies of every frame stay within a number of edges, at least one where any are wanted.
+
+    Parameters
+    ----------
+    specialist
+        Whose cutoff counts the edges.
+    frames
+        All frames that will be copied.
+    options
+        ``copies`` and ``max_copied_edges``.
+    """
     if options.copies <= 1:
         return options.copies
     n_edges = sum(build_graph(atoms, specialist.cutoff).edge_index.shape[1] for atoms in frames)

@@ -130,7 +130,17 @@ def _known_elements(specialists: Sequence[ForceField], species: Sequence[int]) -
 
 
 def mean_references(specialists: Sequence[ForceField], species: Sequence[int], share: Tensor) -> Tensor:
-    """Reference energies (n_species,) in eV, averaged with weights (n_specialists,) over those that know an element."""
+    """Reference energies (n_species,) in eV, averaged over the specialists that know an element.
+
+    Parameters
+    ----------
+    specialists
+        Whose tables.
+    species
+        Atomic numbers of the result, all of which one of them knows.
+    share : (n_specialists,)
+        Weights.
+    """
     tables = torch.stack([_by_element(s, s.potential.references.cpu(), species) for s in specialists])
     weights = _known_elements(specialists, species) * share[:, None]
     return (weights * tables).sum(0) / weights.sum(0)

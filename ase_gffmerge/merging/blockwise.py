@@ -219,10 +219,10 @@ class LinearizedBlock(BlockMismatch):
         self._linear: list[tuple[Tensor, tuple[Tensor, ...]]] = []
         self._leaves = {name: theta.clone().requires_grad_() for name, theta in self.thetas.items()}
         for k in range(len(self._batches)):
-            self._linearise(k)
+            self._linearize(k)
         self.residual = [y - f.detach() for y, f in zip(self._targets, self._outputs, strict=True)]
 
-    def _linearise(self, k: int) -> None:
+    def _linearize(self, k: int) -> None:
         for name, gram in self._grams(self._batches[k]).items():
             self.grams[name] = self.grams[name] + gram
         with torch.enable_grad():

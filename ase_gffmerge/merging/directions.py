@@ -84,7 +84,17 @@ def symmetric_basis() -> Tensor:
 
 
 def displacement_directions(graph: AtomGraph, n_displacements: int, *, seed: int) -> Tensor:
-    """Unit vectors, or Gaussian ones for structures with more coordinates, (n_displacements, n_atoms, 3)."""
+    """Unit vectors, or Gaussian ones for structures with more coordinates, (n_displacements, n_atoms, 3).
+
+    Parameters
+    ----------
+    graph
+        The batch.
+    n_displacements
+        At most so many per structure.
+    seed
+        Of the random ones.
+    """
     counts = torch.bincount(graph.structure_index).tolist()
     n_rows = min(n_displacements, 3 * max(counts))
     directions = torch.zeros(n_rows, len(graph), 3, dtype=graph.positions.dtype)

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
+from ase.calculators.calculator import Calculator
 from torch import Tensor, nn
 
 from ase_gffmerge.data.frames import bare
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.inference.metrics import FramePredictions
 from ase_gffmerge.integrations.registry import adapters_by_architecture
-from ase_gffmerge.least_squares.gram import Gram, normalised_sum
+from ase_gffmerge.least_squares.gram import Gram, normalized_sum
 from ase_gffmerge.least_squares.ridge import ridge_solve
 from ase_gffmerge.merging.diagnostics import disagreement
 from ase_gffmerge.merging.report import Disagreement, LayerReport
@@ -34,7 +35,7 @@ MAX_ROWS = 4096
 STEP = 0.01
 """Displacement of the twins in Å (standard deviation): large against round-off of float32, small against curvature."""
 
-Module = Callable[[Any], nn.Module]
+Module = Callable[[Any], nn.Module]  # of whichever class the calculator is
 
 
 class _Reached(Exception):
@@ -57,14 +58,14 @@ class HookedMerge:
         How the mean and the merged calculator differ from each calculator on its frames.
     """
 
-    calculator: Any
+    calculator: Calculator
     layers: tuple[LayerReport, ...]
     averaged: tuple[str, ...]
     disagreements: tuple[Disagreement, ...]
 
 
 def merge_calculators(
-    calculators: Sequence[Any],
+    calculators: Sequence[Calculator],
     calibration: Sequence[Sequence[Atoms]],
     *,
     module: Module,
@@ -172,7 +173,7 @@ def average_parameters(target: nn.Module, networks: Sequence[nn.Module]) -> None
         parameter.copy_(torch.stack([other[name].double() for other in named]).mean(0))
 
 
-def evaluate(calculator: Any, atoms: Atoms) -> tuple[float, np.ndarray]:
+def evaluate(calculator: Calculator, atoms: Atoms) -> tuple[float, np.ndarray]:
     """Energy (eV) and forces (eV/Å), always computed anew."""
     copy = bare(atoms)
     calculator.reset()
@@ -180,13 +181,13 @@ def evaluate(calculator: Any, atoms: Atoms) -> tuple[float, np.ndarray]:
     return float(calculator.get_property("energy", copy)), np.array(forces)
 
 
-def predictions(calculator: Any, frames: Sequence[Atoms]) -> FramePredictions:
+def predictions(calculator: Calculator, frames: Sequence[Atoms]) -> FramePredictions:
     """Energies and forces of frames."""
     found = [evaluate(calculator, atoms) for atoms in frames]
     return FramePredictions(np.array([energy for energy, _ in found]), [forces for _, forces in found])
 
 
-def executed_layers(network: nn.Module, run: Callable[[], Any]) -> list[str]:
+def executed_layers(network: nn.Module, run: Callable[[], object]) -> list[str]:
     """Names of the affine layers in the order in which ``run`` executes them."""
     names: dict[str, None] = {}
     handles = [
@@ -207,7 +208,7 @@ def _watched(layer: nn.Module) -> Iterator[list[Tensor]]:
     """Collect what enters a layer, and end the evaluation there."""
     caught: list[Tensor] = []
 
-    def stop(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def stop(module: nn.Module, inputs: tuple[object, ...]) -> None:
         caught.append(rows_entering(module, inputs).detach())
         raise _Reached
 
@@ -218,7 +219,7 @@ def _watched(layer: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _entering(calculator: Any, layer: nn.Module, atoms: Atoms) -> Tensor | None:
+def _entering(calculator: Calculator, layer: nn.Module, atoms: Atoms) -> Tensor | None:
     """What enters a layer in one frame; ``None`` where the frame does not reach it."""
     with _watched(layer) as caught:
         try:
@@ -231,8 +232,8 @@ def _entering(calculator: Any, layer: nn.Module, atoms: Atoms) -> Tensor | None:
 
 def _solve_layer(
     name: str,
-    merged: Any,
-    calculators: Sequence[Any],
+    merged: Calculator,
+    calculators: Sequence[Calculator],
     calibration: Sequence[Sequence[Atoms]],
     *,
     module: Module,
@@ -267,7 +268,7 @@ def _solve_layer(
         grams.append([a.balanced(b, derivative_weight) for a, b in zip(values, derivatives, strict=True)])
     reports = []
     for i, affine_map in enumerate(ours):
-        gram = normalised_sum([totals[i] for totals in grams], [1.0] * len(grams))
+        gram = normalized_sum([totals[i] for totals in grams], [1.0] * len(grams))
         solution = ridge_solve(gram, affine_map.read().double().cpu(), ridge=ridge)
         affine_map.write(solution.theta.to(affine_map.read()))
         reports.append(LayerReport.of(affine_map.name, "layer", solution))
@@ -276,7 +277,7 @@ def _solve_layer(
 
 def twin(atoms: Atoms, *, seed: int) -> Atoms:
     """Copy with all atoms displaced by about :data:`STEP`."""
-    copy = atoms.copy()
+    copy = bare(atoms)
     copy.rattle(STEP, seed=seed)
     return copy
 

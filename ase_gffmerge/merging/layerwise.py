@@ -35,7 +35,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from ase_gffmerge.least_squares.gram import Gram, normalised_sum
+from ase_gffmerge.least_squares.gram import Gram, normalized_sum
 from ase_gffmerge.least_squares.ridge import ridge_solve
 from ase_gffmerge.merging.activations import Inputs, Run, affine_layers, entering
 from ase_gffmerge.merging.calibration import CalibrationSet
@@ -91,8 +91,10 @@ def align_layers(
             )
             for original, calibration_set in zip(originals, calibration_sets, strict=True)
         ]
-        for affine_map, grams in zip(maps, zip(*statistics, strict=True), strict=True):
-            gram = normalised_sum(grams, [calibration_set.weight for calibration_set in calibration_sets])
+        for i, affine_map in enumerate(maps):
+            gram = normalized_sum(
+                [grams[i] for grams in statistics], [one.weight for one in calibration_sets]
+            )
             solution = ridge_solve(gram, affine_map.read().double(), ridge=recipe.ridge)
             affine_map.write(solution.theta.to(affine_map.read().dtype))
             reports.append(LayerReport.of(f"{prefix}.{affine_map.name}", "layer", solution))

@@ -32,8 +32,7 @@ from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import adjustable_maps
 from ase_gffmerge.models.base import Stage
-from ase_gffmerge.runtime.batching import memory_errors
-from ase_gffmerge.runtime.devices import resolve_device
+from ase_gffmerge.runtime.devices import memory_errors, resolve_device
 from ase_gffmerge.runtime.progress import Clock, Progress, no_progress, part_of
 
 

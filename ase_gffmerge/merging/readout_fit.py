@@ -42,7 +42,7 @@ from torch.nn.functional import one_hot, silu
 from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.least_squares.gram import Gram
-from ase_gffmerge.least_squares.ridge import Solution, regularised_factor, ridge_solve
+from ase_gffmerge.least_squares.ridge import Solution, regularized_factor, ridge_solve
 from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
 from ase_gffmerge.merging.calibration import CalibrationSet
 from ase_gffmerge.merging.directions import Directions
@@ -133,9 +133,16 @@ def random_feature_readout(potential: Potential) -> RandomFeatureReadout:
 def with_random_feature_readout(
     potential: Potential, options: ReadoutOptions, *, n_elements: int = 1
 ) -> Potential:
-    """Copy of ``potential`` with a readout of random features at θ = c = 0: the same energies and forces.
+    """Copy of a potential with a readout of random features at θ = c = 0: the same energies and forces.
 
-    With many elements to solve for, the readout is narrower than ``options.width``.
+    Parameters
+    ----------
+    potential
+        With a plain readout.
+    options
+        Width, groups and blocks.
+    n_elements
+        Elements to solve for; with many of them the readout is narrower than ``options.width``.
     """
     width = min(options.width, max(MAX_UNKNOWNS // n_elements, 1))
     width -= width % options.groups if width > options.groups else 0
@@ -161,7 +168,19 @@ def with_random_feature_readout(
 def draw_random_features(
     readout: RandomFeatureReadout, rows: Tensor, *, seed: int, spread: float = 0.5
 ) -> None:
-    r"""Draw A and b so that :math:`A z + b` has zero mean and standard deviation ``spread`` over rows z (n_atoms, d)."""
+    r"""Draw A and b so that :math:`A z + b` has zero mean and a given standard deviation.
+
+    Parameters
+    ----------
+    readout
+        Written in place.
+    rows : (n_atoms, d)
+        Typical z.
+    seed
+        Of A and b.
+    spread
+        The standard deviation.
+    """
     mean, deviation = rows.double().mean(0), rows.double().std(0).clamp(min=1e-6)
     generator = torch.Generator().manual_seed(seed)
     lift = readout.lift
@@ -177,7 +196,17 @@ def draw_random_features(
 def random_feature_derivatives(
     potential: Potential, graph: AtomGraph, directions: Directions
 ) -> tuple[Tensor, Tensor]:
-    """Readout inputs z (n_atoms, d) and their derivatives (n_directions, n_atoms, d) along all directions."""
+    """Readout inputs z (n_atoms, d) and their derivatives (n_directions, n_atoms, d).
+
+    Parameters
+    ----------
+    potential
+        With a readout of random features.
+    graph
+        Batch of frames.
+    directions
+        Displacements and strains.
+    """
     readout = random_feature_readout(potential)
 
     def inputs(vectors: Tensor) -> Tensor:
@@ -193,7 +222,18 @@ def derivative_rows(
 ) -> Iterator[Tensor]:
     r"""Rows :math:`\sum_i \partial\phi(z_i)\cdot\dot z_i` for each direction, summed over the atoms of a cell.
 
-    Yields one tensor (n_cells, width) per direction; a cell is one element of one frame.
+    Yields one tensor (n_cells, width) per direction.
+
+    Parameters
+    ----------
+    readout
+        A, b.
+    z, dz : (n_atoms, d), (n_directions, n_atoms, d)
+        Inputs and their derivatives.
+    cell : (n_atoms,)
+        The cell of every atom, which is one element of one frame.
+    n_cells
+        How many there are.
     """
     lift = readout.lift
     linear = lift.linear if isinstance(lift, SparseLinear) else partial(functional.linear, weight=lift.weight)
@@ -286,7 +326,7 @@ def fit_readout(fitting: Gram, held_out: Gram) -> ReadoutFit:
         return ReadoutFit(solution, 1e-6, solution.residual_after)
     trials: list[tuple[float, float]] = []
     for ridge in RIDGES:
-        factor, _ = regularised_factor(fitting, ridge=ridge)
+        factor, _ = regularized_factor(fitting, ridge=ridge)
         trials.append((held_out.residual(torch.cholesky_solve(fitting.xy, factor)), ridge))
         if len(trials) - trials.index(min(trials)) > 2:
             break

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -225,7 +225,9 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
-def load_recipe(source: "str | Path | Mapping[str, Any] | Recipe" = "gffmerge", **overrides: Any) -> Recipe:
+def load_recipe(
+    source: "str | Path | Mapping[str, object] | Recipe" = "gffmerge", **overrides: object
+) -> Recipe:
     """Turn a preset's name, a YAML file, a mapping or a recipe into a recipe.
 
     Parameters
@@ -243,7 +245,7 @@ def load_recipe(source: "str | Path | Mapping[str, Any] | Recipe" = "gffmerge", 
     """
     label = "recipe"
     if isinstance(source, Recipe):
-        data: dict[str, Any] = source.model_dump()
+        data: dict[str, object] = source.model_dump()
     elif isinstance(source, Mapping):
         data = with_text_keys(source)
     elif not isinstance(source, str | Path):
@@ -263,7 +265,7 @@ def load_recipe(source: "str | Path | Mapping[str, Any] | Recipe" = "gffmerge", 
         raise RecipeError(explain(error, Recipe, source=label)) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[str, object]:
     if not os.path.isfile(path):
         close = get_close_matches(str(path), PRESETS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""

@@ -47,7 +47,17 @@ class LayerReport:
 
     @classmethod
     def of(cls, name: str, kind: str, solution: "Solution", *, before: float | None = None) -> Self:
-        """Report of a ridge solution; ``before`` replaces the residual of its anchor."""
+        """Report of a ridge solution.
+
+        Parameters
+        ----------
+        name, kind
+            See the attributes.
+        solution
+            With its diagnosis.
+        before
+            In the place of the anchor's residual.
+        """
         return cls(
             name=name,
             kind=kind,

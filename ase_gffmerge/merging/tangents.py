@@ -9,7 +9,6 @@ Layers that agree with a specialist in value need not agree in their derivatives
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from torch.func import jvp, vmap
@@ -43,14 +42,14 @@ class Dual:
         return Dual(self.value[part], self.tangent[part])
 
 
-def pushforward(function: Callable[..., Any], inputs: Dual) -> Dual:
+def pushforward(function: Callable[..., Tensor | Tensors], inputs: Dual) -> Dual:
     """Evaluate ``function(*tensors)`` (a tensor or a tuple of tensors) and its derivatives along all directions."""
     outputs = [tensor.detach() for tensor in differentiable_pushforward(function, inputs)]
     n = len(outputs) // 2 if inputs.tangent else len(outputs)
     return Dual(tuple(outputs[:n]), tuple(outputs[n:]))
 
 
-def differentiable_pushforward(function: Callable[..., Any], inputs: Dual) -> Tensors:
+def differentiable_pushforward(function: Callable[..., Tensor | Tensors], inputs: Dual) -> Tensors:
     """Values and then derivatives as one tuple, differentiable with respect to what ``function`` closes over."""
 
     def as_tuple(*tensors: Tensor) -> Tensors:

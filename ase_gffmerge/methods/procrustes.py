@@ -73,7 +73,19 @@ def procrustes(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
 def merge_turned(
     mean: Potential, potentials: Sequence[Potential], *, reference: int, share: float
 ) -> Potential:
-    """The merged potential for one reference and one share a of the others."""
+    """The merged potential for one reference and one share of the others.
+
+    Parameters
+    ----------
+    mean
+        Of the specialists, for everything that is no affine map.
+    potentials
+        The specialists'.
+    reference
+        Which of them the others are turned to.
+    share
+        a, what the others count together.
+    """
     merged = deepcopy(mean)
     ends = channel_groups(potentials[0]).maps
     maps = [affine_maps(potential) for potential in potentials]

@@ -21,7 +21,6 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from ase_gffmerge.merging.activations import advance, layer_inputs, run_stage
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
 from ase_gffmerge.merging.recipe import PRESETS
-from ase_gffmerge.merging.tangents import pushforward
+from ase_gffmerge.merging.tangents import Tensors, pushforward
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.weight_space import aligned_copies
@@ -76,7 +75,7 @@ def regression_mean(grams: Sequence[Tensor], weights: Sequence[Tensor], *, alpha
     return mean + ridge_solve(gram, torch.zeros_like(mean), ridge=RIDGE).theta
 
 
-def input_grams(root: nn.Module, runs: Sequence[Callable[[], Any]]) -> Grams:
+def input_grams(root: nn.Module, runs: Sequence[Callable[[], object]]) -> Grams:
     """Gram matrices of what enters the affine maps of ``root`` over several evaluations."""
     total: dict[str, Gram] = {}
     for run in runs:
@@ -92,7 +91,19 @@ def input_grams(root: nn.Module, runs: Sequence[Callable[[], Any]]) -> Grams:
 def solve_maps(
     merged: nn.Module, originals: Sequence[nn.Module], grams: Sequence[Grams], *, alpha: float
 ) -> None:
-    """Write the regression mean into all affine maps of ``merged``, which holds the mean; biases stay."""
+    """Write the regression mean into all affine maps; biases stay.
+
+    Parameters
+    ----------
+    merged
+        Holds the mean; written in place.
+    originals
+        The same module in every specialist.
+    grams
+        Of what enters the maps in every specialist.
+    alpha
+        Factor of the off-diagonal elements.
+    """
     theirs = [affine_maps(original) for original in originals]
     for name, affine_map in affine_maps(merged).items():
         theta, d = affine_map.read(), len(grams[0][name])
@@ -171,7 +182,8 @@ def merge_blockwise(
 
     def run_readout(readout: nn.Module, batch: CalibrationBatch) -> Tensor:
         scalars = [dual.value[0] for dual in batch.merged_scalars]
-        return readout(scalars, merged.species_row[batch.graph.atomic_numbers])
+        energies: Tensor = readout(scalars, merged.species_row[batch.graph.atomic_numbers])
+        return energies
 
     for name, stage in merged.named_stages():
         originals = [parent.potential.get_submodule(name) for parent in parents]
@@ -185,7 +197,7 @@ def merge_blockwise(
     return merged
 
 
-def _run_stage(stage: nn.Module, batch: CalibrationBatch) -> Any:
+def _run_stage(stage: nn.Module, batch: CalibrationBatch) -> Tensors:
     return run_stage(stage, batch, (batch.merged + batch.geometry).value)
 
 
@@ -194,7 +206,7 @@ def _merge_block(
     originals: Sequence[nn.Module],
     batches: Sequence[Sequence[CalibrationBatch]],
     *,
-    run: Callable[[nn.Module, CalibrationBatch], Any],
+    run: Callable[[nn.Module, CalibrationBatch], object],
     alpha: float,
 ) -> None:
     """Merge the affine maps of one block, with inputs from each specialist's block on the merged model's state."""

@@ -19,7 +19,17 @@ SHARES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 
 
 def add_task_vectors(base: Tensor, task_vectors: Tensor, *, scale: float) -> Tensor:
-    """Weights (P,) from those of the base (P,) and the task vectors (K, P), with λ = ``scale``."""
+    """Weights (P,) of the base plus λ times the sum of the task vectors.
+
+    Parameters
+    ----------
+    base : (P,)
+        Its weights.
+    task_vectors : (K, P)
+        Weights of the specialists less those of the base.
+    scale
+        λ.
+    """
     return base + scale * task_vectors.sum(0)
 
 

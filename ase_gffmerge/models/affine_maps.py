@@ -135,10 +135,12 @@ def is_affine(module: nn.Module) -> bool:
     return _kind(module) is not None
 
 
-def rows_entering(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+def rows_entering(module: nn.Module, inputs: tuple[object, ...]) -> Tensor:
     """The tensor that a layer maps, from the arguments of its forward method."""
-    kind = _kind(module)
-    return kind.entering(module, *inputs) if kind else inputs[0]
+    if kind := _kind(module):
+        return kind.entering(module, *inputs)
+    assert isinstance(inputs[0], Tensor)
+    return inputs[0]
 
 
 def layer_maps(name: str, module: nn.Module) -> list[AffineMap]:

@@ -6,7 +6,7 @@ normalised per specialist and frame, so that more frames of one specialist do no
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,7 +95,7 @@ class ClosedLoopResult:
 
 def closed_loop(
     specialists: Sequence[ForceField],
-    recipe: str | Recipe | dict[str, Any] = "gffmerge",
+    recipe: str | Recipe | Mapping[str, object] = "gffmerge",
     options: ClosedLoopOptions | None = None,
     *,
     device: str | torch.device = "auto",

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ MERGE_SHARE = 0.1
 
 def merge(
     specialists: Sequence[ForceField],
-    recipe: str | Path | Recipe | Mapping[str, Any] = "gffmerge",
+    recipe: str | Path | Recipe | Mapping[str, object] = "gffmerge",
     *,
     device: str | torch.device = "auto",
     progress: Progress = no_progress,

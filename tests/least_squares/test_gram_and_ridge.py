@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ase_gffmerge.least_squares.gram import Gram, normalised_sum, symmetric_product
+from ase_gffmerge.least_squares.gram import Gram, normalized_sum, symmetric_product
 from ase_gffmerge.least_squares.ridge import ridge_solve
 
 sizes = st.tuples(
@@ -83,7 +83,7 @@ def test_rank_deficient_rows_without_ridge_stay_finite_and_exact() -> None:
 def test_normalisation_makes_unequal_row_counts_count_the_same() -> None:
     x, y = rows(20, 3, 2, 2)
     few, many = Gram.of(x, y), Gram.of(x.repeat(10, 1), y.repeat(10, 1))
-    once, tenfold = normalised_sum([few, few], [1.0, 1.0]), normalised_sum([few, many], [1.0, 1.0])
+    once, tenfold = normalized_sum([few, few], [1.0, 1.0]), normalized_sum([few, many], [1.0, 1.0])
     torch.testing.assert_close(once.xx, tenfold.xx)
     torch.testing.assert_close(once.xy, tenfold.xy)
 

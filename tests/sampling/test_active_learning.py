@@ -10,6 +10,7 @@ from ase_gffmerge.data.frames import bare, evenly
 from ase_gffmerge.errors import MergeWarning, RecipeError
 from ase_gffmerge.inference.metrics import Errors, predict_frames
 from ase_gffmerge.merging.recipe import ClosedLoopOptions, TrajectoryOptions, load_recipe
+from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.storage.documents import validated
 from ase_gffmerge.workflows.active_learning import ClosedLoopResult, closed_loop
 from ase_gffmerge.workflows.rollouts import RolloutReport, run_rollouts
@@ -153,7 +154,7 @@ def test_the_loop_is_on_record_and_in_words(pair, tmp_path):
     assert "(chosen)" in result.report.summary()
     assert "round 1: differs by methanol" in result.report.summary()
     assert result.report.closed_loop["rounds"][1]["n_frames"] == [8, 8]
-    assert loaded.merged.report == result.report.to_dict()
+    assert MergeReport.from_dict(loaded.merged.report) == result.report
 
 
 def test_unknown_options_get_a_suggestion():

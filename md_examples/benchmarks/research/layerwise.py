@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
-from ase_gffmerge.least_squares.gram import Gram, normalised_sum
+from ase_gffmerge.least_squares.gram import Gram, normalized_sum
 from ase_gffmerge.least_squares.ridge import ridge_solve
 from ase_gffmerge.merging.activations import affine_layers, entering, run_stage, stage_inputs
 from ase_gffmerge.merging.calibration import CalibrationSet, build_calibration
@@ -59,7 +59,7 @@ def solve_layers(
                     for s in range(len(calibration_set.batches))
                 ]
                 grams.append(_gram(problem, their, layer, merged, original, calibration_set, recipe, weights))
-            gram = normalised_sum(grams, [calibration_set.weight for calibration_set in calibration_sets])
+            gram = normalized_sum(grams, [calibration_set.weight for calibration_set in calibration_sets])
             prior = problem.read().double()
             theta = ridge_solve(gram, prior, ridge=recipe.ridge).theta
             problem.write(correct(gram, prior, theta).to(problem.read()))

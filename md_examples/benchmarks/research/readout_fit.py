@@ -14,7 +14,7 @@ from torch import Tensor
 from ase_gffmerge.data.frames import displaced
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.least_squares.gram import Gram
-from ase_gffmerge.least_squares.ridge import regularised_factor, ridge_solve
+from ase_gffmerge.least_squares.ridge import regularized_factor, ridge_solve
 from ase_gffmerge.merging.calibration import CalibrationSet
 from ase_gffmerge.merging.directions import Directions
 from ase_gffmerge.merging.readout_fit import (
@@ -232,7 +232,7 @@ def fit_by_gcv(gram: Gram) -> ReadoutFit:
     r"""Choose the ridge by generalised cross-validation, :math:`n\,\mathrm{RSS}/(n-\mathrm{rank})^2` (Golub et al. 1979)."""
     prior, scores = torch.zeros_like(gram.xy), []
     for ridge in RIDGES:
-        factor, mu = regularised_factor(gram, ridge=ridge)
+        factor, mu = regularized_factor(gram, ridge=ridge)
         rank = len(factor) - mu * float(torch.cholesky_inverse(factor).diagonal().sum())
         residual = gram.residual(torch.cholesky_solve(gram.xy, factor))
         scores.append((residual / (1 - rank / gram.n_rows) ** 2, ridge))
