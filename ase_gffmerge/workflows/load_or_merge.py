@@ -58,7 +58,7 @@ def resolve(
     options: MergeOptions,
     *,
     device: torch.device,
-    progress: Progress = no_progress,
+    progress: Progress | None = None,
 ) -> Resolved:
     """Load the sources and, if there are several, merge them through the cache.
 
@@ -75,7 +75,7 @@ def resolve(
     """
     items = as_list(sources)
     if len(items) > 1:
-        return _merged(items, options, device=device, progress=progress)
+        return _merged(items, options, device=device, progress=progress or no_progress)
     force_field = as_force_field(items[0])
     check_single(force_field, options)
     return Resolved(
