@@ -11,7 +11,7 @@ import json
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from ase_gffmerge.errors import FileFormatError, first_line
 from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.integrations.base import Adapter, ConvertedModel, VendorObject
-from ase_gffmerge.integrations.conversion import converted, per_element, rows_of_elements
+from ase_gffmerge.integrations.conversion import converted
 from ase_gffmerge.models import Potential
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class MACEAdapter(Adapter):
 
     def vendor_content(self, potential: Potential) -> VendorObject:
         """The package's model, which ``MACECalculator`` unpickles."""
-        from ase_gffmerge.integrations.mace.io import vendor_network
+        from ase_gffmerge.integrations.mace.weights import vendor_network
 
         return vendor_network(potential)  # type: ignore[arg-type]
 
@@ -70,10 +70,11 @@ RADIAL_TYPES = {"BesselBasis": "bessel", "GaussianBasis": "gaussian", "Chebychev
 """Classes of radial functions and what the package's builder calls them."""
 
 
-def _convert(network: Any, head: int) -> "MACEPackage":
+def _convert(network: VendorObject, head: int) -> "MACEPackage":
     """A potential with the network's weights that was seen to compute the same as the network with that head."""
     from ase_gffmerge.integrations.mace.io import single_head
     from ase_gffmerge.integrations.mace.model import MACEPackage, MACEPackageHyper
+    from ase_gffmerge.integrations.mace.weights import copy_weights
 
     try:
         single = single_head(network, head)
@@ -87,7 +88,7 @@ def _convert(network: Any, head: int) -> "MACEPackage":
         )
         return converted(
             lambda: MACEPackage(hyper, species),
-            lambda potential: _copy_weights(potential, single, species),
+            lambda potential: copy_weights(potential, single, species),
             dtype=single.node_embedding.linear.weight.dtype,
             vendor_energies=lambda graph: _vendor_energies(network, head, graph),
             vendor="MACE",
@@ -101,7 +102,7 @@ def _convert(network: Any, head: int) -> "MACEPackage":
         ) from None
 
 
-def _arguments(network: Any) -> dict[str, Any]:
+def _arguments(network: VendorObject) -> dict[str, VendorObject]:
     """Arguments of the package's ``MACE`` that make such a network, with names for classes."""
     from mace.tools.scripts_utils import extract_radial_MLP
 
@@ -135,7 +136,7 @@ def _arguments(network: Any) -> dict[str, Any]:
     }
 
 
-def _gate(readout: Any) -> str:
+def _gate(readout: VendorObject) -> str:
     """Name of the activation of the last readout."""
     from mace.modules import gate_dict
 
@@ -150,54 +151,7 @@ def _gate(readout: Any) -> str:
     return names[0]
 
 
-def _copy_weights(potential: "MACEPackage", network: Any, species: tuple[int, ...]) -> None:
-    """Rows of elements in the order of atomic numbers, self-connections per element, no number of neighbours."""
-    order = rows_of_elements(species)
-    linear = network.node_embedding.linear
-    one_hot = torch.eye(len(species)).to(linear.weight)
-    potential.embedding.copy_(linear(one_hot)[order][None])
-    own = dict(potential.named_parameters())
-    for t, parts in enumerate(zip(network.interactions, network.products, strict=True)):
-        for part, module in zip(("interaction", "product"), parts, strict=True):
-            for name, value in module.named_parameters():
-                own[f"stages.{t}.module.{part}.{name}"].copy_(_own_weight(module, name, value, order))
-    scale, shift = _scale_and_shift(network)
-    for i, readout in enumerate(network.readouts):
-        for name, value in readout.named_parameters():
-            last = not name.startswith("linear_1")
-            own[f"readout.module.{i}.{name}"].copy_(value * scale if last else value)
-    energies = network.atomic_energies_fn.atomic_energies
-    potential.references.copy_(per_element(energies, species) + shift)
-    if potential.repulsion is not None:
-        potential.repulsion.scale.fill_(scale)
-
-
-def _scale_and_shift(network: Any) -> tuple[float, float]:
-    """Factor of the energies of the network, and what is added to them per atom, in eV."""
-    if not hasattr(network, "scale_shift"):
-        return 1.0, 0.0
-    return float(network.scale_shift.scale), float(network.scale_shift.shift)
-
-
-def _own_weight(module: Any, name: str, value: Tensor, order: Tensor) -> Tensor:
-    """What a parameter of an interaction or a product becomes."""
-    from e3nn.o3 import FullyConnectedTensorProduct
-
-    from ase_gffmerge.integrations.mace.model import TABLES
-    from ase_gffmerge.models.layers.linear import element_weights
-
-    if name == "skip_tp.weight" and isinstance(module.skip_tp, FullyConnectedTensorProduct):
-        return element_weights(module.skip_tp, torch.eye(len(order))[order])
-    if name.removesuffix(".weight") in TABLES:
-        return module.get_submodule(name.removesuffix(".weight"))(torch.eye(len(order))[order].to(value))
-    if name.startswith("symmetric_contractions") and len(value) == len(order):
-        return value[order]
-    if name == "linear.weight" and hasattr(module, "avg_num_neighbors") and not hasattr(module, "density_fn"):
-        return value / float(module.avg_num_neighbors)
-    return value
-
-
-def _vendor_energies(network: Any, head: int, graph: AtomGraph) -> Tensor:
+def _vendor_energies(network: VendorObject, head: int, graph: AtomGraph) -> Tensor:
     """Energies per atom by the network itself, of atoms without a cell."""
     like, device = network.node_embedding.linear.weight, network.node_embedding.linear.weight.device
     rows = torch.full((119,), -1)

@@ -2,16 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.integrations.base import load_checkpoint
-from ase_gffmerge.integrations.mace.model import TABLES, MACEPackage, build_network
+from ase_gffmerge.integrations.base import VendorObject, load_checkpoint
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
-from ase_gffmerge.models.layers.linear import write_product
 
 READ = "give a .model file, a MACECalculator, or a MACE or ScaleShiftMACE of mace.modules"
 
@@ -21,7 +18,7 @@ SAFE = (
 )
 
 
-def load_network(path: Path, *, trust: bool) -> Any:
+def load_network(path: Path, *, trust: bool) -> VendorObject:
     """The model of a file.
 
     Raises
@@ -50,7 +47,7 @@ def load_network(path: Path, *, trust: bool) -> Any:
     return _build(content, path)
 
 
-def _unpickled(path: Path) -> Any:
+def _unpickled(path: Path) -> VendorObject:
     """Whatever a trusted file holds; a dictionary is built."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=False)
@@ -59,7 +56,7 @@ def _unpickled(path: Path) -> Any:
     return _build(content, path) if isinstance(content, dict) else content
 
 
-def _build(content: Mapping[str, Any], path: Path) -> nn.Module:
+def _build(content: Mapping[str, VendorObject], path: Path) -> nn.Module:
     """The model that a dictionary of configuration and weights describes."""
     from mace.modules import ScaleShiftMACE
 
@@ -79,7 +76,7 @@ def _build(content: Mapping[str, Any], path: Path) -> nn.Module:
     return network
 
 
-def find_network(source: Any) -> tuple[Any, int]:
+def find_network(source: VendorObject) -> tuple[VendorObject, int]:
     """Model and number of its head, of a calculator or a model.
 
     Raises
@@ -110,7 +107,7 @@ def find_network(source: Any) -> tuple[Any, int]:
     return network, chosen[0]
 
 
-def _require_known(network: Any) -> None:
+def _require_known(network: VendorObject) -> None:
     """Raise for models with other parts than ours."""
     from e3nn.o3 import Linear
     from mace.modules import LinearReadoutBlock, NonLinearReadoutBlock, interaction_classes
@@ -137,7 +134,7 @@ def _require_known(network: Any) -> None:
         )
 
 
-def single_head(network: Any, head: int) -> Any:
+def single_head(network: VendorObject, head: int) -> VendorObject:
     """The model with one of its heads alone."""
     heads = list(getattr(network, "heads", None) or ["Default"])
     if len(heads) == 1:
@@ -148,50 +145,3 @@ def single_head(network: Any, head: int) -> Any:
 
     with package_mode(network.node_embedding.linear.weight.dtype):
         return remove_pt_head(network, heads[head])
-
-
-@torch.no_grad()
-def vendor_network(potential: MACEPackage) -> nn.Module:
-    """The package's model with the potential's weights, in their type.
-
-    Raises
-    ------
-    FileFormatError
-        When the repulsion counts differently for different elements.
-    """
-    species, repulsion = potential.species, potential.repulsion
-    scale = 1.0 if repulsion is None else float(repulsion.scale[0])
-    if repulsion is not None and not torch.allclose(repulsion.scale, repulsion.scale[0]):
-        raise FileFormatError(
-            "the potential scales the repulsion per element, which a MACE cannot; merge models of one energy scale to export"
-        )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(potential.dtype)
-    try:
-        references = potential.references.tolist()
-        network: Any = build_network(potential.hyper.arguments, species, references=references, scale=scale)
-    finally:
-        torch.set_default_dtype(before)
-    linear = network.node_embedding.linear
-    linear.weight.copy_(potential.embedding[0].flatten() / linear.instructions[0].path_weight)
-    own = dict(potential.named_parameters())
-    for t, parts in enumerate(zip(network.interactions, network.products, strict=True)):
-        for part, module in zip(("interaction", "product"), parts, strict=True):
-            for name, value in module.named_parameters():
-                _write_weight(module, name, value, own[f"stages.{t}.module.{part}.{name}"])
-    for i, readout in enumerate(network.readouts):
-        for name, value in readout.named_parameters():
-            weight = own[f"readout.module.{i}.{name}"]
-            value.copy_(weight if name.startswith("linear_1") else weight / scale)
-    return network.cpu().eval()
-
-
-def _write_weight(module: Any, name: str, value: Tensor, weight: Tensor) -> None:
-    """Set a parameter of an interaction or a product to what the potential's is."""
-    layer = name.removesuffix(".weight")
-    if layer in TABLES:
-        value.copy_(weight.flatten() / module.get_submodule(layer).instructions[0].path_weight)
-    elif weight.shape == value.shape:
-        value.copy_(weight)
-    else:
-        write_product(module.get_submodule(layer), weight)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from copy import deepcopy
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from ase_gffmerge.graphs.graph import Topology
+from ase_gffmerge.integrations.base import VendorObject
 from ase_gffmerge.integrations.wrapped import (
     ChainPotential,
     Entries,
@@ -52,7 +53,7 @@ class MACEPackageHyper(PackageHyper):
 
 
 def build_network(
-    arguments: Mapping[str, Any],
+    arguments: Mapping[str, VendorObject],
     species: Sequence[int],
     *,
     references: Sequence[float] | None = None,
@@ -144,11 +145,11 @@ class Layer(nn.Module):
         Atomic numbers.
     """
 
-    def __init__(self, network: Any, index: int, species: tuple[int, ...]):
+    def __init__(self, network: VendorObject, index: int, species: tuple[int, ...]):
         super().__init__()
         self.radial = deepcopy(network.radial_embedding)
         self.interaction, self.product = network.interactions[index], network.products[index]
-        product: Any = getattr(self.interaction, "skip_tp", None)
+        product: VendorObject = getattr(self.interaction, "skip_tp", None)
         self.by_element = isinstance(product, FullyConnectedTensorProduct)
         if self.by_element:
             self.interaction.skip_tp = ElementLinear(product.irreps_in1, product.irreps_out, species)
@@ -220,7 +221,7 @@ class MACEPackage(ChainPotential):
         super().__init__(hyper, species, embedding_width=hyper.channels)
         arguments = hyper.arguments
         with package_mode():
-            network: Any = build_network(arguments, self.species)
+            network: VendorObject = build_network(arguments, self.species)
             self.harmonics = network.spherical_harmonics
             for index in range(hyper.n_blocks):
                 layer = Layer(network, index, self.species)

@@ -7,7 +7,7 @@ code of its own (packages, checkpoints that were fine-tuned from a package) is l
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from ase.data import atomic_numbers as NUMBERS
@@ -64,7 +64,7 @@ class NequIPAdapter(Adapter):
 ADAPTER = NequIPAdapter()
 
 
-def _convert(network: Any) -> "NequIPPackage":
+def _convert(network: VendorObject) -> "NequIPPackage":
     """A potential with the network's weights that was seen to compute the same."""
     from ase_gffmerge.integrations.nequip.model import NequIPPackage, NequIPPackageHyper
     from ase_gffmerge.integrations.nequip.weights import copy_weights
@@ -92,12 +92,12 @@ def _convert(network: Any) -> "NequIPPackage":
     )
 
 
-def _n_scalars(layer: Any) -> int:
+def _n_scalars(layer: VendorObject) -> int:
     """Even scalars after a layer."""
     return int(layer.equivariant_nonlin.irreps_out.count("0e"))
 
 
-def _arguments(network: Any) -> dict[str, Any]:
+def _arguments(network: VendorObject) -> dict[str, VendorObject]:
     """Arguments of ``FullNequIPGNNModel`` that make such a network."""
     layers, readout = layers_of(network), network.per_atom_energy_readout.mlp_module
     bessel, norm = network.bessel_encode, layers[0].conv.avg_num_neighbors_norm.norm_const
@@ -132,7 +132,7 @@ def _arguments(network: Any) -> dict[str, Any]:
     }
 
 
-def _repulsion(network: Any) -> dict[str, Any] | None:
+def _repulsion(network: VendorObject) -> dict[str, VendorObject] | None:
     pair = getattr(network, "pair_potential", None)
     if pair is None:
         return None
@@ -144,7 +144,7 @@ def _repulsion(network: Any) -> dict[str, Any] | None:
     return {"units": units, "power": float(pair.cutoff.p)}
 
 
-def _vendor_energies(network: Any, graph: AtomGraph, species: tuple[int, ...]) -> Tensor:
+def _vendor_energies(network: VendorObject, graph: AtomGraph, species: tuple[int, ...]) -> Tensor:
     """Energies per atom by the network itself."""
     types = torch.full((119,), -1)
     types[list(species)] = torch.arange(len(species))

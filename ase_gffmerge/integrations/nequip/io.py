@@ -4,14 +4,13 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.integrations.base import load_checkpoint
+from ase_gffmerge.integrations.base import VendorObject, load_checkpoint
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
 
 BUILDERS = ("NequIPGNNModel", "PresetNequIPGNNModel", "FullNequIPGNNModel")
@@ -26,7 +25,7 @@ AVERAGE = "ema.ema_weight_"
 """Prefix of the running means of the parameters, which are numbered."""
 
 
-def find_network(model: Any) -> nn.Module:
+def find_network(model: VendorObject) -> nn.Module:
     """The chain of modules inside a model.
 
     Raises
@@ -44,7 +43,7 @@ def find_network(model: Any) -> nn.Module:
     )
 
 
-def layers_of(network: Any) -> list[Any]:
+def layers_of(network: VendorObject) -> list[VendorObject]:
     """Interaction layers of a chain of modules."""
     return [module for name, module in network.named_children() if name.endswith("_convnet")]
 
@@ -92,7 +91,7 @@ def _defaults_kept() -> Iterator[None]:
             np.random.set_state(states[1])  # noqa: NPY002
 
 
-def _from_checkpoint(content: Mapping[str, Any], path: Path) -> nn.Module:
+def _from_checkpoint(content: Mapping[str, VendorObject], path: Path) -> nn.Module:
     """Build the network that a checkpoint describes, and load its weights: their running mean if there is one."""
     import nequip.model
 
@@ -127,7 +126,7 @@ def _from_checkpoint(content: Mapping[str, Any], path: Path) -> nn.Module:
     return network
 
 
-def _is_plain(pair: Any) -> bool:
+def _is_plain(pair: VendorObject) -> bool:
     """Whether a pair potential is none or the repulsion of plain values; the builder makes whatever it names."""
     if not pair:
         return True

@@ -7,7 +7,7 @@ Bessel functions, cutoff and spherical harmonics are functions of the edge vecto
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from ase.data import chemical_symbols
@@ -19,6 +19,7 @@ from nequip.nn.pair_potential import ZBL
 from torch import Tensor, nn
 
 from ase_gffmerge.graphs.graph import Topology
+from ase_gffmerge.integrations.base import VendorObject
 from ase_gffmerge.integrations.nequip import layers  # noqa: F401 (registers the package's layers)
 from ase_gffmerge.integrations.wrapped import (
     ChainPotential,
@@ -49,7 +50,7 @@ def nested_builders() -> Iterator[None]:
         _IS_BUILDING_MODEL.reset(token)
 
 
-def build_network(arguments: dict[str, Any], species: tuple[int, ...]) -> Any:
+def build_network(arguments: dict[str, VendorObject], species: tuple[int, ...]) -> VendorObject:
     """The package's chain of modules with random weights, in float64.
 
     Parameters

@@ -1,7 +1,6 @@
 """Weights of a NequIP of the package ``nequip``: into a potential, and back into a checkpoint."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from ase.data import chemical_symbols
@@ -9,6 +8,7 @@ from nequip.model import FullNequIPGNNModel
 from torch import Tensor
 
 from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.integrations.base import VendorObject
 from ase_gffmerge.integrations.conversion import per_element, rows_of_elements
 from ase_gffmerge.integrations.nequip.io import MODEL, ZBL_TARGET, layers_of
 from ase_gffmerge.integrations.nequip.model import NequIPPackage, nested_builders
@@ -23,7 +23,7 @@ TOLERANCE = 1e-5
 
 
 @torch.no_grad()
-def copy_weights(potential: NequIPPackage, network: Any, species: tuple[int, ...]) -> None:
+def copy_weights(potential: NequIPPackage, network: VendorObject, species: tuple[int, ...]) -> None:
     """Set all weights: rows of elements in the order of atomic numbers, self-connections per element.
 
     Parameters
@@ -48,7 +48,7 @@ def copy_weights(potential: NequIPPackage, network: Any, species: tuple[int, ...
 
 
 @torch.no_grad()
-def vendor_model(potential: NequIPPackage) -> Any:
+def vendor_model(potential: NequIPPackage) -> VendorObject:
     """The package's model with the potential's weights; undoes :func:`copy_weights`.
 
     A self-connection is the product of the features with the embedding of the element: of the weights that give what it has
@@ -62,7 +62,7 @@ def vendor_model(potential: NequIPPackage) -> Any:
     settings = ("_target_", "seed", "model_dtype")
     arguments = {key: value for key, value in _builder(potential).items() if key not in settings}
     with package_mode(potential.dtype), nested_builders():
-        model: Any = FullNequIPGNNModel(**arguments)
+        model: VendorObject = FullNequIPGNNModel(**arguments)
     own = {name: value.cpu().double() for name, value in potential.named_parameters()}
     table = own["embedding"][0]
     model.func.type_embed.embed_module.weight.copy_(table)
@@ -87,7 +87,7 @@ def _of_features(weights: Tensor, table: Tensor, *, dtype: torch.dtype) -> Tenso
     return found
 
 
-def vendor_checkpoint(potential: NequIPPackage) -> dict[str, Any]:
+def vendor_checkpoint(potential: NequIPPackage) -> dict[str, VendorObject]:
     """What the package loads: weights, and the configuration that builds a model for them, of plain values.
 
     Raises
@@ -113,7 +113,7 @@ def vendor_checkpoint(potential: NequIPPackage) -> dict[str, Any]:
     }
 
 
-def _builder(potential: NequIPPackage) -> dict[str, Any]:
+def _builder(potential: NequIPPackage) -> dict[str, VendorObject]:
     """The package's function that builds such a model, and its arguments."""
     arguments = potential.hyper.arguments
     names = [chemical_symbols[z] for z in potential.species]
@@ -134,7 +134,7 @@ def _builder(potential: NequIPPackage) -> dict[str, Any]:
     }
 
 
-def _parameters(network: Any) -> Iterator[tuple[str, Tensor, Any]]:
+def _parameters(network: VendorObject) -> Iterator[tuple[str, Tensor, VendorObject]]:
     """The network's parameters under the potential's names, and the tensor product with elements that one belongs to.
 
     Those of the embedding and of the energy scales and shifts are left out.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from ase import Atoms
@@ -151,7 +151,7 @@ def _downloaded(name: str) -> Path:
         ) from None
 
 
-def _settings(architecture: Any, path: Path) -> tuple[dict[str, Any], str]:
+def _settings(architecture: VendorObject, path: Path) -> tuple[dict[str, VendorObject], str]:
     """Hyper-parameters that a state dictionary does not tell, and the level of theory."""
     if isinstance(architecture, str) and (name := _published(architecture)):
         limit, theory = PRETRAINED[name]
@@ -172,7 +172,7 @@ def _settings(architecture: Any, path: Path) -> tuple[dict[str, Any], str]:
     )
 
 
-def _from_object(source: Any) -> "tuple[nn.Module, OrbPackageHyper]":
+def _from_object(source: VendorObject) -> "tuple[nn.Module, OrbPackageHyper]":
     """An uncompiled copy of a network in memory, and its hyper-parameters."""
     from ase_gffmerge.integrations.orb.weights import hyper_of, network_of
 
@@ -188,7 +188,7 @@ def _from_object(source: Any) -> "tuple[nn.Module, OrbPackageHyper]":
             "this Orb model has no system_config, which says to how many neighbours an atom attends; give an ORBCalculator "
             "that was made with one"
         )
-    copy: Any = deepcopy(network).cpu().eval()
+    copy: VendorObject = deepcopy(network).cpu().eval()
     state, head = copy.state_dict(), copy.heads["energy"]
     try:
         if not head.atom_avg:
@@ -208,7 +208,7 @@ def _from_object(source: Any) -> "tuple[nn.Module, OrbPackageHyper]":
     return copy, hyper
 
 
-def _require_readable(state: Any, origin: str, *, direct: bool = False) -> None:
+def _require_readable(state: VendorObject, origin: str, *, direct: bool = False) -> None:
     """Raise :class:`FileFormatError` for kinds of models that no potential can be."""
     names = [key for key in state if isinstance(key, str)] if isinstance(state, Mapping) else []
     if not direct and not any(name.startswith(("heads.", "node_head.")) for name in names):
@@ -240,7 +240,7 @@ def _convert(network: nn.Module, hyper: "OrbPackageHyper") -> "OrbPackage":
     )
 
 
-def _vendor_energies(network: Any, graph: AtomGraph, hyper: "OrbPackageHyper") -> Tensor:
+def _vendor_energies(network: VendorObject, graph: AtomGraph, hyper: "OrbPackageHyper") -> Tensor:
     """Equal parts of the energy by the network itself, and the atoms' references."""
     from orb_models.forcefield.atomic_system import SystemConfig, ase_atoms_to_atom_graphs
 

@@ -18,7 +18,7 @@ steps, and for neighbours at equal distances the choice is arbitrary, here as in
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from orb_models.forcefield.nn_util import build_mlp, get_cutoff
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from ase_gffmerge.graphs.graph import Topology
+from ase_gffmerge.integrations.base import VendorObject
 from ase_gffmerge.integrations.wrapped import ChainPotential, Entries, ModuleStage
 from ase_gffmerge.models.base import HyperParameters, State
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
@@ -70,7 +71,7 @@ class OrbPackageHyper(HyperParameters):
     confidence: bool = True
 
 
-def build_network(hyper: OrbPackageHyper) -> Any:
+def build_network(hyper: OrbPackageHyper) -> VendorObject:
     """The package's network with random weights."""
     return orb_v3_conservative_architecture(
         latent_dim=hyper.channels,

@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ase_gffmerge.integrations.base import VendorObject
 from ase_gffmerge.integrations.orb.model import OrbPackage, OrbPackageHyper, build_network
 from ase_gffmerge.models.layers.e3nn_compat import package_mode
 
 EMBEDDING, REFERENCES = "model.atom_emb.embeddings.weight", "heads.energy.reference.linear.weight"
 
 
-def hyper_of(state: Mapping[str, Tensor], **settings: Any) -> OrbPackageHyper:
+def hyper_of(state: Mapping[str, Tensor], **settings: VendorObject) -> OrbPackageHyper:
     """Hyper-parameters from the shapes of the weights.
 
     Parameters

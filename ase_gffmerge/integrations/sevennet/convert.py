@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from e3nn.o3 import Irreps
@@ -71,7 +71,7 @@ def _pretrained(name: str) -> Path:
     return Path(pretrained_name_to_path(name))
 
 
-def _build(content: Mapping[str, Any], path: Path) -> nn.Module:
+def _build(content: Mapping[str, VendorObject], path: Path) -> nn.Module:
     """The network that a checkpoint describes, with its weights, by the package's own rules for old files."""
     from sevenn.checkpoint import SevenNetCheckpoint, _config_cp_routine
 
@@ -89,7 +89,7 @@ def _build(content: Mapping[str, Any], path: Path) -> nn.Module:
     return network
 
 
-def _convert(network: Any) -> "SevenNetPackage":
+def _convert(network: VendorObject) -> "SevenNetPackage":
     """A potential with the network's weights that was seen to compute the same."""
     from ase_gffmerge.integrations.sevennet.model import SevenNetPackage, SevenNetPackageHyper
     from ase_gffmerge.integrations.sevennet.weights import copy_weights
@@ -122,7 +122,7 @@ def _convert(network: Any) -> "SevenNetPackage":
     )
 
 
-def _arguments(network: Any) -> dict[str, Any]:
+def _arguments(network: VendorObject) -> dict[str, VendorObject]:
     """Configuration of the package that makes such a network."""
     from sevenn._const import ACTIVATION
 
@@ -180,7 +180,7 @@ def _arguments(network: Any) -> dict[str, Any]:
     }
 
 
-def _vendor_energies(network: Any, graph: AtomGraph) -> Tensor:
+def _vendor_energies(network: VendorObject, graph: AtomGraph) -> Tensor:
     """Energies per atom by the network itself, which works in float32 only."""
     network = deepcopy(network).float()
     types = torch.full((119,), -1)

@@ -5,7 +5,7 @@ edge vectors themselves. Self-connections with one-hot elements become :class:`.
 """
 
 from collections import OrderedDict
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from e3nn.nn import FullyConnectedNet
 from e3nn.o3 import Irreps, Linear
@@ -14,6 +14,7 @@ from sevenn.model_build import build_E3_equivariant_model
 from torch import Tensor, nn
 
 from ase_gffmerge.graphs.graph import Topology
+from ase_gffmerge.integrations.base import VendorObject
 from ase_gffmerge.integrations.wrapped import (
     ChainPotential,
     Entries,
@@ -40,7 +41,7 @@ class SevenNetPackageHyper(PackageHyper):
     """Hyper-parameters of :class:`SevenNetPackage`; the arguments are what ``build_E3_equivariant_model`` wants."""
 
 
-def build_network(arguments: dict[str, Any], species: tuple[int, ...]) -> Any:
+def build_network(arguments: dict[str, VendorObject], species: tuple[int, ...]) -> VendorObject:
     """The package's chain of modules with random weights.
 
     Parameters
@@ -101,7 +102,7 @@ class SevenNetPackage(ChainPotential):
         self.stages.append(ModuleStage(radial, reads=("x",), writes=state, emits_scalars=False))
         for block in range(hyper.n_blocks):
             parts = OrderedDict((name, network.get_submodule(f"{block}_{name}")) for name in BLOCK)
-            intro: Any = parts["self_connection_intro"]
+            intro: VendorObject = parts["self_connection_intro"]
             if hasattr(intro, "fc_tensor_product"):
                 product = intro.fc_tensor_product
                 intro.fc_tensor_product = ElementLinear(product.irreps_in1, product.irreps_out, self.species)

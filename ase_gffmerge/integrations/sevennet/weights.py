@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
 
 import torch
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
+from ase_gffmerge.integrations.base import VendorObject
 from ase_gffmerge.integrations.conversion import per_element, rows_of_elements
 from ase_gffmerge.integrations.sevennet.model import BLOCK, SevenNetPackage, build_network
 from ase_gffmerge.models.layers.linear import element_weights, write_product
 
 
 @torch.no_grad()
-def copy_weights(potential: SevenNetPackage, network: Any, species: tuple[int, ...]) -> None:
+def copy_weights(potential: SevenNetPackage, network: VendorObject, species: tuple[int, ...]) -> None:
     """Set all weights: rows of elements in the order of atomic numbers, self-connections per element.
 
     Parameters
@@ -37,7 +37,7 @@ def copy_weights(potential: SevenNetPackage, network: Any, species: tuple[int, .
 
 
 @torch.no_grad()
-def vendor_network(potential: SevenNetPackage) -> Any:
+def vendor_network(potential: SevenNetPackage) -> VendorObject:
     """The package's chain of modules with the potential's weights in float32; undoes :func:`copy_weights`."""
     network = build_network(potential.hyper.arguments, potential.species)
     linear, rescale = network.onehot_to_feature_x.linear, network.rescale_atomic_energy
@@ -53,7 +53,7 @@ def vendor_network(potential: SevenNetPackage) -> Any:
     return network.float()
 
 
-def vendor_checkpoint(potential: SevenNetPackage) -> dict[str, Any]:
+def vendor_checkpoint(potential: SevenNetPackage) -> dict[str, VendorObject]:
     """What the package loads: weights, and the configuration that builds a network for them, of plain values."""
     network, species = vendor_network(potential), potential.species
     config = potential.hyper.arguments | {
@@ -69,7 +69,7 @@ def vendor_checkpoint(potential: SevenNetPackage) -> dict[str, Any]:
     return {"config": config, "model_state_dict": dict(network.state_dict())}
 
 
-def _parameters(network: Any, n_blocks: int) -> Iterator[tuple[str, Tensor, Any]]:
+def _parameters(network: VendorObject, n_blocks: int) -> Iterator[tuple[str, Tensor, VendorObject]]:
     """The network's parameters under the potential's names, and the tensor product with elements that one belongs to.
 
     Those of the embedding and of the energy scales and shifts are left out.
@@ -86,7 +86,7 @@ def _parameters(network: Any, n_blocks: int) -> Iterator[tuple[str, Tensor, Any]
         yield f"readout.module.{name}", value, None
 
 
-def _readout(network: Any) -> nn.Module:
+def _readout(network: VendorObject) -> nn.Module:
     if hasattr(network, "readout_FCN"):
         found: nn.Module = network.readout_FCN.fcn
         return found
