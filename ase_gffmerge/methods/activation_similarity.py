@@ -1,6 +1,7 @@
 r"""How much the hidden channels of several specialists resemble each other on the same atoms.
 
-For the channels a of one specialist and b of another, where a group of channels (:mod:`.permutations`) enters layer l,
+For the channels a of one specialist and b of another, where a group of channels (:mod:`.permutation_symmetry`) enters
+layer l,
 
 .. math:: S^{(l)}_{ab} = \frac{\mathrm{cov}(x_a, x_b)}{(\sigma_a\,\sigma_b)^{p}}\,\bar v^{\,p-1}
 

@@ -1,4 +1,4 @@
-"""What a method is: one typed function from a mixture of specialists to potentials, with its name, source and needs."""
+"""What a method is: one typed function from several specialists to potentials, with its name, source and needs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ class MergeInputs:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def provides(self, need: Requirement) -> bool:
-        """Whether the mixture holds what a method needs."""
+        """Whether the inputs hold what a method needs."""
         held = {
             Requirement.FRAMES: all(s.calibration for s in self.specialists),
             Requirement.BASE: self.base is not None,
@@ -56,13 +56,13 @@ class MergeInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOutput:
-    """What a method makes of a mixture.
+    """What a method makes of several specialists.
 
     Attributes
     ----------
     potentials
-        One potential for all structures, or one per specialist (in their order) for methods that must be told whose
-        territory a structure belongs to.
+        One potential for all structures or, for methods that are :attr:`Method.per_specialist`, one for the structures of
+        each specialist, in their order.
     settings
         Hyper-parameters that were chosen, with their values, for the report.
     """
@@ -71,7 +71,7 @@ class MergeOutput:
     settings: Mapping[str, float | str] = field(default_factory=dict)
 
     def potential(self, specialist: int) -> Potential:
-        """The potential that serves the territory of a specialist."""
+        """The potential for structures like the calibration frames of a specialist."""
         return self.potentials[specialist if len(self.potentials) > 1 else 0]
 
 
@@ -90,8 +90,9 @@ class Method:
         What it cannot do without.
     trains
         Whether it trains by gradient descent (left out of a comparison unless it is asked for).
-    tells_specialists_apart
-        Whether it must be told whose territory a structure belongs to: not one potential energy surface.
+    per_specialist
+        Whether it makes one potential per specialist, between which somebody has to choose for every structure: not one
+        potential energy surface.
     merges
         Whether it runs the solves of :mod:`ase_gffmerge.merging`, whose version then decides its outcome too.
     run
@@ -102,12 +103,12 @@ class Method:
     citation: str
     needs: frozenset[Requirement]
     trains: bool
-    tells_specialists_apart: bool
+    per_specialist: bool
     merges: bool = False
     run: MethodFunction
 
     def missing(self, merge_inputs: MergeInputs) -> tuple[Requirement, ...]:
-        """What the method needs and the mixture lacks."""
+        """What the method needs and the inputs lack."""
         return tuple(sorted(need for need in self.needs if not merge_inputs.provides(need)))
 
 
@@ -117,14 +118,14 @@ def method(
     citation: str,
     needs: Sequence[Requirement] = (),
     trains: bool = False,
-    tells_specialists_apart: bool = False,
+    per_specialist: bool = False,
     merges: bool = False,
 ) -> Callable[[MethodFunction], Method]:
     """Decorate a function that is a method: it becomes a :class:`Method` of that name.
 
     Parameters
     ----------
-    name, citation, needs, trains, tells_specialists_apart, merges
+    name, citation, needs, trains, per_specialist, merges
         See :class:`Method`.
     """
 
@@ -134,7 +135,7 @@ def method(
             citation=citation,
             needs=frozenset(needs),
             trains=trains,
-            tells_specialists_apart=tells_specialists_apart,
+            per_specialist=per_specialist,
             merges=merges,
             run=run,
         )

@@ -8,8 +8,9 @@ r"""EMR-Merging: one elected task vector, and a binary mask and a factor per spe
    \lambda_k = \frac{\sum |\tau_k|}{\sum |m_k \odot \tau|},\qquad
    w_k = w_0 + \lambda_k\, m_k \odot \tau
 
-(Huang et al., arXiv 2405.17461, algorithm 1). Nothing is tuned. The mask must be chosen by the territory that a structure
-belongs to, so this is not one potential energy surface: a reference for how much K masks can keep, not a rival.
+(Huang et al., arXiv 2405.17461, algorithm 1). Nothing is tuned. Which mask a
+structure gets must be chosen by whose frames it resembles, so this is not one potential energy surface: a reference for
+how much K masks can keep.
 """
 
 import torch
@@ -34,9 +35,7 @@ def masked_and_rescaled(task_vectors: Tensor, elected: Tensor) -> Tensor:
     return masked * task_vectors.abs().sum(1, keepdim=True) / torch.where(sizes > 0, sizes, 1.0)
 
 
-@method(
-    "emr", citation="Huang et al., arXiv 2405.17461", needs=(Requirement.BASE,), tells_specialists_apart=True
-)
+@method("emr", citation="Huang et al., arXiv 2405.17461", needs=(Requirement.BASE,), per_specialist=True)
 def emr(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """EMR-Merging: one potential per specialist, all made of one task vector."""
     space = WeightSpace.of(merge_inputs)

@@ -1,12 +1,12 @@
 r"""Git Re-Basin by activation matching (Ainsworth, Hayase, Srinivasa, arXiv 2209.04836, section 3.1).
 
 Networks that compute the same may differ by the order of their hidden channels, and then their mean is no good. For
-every group of channels that may change places (:mod:`.permutations`) the order of each specialist is chosen such that
-its activations resemble those of a reference specialist on the calibration frames of all:
+every group of channels that may change places (:mod:`.permutation_symmetry`) the order of each specialist is chosen such
+that its activations resemble those of a reference specialist on the calibration frames of all:
 
 .. math:: P_k = \arg\max_P \sum_l \bigl\langle P,\ S^{(l)}_{{\rm ref},k}\bigr\rangle ,
 
-a linear assignment, summed over all layers l that the group enters. The similarity S (:mod:`.channel_similarity`) goes
+a linear assignment, summed over all layers l that the group enters. The similarity S (:mod:`.activation_similarity`) goes
 with an exponent p from covariances, the paper's least-squares matching, to correlations; p is chosen by the disagreement
 with the specialists on their calibration frames. The permuted specialists have the same energies and forces as before;
 their mean is the merged potential. The reference is the specialist that all others resemble most, so the order in which
@@ -49,23 +49,26 @@ MAX_ATOMS = 500
 @torch.no_grad()
 def git_rebasin(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Mean of the specialists after their hidden channels were brought into one order."""
-    parents = aligned_copies(merge_inputs)
+    specialists = aligned_copies(merge_inputs)
     progress(0.0, "activations on the frames of all specialists")
-    graphs = [graph for parent in _with_common_frames(parents) for graph in _batches(parent)]
-    moments = channel_moments([parent.potential for parent in parents], graphs)
+    graphs = [graph for specialist in _with_common_frames(specialists) for graph in _batches(specialist)]
+    moments = channel_moments([specialist.potential for specialist in specialists], graphs)
 
     def build(power: float) -> Potential:
-        _, orders = matched_orders(similarities(moments, len(parents), power=power))
+        _, orders = matched_orders(similarities(moments, len(specialists), power=power))
         moved = [
-            replace(parent, potential=permuted(parent.potential, order))
-            for parent, order in zip(parents, orders, strict=True)
+            replace(specialist, potential=permuted(specialist.potential, order))
+            for specialist, order in zip(specialists, orders, strict=True)
         ]
         return mean_potential(moved, PRESETS["mean"])
 
-    metric = DisagreementMetric.of(parents)
+    metric = DisagreementMetric.of(specialists)
     trial = tune(build, grid_of(power=POWERS), metric, progress=lambda x, text: progress(0.5 + 0.5 * x, text))
-    reference, orders = matched_orders(similarities(moments, len(parents), **trial.settings))
-    found: dict[str, float | str] = {"reference": parents[reference].name, "moved": _fraction_moved(orders)}
+    reference, orders = matched_orders(similarities(moments, len(specialists), **trial.settings))
+    found: dict[str, float | str] = {
+        "reference": specialists[reference].name,
+        "moved": _fraction_moved(orders),
+    }
     return MergeOutput(potentials=(trial.potential,), settings=found | dict(trial.settings))
 
 

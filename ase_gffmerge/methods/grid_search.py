@@ -29,7 +29,7 @@ from ase_gffmerge.runtime.batching import chunks
 from ase_gffmerge.runtime.progress import Progress
 
 N_FRAMES = 20
-"""Calibration frames per specialist that trials are judged on."""
+"""Calibration frames per specialist that trials are measured on."""
 
 MAX_ATOMS = 2000
 
@@ -38,7 +38,7 @@ Settings = Mapping[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class DisagreementMetric:
-    """What the specialists themselves say on some of their calibration frames.
+    """Disagreement with the specialists' own forces on some of their calibration frames.
 
     Attributes
     ----------
@@ -113,8 +113,8 @@ def tune(
         Makes a potential from settings given as keyword arguments.
     grid
         Settings to try, at least one.
-    yardstick
-        Judges them.
+    metric
+        Measures what they make.
     progress
         Called with a fraction (0 to 1) and the settings.
     """

@@ -57,16 +57,16 @@ def turned(theta: Tensor, reference: Tensor) -> Tensor:
 @torch.no_grad()
 def procrustes(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Mean of weights whose input bases were turned, layer by layer, towards those of one specialist."""
-    parents = aligned_copies(merge_inputs)
-    mean = mean_potential(parents, PRESETS["mean"])
+    specialists = aligned_copies(merge_inputs)
+    mean = mean_potential(specialists, PRESETS["mean"])
 
     def build(reference: float, share: float) -> Potential:
-        return merge_turned(mean, [p.potential for p in parents], reference=int(reference), share=share)
+        return merge_turned(mean, [s.potential for s in specialists], reference=int(reference), share=share)
 
-    equal_say = (len(parents) - 1) / len(parents)
-    grid = grid_of(reference=range(len(parents)), share=sorted({*SHARES, equal_say}))
-    trial = tune(build, grid, DisagreementMetric.of(parents), progress=progress)
-    name = parents[int(trial.settings["reference"])].name
+    equal_say = (len(specialists) - 1) / len(specialists)
+    grid = grid_of(reference=range(len(specialists)), share=sorted({*SHARES, equal_say}))
+    trial = tune(build, grid, DisagreementMetric.of(specialists), progress=progress)
+    name = specialists[int(trial.settings["reference"])].name
     return MergeOutput(potentials=(trial.potential,), settings=dict(trial.settings) | {"reference": name})
 
 

@@ -116,22 +116,25 @@ def solve_maps(
 @torch.no_grad()
 def regmean(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Regression mean with the Gram matrices of every specialist's own activations."""
-    parents = aligned_copies(merge_inputs)
-    mean = mean_potential(parents, PRESETS["mean"])
+    specialists = aligned_copies(merge_inputs)
+    mean = mean_potential(specialists, PRESETS["mean"])
     grams: list[Grams] = []
-    for parent, calibration_set in zip(parents, _calibration(parents, mean), strict=True):
-        progress(0.5 * len(grams) / len(parents), f"inputs of {parent.name}")
-        runs = [partial(parent.potential, batch.graph) for batch in calibration_set.batches]
-        grams.append(input_grams(parent.potential, runs))
+    for specialist, calibration_set in zip(specialists, _calibration(specialists, mean), strict=True):
+        progress(0.5 * len(grams) / len(specialists), f"inputs of {specialist.name}")
+        runs = [partial(specialist.potential, batch.graph) for batch in calibration_set.batches]
+        grams.append(input_grams(specialist.potential, runs))
 
     def build(alpha: float) -> Potential:
         merged = deepcopy(mean)
-        solve_maps(merged, [parent.potential for parent in parents], grams, alpha=alpha)
+        solve_maps(merged, [specialist.potential for specialist in specialists], grams, alpha=alpha)
         return merged
 
     grid = grid_of(alpha=ALPHAS)
     trial = tune(
-        build, grid, DisagreementMetric.of(parents), progress=lambda x, text: progress(0.5 + 0.5 * x, text)
+        build,
+        grid,
+        DisagreementMetric.of(specialists),
+        progress=lambda x, text: progress(0.5 + 0.5 * x, text),
     )
     return trial.merge_output()
 
@@ -140,25 +143,25 @@ def regmean(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
 @torch.no_grad()
 def regmean_plus_plus(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Regression mean with what the merged model as built so far sends into every block."""
-    parents = aligned_copies(merge_inputs)
-    mean = mean_potential(parents, PRESETS["mean"])
-    calibration_sets = _calibration(parents, mean)
+    specialists = aligned_copies(merge_inputs)
+    mean = mean_potential(specialists, PRESETS["mean"])
+    calibration_sets = _calibration(specialists, mean)
 
     def build(alpha: float) -> Potential:
-        return merge_blockwise(mean, parents, calibration_sets, alpha=alpha)
+        return merge_blockwise(mean, specialists, calibration_sets, alpha=alpha)
 
     return tune(
-        build, grid_of(alpha=ALPHAS), DisagreementMetric.of(parents), progress=progress
+        build, grid_of(alpha=ALPHAS), DisagreementMetric.of(specialists), progress=progress
     ).merge_output()
 
 
-def _calibration(parents: Sequence[ForceField], mean: Potential) -> list[CalibrationSet]:
-    return build_calibration(parents, mean, len(parents) * [1.0], directions=0)
+def _calibration(specialists: Sequence[ForceField], mean: Potential) -> list[CalibrationSet]:
+    return build_calibration(specialists, mean, len(specialists) * [1.0], directions=0)
 
 
 def merge_blockwise(
     mean: Potential,
-    parents: Sequence[ForceField],
+    specialists: Sequence[ForceField],
     calibration_sets: Sequence[CalibrationSet],
     *,
     alpha: float,
@@ -169,7 +172,7 @@ def merge_blockwise(
     ----------
     mean
         The mean of the specialists, which gives everything that is not an affine map.
-    parents, calibration_sets
+    specialists, calibration_sets
         Specialists and their calibration frames, embedded by ``mean``.
     alpha
         Factor of the off-diagonal elements of the Gram matrices.
@@ -186,13 +189,13 @@ def merge_blockwise(
         return energies
 
     for name, stage in merged.named_stages():
-        originals = [parent.potential.get_submodule(name) for parent in parents]
+        originals = [specialist.potential.get_submodule(name) for specialist in specialists]
         _merge_block(stage, originals, batches, run=_run_stage, alpha=alpha)
         for batch in chain.from_iterable(batches):
             batch.merged = advance(stage, batch.merged, batch)
             if stage.emits_scalars:
                 batch.merged_scalars.append(pushforward(lambda *x: merged.scalars(x), batch.merged))
-    readouts = [parent.potential.readout for parent in parents]
+    readouts = [specialist.potential.readout for specialist in specialists]
     _merge_block(merged.readout, readouts, batches, run=run_readout, alpha=alpha)
     return merged
 

@@ -50,7 +50,7 @@ class WeightSpace:
 
     @classmethod
     def of(cls, merge_inputs: MergeInputs) -> Self:
-        """Read the weights of a mixture.
+        """Read the weights of the specialists and of their base.
 
         Raises
         ------
@@ -77,12 +77,12 @@ class WeightSpace:
         Raises
         ------
         RecipeError
-            When the mixture has none.
+            When the inputs have none.
         """
         if self.base is None:
             raise RecipeError(
                 "this method starts from the weights of the specialists' common ancestor, which are not at hand; give "
-                "them as the mixture's base, or choose a method without that need"
+                "them as ``MergeInputs.base``, or choose a method without that need"
             )
         return self.base
 
@@ -115,7 +115,7 @@ class WeightSpace:
 
 
 def aligned_copies(merge_inputs: MergeInputs) -> list[ForceField]:
-    """Copies of the specialists on the mixture's device, in one precision and on one zero of energy."""
+    """Copies of the specialists on the device of the inputs, in one precision and on one zero of energy."""
     specialists = working_copies(merge_inputs.specialists, merge_inputs.device)
     with torch.no_grad():
         align_references(specialists)

@@ -84,7 +84,7 @@ class CrystalGeometry:
     edge : (n_bonds,)
         One of the edges of every bond.
     angle : (2, n_angles)
-        Edges with a common receiver; the bond of the first one is told about the second.
+        Edges with a common receiver; the message to the bond of the first one depends on the second.
     vectors : (n_edges, 3)
         From receiver to sender, in Å.
     """

@@ -23,7 +23,7 @@ n̄, mean number of neighbours                      ``avg_num_neighbors``
 Order l has parity (-1)^l throughout. The self-connection W_skip is shared by all elements; the last block
 makes scalars only. Two choices keep features and initial forces of order one. Sums of messages, which are not
 independent, are divided by n̄, as in MACE (arXiv 2206.07697), and not by its square root. The radial networks
-are told the mean square 1/cutoff^2 of their input, the Bessel basis at distances between 1 Å and the cutoff.
+are scaled by the mean square 1/cutoff^2 of their input, the Bessel basis at distances between 1 Å and the cutoff.
 """
 
 from dataclasses import dataclass

@@ -22,14 +22,18 @@ Nothing of the size of the edges times the channels is kept between the two pass
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from ase_gffmerge.models.base import EdgeGeometry, Stage, State
+
+if TYPE_CHECKING:
+    from ase_gffmerge.models.painn import Message
 
 BLOCK = 32_768
 """Edges times channels of one block: its dozen temporaries then fit into 2 MB."""
@@ -50,7 +54,7 @@ class InferenceMessage(Stage):
     emits_scalars = False
     maps: Tensor
 
-    def __init__(self, message: Any):
+    def __init__(self, message: "Message"):
         super().__init__()
         self.message = message
         maps = torch.cat([message.filters.weight, message.filters.bias[:, None]], dim=1).T.contiguous()
@@ -71,12 +75,12 @@ class InferenceMessage(Stage):
         return scalars + for_scalars.squeeze(1), vectors + for_vectors
 
 
-class BlockedSums(torch.autograd.Function):
+class BlockedSums(Function):
     """Δs and Δv (n_atoms, 1 + 3, channels) from nodes (φ_s, φ_vs, u), features b, directions and maps M."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Function,
         nodes: Tensor,
         features: Tensor,
         directions: Tensor,
@@ -84,7 +88,21 @@ class BlockedSums(torch.autograd.Function):
         sender: Tensor,
         receiver: Tensor,
     ) -> Tensor:
-        """Sum the messages of one block of edges after the other."""
+        """Sum the messages of one block of edges after the other.
+
+        Parameters
+        ----------
+        ctx
+            Keeps what the derivatives need.
+        nodes : (n_atoms, 5, channels)
+            φ_s, φ_vs and u of the sending atoms.
+        features, directions : (n_edges, n_radial + 1), (n_edges, 3)
+            Radial functions times the envelope, and unit vectors.
+        maps : (n_radial + 1, 3 channels)
+            From radial functions to filters.
+        sender, receiver : (n_edges,)
+            Atoms of the edges.
+        """
         ctx.save_for_backward(nodes, features, directions, maps, sender, receiver)
         sums = nodes.new_zeros(len(nodes), 4, nodes.shape[2])
         for block in blocks(sender, nodes.shape[2]):
@@ -100,9 +118,10 @@ class BlockedSums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Function, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Derivatives with respect to nodes, features and directions; filters are evaluated again."""
-        nodes, features, directions, maps, sender, receiver = ctx.saved_tensors
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        nodes, features, directions, maps, sender, receiver = saved
         for_nodes = torch.zeros_like(nodes) if ctx.needs_input_grad[0] else None
         for_features, for_directions = torch.empty_like(features), torch.empty_like(directions)
         for block in blocks(sender, nodes.shape[2]):

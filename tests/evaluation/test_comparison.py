@@ -84,7 +84,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             progress(0.5, "half")  # type: ignore[operator]
             return run(merge_inputs)
 
-        options = {"needs": frozenset(), "trains": False, "tells_specialists_apart": False, **traits}
+        options = {"needs": frozenset(), "trains": False, "per_specialist": False, **traits}
         METHODS[name] = Method(name=name, citation="none", run=noted, **options)  # type: ignore[arg-type]
 
     def refuse(merge_inputs: MergeInputs) -> MergeOutput:
@@ -96,7 +96,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     enter(
         "apart",
         lambda m: MergeOutput(potentials=tuple(s.potential for s in m.specialists)),
-        tells_specialists_apart=True,
+        per_specialist=True,
     )
     enter(
         "rooted", lambda m: MergeOutput(potentials=(m.base.potential,)), needs=frozenset({Requirement.BASE})

@@ -180,4 +180,4 @@ def test_bundled_specialists() -> None:
     mean = disagreements("mean")
     assert (disagreements("emr") < mean).all()
     assert disagreements("task_arithmetic").mean() <= 1.02 * mean.mean()
-    assert METHODS["emr"].tells_specialists_apart
+    assert METHODS["emr"].per_specialist

@@ -147,7 +147,7 @@ def compare_methods(
         names=names,
         rows=rows,
         skipped=skipped,
-        told_apart=tuple(method.name for method in chosen if method.tells_specialists_apart),
+        told_apart=tuple(method.name for method in chosen if method.per_specialist),
         frames={name: len(test.frames) for name, test in zip(names, tests, strict=True)},
         base=merge_inputs.base.name if merge_inputs.base else None,
         notes=_notes(merge_inputs),

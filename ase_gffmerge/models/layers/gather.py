@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,30 +34,32 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 
 class _Rows(Function):
+    shape: torch.Size
+
     @staticmethod
     def forward(x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(0, rows)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: "_Rows", inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         x, rows = inputs
         ctx.save_for_backward(rows)
         ctx.save_for_forward(rows)
         ctx.shape = x.shape
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: "_Rows", gradient: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
         return gradient.new_zeros(ctx.shape).index_add(0, rows, gradient), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+    def jvp(ctx: "_Rows", tangent: Tensor, _: None) -> Tensor:
         (rows,) = ctx.saved_tensors
         return take_rows(tangent, rows)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, int | None], x: Tensor, rows: Tensor
+        info: object, in_dims: tuple[int | None, int | None], x: Tensor, rows: Tensor
     ) -> tuple[Tensor, int]:
         if in_dims[1] is not None:
             raise NotImplementedError("rows that differ from probe to probe")

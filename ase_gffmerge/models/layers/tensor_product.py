@@ -38,7 +38,13 @@ def natural(channels: tuple[int, ...]) -> o3.Irreps:
 
 
 def coupling_paths(l_in: int, l_harmonics: int, l_out: int) -> tuple[Path, ...]:
-    """Paths between orders of natural parity by l1, then l3: a smaller ``l_out`` cuts the end of each l1."""
+    """Paths between orders of natural parity by l1, then l3: a smaller ``l_out`` cuts the end of each l1.
+
+    Parameters
+    ----------
+    l_in, l_harmonics, l_out
+        Largest orders of features, harmonics and results.
+    """
     orders = product(range(l_in + 1), range(l_out + 1), range(l_harmonics + 1))
     return tuple(
         Path(l1, l2, l3) for l1, l3, l2 in orders if abs(l1 - l3) <= l2 <= l1 + l3 and (l1 + l2 + l3) % 2 == 0
