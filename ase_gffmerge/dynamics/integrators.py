@@ -1,0 +1,189 @@
+"""ASE's integrators of molecular dynamics by ensemble: thermostats, barostats, temperature ramps, and their inner state."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from ase import Atoms, units
+from ase.md import MTKNPT, Bussi, Langevin, VelocityVerlet
+from ase.md.md import MolecularDynamics
+from ase.md.nose_hoover_chain import IsotropicMTKNPT, NoseHooverChainNVT
+
+from ase_gffmerge.errors import DynamicsError, StructureError
+
+ENSEMBLES = ("nve", "nvt", "npt")
+THERMOSTATS = ("langevin", "bussi", "nose-hoover")
+BAROSTATS = ("anisotropic", "isotropic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Under which conditions molecular dynamics runs, and by which of ASE's integrators.
+
+    Attributes
+    ----------
+    ensemble
+        ``nve`` (velocity Verlet), ``nvt`` (the thermostat) or ``npt`` (Martyna-Tobias-Klein).
+    temperature, final_temperature
+        K; with the latter the thermostat's temperature moves linearly from one to the other during the run.
+    timestep
+        fs.
+    thermostat
+        Of ``nvt``: ``langevin``, ``bussi`` (stochastic velocity rescaling, J. Chem. Phys. 126, 014101) or ``nose-hoover``
+        (a chain of three).
+    friction
+        Of Langevin dynamics, 1/fs.
+    thermostat_time, barostat_time
+        Time constants of the other thermostats and of the barostat, fs; default: 100 and 1000 time steps.
+    barostat
+        Of ``npt``: ``anisotropic`` (all lengths and angles of the cell move) or ``isotropic`` (its volume alone).
+    pressure
+        External pressure of ``npt``, GPa.
+    """
+
+    ensemble: str
+    temperature: float
+    timestep: float
+    final_temperature: float | None = None
+    thermostat: str = "langevin"
+    friction: float = 0.01
+    thermostat_time: float | None = None
+    barostat_time: float | None = None
+    barostat: str = "anisotropic"
+    pressure: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise :class:`DynamicsError` for conditions that are impossible."""
+        for what, chosen, known in (
+            ("ensemble", self.ensemble, ENSEMBLES),
+            ("thermostat", self.thermostat, THERMOSTATS),
+            ("barostat", self.barostat, BAROSTATS),
+        ):
+            if chosen not in known:
+                raise DynamicsError(f"unknown {what} {chosen!r}; choose one of {', '.join(known)}")
+        if not 0 < self.timestep < np.inf:
+            raise DynamicsError(
+                f"a time step of {self.timestep} fs is impossible; it must be positive and finite"
+            )
+        for value in (self.temperature, self.final_temperature):
+            if value is not None and not 0 <= value < np.inf:
+                raise DynamicsError(f"{value} K are impossible; a temperature is not negative, and finite")
+        if not 0 <= self.friction < np.inf:
+            raise DynamicsError(
+                f"a friction of {self.friction}/fs is impossible; it must not be negative, and finite"
+            )
+        for value in (self.thermostat_time, self.barostat_time):
+            if value is not None and not 0 < value < np.inf:
+                raise DynamicsError(
+                    f"a time constant of {value} fs is impossible; it must be positive and finite"
+                )
+        if not np.isfinite(self.pressure):
+            raise DynamicsError(f"a pressure of {self.pressure} GPa is impossible; it must be finite")
+        self._check_temperature()
+
+    def _check_temperature(self) -> None:
+        needs = self.ensemble == "npt" or (self.ensemble == "nvt" and self.thermostat != "langevin")
+        if needs and self.temperature == 0:
+            raise DynamicsError(
+                f"{self.ensemble} has no thermostat for 0 K; give a positive temperature, or use nve"
+            )
+        ramps = self.ensemble == "nvt" and self.thermostat in ("langevin", "bussi")
+        if self.final_temperature is not None and not ramps:
+            raise DynamicsError(
+                "the temperature can be ramped in nvt by the thermostats langevin and bussi; choose one of them"
+            )
+
+    @property
+    def rests(self) -> bool:
+        """Whether the centre of mass of free atoms is held at rest."""
+        return self.ensemble == "nvt" and self.thermostat != "nose-hoover"
+
+    def check_structure(self, atoms: Atoms) -> None:
+        """Raise :class:`StructureError` or :class:`DynamicsError` for a structure that cannot move like this."""
+        if len(atoms) == 0:
+            raise StructureError("the structure has no atoms; give one with at least one")
+        if self.ensemble == "npt" and not (atoms.pbc.all() and atoms.cell.rank == 3):
+            raise StructureError(
+                f"{atoms.get_chemical_formula()} is not periodic in three directions, so it has no pressure; use "
+                "nvt, or give it a cell and pbc=True"
+            )
+        chained = self.ensemble == "npt" or (self.ensemble == "nvt" and self.thermostat == "nose-hoover")
+        if chained and atoms.constraints:
+            name = "npt" if self.ensemble == "npt" else "the thermostat nose-hoover"
+            raise DynamicsError(
+                f"{name} does not support constraints; remove them with atoms.set_constraint(), or use nvt with langevin "
+                "or bussi"
+            )
+
+    def temperature_at(self, fraction: float) -> float:
+        """Temperature of the thermostat in K after a fraction (0 to 1) of the run."""
+        if self.final_temperature is None:
+            return self.temperature
+        return self.temperature + fraction * (self.final_temperature - self.temperature)
+
+    def integrator(self, atoms: Atoms, rng: np.random.Generator) -> MolecularDynamics:
+        """Give ASE's integrator for a structure with momenta, whose random numbers come from ``rng``."""
+        dt = self.timestep * units.fs
+        t_damp = dt * 100 if self.thermostat_time is None else self.thermostat_time * units.fs
+        p_damp = dt * 1000 if self.barostat_time is None else self.barostat_time * units.fs
+        if self.ensemble == "nve":
+            return VelocityVerlet(atoms, dt)
+        if self.ensemble == "npt":
+            kind = MTKNPT if self.barostat == "anisotropic" else IsotropicMTKNPT
+            return kind(
+                atoms,
+                dt,
+                temperature_K=self.temperature,
+                pressure_au=self.pressure * units.GPa,
+                tdamp=t_damp,
+                pdamp=p_damp,
+            )
+        if self.thermostat == "nose-hoover":
+            return NoseHooverChainNVT(atoms, dt, temperature_K=self.temperature, tdamp=t_damp)
+        if self.thermostat == "bussi":
+            return Bussi(atoms, dt, temperature_K=self.temperature, taut=t_damp, rng=rng)
+        friction = self.friction / units.fs
+        return Langevin(
+            atoms, dt, temperature_K=self.temperature, friction=friction, fixcm=False, rng=rng
+        )
+
+
+def set_temperature(dynamics: MolecularDynamics, temperature: float) -> None:
+    """Change the temperature (K) of a Langevin or Bussi thermostat."""
+    if isinstance(dynamics, Langevin):
+        dynamics.set_temperature(temperature_K=temperature)
+    elif isinstance(dynamics, Bussi):
+        dynamics.temp = temperature * units.kB
+        dynamics.target_kinetic_energy = 0.5 * dynamics.temp * dynamics.ndof
+
+
+def inner_state(dynamics: MolecularDynamics) -> dict[str, np.ndarray]:
+    """Everything numeric that an integrator and its thermostat and barostat chains remember, by dotted name."""
+    return {name: np.array(getattr(owner, key)) for name, owner, key in _numbers(dynamics, "")}
+
+
+def restore_inner_state(dynamics: MolecularDynamics, state: Mapping[str, np.ndarray]) -> None:
+    """Set what :func:`inner_state` gave, in an integrator of the same kind.
+
+    Raises
+    ------
+    DynamicsError
+        When the state is that of another kind of integrator.
+    """
+    found = {name: (owner, key) for name, owner, key in _numbers(dynamics, "")}
+    if found.keys() != state.keys():
+        raise DynamicsError(
+            "the restart file is that of another integrator or of another version of ASE; begin a new run"
+        )
+    for name, (owner, key) in found.items():
+        kind = type(getattr(owner, key))
+        setattr(owner, key, state[name].copy() if kind is np.ndarray else kind(state[name]))
+
+
+def _numbers(owner: object, prefix: str) -> Iterator[tuple[str, object, str]]:
+    """Dotted name, owner and attribute of every number and array, chains included."""
+    for key, value in sorted(vars(owner).items()):
+        if isinstance(value, float | int | np.ndarray) and not isinstance(value, bool):
+            yield f"{prefix}{key}", owner, key
+        elif type(value).__module__ == NoseHooverChainNVT.__module__:
+            yield from _numbers(value, f"{prefix}{key}.")
