@@ -7,6 +7,7 @@ from ase.io import read
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.dynamics.ase_md import run_md
+from ase_gffmerge.dynamics.integrators import Conditions
 from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 
 NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
@@ -21,9 +22,8 @@ def main() -> None:
             atoms = bundled_test_frames(name)[0]
             atoms.calc = calc
             path = Path(folder) / f"{name}.traj"
-            run = run_md(
-                atoms, ensemble="nvt", temperature=TEMPERATURE, steps=2000, timestep=0.5, trajectory=path
-            )
+            conditions = Conditions(ensemble="nvt", temperature=TEMPERATURE, timestep=0.5)
+            run = run_md(atoms, conditions, steps=2000, trajectory=path)
             print(
                 f"{name}: mean temperature {run.mean_temperature:.0f} K, {len(run.broken_bonds)} broken bonds, "
                 f"{run.steps_per_second:.0f} steps per second, {len(read(path, ':'))} frames written"

@@ -10,6 +10,7 @@ from ase.optimize import BFGS
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.dynamics.ase_md import run_md
+from ase_gffmerge.dynamics.integrators import Conditions
 from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 
 NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
@@ -50,7 +51,7 @@ def main() -> None:
     assert np.isfinite(forces).all()
     assert np.abs(forces.sum(axis=0)).max() < 1e-8
 
-    run = run_md(near, ensemble="nve", temperature=100, steps=400, timestep=0.5, interval=5)
+    run = run_md(near, Conditions(ensemble="nve", temperature=100, timestep=0.5), steps=400, interval=5)
     print(
         f"0.2 ps of NVE: energy drift {1e3 * run.drift_per_atom:+.3f} meV/atom, broken bonds {len(run.broken_bonds)}"
     )

@@ -1,38 +1,41 @@
 """Molecular dynamics with ASE's integrators: one call, one result that says how good the run was."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 from ase import Atoms, units
 from ase.constraints import FixCom
-from ase.md import MTKNPT, Langevin, VelocityVerlet
-from ase.md.md import MolecularDynamics
+from ase.md import MDLogger
 
 from ase_gffmerge.dynamics.bonds import broken_bonds, find_bonds
+from ase_gffmerge.dynamics.integrators import Conditions, set_temperature
+from ase_gffmerge.dynamics.restart import RestartPoint
 from ase_gffmerge.dynamics.trajectory import Sample, Trajectory
 from ase_gffmerge.dynamics.trajectory_io import frame_writer
 from ase_gffmerge.dynamics.velocities import degrees_of_freedom, new_momenta
-from ase_gffmerge.errors import DynamicsError, StructureError, first_line
+from ase_gffmerge.errors import DynamicsError, first_line
 
-ENSEMBLES = ("nve", "nvt", "npt")
+TOO_HOT = 10
+"""A run stops where it is hotter than so many times the temperature asked for, or than so many times 300 K."""
 
 
 def run_md(
     atoms: Atoms,
+    conditions: Conditions,
     *,
-    ensemble: str,
-    temperature: float,
     steps: int,
-    timestep: float,
-    friction: float = 0.01,
-    pressure: float = 0.0,
     seed: int = 0,
     interval: int = 10,
     thermalize: bool = True,
     trajectory: str | Path | None = None,
+    append: bool = False,
+    restart: Path | None = None,
+    resume: bool = False,
+    log: Path | None = None,
     on_sample: Callable[[Sample], None] | None = None,
 ) -> Trajectory:
     """Run molecular dynamics on ``atoms`` in place.
@@ -41,17 +44,10 @@ def run_md(
     ----------
     atoms
         The structure, with a calculator.
-    ensemble
-        ``nve`` (velocity Verlet), ``nvt`` (Langevin, centre of mass at rest unless atoms are constrained) or
-        ``npt`` (Martyna-Tobias-Klein with a flexible cell; needs a cell periodic in three directions).
-    temperature
-        K; of the initial velocities and of the thermostat.
-    steps, timestep
-        Number of steps and their length in fs.
-    friction
-        Langevin friction in 1/fs.
-    pressure
-        External pressure for ``npt`` in GPa.
+    conditions
+        Ensemble, temperature, time step, thermostat and barostat.
+    steps
+        Number of steps, those before a resumed run included.
     seed
         Of initial velocities and thermostat: the same seed repeats the run.
     interval
@@ -60,55 +56,96 @@ def run_md(
         Draw new velocities; otherwise those of ``atoms`` are kept.
     trajectory
         ``.traj`` or ``.xyz``/``.extxyz`` file for the samples; created once the first energy is known.
+    append
+        Add frames to a trajectory that is there instead of replacing it.
+    restart
+        File that is rewritten after every sample, from which the run can be resumed.
+    resume
+        Go on from ``restart`` exactly as if the run had not stopped; frames after that moment are taken off the trajectory.
+    log
+        Text file with a line for every sample: time in ps, energies in eV, temperature in K, stresses in GPa (``npt``).
     on_sample
-        Called with every :class:`Sample`.
+        Called with every new :class:`Sample`.
 
     Returns
     -------
     Trajectory
-        Energies and temperatures of the samples; frames are in the file alone.
+        Energies and temperatures of the samples; frames are in the file alone. ``stopped`` says ``too hot`` where the run
+        exploded: the samples so far are kept.
 
     Raises
     ------
     DynamicsError
-        For impossible options, or when the energy is not finite any more.
+        For impossible options, a restart file of another run, or when the energy is not finite any more.
     StructureError
         For ``npt`` without a cell in three directions.
     """
-    _check_options(ensemble=ensemble, steps=steps, interval=interval, seed=seed)
-    _check_conditions(
-        timestep=timestep, temperature=temperature, friction=friction, pressure=pressure, ensemble=ensemble
-    )
-    _check_structure(atoms, ensemble)
-    rng = np.random.default_rng(seed)
-    if thermalize:
-        new_momenta(atoms, temperature, rng=rng)
+    if steps < 1 or interval < 1:
+        raise DynamicsError(f"{steps} steps sampled every {interval}: both must be at least 1")
+    if seed < 0:
+        raise DynamicsError(f"a seed of {seed} is impossible; give a whole number that is not negative")
+    conditions.check_structure(atoms)
+    rng, start = np.random.default_rng(seed), atoms.copy()
+    identity = _identity(atoms, conditions, steps=steps, seed=seed, interval=interval)
+    point = RestartPoint.load(_named(restart), identity) if resume else None
+    if point is not None:
+        start.set_cell(point.start_cell)
+        start.positions = point.start_positions
+        point.place(atoms)
+    elif thermalize:
+        new_momenta(atoms, conditions.temperature, rng=rng)
     atoms.get_forces()
-    bonds, start = find_bonds(atoms), atoms.copy()
-    samples: list[Sample] = []
-    broken: set[tuple[int, int]] = set()
-    with _resting_centre(atoms, ensemble), _explained(timestep), frame_writer(trajectory) as write:
-        dynamics = _integrator(
-            atoms, ensemble, temperature, timestep, friction=friction, pressure=pressure, rng=rng
-        )
-        freedom = degrees_of_freedom(atoms, at_rest=thermalize and ensemble == "nve")
+    bonds = find_bonds(start)
+    samples = list(point.samples) if point else []
+    broken = {(int(i), int(j)) for i, j in point.broken_bonds} if point else set()
+    stopped: str | None = None
+    kept = point.n_frames if point else None
+    with _resting_centre(atoms, conditions), _explained(conditions.timestep), ExitStack() as stack:
+        write = stack.enter_context(frame_writer(trajectory, append=append, keep=kept))
+        dynamics = conditions.integrator(atoms, rng)
+        if point is not None:
+            point.resume(dynamics, rng)
+        logger = None
+        if log is not None:
+            stress = conditions.ensemble == "npt"
+            logger = MDLogger(
+                dynamics, atoms, log, header=not resume, stress=stress, mode="a" if resume else "w"
+            )
+            stack.callback(logger.close)
+        freedom = degrees_of_freedom(atoms, at_rest=thermalize and conditions.ensemble == "nve")
         began = perf_counter()
-        for done in _sampled_steps(steps, interval):
+        for done in _sampled_steps(steps, interval, after=samples[-1].step if samples else -1):
             if done:
-                dynamics.run(done - samples[-1].step)
-            samples.append(_sample(atoms, done, timestep, freedom))
-            broken.update((i, j) for i, j in broken_bonds(atoms, bonds).tolist())
+                before = samples[-1].step
+                set_temperature(dynamics, conditions.temperature_at(before / steps))
+                dynamics.run(done - before)
+            samples.append(_sample(atoms, done, conditions.timestep, freedom))
+            broken.update((int(i), int(j)) for i, j in broken_bonds(atoms, bonds))
             write(atoms)
+            if logger is not None:
+                logger()
+            if restart is not None:
+                RestartPoint.of(
+                    dynamics,
+                    identity=identity,
+                    samples=samples,
+                    start=start,
+                    broken_bonds=list(broken),
+                    rng=rng,
+                    n_frames=write.n_frames,
+                ).save(restart)
             if on_sample:
                 on_sample(samples[-1])
+            if stopped := _exploded(samples[-1], conditions):
+                break
         seconds = perf_counter() - began
     none = np.empty((0, len(atoms), 3))
     return Trajectory(
         start=start,
-        ensemble=ensemble,
-        timestep=timestep,
+        ensemble=conditions.ensemble,
+        timestep=conditions.timestep,
         steps=steps,
-        target_temperature=temperature,
+        target_temperature=conditions.temperature,
         times=np.array([sample.time for sample in samples]),
         potential_energies=np.array([sample.potential_energy for sample in samples]),
         kinetic_energies=np.array([sample.kinetic_energy for sample in samples]),
@@ -116,73 +153,38 @@ def run_md(
         positions=none,
         momenta=none,
         forces=none,
+        stopped="too hot" if stopped else None,
+        detail=stopped or "",
+        stopped_at=samples[-1].time if stopped else None,
         broken_bonds=tuple(sorted(broken)),
         seconds=seconds,
     )
 
 
-def _check_options(*, ensemble: str, steps: int, interval: int, seed: int) -> None:
-    if ensemble not in ENSEMBLES:
-        raise DynamicsError(f"unknown ensemble {ensemble!r}; choose one of {', '.join(ENSEMBLES)}")
-    if steps < 1 or interval < 1:
-        raise DynamicsError(f"{steps} steps sampled every {interval}: both must be at least 1")
-    if seed < 0:
-        raise DynamicsError(f"a seed of {seed} is impossible; give a whole number that is not negative")
+def _identity(
+    atoms: Atoms, conditions: Conditions, *, steps: int, seed: int, interval: int
+) -> dict[str, object]:
+    """What a resumed run must have in common with the one before; the number of steps only where it decides a ramp."""
+    ramp = {} if conditions.final_temperature is None else {"steps": steps}
+    fixed = {"formula": atoms.get_chemical_formula("reduce"), "seed": seed, "interval": interval}
+    return {**asdict(conditions), **fixed, **ramp}
 
 
-def _check_conditions(
-    *, timestep: float, temperature: float, friction: float, pressure: float, ensemble: str
-) -> None:
-    if not 0 < timestep < np.inf:
-        raise DynamicsError(f"a time step of {timestep} fs is impossible; it must be positive and finite")
-    if not 0 <= temperature < np.inf:
-        raise DynamicsError(f"{temperature} K are impossible; a temperature is not negative, and finite")
-    if ensemble == "npt" and temperature == 0:
-        raise DynamicsError("npt has no thermostat for 0 K; give a positive temperature, or use nve")
-    if not 0 <= friction < np.inf:
-        raise DynamicsError(f"a friction of {friction}/fs is impossible; it must not be negative, and finite")
-    if not np.isfinite(pressure):
-        raise DynamicsError(f"a pressure of {pressure} GPa is impossible; it must be finite")
+def _named(restart: Path | None) -> Path:
+    if restart is None:
+        raise DynamicsError("a run is resumed from its restart file; name it")
+    return restart
 
 
-def _check_structure(atoms: Atoms, ensemble: str) -> None:
-    if len(atoms) == 0:
-        raise StructureError("the structure has no atoms; give one with at least one")
-    if ensemble == "npt" and not (atoms.pbc.all() and atoms.cell.rank == 3):
-        raise StructureError(
-            f"{atoms.get_chemical_formula()} is not periodic in three directions, so it has no pressure; use "
-            "nvt, or give it a cell and pbc=True"
-        )
-    if ensemble == "npt" and atoms.constraints:
-        raise DynamicsError(
-            "npt does not support constraints; remove them with atoms.set_constraint(), or use nvt"
-        )
-
-
-def _integrator(
-    atoms: Atoms,
-    ensemble: str,
-    temperature: float,
-    timestep: float,
-    *,
-    friction: float,
-    pressure: float,
-    rng: np.random.Generator,
-) -> MolecularDynamics:
-    dt = timestep * units.fs
-    if ensemble == "nve":
-        return VelocityVerlet(atoms, dt)
-    if ensemble == "nvt":
-        return Langevin(
-            atoms, dt, temperature_K=temperature, friction=friction / units.fs, fixcm=False, rng=rng
-        )
-    return MTKNPT(
-        atoms,
-        dt,
-        temperature_K=temperature,
-        pressure_au=pressure * units.GPa,
-        tdamp=100 * dt,
-        pdamp=1000 * dt,
+def _exploded(sample: Sample, conditions: Conditions) -> str | None:
+    """Say what happened where the run became far too hot."""
+    asked = max(conditions.temperature, conditions.final_temperature or 0.0, 300.0)
+    if sample.temperature <= TOO_HOT * asked:
+        return None
+    return (
+        f"after {sample.time:g} fs the temperature is {sample.temperature:.3g} K, though {conditions.temperature:g} K were "
+        f"asked for; use a shorter time step (now {conditions.timestep:g} fs), relax the structure first, or look whether "
+        "the force field knows it"
     )
 
 
@@ -199,9 +201,9 @@ def _explained(timestep: float) -> Iterator[None]:
 
 
 @contextmanager
-def _resting_centre(atoms: Atoms, ensemble: str) -> Iterator[None]:
-    """Fix the centre of mass during Langevin dynamics of otherwise free atoms."""
-    if ensemble != "nvt" or atoms.constraints or len(atoms) == 1:
+def _resting_centre(atoms: Atoms, conditions: Conditions) -> Iterator[None]:
+    """Fix the centre of mass of otherwise free atoms under thermostats that would move it."""
+    if not conditions.rests or atoms.constraints or len(atoms) == 1:
         yield
         return
     atoms.set_constraint(FixCom())
@@ -211,9 +213,9 @@ def _resting_centre(atoms: Atoms, ensemble: str) -> Iterator[None]:
         atoms.set_constraint()
 
 
-def _sampled_steps(steps: int, interval: int) -> Iterator[int]:
-    yield from range(0, steps, interval)
-    yield steps
+def _sampled_steps(steps: int, interval: int, *, after: int) -> Iterator[int]:
+    """Steps at which samples are taken, those of a run before left out."""
+    yield from (step for step in (*range(0, steps, interval), steps) if step > after)
 
 
 def _sample(atoms: Atoms, step: int, timestep: float, freedom: int) -> Sample:

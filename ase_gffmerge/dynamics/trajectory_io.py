@@ -14,7 +14,7 @@ from ase import Atoms
 from ase.io.trajectory import TrajectoryWriter
 
 from ase_gffmerge.dynamics.trajectory import Trajectory
-from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.errors import FileFormatError, first_line
 from ase_gffmerge.storage.atomic import atomic_write, require_writable
 
 SUFFIXES = (".traj", ".xyz", ".extxyz")
@@ -32,37 +32,87 @@ def check_trajectory(path: str | Path) -> Path:
     return path
 
 
-@contextmanager
-def frame_writer(path: str | Path | None) -> Iterator[Callable[[Atoms], None]]:
-    """Give a function that appends a frame with its energy and forces; a file of that name is replaced.
+class FrameWriter:
+    """Appends frames with their energies and forces to a file; every one is complete on disk when the call returns."""
 
-    Every frame is complete on disk when the function returns, so an interrupted run leaves a readable file.
+    def __init__(self, path: Path | None, write: Callable[[Atoms], None], n_frames: int):
+        self._path, self._write, self.n_frames = path, write, n_frames
+
+    def __call__(self, atoms: Atoms) -> None:
+        """Append a frame."""
+        if self._path is None:
+            return
+        with _explained(self._path, self.n_frames):
+            self._write(atoms)
+        self.n_frames += 1
+
+
+@contextmanager
+def frame_writer(
+    path: str | Path | None, *, append: bool = False, keep: int | None = None
+) -> Iterator[FrameWriter]:
+    """Open a trajectory for writing; an interrupted run leaves a readable file.
+
+    Parameters
+    ----------
+    path
+        ``.traj``, ``.xyz`` or ``.extxyz`` file; ``None`` writes nothing.
+    append
+        Keep what is there; otherwise the file is replaced.
+    keep
+        Keep the first so many frames of what is there, and take off the rest.
 
     Raises
     ------
     FileFormatError
-        When the file cannot be written (any more); the frames that are in it stay readable.
+        When the file cannot be written (any more), or holds fewer frames than are to be kept; the frames that are in it
+        stay readable.
     """
     if path is None:
-        yield lambda atoms: None
+        yield FrameWriter(None, lambda atoms: None, 0)
         return
-    path, n_frames = check_trajectory(path), 0
-
-    def write(atoms: Atoms) -> None:
-        nonlocal n_frames
-        with _explained(path, n_frames):
-            append(atoms)
-        n_frames += 1
-
+    path = check_trajectory(path)
+    n_frames = 0
+    if keep is not None:
+        n_frames = _keep_first(path, keep)
+    elif append and path.exists():
+        n_frames = len(_frames(path))
     with ExitStack() as stack:
         with _explained(path, n_frames):
-            append = stack.enter_context(_traj(path) if path.suffix == ".traj" else _extxyz(path))
-        yield write
+            opened = (
+                _traj(path, append=n_frames > 0)
+                if path.suffix == ".traj"
+                else _extxyz(path, append=n_frames > 0)
+            )
+            writer = FrameWriter(path, stack.enter_context(opened), n_frames)
+        yield writer
+
+
+def _frames(path: Path) -> list[Atoms]:
+    try:
+        return list(ase.io.iread(path, index=":"))
+    except Exception as error:  # whatever a damaged file makes ASE say
+        raise FileFormatError(f"{path} cannot be read and so not be continued: {first_line(error)}") from None
+
+
+def _keep_first(path: Path, keep: int) -> int:
+    """Take off the frames after the first ``keep``; gives their number."""
+    frames = _frames(path) if path.exists() else []
+    if len(frames) < keep:
+        raise FileFormatError(
+            f"{path} holds {len(frames)} frames, fewer than the {keep} that the restart file knows of; put the whole "
+            "trajectory back, or begin a new run"
+        )
+    if len(frames) > keep:
+        shortened = path.with_name(f".{path.name}.tmp{path.suffix}")
+        ase.io.write(shortened, frames[:keep])
+        shortened.replace(path)
+    return keep
 
 
 @contextmanager
-def _traj(path: Path) -> Iterator[Callable[[Atoms], None]]:
-    trajectory = TrajectoryWriter(path)
+def _traj(path: Path, *, append: bool) -> Iterator[Callable[[Atoms], None]]:
+    trajectory = TrajectoryWriter(path, mode="a" if append else "w")
     try:
         yield trajectory.write
     finally:
@@ -71,10 +121,11 @@ def _traj(path: Path) -> Iterator[Callable[[Atoms], None]]:
 
 
 @contextmanager
-def _extxyz(path: Path) -> Iterator[Callable[[Atoms], None]]:
-    path.unlink(missing_ok=True)
+def _extxyz(path: Path, *, append: bool) -> Iterator[Callable[[Atoms], None]]:
+    if not append:
+        path.unlink(missing_ok=True)
 
-    def append(atoms: Atoms) -> None:
+    def write(atoms: Atoms) -> None:
         size = path.stat().st_size if path.exists() else 0
         try:
             ase.io.write(path, atoms, format="extxyz", append=True)
@@ -82,7 +133,7 @@ def _extxyz(path: Path) -> Iterator[Callable[[Atoms], None]]:
             os.truncate(path, size)
             raise
 
-    yield append
+    yield write
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from training_plan import TrainingPlan, say, trained
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.dynamics.ase_md import run_md
+from ase_gffmerge.dynamics.integrators import Conditions
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.merging.recipe import load_recipe
@@ -99,7 +100,7 @@ def dynamics(tests: list[list[Atoms]]) -> dict[str, Any]:
     for name, test in zip(NAMES, tests):
         atoms = test[0].copy()
         atoms.calc = GFFMergeCalculator(NAMES, dtype="float64", device="cpu")
-        run = run_md(atoms, ensemble="nve", temperature=300, steps=20_000, timestep=0.5)
+        run = run_md(atoms, Conditions(ensemble="nve", temperature=300, timestep=0.5), steps=20_000)
         result["nve"][name] = {
             "drift_per_atom": run.drift_per_atom,
             "slope_per_atom_per_ps": run.drift_slope_per_atom,
@@ -111,7 +112,9 @@ def dynamics(tests: list[list[Atoms]]) -> dict[str, Any]:
         for seed in range(5):
             atoms = test[0].copy()
             atoms.calc = GFFMergeCalculator(NAMES, device="cpu")
-            run = run_md(atoms, ensemble="nvt", temperature=500, steps=20_000, timestep=0.5, seed=seed)
+            run = run_md(
+                atoms, Conditions(ensemble="nvt", temperature=500, timestep=0.5), steps=20_000, seed=seed
+            )
             held = {"broken_bonds": len(run.broken_bonds), "mean_temperature": run.mean_temperature}
             result["nvt"][name].append(held)
             say(f"NVT {name} seed {seed}: {held}")

@@ -14,6 +14,7 @@ from scipy.spatial.transform import Rotation
 
 from ase_gffmerge.dynamics.ase_md import run_md
 from ase_gffmerge.dynamics.bonds import bonds_intact, find_bonds
+from ase_gffmerge.dynamics.integrators import Conditions
 
 LEVEL_OF_THEORY = "GFN2-xTB"
 TIMESTEP = 0.5
@@ -73,16 +74,16 @@ def sampled(
         Steps before the first frame.
     """
     frames: list[Atoms] = []
-    options = {"ensemble": "nvt", "temperature": temperature, "timestep": TIMESTEP}
-    run_md(atoms, steps=equilibration, seed=2 * seed, **options)
+    conditions = Conditions(ensemble="nvt", temperature=temperature, timestep=TIMESTEP)
+    run_md(atoms, conditions, steps=equilibration, seed=2 * seed)
     run_md(
         atoms,
+        conditions,
         steps=max(1, (n - 1) * interval),
         interval=interval,
         seed=2 * seed + 1,
         thermalize=False,
         on_sample=lambda _: frames.append(snapshot(atoms)),
-        **options,
     )
     return frames[:n]
 

@@ -8,6 +8,7 @@ from ase.constraints import FixAtoms
 
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.dynamics.ase_md import run_md
+from ase_gffmerge.dynamics.integrators import Conditions
 from ase_gffmerge.inference.metrics import labels
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.training.loss import labelled_graph
@@ -34,7 +35,8 @@ def test_a_trajectory_of_our_own_dynamics_can_be_trained_on(tmp_path) -> None:
     atoms = molecule("CH3OH")
     atoms.calc = EMT()
     path = tmp_path / "run.traj"
-    run_md(atoms, ensemble="nvt", temperature=300, steps=10, timestep=0.5, interval=5, trajectory=path)
+    conditions = Conditions(ensemble="nvt", temperature=300, timestep=0.5)
+    run_md(atoms, conditions, steps=10, interval=5, trajectory=path)
     for frame in read_frames(path):
         free = molecule("CH3OH")
         free.positions = frame.positions

@@ -97,6 +97,7 @@ def dynamics(model: Path, trajectory: Path, fatal: int) -> None:
     from ase.build import molecule
 
     from ase_gffmerge.dynamics.ase_md import run_md
+    from ase_gffmerge.dynamics.integrators import Conditions
 
     atoms = molecule("H2O")
     atoms.calc = GFFMergeCalculator(model)
@@ -107,10 +108,8 @@ def dynamics(model: Path, trajectory: Path, fatal: int) -> None:
 
     run_md(
         atoms,
-        ensemble="nve",
-        temperature=50,
+        Conditions(ensemble="nve", temperature=50, timestep=0.1),
         steps=fatal + 5,
-        timestep=0.1,
         interval=1,
         trajectory=trajectory,
         on_sample=watch,

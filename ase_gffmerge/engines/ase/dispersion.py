@@ -24,7 +24,9 @@ DAMPINGS = {
 }
 """Damping functions by the name that users write, and their classes in :mod:`dftd3.interface`."""
 
-_CONTAINS = re.compile(r"(?i)(?<![a-z0-9])(d[234](\(?m?(bj|zero|0)\)?)?|mbd|r?vv10|vdw[a-z0-9-]*)(?![a-z0-9])")
+_CONTAINS = re.compile(
+    r"(?i)(?<![a-z0-9])(d[234](\(?m?(bj|zero|0)\)?)?|mbd|r?vv10|vdw[a-z0-9-]*)(?![a-z0-9])"
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class Dispersion:
         return f"{self.damping}:{self.functional}"
 
     def results(self, atoms: Atoms) -> dict[str, float | np.ndarray]:
-        """Contributions to ``energy`` (eV), ``forces`` (n_atoms, 3) in eV/Å and, with three cell vectors, ``stress`` (6,) in eV/Å^3.
+        """Contributions to ``energy`` (eV), ``forces`` (n_atoms, 3) in eV/Å and ``stress`` (6,) in eV/Å^3.
+
+        The stress is there for structures with three cell vectors.
 
         Raises
         ------

@@ -10,6 +10,7 @@ import torch
 from ase.calculators.calculator import Calculator
 
 from ase_gffmerge.dynamics.ase_md import run_md
+from ase_gffmerge.dynamics.integrators import Conditions
 from ase_gffmerge.dynamics.trajectory import Sample, Trajectory
 from ase_gffmerge.evaluation.comparison.measurement import run_timed
 from ase_gffmerge.evaluation.table import Column, Table
@@ -164,10 +165,8 @@ def run_dynamics(
 
             runs[ensemble][name] = run_md(
                 atoms,
-                ensemble=ensemble,
-                temperature=TEMPERATURES[ensemble],
+                Conditions(ensemble=ensemble, temperature=TEMPERATURES[ensemble], timestep=TIMESTEP),
                 steps=n,
-                timestep=TIMESTEP,
                 trajectory=out / f"{name}-{ensemble}.traj",
                 on_sample=watch,
             )

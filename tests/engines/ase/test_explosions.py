@@ -7,6 +7,7 @@ from ase.calculators.calculator import CalculationFailed
 from ase.md import VelocityVerlet, thermalize_momenta
 
 from ase_gffmerge.dynamics.ase_md import run_md
+from ase_gffmerge.dynamics.integrators import Conditions
 from ase_gffmerge.errors import GFFMergeError, StructureError
 from ase_gffmerge.graphs import neighbor_list as neighbours
 from helpers.structures import cluster, crystal
@@ -69,4 +70,4 @@ def test_dynamics_with_an_absurd_time_step_ends(painn_calc, build):
     atoms = build()
     atoms.calc = painn_calc
     with pytest.raises(GFFMergeError, match="time step"):
-        run_md(atoms, ensemble="nve", temperature=300, steps=5, timestep=1e12)
+        run_md(atoms, Conditions(ensemble="nve", temperature=300, timestep=1e12), steps=5)
