@@ -72,8 +72,16 @@ def md(
     """
     from ase_gffmerge.cli.structures import prepared
     from ase_gffmerge.dynamics.ase_md import run_md
+    from ase_gffmerge.dynamics.integrators import Conditions
 
     atoms = prepared(model, structure, out=out, device=device, dtype=dtype.value, specialist=specialist)
+    conditions = Conditions(
+        ensemble=ensemble.value,
+        temperature=temperature,
+        timestep=timestep,
+        friction=friction,
+        pressure=pressure,
+    )
     monitor = extrapolation_monitor(atoms, extrapolation, threshold=threshold, trajectory=out)
     with progress_bar(f"{ensemble.value} at {temperature:g} K") as progress:
         last: list[Sample] = []
@@ -87,12 +95,8 @@ def md(
         try:
             result = run_md(
                 atoms,
-                ensemble=ensemble.value,
-                temperature=temperature,
+                conditions,
                 steps=steps,
-                timestep=timestep,
-                friction=friction,
-                pressure=pressure,
                 seed=seed,
                 interval=interval,
                 trajectory=out,
@@ -106,6 +110,10 @@ def md(
         document |= {"extrapolation_largest": monitor.largest, "extrapolation_beyond": monitor.n_beyond}
     if as_json:
         print_json(document)
+    if result.stopped:
+        note(f"gffmerge: stopped: {result.detail}; {out} holds what came before")
+        raise typer.Exit(1)
+    if as_json:
         return
     document["broken_bonds"] = len(result.broken_bonds)
     print_values({LABELS.get(key, key): value for key, value in document.items()})

@@ -109,7 +109,7 @@ def run_md(
         if log is not None:
             stress = conditions.ensemble == "npt"
             logger = MDLogger(
-                dynamics, atoms, log, header=not resume, stress=stress, mode="a" if resume else "w"
+                dynamics, atoms, str(log), header=not resume, stress=stress, mode="a" if resume else "w"
             )
             stack.callback(logger.close)
         freedom = degrees_of_freedom(atoms, at_rest=thermalize and conditions.ensemble == "nve")

@@ -156,6 +156,7 @@ class Trajectory:
             "potential_energy": float(self.potential_energies[-1]),
             "total_energy": float(self.total_energies[-1]),
             "broken_bonds": [list(pair) for pair in self.broken_bonds],
+            "stopped": self.stopped,
         }
         if self.ensemble == "nve":
             summary |= {

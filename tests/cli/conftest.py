@@ -25,7 +25,7 @@ HYPER = {"channels": 8, "n_blocks": 1, "n_radial": 4, "cutoff": 4.0}
 
 
 @dataclass(frozen=True)
-class MergeOutput:
+class Outcome:
     """What a command printed and returned."""
 
     code: int
@@ -47,15 +47,15 @@ class MergeOutput:
 
 
 @pytest.fixture
-def gffmerge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., MergeOutput]:
+def gffmerge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GFFMERGE_CACHE", str(tmp_path / "cache"))
 
-    def run(*arguments: object) -> MergeOutput:
+    def run(*arguments: object) -> Outcome:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="gffmerge")
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
-        return MergeOutput(result.exit_code, result.stdout, result.stderr)
+        return Outcome(result.exit_code, result.stdout, result.stderr)
 
     return run
 

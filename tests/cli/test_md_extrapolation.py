@@ -62,5 +62,5 @@ def test_record_writes_beside_the_trajectory(run, tmp_path: Path) -> None:
 
 
 def test_asking_a_model_that_cannot_tell(run) -> None:
-    assert "has no extrapolation gauge" in run("plain", "whole", "--extrapolation", "warn").error()
+    assert "has no extrapolation grade" in run("plain", "whole", "--extrapolation", "warn").error()
     assert "threshold" in run("gauged", "whole", "--threshold", 0).error()
