@@ -13,9 +13,9 @@ starts and what it is pulled to. Then, for one block of the network after the ot
 
 and for the whole:
 
-5. **a force-matched readout** (:mod:`.readout_fit`): energies, forces and stresses are linear in the last layer, and in many
-   more random features of the same network; on frames and copies that each specialist visits (:mod:`.augmentation`), along
-   displacements and strains (:mod:`.directions`);
+5. **a force-matched readout** (:mod:`.readout_fit`): energies, forces and stresses are linear in the last layer, and in
+   many more random features of the same network (:mod:`.random_features`); on frames and copies that each specialist
+   visits (:mod:`.augmentation`), along displacements and strains (:mod:`.directions`);
 6. **energy references** (:mod:`.reference_energies`): one zero of energy for all.
 
 :mod:`.diagnostics` compares the result with every specialist and :mod:`.report` gives the verdict. :mod:`.paper` is the

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from ase_gffmerge.models.layers.gather import many_probes
+from ase_gffmerge.models.layers.gather import many_directions
 
 Tensors = tuple[Tensor, ...]
 
@@ -59,6 +59,6 @@ def differentiable_pushforward(function: Callable[..., Tensor | Tensors], inputs
     if not inputs.tangent:
         return as_tuple(*inputs.value)
     values_and_tangents = vmap(lambda *t: jvp(as_tuple, inputs.value, t), out_dims=(None, 0))  # type: ignore[arg-type]
-    with many_probes():
+    with many_directions():
         values, tangents = values_and_tangents(*inputs.tangent)  # type: ignore[misc]
     return values + tangents

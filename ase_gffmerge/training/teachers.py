@@ -18,7 +18,7 @@ from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.inference.metrics import check_frames
 from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
 from ase_gffmerge.merging.compatibility import working_copies
-from ase_gffmerge.merging.recipe import DistillOptions, ReadoutOptions
+from ase_gffmerge.merging.recipe import DistillOptions
 from ase_gffmerge.merging.reference_energies import align_references
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.batching import chunks
@@ -30,9 +30,6 @@ HELD_OUT = 10
 
 STARTS = 4
 """Frames from which a specialist samples."""
-
-COPYING = {"copies", "max_copied_edges", "temperature", "interval", "displacement", "seed"}
-"""Options of copies, which have the same names in :class:`~ase_gffmerge.merging.recipe.ReadoutOptions`."""
 
 MAX_ATOMS = 500
 """Atoms per batch of labels."""
@@ -167,8 +164,7 @@ def with_visited_copies(
     specialist: ForceField, frames: Sequence[Atoms], options: DistillOptions
 ) -> list[Atoms]:
     """Frames, and structures that the specialist's dynamics visits from them (:mod:`ase_gffmerge.merging.augmentation`)."""
-    copying = ReadoutOptions(**options.model_dump(include=COPYING))
-    return with_copies(specialist, frames, copying, n_copies=copies_per_frame(specialist, frames, copying))
+    return with_copies(specialist, frames, options, n_copies=copies_per_frame(specialist, frames, options))
 
 
 def displaced_copies(frames: Sequence[Atoms], options: DistillOptions) -> list[Atoms]:

@@ -8,14 +8,13 @@ from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.merging.directions import Directions, displacement_directions
-from ase_gffmerge.merging.readout_fit import (
+from ase_gffmerge.merging.random_features import (
     MAX_UNKNOWNS,
     draw_random_features,
-    fit_readout,
     random_feature_derivatives,
-    readout_rows,
     with_random_feature_readout,
 )
+from ase_gffmerge.merging.readout_fit import fit_readout, readout_rows
 from ase_gffmerge.merging.recipe import ReadoutOptions
 
 OPTIONS = ReadoutOptions(width=12, blocks=2)

@@ -8,26 +8,26 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-_many_probes: ContextVar[bool] = ContextVar("many_probes", default=False)
+_many_directions: ContextVar[bool] = ContextVar("many_directions", default=False)
 
 
 @contextmanager
-def many_probes() -> Iterator[None]:
-    """Let :func:`take_rows` be fast along many probes at once; a single evaluation is slower by a few hundredths."""
-    token = _many_probes.set(True)
+def many_directions() -> Iterator[None]:
+    """Let :func:`take_rows` be fast along many directions at once; a single evaluation is slower by a few hundredths."""
+    token = _many_directions.set(True)
     try:
         yield
     finally:
-        _many_probes.reset(token)
+        _many_directions.reset(token)
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Collect ``x[rows]`` (n, ...) from x (m, ...).
 
-    It is ``index_select``, whose derivatives along many probes at once (``vmap`` of ``jvp``) PyTorch takes one element at a
-    time; within :func:`many_probes` they are rows of rows.
+    It is ``index_select``, whose derivatives along many directions at once (``vmap`` of ``jvp``) PyTorch takes one element at a
+    time; within :func:`many_directions` they are rows of rows.
     """
-    if torch.compiler.is_compiling() or not _many_probes.get():
+    if torch.compiler.is_compiling() or not _many_directions.get():
         return x.index_select(0, rows)
     collected: Tensor = _Rows.apply(x, rows)
     return collected

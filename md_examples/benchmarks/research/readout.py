@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from ase_gffmerge.merging.readout_fit import draw_random_features, random_feature_readout
+from ase_gffmerge.merging.random_features import draw_random_features, random_feature_readout
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.layers.readout import RandomFeatureReadout
 from research.bench import Bench, MergeOutput, Trial
