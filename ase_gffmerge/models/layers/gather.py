@@ -24,8 +24,8 @@ def many_directions() -> Iterator[None]:
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Collect ``x[rows]`` (n, ...) from x (m, ...).
 
-    It is ``index_select``, whose derivatives along many directions at once (``vmap`` of ``jvp``) PyTorch takes one element at
-    a time; within :func:`many_directions` they are rows of rows.
+    It is ``index_select``, whose derivatives along many directions at once (``vmap`` of ``jvp``) PyTorch takes one element
+    at a time; within :func:`many_directions` they are rows of rows.
     """
     if torch.compiler.is_compiling() or not _many_directions.get():
         return x.index_select(0, rows)
