@@ -9,22 +9,27 @@ example ``-- --index-url https://download.pytorch.org/whl/cpu`` for a torch with
 
 import argparse
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES, LINEAR = "tests/integrations/test_pages.py", "tests/models/test_element_linear.py"
-TESTS = {
-    "chgnet": ["tests/integrations/test_chgnet.py"],
-    "nequip": ["tests/integrations/test_nequip_package.py", PAGES, LINEAR],
-    "sevennet": ["tests/integrations/test_sevennet.py", PAGES, LINEAR],
-    "orb": ["tests/integrations/test_orb.py", PAGES],
-    "mace": ["tests/integrations/test_mace.py", PAGES, LINEAR],
-}
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
-SHOWN = ("torch", "e3nn", "ase", "numpy", "chgnet", "nequip", "sevenn", "orb-models", "mace-torch")
+
+
+def tests_of(vendor: str) -> list[str]:
+    """Files of tests that belong to a vendor: its own, its page's, and those of layers that several vendors share."""
+    own, page = f"tests/integrations/test_{vendor}.py", ROOT / "md_examples" / "vendors" / f"{vendor}.md"
+    shared = ["tests/integrations/test_pages.py", "tests/models/test_element_linear.py"]
+    return [own, *(shared if page.exists() else [])]
+
+
+VENDORS = [extra for extra in EXTRAS if (ROOT / tests_of(extra)[0]).exists()]
+"""A vendor is an optional extra of the package that has tests of its own."""
 
 
 def build(vendor: str, folder: Path, pip_options: list[str]) -> Path:
@@ -37,18 +42,19 @@ def build(vendor: str, folder: Path, pip_options: list[str]) -> Path:
     return python
 
 
-def versions(python: Path) -> str:
+def versions(python: Path, vendor: str) -> str:
     """What was installed, for the record."""
+    shown = {"torch", "e3nn", "ase", "numpy", *(re.split(r"[<>=]", name)[0] for name in EXTRAS[vendor])}
     listing = subprocess.run(
         [str(python), "-m", "pip", "list", "--format=freeze"], check=True, capture_output=True, text=True
     ).stdout
-    wanted = [line for line in listing.splitlines() if line.partition("==")[0].lower() in SHOWN]
+    wanted = [line for line in listing.splitlines() if line.partition("==")[0].lower() in shown]
     return ", ".join(wanted)
 
 
 def run_tests(python: Path, vendor: str) -> int:
     """Run the tests with one thread; 0 when all of them pass."""
-    command = [str(python), "-m", "pytest", "-q", "-rs", *TESTS[vendor]]
+    command = [str(python), "-m", "pytest", "-q", "-rs", *tests_of(vendor)]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
 
 
@@ -61,15 +67,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("vendors", nargs="*", help=f"of {', '.join(TESTS)}; default: all")
+    parser.add_argument("vendors", nargs="*", help=f"of {', '.join(VENDORS)}; default: all")
     parser.add_argument("--folder", type=Path, default=Path("environments"))
     arguments = parser.parse_args(own)
-    if unknown := set(arguments.vendors) - set(TESTS):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(TESTS)}")
+    if unknown := set(arguments.vendors) - set(VENDORS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(VENDORS)}")
     failed = []
-    for vendor in arguments.vendors or TESTS:
+    for vendor in arguments.vendors or VENDORS:
         python = build(vendor, arguments.folder.resolve(), pip_options)
-        print(f"{vendor}: {versions(python)}", flush=True)
+        print(f"{vendor}: {versions(python, vendor)}", flush=True)
         if run_tests(python, vendor):
             failed.append(vendor)
     print(f"failed: {', '.join(failed)}" if failed else "all passed")

@@ -8,12 +8,13 @@ of the package together with the names of the entries that it reads and writes.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.graphs.graph import Topology
+from ase_gffmerge.integrations.base import VendorObject
 from ase_gffmerge.models.base import HyperParameters, Potential, Stage, State
 from ase_gffmerge.models.layers.e3nn_compat import keep_plain
 from ase_gffmerge.models.layers.linear import ElementLinear
@@ -35,7 +36,7 @@ class PackageHyper(HyperParameters):
     config: str = "{}"
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, VendorObject]:
         """The arguments as a dictionary."""
         return dict(json.loads(self.config))
 
@@ -96,9 +97,9 @@ class ModuleStage(Stage):
 
 
 class ChainPotential(Potential):
-    """A potential made of links, in float64 when it is new.
+    """A potential whose stages are modules of another package, in float64 when it is new.
 
-    What the links hold as constants (Clebsch-Gordan coefficients and the like) follows every cast from its values in
+    What the modules hold as constants (Clebsch-Gordan coefficients and the like) follows every cast from its values in
     float64, so that a cast there and back changes weights alone, and is not stored in files.
 
     Attributes
@@ -167,18 +168,30 @@ class ChainPotential(Potential):
         """Entries by name."""
         return ChainGeometry(self.indices(vectors, graph), self.edge_entries, self.edge_functions(vectors))
 
+    def energies(self, scalars: Sequence[Tensor], vectors: Tensor, graph: Topology) -> Tensor:
+        """Energies of the readout, and the repulsion, if there is one."""
+        energies, repulsion = (
+            super().energies(scalars, vectors, graph),
+            self.repulsion_energies(vectors, graph),
+        )
+        return energies if repulsion is None else energies + repulsion.double()
+
+    def repulsion_energies(self, vectors: Tensor, graph: Topology) -> Tensor | None:
+        """Short-range repulsion (n_atoms,) in eV that is a function of elements and distances and is not merged."""
+        return None
+
     def scalars(self, state: State) -> Tensor:
-        """Even scalars, the first ``channels`` of the features of the links."""
+        """Even scalars, the first ``channels`` of the first entry of the state."""
         return state[0][:, : self.hyper.channels]
 
 
-def _leave_out_constants(potential: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _leave_out_constants(potential: ChainPotential, state: dict[str, Tensor], prefix: str, _: object) -> None:
     """Keep the constants out of a state dictionary."""
     for name in potential._stored:
         state.pop(prefix + name)
 
 
-def _put_in_constants(potential: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _put_in_constants(potential: ChainPotential, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Let the constants be what they are when a state dictionary is loaded."""
     for name in potential._stored:
         state[prefix + name] = potential.get_buffer(name)

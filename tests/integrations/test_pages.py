@@ -20,9 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 FOLDER = Path(__file__).parents[2] / "md_examples" / "vendors"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.md"))}
-TESTS = {"nequip": "test_nequip_package", "sevennet": "test_sevennet", "orb": "test_orb", "mace": "test_mace"}
-"""Modules with ``build`` and ``checkpoint``, which are skipped where the vendor's package is absent."""
-
 SMALLER = {"mace": {"num_interactions": 1, "correlation": 2, "max_ell": 1}}
 """What is changed to make a page take a few seconds less."""
 
@@ -31,7 +28,7 @@ NAMES = ("ethanol", "malonaldehyde")
 
 def module_of(page: str) -> ModuleType:
     """The module of that vendor's tests."""
-    path = Path(__file__).with_name(f"{TESTS[page]}.py")
+    path = Path(__file__).with_name(f"test_{page}.py")
     spec = spec_from_file_location(path.stem, path)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)

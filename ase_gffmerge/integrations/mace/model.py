@@ -260,10 +260,9 @@ class MACEPackage(ChainPotential):
         """Edge vectors and their spherical harmonics."""
         return vectors, self.harmonics(vectors)
 
-    def energies(self, scalars: Sequence[Tensor], vectors: Tensor, graph: Topology) -> Tensor:
-        """Energies of the readout, and the repulsion, which is no matter of a merge."""
-        energies = super().energies(scalars, vectors, graph)
-        return energies if self.repulsion is None else energies + self.repulsion(vectors, graph).double()
+    def repulsion_energies(self, vectors: Tensor, graph: Topology) -> Tensor | None:
+        """The package's, times a factor per element."""
+        return None if self.repulsion is None else self.repulsion(vectors, graph)
 
 
 def _replace_empty_parameters(root: nn.Module) -> None:

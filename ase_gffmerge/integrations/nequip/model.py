@@ -5,7 +5,7 @@ Bessel functions, cutoff and spherical harmonics are functions of the edge vecto
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -161,14 +161,11 @@ class NequIPPackage(ChainPotential):
         bessel = torch.sinc(x * n) * n * (2 * math.pi / self.hyper.cutoff**2)
         return bessel * envelope(x, self._power), self.harmonics(vectors)
 
-    def energies(self, scalars: Sequence[Tensor], vectors: Tensor, graph: Topology) -> Tensor:
-        """Energies of the readout, and the repulsion, which is no matter of a merge."""
-        energies = super().energies(scalars, vectors, graph)
+    def repulsion_energies(self, vectors: Tensor, graph: Topology) -> Tensor | None:
+        """The package's."""
         if self.repulsion is None:
-            return energies
-        return (
-            energies
-            + self.repulsion(
-                vectors, graph, self.species_row[graph.atomic_numbers], self.hyper.cutoff
-            ).double()
+            return None
+        energies: Tensor = self.repulsion(
+            vectors, graph, self.species_row[graph.atomic_numbers], self.hyper.cutoff
         )
+        return energies

@@ -208,14 +208,10 @@ class OrbPackage(ChainPotential):
         products = self.bessel(lengths)[:, :, None] * self.harmonics(vectors)[:, None, :]
         return cutoff * products.flatten(1), cutoff
 
-    def energies(self, scalars: Sequence[Tensor], vectors: Tensor, graph: Topology) -> Tensor:
-        """Energies of the readout, and the repulsion, which is no matter of a merge."""
-        energies = super().energies(scalars, vectors, graph)
-        return energies if self.repulsion is None else energies + self._repulsion(vectors, graph).double()
-
-    def _repulsion(self, vectors: Tensor, graph: Topology) -> Tensor:
-        """Short-range repulsion of Ziegler, Biersack and Littmark, each atom's part (n_atoms,) in eV."""
-        assert self.repulsion is not None
+    def repulsion_energies(self, vectors: Tensor, graph: Topology) -> Tensor | None:
+        """Each atom's part of the mean repulsion of Ziegler, Biersack and Littmark."""
+        if self.repulsion is None:
+            return None
         found = self.indices(vectors, graph)
         batch = SimpleNamespace(
             senders=found["senders"],
