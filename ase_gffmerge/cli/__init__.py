@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -22,7 +22,7 @@ from ase_gffmerge.cli import (
     sample,
     train,
 )
-from ase_gffmerge.cli.variadic import VariadicCommand
+from ase_gffmerge.cli.options import VariadicCommand
 
 
 class Verbs(TyperGroup):
@@ -65,31 +65,63 @@ app = typer.Typer(
     cls=Verbs,
     help="Merge specialist graph-neural-network force fields in closed form and run them in ASE.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo.demo)
-app.command("convert")(convert.convert)
-app.command("train")(train.train)
-app.command("merge")(merge.merge)
-app.command("distill", cls=VariadicCommand)(distill.distill)
-app.command("compare", cls=VariadicCommand)(compare.compare)
-app.command("evaluate")(evaluate.evaluate)
-app.command("info")(info.info)
-app.command("benchmark", cls=VariadicCommand)(benchmark.benchmark)
-app.command("md")(md.md)
-app.command("relax")(relax.relax)
-app.command("sample", cls=VariadicCommand)(sample.sample)
-app.add_typer(cache.app, name="cache")
+EXAMPLES = {
+    "demo": "gffmerge demo --out results",
+    "convert": "gffmerge convert chgnet:fine-tuned.pth.tar copper.safetensors --calibration copper.extxyz",
+    "train": "gffmerge train ethanol.extxyz --out ethanol.safetensors --init rmd17-base --epochs 50",
+    "merge": "gffmerge merge ethanol.safetensors malonaldehyde.safetensors --out merged.safetensors",
+    "distill": "gffmerge distill rmd17-ethanol rmd17-malonaldehyde --out distilled.safetensors --epochs 10",
+    "compare": "gffmerge compare rmd17-ethanol rmd17-malonaldehyde --methods mean gffmerge --plot errors.png",
+    "evaluate": "gffmerge evaluate rmd17-ethanol merged.safetensors ethanol.extxyz",
+    "info": "gffmerge info rmd17-ethanol",
+    "benchmark": "gffmerge benchmark rmd17-ethanol rmd17-malonaldehyde --only step scaling",
+    "md": "gffmerge md rmd17-ethanol ethanol.xyz --ensemble nvt --temperature 300 --steps 1000 --out run.traj",
+    "relax": "gffmerge relax rmd17-ethanol ethanol.xyz --out relaxed.xyz --fmax 0.01",
+    "sample": "gffmerge sample rmd17-ethanol ethanol.xyz --out frames.extxyz --frames 100",
+}
+"""One line for every verb, shown at the end of its help."""
+VERBS = {
+    "demo": demo.demo,
+    "convert": convert.convert,
+    "train": train.train,
+    "merge": merge.merge,
+    "distill": distill.distill,
+    "compare": compare.compare,
+    "evaluate": evaluate.evaluate,
+    "info": info.info,
+    "benchmark": benchmark.benchmark,
+    "md": md.md,
+    "relax": relax.relax,
+    "sample": sample.sample,
+}
+for _name, _verb in VERBS.items():
+    app.command(_name, cls=VariadicCommand, epilog=f"Example: {EXAMPLES[_name]}")(_verb)
+app.add_typer(cache.app, name="cache", epilog="Example: gffmerge cache list")
 
 
-@app.command("data")
+@app.command("data", epilog="Example: gffmerge data list")
 def _data() -> None:
     """List, show and fetch public data sets."""
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from ase_gffmerge import __version__
+
+        typer.echo(f"gffmerge {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and end."),
+    ] = False,
+) -> None:
     pass
 
 

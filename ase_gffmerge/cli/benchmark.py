@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ase_gffmerge.cli.options import DeviceOption, DType, JsonOption
-from ase_gffmerge.cli.output import print_json, print_table, progress_bar
+from ase_gffmerge.cli.options import CacheDirOption, DeviceOption, DType, JsonOption, OverwriteOption
+from ase_gffmerge.cli.output import print_json, print_table, progress_bar, require_outputs
 from ase_gffmerge.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def benchmark(
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Of the networks.")] = DType.float32,
     device: DeviceOption = "auto",
+    cache_dir: CacheDirOption = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure merging, MD steps, scaling and memory on this machine, as ratios to what they are compared with.
@@ -68,12 +70,11 @@ def benchmark(
         plot_scaling,
         run_benchmark,
     )
-    from ase_gffmerge.storage.atomic import require_writable
 
     for path in with_ or ():
         load_rows(path)
     if plot:
-        require_writable(plot)
+        require_outputs(plot, overwrite=overwrite)
         if only and "scaling" not in only:
             raise BenchmarkError("--plot draws the row scaling, which --only leaves out; add --only scaling")
     sizes = {"sizes": atoms, "scaling": scaling}
@@ -83,6 +84,7 @@ def benchmark(
             specialists or DEFAULT,
             device=device,
             dtype=dtype,
+            cache_dir=cache_dir,
             steps=steps,
             repeats=repeats,
             compile=compile,
@@ -107,7 +109,13 @@ def benchmark(
 
 
 def make_bench(
-    sources: Sequence[str], *, device: str, dtype: DType, progress: Progress, **options: Any
+    sources: Sequence[str],
+    *,
+    device: str,
+    dtype: DType,
+    cache_dir: Path | None,
+    progress: Progress,
+    **options: Any,
 ) -> "Bench":
     """Load the specialists, merge several through the cache, and say how calculators are made."""
     from ase_gffmerge.engines.ase.calculator import GFFMergeCalculator
@@ -117,7 +125,12 @@ def make_bench(
 
     def from_files(count: int, progress: Progress | None = None) -> GFFMergeCalculator:
         return GFFMergeCalculator(
-            list(sources[:count]), device=device, dtype=dtype.value, compile=False, progress=progress
+            list(sources[:count]),
+            device=device,
+            dtype=dtype.value,
+            compile=False,
+            cache_dir=cache_dir,
+            progress=progress,
         )
 
     def calculator(force_field: "ForceField", compiled: bool) -> "Calculator":

@@ -1,28 +1,24 @@
 """``gffmerge cache``: merged potentials on disk."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ase_gffmerge.cli.options import JsonOption
+from ase_gffmerge.cli.options import CacheDirOption, JsonOption
 from ase_gffmerge.cli.output import print_json
 
 if TYPE_CHECKING:
     from ase_gffmerge.workflows.cache import CacheEntry
 
 app = typer.Typer(help="List, verify and clear the cache of merged potentials.", no_args_is_help=True)
-DirOption = Annotated[
-    Path | None, typer.Option("--dir", help="The folder [default: $GFFMERGE_CACHE, else the user's cache].")
-]
 
 
-@app.command("list")
-def list_entries(directory: DirOption = None, as_json: JsonOption = False) -> None:
+@app.command("list", epilog="Example: gffmerge cache list --json")
+def list_entries(cache_dir: CacheDirOption = None, as_json: JsonOption = False) -> None:
     """List merged potentials, oldest first."""
     from ase_gffmerge.workflows.cache import MergeCache
 
-    cache = MergeCache(directory)
+    cache = MergeCache(cache_dir)
     entries = [describe(entry) for entry in cache.entries()]
     if as_json:
         print_json({"directory": str(cache.directory), "entries": entries})
@@ -35,12 +31,12 @@ def list_entries(directory: DirOption = None, as_json: JsonOption = False) -> No
     typer.echo(f"{len(entries)} merged potential(s) in {cache.directory}", err=True)
 
 
-@app.command("verify")
-def verify(directory: DirOption = None, as_json: JsonOption = False) -> None:
+@app.command("verify", epilog="Example: gffmerge cache verify")
+def verify(cache_dir: CacheDirOption = None, as_json: JsonOption = False) -> None:
     """Read every entry and compare its digest; exit code 1 when one is corrupt."""
     from ase_gffmerge.workflows.cache import MergeCache
 
-    cache = MergeCache(directory)
+    cache = MergeCache(cache_dir)
     checks = [{**describe(check.entry), "ok": check.ok, "problem": check.problem} for check in cache.verify()]
     if as_json:
         print_json({"directory": str(cache.directory), "entries": checks})
@@ -53,12 +49,12 @@ def verify(directory: DirOption = None, as_json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command("clear")
-def clear(directory: DirOption = None, as_json: JsonOption = False) -> None:
+@app.command("clear", epilog="Example: gffmerge cache clear --cache-dir scratch")
+def clear(cache_dir: CacheDirOption = None, as_json: JsonOption = False) -> None:
     """Delete all entries."""
     from ase_gffmerge.workflows.cache import MergeCache
 
-    cache = MergeCache(directory)
+    cache = MergeCache(cache_dir)
     deleted = [describe(entry) for entry in cache.clear()]
     if as_json:
         print_json({"directory": str(cache.directory), "deleted": deleted})

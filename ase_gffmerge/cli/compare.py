@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ase_gffmerge.cli.options import DeviceOption, JsonOption
-from ase_gffmerge.cli.output import note, print_json, print_table, progress_bar
+from ase_gffmerge.cli.options import DeviceOption, JsonOption, OverwriteOption
+from ase_gffmerge.cli.output import note, print_json, print_table, progress_bar, require_outputs
 from ase_gffmerge.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -41,16 +41,15 @@ def compare(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is already finished.")] = False,
     device: DeviceOption = "auto",
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare all ways to use specialists together on frames that none of them has seen."""
     from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs, read_labelled, read_tests
     from ase_gffmerge.evaluation.comparison.store import RowStore, default_folder
     from ase_gffmerge.integrations.load import load_force_field
-    from ase_gffmerge.storage.atomic import require_writable
 
-    for path in filter(None, (markdown, plot)):
-        require_writable(path)
+    require_outputs(markdown, plot, inputs=[*specialists, *(test or ())], overwrite=overwrite)
     tests = read_tests(specialists, test or ())
     labelled = read_labelled(labels, specialists, option="--labels") if labels else ()
     merge_inputs = make_merge_inputs(

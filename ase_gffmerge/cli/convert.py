@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ase_gffmerge.cli.options import JsonOption
-from ase_gffmerge.cli.output import note, print_json
-from ase_gffmerge.cli.structures import require_other
+from ase_gffmerge.cli.options import JsonOption, OverwriteOption
+from ase_gffmerge.cli.output import note, print_json, require_outputs
 
 
 def convert(
@@ -35,6 +34,7 @@ def convert(
     trust: Annotated[
         bool, typer.Option("--trust", help="Load a file that executes code: only one of your own.")
     ] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a specialist of another package's force field, or write that package's format."""
@@ -45,7 +45,7 @@ def convert(
     from ase_gffmerge.integrations.load import export, load_force_field
 
     converted = vendor_source(source)
-    require_other(out, [converted[1] if converted else source, *filter(None, [calibration])])
+    require_outputs(out, inputs=[converted[1] if converted else source, calibration], overwrite=overwrite)
     specialist = load_force_field(source, trust=trust, name=name, level_of_theory=level_of_theory)
     if calibration is not None:
         found = read_frames(calibration)

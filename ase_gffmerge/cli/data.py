@@ -17,7 +17,7 @@ app = typer.Typer(help="List, show and fetch public data sets.", no_args_is_help
 NameArgument = Annotated[str, typer.Argument(help="Name of a data set, or path of a manifest (.yaml).")]
 
 
-@app.command("list")
+@app.command("list", epilog="Example: gffmerge data list --json")
 def list_command(as_json: JsonOption = False) -> None:
     """List the data sets with a manifest."""
     manifests = [load_manifest(name) for name in list_manifests()]
@@ -32,7 +32,7 @@ def list_command(as_json: JsonOption = False) -> None:
     print_table(Table(columns=columns, rows=tuple(rows)))
 
 
-@app.command("show")
+@app.command("show", epilog="Example: gffmerge data show rmd17")
 def show_command(name: NameArgument, as_json: JsonOption = False) -> None:
     """Show all that a manifest says: rights, units, keys, splits, files and hashes."""
     manifest = load_manifest(name)
@@ -45,7 +45,7 @@ def show_command(name: NameArgument, as_json: JsonOption = False) -> None:
     print_table(Table(columns=columns, rows=tuple(files)))
 
 
-@app.command("fetch")
+@app.command("fetch", epilog="Example: gffmerge data fetch rmd17 --file ethanol --dir data")
 def fetch_command(
     name: NameArgument,
     files: Annotated[

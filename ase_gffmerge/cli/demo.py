@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ase_gffmerge.cli.options import DeviceOption, DType, JsonOption
-from ase_gffmerge.cli.output import note, plain, print_json, print_table, progress_bar
+from ase_gffmerge.cli.options import CacheDirOption, DeviceOption, DType, JsonOption, OverwriteOption
+from ase_gffmerge.cli.output import note, plain, print_json, print_table, progress_bar, require_outputs
 from ase_gffmerge.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -25,17 +25,15 @@ def demo(
     nve_ps: Annotated[float, typer.Option(min=0.001, help="Length of NVE at 300 K, ps.")] = 1.0,
     dtype: Annotated[DType, typer.Option(help="Of the merged network.")] = DType.float32,
     device: DeviceOption = "auto",
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Of merged potentials [default: $GFFMERGE_CACHE, else the user's].")
-    ] = None,
+    cache_dir: CacheDirOption = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Merge the bundled specialists, compare with the baselines, run both molecules with one calculator."""
     from ase_gffmerge.evaluation.comparison.demo import DemoResult, compare_models, demo_table, run_dynamics
     from ase_gffmerge.integrations.load import load_force_field
-    from ase_gffmerge.storage.atomic import require_writable
 
-    require_writable(out / "demo.json")
+    require_outputs(out / "demo.json", out / "demo.md", out / "parity.png", overwrite=overwrite)
     with progress_bar("merging") as progress:
         calc, seconds = merged_calculator(
             dtype=dtype, device=device, cache_dir=cache_dir, progress=section(progress, 0.0, 0.3)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ase_gffmerge.cli.options import DeviceOption, JsonOption
-from ase_gffmerge.cli.output import EpochWatch, note, print_json, progress_bar
-from ase_gffmerge.cli.structures import require_other
+from ase_gffmerge.cli.options import CacheDirOption, DeviceOption, JsonOption, OverwriteOption
+from ase_gffmerge.cli.output import EpochWatch, note, print_json, progress_bar, require_outputs
 
 if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField
@@ -25,7 +24,7 @@ def distill(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the frames [default: of the recipe].")
     ] = None,
-    frames: Annotated[
+    calibration: Annotated[
         list[Path] | None,
         typer.Option(
             help="More frames, labels not needed: one file per specialist, in order; several values."
@@ -35,6 +34,8 @@ def distill(
         str, typer.Option(help="gffmerge, paper, mean, or a YAML file (its refine holds the options).")
     ] = "gffmerge",
     device: DeviceOption = "auto",
+    cache_dir: CacheDirOption = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a merge on its specialists' own energies and forces; no labels are needed.
@@ -45,7 +46,6 @@ def distill(
     from ase_gffmerge.evaluation.plots import plot_history
     from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.merging.recipe import DistillOptions, load_recipe
-    from ase_gffmerge.storage.atomic import require_writable
     from ase_gffmerge.training.checkpoint import checkpoint_path
     from ase_gffmerge.training.distill import distill
 
@@ -53,10 +53,12 @@ def distill(
     options = (chosen.refine or DistillOptions()).model_copy(update={"epochs": epochs} if epochs else {})
     chosen = chosen.model_copy(update={"refine": options})
     loaded = [load_force_field(source) for source in specialists]
-    extra = [read_frames(path) for path in frames] if frames else None
-    require_other(out, [*specialists, *(frames or ()), *filter(None, [init])])
-    require_writable(out)
-    start = load_force_field(init) if init else merged_start(loaded, chosen, device)
+    extra = [read_frames(path) for path in calibration] if calibration else None
+    curve = out.with_name(f"{out.name.removesuffix('.safetensors')}.png")
+    require_outputs(out, curve, inputs=[*specialists, *(calibration or ()), init], overwrite=overwrite)
+    start = (
+        load_force_field(init) if init else merged_start(loaded, chosen, device=device, cache_dir=cache_dir)
+    )
     with progress_bar("distilling") as progress:
         progress(0.0, "the specialists label their frames")
         watch = EpochWatch(options.epochs, progress)
@@ -74,12 +76,14 @@ def distill(
             raise KeyboardInterrupt(watch.farewell()) from None
     distilled.to(device="cpu").save(out)
     checkpoint_path(out).unlink(missing_ok=True)
-    curve = plot_history(history, out.with_name(f"{out.name.removesuffix('.safetensors')}.png"))
+    plot_history(history, curve)
     run = {"out": str(out), "loss_curve": str(curve), "epochs": len(history.rows)}
     report(distilled, run, history.start, as_json=as_json)
 
 
-def merged_start(specialists: "Sequence[ForceField]", recipe: "Recipe", device: str) -> "ForceField":
+def merged_start(
+    specialists: "Sequence[ForceField]", recipe: "Recipe", *, device: str, cache_dir: Path | None
+) -> "ForceField":
     """Merge through the cache; the verdict on this start does not matter."""
     from ase_gffmerge.errors import MergeWarning
     from ase_gffmerge.merging.compatibility import check_compatible
@@ -92,7 +96,10 @@ def merged_start(specialists: "Sequence[ForceField]", recipe: "Recipe", device: 
     with progress_bar("merging") as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)
         return resolve(
-            given, MergeOptions(recipe=plain), device=resolve_device(device), progress=progress
+            given,
+            MergeOptions(recipe=plain, cache_dir=cache_dir),
+            device=resolve_device(device),
+            progress=progress,
         ).force_field
 
 

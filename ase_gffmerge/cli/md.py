@@ -11,10 +11,12 @@ from ase_gffmerge.cli.options import (
     DType,
     JsonOption,
     ModelArgument,
+    OverwriteOption,
     SpecialistOption,
     StructureArgument,
+    prepared,
 )
-from ase_gffmerge.cli.output import note, print_json, print_values, progress_bar
+from ase_gffmerge.cli.output import note, print_json, print_values, progress_bar, require_outputs
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -64,17 +66,18 @@ def md(
         ),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Extrapolation grade to act on; 1 is the edge.")] = 2.0,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run molecular dynamics from fresh velocities and write a trajectory with energies and forces.
 
     nve: velocity Verlet; nvt: Langevin; npt: Martyna-Tobias-Klein with a flexible cell.
     """
-    from ase_gffmerge.cli.structures import prepared
     from ase_gffmerge.dynamics.ase_md import run_md
     from ase_gffmerge.dynamics.integrators import Conditions
 
-    atoms = prepared(model, structure, out=out, device=device, dtype=dtype.value, specialist=specialist)
+    require_outputs(out, inputs=[structure, model], overwrite=overwrite)
+    atoms = prepared(model, structure, device=device, dtype=dtype.value, specialist=specialist)
     conditions = Conditions(
         ensemble=ensemble.value,
         temperature=temperature,

@@ -5,14 +5,20 @@ from typing import Annotated
 
 import typer
 
-from ase_gffmerge.cli.options import Conditioning, DeviceOption, JsonOption
-from ase_gffmerge.cli.output import note, print_json, progress_bar
-from ase_gffmerge.cli.structures import require_other
+from ase_gffmerge.cli.options import Conditioning, DeviceOption, JsonOption, OverwriteOption
+from ase_gffmerge.cli.output import note, print_json, progress_bar, require_outputs
 
 
 def merge(
     specialists: Annotated[list[str], typer.Argument(help="Files or bundled names.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Merged file to write (.safetensors).", show_default=False)],
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Frames that a specialist knows, labels not needed: one file per specialist, in order; several values "
+            "[default: those in the specialists' files]."
+        ),
+    ] = None,
     recipe: Annotated[str, typer.Option(help="gffmerge, paper, mean, or a YAML file.")] = "gffmerge",
     conditioning: Annotated[
         Conditioning | None, typer.Option(help="One surface, or one per specialist [default: of the recipe].")
@@ -30,13 +36,13 @@ def merge(
     ] = 0,
     loop_temperature: Annotated[float, typer.Option(help="Of that dynamics, K.")] = 500.0,
     report: Annotated[Path | None, typer.Option(help="Also write the report as a web page (HTML).")] = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Merge specialists by least squares and write one potential with its report."""
-    from ase_gffmerge.integrations.load import load_force_field
+    from ase_gffmerge.integrations.load import as_force_field, with_frames
     from ase_gffmerge.merging.recipe import ClosedLoopOptions, load_recipe
     from ase_gffmerge.merging.report_plot import save_html
-    from ase_gffmerge.storage.atomic import require_writable
     from ase_gffmerge.storage.documents import validated
     from ase_gffmerge.workflows.merge import merge as merge_specialists
 
@@ -48,10 +54,9 @@ def merge(
         allow_unrelated=allow_unrelated or None,
         closed_loop=validated(ClosedLoopOptions, loop, source="--closed-loop") if closed_loop else None,
     )
-    loaded = [load_force_field(source) for source in specialists]
-    for path in filter(None, (out, report)):
-        require_other(path, specialists)
-        require_writable(path)
+    given = with_frames(specialists, calibration) if calibration else specialists
+    loaded = [as_force_field(source) for source in given]
+    require_outputs(out, report, inputs=[*specialists, *(calibration or ())], overwrite=overwrite)
     with progress_bar("merging") as progress:
         merged, result = merge_specialists(loaded, chosen, device=device, progress=progress)
     merged.save(out)

@@ -3,8 +3,9 @@
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -54,6 +55,38 @@ def print_values(values: Mapping[str, Any]) -> None:
         name: value if isinstance(value, str | float | int) else str(value) for name, value in values.items()
     }
     print_table(Table.of_values(written))
+
+
+def require_outputs(
+    *paths: Path | None, inputs: Sequence[str | Path | None] = (), overwrite: bool = False
+) -> None:
+    """Refuse a run whose result would be lost, or would replace something: before long work, not after it.
+
+    Parameters
+    ----------
+    *paths
+        Files to be written; ``None`` is left out.
+    inputs
+        Files that are read, which are never written over.
+    overwrite
+        Whether files that exist may be replaced.
+
+    Raises
+    ------
+    FileFormatError
+        For the first that must not or cannot be written.
+    """
+    from ase_gffmerge.errors import FileFormatError
+    from ase_gffmerge.storage.atomic import require_writable
+
+    for path in filter(None, paths):
+        if any(known and path.exists() and Path(known).exists() and path.samefile(known) for known in inputs):
+            raise FileFormatError(
+                f"cannot write {path}: it is the input, which would be lost; choose another name"
+            )
+        if path.is_file() and not overwrite:
+            raise FileFormatError(f"{path} exists; choose another name, or replace it with --overwrite")
+        require_writable(path)
 
 
 def note(message: str) -> None:

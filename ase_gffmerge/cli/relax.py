@@ -11,11 +11,13 @@ from ase_gffmerge.cli.options import (
     DType,
     JsonOption,
     ModelArgument,
+    OverwriteOption,
     SpecialistOption,
     StructureArgument,
     positive,
+    prepared,
 )
-from ase_gffmerge.cli.output import note, print_json, print_values, progress_bar
+from ase_gffmerge.cli.output import note, print_json, print_values, progress_bar, require_outputs
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -41,13 +43,13 @@ def relax(
     dtype: Annotated[DType, typer.Option(help="Of the network.")] = DType.float64,
     device: DeviceOption = "auto",
     specialist: SpecialistOption = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Relax a structure; exit code 1 when it did not converge (the structure is written)."""
-    from ase_gffmerge.cli.structures import prepared
-
     file_format = output_format(out)
-    atoms = prepared(model, structure, out=out, device=device, dtype=dtype.value, specialist=specialist)
+    require_outputs(out, inputs=[structure, model], overwrite=overwrite)
+    atoms = prepared(model, structure, device=device, dtype=dtype.value, specialist=specialist)
     check_cell(atoms, cell)
     before = energy(atoms)
     try_format(atoms, file_format)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ase_gffmerge.cli.options import DeviceOption, JsonOption
-from ase_gffmerge.cli.output import note, print_json, print_values, progress_bar
+from ase_gffmerge.cli.options import DeviceOption, JsonOption, OverwriteOption
+from ase_gffmerge.cli.output import note, print_json, print_values, progress_bar, require_outputs
 
 if TYPE_CHECKING:
     from ase_gffmerge.sampling.calibration_frames import SampleResult
@@ -21,7 +21,7 @@ def sample(
     attach: Annotated[
         Path | None, typer.Option(help="Force field to write with these calibration frames (.safetensors).")
     ] = None,
-    n: Annotated[int, typer.Option("--n", help="Frames wanted.")] = 100,
+    frames: Annotated[int, typer.Option(help="Frames wanted.")] = 100,
     temperatures: Annotated[
         list[float] | None, typer.Option(help="Ladder in K; several values [default: 300 500 700].")
     ] = None,
@@ -34,26 +34,25 @@ def sample(
     ] = True,
     seed: Annotated[int, typer.Option(help="Of velocities, thermostat and displacements.")] = 0,
     device: DeviceOption = "auto",
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Sample calibration frames by molecular dynamics with the specialist itself; no data set is needed.
 
     Broken, overlapping or overheated structures are refused and counted; a fifth of the frames are displaced copies.
     """
-    from ase_gffmerge.cli.structures import require_other
     from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.runtime.devices import resolve_device
     from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames
     from ase_gffmerge.storage.documents import validated
 
-    given: dict[str, Any] = {"n": n, "time": time, "copies": copies, "relax": relax, "seed": seed}
+    given: dict[str, Any] = {"n": frames, "time": time, "copies": copies, "relax": relax, "seed": seed}
     if temperatures:
         given["temperatures"] = temperatures
     options = validated(SampleOptions, given, source="gffmerge sample")
-    check_outputs(out, attach)
-    if out:
-        require_other(out, structures)
+    check_names(out, attach)
+    require_outputs(out, attach, inputs=[*structures, specialist], overwrite=overwrite)
     force_field = load_force_field(specialist).to(device=resolve_device(device))
     starts = [atoms for path in structures for atoms in read_frames(path)]
     with progress_bar("sampling") as progress:
@@ -70,21 +69,17 @@ def sample(
     report(result, {"out": out, "attached": attach}, as_json=as_json)
 
 
-def check_outputs(out: Path | None, attach: Path | None) -> None:
-    """Refuse a run whose result would be lost."""
+def check_names(out: Path | None, attach: Path | None) -> None:
+    """Refuse a run whose result has nowhere to go, or would get a name of another format."""
     from ase_gffmerge.errors import FileFormatError
-    from ase_gffmerge.storage.atomic import require_writable
 
     if out is None and attach is None:
         raise FileFormatError(
             "the frames have nowhere to go: give --out frames.extxyz or --attach file.safetensors"
         )
     for path, suffixes in ((out, (".xyz", ".extxyz")), (attach, (".safetensors",))):
-        if path is None:
-            continue
-        if path.suffix not in suffixes:
+        if path and path.suffix not in suffixes:
             raise FileFormatError(f"cannot write {path}: its name must end in {' or '.join(suffixes)}")
-        require_writable(path)
 
 
 def write_extxyz(out: Path, result: "SampleResult") -> None:

@@ -6,9 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ase_gffmerge.cli.options import DeviceOption, EnergyKey, ForcesKey, JsonOption, StressKey
-from ase_gffmerge.cli.output import EpochWatch, print_json, print_values, progress_bar
-from ase_gffmerge.cli.structures import require_other
+from ase_gffmerge.cli.options import (
+    DeviceOption,
+    EnergyKey,
+    ForcesKey,
+    JsonOption,
+    OverwriteOption,
+    StressKey,
+)
+from ase_gffmerge.cli.output import EpochWatch, print_json, print_values, progress_bar, require_outputs
 
 if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField
@@ -33,7 +39,9 @@ def train(
         int | None, typer.Option(help="Of initial weights, split and order [default: 0].")
     ] = None,
     device: DeviceOption = "auto",
-    calibration: Annotated[int, typer.Option(help="Training frames kept, unlabelled, for merging.")] = 100,
+    keep: Annotated[
+        int, typer.Option("--frames", help="Training frames kept, unlabelled, for merging.")
+    ] = 100,
     test: Annotated[list[Path] | None, typer.Option(help="Labelled frames to test on; repeatable.")] = None,
     references: Annotated[
         str,
@@ -45,6 +53,7 @@ def train(
     forces_key: ForcesKey = None,
     stress_key: StressKey = None,
     name: Annotated[str | None, typer.Option(help="Name of the specialist [default: name of --out].")] = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a specialist; a killed training continues when the same command is run again."""
@@ -55,7 +64,8 @@ def train(
     from ase_gffmerge.training.initialization import load_references
 
     options = load_config(config, model=model, epochs=epochs, seed=seed)
-    require_other(out, [*frames, *(test or ()), *filter(None, [init])])
+    curve = out.with_name(f"{out.name.removesuffix('.safetensors')}.png")
+    require_outputs(out, curve, inputs=[*frames, *(test or ()), init], overwrite=overwrite)
     started = perf_counter()
     with progress_bar("training") as progress:
         watch = EpochWatch(options.epochs, progress)
@@ -67,7 +77,7 @@ def train(
                 name=name,
                 init=load_force_field(init) if init else None,
                 references=None if references == "auto" else load_references(Path(references)),
-                n_calibration=calibration,
+                n_calibration=keep,
                 test=test or (),
                 keys={"energy": energy_key, "forces": forces_key, "stress": stress_key},
                 device=device,
@@ -75,7 +85,7 @@ def train(
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(watch.farewell()) from None
-    curve = plot_history(trained[1], out.with_name(f"{out.name.removesuffix('.safetensors')}.png"))
+    plot_history(trained[1], curve)
     report(summary(trained, out, curve, perf_counter() - started), as_json)
 
 

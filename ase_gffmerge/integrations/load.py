@@ -63,7 +63,7 @@ def load_force_field(
     if parts := vendor_source(source):
         found = from_vendor(*parts, trust=trust).to(device=device, dtype=dtype)
     else:
-        found = ForceField.load(local_file(source), device=device, dtype=dtype)
+        found = _own(local_file(source), device=device, dtype=dtype)
     changes = {"name": name, "level_of_theory": level_of_theory, "calibration": _structures(calibration)}
     return replace(found, **{key: value for key, value in changes.items() if value})  # type: ignore[arg-type]
 
@@ -122,6 +122,20 @@ def export(force_field: ForceField, path: str | Path) -> Path:
         When the architecture is no other package's, or holds what its format cannot.
     """
     return adapter_for(force_field.potential.architecture).write(force_field.potential, Path(path))
+
+
+def _own(path: Path, *, device: str | torch.device, dtype: torch.dtype | None) -> ForceField:
+    """Load one of our own files; others are told how another package's file is named."""
+    try:
+        return ForceField.load(path, device=device, dtype=dtype)
+    except FileFormatError as error:
+        if path.suffix == ".safetensors" or not path.is_file():
+            raise
+        first, *rest = ADAPTERS
+        raise FileFormatError(
+            f"{path} is not a readable safetensors file; if another package wrote it, write {first}:{path} (or "
+            f"{', '.join(f'{vendor}:' for vendor in rest)} before the name)"
+        ) from error
 
 
 def local_file(source: str | Path) -> Path:

@@ -52,7 +52,7 @@ def _check_alone(specialist: ForceField, recipe: Recipe) -> None:
     if not specialist.calibration and recipe.method != "mean":
         raise FramesError(
             f"{specialist.name!r} carries no calibration frames, without which a merge cannot see what it knows; add "
-            "some with ForceField.with_calibration(frames), or train with --calibration N"
+            "some with ForceField.with_calibration(frames), or train with --frames N"
         )
     if broken := first_not_finite(specialist.potential):
         raise IncompatibleSpecialistsError(

@@ -133,7 +133,7 @@ def _header(handle: BinaryIO) -> dict[str, str]:
     n_bytes = os.fstat(handle.fileno()).st_size
     n_header = int.from_bytes(handle.read(8), "little")
     if 8 + n_header > n_bytes:
-        raise ValueError(f"a header of {n_header} bytes in a file of {n_bytes}")
+        raise ValueError("it has no header of that kind")
     header = json.loads(handle.read(n_header))
     strings = header.pop("__metadata__", {})
     end = 8 + n_header + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)

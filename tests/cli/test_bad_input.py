@@ -36,7 +36,7 @@ BAD = [
     (("relax", *WATER, "--out", "out.db"), "cannot write the structure to out.db"),
     (("relax", *WATER, "--out", "out.xyz.gz"), "cannot write the structure to out.xyz.gz"),
     (("relax", *WATER, "--out", "out.vasp"), "in the format 'vasp'"),
-    (("sample", *WATER, "--out", "water.xyz", "--n", 1), "it is the input"),
+    (("sample", *WATER, "--out", "water.xyz", "--frames", 1), "it is the input"),
     (("merge", "base.safetensors", "water.safetensors", "--out", "water.safetensors"), "it is the input"),
     (("distill", "base.safetensors", "water.safetensors", "--out", "base.safetensors"), "it is the input"),
     (("train", "water.xyz", "--init", "base.safetensors", "--out", "base.safetensors"), "it is the input"),
@@ -82,10 +82,38 @@ def test_formats_that_hold_a_crystal(gffmerge, files: Path, suffix: str) -> None
     assert {path.name for path in files.iterdir() if path.name.startswith(".")} == set()
 
 
-def test_a_run_onto_another_file_is_no_overwriting(gffmerge, files: Path) -> None:
+def test_what_exists_is_replaced_only_when_told(gffmerge, files: Path) -> None:
     write(files / "out.traj", molecule("H2O"))
-    assert gffmerge("md", *WATER, *NVT, "--temperature", 1, "--interval", 1).code == 0
+    run = ("md", *WATER, *NVT, "--temperature", 1, "--interval", 1)
+    assert "out.traj exists; choose another name, or replace it with --overwrite" in gffmerge(*run).error()
+    assert len(read("out.traj", ":")) == 1
+    assert gffmerge(*run, "--overwrite").code == 0
     assert len(read("out.traj", ":")) == 3
+
+
+EXISTING = [
+    ("relax", *WATER, "--out", "x.xyz"),
+    ("train", "water.xyz", "--out", "x.safetensors", "--config", "tiny.yaml"),
+    ("train", "water.xyz", "--out", "new.safetensors", "--config", "tiny.yaml"),
+    ("merge", "methanol.safetensors", "water.safetensors", "--out", "x.safetensors"),
+    ("merge", "methanol.safetensors", "water.safetensors", "--out", "new.safetensors", "--report", "x.html"),
+    ("distill", "methanol.safetensors", "water.safetensors", "--out", "x.safetensors"),
+    ("sample", *WATER, "--out", "x.xyz"),
+    ("sample", *WATER, "--attach", "x.safetensors"),
+    ("convert", "water.safetensors", "x.safetensors"),
+    ("benchmark", WATER[0], "--plot", "new.png"),
+    ("compare", "methanol.safetensors", "water.safetensors", "--markdown", "x.html"),
+    ("demo", "--out", "."),
+]
+
+
+@pytest.mark.parametrize("arguments", EXISTING, ids=[f"{i}-{row[0]}" for i, row in enumerate(EXISTING)])
+def test_no_verb_replaces_a_file_untold(gffmerge, files: Path, arguments: tuple[object, ...]) -> None:
+    for name in ("x.xyz", "x.safetensors", "x.html", "new.png", "demo.json"):
+        (files / name).write_text("precious")
+    before = {path: path.read_bytes() for path in files.iterdir()}
+    assert "exists; choose another name, or replace it with --overwrite" in gffmerge(*arguments).error()
+    assert {path: path.read_bytes() for path in files.iterdir()} == before
 
 
 @pytest.mark.parametrize("field", ["picoseconds", "temperature", "timestep"])

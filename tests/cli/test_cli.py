@@ -1,17 +1,22 @@
 """Every verb on tiny models; bad input gives one line, exit code 2, and leaves nothing behind."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 import torch
+import typer
 from ase import Atoms
 from ase.io import read, write
 
+from ase_gffmerge import __version__
+from ase_gffmerge.cli import EXAMPLES, VERBS, app
 from ase_gffmerge.forcefield.force_field import ForceField
 
 
@@ -45,13 +50,92 @@ def test_main_is_the_entry_point() -> None:
     assert done.stderr.count("\n") == 1
 
 
+def plain(shown: str) -> str:
+    """Help without the frames that a terminal's width decides on."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", shown).split())
+
+
+COMMANDS = [(verb,) for verb in VERBS]
+COMMANDS += [("cache", verb) for verb in ("list", "verify", "clear")]
+COMMANDS += [("data", verb) for verb in ("list", "show", "fetch")]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_has_an_example(gffmerge, monkeypatch, command: tuple[str, ...], width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = plain(gffmerge(*command, "--help").out)
+    assert f"Example: gffmerge {' '.join(command)}" in text
+    assert "--json" in text
+
+
+def test_examples_name_options_that_exist() -> None:
+    commands = typer.main.get_command(app).commands
+    for verb, example in EXAMPLES.items():
+        known = {text for option in commands[verb].params for text in option.opts}
+        given = [word for word in example.split() if word.startswith("--")]
+        assert set(given) <= known, example
+
+
+def test_options_mean_the_same_everywhere() -> None:
+    """One type for every name: a number of frames here and a file of frames there cannot be remembered."""
+    kinds: dict[str, set[str]] = {}
+    for verb in VERBS.values():
+        for name, hint in get_type_hints(verb, include_extras=True).items():
+            for option in getattr(hint, "__metadata__", ()):
+                if isinstance(option, typer.models.OptionInfo):
+                    declared = (*(option.param_decls or ()), f"--{name.replace('_', '-')}")[0]
+                    kind = re.sub(r"list\[|\]| \| None|<class '|'>", "", str(hint.__origin__))
+                    kinds.setdefault(declared, set()).add(kind)
+    assert len(kinds) > 30
+    assert {name: found for name, found in kinds.items() if len(found) > 1} == {}
+
+
+def test_version(gffmerge) -> None:
+    assert gffmerge("--version").out == f"gffmerge {__version__}\n"
+
+
+def test_files_of_other_packages_without_their_name(gffmerge, files: Path) -> None:
+    torch.save({"model": torch.ones(3)}, files / "a.pth.tar")
+    for arguments in (
+        ("info", "a.pth.tar"),
+        ("merge", "a.pth.tar", "water.safetensors", "--out", "m.safetensors"),
+    ):
+        assert "write chgnet:a.pth.tar" in gffmerge(*arguments).error()
+
+
+def test_merge_with_frames_from_files(gffmerge, files: Path) -> None:
+    bare = [replace(ForceField.load(f"{name}.safetensors"), calibration=()) for name in ("methanol", "water")]
+    for force_field in bare:
+        force_field.save(f"bare-{force_field.name}.safetensors")
+    merge = ("merge", "bare-methanol.safetensors", "bare-water.safetensors", "--recipe", "fast.yaml")
+    frames = ("--calibration", "methanol.xyz", "water.xyz")
+    assert "calibration" in gffmerge(*merge, "--out", "m.safetensors").error()
+    assert "one file" in gffmerge(*merge, "--out", "m.safetensors", "--calibration", "water.xyz").error()
+    assert gffmerge(*merge, "--out", "m.safetensors", *frames).code == 0
+    assert (
+        gffmerge(
+            "merge",
+            "methanol.safetensors",
+            "water.safetensors",
+            "--recipe",
+            "fast.yaml",
+            "--out",
+            "n.safetensors",
+        ).code
+        == 0
+    )
+    one, other = (ForceField.load(f"{name}.safetensors").potential.state_dict() for name in "mn")
+    assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in one)
+
+
 # -- the verbs --
 
 
 def test_train(gffmerge, files: Path) -> None:
     document = gffmerge(
         "train", "methanol.xyz", "water.xyz", "--out", "new.safetensors", "--config", "tiny.yaml",
-        "--calibration", 3, "--test", "water.xyz", "--seed", 5, "--name", "both", "--json",
+        "--frames", 3, "--test", "water.xyz", "--seed", 5, "--name", "both", "--json",
     ).json()  # fmt: skip
     specialist = ForceField.load("new.safetensors")
     assert document["fingerprint"] == specialist.fingerprint
@@ -117,7 +201,7 @@ def test_train_interrupted_and_continued(gffmerge, files: Path, monkeypatch) -> 
 
 
 def test_train_warns_about_another_checkpoint(gffmerge, files: Path) -> None:
-    command = ["train", "methanol.xyz", "--out", "new.safetensors", "--config", "tiny.yaml"]
+    command = ["train", "methanol.xyz", "--out", "new.safetensors", "--config", "tiny.yaml", "--overwrite"]
     assert gffmerge(*command).code == 0
     (files / "new.checkpoint.safetensors").write_bytes(b"x" * 20)
     again = gffmerge(*command)
@@ -319,26 +403,26 @@ def test_relax_with_the_cell(gffmerge, files: Path) -> None:
 
 def test_cache(gffmerge, merged: Path, tmp_path: Path) -> None:
     folder = tmp_path / "store"
-    assert gffmerge("cache", "list", "--dir", folder, "--json").json()["entries"] == []
+    assert gffmerge("cache", "list", "--cache-dir", folder, "--json").json()["entries"] == []
     folder.mkdir(exist_ok=True)
     key = "0" * 64
     force_field = ForceField.load(merged)
-    entry = replace(force_field, merged=replace(force_field.merged, key=key)).save(
+    entry = replace(force_field, merged=replace(force_field.merged, cache_key=key)).save(
         folder / f"{key}.safetensors"
     )
-    (listed,) = gffmerge("cache", "list", "--dir", folder, "--json").json()["entries"]
+    (listed,) = gffmerge("cache", "list", "--cache-dir", folder, "--json").json()["entries"]
     assert (listed["key"], listed["specialists"]) == (key, ["methanol", "water"])
     assert listed["size"] == entry.stat().st_size
-    assert "methanol + water" in gffmerge("cache", "list", "--dir", folder).out
-    assert gffmerge("cache", "verify", "--dir", folder, "--json").json()["entries"][0]["ok"] is True
+    assert "methanol + water" in gffmerge("cache", "list", "--cache-dir", folder).out
+    assert gffmerge("cache", "verify", "--cache-dir", folder, "--json").json()["entries"][0]["ok"] is True
     data = bytearray(entry.read_bytes())
     data[-1] ^= 1
     entry.write_bytes(data)
-    broken = gffmerge("cache", "verify", "--dir", folder)
+    broken = gffmerge("cache", "verify", "--cache-dir", folder)
     assert broken.code == 1
     assert "altered" in broken.out
-    assert len(gffmerge("cache", "clear", "--dir", folder, "--json").json()["deleted"]) == 1
-    assert gffmerge("cache", "list", "--dir", folder).out == ""
+    assert len(gffmerge("cache", "clear", "--cache-dir", folder, "--json").json()["deleted"]) == 1
+    assert gffmerge("cache", "list", "--cache-dir", folder).out == ""
 
 
 # -- bad input --

@@ -9,7 +9,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
-from ase_gffmerge.cli.variadic import spread
+from ase_gffmerge.cli.options import spread
 from ase_gffmerge.data.hashing import geometry_keys
 from ase_gffmerge.evaluation.comparison import compare as comparison
 from ase_gffmerge.forcefield.force_field import ForceField

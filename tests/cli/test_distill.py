@@ -45,7 +45,7 @@ def test_frames_epochs_and_a_start_of_ones_own(gffmerge, recipe: Path) -> None:
     gffmerge("merge", *PAIR, "--out", "mean.safetensors", "--recipe", "mean", "--device", "cpu")
     done = gffmerge(
         *("distill", *PAIR, "--out", "a.safetensors", "--init", "mean.safetensors", "--recipe", recipe),
-        *("--epochs", 1, "--frames", "methanol.xyz", "water.xyz", "--device", "cpu"),
+        *("--epochs", 1, "--calibration", "methanol.xyz", "water.xyz", "--device", "cpu"),
     )
     assert done.code == 0, done.err
     assert "methanol: merged differs by" in done.out
@@ -87,7 +87,7 @@ def test_interrupted_run_says_how_to_go_on_and_does(
     [
         (("methanol.safetensors", "--out", "a.safetensors"), "at least two"),
         ((*PAIR, "--out", "a.safetensors", "--init", "none.safetensors"), "no specialist"),
-        ((*PAIR, "--out", "a.safetensors", "--frames", "water.xyz"), "give one set each"),
+        ((*PAIR, "--out", "a.safetensors", "--calibration", "water.xyz"), "give one set each"),
         ((*PAIR, "--out", "a.safetensors", "--epochs", "0"), "epochs"),
         ((*PAIR, "--out", "a.safetensors", "--recipe", "broken.yaml"), "did you mean 'epochs'"),
         ((*PAIR, "--out", "tiny.yaml/a.safetensors"), "cannot write"),

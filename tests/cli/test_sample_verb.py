@@ -15,7 +15,7 @@ def ethanol(tmp_path):
 
 
 def test_frames_are_written_and_attached(gffmerge, ethanol, tmp_path):
-    few = ("--n", 5, "--temperatures", 100, 200, "--time", 0.24, "--copies", 1, "--no-relax")
+    few = ("--frames", 5, "--temperatures", 100, 200, "--time", 0.24, "--copies", 1, "--no-relax")
     document = gffmerge(
         "sample", "rmd17-ethanol", ethanol, "--out", "f.extxyz", "--attach", "s.safetensors", *few, "--json"
     ).json()
@@ -35,7 +35,7 @@ def test_bad_requests_are_refused_in_one_line(gffmerge, ethanol):
     assert "nowhere to go" in gffmerge("sample", "rmd17-ethanol", ethanol).error()
     assert ".extxyz" in gffmerge("sample", "rmd17-ethanol", ethanol, "--out", "frames.npz").error()
     assert ".safetensors" in gffmerge("sample", "rmd17-ethanol", ethanol, "--attach", "frames.xyz").error()
-    wrong = gffmerge("sample", "rmd17-ethanol", ethanol, "--out", "f.xyz", "--n", 0)
+    wrong = gffmerge("sample", "rmd17-ethanol", ethanol, "--out", "f.xyz", "--frames", 0)
     assert "n: Input should be greater than or equal to 1" in wrong.error()
     cold = gffmerge(
         "sample", "rmd17-ethanol", ethanol, "--out", "f.xyz", "--temperatures=300", "--temperatures=-5"

@@ -30,7 +30,7 @@ UNITS = {
     "cost": "time of the specialist",
 }
 REMEDIES = {
-    Requirement.FRAMES: "needs calibration frames of every specialist; train with --calibration N",
+    Requirement.FRAMES: "needs calibration frames of every specialist; train with --frames N",
     Requirement.BASE: "needs the common base, which is not bundled; give its file with --base",
     Requirement.LABELS: "needs labelled training frames; give them with --labels, once per specialist",
 }
