@@ -49,9 +49,8 @@ def files_of(work: Callable[[], object]) -> dict[str, list[str]]:
         code = frame.f_code
         if code.co_name == "<module>":
             importing += 1 if event == "call" else -1
-        elif event == "call" and not importing and code.co_filename.startswith(PACKAGE):
-            if code.co_flags & inspect.CO_OPTIMIZED:  # the bodies of classes are not
-                codes.add(code)
+        elif event == "call" and not importing and code.co_flags & inspect.CO_OPTIMIZED:  # no class's body
+            codes.add(code)
 
     threading.setprofile(note)
     sys.setprofile(note)
@@ -62,6 +61,8 @@ def files_of(work: Callable[[], object]) -> dict[str, list[str]]:
         threading.setprofile(None)
     found: dict[str, list[str]] = {}
     for code in codes:
+        if not code.co_filename.startswith(PACKAGE):
+            continue
         found.setdefault(code.co_filename.removeprefix(PACKAGE), []).append(code.co_qualname)
     return {name: sorted(found[name]) for name in sorted(found)}
 
