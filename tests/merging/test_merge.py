@@ -253,6 +253,8 @@ def test_cuda_that_is_not_there_is_refused(family, monkeypatch) -> None:
         ("nonsense", "neither a recipe file nor one of the recipes"),
         ("papr", "did you mean 'paper'"),
         ({"weights": "heavy"}, "weights"),
+        ({"preset": "paper", "messages": True}, "the method 'paper' has neither messages nor a readout"),
+        ({"method": "mean", "readout": {"width": 8}}, "take the method 'closed-form'"),
     ],
 )
 def test_bad_recipes_say_what_is_wrong(source, message) -> None:
@@ -272,6 +274,11 @@ def test_recipe_from_yaml(tmp_path) -> None:
     path.write_text("- not\n- a mapping\n")
     with pytest.raises(RecipeError, match="mapping"):
         load_recipe(path)
+
+
+def test_a_method_without_its_preset_is_the_preset() -> None:
+    assert load_recipe({"method": "paper"}) == PRESETS["paper"]
+    assert load_recipe(PRESETS["paper"].model_dump()) == PRESETS["paper"]
 
 
 def strained_crystals(n: int, seed: int) -> list[Atoms]:

@@ -7,7 +7,8 @@ from torch.func import functional_call
 from torch_geometric.nn import Linear as GeometricLinear
 
 from ase_gffmerge.merging.activations import affine_layers, layer_input
-from ase_gffmerge.models.affine_maps import is_affine, layer_maps
+from ase_gffmerge.models import affine_maps
+from ase_gffmerge.models.affine_maps import AffineMap, flat_rows, is_affine, layer_maps, register_layer
 
 
 def equivariant() -> tuple[o3.Linear, torch.Tensor, torch.Tensor]:
@@ -97,3 +98,22 @@ def test_a_linear_layer_whose_weights_are_a_vector_is_no_problem() -> None:
     assert is_affine(layer)
     layer.weight.data = torch.zeros(118)  # as Orb keeps its reference energies
     assert not is_affine(layer)
+
+
+def test_layers_of_other_packages_can_be_registered(monkeypatch) -> None:
+    """The kind that was registered last counts, so that a special layer may inherit from a known one."""
+    monkeypatch.setattr(affine_maps, "_KINDS", list(affine_maps._KINDS))
+
+    class Halved(nn.Linear):
+        def forward(self, scale: float, x: torch.Tensor) -> torch.Tensor:
+            return 0.5 * x @ self.weight.T
+
+    @register_layer(lambda module: isinstance(module, Halved), entering=lambda layer, scale, x: x)
+    def halved(name: str, layer: Halved):
+        theta = 0.5 * layer.weight.detach().T
+        yield AffineMap(name, layer, False, flat_rows, lambda: theta, lambda t: {"weight": 2 * t.T})
+
+    layer, x = Halved(3, 2, bias=False), torch.randn(4, 3)
+    (found,) = layer_maps("layer", layer)
+    torch.testing.assert_close(found.design(x) @ found.read(), layer(1.0, x).detach())
+    torch.testing.assert_close(layer_input(layer, lambda: layer(1.0, x)), x)
