@@ -38,9 +38,8 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """Make a specialist of another package's force field, or write that package's format."""
-    from ase_gffmerge.data.frames import bare
+    from ase_gffmerge.data.frames import bare, calibration_frames
     from ase_gffmerge.data.readers import read_frames
-    from ase_gffmerge.data.splits import calibration_frames
     from ase_gffmerge.integrations import vendor_source
     from ase_gffmerge.integrations.load import export, load_force_field
 

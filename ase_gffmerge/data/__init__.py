@@ -1,1 +1,1 @@
-"""Data sets and frame files: manifests, downloads, readers, splits (nothing here imports torch)."""
+"""Data sets and frame files: manifests, downloads, readers, frames (nothing here imports torch)."""

@@ -1,7 +1,14 @@
-"""Frames made of frames: without labels, spread evenly, displaced."""
+"""Frames out of frames: without labels, displaced, chosen, split into parts that do not leak."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from ase import Atoms
+
+from ase_gffmerge.errors import FramesError
 
 
 def bare(atoms: Atoms, *, wrap: bool = False) -> Atoms:
@@ -40,3 +47,119 @@ def displaced(atoms: Atoms, *, rattle: float, strain: float, rng: np.random.Gene
         copy.set_cell(atoms.cell.array @ (np.eye(3) + symmetric), scale_atoms=True)
     copy.positions += rattle * rng.standard_normal(copy.positions.shape)
     return copy
+
+
+@dataclass(frozen=True)
+class Split:
+    """Sorted frame indices, each (n,) int, of three parts that share no frame."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def time_block_split(
+    n: int, *, n_blocks: int = 10, gap: int = 20, fractions: tuple[float, float, float] = (0.6, 0.2, 0.2)
+) -> Split:
+    """Split a time-ordered trajectory into interleaved blocks of train, validation and test frames.
+
+    Neighbours in time are nearly the same geometry, so a random split by frame leaks the test set. Here
+    whole blocks go to one part, the parts take turns in proportion to `fractions`, and wherever two parts
+    meet `gap` frames are dropped between them.
+
+    Parameters
+    ----------
+    n
+        Number of frames, in order of time.
+    n_blocks
+        Number of blocks of (nearly) equal length.
+    gap
+        Frames dropped between blocks of different parts; choose it beyond the correlation time.
+    fractions
+        Shares of train, validation and test; they must add up to 1. A share of 0 leaves that part empty.
+
+    Returns
+    -------
+    Split
+        Frames i and j of different parts always have ``abs(i - j) > gap``.
+
+    Raises
+    ------
+    FramesError
+        If the numbers make no sense or leave a part without frames.
+    """
+    shares = np.asarray(fractions, dtype=float)
+    if shares.shape != (3,) or not (shares >= 0).all() or abs(shares.sum() - 1) > 1e-6:
+        raise FramesError(f"fractions {fractions} must be three shares >= 0 that add up to 1")
+    if not 1 <= n_blocks <= n or gap < 0:
+        raise FramesError(f"{n} frames cannot be split into {n_blocks} blocks with a gap of {gap}")
+    edges = np.linspace(0, n, n_blocks + 1).round().astype(int)
+    roles = _take_turns(shares, n_blocks)
+    owner = np.repeat(roles, np.diff(edges))
+    dropped = np.zeros(n, dtype=bool)
+    for edge in edges[1:-1][roles[1:] != roles[:-1]]:
+        dropped[max(0, edge - (gap + 1) // 2) : edge + gap // 2] = True
+    parts = [np.flatnonzero((owner == role) & ~dropped) for role in range(3)]
+    if any(share > 0 and part.size == 0 for share, part in zip(shares, parts)):
+        raise FramesError(
+            f"{n} frames in {n_blocks} blocks with a gap of {gap} leave a part without frames "
+            f"(train, validation, test: {[p.size for p in parts]}); use more frames or a smaller gap"
+        )
+    return Split(*parts)
+
+
+def _take_turns(shares: np.ndarray, n_blocks: int) -> np.ndarray:
+    """Role of each block (n_blocks,): always the one that lags most behind its share."""
+    count = np.zeros(3)
+    roles = np.empty(n_blocks, dtype=int)
+    for block in range(n_blocks):
+        roles[block] = np.argmax((block + 1) * shares - count)
+        count[roles[block]] += 1
+    return roles
+
+
+def calibration_frames(frames: Sequence[Atoms], n: int, *, seed: int) -> list[Atoms]:
+    """Choose `n` different frames at random, the same for the same seed, in their original order.
+
+    Parameters
+    ----------
+    frames
+        Frames to choose from.
+    n
+        How many, at least 1.
+    seed
+        Seed of the generator.
+
+    Raises
+    ------
+    FramesError
+        If there are fewer than `n` frames, or `n` is below 1.
+    """
+    if not 1 <= n <= len(frames):
+        raise FramesError(
+            f"cannot choose {n} calibration frames out of {len(frames)}; give a number from 1 to that"
+        )
+    chosen = np.random.default_rng(seed).choice(len(frames), size=n, replace=False)
+    return [frames[i] for i in np.sort(chosen)]
+
+
+def hold_out(frames: Sequence[Atoms], n: int, *, seed: int) -> tuple[list[Atoms], list[Atoms]]:
+    """Split frames at random.
+
+    Parameters
+    ----------
+    frames
+        All of them.
+    n
+        How many are held out.
+    seed
+        The same seed gives the same split.
+
+    Returns
+    -------
+    kept, held_out
+        Both in their original order.
+    """
+    chosen = set(np.random.default_rng(seed).permutation(len(frames))[:n].tolist())
+    kept = [atoms for i, atoms in enumerate(frames) if i not in chosen]
+    return kept, [atoms for i, atoms in enumerate(frames) if i in chosen]

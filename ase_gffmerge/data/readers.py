@@ -9,7 +9,8 @@ from pathlib import Path
 import ase.io
 import numpy as np
 from ase import Atoms
-from ase.io.formats import UnknownFileTypeError, string2index
+from ase.io.formats import UnknownFileTypeError
+from ase.utils import string2index
 
 from ase_gffmerge.data.deepmd import is_deepmd, read_deepmd
 from ase_gffmerge.data.labels import AUTO, normalize_labels

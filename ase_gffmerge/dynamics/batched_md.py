@@ -3,21 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from ase import Atoms
 
+from ase_gffmerge.dynamics.velocities import degrees_of_freedom, new_momenta
 from ase_gffmerge.dynamics.langevin import BatchedLangevin
 from ase_gffmerge.dynamics.stopping import Stop, StoppingCriteria, StoppingTracker
 from ase_gffmerge.dynamics.trajectory import Trajectory
-from ase_gffmerge.dynamics.velocities import degrees_of_freedom, new_momenta
 from ase_gffmerge.errors import DynamicsError, StructureError
 from ase_gffmerge.inference.metrics import check_frames
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress, no_progress
 
 Ensemble = Literal["nve", "nvt"]
+T = TypeVar("T")
 
 
 def run_replicas(
@@ -102,7 +103,8 @@ def run_replicas(
         skin=skin,
     )
     n = len(structures)
-    temperatures = [float(t) for t in _each(temperature, n, "temperatures")]
+    hot = [temperature] * n if isinstance(temperature, int | float) else temperature
+    temperatures = [float(t) for t in _each(hot, n, "temperatures")]
     if not all(0 <= t < np.inf for t in temperatures):
         raise DynamicsError(f"temperatures {temperatures[:5]} K: all must be finite and not negative")
     seeds = [(seed, k) for k in range(n)] if isinstance(seed, int) else _each(seed, n, "seeds")
@@ -110,18 +112,19 @@ def run_replicas(
     starts = [
         _start(s, t, g, thermalize) for s, t, g in zip(structures, temperatures, generators, strict=True)
     ]
+    chosen = [specialist] * n if specialist is None or isinstance(specialist, str | int) else specialist
     replicas = BatchedLangevin(
         potential,
         starts,
         temperatures=temperatures,
         generators=generators,
-        specialist=_each(specialist, n, "specialists"),
+        specialist=_each(chosen, n, "specialists"),
         names=names,
         skin=skin,
     )
     at_rest = thermalize and ensemble == "nve"
     freedom = [degrees_of_freedom(atoms, at_rest=at_rest) for atoms in starts]
-    intact = starts if references is None else _each(list(references), n, "references")
+    intact = starts if references is None else _each(references, n, "references")
     tracker = StoppingTracker(criteria or StoppingCriteria(), replicas, intact, freedom=freedom)
     records = [_Record(atoms, t) for atoms, t in zip(starts, temperatures, strict=True)]
     began = perf_counter()
@@ -221,13 +224,11 @@ def _start(atoms: Atoms, temperature: float, generator: np.random.Generator, the
     return start
 
 
-def _each(value: Any, n: int, what: str) -> list[Any]:
-    """One value per replica."""
-    if value is None or isinstance(value, str | int | float | np.number):
-        return [value] * n
-    if len(value) != n:
-        raise DynamicsError(f"{len(value)} {what} were given for {n} structures; give one, or one for each")
-    return list(value)
+def _each(values: Sequence[T], n: int, what: str) -> list[T]:
+    """The values, one per replica."""
+    if len(values) != n:
+        raise DynamicsError(f"{len(values)} {what} were given for {n} structures; give one, or one for each")
+    return list(values)
 
 
 def _check(

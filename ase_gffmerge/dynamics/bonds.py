@@ -32,12 +32,27 @@ def find_bonds(atoms: Atoms, *, tolerance: float = 1.2) -> Bonds:
 
 
 def broken_bonds(atoms: Atoms, bonds: Bonds, *, stretch: float = 1.5) -> np.ndarray:
-    """Pairs (n_broken, 2) that are longer than ``stretch`` times their reference length, or not finite."""
+    """Pairs (n_broken, 2) of atoms whose bond is broken, or whose positions are not finite.
+
+    Parameters
+    ----------
+    atoms
+        The structure now.
+    bonds
+        Bonds of the intact structure.
+    stretch
+        A bond is broken when it is longer than this multiple of its reference length.
+    """
     return bonds.pairs[~(_lengths(atoms, bonds.pairs) <= stretch * bonds.lengths)]
 
 
 def bonds_intact(atoms: Atoms, bonds: Bonds, *, stretch: float = 1.5) -> bool:
-    """Whether no bond is longer than ``stretch`` times its reference length.
+    """Whether no bond is broken.
+
+    Parameters
+    ----------
+    atoms, bonds, stretch
+        As for :func:`broken_bonds`.
 
     Examples
     --------

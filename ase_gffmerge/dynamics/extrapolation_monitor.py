@@ -76,7 +76,7 @@ class ExtrapolationMonitor:
         file: str | Path | None = None,
         quiet: int = 100,
         calculator: Any = None,
-    ):
+    ) -> None:
         if action not in get_args(Action):
             raise GFFMergeError(f"unknown action {action!r}; choose one of {', '.join(get_args(Action))}")
         if not threshold > 0 or quiet < 0:

@@ -67,7 +67,7 @@ class BatchedLangevin:
         specialist: Sequence[str | int | None],
         names: Sequence[str] | None = None,
         skin: float,
-    ):
+    ) -> None:
         self.potential, self.device = potential.for_inference(), potential.device
         hyper = potential.hyper
         prepared = [

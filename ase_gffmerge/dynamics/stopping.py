@@ -110,7 +110,7 @@ class StoppingTracker:
         references: Sequence[Atoms],
         *,
         freedom: Sequence[int],
-    ):
+    ) -> None:
         self.criteria, self.replicas = criteria, replicas
         self.freedom = torch.as_tensor(freedom, dtype=torch.float64, device=replicas.device)
         self.radii = torch.as_tensor(covalent_radii, dtype=torch.float64, device=replicas.device)

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import ase.io
@@ -171,6 +172,8 @@ def load_trajectories(path: Path, starts: Sequence[Atoms]) -> list[Trajectory] |
 
 def _trajectory(archive: np.lib.npyio.NpzFile, k: int, start: Atoms) -> Trajectory:
     stored = {name: archive[f"{k}.{name}"] for name in STORED if f"{k}.{name}" in archive}
-    plain = {name: value.item() if value.ndim == 0 else value for name, value in stored.items()}
+    plain: dict[str, Any] = {
+        name: value.item() if value.ndim == 0 else value for name, value in stored.items()
+    }
     bonds = tuple((int(i), int(j)) for i, j in stored["broken_bonds"].reshape(-1, 2))
     return Trajectory(start=start, **plain | {"broken_bonds": bonds})

@@ -7,10 +7,16 @@ from ase.md.velocitydistribution import Stationary, ZeroRotation
 
 
 def new_momenta(atoms: Atoms, temperature: float, *, rng: np.random.Generator) -> None:
-    """Draw Maxwell-Boltzmann momenta in place; without constraints, stop overall motion and rotation.
+    """Draw Maxwell-Boltzmann momenta in place; without constraints, stop overall motion and, of molecules, rotation.
 
-    The energy removed is not given to the vibrations: every internal one has ``temperature`` (K).
-    Only molecules (no periodic direction) have a rotation to stop.
+    Parameters
+    ----------
+    atoms
+        The structure.
+    temperature
+        Of every internal vibration, K: the energy removed is not given to them.
+    rng
+        Source of randomness.
     """
     thermalize_momenta(atoms, temperature, rng=rng)
     if atoms.constraints or len(atoms) == 1:

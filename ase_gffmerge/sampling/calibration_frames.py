@@ -4,20 +4,20 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from ase import Atoms
 from pydantic import Field
 
-from ase_gffmerge.data.frames import displaced
+from ase_gffmerge.data.frames import bare, displaced
 from ase_gffmerge.dynamics.batched_md import run_replicas
-from ase_gffmerge.dynamics.stopping import StoppingCriteria, standard_criteria
+from ase_gffmerge.dynamics.langevin import BatchedLangevin
+from ase_gffmerge.dynamics.stopping import Stop, StoppingCriteria, StoppingTracker, standard_criteria
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.batching import chunks
 from ase_gffmerge.runtime.progress import Progress, no_progress
-from ase_gffmerge.sampling.screening import screen
 from ase_gffmerge.sampling.temperature_ladder import Ladder, LadderOptions, run_ladder
 
 RELAXATION, DAMPING = 500.0, 0.05
@@ -76,7 +76,7 @@ class SampleResult:
     simulated_ps: float
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Everything but the frames, as JSON types."""
         plain = {key: value for key, value in vars(self).items() if key != "frames"}
         return plain | {
@@ -202,3 +202,46 @@ def _displaced(
     for atoms in accepted:
         atoms.info["source"] = "rattled"
     return accepted, refused
+
+
+def screen(
+    potential: Potential,
+    frames: Sequence[Atoms],
+    references: Sequence[Atoms],
+    *,
+    criteria: StoppingCriteria,
+    max_atoms: int = 2000,
+) -> list[Stop | None]:
+    """Find what is wrong with each frame, compared with the intact structure that it comes from.
+
+    Parameters
+    ----------
+    potential
+        Its energies must be finite, and its extrapolation grade acceptable.
+    frames
+        Structures to look at.
+    references
+        One per frame, the same atoms in the same order; their bonds must hold.
+    criteria
+        The criteria.
+    max_atoms
+        Size of a batch.
+    """
+    found: list[Stop | None] = []
+    for group in chunks(frames, max_atoms):
+        part = references[len(found) : len(found) + len(group)]
+        stops = _screen(potential, [bare(atoms) for atoms in group], part, criteria)
+        found += [stops.get(k) for k in range(len(group))]
+    return found
+
+
+def _screen(
+    potential: Potential, frames: Sequence[Atoms], references: Sequence[Atoms], criteria: StoppingCriteria
+) -> dict[int, Stop]:
+    n = len(frames)
+    generators = [np.random.default_rng(0)] * n
+    replicas = BatchedLangevin(
+        potential, frames, temperatures=[0.0] * n, generators=generators, specialist=[0] * n, skin=0.0
+    )
+    freedom = [3 * len(atoms) for atoms in frames]
+    return StoppingTracker(criteria, replicas, references, freedom=freedom).stops(recording=True)

@@ -6,10 +6,9 @@ A checkpoint is one safetensors file, written atomically after every epoch; a tr
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,20 +49,13 @@ class TrainingState:
     average: AveragedModel
     best: Potential | None
     optimizer: torch.optim.Optimizer
-    history: History
+    history: History = field(default_factory=History)
 
-    @classmethod
-    def begin(
-        cls,
-        potential: Potential,
-        average: AveragedModel,
-        optimizer: torch.optim.Optimizer,
-        *,
-        keep_best: bool,
-    ) -> Self:
-        """State before the first epoch; ``keep_best``: the result is the best average, not the last."""
-        best = deepcopy(potential) if keep_best else None
-        return cls(potential, average, best, optimizer, History())
+    @property
+    def averaged(self) -> Potential:
+        """The average as a potential."""
+        assert isinstance(self.average.module, Potential)
+        return self.average.module
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -74,9 +66,9 @@ class TrainingState:
     @property
     def result(self) -> Potential:
         """The weights to use."""
-        return (self.average.module if self.best is None else self.best).eval().requires_grad_(False)
+        return (self.averaged if self.best is None else self.best).eval().requires_grad_(False)
 
-    def save(self, path: Path, run: Mapping[str, Any]) -> None:
+    def save(self, path: Path, run: Mapping[str, object]) -> None:
         """Write a checkpoint of the training identified by ``run``."""
         metadata = {
             "run": run,
@@ -84,22 +76,22 @@ class TrainingState:
             "history": self.history.rows,
             "start": self.history.start,
         }
-        save_checkpoint(path, modules=self.modules, optimizer=self.optimizer, metadata=metadata)
+        _save_checkpoint(path, modules=self.modules, optimizer=self.optimizer, metadata=metadata)
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint."""
-        saved = load_checkpoint(path, modules=self.modules, optimizer=self.optimizer)
+        saved = _load_checkpoint(path, modules=self.modules, optimizer=self.optimizer)
         self.history.rows[:] = saved["history"]
         self.history.start.update(saved["start"])
 
     def add(self, row: dict[str, float], config: TrainConfig) -> None:
         """Enter the losses of an epoch, and keep its weights if they are the best."""
         self.history.rows.append(row)
-        if self.best is not None and improved(validation_scores(self.history, config)):
-            self.best.load_state_dict(self.average.module.state_dict())
+        if self.best is not None and _improved(_validation_scores(self.history, config)):
+            self.best.load_state_dict(self.averaged.state_dict())
 
 
-def validation_scores(history: History, config: TrainConfig) -> list[float]:
+def _validation_scores(history: History, config: TrainConfig) -> list[float]:
     """Weighted sum of energy and force MAE at the start and after every epoch."""
     return [
         config.force_weight * row["force_mae"] + config.energy_weight * row["energy_mae"]
@@ -108,14 +100,24 @@ def validation_scores(history: History, config: TrainConfig) -> list[float]:
     ]
 
 
-def improved(scores: Sequence[float]) -> bool:
+def _improved(scores: Sequence[float]) -> bool:
     """Whether the last score is lower than all before it."""
     return scores[-1] < min(scores[:-1])
 
 
 def stale(history: History, config: TrainConfig, patience: int) -> bool:
-    """Whether the last ``patience`` epochs brought nothing better than what was there before them."""
-    scores = validation_scores(history, config)
+    """Whether the last epochs brought nothing better than what was there before them.
+
+    Parameters
+    ----------
+    history
+        Validation errors, those of the start included.
+    config
+        Weights of energies and forces.
+    patience
+        How many epochs.
+    """
+    scores = _validation_scores(history, config)
     return len(scores) > patience and min(scores[-patience:]) >= min(scores[:-patience])
 
 
@@ -124,12 +126,12 @@ def checkpoint_path(out: Path) -> Path:
     return out.with_name(f"{out.name.removesuffix('.safetensors')}.checkpoint.safetensors")
 
 
-def save_checkpoint(
+def _save_checkpoint(
     path: Path,
     *,
     modules: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
-    metadata: dict[str, Any],
+    metadata: dict[str, object],
 ) -> None:
     """Write the weights of several modules by name, the optimiser's moments and JSON-able ``metadata``."""
     tensors: dict[str, Tensor] = {
@@ -142,7 +144,7 @@ def save_checkpoint(
     write_file(path, {"checkpoint": metadata}, tensors)
 
 
-def load_checkpoint(
+def _load_checkpoint(
     path: Path, *, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """Restore what :func:`save_checkpoint` wrote and return its metadata."""
@@ -170,7 +172,7 @@ def load_checkpoint(
         ) from None
 
 
-def can_resume(path: Path, run: Mapping[str, Any]) -> bool:
+def can_resume(path: Path, run: Mapping[str, object]) -> bool:
     """Whether ``path`` is an intact checkpoint of a run with exactly these options and frames.
 
     A checkpoint of another run, or a damaged one, is renamed to ``*.old.safetensors`` with a
@@ -195,7 +197,7 @@ def can_resume(path: Path, run: Mapping[str, Any]) -> bool:
     return False
 
 
-def differences(saved: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+def differences(saved: Mapping[str, object], run: Mapping[str, object]) -> str:
     """Which options of two run identities differ, as text; empty when none does."""
     before, now = _flat(saved), _flat(run)
     changed = [
@@ -206,7 +208,7 @@ def differences(saved: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     return "; ".join(text if len(text) < 120 else f"{text.split(' was ')[0]} differs" for text in changed)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def _flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     """Nested mappings as one level of dotted keys with JSON values."""
     flat: dict[str, str] = {}
     for key, value in tree.items():

@@ -1,7 +1,6 @@
 """Training options, validated."""
 
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -35,7 +34,7 @@ class TrainConfig(BaseModel):
     model_config = STRICT
 
     model: str | None = None
-    hyper: dict[str, Any] = {}
+    hyper: dict[str, object] = {}
     epochs: int = Field(default=100, ge=1)
     batch_size: int = Field(default=10, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
@@ -49,7 +48,7 @@ class TrainConfig(BaseModel):
     level_of_theory: str | None = None
 
 
-def load_config(path: Path | None, **overrides: Any) -> TrainConfig:
+def load_config(path: Path | None, **overrides: object) -> TrainConfig:
     """Read a YAML file (or nothing) and apply the overrides that are not ``None``.
 
     Raises

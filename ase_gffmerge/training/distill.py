@@ -23,7 +23,6 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from ase import Atoms
@@ -94,7 +93,7 @@ def distill(
         When the loss is no longer finite.
     """
     options, started = options or DistillOptions(), time.perf_counter()
-    check_student(merged, specialists, options, frames)
+    _check_student(merged, specialists, options, frames)
     student = deepcopy(merged.potential).to(device=resolve_device(device)).train().requires_grad_(True)
     given = frames if frames is not None else [()] * len(specialists)
     teachers = prepare_teachers(
@@ -110,11 +109,11 @@ def distill(
         optimizer=SOAP(parameter_groups(student), lr=config.learning_rate),
         patience=options.patience,
         checkpoint=checkpoint,
-        run=run_identity(merged, specialists, options, teachers.distillation_sets),
+        run=_run_identity(merged, specialists, options, teachers.distillation_sets),
         callback=callback,
     )
     seconds = time.perf_counter() - started
-    distilled = distilled_force_field(merged, specialists, options, teachers, potential, seconds=seconds)
+    distilled = _distilled_force_field(merged, specialists, options, teachers, potential, seconds=seconds)
     provenance = Provenance(
         data_set="merged and distilled",
         lineage=tuple(s.fingerprint for s in specialists),
@@ -127,7 +126,7 @@ def distill(
     return replace(distilled, provenance=provenance), history
 
 
-def distilled_force_field(
+def _distilled_force_field(
     merged: ForceField,
     specialists: Sequence[ForceField],
     options: DistillOptions,
@@ -149,7 +148,7 @@ def distilled_force_field(
     seconds
         Wall time so far.
     """
-    report = distilled_report(
+    report = _distilled_report(
         merged.merged,
         potential,
         teachers.teachers,
@@ -193,7 +192,7 @@ def distillation_loss(config: TrainConfig, feature_weight: float) -> Loss:
     return loss
 
 
-def parameter_groups(potential: Potential) -> list[dict[str, Any]]:
+def parameter_groups(potential: Potential) -> list[dict[str, object]]:
     """All parameters, those of a widened readout with a rate as much lower as it has more features than the plain one.
 
     So one step moves the energy as much through either (the rule of maximal updates, Yang & Hu, arXiv 2011.14522).
@@ -213,7 +212,7 @@ def parameter_groups(potential: Potential) -> list[dict[str, Any]]:
     return [{"params": plain}, {"params": wide, "lr_scale": scale}]
 
 
-def check_student(
+def _check_student(
     merged: ForceField,
     specialists: Sequence[ForceField],
     options: DistillOptions,
@@ -246,12 +245,12 @@ def _feature_size(potential: Potential) -> tuple[str, int, int]:
     return potential.architecture, potential.hyper.n_blocks, potential.hyper.channels
 
 
-def run_identity(
+def _run_identity(
     merged: ForceField,
     specialists: Sequence[ForceField],
     options: DistillOptions,
     distillation_sets: Sequence[DistillationSet],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Everything that decides the outcome, JSON-able: only a checkpoint of the same identity is continued."""
     return {
         "options": options.model_dump(mode="json"),
@@ -270,7 +269,7 @@ def seen_frames(models: Sequence[ForceField], frames: Sequence[Sequence[Atoms]])
     return tuple(sorted({*inherited, *geometry_keys([atoms for group in frames for atoms in group])}))
 
 
-def distilled_report(
+def _distilled_report(
     record: MergeRecord | None,
     potential: Potential,
     teachers: Sequence[ForceField],
@@ -303,14 +302,14 @@ def distilled_report(
         specialists=tuple(teacher.name for teacher in teachers),
         layers=before.layers if before else (),
         disagreements=disagreements,
-        held_out=max(relative_error(potential, graphs) for graphs in held_out),
+        held_out=max(_relative_error(potential, graphs) for graphs in held_out),
         energy_shifts=energy_shifts,
         seconds={**(before.seconds if before else {}), "distillation": seconds},
         parity=parity,
     )
 
 
-def relative_error(potential: Potential, graphs: Sequence[LabeledGraph]) -> float:
+def _relative_error(potential: Potential, graphs: Sequence[LabeledGraph]) -> float:
     """Root mean square force error over the root mean square force."""
     squares = torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(graphs), BATCH):

@@ -84,7 +84,17 @@ def random_potential(config: TrainConfig, species: tuple[int, ...]) -> Potential
 
 
 def check_parent(init: ForceField, elements: Sequence[int], config: TrainConfig) -> None:
-    """Raise :class:`IncompatibleSpecialistsError` when ``init`` cannot start this training."""
+    """Raise :class:`IncompatibleSpecialistsError` when a force field cannot start a training.
+
+    Parameters
+    ----------
+    init
+        The force field.
+    elements
+        Atomic numbers of the frames.
+    config
+        Architecture and hyper-parameters that were asked for.
+    """
     unknown = sorted(set(elements) - set(init.species))
     if unknown:
         raise IncompatibleSpecialistsError(
@@ -106,7 +116,7 @@ def check_parent(init: ForceField, elements: Sequence[int], config: TrainConfig)
         )
 
 
-def composition(frames: Sequence[Atoms], species: Sequence[int]) -> np.ndarray:
+def _composition(frames: Sequence[Atoms], species: Sequence[int]) -> np.ndarray:
     """Count of each element in each frame, (n_frames, n_species)."""
     return np.array(
         [[np.count_nonzero(atoms.numbers == z) for z in species] for atoms in frames], dtype=float
@@ -131,8 +141,8 @@ def fit_references(
     energies = np.array([energy_label(atoms) for atoms in frames])
     unknown = [z for z in species if z not in known]
     if known:
-        energies = energies - composition(frames, list(known)) @ np.array(list(known.values()))
-    solution = np.linalg.lstsq(composition(frames, unknown), energies, rcond=1e-10)[0] if unknown else []
+        energies = energies - _composition(frames, list(known)) @ np.array(list(known.values()))
+    solution = np.linalg.lstsq(_composition(frames, unknown), energies, rcond=1e-10)[0] if unknown else []
     return {**known, **{int(z): float(energy) for z, energy in zip(unknown, solution, strict=True)}}
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from ase import Atoms
 
+from ase_gffmerge.data.frames import hold_out
 from ase_gffmerge.data.hashing import hash_labelled
-from ase_gffmerge.data.splits import hold_out
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import Potential

@@ -1,8 +1,8 @@
 """The loop of every training: one-cycle Adam, moving average, checkpoints, early stop."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from ase_gffmerge.training.loss import LabeledGraph, loss_terms, validate
 
 Callback = Callable[[int, dict[str, float]], None]
 Loss = Callable[[Potential, LabeledGraph], Tensor]
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
-def shuffled_batches(
+def _shuffled_batches(
     graphs: Sequence[LabeledGraph], config: TrainConfig, epoch: int
 ) -> Iterator[LabeledGraph]:
     """Batches with every specialist's share of graphs, in an order that depends on seed and epoch alone."""
@@ -37,10 +38,10 @@ def shuffled_batches(
         yield batch_graphs([graphs[i] for i in order[start : start + config.batch_size]])
 
 
-def averaged(potential: Potential, decay: float) -> AveragedModel:
+def _averaged(potential: Potential, decay: float) -> AveragedModel:
     """Exponential moving average of the weights, of shorter memory in the first steps: decay n / (9 + n) after n of them."""
 
-    def update(average: list[Tensor], current: list[Tensor], n: Tensor | int) -> None:
+    def update(average: Tensors, current: Tensors, n: Tensor | int) -> None:
         torch._foreach_lerp_(average, current, 1 - min(decay, int(n) / (9 + int(n))))
 
     average = AveragedModel(potential, multi_avg_fn=update)
@@ -87,7 +88,7 @@ def fit(
     optimizer: torch.optim.Optimizer | None = None,
     patience: int | None = None,
     checkpoint: Path | None = None,
-    run: Mapping[str, Any] | None = None,
+    run: Mapping[str, object] | None = None,
     callback: Callback | None = None,
 ) -> tuple[Potential, History]:
     """Train ``potential`` and return the moving average of its weights.
@@ -124,8 +125,9 @@ def fit(
     """
     loss = loss or (lambda model, batch: loss_terms(model, batch, config))
     optimizer = optimizer or torch.optim.Adam(potential.parameters(), lr=config.learning_rate)
-    average = averaged(potential, config.ema_decay)
-    state = TrainingState.begin(potential, average, optimizer, keep_best=patience is not None)
+    average = _averaged(potential, config.ema_decay)
+    best = deepcopy(potential) if patience is not None else None
+    state = TrainingState(potential, average, best, optimizer)
     history = state.history
     if checkpoint and can_resume(checkpoint, run or {}):
         state.load(checkpoint)
@@ -143,7 +145,7 @@ def fit(
         ):
             row = _train_epoch(state, schedule, training, loss, config)
         if validation:
-            row |= validate(state.average.module, validation, config.batch_size)
+            row |= validate(state.averaged, validation, config.batch_size)
         state.add(row, config)
         if checkpoint:
             state.save(checkpoint, run or {})
@@ -161,13 +163,13 @@ def _train_epoch(
 ) -> dict[str, float]:
     potential, optimizer, epoch = state.potential, state.optimizer, len(state.history.rows)
     losses = []
-    for batch in shuffled_batches(graphs, config, epoch):
+    for batch in _shuffled_batches(graphs, config, epoch):
         value = loss(potential, batch.to(potential.device))
         optimizer.zero_grad()
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(potential.parameters(), config.gradient_clip)
         if not torch.isfinite(value.detach() + norm):
-            raise diverged(epoch + 1, float(value.detach()), config)
+            raise _diverged(epoch + 1, float(value.detach()), config)
         optimizer.step()
         schedule.step()
         state.average.update_parameters(potential)
@@ -175,7 +177,7 @@ def _train_epoch(
     return {"loss": float(np.mean(losses))}
 
 
-def diverged(epoch: int, loss: float, config: TrainConfig) -> TrainingError:
+def _diverged(epoch: int, loss: float, config: TrainConfig) -> TrainingError:
     """Explain a loss or gradient that is not finite."""
     return TrainingError(
         f"the training diverged in epoch {epoch} of {config.epochs} (the loss, {loss:g}, or its gradient is "

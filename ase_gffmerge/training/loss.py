@@ -51,7 +51,17 @@ class LabeledGraph(AtomGraph):
         weight: float = 1.0,
         features: Tensor | None = None,
     ) -> Self:
-        """Give a graph with targets, which are the attributes of the class."""
+        """Give a graph with targets.
+
+        Parameters
+        ----------
+        graph
+            Without targets.
+        energy, forces, stress, features
+            As the attributes of the class.
+        weight
+            Of the one structure.
+        """
         return cls(
             **vars(graph),
             energy=energy,
@@ -116,7 +126,7 @@ def weigh(
     ]
 
 
-def reduced_energy(potential: Potential, batch: LabeledGraph, prediction: Prediction) -> Tensor:
+def _reduced_energy(potential: Potential, batch: LabeledGraph, prediction: Prediction) -> Tensor:
     """Predicted energies (n_structures,) less the reference energies, in the type of the targets."""
     rows = potential.species_row[batch.atomic_numbers]
     shift = torch.zeros_like(prediction.energy).index_add(
@@ -143,7 +153,7 @@ def loss_terms(
     """
     prediction = prediction or predict(potential, batch, differentiable=True)
     n_atoms = torch.bincount(batch.structure_index, minlength=len(batch.energy))
-    energy = (reduced_energy(potential, batch, prediction) - batch.energy).abs() / n_atoms
+    energy = (_reduced_energy(potential, batch, prediction) - batch.energy).abs() / n_atoms
     forces = (prediction.forces - batch.forces).square().sum(dim=-1).add(1e-12).sqrt()
     loss = config.energy_weight * (batch.weight * energy).mean()
     loss = loss + config.force_weight * (batch.weight[batch.structure_index] * forces).mean()
@@ -156,13 +166,23 @@ def loss_terms(
 
 
 def validate(potential: Potential, graphs: Sequence[LabeledGraph], batch_size: int) -> dict[str, float]:
-    """Force MAE (eV/Å) and energy MAE (eV/atom) over labelled graphs, each counting by its weight."""
+    """Force MAE (eV/Å) and energy MAE (eV/atom) over graphs with targets, each counting by its weight.
+
+    Parameters
+    ----------
+    potential
+        On its device.
+    graphs
+        At least one.
+    batch_size
+        Graphs per batch.
+    """
     forces, energies = [], []
     for start in range(0, len(graphs), batch_size):
         batch = batch_graphs(graphs[start : start + batch_size]).to(potential.device)
         prediction = predict(potential, batch)
         n_atoms = torch.bincount(batch.structure_index)
-        error = (reduced_energy(potential, batch, prediction) - batch.energy).abs() / n_atoms
+        error = (_reduced_energy(potential, batch, prediction) - batch.energy).abs() / n_atoms
         energies.append(batch.weight * error)
         forces.append(batch.weight[batch.structure_index, None] * (prediction.forces - batch.forces).abs())
     return {"force_mae": float(torch.cat(forces).mean()), "energy_mae": float(torch.cat(energies).mean())}

@@ -22,7 +22,7 @@ Q_L, Q_R                  ``left_basis``, ``right_basis``
 A side longer than ``LARGEST``, or of length 1, is not rotated; without any rotation this is Adam.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -53,14 +53,14 @@ class SOAP(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Iterable[Tensor] | Iterable[dict[str, object]],
         *,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.99),
         shampoo_beta: float = 0.95,
         eps: float = 1e-8,
         refresh: int = 10,
-    ):
+    ) -> None:
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -77,20 +77,20 @@ class SOAP(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    gradient = as_matrix(parameter.grad)
+                    gradient = _as_matrix(parameter.grad)
                     state = self.state[parameter]
                     if not state:
-                        state.update(initial_state(gradient))
-                    direction = advance(state, gradient, group)
+                        state.update(_initial_state(gradient))
+                    direction = _direction(state, gradient, group)
                     parameter.add_(direction.view_as(parameter), alpha=-group["lr"])
 
 
-def as_matrix(gradient: Tensor) -> Tensor:
+def _as_matrix(gradient: Tensor) -> Tensor:
     """Matrices as they are, vectors and scalars as one row, the trailing sides of larger tensors joined."""
     return gradient.reshape(len(gradient), -1) if gradient.ndim > 1 else gradient.reshape(1, -1)
 
 
-def initial_state(gradient: Tensor) -> dict[str, Tensor]:
+def _initial_state(gradient: Tensor) -> dict[str, Tensor]:
     """State before the first step; the bases are those of the first gradient."""
     state = {
         "step": torch.zeros(()),
@@ -99,50 +99,50 @@ def initial_state(gradient: Tensor) -> dict[str, Tensor]:
     }
     if len(gradient) == 1:
         return state
-    for side, product in outer_products(gradient).items():
+    for side, product in _outer_products(gradient).items():
         state[side] = product
         state[f"{side}_basis"] = torch.linalg.eigh(product).eigenvectors.flip(1).contiguous()
     return state
 
 
-def outer_products(gradient: Tensor) -> dict[str, Tensor]:
+def _outer_products(gradient: Tensor) -> dict[str, Tensor]:
     """:math:`GG^T` as ``left`` and :math:`G^TG` as ``right``, of the sides that are rotated."""
     sides = {"left": gradient, "right": gradient.mT}
     return {side: g @ g.mT for side, g in sides.items() if 1 < len(g) <= LARGEST}
 
 
-def advance(state: dict[str, Tensor], gradient: Tensor, options: dict[str, Any]) -> Tensor:
+def _direction(state: dict[str, Tensor], gradient: Tensor, options: Mapping[str, Any]) -> Tensor:
     """Update the moments, in place, and return the direction to step against (same shape as ``gradient``)."""
     beta1, beta2 = options["betas"]
     state["step"] += 1
     n = int(state["step"])
     state["first"].lerp_(gradient, 1 - beta1)
-    rotated = rotate(gradient, state)
+    rotated = _rotate(gradient, state)
     state["second"].mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
     scale = (state["second"] / (1 - beta2**n)).sqrt_().add_(options["eps"])
-    direction = rotate_back(rotate(state["first"], state) / scale, state) / (1 - beta1**n)
+    direction = _rotate_back(_rotate(state["first"], state) / scale, state) / (1 - beta1**n)
     if "left" in state or "right" in state:
-        follow(state, gradient, options["shampoo_beta"], refresh=n % options["refresh"] == 0)
+        _update_bases(state, gradient, options["shampoo_beta"], refresh=n % options["refresh"] == 0)
     return direction
 
 
-def rotate(matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
+def _rotate(matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
     """:math:`Q_L^T X Q_R`."""
     if "left" in state:
         matrix = state["left_basis"].mT @ matrix
     return matrix @ state["right_basis"] if "right" in state else matrix
 
 
-def rotate_back(matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
+def _rotate_back(matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
     """:math:`Q_L X Q_R^T`."""
     if "left" in state:
         matrix = state["left_basis"] @ matrix
     return matrix @ state["right_basis"].mT if "right" in state else matrix
 
 
-def follow(state: dict[str, Tensor], gradient: Tensor, decay: float, *, refresh: bool) -> None:
+def _update_bases(state: dict[str, Tensor], gradient: Tensor, decay: float, *, refresh: bool) -> None:
     """Update L and R and, if asked for, their eigenbases by one step of orthogonal iteration."""
-    for side, product in outer_products(gradient).items():
+    for side, product in _outer_products(gradient).items():
         covariance, basis = state[side], state[f"{side}_basis"]
         covariance.lerp_(product, 1 - decay)
         if refresh:

@@ -99,7 +99,7 @@ def prepare_teachers(
     ]
     training, held_out = (
         [
-            graphs_with_targets(teacher, student, chosen, index=k, features=options.feature_weight > 0)
+            _graphs_with_targets(teacher, student, chosen, index=k, features=options.feature_weight > 0)
             for k, (teacher, chosen) in enumerate(zip(teachers, parts, strict=True))
         ]
         for parts in (
@@ -108,7 +108,7 @@ def prepare_teachers(
         )
     )
     scales = [
-        max(mean_force(graphs), 1e-6) / weight for graphs, weight in zip(training, weights, strict=True)
+        max(_mean_force(graphs), 1e-6) / weight for graphs, weight in zip(training, weights, strict=True)
     ]
     return Teachers(teachers, distillation_sets, weigh(training, scales), weigh(held_out, scales), shifts)
 
@@ -119,7 +119,7 @@ def merge_weights(merged: ForceField, n: int) -> Sequence[float]:
     return weights or (1.0,) * n
 
 
-def mean_force(graphs: Sequence[LabeledGraph]) -> float:
+def _mean_force(graphs: Sequence[LabeledGraph]) -> float:
     """Mean absolute force component, eV/Å."""
     return float(torch.cat([graph.forces for graph in graphs]).abs().mean())
 
@@ -156,24 +156,24 @@ def prepare_distillation_set(
     if options.sampled:
         sampling = SampleOptions(n=options.sampled, seed=options.seed)
         training += [bare(atoms) for atoms in sample_frames(specialist, given[:STARTS], sampling).frames]
-    training = with_visited_copies(specialist, training, options)
-    return DistillationSet((*training, *displaced_copies(training, options)), tuple(held_out))
+    training = _with_visited_copies(specialist, training, options)
+    return DistillationSet((*training, *_displaced_copies(training, options)), tuple(held_out))
 
 
-def with_visited_copies(
+def _with_visited_copies(
     specialist: ForceField, frames: Sequence[Atoms], options: DistillOptions
 ) -> list[Atoms]:
     """Frames, and structures that the specialist's dynamics visits from them (:mod:`ase_gffmerge.merging.augmentation`)."""
     return with_copies(specialist, frames, options, n_copies=copies_per_frame(specialist, frames, options))
 
 
-def displaced_copies(frames: Sequence[Atoms], options: DistillOptions) -> list[Atoms]:
+def _displaced_copies(frames: Sequence[Atoms], options: DistillOptions) -> list[Atoms]:
     """Every frame with displaced atoms and, for crystals, a strained cell."""
     rng = np.random.default_rng(options.seed)
     return [displaced(a, rattle=options.displacement, strain=options.strain, rng=rng) for a in frames]
 
 
-def graphs_with_targets(
+def _graphs_with_targets(
     teacher: ForceField, student: Potential, frames: Sequence[Atoms], *, index: int, features: bool
 ) -> list[LabeledGraph]:
     """Graphs with the teacher's predictions as targets.

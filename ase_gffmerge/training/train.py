@@ -3,15 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ase import Atoms
 
-from ase_gffmerge.data.frames import bare
+from ase_gffmerge.data.frames import bare, calibration_frames, hold_out
 from ase_gffmerge.data.hashing import geometry_keys, hash_frames, hash_labelled
 from ase_gffmerge.data.labels import is_isolated_atom, isolated_atom_energies, require_labels
 from ase_gffmerge.data.readers import iter_frames
-from ase_gffmerge.data.splits import calibration_frames, hold_out
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.provenance import Provenance
@@ -89,7 +87,7 @@ def train(
     if n_calibration < 1:
         raise FramesError(f"{n_calibration} calibration frames are too few for merging; store at least one")
     require_writable(out)
-    run = run_identity(config, start, init=init, frames=[*training, *validation])
+    run = _run_identity(config, start, init=init, frames=[*training, *validation])
     potential = start.potential.to(device=target).train().requires_grad_(True)
     checkpoint = checkpoint_path(out)
     potential, history = fit(
@@ -106,12 +104,12 @@ def train(
         start,
         name=name or out.name.removesuffix(".safetensors"),
         potential=potential.to(device="cpu"),
-        calibration=stored_frames(training, n_calibration, seed=config.seed),
-        provenance=provenance(
+        calibration=_stored_frames(training, n_calibration, seed=config.seed),
+        provenance=_provenance(
             sources,
             training,
             config,
-            lineage=lineage(init),
+            lineage=_lineage(init),
             seen=seen_frames([*training, *validation], init=init),
             errors=errors,
             origin=init.provenance.origin if init else "",
@@ -132,7 +130,8 @@ def labelled_frames(
     FramesError, FileFormatError
         For what cannot be read, or lacks labels under these keys (see :func:`~ase_gffmerge.data.readers.iter_frames`).
     """
-    frames, isolated = [], []
+    frames: list[Atoms] = []
+    isolated: list[Atoms] = []
     for atoms in iter_frames(path, keys=keys):
         (isolated if is_isolated_atom(atoms) else frames).append(atoms)
     require_labels(frames, path)
@@ -177,21 +176,21 @@ def split_frames(
     return training, validation, isolated_atom_energies(alone)
 
 
-def run_identity(
+def _run_identity(
     config: TrainConfig, start: ForceField, *, init: ForceField | None, frames: Sequence[Atoms]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Everything that decides the outcome, JSON-able: only a checkpoint of the same identity is continued."""
     return {
         "config": config.model_dump(),
         "architecture": start.potential.architecture,
         "hyper": start.potential.hyper.to_dict(),
         "references": start.potential.references.tolist(),
-        "lineage": list(lineage(init)),
+        "lineage": list(_lineage(init)),
         "frames": hash_labelled(frames),
     }
 
 
-def lineage(init: ForceField | None) -> tuple[str, ...]:
+def _lineage(init: ForceField | None) -> tuple[str, ...]:
     """Fingerprints of the ancestors of a child of ``init``, root first."""
     return (*init.provenance.lineage, init.fingerprint) if init else ()
 
@@ -202,12 +201,12 @@ def seen_frames(frames: Sequence[Atoms], *, init: ForceField | None) -> tuple[st
     return tuple(sorted({*inherited, *geometry_keys(frames)}))
 
 
-def stored_frames(training: Sequence[Atoms], n: int, *, seed: int) -> tuple[Atoms, ...]:
+def _stored_frames(training: Sequence[Atoms], n: int, *, seed: int) -> tuple[Atoms, ...]:
     """At most ``n`` training frames without labels, for merging."""
     return tuple(bare(atoms) for atoms in calibration_frames(training, min(n, len(training)), seed=seed))
 
 
-def provenance(
+def _provenance(
     sources: Sequence[Path],
     training: Sequence[Atoms],
     config: TrainConfig,

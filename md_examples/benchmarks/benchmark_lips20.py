@@ -6,7 +6,7 @@ DATA holds LiPS20's ``<system>.npz``. Nothing of the data or of the models train
 stated): keep FOLDER to yourself. Every model in FOLDER is trained once and kept, and a killed training continues.
 
 The frames are one trajectory per system, and neighbours in time are alike: they are split into blocks of time with a gap
-(:func:`ase_gffmerge.data.splits.time_block_split`); training and calibration frames come from the training blocks, and all
+(:func:`ase_gffmerge.data.frames.time_block_split`); training and calibration frames come from the training blocks, and all
 errors are measured on the test blocks.
 
 On CUDA, models are PaiNN with 64 channels, 3 blocks and 5 Å, on all frames of the training blocks. On a CPU, or with

@@ -8,8 +8,8 @@ import numpy as np
 from training_plan import TrainingPlan, trained, write_frames
 
 from ase_gffmerge import ForceField
+from ase_gffmerge.data.frames import time_block_split
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.data.splits import time_block_split
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.initialization import fit_references
 

@@ -104,6 +104,6 @@ def test_missing_and_broken_yaml(tmp_path: Path) -> None:
 
 
 def test_data_imports_no_torch() -> None:
-    modules = "download, manifest, readers, splits"
+    modules = "download, manifest, readers, frames"
     code = f"import sys; from ase_gffmerge.data import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

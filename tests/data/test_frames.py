@@ -6,7 +6,7 @@ from ase import Atoms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ase_gffmerge.data.splits import calibration_frames, time_block_split
+from ase_gffmerge.data.frames import calibration_frames, time_block_split
 from ase_gffmerge.errors import FramesError
 
 
