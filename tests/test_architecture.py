@@ -198,6 +198,8 @@ def without_parameters() -> list[str]:
                 continue
             if any(word in decorators(node) for word in ("command", "callback", "overload", "override")):
                 continue
+            if "typer." in ast.unparse(node.args):
+                continue
             text = ast.get_docstring(node) or ""
             if "Parameters\n---" not in text:
                 found.append(

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -83,7 +84,7 @@ EXAMPLES = {
     "sample": "gffmerge sample rmd17-ethanol ethanol.xyz --out frames.extxyz --frames 100",
 }
 """One line for every verb, shown at the end of its help."""
-VERBS = {
+VERBS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "convert": convert.convert,
     "train": train.train,

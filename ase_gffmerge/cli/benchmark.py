@@ -8,7 +8,7 @@ import typer
 
 from ase_gffmerge.cli.options import CacheDirOption, DeviceOption, DType, JsonOption, OverwriteOption
 from ase_gffmerge.cli.output import print_json, print_table, progress_bar, require_outputs
-from ase_gffmerge.runtime.progress import Progress
+from ase_gffmerge.runtime.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
@@ -80,7 +80,7 @@ def benchmark(
     sizes = {"sizes": atoms, "scaling": scaling}
     options = {name: tuple(values) for name, values in sizes.items() if values}
     with progress_bar("benchmark") as progress:
-        bench = make_bench(
+        bench = _make_bench(
             specialists or DEFAULT,
             device=device,
             dtype=dtype,
@@ -108,7 +108,7 @@ def benchmark(
         typer.echo(", ".join(f"{key}: {value}" for key, value in machine.items() if value))
 
 
-def make_bench(
+def _make_bench(
     sources: Sequence[str],
     *,
     device: str,
@@ -123,7 +123,7 @@ def make_bench(
     from ase_gffmerge.evaluation.benchmark.harness import Bench
     from ase_gffmerge.integrations.load import load_force_field
 
-    def from_files(count: int, progress: Progress | None = None) -> GFFMergeCalculator:
+    def from_files(count: int, progress: Progress = no_progress) -> GFFMergeCalculator:
         return GFFMergeCalculator(
             list(sources[:count]),
             device=device,
@@ -152,7 +152,7 @@ def make_bench(
     )
 
 
-def describe_machine(bench: "Bench") -> dict[str, Any]:
+def describe_machine(bench: "Bench") -> dict[str, object]:
     """What the numbers were measured on."""
     import platform
 

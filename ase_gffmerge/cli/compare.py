@@ -60,8 +60,8 @@ def compare(
     )
     store = RowStore(resume or default_folder(), merge_inputs, tests, fresh=fresh)
     with progress_bar("comparing") as progress:
-        comparison = watched(merge_inputs, tests, split_names(methods), labelled, store, progress)
-    write_files(comparison, markdown, plot)
+        comparison = _watched(merge_inputs, tests, split_names(methods), labelled, store, progress)
+    _write_files(comparison, markdown, plot)
     if as_json:
         print_json(comparison.to_dict())
     else:
@@ -76,7 +76,7 @@ def split_names(methods: list[str] | None) -> list[str] | None:
     return [name for entry in methods or () for name in entry.split(",") if name] or None
 
 
-def watched(
+def _watched(
     merge_inputs: "MergeInputs",
     tests: "tuple[LabelledSet, ...]",
     methods: list[str] | None,
@@ -102,7 +102,7 @@ def watched(
         ) from None
 
 
-def write_files(comparison: "Comparison", markdown: Path | None, plot: Path | None) -> None:
+def _write_files(comparison: "Comparison", markdown: Path | None, plot: Path | None) -> None:
     """Write the Markdown file and the plot, where asked for."""
     from ase_gffmerge.evaluation.comparison.report import markdown as tables
     from ase_gffmerge.evaluation.comparison.report import plot_comparison

@@ -35,8 +35,8 @@ def demo(
 
     require_outputs(out / "demo.json", out / "demo.md", out / "parity.png", overwrite=overwrite)
     with progress_bar("merging") as progress:
-        calc, seconds = merged_calculator(
-            dtype=dtype, device=device, cache_dir=cache_dir, progress=section(progress, 0.0, 0.3)
+        calc, seconds = _merged_calculator(
+            dtype=dtype, device=device, cache_dir=cache_dir, progress=_section(progress, 0.0, 0.3)
         )
         progress(0.3, "comparing with mean and paper")
         target = calc.force_field.potential.device
@@ -44,7 +44,7 @@ def demo(
             [load_force_field(name) for name in NAMES], calc.force_field, seconds, device=target
         )
         lengths = {"nvt": nvt_ps, "nve": nve_ps}
-        runs = run_dynamics(calc, NAMES, lengths, out, progress=section(progress, 0.4, 1.0))
+        runs = run_dynamics(calc, NAMES, lengths, out, progress=_section(progress, 0.4, 1.0))
     result = DemoResult(comparison=comparison, cache_hit=bool(calc.cache_hit), runs=runs)
     write_results(result, out)
     if as_json:
@@ -54,12 +54,12 @@ def demo(
     note(f"written: {out} (demo.md, demo.json, parity.png and {2 * len(NAMES)} trajectories)")
 
 
-def section(progress: Progress, start: float, end: float) -> Progress:
+def _section(progress: Progress, start: float, end: float) -> Progress:
     """Give a part of a progress bar to a step that counts from 0 to 1."""
     return lambda fraction, text: progress(start + (end - start) * fraction, text)
 
 
-def merged_calculator(
+def _merged_calculator(
     *, dtype: DType, device: str, cache_dir: Path | None, progress: Progress
 ) -> "tuple[GFFMergeCalculator, float]":
     """Merge through the cache; returns the seconds of merging or loading as well, without imports."""

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -57,7 +57,7 @@ def distill(
     curve = out.with_name(f"{out.name.removesuffix('.safetensors')}.png")
     require_outputs(out, curve, inputs=[*specialists, *(calibration or ()), init], overwrite=overwrite)
     start = (
-        load_force_field(init) if init else merged_start(loaded, chosen, device=device, cache_dir=cache_dir)
+        load_force_field(init) if init else _merged_start(loaded, chosen, device=device, cache_dir=cache_dir)
     )
     with progress_bar("distilling") as progress:
         progress(0.0, "the specialists label their frames")
@@ -78,10 +78,10 @@ def distill(
     checkpoint_path(out).unlink(missing_ok=True)
     plot_history(history, curve)
     run = {"out": str(out), "loss_curve": str(curve), "epochs": len(history.rows)}
-    report(distilled, run, history.start, as_json=as_json)
+    _report(distilled, run, history.start, as_json=as_json)
 
 
-def merged_start(
+def _merged_start(
     specialists: "Sequence[ForceField]", recipe: "Recipe", *, device: str, cache_dir: Path | None
 ) -> "ForceField":
     """Merge through the cache; the verdict on this start does not matter."""
@@ -103,7 +103,9 @@ def merged_start(
         ).force_field
 
 
-def report(distilled: "ForceField", run: dict[str, Any], start: dict[str, float], *, as_json: bool) -> None:
+def _report(
+    distilled: "ForceField", run: dict[str, object], start: dict[str, float], *, as_json: bool
+) -> None:
     """Print the result."""
     from ase_gffmerge.merging.report import MergeReport
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -79,7 +79,7 @@ def evaluate(
         from ase_gffmerge.evaluation.md.runs import Protocol
 
         protocol = Protocol(temperature=temperature, picoseconds=time, timestep=timestep, seeds=seeds)
-        evaluate_md(
+        _evaluate_md(
             contestants, labelled, protocol, reference=reference, dtype=dtype, out=out, as_json=as_json
         )
         return
@@ -104,7 +104,7 @@ def errors_by_model(models: "Sequence[Contestant]", frames: "Sequence[Atoms]") -
     }
 
 
-def print_errors(errors: Mapping[str, Mapping[str, Any]], *, as_json: bool) -> None:
+def print_errors(errors: Mapping[str, Mapping[str, object]], *, as_json: bool) -> None:
     """Errors of one model as they are, of several by model."""
     if as_json:
         print_json(next(iter(errors.values())) if len(errors) == 1 else {"models": errors})
@@ -152,7 +152,7 @@ def known_specialist(force_field: "ForceField", name: str | None) -> str | None:
     return name
 
 
-def evaluate_md(
+def _evaluate_md(
     models: "Sequence[Contestant]",
     starts: "Sequence[Atoms]",
     protocol: "Protocol",

@@ -85,7 +85,7 @@ def md(
         friction=friction,
         pressure=pressure,
     )
-    monitor = extrapolation_monitor(atoms, extrapolation, threshold=threshold, trajectory=out)
+    monitor = _extrapolation_monitor(atoms, extrapolation, threshold=threshold, trajectory=out)
     with progress_bar(f"{ensemble.value} at {temperature:g} K") as progress:
         last: list[Sample] = []
 
@@ -143,7 +143,7 @@ def describe(sample: "Sample", steps: int) -> str:
     return f"step {sample.step}/{steps}  T {sample.temperature:6.1f} K  E {sample.total_energy:.5f} eV"
 
 
-def extrapolation_monitor(
+def _extrapolation_monitor(
     atoms: "Atoms", choice: Extrapolation | None, *, threshold: float, trajectory: Path
 ) -> "ExtrapolationMonitor | None":
     """Watch the run as asked for; by default warn where the model has a gauge."""

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from ase_gffmerge.evaluation.table import Table
 
 
-def print_json(document: Any) -> None:
+def print_json(document: object) -> None:
     """Print one JSON document; numbers that are not finite become null."""
     typer.echo(json.dumps(plain(document), indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """Containers and numpy numbers as JSON types."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
@@ -47,7 +47,7 @@ def print_table(table: "Table") -> None:
         console.print(line, highlight=False, markup=False)
 
 
-def print_values(values: Mapping[str, Any]) -> None:
+def print_values(values: Mapping[str, object]) -> None:
     """Print names and values in two columns."""
     from ase_gffmerge.evaluation.table import Table
 

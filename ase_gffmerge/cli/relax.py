@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -53,9 +53,9 @@ def relax(
     check_cell(atoms, cell)
     before = energy(atoms)
     try_format(atoms, file_format)
-    taken, converged = optimise(atoms, cell=cell, optimizer=optimizer, fmax=fmax, steps=steps)
-    write_structure(atoms, out, file_format)
-    document: dict[str, Any] = {
+    taken, converged = _optimise(atoms, cell=cell, optimizer=optimizer, fmax=fmax, steps=steps)
+    _write_structure(atoms, out, file_format)
+    document: dict[str, object] = {
         "converged": converged,
         "steps": taken,
         "energy": energy(atoms),
@@ -70,7 +70,7 @@ def relax(
         raise typer.Exit(1)
 
 
-def optimise(
+def _optimise(
     atoms: "Atoms", *, cell: bool, optimizer: Optimizer, fmax: float, steps: int
 ) -> tuple[int, bool]:
     """Relax ``atoms`` in place; returns the number of steps and whether it converged."""
@@ -131,10 +131,10 @@ def try_format(atoms: "Atoms", file_format: str) -> None:
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as folder:
-        write_structure(atoms, Path(folder, "structure"), file_format)
+        _write_structure(atoms, Path(folder, "structure"), file_format)
 
 
-def write_structure(atoms: "Atoms", out: Path, file_format: str) -> None:
+def _write_structure(atoms: "Atoms", out: Path, file_format: str) -> None:
     """Write the structure atomically, under a temporary name without a suffix that would say more than the format."""
     from ase.io import write
 

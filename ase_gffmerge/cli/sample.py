@@ -66,7 +66,7 @@ def sample(
         write_extxyz(out, result)
     if attach:
         force_field.with_calibration(result.frames).save(attach)
-    report(result, {"out": out, "attached": attach}, as_json=as_json)
+    _report(result, {"out": out, "attached": attach}, as_json=as_json)
 
 
 def check_names(out: Path | None, attach: Path | None) -> None:
@@ -91,7 +91,7 @@ def write_extxyz(out: Path, result: "SampleResult") -> None:
     atomic_write(out, lambda temporary: write(temporary, list(result.frames), format="extxyz"))
 
 
-def report(result: "SampleResult", written: dict[str, Path | None], *, as_json: bool) -> None:
+def _report(result: "SampleResult", written: dict[str, Path | None], *, as_json: bool) -> None:
     """Print what was found."""
     document = {**result.to_dict(), **{key: str(path) for key, path in written.items() if path}}
     if as_json:

@@ -86,12 +86,12 @@ def train(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(watch.farewell()) from None
     plot_history(trained[1], curve)
-    report(summary(trained, out, curve, perf_counter() - started), as_json)
+    report(_summary(trained, out, curve, perf_counter() - started), as_json)
 
 
-def summary(
+def _summary(
     trained: "tuple[ForceField, History, Errors | None]", out: Path, curve: Path, seconds: float
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Describe the result as one JSON-able document."""
     specialist, history, errors = trained
     return {

@@ -88,7 +88,19 @@ def pair_distances(
     cell: np.ndarray | None = None,
     pbc: np.ndarray | bool = False,
 ) -> np.ndarray:
-    """Distances (n_frames, n_pairs) in Å of given pairs (n_pairs, 2), of nearest images where periodic."""
+    """Distances (n_frames, n_pairs) in Å of given pairs of atoms, of nearest images where periodic.
+
+    Parameters
+    ----------
+    positions : (n_frames, n_atoms, 3)
+        Å.
+    pairs : (n_pairs, 2)
+        Indices of atoms.
+    cell : (3, 3)
+        Å.
+    pbc
+        Periodic directions.
+    """
     vectors = positions[:, pairs[:, 1]] - positions[:, pairs[:, 0]]
     if cell is None or not np.any(pbc):
         return np.linalg.norm(vectors, axis=-1)

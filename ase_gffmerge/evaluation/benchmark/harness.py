@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class Row:
             return None
         return self.ratio >= self.target if self.sense == "at least" else self.ratio <= self.target
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain dictionary for JSON output."""
         return vars(self) | {"milliseconds": dict(self.milliseconds), "met": self.met}
 

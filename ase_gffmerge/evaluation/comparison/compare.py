@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 from ase_gffmerge.errors import GFFMergeError
 from ase_gffmerge.evaluation.comparison.inputs import (
@@ -79,7 +78,7 @@ class Comparison:
         pairs = zip(self.rows[model].errors, own, strict=True)
         return max(mine.force_mae / max(theirs.force_mae, 1e-12) for mine, theirs in pairs)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON-able document; ``seconds`` has no entry for the specialists themselves."""
         return {
             **{kind: self.errors(kind) for kind in ("force_mae", "force_rmse", "energy_mae")},

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +77,7 @@ class DemoResult:
         runs = {name: [self.runs[ensemble][name] for ensemble in self.runs] for name in self.names}
         return {name: sum(r.steps for r in row) / sum(r.seconds for r in row) for name, row in runs.items()}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON-able summary in eV, Å and seconds; ``merge_seconds`` is the time to load on a cache hit."""
         return {
             "force_mae": self.comparison.force_mae,

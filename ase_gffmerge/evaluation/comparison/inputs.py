@@ -126,7 +126,22 @@ def read_tests(sources: Sequence[str | Path], files: Sequence[Path] = ()) -> tup
 def read_labelled(
     files: Sequence[Path], sources: Sequence[str | Path], *, option: str
 ) -> tuple[LabelledSet, ...]:
-    """One file of labelled frames per specialist, in order; whatever else the frames say about specialists is taken off."""
+    """Read one file of labelled frames per specialist; whatever else the frames say about specialists is taken off.
+
+    Parameters
+    ----------
+    files
+        In the order of the specialists.
+    sources
+        What the specialists were loaded from.
+    option
+        Of the command line, for messages.
+
+    Raises
+    ------
+    FramesError
+        When their number is not that of the specialists, or files are missing, empty or lack labels.
+    """
     if len(files) != len(sources):
         raise FramesError(
             f"{option} was given {len(files)} file(s) for {len(sources)} specialists; give one per specialist, in the order "

@@ -47,7 +47,7 @@ class Measurement:
     cost: float
     settings: Mapping[str, float | str] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON-able dictionary."""
         return {
             **vars(self),
@@ -64,7 +64,17 @@ class Measurement:
 def run_timed(
     method: Method, merge_inputs: MergeInputs, progress: Progress | None = None
 ) -> tuple[MergeOutput, float]:
-    """Run a method and return the seconds it took; a comparison shows a bad merge, so nothing warns of one."""
+    """Run a method and return the seconds it took; a comparison shows a bad merge, so nothing warns of one.
+
+    Parameters
+    ----------
+    method
+        Of the registry.
+    merge_inputs
+        What it is given.
+    progress
+        Called with a fraction (0 to 1) and a description.
+    """
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)
@@ -77,7 +87,19 @@ def run_timed(
 def measure(
     method: Method, merge_inputs: MergeInputs, tests: Sequence[LabelledSet], progress: Progress
 ) -> Measurement:
-    """Run a method and measure what comes out."""
+    """Run a method and measure what comes out.
+
+    Parameters
+    ----------
+    method
+        Of the registry.
+    merge_inputs
+        What it is given.
+    tests
+        Labelled frames, one set per specialist, in order.
+    progress
+        Called with a fraction (0 to 1) and a description.
+    """
     merge_output, seconds = run_timed(
         method, merge_inputs, lambda fraction, text: progress(0.8 * fraction, text)
     )
@@ -100,7 +122,19 @@ def measure_specialists(merge_inputs: MergeInputs, tests: Sequence[LabelledSet])
 def measure_output(
     merge_output: MergeOutput, merge_inputs: MergeInputs, tests: Sequence[LabelledSet], *, seconds: float
 ) -> Measurement:
-    """Errors, size and cost of potentials that took ``seconds`` to make."""
+    """Errors, size and cost of the potentials that a method made.
+
+    Parameters
+    ----------
+    merge_output
+        The potentials, and the settings that the method chose.
+    merge_inputs
+        The specialists, whose cost is the unit.
+    tests
+        Labelled frames, one set per specialist, in order.
+    seconds
+        How long the method took.
+    """
     potentials = [merge_output.potential(k) for k in range(len(tests))]
     own = [specialist.potential for specialist in merge_inputs.specialists]
     return Measurement(
@@ -129,6 +163,15 @@ def relative_cost(model: Potential, own: Potential, atoms: Atoms, *, specialist:
 
     On a CPU its time in this process counts, so that other processes do not. The neighbour list is made beforehand: it is
     the same for both.
+
+    Parameters
+    ----------
+    model, own
+        Potentials on one device.
+    atoms
+        A structure that both know.
+    specialist
+        Index of the specialist it belongs to, for ``model``.
     """
     pair = [(model, _graph(model, atoms, specialist)), (own, _graph(own, atoms, 0))]
     seconds: list[list[float]] = [[], []]

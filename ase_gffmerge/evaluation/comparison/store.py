@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ase_gffmerge import __version__
 from ase_gffmerge.data.hashing import hash_frames, hash_labelled
@@ -69,12 +68,20 @@ class RowStore:
             return None
 
     def keep(self, row: Measurement, model: str, method: Method | None = None) -> None:
-        """Write a finished row at once and atomically."""
+        """Write a finished row at once and atomically.
+
+        Parameters
+        ----------
+        row
+            What was measured.
+        model, method
+            As in :meth:`path`.
+        """
         text = json.dumps(row.to_dict(), indent=1)
         atomic_write(self.path(model, method), text)
 
 
-def _parts(merge_inputs: MergeInputs, tests: Sequence[LabelledSet]) -> dict[str, Any]:
+def _parts(merge_inputs: MergeInputs, tests: Sequence[LabelledSet]) -> dict[str, object]:
     """What every row depends on."""
     return {
         "version": __version__,
@@ -84,7 +91,7 @@ def _parts(merge_inputs: MergeInputs, tests: Sequence[LabelledSet]) -> dict[str,
     }
 
 
-def _needed(merge_inputs: MergeInputs) -> dict[Requirement, Any]:
+def _needed(merge_inputs: MergeInputs) -> dict[Requirement, object]:
     """What a row depends on through each need of its method."""
     return {
         Requirement.FRAMES: [hash_frames(specialist.calibration) for specialist in merge_inputs.specialists],
@@ -93,5 +100,5 @@ def _needed(merge_inputs: MergeInputs) -> dict[Requirement, Any]:
     }
 
 
-def _identity(specialist: ForceField) -> list[Any]:
+def _identity(specialist: ForceField) -> list[object]:
     return [specialist.name, specialist.fingerprint, list(specialist.species), specialist.level_of_theory]

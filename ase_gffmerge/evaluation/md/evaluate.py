@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -77,7 +76,7 @@ class MDEvaluation:
         """Difference of every distribution from the reference; empty when no run of the model lasted."""
         return _maes(model.distributions, self.reference)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Summary for JSON: plain numbers, no curves."""
         return {
             "structure": self.formula,
@@ -87,7 +86,7 @@ class MDEvaluation:
             "models": {model.label: self._summary(model) for model in self.models},
         }
 
-    def _summary(self, model: ModelDynamics) -> dict[str, Any]:
+    def _summary(self, model: ModelDynamics) -> dict[str, object]:
         first = self.models[0]
         errors = self.errors.get(model.label)
         overlap = (
@@ -107,7 +106,7 @@ def _maes(first: Distributions, second: Distributions) -> dict[str, float]:
     return {name: distribution_mae(first[name], second[name]) for name in first if name in second}
 
 
-def _named(values: Mapping[str, float], suffix: str) -> dict[str, Any]:
+def _named(values: Mapping[str, float], suffix: str) -> dict[str, object]:
     """``h_mae`` as a number, ``rdf_mae`` by pair."""
     return {f"h{suffix}": values["h"]} if "h" in values else {f"rdf{suffix}": dict(values)} if values else {}
 

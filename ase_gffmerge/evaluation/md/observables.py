@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -108,7 +107,7 @@ class ModelDynamics:
         """Time in ps until each NVT run broke; its length when it did not."""
         return [run.duration / 1000 for run in self.nvt]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Summary for JSON, without curves."""
         return {
             "stability_time": self.stability_times,
@@ -128,7 +127,7 @@ class ModelDynamics:
         }
 
 
-def _diffusion(runs: Sequence[Diffusion]) -> dict[str, Any]:
+def _diffusion(runs: Sequence[Diffusion]) -> dict[str, object]:
     value, error = mean_diffusion(runs)
     return {"coefficient": value, "standard_error": error, "fit_ps": list(runs[0].fit), "n_runs": len(runs)}
 

@@ -204,7 +204,13 @@ ANALYSIS = ("equilibration", "correlation_time")
 
 
 def estimated_seconds(models: Sequence[Contestant], starts: Sequence[Atoms], protocol: Protocol) -> float:
-    """Seconds that :func:`run_models` will take without finished runs, from a few trial steps of every model."""
+    """Seconds that :func:`run_models` will take without finished runs, from a few trial steps of every model.
+
+    Parameters
+    ----------
+    models, starts, protocol
+        As in :func:`run_models`.
+    """
     n_steps = protocol.steps("nvt") + protocol.steps("nve")
     return sum(n_steps * _seconds_per_step(model, starts, protocol) for model in models)
 
