@@ -33,6 +33,21 @@ class Ensemble(StrEnum):
     npt = "npt"
 
 
+class Thermostat(StrEnum):
+    """Thermostats of nvt."""
+
+    langevin = "langevin"
+    bussi = "bussi"
+    nose_hoover = "nose-hoover"
+
+
+class Barostat(StrEnum):
+    """What npt lets move: all lengths and angles of the cell, or its volume alone."""
+
+    anisotropic = "anisotropic"
+    isotropic = "isotropic"
+
+
 class Extrapolation(StrEnum):
     """What to do about structures beyond the calibration frames."""
 
@@ -50,8 +65,23 @@ def md(
     steps: Annotated[int, typer.Option(help="Number of steps.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Trajectory (.traj, .xyz, .extxyz).", show_default=False)],
     timestep: Annotated[float, typer.Option(help="fs.")] = 0.5,
+    final_temperature: Annotated[
+        float | None, typer.Option(help="K; heat or cool linearly to it during the run (langevin, bussi).")
+    ] = None,
+    thermostat: Annotated[Thermostat, typer.Option(help="Of nvt.")] = Thermostat.langevin,
     friction: Annotated[float, typer.Option(help="Of Langevin dynamics, 1/fs.")] = 0.01,
+    thermostat_time: Annotated[
+        float | None,
+        typer.Option(help="Time constant of bussi, nose-hoover and npt, fs [default: 100 time steps]."),
+    ] = None,
     pressure: Annotated[float, typer.Option(help="External pressure for npt, GPa.")] = 0.0,
+    barostat: Annotated[Barostat, typer.Option(help="Of npt.")] = Barostat.anisotropic,
+    barostat_time: Annotated[
+        float | None, typer.Option(help="Time constant of the barostat, fs [default: 1000 time steps].")
+    ] = None,
+    fix: Annotated[
+        str | None, typer.Option(help="Atoms that do not move, counted from 0, for example 0-35,40.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of velocities and thermostat.")] = 0,
     interval: Annotated[int, typer.Option(help="Steps between frames of the trajectory.")] = 10,
     dtype: Annotated[DType, typer.Option(help="Of the network.")] = DType.float32,
@@ -66,24 +96,46 @@ def md(
         ),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Extrapolation grade to act on; 1 is the edge.")] = 2.0,
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart", help="Continue the run in --out exactly where it stopped; --steps counts all steps."
+        ),
+    ] = False,
+    append: Annotated[bool, typer.Option("--append", help="Add frames to the trajectory --out.")] = False,
+    log: Annotated[
+        Path | None, typer.Option(help="Text file with time, energies and temperature of every frame.")
+    ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run molecular dynamics from fresh velocities and write a trajectory with energies and forces.
 
-    nve: velocity Verlet; nvt: Langevin; npt: Martyna-Tobias-Klein with a flexible cell.
+    nve: velocity Verlet; nvt: a thermostat; npt: Martyna-Tobias-Klein. A killed run is continued by the same command with
+    --restart. A run that explodes stops, keeps what came before, and ends with exit code 1.
     """
     from ase_gffmerge.dynamics.ase_md import run_md
     from ase_gffmerge.dynamics.integrators import Conditions
+    from ase_gffmerge.dynamics.restart import restart_path
 
-    require_outputs(out, inputs=[structure, model], overwrite=overwrite)
+    goes_on = restart or append
+    require_outputs(
+        None if goes_on else out, None if restart else log, inputs=[structure, model], overwrite=overwrite
+    )
+    require_outputs(out, inputs=[structure, model], overwrite=True)
     atoms = prepared(model, structure, device=device, dtype=dtype.value, specialist=specialist)
+    fix_atoms(atoms, fix)
     conditions = Conditions(
         ensemble=ensemble.value,
         temperature=temperature,
+        final_temperature=final_temperature,
         timestep=timestep,
+        thermostat=thermostat.value,
         friction=friction,
+        thermostat_time=thermostat_time,
         pressure=pressure,
+        barostat=barostat.value,
+        barostat_time=barostat_time,
     )
     monitor = _extrapolation_monitor(atoms, extrapolation, threshold=threshold, trajectory=out)
     with progress_bar(f"{ensemble.value} at {temperature:g} K") as progress:
@@ -103,10 +155,18 @@ def md(
                 seed=seed,
                 interval=interval,
                 trajectory=out,
+                append=append,
+                restart=restart_path(out),
+                resume=restart,
+                log=log,
                 on_sample=watch,
             )
         except KeyboardInterrupt:
-            done = f"{out} holds {last[0].step} of {steps} steps" if last else "nothing was written"
+            done = (
+                f"{out} holds {last[0].step} of {steps} steps; the same command with --restart continues"
+                if last
+                else "nothing was written"
+            )
             raise KeyboardInterrupt(f"interrupted; {done}") from None
     document = {**result.to_dict(), "trajectory": str(out)}
     if monitor is not None:
@@ -136,6 +196,25 @@ LABELS = {
     "extrapolation_largest": "largest extrapolation grade",
     "extrapolation_beyond": "samples above the threshold",
 }
+
+
+def fix_atoms(atoms: "Atoms", which: str | None) -> None:
+    """Hold atoms where they are: ``which`` lists indices and ranges, such as ``0-35,40``."""
+    if which is None:
+        return
+    from ase.constraints import FixAtoms
+
+    from ase_gffmerge.errors import ArgumentError
+
+    indices: set[int] = set()
+    for part in which.split(","):
+        first, _, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal() and int(last or first) < len(atoms)):
+            raise ArgumentError(
+                f"--fix {which}: {part.strip()!r} is no atom or range of the {len(atoms)} atoms; count from 0, as in 0-35,40"
+            )
+        indices.update(range(int(first), int(last or first) + 1))
+    atoms.set_constraint([*atoms.constraints, FixAtoms(sorted(indices))])
 
 
 def describe(sample: "Sample", steps: int) -> str:
