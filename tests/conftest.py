@@ -29,7 +29,7 @@ HYPER = {
 
 CACHE = os.environ.get("GFFMERGE_CACHE")
 
-LONGEST = ("test_readme.py", "test_demo.py")
+LONGEST = ("test_readme.py", "test_docs.py", "test_demo.py")
 """Modules that run for minutes begin first, so that no worker waits for them at the end."""
 
 

@@ -38,7 +38,7 @@ def demo(
         calc, seconds = _merged_calculator(
             dtype=dtype, device=device, cache_dir=cache_dir, progress=_section(progress, 0.0, 0.3)
         )
-        progress(0.3, "comparing with mean and paper")
+        progress(0.3, "comparing with mean, paper and ensemble")
         target = calc.force_field.potential.device
         comparison = compare_models(
             [load_force_field(name) for name in NAMES], calc.force_field, seconds, device=target
@@ -51,7 +51,7 @@ def demo(
         print_json(result.to_dict())
     else:
         print_table(demo_table(result))
-    note(f"written: {out} (demo.md, demo.json, parity.png and {2 * len(NAMES)} trajectories)")
+    note(f"written: {out} (demo.md, demo.json, errors.png, parity.png and {2 * len(NAMES)} trajectories)")
 
 
 def _section(progress: Progress, start: float, end: float) -> Progress:
@@ -73,9 +73,9 @@ def _merged_calculator(
 
 
 def write_results(result: "DemoResult", out: Path) -> None:
-    """Write the table (Markdown and JSON) and the parity plot."""
+    """Write the table (Markdown and JSON) and both plots."""
     from ase_gffmerge.evaluation.comparison.demo import markdown
-    from ase_gffmerge.evaluation.plots import plot_parity
+    from ase_gffmerge.evaluation.plots import plot_errors, plot_parity
     from ase_gffmerge.storage.atomic import atomic_write
 
     texts = {
@@ -84,4 +84,5 @@ def write_results(result: "DemoResult", out: Path) -> None:
     }
     for name, text in texts.items():
         atomic_write(out / name, text)
+    plot_errors(result.comparison.force_mae, out / "errors.png")
     plot_parity(result.comparison.reference, result.comparison.predicted, out / "parity.png")

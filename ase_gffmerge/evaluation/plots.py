@@ -65,7 +65,40 @@ def _curve(axes: Axes, values: Sequence[float | None], label: str) -> None:
         axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5, marker=marker, markersize=3)
 
 
-COLOURS = {"specialist": "#222222", "gffmerge": "#2a8fb0", "paper": "#d1793b", "mean": "#b8b8b8"}
+COLOURS = {
+    "specialist": "#222222",
+    "gffmerge": "#2a8fb0",
+    "paper": "#d1793b",
+    "mean": "#b8b8b8",
+    "ensemble": "#8d7bb0",
+}
+
+
+def plot_errors(force_mae: Mapping[str, Mapping[str, float]], path: Path) -> Path:
+    """Draw mean absolute force errors as bars, a panel per molecule, and write a PNG.
+
+    Parameters
+    ----------
+    force_mae
+        Errors in eV/Å by model and molecule.
+    path
+        The PNG file, written atomically.
+    """
+    molecules = list(next(iter(force_mae.values())))
+    figure = Figure(figsize=(3.6 * len(molecules), 0.35 * len(force_mae) + 0.9), layout="constrained")
+    grid = figure.subplots(1, len(molecules), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, molecule in zip(grid, molecules):
+        errors = [1000 * row[molecule] for row in force_mae.values()]
+        bars = axes.barh(
+            list(force_mae), errors, color=[COLOURS.get(model, "#b8b8b8") for model in force_mae]
+        )
+        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+        axes.set_title(molecule, fontsize="medium")
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0].invert_yaxis()
+    grid[0].set_xlim(0, 1.12 * max(1000 * value for row in force_mae.values() for value in row.values()))
+    figure.supxlabel("force MAE on test frames (meV/Å)", fontsize="medium")
+    return save_figure(figure, path)
 
 
 def plot_parity(

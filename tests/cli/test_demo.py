@@ -15,18 +15,19 @@ def test_demo(gffmerge, merge_cache: Path, tmp_path: Path) -> None:
     assert list(document) == [
         "force_mae", "merge_seconds", "cache_hit", "nve_drift_per_atom", "steps_per_second",
     ]  # fmt: skip
-    assert list(document["force_mae"]) == ["specialist", "mean", "paper", "gffmerge"]
+    assert list(document["force_mae"]) == ["specialist", "mean", "paper", "ensemble", "gffmerge"]
     assert all(set(errors) == NAMES for errors in document["force_mae"].values())
     assert set(document["nve_drift_per_atom"]) == set(document["steps_per_second"]) == NAMES
     errors = document["force_mae"]
     for name in NAMES:
         assert errors["specialist"][name] < errors["gffmerge"][name] < errors["mean"][name] < 1
-        assert errors["gffmerge"][name] < errors["paper"][name]
+        assert errors["gffmerge"][name] < min(errors["paper"][name], errors["ensemble"][name])
         assert abs(document["nve_drift_per_atom"][name]) < 1e-3
     folder = tmp_path / "results"
     assert json.loads((folder / "demo.json").read_text()) == document
     assert "| gffmerge |" in (folder / "demo.md").read_text(encoding="utf-8")
-    assert (folder / "parity.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("errors.png", "parity.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     for name in NAMES:
         assert len(read(folder / f"{name}-nvt.traj", ":")) == 3
         assert read(folder / f"{name}-nve.traj", -1).get_forces().shape == (9, 3)

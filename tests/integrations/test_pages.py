@@ -18,7 +18,7 @@ from helpers.vendor_models import moved
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-FOLDER = Path(__file__).parents[2] / "md_examples" / "vendors"
+FOLDER = Path(__file__).parents[2] / "docs" / "how_to" / "vendors"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.md"))}
 SMALLER = {"mace": {"num_interactions": 1, "correlation": 2, "max_ell": 1}}
 """What is changed to make a page take a few seconds less."""

@@ -20,7 +20,7 @@ from ase_gffmerge.methods import METHODS, MergeInputs
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress
 
-BASELINES = ("mean", "paper")
+BASELINES = ("mean", "paper", "ensemble")
 DEFAULT = "gffmerge"
 TEMPERATURES = {"nvt": 500.0, "nve": 300.0}
 TIMESTEP = 0.5
@@ -38,7 +38,7 @@ class ForceComparison:
     reference
         Labels.
     predicted
-        By model: ``specialist`` (each on its own frames), ``mean``, ``paper``, ``gffmerge``.
+        By model: ``specialist`` (each on its own frames), the baselines, ``gffmerge``.
     seconds
         Wall time of each merge.
     """
@@ -231,4 +231,5 @@ def conditions(result: DemoResult) -> str:
 def markdown(result: DemoResult) -> str:
     """Write table, conditions and the parity plot as a Markdown document."""
     table = demo_table(result)
-    return f"# {table.title}\n\n{table.to_markdown()}\n\n![forces of the models and labels](parity.png)\n"
+    pictures = "![force errors](errors.png)\n\n![forces of the models and labels](parity.png)"
+    return f"# {table.title}\n\n{table.to_markdown()}\n\n{pictures}\n"
