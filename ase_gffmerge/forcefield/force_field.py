@@ -156,16 +156,19 @@ class ForceField:
         FileFormatError
             When the file is missing, truncated, altered, of an unknown version, or not what it says.
         """
-        force_field = cls(**read_contents(bundled_path(source)))
-        if dtype is None and torch.device(device) == force_field.potential.device:
-            return force_field
-        return force_field.to(device=device, dtype=dtype)
+        return cls(**read_contents(bundled_path(source))).to(device=device, dtype=dtype)
 
     def to(self, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Self:
         """Cast and move the weights in place; returns self."""
+        grade = self.extrapolation_grade
+        held = [self.potential.embedding, *([grade.whitening] if grade else [])]
+        if all(value.dtype == (dtype or value.dtype) for value in held) and (
+            device is None or all(value.device == torch.device(device) for value in held)
+        ):
+            return self  # moving modules to where they are takes as long as reading them
         self.potential.to(device=device, dtype=dtype)
-        if self.extrapolation_grade is not None:
-            self.extrapolation_grade.to(device=device, dtype=dtype)
+        if grade is not None:
+            grade.to(device=device, dtype=dtype)
         return self
 
     def with_calibration(self, frames: Sequence[Atoms]) -> Self:

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +16,18 @@ from ase_gffmerge.errors import FileFormatError, first_line
 from ase_gffmerge.storage.atomic import atomic_write
 
 FORMAT = "ase-gffmerge"
+Content = TypeVar("Content")
+_TYPE_NAMES = {
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "U8": "uint8",
+    "I32": "int32",
+    "I64": "int64",
+    "BOOL": "bool",
+}
+"""Names in safetensors' headers and in torch of all types that our files hold."""
 
 
 SCHEMA = 1
@@ -55,12 +67,17 @@ def _canonical(data: bytes) -> bytes:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Read the metadata alone; tensors stay on disk and are not verified."""
-    return _metadata(_ours(path, with_tensors=False)[0], path)
+    header, _ = _opened(path, _read_header)
+    _require_ours(header, path)
+    return _metadata(header, path)
 
 
 def read_digest(path: Path) -> str:
-    """SHA-256 of a file's content (:func:`content_digest`), which is verified."""
-    return _ours(path, with_tensors=True)[0]["sha256"]
+    """SHA-256 of a file's content (:func:`content_digest`), verified without making tensors of it."""
+    header, found = _opened(path, _read_digest)
+    _require_ours(header, path)
+    _require_unaltered(header, found, path)
+    return found
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -71,22 +88,24 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     FileFormatError
         When the file is missing, not safetensors, not ours, of an unknown schema version, or altered.
     """
-    header, tensors = _ours(path, with_tensors=True)
+    header, tensors = _opened(path, _read_tensors)
+    _require_ours(header, path)
+    _require_unaltered(header, digest(header.get("metadata", ""), tensors), path)
     return _metadata(header, path), tensors
 
 
-def _ours(path: Path, *, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header of a file that is one of ours, and its tensors, whose digest is verified."""
-    header, tensors = _content(path, with_tensors=with_tensors)
+def _require_ours(header: Mapping[str, str], path: Path) -> None:
     if header.get("format") != FORMAT:
         raise FileFormatError(
             f"{path} is a safetensors file but not one of ase-gffmerge (its header has no format mark); "
             "make one with `gffmerge train` or `gffmerge merge`"
         )
     _require_schema(header.get("schema", ""), path)
-    if with_tensors and digest(header.get("metadata", ""), tensors) != header.get("sha256"):
+
+
+def _require_unaltered(header: Mapping[str, str], found: str, path: Path) -> None:
+    if found != header.get("sha256"):
         raise FileFormatError(f"{path} was altered after writing (its SHA-256 is wrong); copy it again")
-    return header, tensors
 
 
 def _metadata(header: Mapping[str, str], path: Path) -> dict[str, Any]:
@@ -99,21 +118,37 @@ def _metadata(header: Mapping[str, str], path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _content(path: Path, *, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors, in memory of their own: tensors mapped from a file would change with it."""
+def _opened(path: Path, read: Callable[[BinaryIO], Content]) -> Content:
+    """What ``read`` finds in a file."""
     _require_file(path)
     try:
         with path.open("rb") as handle:
-            header = _header(handle)
-            if not with_tensors:
-                return header, {}
-            handle.seek(0)
-            return header, load(handle.read())
+            return read(handle)
     except _UNREADABLE as error:
         raise FileFormatError(
             f"{path} is not a readable safetensors file ({first_line(error)}); it is truncated, altered or of another "
             "kind: copy or download it again. Pickled checkpoints are never opened."
         ) from None
+
+
+def _read_tensors(handle: BinaryIO) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors, in memory of their own: tensors mapped from a file would change with it."""
+    header, _ = _read_header(handle)
+    handle.seek(0)
+    return header, load(handle.read())
+
+
+def _read_digest(handle: BinaryIO) -> tuple[dict[str, str], str]:
+    """Header, and what :func:`digest` says about the tensors, from their bytes."""
+    header, entries = _read_header(handle)
+    data = memoryview(handle.read())
+    sha = hashlib.sha256(header.get("metadata", "").encode())
+    for name in sorted(entries):
+        entry = entries[name]
+        kind = _TYPE_NAMES.get(entry["dtype"], entry["dtype"])
+        sha.update(f"{name}|torch.{kind}|{tuple(entry['shape'])}|".encode())
+        sha.update(data[slice(*entry["data_offsets"])])
+    return header, sha.hexdigest()
 
 
 def _require_file(path: Path) -> None:
@@ -128,20 +163,20 @@ def _require_file(path: Path) -> None:
     )
 
 
-def _header(handle: BinaryIO) -> dict[str, str]:
-    """The strings in a safetensors header, once its lengths fit the file: before anything large is read."""
+def _read_header(handle: BinaryIO) -> tuple[dict[str, str], dict[str, Any]]:
+    """Strings and entries of a safetensors header, once its lengths fit the file: before anything large is read."""
     n_bytes = os.fstat(handle.fileno()).st_size
     n_header = int.from_bytes(handle.read(8), "little")
     if 8 + n_header > n_bytes:
-        raise ValueError("it has no header of that kind")
-    header = json.loads(handle.read(n_header))
-    strings = header.pop("__metadata__", {})
-    end = 8 + n_header + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        raise ValueError(f"a header of {n_header} bytes in a file of {n_bytes}")
+    entries = json.loads(handle.read(n_header))
+    strings = entries.pop("__metadata__", {})
+    end = 8 + n_header + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if end != n_bytes:
         raise ValueError(f"tensors up to byte {end} in a file of {n_bytes}")
     if not all(isinstance(value, str) for value in strings.values()):
         raise ValueError("a header that does not consist of strings")
-    return strings
+    return strings, entries
 
 
 _UNREADABLE = (
