@@ -24,7 +24,7 @@ MERGE_SHARE = 0.4
 def benchmark(
     specialists: Annotated[
         list[str] | None,
-        typer.Argument(help="Files or bundled names, merged if several [default: the bundled pair]."),
+        typer.Argument(help="Files or bundled names, merged if several.", show_default="the bundled pair"),
     ] = None,
     only: Annotated[
         list[str] | None,
@@ -41,11 +41,11 @@ def benchmark(
         ),
     ] = None,
     atoms: Annotated[
-        list[int] | None, typer.Option(min=1, help="Numbers of atoms [default: 9 256 1000].")
+        list[int] | None, typer.Option(min=1, help="Numbers of atoms.", show_default="9 256 1000")
     ] = None,
     scaling: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Numbers of atoms of the scaling row [default: 1000 3200 10000]."),
+        typer.Option(min=1, help="Numbers of atoms of the scaling row.", show_default="1000 3200 10000"),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="MD steps of the memory row.")] = 300,
     repeats: Annotated[int, typer.Option(min=1, help="Of everything that is timed.")] = 7,

@@ -22,13 +22,15 @@ def compare(
     specialists: Annotated[list[str], typer.Argument(help="Files or bundled names.", show_default=False)],
     test: Annotated[
         list[Path] | None,
-        typer.Option(help=f"Labelled frames to test on: {FRAMES_HELP} [default: the bundled ones]."),
+        typer.Option(help=f"Labelled frames to test on: {FRAMES_HELP}.", show_default="the bundled ones"),
     ] = None,
     methods: Annotated[
-        list[str] | None, typer.Option(help="Only these, also with commas [default: all without training].")
+        list[str] | None,
+        typer.Option(help="Only these, also with commas.", show_default="all without training"),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Common ancestor, file or bundled name [default: found if bundled].")
+        str | None,
+        typer.Option(help="Common ancestor, file or bundled name.", show_default="found if bundled"),
     ] = None,
     labels: Annotated[
         list[Path] | None,
@@ -37,7 +39,8 @@ def compare(
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the force errors (PNG).")] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Folder that keeps finished methods [default: in the cache folder].")
+        Path | None,
+        typer.Option(help="Folder that keeps finished methods.", show_default="in the cache folder"),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is already finished.")] = False,
     device: DeviceOption = "auto",

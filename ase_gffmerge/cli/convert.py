@@ -27,7 +27,9 @@ def convert(
         typer.Option(help="Frames that the force field knows, for merging; labels in them are not used."),
     ] = None,
     frames: Annotated[int, typer.Option(help="How many of them are kept.", min=1)] = 100,
-    name: Annotated[str | None, typer.Option(help="Name of the specialist [default: of the file].")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the specialist.", show_default="of the file")
+    ] = None,
     level_of_theory: Annotated[
         str | None, typer.Option(help="Of its labels, for example PBE; different ones are not merged.")
     ] = None,

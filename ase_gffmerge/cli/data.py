@@ -53,7 +53,7 @@ def fetch_command(
         typer.Option("--file", help="Shell pattern of a file, system or system/split; repeatable."),
     ] = None,
     directory: Annotated[
-        Path | None, typer.Option("--dir", help="Download folder [default: the cache].")
+        Path | None, typer.Option("--dir", help="Download folder.", show_default="the cache")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

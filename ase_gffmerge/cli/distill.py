@@ -19,10 +19,11 @@ def distill(
     specialists: Annotated[list[str], typer.Argument(help="Files or bundled names.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Distilled file to write (.safetensors).", show_default=False)],
     init: Annotated[
-        str | None, typer.Option(help="Start from this merge of the specialists [default: merge them now].")
+        str | None,
+        typer.Option(help="Start from this merge of the specialists.", show_default="merge them now"),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the frames [default: of the recipe].")
+        int | None, typer.Option(min=1, help="Passes over the frames.", show_default="of the recipe")
     ] = None,
     calibration: Annotated[
         list[Path] | None,

@@ -54,7 +54,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="Runs of every model.", rich_help_panel=MD)] = 3,
     reference: Annotated[
         Path | None,
-        typer.Option(help="Frames of the true ensemble (default: FRAMES).", rich_help_panel=MD),
+        typer.Option(help="Frames of the true ensemble.", show_default="FRAMES", rich_help_panel=MD),
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Of the networks.", rich_help_panel=MD)] = DType.float32,
     out: Annotated[

@@ -90,9 +90,8 @@ def md(
     extrapolation: Annotated[
         Extrapolation | None,
         typer.Option(
-            help="When a sampled structure is beyond the calibration frames; record writes it beside the trajectory. "
-            "Default: warn, where the model can tell.",
-            show_default=False,
+            help="When a sampled structure is beyond the calibration frames; record writes it beside the trajectory.",
+            show_default="warn, where the model can tell",
         ),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Extrapolation grade to act on; 1 is the edge.")] = 2.0,

@@ -15,20 +15,21 @@ def merge(
     calibration: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Frames that a specialist knows, labels not needed: one file per specialist, in order; several values "
-            "[default: those in the specialists' files]."
+            help="Frames that a specialist knows, labels not needed: one file per specialist, in order; several values.",
+            show_default="those in the specialists' files",
         ),
     ] = None,
     recipe: Annotated[str, typer.Option(help="gffmerge, paper, mean, or a YAML file.")] = "gffmerge",
     conditioning: Annotated[
-        Conditioning | None, typer.Option(help="One surface, or one per specialist [default: of the recipe].")
+        Conditioning | None,
+        typer.Option(help="One surface, or one per specialist.", show_default="of the recipe"),
     ] = None,
     device: DeviceOption = "auto",
     allow_unrelated: Annotated[
         bool, typer.Option("--allow-unrelated", help="Merge specialists without a common base.")
     ] = False,
     weights: Annotated[
-        str | None, typer.Option(help="Say of each specialist, in order: 1,2 [default: equal].")
+        str | None, typer.Option(help="Say of each specialist, in order: 1,2.", show_default="equal")
     ] = None,
     closed_loop: Annotated[
         int,

@@ -44,7 +44,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 CacheDirOption = Annotated[
     Path | None,
-    typer.Option(help="Folder of merged force fields [default: $GFFMERGE_CACHE, else the user's cache]."),
+    typer.Option(
+        help="Folder of merged force fields.", show_default="$GFFMERGE_CACHE, else the user's cache"
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 SpecialistOption = Annotated[

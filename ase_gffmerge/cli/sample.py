@@ -23,7 +23,7 @@ def sample(
     ] = None,
     frames: Annotated[int, typer.Option(help="Frames wanted.")] = 100,
     temperatures: Annotated[
-        list[float] | None, typer.Option(help="Ladder in K; several values [default: 300 500 700].")
+        list[float] | None, typer.Option(help="Ladder in K; several values.", show_default="300 500 700")
     ] = None,
     time: Annotated[
         float, typer.Option(help="Longest time that a replica gives frames, after equilibration, ps.")

@@ -28,15 +28,15 @@ def train(
     frames: Annotated[list[Path], typer.Argument(help=FRAMES_HELP, show_default=False)],
     out: Annotated[Path, typer.Option(help="Force-field file to write (.safetensors).", show_default=False)],
     model: Annotated[
-        str | None, typer.Option(help="painn or nequip [default: of --init, else painn].")
+        str | None, typer.Option(help="painn or nequip.", show_default="of --init, else painn")
     ] = None,
     init: Annotated[
         str | None, typer.Option(help="Start from this specialist (file or bundled name).")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the frames [default: 100].")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the frames.", show_default="100")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with further options.")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of initial weights, split and order [default: 0].")
+        int | None, typer.Option(help="Of initial weights, split and order.", show_default="0")
     ] = None,
     device: DeviceOption = "auto",
     keep: Annotated[
@@ -52,7 +52,9 @@ def train(
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
     stress_key: StressKey = None,
-    name: Annotated[str | None, typer.Option(help="Name of the specialist [default: name of --out].")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the specialist.", show_default="name of --out")
+    ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
