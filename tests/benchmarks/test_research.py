@@ -60,7 +60,7 @@ def test_the_open_readout_fit_is_the_products(research, bench):
     trunk = bench.trunk
     setting = research("readout_fit").Setting(options=SMALL)
     ours = research("readout_fit").fitted(trunk, setting).potentials
-    product, _, _ = match_forces(trunk.potential, trunk.calibration_sets, SMALL, progress=lambda x: None)
+    product, _, _ = match_forces(trunk.potential, trunk.calibration_sets, SMALL)
     frames = bench.tests[0]
     assert ours[0] is ours[1]
     found, expected = (predict_frames(p, frames) for p in (ours[0], product))
