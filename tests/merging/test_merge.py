@@ -50,7 +50,7 @@ def test_merging_copies_returns_the_specialist(family, architecture, name) -> No
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("conditioning", ["shared", "per-specialist"])
-@pytest.mark.slow_for("per-specialist")
+@pytest.mark.slow_for("per-specialist", "nequip")
 def test_order_of_specialists_is_irrelevant(family, architecture, name, conditioning) -> None:
     specialists = family(architecture, 3)
     frames = specialists[0].calibration
@@ -86,6 +86,7 @@ def test_specialists_are_not_changed_and_merging_is_reproducible(family, archite
     assert first.fingerprint == second.fingerprint
 
 
+@pytest.mark.slow_for("nequip")
 def test_per_specialist_conditioning_keeps_every_table(family, architecture) -> None:
     specialists = family(architecture, 3)
     merged, _ = merge(specialists, recipe("gffmerge", conditioning="per-specialist"))
@@ -126,6 +127,7 @@ def test_an_element_only_one_specialist_knows_keeps_its_row(family) -> None:
 TABLE = torch.tensor([10.0, 1000.0, 2000.0], dtype=torch.float64)
 
 
+@pytest.mark.slow_for("nequip")
 def test_different_zeros_of_energy_are_aligned_and_reported(family, architecture) -> None:
     specialists = family(architecture, 2)
     specialists[1].potential.references.add_(TABLE)
