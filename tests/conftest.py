@@ -1,6 +1,7 @@
 """Structures and potentials that several test folders use."""
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,11 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 
+from ase_gffmerge import ForceField, load_force_field, merge
+from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.models import Potential, build_potential
+from ase_gffmerge.workflows.cache import MergeCache
 from helpers.structures import OWN_ARCHITECTURES, rattled_slab, skewed_crystal
 
 torch.set_num_threads(1)
@@ -44,13 +49,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
 
 
+def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder of this name that all workers of the run share."""
+    own = factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+
+
+@pytest.fixture(scope="session")
+def full_merge_cache(tmp_path_factory) -> Path:
+    """One cache for all workers: a merge is paid once, or was when ``GFFMERGE_CACHE`` names a cache."""
+    return Path(CACHE) if CACHE else shared_folder(tmp_path_factory, "full-merge-cache")
+
+
 @pytest.fixture(scope="session")
 def merge_cache(tmp_path_factory) -> Path:
-    """One cache for all workers: the merge of the bundled specialists is paid once, or was when a cache is named."""
+    """One cache for all workers, with a quick merge of the bundled pair: of five frames each, with a narrow readout.
+
+    It stands in for the default merge, which takes minutes of processor time; that one is made by ``gffmerge demo`` in
+    ``.ci/run`` (whose cache is then used here too) and by the slow tests.
+    """
     if CACHE:
         return Path(CACHE)
-    own = tmp_path_factory.getbasetemp()
-    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "merge-cache"
+    pair = [load_force_field(name) for name in ("rmd17-ethanol", "rmd17-malonaldehyde")]
+
+    def build() -> ForceField:
+        few = [s.with_calibration(s.calibration[::20]) for s in pair]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MergeWarning)
+            return merge(few, {"readout": {"width": 256}}, device="cpu")[0]
+
+    cache = MergeCache(shared_folder(tmp_path_factory, "merge-cache"))
+    cache.get_or_build(pair, load_recipe(), build)
+    return cache.directory
 
 
 @pytest.fixture

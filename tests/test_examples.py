@@ -11,8 +11,8 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "md_examples"
 EXAMPLES = sorted(FOLDER.glob("[0-9]*.py"))
-QUICK = ("01", "04")
-"""Those that run by default; ``pytest -m slow`` runs the others."""
+QUICK = ("04_",)
+"""Those that run by default, on a quick merge; ``pytest -m slow`` runs the others, on the default one."""
 PARAMETERS = [
     pytest.param(path, id=path.stem, marks=() if path.name.startswith(QUICK) else pytest.mark.slow)
     for path in EXAMPLES
@@ -20,8 +20,9 @@ PARAMETERS = [
 
 
 @pytest.mark.parametrize("path", PARAMETERS)
-def test_example(path: Path, merge_cache: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "GFFMERGE_CACHE": str(merge_cache), "OMP_NUM_THREADS": "1"}
+def test_example(path: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    cache = request.getfixturevalue("merge_cache" if path.name.startswith(QUICK) else "full_merge_cache")
+    environment = {**os.environ, "GFFMERGE_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(path)],
         cwd=tmp_path,

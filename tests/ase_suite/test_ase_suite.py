@@ -85,9 +85,9 @@ def run_ase_tests(folder: Path, cache: Path) -> Run:
 
 
 @pytest.mark.slow
-def test_19_ase_own_tests_pass(tmp_path: Path, merge_cache: Path) -> None:
+def test_19_ase_own_tests_pass(tmp_path: Path, full_merge_cache: Path) -> None:
     """None fails, for whatever reason; and none has quietly gone, or no longer asks for EMT."""
-    run = run_ase_tests(tmp_path, merge_cache)
+    run = run_ase_tests(tmp_path, full_merge_cache)
     failed = [test["test"] for test in run.tests if test["outcome"] == "failed"]
     assert (failed, run.exit_code) == ([], 0), run.output[-5000:]
     missing = [file for file in FILES if not run.evaluated[file]]
