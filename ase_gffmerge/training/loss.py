@@ -108,21 +108,23 @@ def labelled_graphs(frames: Sequence[Atoms], potential: Potential) -> list[Label
 def weigh(
     groups: Sequence[Sequence[LabeledGraph]], scales: Sequence[float] | None = None
 ) -> list[list[LabeledGraph]]:
-    r"""Multiply the weights of graphs by factors with which every group of them counts the same.
+    r"""Scale weights of graphs so that every group of them counts the same; within a group their ratios stay.
 
     .. math:: w_k = \frac{\bar s}{s_k}\,\frac{\sum_j N_j}{K N_k}
 
-    with :math:`N_k` atoms in group k and its scale of forces :math:`s_k` (``scales``, eV/Å; default: equal).
+    is their mean over the :math:`N_k` atoms of group k, whose scale of forces is :math:`s_k` (``scales``, eV/Å; default:
+    equal).
     """
     scales = scales or [1.0] * len(groups)
     n_atoms = [sum(len(graph) for graph in group) for group in groups]
-    weights = [
-        sum(scales) / len(scales) / scale * sum(n_atoms) / (len(groups) * n)
-        for n, scale in zip(n_atoms, scales, strict=True)
+    before = [sum(float(graph.weight) * len(graph) for graph in group) for group in groups]
+    factors = [
+        sum(scales) / len(scales) / scale * sum(n_atoms) / (len(groups) * n) / (weight / n or 1.0)
+        for n, scale, weight in zip(n_atoms, scales, before, strict=True)
     ]
     return [
-        [replace(graph, weight=graph.weight * weight) for graph in group]
-        for group, weight in zip(groups, weights, strict=True)
+        [replace(graph, weight=graph.weight * factor) for graph in group]
+        for group, factor in zip(groups, factors, strict=True)
     ]
 
 

@@ -41,7 +41,7 @@ def test_rounds_are_reported(gffmerge, files, brief):
     assert merged is not None
     assert merged.recipe["closed_loop"]["rounds"] == 1
     assert loop["chosen"] in (0, 1)
-    text = gffmerge(*command, "--out", "m.safetensors").out
+    text = gffmerge(*command, "--out", "again.safetensors").out
     assert "on its own trajectories" in text
     assert "round 1" in text
 
