@@ -67,7 +67,7 @@ def test_help_has_an_example(gffmerge, monkeypatch, command: tuple[str, ...], wi
     text = plain(gffmerge(*command, "--help").out)
     assert f"Example: gffmerge {' '.join(command)}" in text
     assert "--json" in text
-    assert " ." not in text, "a default in brackets is markup, and vanishes"
+    assert " . " not in text, "a default in brackets is markup, and vanishes"
 
 
 def test_help_says_what_stands_where_nothing_is_given(gffmerge) -> None:
