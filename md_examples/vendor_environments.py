@@ -23,7 +23,7 @@ TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
 
 def tests_of(vendor: str) -> list[str]:
     """Files of tests that belong to a vendor: its own, its page's, and those of layers that several vendors share."""
-    own, page = f"tests/integrations/test_{vendor}.py", ROOT / "md_examples" / "vendors" / f"{vendor}.md"
+    own, page = f"tests/integrations/test_{vendor}.py", ROOT / "docs" / "how_to" / "vendors" / f"{vendor}.md"
     shared = ["tests/integrations/test_pages.py", "tests/models/test_element_linear.py"]
     return [own, *(shared if page.exists() else [])]
 
