@@ -72,12 +72,12 @@ def md(
     friction: Annotated[float, typer.Option(help="Of Langevin dynamics, 1/fs.")] = 0.01,
     thermostat_time: Annotated[
         float | None,
-        typer.Option(help="Time constant of bussi, nose-hoover and npt, fs [default: 100 time steps]."),
+        typer.Option(help="Time constant of bussi, nose-hoover and npt, fs.", show_default="100 time steps"),
     ] = None,
     pressure: Annotated[float, typer.Option(help="External pressure for npt, GPa.")] = 0.0,
     barostat: Annotated[Barostat, typer.Option(help="Of npt.")] = Barostat.anisotropic,
     barostat_time: Annotated[
-        float | None, typer.Option(help="Time constant of the barostat, fs [default: 1000 time steps].")
+        float | None, typer.Option(help="Time constant of the barostat, fs.", show_default="1000 time steps")
     ] = None,
     fix: Annotated[
         str | None, typer.Option(help="Atoms that do not move, counted from 0, for example 0-35,40.")
