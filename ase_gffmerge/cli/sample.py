@@ -97,8 +97,8 @@ def _report(result: "SampleResult", written: dict[str, Path | None], *, as_json:
     if as_json:
         print_json(document)
         return
-    for key in ("sources", "rejected"):
-        document[key] = ", ".join(f"{count} {name}" for name, count in document[key].items()) or "none"
+    for key, counts in (("sources", result.sources), ("rejected", result.rejected)):
+        document[key] = ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
     print_values({LABELS.get(key, key): value for key, value in document.items()})
     if len(result.frames) < result.wanted:
         note(f"only {len(result.frames)} of {result.wanted} frames: allow a longer --time, or more --copies")
