@@ -9,11 +9,13 @@ import typer
 from ase_gffmerge.cli.options import (
     DeviceOption,
     DType,
+    FixOption,
     JsonOption,
     ModelArgument,
     OverwriteOption,
     SpecialistOption,
     StructureArgument,
+    fix_atoms,
     prepared,
 )
 from ase_gffmerge.cli.output import note, print_json, print_values, progress_bar, require_outputs
@@ -79,9 +81,7 @@ def md(
     barostat_time: Annotated[
         float | None, typer.Option(help="Time constant of the barostat, fs.", show_default="1000 time steps")
     ] = None,
-    fix: Annotated[
-        str | None, typer.Option(help="Atoms that do not move, counted from 0, for example 0-35,40.")
-    ] = None,
+    fix: FixOption = None,
     seed: Annotated[int, typer.Option(help="Of velocities and thermostat.")] = 0,
     interval: Annotated[int, typer.Option(help="Steps between frames of the trajectory.")] = 10,
     dtype: Annotated[DType, typer.Option(help="Of the network.")] = DType.float32,
@@ -195,25 +195,6 @@ LABELS = {
     "extrapolation_largest": "largest extrapolation grade",
     "extrapolation_beyond": "samples above the threshold",
 }
-
-
-def fix_atoms(atoms: "Atoms", which: str | None) -> None:
-    """Hold atoms where they are: ``which`` lists indices and ranges, such as ``0-35,40``."""
-    if which is None:
-        return
-    from ase.constraints import FixAtoms
-
-    from ase_gffmerge.errors import ArgumentError
-
-    indices: set[int] = set()
-    for part in which.split(","):
-        first, _, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal() and int(last or first) < len(atoms)):
-            raise ArgumentError(
-                f"--fix {which}: {part.strip()!r} is no atom or range of the {len(atoms)} atoms; count from 0, as in 0-35,40"
-            )
-        indices.update(range(int(first), int(last or first) + 1))
-    atoms.set_constraint([*atoms.constraints, FixAtoms(sorted(indices))])
 
 
 def describe(sample: "Sample", steps: int) -> str:

@@ -48,6 +48,9 @@ CacheDirOption = Annotated[
         help="Folder of merged force fields.", show_default="$GFFMERGE_CACHE, else the user's cache"
     ),
 ]
+FixOption = Annotated[
+    str | None, typer.Option(help="Atoms that do not move, counted from 0, for example 0-35,40.")
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 SpecialistOption = Annotated[
     str | None, typer.Option(help="Which specialist the structure belongs to (per-specialist conditioning).")
@@ -90,33 +93,69 @@ def spread(arguments: Sequence[str], repeatable: Collection[str]) -> list[str]:
     return result
 
 
-def read_structure(path: Path) -> "Atoms":
-    """First frame of any file ASE reads, or of an npz archive, without its labels."""
+def read_structures(path: Path, *, first: bool = True) -> "list[Atoms]":
+    """First frame, or all frames, of any file ASE reads, or of an npz archive, without labels."""
     from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.errors import FramesError
 
-    atoms = read_frames(path, index=0)[0].copy()
-    if len(atoms) == 0:
+    frames = [atoms.copy() for atoms in (read_frames(path, index=0)[:1] if first else read_frames(path))]
+    if not all(len(atoms) for atoms in frames):
         raise FramesError(f"{path} holds a structure without atoms; give one with at least one")
-    return atoms
+    return frames
 
 
-def prepared(model: str, structure: Path, *, device: str, dtype: str, specialist: str | None) -> "Atoms":
-    """Read the structure and attach the model as its calculator; elements that it does not know are refused.
+def prepared_frames(
+    model: str, structure: Path, *, device: str, dtype: str, specialist: str | None, first: bool
+) -> "list[Atoms]":
+    """Read structures and attach the model as their calculators; elements that it does not know are refused.
 
     Parameters
     ----------
     model
         What is loaded.
     structure
-        File of the structure.
+        File of the structures.
     device, dtype
         Of the network.
     specialist
-        Which specialist the structure belongs to, if that must be said.
+        Which specialist the structures belong to, if that must be said.
+    first
+        Whether only the first one is wanted.
     """
     from ase_gffmerge.engines.ase.calculator import GFFMergeCalculator
 
-    atoms = read_structure(structure)
-    atoms.calc = GFFMergeCalculator([model], device=device, dtype=dtype, specialist=specialist)  # type: ignore[arg-type]
-    return atoms
+    frames = read_structures(structure, first=first)
+    calculator = GFFMergeCalculator([model], device=device, dtype=dtype, specialist=specialist)  # type: ignore[arg-type]
+    for k, atoms in enumerate(frames):
+        atoms.calc = calculator if k == 0 else calculator.spawn()
+    return frames
+
+
+def prepared(model: str, structure: Path, *, device: str, dtype: str, specialist: str | None) -> "Atoms":
+    """Read the first structure of a file as :func:`prepared_frames` does.
+
+    Parameters
+    ----------
+    model, structure, device, dtype, specialist
+        As there.
+    """
+    return prepared_frames(model, structure, device=device, dtype=dtype, specialist=specialist, first=True)[0]
+
+
+def fix_atoms(atoms: "Atoms", which: str | None) -> None:
+    """Hold atoms where they are: ``which`` lists indices and ranges, such as ``0-35,40``."""
+    if which is None:
+        return
+    from ase.constraints import FixAtoms
+
+    from ase_gffmerge.errors import ArgumentError
+
+    indices: set[int] = set()
+    for part in which.split(","):
+        first, _, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal() and int(last or first) < len(atoms)):
+            raise ArgumentError(
+                f"--fix {which}: {part.strip()!r} is no atom or range of the {len(atoms)} atoms; count from 0, as in 0-35,40"
+            )
+        indices.update(range(int(first), int(last or first) + 1))
+    atoms.set_constraint([*atoms.constraints, FixAtoms(sorted(indices))])

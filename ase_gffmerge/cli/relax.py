@@ -9,24 +9,32 @@ import typer
 from ase_gffmerge.cli.options import (
     DeviceOption,
     DType,
+    FixOption,
     JsonOption,
     ModelArgument,
     OverwriteOption,
     SpecialistOption,
     StructureArgument,
+    fix_atoms,
     positive,
-    prepared,
+    prepared_frames,
 )
 from ase_gffmerge.cli.output import note, print_json, print_values, progress_bar, require_outputs
+from ase_gffmerge.runtime.progress import part_of
 
 if TYPE_CHECKING:
     from ase import Atoms
+
+    from ase_gffmerge.dynamics.relaxation import CellFreedom
+    from ase_gffmerge.runtime.progress import Progress
 
 
 class Optimizer(StrEnum):
     """Optimisers of ASE."""
 
     bfgs = "bfgs"
+    lbfgs = "lbfgs"
+    bfgs_linesearch = "bfgs-linesearch"
     fire = "fire"
 
 
@@ -39,7 +47,22 @@ def relax(
     fmax: Annotated[float, typer.Option(help="Largest force at the end, eV/Å.", callback=positive)] = 0.01,
     steps: Annotated[int, typer.Option(help="Largest number of steps.", min=1)] = 1000,
     cell: Annotated[bool, typer.Option("--cell", help="Relax the cell as well.")] = False,
-    optimizer: Annotated[Optimizer, typer.Option(help="bfgs or fire.")] = Optimizer.bfgs,
+    pressure: Annotated[float, typer.Option(help="External pressure with --cell, GPa.")] = 0.0,
+    constant_volume: Annotated[
+        bool, typer.Option("--constant-volume", help="With --cell, change its shape alone.")
+    ] = False,
+    strains: Annotated[
+        str, typer.Option(help="With --cell, which of its strains may change.")
+    ] = "xx,yy,zz,yz,xz,xy",
+    fix_symmetry: Annotated[
+        bool, typer.Option("--fix-symmetry", help="Keep the space group (needs spglib).")
+    ] = False,
+    fix: FixOption = None,
+    optimizer: Annotated[Optimizer, typer.Option(help="One of ASE's.")] = Optimizer.bfgs,
+    every_frame: Annotated[
+        bool, typer.Option("--all", help="Relax every frame of the file, not the first alone.")
+    ] = False,
+    trajectory: Annotated[Path | None, typer.Option(help="File (.traj) for the steps on the way.")] = None,
     dtype: Annotated[DType, typer.Option(help="Of the network.")] = DType.float64,
     device: DeviceOption = "auto",
     specialist: SpecialistOption = None,
@@ -47,58 +70,108 @@ def relax(
     as_json: JsonOption = False,
 ) -> None:
     """Relax a structure; exit code 1 when it did not converge (the structure is written)."""
+    from ase_gffmerge.dynamics.relaxation import CellFreedom
+    from ase_gffmerge.errors import ArgumentError
+
     file_format = output_format(out)
-    require_outputs(out, inputs=[structure, model], overwrite=overwrite)
-    atoms = prepared(model, structure, device=device, dtype=dtype.value, specialist=specialist)
-    check_cell(atoms, cell)
+    require_outputs(out, trajectory, inputs=[structure, model], overwrite=overwrite)
+    freedom = CellFreedom(
+        pressure=pressure, constant_volume=constant_volume, strains=tuple(strains.replace(" ", "").split(","))
+    )
+    if not cell and freedom != CellFreedom():
+        raise ArgumentError("--pressure, --constant-volume and --strains need --cell")
+    if every_frame and trajectory is not None:
+        raise ArgumentError("--trajectory holds the steps of one structure; leave it or --all out")
+    structures = prepared_frames(
+        model, structure, device=device, dtype=dtype.value, specialist=specialist, first=not every_frame
+    )
+    for atoms in structures:
+        if cell:
+            freedom.filter(atoms)
+        fix_atoms(atoms, fix)
+    try_format(structures, file_format)
+    results = []
+    with progress_bar("relaxing") as progress:
+        for k, atoms in enumerate(structures):
+            results.append(
+                _relaxed(
+                    atoms,
+                    fmax=fmax,
+                    steps=steps,
+                    optimizer=optimizer,
+                    cell=freedom if cell else None,
+                    fix_symmetry=fix_symmetry,
+                    trajectory=trajectory,
+                    progress=part_of(progress, k / len(structures), (k + 1) / len(structures)),
+                )
+            )
+    _write_structures(structures, out, file_format)
+    converged = all(result["converged"] for result in results)
+    if every_frame:
+        document: dict[str, object] = {
+            "converged": converged,
+            "structures": results,
+            "out": str(out),
+        }
+        shown = {
+            "converged": f"{sum(bool(r['converged']) for r in results)} of {len(results)}",
+            "out": str(out),
+        }
+    else:
+        document = {**results[0], "out": str(out)}
+        shown = {LABELS.get(k, k): v for k, v in document.items() if v is not None}
+    print_json(document) if as_json else print_values(shown)
+    if not converged:
+        note(f"gffmerge: not converged to {fmax:g} eV/Å in {steps} steps; allow more --steps")
+        raise typer.Exit(1)
+
+
+LABELS = {
+    "energy": "energy (eV)",
+    "energy_gain": "energy gain (eV)",
+    "max_force": "largest force (eV/Å)",
+    "volume": "volume (Å³)",
+}
+
+
+def _relaxed(
+    atoms: "Atoms",
+    *,
+    fmax: float,
+    steps: int,
+    optimizer: Optimizer,
+    cell: "CellFreedom | None",
+    fix_symmetry: bool,
+    trajectory: Path | None,
+    progress: "Progress",
+) -> dict[str, object]:
+    """Relax one structure in place and say how it went."""
+    from ase_gffmerge.dynamics.relaxation import relax as relax_atoms
+
     before = energy(atoms)
-    try_format(atoms, file_format)
-    taken, converged = _optimise(atoms, cell=cell, optimizer=optimizer, fmax=fmax, steps=steps)
-    _write_structure(atoms, out, file_format)
-    document: dict[str, object] = {
+    taken, converged = relax_atoms(
+        atoms,
+        fmax=fmax,
+        steps=steps,
+        optimizer=optimizer.value,
+        cell=cell,
+        fix_symmetry=fix_symmetry,
+        trajectory=trajectory,
+        on_step=lambda n: progress(n / steps, f"step {n}  E {energy(atoms):.5f} eV"),
+    )
+    return {
         "converged": converged,
         "steps": taken,
         "energy": energy(atoms),
         "energy_gain": before - energy(atoms),
         "max_force": float((atoms.get_forces() ** 2).sum(axis=1).max() ** 0.5),
         "volume": float(atoms.cell.volume) if cell else None,
-        "out": str(out),
     }
-    print_json(document) if as_json else print_values({k: v for k, v in document.items() if v is not None})
-    if not converged:
-        note(f"gffmerge: not converged to {fmax:g} eV/Å in {taken} steps; allow more --steps")
-        raise typer.Exit(1)
-
-
-def _optimise(
-    atoms: "Atoms", *, cell: bool, optimizer: Optimizer, fmax: float, steps: int
-) -> tuple[int, bool]:
-    """Relax ``atoms`` in place; returns the number of steps and whether it converged."""
-    from ase.filters import FrechetCellFilter
-    from ase.optimize import BFGS, FIRE
-
-    target = FrechetCellFilter(atoms) if cell else atoms
-    algorithm = {Optimizer.bfgs: BFGS, Optimizer.fire: FIRE}[optimizer]
-    with progress_bar("relaxing") as progress, algorithm(target, logfile=None) as run:
-        run.attach(lambda: progress(run.nsteps / steps, f"step {run.nsteps}  E {energy(atoms):.5f} eV"))
-        converged = run.run(fmax=fmax, steps=steps)
-        return run.nsteps, bool(converged)
 
 
 def energy(atoms: "Atoms") -> float:
     """Potential energy in eV."""
     return float(atoms.get_potential_energy())
-
-
-def check_cell(atoms: "Atoms", cell: bool) -> None:
-    """Refuse ``--cell`` for structures that are not periodic in three directions."""
-    from ase_gffmerge.errors import StructureError
-
-    if cell and not (atoms.pbc.all() and atoms.cell.rank == 3):
-        raise StructureError(
-            f"--cell needs a structure periodic in three directions; {atoms.get_chemical_formula()} has "
-            f"pbc {atoms.pbc.tolist()} and {atoms.cell.rank} cell vectors; leave --cell out"
-        )
 
 
 def output_format(out: Path) -> str:
@@ -126,16 +199,16 @@ DATABASES = ("db", "mysql", "postgresql")
 USABLE = "use .xyz, .extxyz, .cif or .traj"
 
 
-def try_format(atoms: "Atoms", file_format: str) -> None:
-    """Refuse a format that cannot hold the structure: before it is relaxed, not after."""
+def try_format(structures: "list[Atoms]", file_format: str) -> None:
+    """Refuse a format that cannot hold the structures: before they are relaxed, not after."""
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as folder:
-        _write_structure(atoms, Path(folder, "structure"), file_format)
+        _write_structures(structures, Path(folder, "structure"), file_format)
 
 
-def _write_structure(atoms: "Atoms", out: Path, file_format: str) -> None:
-    """Write the structure atomically, under a temporary name without a suffix that would say more than the format."""
+def _write_structures(structures: "list[Atoms]", out: Path, file_format: str) -> None:
+    """Write the structures atomically, under a temporary name without a suffix that would say more than the format."""
     from ase.io import write
 
     from ase_gffmerge.errors import FileFormatError, first_line
@@ -143,13 +216,13 @@ def _write_structure(atoms: "Atoms", out: Path, file_format: str) -> None:
 
     def attempt(temporary: Path) -> None:
         try:
-            write(temporary, atoms, format=file_format)
+            write(temporary, structures, format=file_format)
         except OSError:
             raise
         except Exception as error:  # whatever the writers of so many formats raise
             raise FileFormatError(
-                f"ASE cannot write {atoms.get_chemical_formula()} in the format {file_format!r} ({first_line(error)}); "
-                f"{USABLE}"
+                f"ASE cannot write {structures[0].get_chemical_formula()} in the format {file_format!r} "
+                f"({first_line(error)}); {USABLE}"
             ) from error
 
     atomic_write(out, attempt)

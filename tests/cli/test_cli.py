@@ -397,6 +397,16 @@ def test_relax(gffmerge, files: Path) -> None:
     assert (files / "s.xyz").exists()
 
 
+def test_relax_many_structures(gffmerge, files: Path) -> None:
+    command = ["relax", "methanol.safetensors", "methanol.xyz", "--fmax", 0.5, "--all", "--json"]
+    document = gffmerge(*command, "--out", "all.xyz").json()
+    assert document["converged"]
+    assert len(document["structures"]) == 6
+    assert len(read("all.xyz", ":")) == 6
+    assert "--trajectory" in gffmerge(*command, "--out", "b.xyz", "--trajectory", "t.traj").error()
+    assert "need --cell" in gffmerge(*command, "--out", "b.xyz", "--pressure", 1).error()
+
+
 def test_relax_with_the_cell(gffmerge, files: Path) -> None:
     done = gffmerge(
         "relax", "base.safetensors", "diamond.cif", "--out", "d.cif", "--cell", "--steps", 3, "--fmax", 1e-4,
@@ -565,5 +575,8 @@ def test_md_interrupted(gffmerge, files: Path, monkeypatch) -> None:
     monkeypatch.setattr(md, "describe", interrupt)
     stopped = gffmerge("md", "water.safetensors", "water.xyz", *MD, "--interval", 1)
     assert stopped.code == 130
-    assert stopped.err.strip() == "gffmerge: interrupted; out.traj holds 2 of 5 steps"
+    assert (
+        stopped.err.strip()
+        == "gffmerge: interrupted; out.traj holds 2 of 5 steps; the same command with --restart continues"
+    )
     assert len(read("out.traj", ":")) == 3
