@@ -169,7 +169,17 @@ class ChainPotential(Potential):
         return ChainGeometry(self.indices(vectors, graph), self.edge_entries, self.edge_functions(vectors))
 
     def energies(self, scalars: Sequence[Tensor], vectors: Tensor, graph: Topology) -> Tensor:
-        """Energies of the readout, and the repulsion, if there is one."""
+        """Energies (n_atoms,) in eV of the readout, and the repulsion, if there is one.
+
+        Parameters
+        ----------
+        scalars
+            After every block.
+        vectors : (n_edges, 3)
+            Edge vectors in Å.
+        graph
+            Edges and elements.
+        """
         energies, repulsion = (
             super().energies(scalars, vectors, graph),
             self.repulsion_energies(vectors, graph),

@@ -1,7 +1,9 @@
 """What the tests of several packages do with their models."""
 
+import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ase.calculators.calculator import Calculator
 
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge
 from ase_gffmerge.integrations.load import export, from_vendor
+from ase_gffmerge.models import Potential
 
 QUICK = {"readout": {"width": 64, "copies": 1}, "directions": 1}
 """The default recipe, with less of what takes time."""
@@ -75,6 +78,18 @@ def assert_copies_merge_into(original: ForceField) -> None:
             copy.calc = GFFMergeCalculator(specialist, dtype="float64", device="cpu")
             forces.append(copy.get_forces())
         np.testing.assert_allclose(*forces, atol=1e-10)
+
+
+def assert_copies_have_the_constants_of(potential: Potential) -> None:
+    """Copies and pickles hold the same state and the same buffers, exact in float64 whatever the casts before."""
+    exact = {name: buffer.clone() for name, buffer in potential.double().named_buffers()}
+    potential.float()
+    for copied in (deepcopy, lambda whole: pickle.loads(pickle.dumps(whole))):
+        copy = copied(copied(potential))
+        assert list(copy.state_dict()) == list(potential.state_dict())
+        ours = dict(copy.double().named_buffers())
+        assert list(ours) == list(exact)
+        assert all(torch.equal(ours[name], exact[name]) for name in exact)
 
 
 def merged_saved_cached_and_exported(

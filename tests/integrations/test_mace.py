@@ -9,6 +9,7 @@ from ase.build import bulk, molecule
 
 from helpers.vendor_models import (
     Trap,
+    assert_copies_have_the_constants_of,
     assert_copies_merge_into,
     assert_same,
     default_that_beats_paper_and_mean,
@@ -243,6 +244,10 @@ def build_repulsive():
 
 def build_small():
     return build(max_ell=1, correlation=2)
+
+
+def test_copies_have_the_constants_of_the_original():
+    assert_copies_have_the_constants_of(from_vendor("mace", build()).potential)
 
 
 def test_copies_merge_into_the_original():

@@ -9,6 +9,7 @@ from ase.build import bulk
 
 from helpers.vendor_models import (
     Trap,
+    assert_copies_have_the_constants_of,
     assert_copies_merge_into,
     assert_same,
     default_that_beats_paper_and_mean,
@@ -218,6 +219,10 @@ def test_self_connections_that_the_format_cannot_hold_are_refused(tmp_path):
 
 def build_double():
     return build(model_dtype="float64")
+
+
+def test_copies_have_the_constants_of_the_original():
+    assert_copies_have_the_constants_of(from_vendor("nequip", build()).potential)
 
 
 def test_copies_merge_into_the_original():

@@ -1,6 +1,5 @@
 """SevenNet of the package sevenn: the vendor's results, the vendor's files, and merges."""
 
-import pickle
 from copy import deepcopy
 
 import numpy as np
@@ -10,6 +9,7 @@ from ase.build import bulk
 
 from helpers.vendor_models import (
     Trap,
+    assert_copies_have_the_constants_of,
     assert_copies_merge_into,
     assert_same,
     default_that_beats_paper_and_mean,
@@ -126,15 +126,8 @@ WITH_FUSED_PRODUCTS = {
 """Large enough for e3nn to multiply Clebsch-Gordan coefficients with factors before anything else."""
 
 
-@pytest.mark.parametrize("copied", [deepcopy, lambda whole: pickle.loads(pickle.dumps(whole))])
-def test_copies_have_the_constants_of_the_original(copied):
-    potential = from_vendor("sevenn", build(**WITH_FUSED_PRODUCTS)).potential
-    copy = copied(copied(potential)).double()
-    potential.double()
-    assert list(copy.state_dict()) == list(potential.state_dict())
-    theirs, ours = (dict(p.named_buffers()) for p in (potential, copy))
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def test_copies_have_the_constants_of_the_original():
+    assert_copies_have_the_constants_of(from_vendor("sevenn", build(**WITH_FUSED_PRODUCTS)).potential)
 
 
 def test_relatives_of_the_published_network_are_merged_saved_cached_and_exported(tmp_path):

@@ -13,7 +13,19 @@ from ase_gffmerge.models.layers.linear import element_weights, write_product
 
 @torch.no_grad()
 def copy_weights(potential: MACEPackage, network: VendorObject, species: tuple[int, ...]) -> None:
-    """Rows of elements in the order of atomic numbers, self-connections per element, no number of neighbours."""
+    """Set all weights: rows of elements in the order of atomic numbers, self-connections per element.
+
+    The mean number of neighbours goes into the linear layers after the sums over them.
+
+    Parameters
+    ----------
+    potential
+        Written in place.
+    network
+        The package's model, with one head.
+    species
+        Atomic numbers in the order of its types.
+    """
     order = rows_of_elements(species)
     linear = network.node_embedding.linear
     one_hot = torch.eye(len(species)).to(linear.weight)

@@ -86,7 +86,19 @@ class Repulsion(nn.Module):
             self.module = ZBL(names, names, units, polynomial_cutoff_p=power, irreps_in=irreps)
 
     def forward(self, vectors: Tensor, graph: Topology, species: Tensor, cutoff: float) -> Tensor:
-        """Energies (n_atoms,) in eV."""
+        """Energies (n_atoms,) in eV.
+
+        Parameters
+        ----------
+        vectors : (n_edges, 3)
+            Edge vectors in Å.
+        graph
+            Edges and elements.
+        species : (n_atoms,)
+            Rows of the elements.
+        cutoff
+            Radius in Å.
+        """
         lengths = vectors.square().sum(dim=1, keepdim=True).sqrt()
         self.module.model_dtype = vectors.dtype
         found = self.module(
