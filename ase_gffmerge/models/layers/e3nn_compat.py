@@ -1,11 +1,12 @@
 """Construction of modules on e3nn, this project's and other packages', with e3nn 0.6 and with 0.4, which MACE needs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Tracer
+from torch.fx import Graph, GraphModule, Tracer
+from torch.overrides import TorchFunctionMode
 
 from ase_gffmerge.runtime.forking import ForkSafeLock
 
@@ -37,19 +38,43 @@ def eager_e3nn() -> Iterator[None]:
             e3nn.set_optimization_defaults(**{option: defaults[option] for option in _EAGER})
 
 
-class BufferTracer(Tracer):
-    """Traces generated code without folding what it computes of buffers into new constants."""
+class CodeTracer(Tracer):
+    """Traces generated code without folding what it computes of buffers, or makes of nothing, into new constants."""
 
     proxy_buffer_attributes = True
+
+    def trace(self, root: nn.Module, concrete_args: dict[str, object] | None = None) -> Graph:  # type: ignore[override]
+        """See the base class."""
+        with _RecordedFactories(self):
+            return super().trace(root, concrete_args)
+
+
+class _RecordedFactories(TorchFunctionMode):
+    """Lets a tracer record the calls of functions that make tensors of nothing."""
+
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        if func in (torch.empty, torch.zeros, torch.ones):
+            return self.tracer.create_proxy("call_function", func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
 
 
 def keep_plain(root: nn.Module) -> None:
     """Let copies of the code that e3nn generated be what the original is, with the same buffers and no others.
 
-    A pickle of such code, and with e3nn 0.6 every copy, traces it again, which by default folds products of buffers into
-    tensors that are named ``_tensor_constant0``, ... and stand in state dictionaries; e3nn 0.4 compiles it when it copies
-    it. What it generates to raise an error, in place of a method that was not asked for, cannot be read from a pickle and
-    goes.
+    A pickle of such code, and with e3nn 0.6 every copy, traces it again. By default that folds products of buffers, and with
+    e3nn 0.4 empty tensors, into constants that are named ``_tensor_constant0``, ... and stand in state dictionaries. e3nn
+    0.4 compiles it when it copies it; what it generates to raise an error, in place of a method that was not asked for,
+    cannot be read from a pickle and goes.
     """
     for module in list(root.modules()):
         if "jit_mode" not in _EAGER and hasattr(module, "__codegen__"):
@@ -59,7 +84,7 @@ def keep_plain(root: nn.Module) -> None:
                 continue
             if "jit_mode" not in _EAGER and not any(node.op == "output" for node in part.graph.nodes):
                 delattr(module, name)
-            part._tracer_cls = part.graph._tracer_cls = BufferTracer
+            part._tracer_cls = part.graph._tracer_cls = CodeTracer
 
 
 @contextmanager
