@@ -30,7 +30,7 @@ def run(gffmerge, tmp_path: Path):
     write(tmp_path / "whole.xyz", molecule("H2O"))
     write(tmp_path / "torn.xyz", torn)
     return lambda model, structure, *more: gffmerge(
-        "md", f"{model}.safetensors", f"{structure}.xyz", *MD, "--out", "out.traj", *more
+        "md", f"{model}.safetensors", f"{structure}.xyz", *MD, "--out", "out.traj", "--overwrite", *more
     )
 
 
