@@ -119,7 +119,17 @@ def texts(metadata: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 
 def require_kind(value: Any, kind: type | tuple[type, ...], name: str) -> Any:
-    """Return ``value`` if it is of that kind; raises ``ValueError`` with its name if it is not."""
+    """Return ``value`` if it is of that kind; raises ``ValueError`` with its name if it is not.
+
+    Parameters
+    ----------
+    value
+        Anything; ``True`` and ``False`` are of no kind.
+    kind
+        Type or types.
+    name
+        Of the value, for the message.
+    """
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{name} (of type {type(value).__name__})")
     return value

@@ -41,8 +41,18 @@ def images_within(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Atoms and shifts (n_images,), (n_images, 3) of all images no further than ``cutoff`` outside any face of the cell.
 
-    ``fractional`` (n_atoms, 3) lies within the cell along periodic directions. The distance between the faces across
-    direction k is the inverse length of the k-th reciprocal vector.
+    The distance between the faces across direction k is the inverse length of the k-th reciprocal vector.
+
+    Parameters
+    ----------
+    fractional
+        Positions (n_atoms, 3) in units of the cell's vectors; within the cell along periodic directions.
+    box
+        The cell's vectors (3, 3) in Å, as rows.
+    pbc
+        Which directions are periodic (3,).
+    cutoff
+        Å.
     """
     atom = np.arange(len(fractional))
     images = np.zeros((len(fractional), 3), dtype=np.int64)

@@ -133,8 +133,15 @@ class VerletGraph:
 def strain_maps(before: Tensor, after: Tensor, *, periodic: Tensor) -> Tensor:
     """Linear maps F (n, 3, 3) that take the periodic rows of cells ``before`` to those of ``after`` (n, 3, 3).
 
-    F is the identity on everything orthogonal to them: :math:`F = 1 + H^+ (h - H)` with the rows of open directions,
-    ``False`` in ``periodic`` (n, 3), set to zero.
+    F is the identity on everything orthogonal to them: :math:`F = 1 + H^+ (h - H)` with the rows of open directions set to
+    zero.
+
+    Parameters
+    ----------
+    before, after
+        Cells (n, 3, 3) in Å: H and h.
+    periodic
+        Which directions are periodic (n, 3).
     """
     before, after = (torch.where(periodic[:, :, None], cells, 0.0) for cells in (before, after))
     return torch.eye(3, dtype=before.dtype, device=before.device) + torch.linalg.pinv(before) @ (

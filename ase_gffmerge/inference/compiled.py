@@ -161,7 +161,17 @@ class CompiledPotential:
 
 
 def traced_topology(edge_index: Tensor, specialist: Tensor, atomic_numbers: Tensor) -> Topology:
-    """Give what :attr:`.Potential.compilable` networks read of a graph; the rest is empty."""
+    """Give what :attr:`.Potential.compilable` networks read of a graph; the rest is empty.
+
+    Parameters
+    ----------
+    edge_index
+        Receivers and senders (2, n_edges).
+    specialist
+        Row of the embedding tables per atom (n_atoms,).
+    atomic_numbers
+        (n_atoms,).
+    """
     empty = edge_index.new_zeros(0)
     return Topology(
         atomic_numbers=atomic_numbers,

@@ -89,7 +89,17 @@ class Recording:
 
 
 def padding_graph(size: Size, padding_atom: tuple[int, float], *, like: Tensor) -> Arguments:
-    """Graph of nothing but ghosts of this atomic number and length of edges, on the device and in the type of ``like``."""
+    """Graph of padding atoms alone.
+
+    Parameters
+    ----------
+    size
+        Numbers of atoms and edges.
+    padding_atom
+        Atomic number of the padding atoms, and the length of their edges in Å.
+    like
+        Device and type of the result are those of this tensor.
+    """
     number, distance = padding_atom
     vectors = like.new_zeros(size.n_edges, 3)
     vectors[:, 0] = distance

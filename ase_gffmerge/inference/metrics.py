@@ -138,5 +138,15 @@ def evaluate(
     specialist: str | int | None = None,
     names: Sequence[str] | None = None,
 ) -> Errors:
-    """Errors of ``potential`` on labelled frames; for ``specialist`` and ``names`` see :func:`predict_frames`."""
+    """Errors of a potential on labelled frames.
+
+    Parameters
+    ----------
+    potential
+        What is evaluated.
+    frames
+        With energies and forces, and stress or not.
+    specialist, names
+        As of :func:`predict_frames`.
+    """
     return compare(predict_frames(potential, frames, specialist=specialist, names=names), labels(frames))

@@ -26,7 +26,17 @@ class Structure(Protocol):
 
 
 def chunks(items: Iterable[Item], budget: int, *, size: Callable[[Any], int] = len) -> Iterator[list[Item]]:
-    """Consecutive items, frames for example, in groups of at most ``budget`` of their sizes (atoms), at least one each."""
+    """Consecutive items, frames for example, in groups that do not exceed a budget, of at least one item each.
+
+    Parameters
+    ----------
+    items
+        What is grouped.
+    budget
+        Largest sum of the sizes in a group of several.
+    size
+        Of an item; of frames the number of atoms.
+    """
     group: list[Item] = []
     total = 0
     for item in items:

@@ -73,6 +73,15 @@ def with_text_keys(data: Mapping[Any, Any]) -> dict[str, Any]:
 def validated(model: type[Model], data: Mapping[str, Any], *, source: str) -> Model:
     """Make options of ``data``.
 
+    Parameters
+    ----------
+    model
+        Class of the options.
+    data
+        Keys and values of a document.
+    source
+        Where it comes from, for messages.
+
     Raises
     ------
     RecipeError
@@ -85,7 +94,17 @@ def validated(model: type[Model], data: Mapping[str, Any], *, source: str) -> Mo
 
 
 def explain(error: ValidationError, model: type[BaseModel], *, source: str) -> str:
-    """Describe the first finding of ``error``: where, what, and for an unknown key the nearest known one."""
+    """Describe the first finding of ``error``: where, what, and for an unknown key the nearest known one.
+
+    Parameters
+    ----------
+    error
+        What the validation raised.
+    model
+        Class of the options that were validated.
+    source
+        Where the document comes from: the beginning of the message.
+    """
     finding = error.errors()[0]
     where = ".".join(str(part) for part in finding["loc"]) or "the document"
     if finding["type"] != "extra_forbidden":

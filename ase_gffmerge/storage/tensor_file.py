@@ -50,7 +50,17 @@ def content_digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 
 
 def write_file(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors and JSON-able metadata to ``path`` atomically."""
+    """Write tensors and JSON-able metadata to ``path`` atomically.
+
+    Parameters
+    ----------
+    path
+        The file.
+    metadata
+        What goes into the header as JSON.
+    tensors
+        By name; from any device.
+    """
     text = json.dumps(metadata, sort_keys=True)
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     header = {"format": FORMAT, "schema": str(SCHEMA), "metadata": text, "sha256": digest(text, plain)}

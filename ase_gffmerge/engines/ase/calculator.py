@@ -385,11 +385,8 @@ def _served(resolved: Resolved, device: torch.device, dtype: torch.dtype) -> For
     """Bring the force field to the device, frozen; the caller's object stays as it is."""
     own = replace(resolved.force_field, calibration=())
     if resolved.borrowed:
-        own = replace(
-            own,
-            potential=copy.deepcopy(own.potential),
-            extrapolation_grade=copy.deepcopy(own.extrapolation_grade),
-        )
+        potential, grade = copy.deepcopy((own.potential, own.extrapolation_grade))
+        own = replace(own, potential=potential, extrapolation_grade=grade)
     own.potential.eval().requires_grad_(False)
     return own.to(device=device, dtype=dtype)
 
