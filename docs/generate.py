@@ -94,6 +94,8 @@ def _argument(parameter: Any) -> str:
 def _default(parameter: Any) -> str:
     if parameter.required:
         return "required"
+    if isinstance(getattr(parameter, "show_default", None), str):
+        return str(parameter.show_default)
     value = getattr(parameter.default, "value", parameter.default)
     return "" if value is None or value == () or value is False else f"`{value}`"
 
