@@ -113,7 +113,7 @@ def relax(
             "structures": results,
             "out": str(out),
         }
-        shown = {
+        shown: dict[str, object] = {
             "converged": f"{sum(bool(r['converged']) for r in results)} of {len(results)}",
             "out": str(out),
         }
