@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import ridge_solve
 from ase_gffmerge.merging.activations import advance, layer_inputs, run_stage
@@ -121,7 +122,8 @@ def regmean(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     grams: list[Grams] = []
     for specialist, calibration_set in zip(specialists, _calibration(specialists, mean), strict=True):
         progress(0.5 * len(grams) / len(specialists), f"inputs of {specialist.name}")
-        runs = [partial(specialist.potential, batch.graph) for batch in calibration_set.batches]
+        graphs = [batch.graph for batch in calibration_set.batches]
+        runs = [partial(specialist.potential, edge_vectors(graph), graph) for graph in graphs]
         grams.append(input_grams(specialist.potential, runs))
 
     def build(alpha: float) -> Potential:
