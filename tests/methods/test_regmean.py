@@ -75,7 +75,10 @@ def test_every_layer_of_a_merged_painn_is_the_regression_of_its_own_inputs(make_
     specialists = merge_inputs.specialists
     mean = METHODS["mean"].run(merge_inputs, silent).potentials[0]
     grams = [
-        input_grams(s.potential, [lambda s=s, t=t: s.potential(t.graph) for t in calibration_set.batches])
+        input_grams(
+            s.potential,
+            [lambda s=s, t=t: s.potential(edge_vectors(t.graph), t.graph) for t in calibration_set.batches],
+        )
         for s, calibration_set in zip(
             specialists, build_calibration(specialists, mean, [1.0, 1.0], directions=0)
         )
@@ -105,7 +108,10 @@ def test_blocks_are_fed_by_the_merged_model(make_merge_inputs, architecture) -> 
     calibration_sets = build_calibration(specialists, mean, [1.0, 1.0], directions=0)
     sequential = merge_blockwise(mean, specialists, calibration_sets, alpha=0.5)
     grams = [
-        input_grams(s.potential, [lambda s=s, t=t: s.potential(t.graph) for t in calibration_set.batches])
+        input_grams(
+            s.potential,
+            [lambda s=s, t=t: s.potential(edge_vectors(t.graph), t.graph) for t in calibration_set.batches],
+        )
         for s, calibration_set in zip(specialists, calibration_sets)
     ]
     solve_maps(mean, [s.potential for s in specialists], grams, alpha=0.5)
