@@ -11,6 +11,7 @@ METHODS: Registry[Method] = Registry(
         "best_single": "ase_gffmerge.methods.ensemble:best_single",
         "ensemble": "ase_gffmerge.methods.ensemble:ensemble",
         "mean": "ase_gffmerge.methods.closed_form:mean",
+        "karcher": "ase_gffmerge.methods.karcher:karcher",
         "task_arithmetic": "ase_gffmerge.methods.task_arithmetic:task_arithmetic",
         "ties": "ase_gffmerge.methods.ties:ties",
         "dare": "ase_gffmerge.methods.dare:dare",
