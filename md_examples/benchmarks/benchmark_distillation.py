@@ -182,12 +182,16 @@ def joint(bench: Bench) -> dict[str, Any]:
     return {"seconds": rows[-1]["seconds"], **bench.errors(potential), "curve": rows}
 
 
+AVERAGE = "average.module."
+"""How names of averaged weights begin in a checkpoint."""
+
+
 def averaged(base: ForceField, checkpoint: Path) -> Potential:
     """The moving average of the weights in a checkpoint of a training that began at ``base``."""
     _, tensors = read_file(checkpoint)
     potential = deepcopy(base.potential)
     potential.load_state_dict(
-        {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
+        {k.removeprefix(AVERAGE): v for k, v in tensors.items() if k.startswith(AVERAGE)}
     )
     return potential
 
