@@ -13,7 +13,7 @@ from ase_gffmerge.dynamics.stopping import Stop, StoppingCriteria, StoppingTrack
 from ase_gffmerge.dynamics.trajectory import Trajectory
 from ase_gffmerge.dynamics.velocities import degrees_of_freedom, new_momenta
 from ase_gffmerge.errors import DynamicsError, StructureError
-from ase_gffmerge.inference.metrics import check_frames
+from ase_gffmerge.inference.batches import check_frames
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress, no_progress
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.graphs.verlet import VerletGraph
-from ase_gffmerge.inference.predictor import Predictor
+from ase_gffmerge.inference.predict import Predictor
 
 try:
     from torch_sim.models.interface import ModelInterface

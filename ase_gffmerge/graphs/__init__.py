@@ -1,7 +1,17 @@
-"""Structures as graphs: neighbour lists, batches, and derivatives of the energy."""
+"""Structures as graphs: neighbor lists, batches, and derivatives of the energy."""
 
-from ase_gffmerge.graphs.derivatives import Prediction, predict
-from ase_gffmerge.graphs.graph import batch_graphs, build_graph
-from ase_gffmerge.graphs.neighbor_list import neighbour_list
+from ase_gffmerge.graphs.derivatives import EdgeFunction, Prediction, predict
+from ase_gffmerge.graphs.graph import AtomGraph, Topology, batch_graphs, build_graph, edge_vectors
+from ase_gffmerge.graphs.neighbor_list import find_neighbors
 
-__all__ = ["Prediction", "batch_graphs", "build_graph", "neighbour_list", "predict"]
+__all__ = [
+    "AtomGraph",
+    "EdgeFunction",
+    "Prediction",
+    "Topology",
+    "batch_graphs",
+    "build_graph",
+    "edge_vectors",
+    "find_neighbors",
+    "predict",
+]

@@ -11,13 +11,12 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from ase_gffmerge.graphs.neighbor_list import check_geometry, enclosing_box
-from ase_gffmerge.graphs.wrapping import wrapped
+from ase_gffmerge.graphs.neighbor_list import check_geometry, enclosing_box, wrapped
 
 _ONE_AT_A_TIME = threading.Lock()  # kernels are compiled on first use
 
 
-def searches_on(device: torch.device) -> bool:
+def can_search_on(device: torch.device) -> bool:
     """Whether neighbours are searched on the device itself: a GPU, when the toolkit is installed."""
     return device.type == "cuda" and _installed()
 
@@ -27,8 +26,8 @@ def _installed() -> bool:
     return find_spec("nvalchemiops") is not None
 
 
-def device_neighbour_list(atoms: Atoms, cutoff: float, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Directed edges between atoms closer than ``cutoff``, in the order of :func:`~ase_gffmerge.graphs.neighbour_list`.
+def find_neighbors_on_device(atoms: Atoms, cutoff: float, *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Directed edges between atoms closer than ``cutoff``, in the order of :func:`~ase_gffmerge.graphs.find_neighbors`.
 
     Parameters
     ----------
@@ -49,7 +48,7 @@ def device_neighbour_list(atoms: Atoms, cutoff: float, *, device: torch.device) 
     Raises
     ------
     StructureError
-        As :func:`~ase_gffmerge.graphs.neighbour_list` does.
+        As :func:`~ase_gffmerge.graphs.find_neighbors` does.
     """
     check_geometry(atoms, cutoff)
     if len(atoms) == 0:

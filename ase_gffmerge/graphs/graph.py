@@ -9,8 +9,8 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from ase_gffmerge.graphs.cuda_neighbor_list import device_neighbour_list, searches_on
-from ase_gffmerge.graphs.neighbor_list import neighbour_list
+from ase_gffmerge.graphs.cuda_neighbor_list import can_search_on, find_neighbors_on_device
+from ase_gffmerge.graphs.neighbor_list import find_neighbors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,10 +101,10 @@ def build_graph(
     device
         Where the graph is wanted, and its neighbors are found if the device can; default: the CPU.
     """
-    if device is not None and searches_on(device):
-        edge_index, shifts = device_neighbour_list(atoms, cutoff, device=device)
+    if device is not None and can_search_on(device):
+        edge_index, shifts = find_neighbors_on_device(atoms, cutoff, device=device)
     else:
-        edge_index, shifts = map(torch.as_tensor, neighbour_list(atoms, cutoff))
+        edge_index, shifts = map(torch.as_tensor, find_neighbors(atoms, cutoff))
     index = atoms.arrays.get("specialist", np.full(len(atoms), specialist))
     graph = AtomGraph(
         positions=torch.as_tensor(atoms.get_positions(), dtype=dtype),

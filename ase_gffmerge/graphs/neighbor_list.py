@@ -3,11 +3,10 @@
 import numpy as np
 from ase import Atoms
 from ase.geometry import complete_cell
-from matscipy.neighbours import neighbour_list as matscipy_neighbour_list
+from matscipy.neighbours import neighbour_list as matscipy_neighbors
+from scipy.spatial import cKDTree
 
 from ase_gffmerge.errors import StructureError
-from ase_gffmerge.graphs.cell_list_kdtree import sparse_neighbour_list
-from ase_gffmerge.graphs.wrapping import wrapped
 
 MAX_BINS = 100_000  # of side ``cutoff`` in matscipy's grid; a cell with more that are mostly empty is searched by a tree
 
@@ -21,7 +20,7 @@ Beyond it the length of a bond would be known less precisely than in single prec
 """
 
 
-def neighbour_list(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
+def find_neighbors(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
     """Directed edges between atoms closer than ``cutoff``, periodic images included.
 
     They are ordered by receiver, sender and shift, so that results depend on the structure alone and not, in their last
@@ -55,10 +54,10 @@ def neighbour_list(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]
     bins = np.prod(np.floor(1 / (cutoff * np.linalg.norm(np.linalg.inv(box), axis=0))).clip(1))
     inside, cells = wrapped(positions, box, origin=origin, pbc=atoms.pbc)
     if bins > max(MAX_BINS, 10 * len(atoms)):
-        receiver, sender, shifts = sparse_neighbour_list(inside, box, pbc=atoms.pbc, cutoff=cutoff)
+        receiver, sender, shifts = kdtree_neighbors(inside, box, pbc=atoms.pbc, cutoff=cutoff)
     else:  # whose cost grows with the distance of an atom from its cell
         near = positions - cells @ box
-        receiver, sender, shifts = matscipy_neighbour_list(
+        receiver, sender, shifts = matscipy_neighbors(
             "ijS", cutoff=cutoff, positions=near, cell=box, pbc=atoms.pbc, cell_origin=origin
         )
     return _ordered(receiver, sender, shifts + cells[receiver] - cells[sender])
@@ -75,6 +74,89 @@ def _ordered(receiver: np.ndarray, sender: np.ndarray, shifts: np.ndarray) -> tu
     else:  # atoms that drifted millions of cells apart
         order = np.lexsort(columns[::-1])
     return np.stack([sender, receiver])[:, order].astype(np.int64), shifts[order].astype(np.int64)
+
+
+def kdtree_neighbors(
+    inside: np.ndarray, box: np.ndarray, *, pbc: np.ndarray, cutoff: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of atoms closer than ``cutoff``, periodic images included.
+
+    Parameters
+    ----------
+    inside
+        Fractional coordinates (n_atoms, 3), from 0 to 1 along periodic directions
+        (:func:`~ase_gffmerge.graphs.neighbor_list.wrapped`).
+    box
+        Vectors (3, 3) of the cell in Å, as rows.
+    pbc
+        Which of the three directions are periodic.
+    cutoff
+        Radius in Å.
+
+    Returns
+    -------
+    receiver, sender : (n_edges,) int64
+        Atoms i and j.
+    shifts : (n_edges, 3) int64
+        Cell shifts S such that the edge vector is ``(inside_j - inside_i + S) @ box``.
+    """
+    atom, images = images_within(inside, box, pbc=pbc, cutoff=cutoff)
+    receivers, neighbours = cKDTree(inside @ box), cKDTree((inside[atom] + images) @ box)
+    pairs = receivers.sparse_distance_matrix(neighbours, cutoff, output_type="ndarray")
+    receiver, sender, image = pairs["i"], atom[pairs["j"]], images[pairs["j"]]
+    proper = (receiver != sender) | image.any(axis=1)
+    return receiver[proper], sender[proper], image[proper]
+
+
+def images_within(
+    fractional: np.ndarray, box: np.ndarray, *, pbc: np.ndarray, cutoff: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Atoms and shifts (n_images,), (n_images, 3) of all images no further than ``cutoff`` outside any face of the cell.
+
+    ``fractional`` (n_atoms, 3) lies within the cell along periodic directions. The distance between the faces across
+    direction k is the inverse length of the k-th reciprocal vector.
+    """
+    atom = np.arange(len(fractional))
+    images = np.zeros((len(fractional), 3), dtype=np.int64)
+    margins = cutoff * np.linalg.norm(np.linalg.inv(box), axis=0)
+    for k in np.flatnonzero(pbc):
+        reach = int(np.ceil(margins[k]))
+        steps = np.arange(-reach, reach + 1)
+        place = fractional[atom, k] + steps[:, None]
+        step, row = np.nonzero((place >= -margins[k]) & (place <= 1 + margins[k]))
+        atom, images = atom[row], images[row]
+        images[:, k] = steps[step]
+    return atom, images
+
+
+def wrapped(
+    positions: np.ndarray, box: np.ndarray, *, origin: np.ndarray, pbc: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    r"""Find the cell of every atom, and where in that cell it is.
+
+    With edges found between the wrapped atoms, ``shifts + cells[receiver] - cells[sender]`` are those of the atoms
+    themselves: :math:`\mathbf r = \mathbf r' + \mathbf n H` gives
+    :math:`\mathbf r'_j - \mathbf r'_i + S' H = \mathbf r_j - \mathbf r_i + (S' + \mathbf n_i - \mathbf n_j) H`.
+
+    Parameters
+    ----------
+    positions
+        (n_atoms, 3) in Å.
+    box, origin
+        Vectors (3, 3), as rows, and corner (3,) of the first cell in Å.
+    pbc
+        Which of the three directions are periodic.
+
+    Returns
+    -------
+    inside : (n_atoms, 3) float64
+        Fractional coordinates, from 0 to 1 along periodic directions.
+    cells : (n_atoms, 3) int64
+        Number of box vectors taken away; 0 along open directions.
+    """
+    fractional = (positions - origin) @ np.linalg.inv(box)
+    cells = np.where(pbc, np.floor(fractional), 0.0)
+    return fractional - cells, cells.astype(np.int64)
 
 
 def enclosing_box(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:

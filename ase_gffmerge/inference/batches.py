@@ -1,13 +1,20 @@
 """Predictions for many structures, in batches of a size that memory allows."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import repeat
 
+import numpy as np
 import torch
+from ase import Atoms
+from ase.data import chemical_symbols
 from torch import Tensor
 
-from ase_gffmerge.graphs import Prediction, batch_graphs
+from ase_gffmerge.errors import FramesError
+from ase_gffmerge.forcefield.conditioning import with_indices
+from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.batching import chunks, in_parts
 
 BatchPredictor = Callable[[AtomGraph], tuple[Prediction, Tensor | None]]
@@ -84,3 +91,74 @@ def _apart(
     energy, virial = (x.cpu().split(1) for x in (prediction.energy, prediction.strain_derivative))
     single = [Prediction(*fields) for fields in zip(energies, energy, forces, virial, strict=True)]
     return list(zip(single, repeat(None, n) if grades is None else grades.cpu().split(counts), strict=True))
+
+
+@dataclass(frozen=True)
+class FramePredictions:
+    """Energies (eV, one per frame) and forces (eV/Å, one (n_atoms, 3) array per frame)."""
+
+    energies: np.ndarray
+    forces: list[np.ndarray]
+
+
+def predict_frames(
+    potential: Potential,
+    frames: Sequence[Atoms],
+    *,
+    specialist: str | int | None = None,
+    names: Sequence[str] | None = None,
+    max_edges: int | None = None,
+) -> FramePredictions:
+    """Evaluate frames in batches (:func:`.predict_batches`), smaller ones if memory is short.
+
+    Parameters
+    ----------
+    specialist
+        For frames that do not say which specialist they belong to, if the potential has an embedding for each.
+    names
+        Names of the specialists in the order of their indices, for frames that name theirs.
+
+    Raises
+    ------
+    FramesError
+        When there are no frames, or one holds an element that the potential does not know.
+    StructureError
+        When the potential has an embedding per specialist and a frame names none, or one that is unknown.
+    DeviceMemoryError
+        When a single frame does not fit into the device's memory.
+    """
+    check_frames(potential, frames)
+    served, hyper = potential.for_inference(), potential.hyper
+
+    def graph(atoms: Atoms) -> AtomGraph:
+        prepared = with_indices(atoms, hyper.n_embeddings, names=names, default=specialist)
+        return build_graph(prepared, hyper.cutoff, dtype=potential.dtype)
+
+    predictions = predict_batches(
+        lambda batch: (predict(served, batch), None),
+        map(graph, frames),
+        device=potential.device,
+        max_edges=max_edges,
+    )
+    found = [prediction for prediction, _ in predictions]
+    return FramePredictions(
+        np.array([prediction.energy.item() for prediction in found]),
+        [prediction.forces.double().numpy() for prediction in found],
+    )
+
+
+def check_frames(potential: Potential, frames: Sequence[Atoms]) -> None:
+    """Raise :class:`FramesError` for no frames, or elements that the potential does not know."""
+    if not frames:
+        raise FramesError("there are no frames to evaluate; give a file with at least one")
+    for index, atoms in enumerate(frames):
+        unknown = sorted(set(atoms.numbers.tolist()) - set(potential.species))
+        if unknown:
+            raise FramesError(
+                f"frame {index} ({atoms.get_chemical_formula()}) contains {_symbols(unknown)}, which the "
+                f"model does not know (it knows {_symbols(potential.species)}); use frames of these elements"
+            )
+
+
+def _symbols(numbers: Sequence[int]) -> str:
+    return ", ".join(chemical_symbols[number] for number in numbers)

@@ -19,8 +19,13 @@ from torch import Tensor
 from ase_gffmerge.errors import CompileWarning, first_line
 from ase_gffmerge.graphs.derivatives import EdgeDerivatives, EdgeFunction, differentiate
 from ase_gffmerge.graphs.graph import Topology
-from ase_gffmerge.inference.cuda_capture import CudaGraphs
-from ase_gffmerge.inference.cuda_graphs import CapturedFunction, Size, TensorFunction, padding_graph
+from ase_gffmerge.inference.cuda_graphs import (
+    CapturedFunction,
+    CudaGraphs,
+    Size,
+    TensorFunction,
+    padding_graph,
+)
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import is_out_of_memory
 

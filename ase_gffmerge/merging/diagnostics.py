@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.inference.metrics import FramePredictions, compare, predict_frames
+from ase_gffmerge.inference.batches import FramePredictions, predict_frames
+from ase_gffmerge.inference.metrics import compare
 from ase_gffmerge.merging.report import Disagreement, Parity
 from ase_gffmerge.models import Potential
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ase_gffmerge.data.frames import bare
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
-from ase_gffmerge.inference.metrics import FramePredictions
+from ase_gffmerge.inference.batches import FramePredictions
 from ase_gffmerge.integrations.registry import adapters_by_architecture
 from ase_gffmerge.least_squares.gram import Gram, normalized_sum
 from ase_gffmerge.least_squares.ridge import ridge_solve

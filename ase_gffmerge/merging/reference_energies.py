@@ -21,7 +21,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.inference.metrics import predict_frames
+from ase_gffmerge.inference.batches import predict_frames
 
 
 def align_references(specialists: Sequence[ForceField]) -> dict[str, dict[str, float]]:

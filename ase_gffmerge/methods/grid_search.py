@@ -22,7 +22,7 @@ from torch import Tensor
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph
-from ase_gffmerge.inference.metrics import check_frames
+from ase_gffmerge.inference.batches import check_frames
 from ase_gffmerge.methods.base import MergeOutput
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.batching import chunks

@@ -15,7 +15,7 @@ from ase_gffmerge.data.frames import bare, displaced
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.inference.metrics import check_frames
+from ase_gffmerge.inference.batches import check_frames
 from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
 from ase_gffmerge.merging.compatibility import working_copies
 from ase_gffmerge.merging.recipe import DistillOptions

@@ -12,7 +12,8 @@ from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.dynamics.stopping import standard_criteria
 from ase_gffmerge.dynamics.trajectory import Trajectory
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.inference.metrics import Errors, compare, labels, predict_frames
+from ase_gffmerge.inference.batches import predict_frames
+from ase_gffmerge.inference.metrics import Errors, compare, labels
 from ase_gffmerge.merging.recipe import TrajectoryOptions
 from ase_gffmerge.runtime.progress import Progress, no_progress
 

@@ -13,7 +13,8 @@ import torch
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.pretrained import bundled_test_frames
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.inference.metrics import evaluate, predict_frames
+from ase_gffmerge.inference.batches import predict_frames
+from ase_gffmerge.inference.metrics import evaluate
 from ase_gffmerge.merging.activations import run_stage, stage_inputs
 from ase_gffmerge.merging.directions import Directions
 from ase_gffmerge.merging.layerwise import align_layers

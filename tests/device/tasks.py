@@ -21,8 +21,7 @@ from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.inference.compiled import CompiledPotential
-from ase_gffmerge.inference.cuda_capture import CudaGraphs
-from ase_gffmerge.inference.cuda_graphs import VISITS
+from ase_gffmerge.inference.cuda_graphs import VISITS, CudaGraphs
 from ase_gffmerge.merging import blockwise
 from ase_gffmerge.merging import tangents as duals
 from ase_gffmerge.merging.recipe import DistillOptions

@@ -9,13 +9,13 @@ from ase.build import molecule
 from ase.calculators.calculator import CalculationFailed
 
 import ase_gffmerge.forcefield.leverage as leverage
+import ase_gffmerge.inference.batches as accuracy
 import ase_gffmerge.inference.compiled as evaluation
-import ase_gffmerge.inference.metrics as accuracy
 import ase_gffmerge.training.loop as loop
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import DeviceMemoryError
 from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
-from ase_gffmerge.inference.metrics import predict_frames
+from ase_gffmerge.inference.batches import predict_frames
 from ase_gffmerge.runtime.batching import in_parts
 from ase_gffmerge.runtime.devices import is_out_of_memory
 from ase_gffmerge.training.config import TrainConfig

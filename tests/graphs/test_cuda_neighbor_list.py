@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ase_gffmerge.errors import StructureError
-from ase_gffmerge.graphs import build_graph, neighbour_list
+from ase_gffmerge.graphs import build_graph, find_neighbors
 from ase_gffmerge.graphs import cuda_neighbor_list as device_search
 from ase_gffmerge.graphs import graph as batches
-from ase_gffmerge.graphs.cuda_neighbor_list import device_neighbour_list, searches_on
+from ase_gffmerge.graphs.cuda_neighbor_list import can_search_on, find_neighbors_on_device
 from ase_gffmerge.graphs.verlet import VerletGraph
 from helpers.structures import rattled_slab, skewed_crystal
 
@@ -25,8 +25,8 @@ CPU = torch.device("cpu")
 def test_a_gpu_searches_when_the_toolkit_is_installed(monkeypatch):
     for installed in (True, False):
         monkeypatch.setattr(device_search, "_installed", lambda answer=installed: answer)
-        assert searches_on(torch.device("cuda:1")) is installed
-        assert not searches_on(CPU)
+        assert can_search_on(torch.device("cuda:1")) is installed
+        assert not can_search_on(CPU)
 
 
 def wire() -> Atoms:
@@ -91,7 +91,7 @@ class TestWithTheToolkit:
     def test_edge_for_edge(self, name, cutoff):
         atoms = STRUCTURES[name]()
         for found, expected in zip(
-            device_neighbour_list(atoms, cutoff, device=CPU), neighbour_list(atoms, cutoff), strict=True
+            find_neighbors_on_device(atoms, cutoff, device=CPU), find_neighbors(atoms, cutoff), strict=True
         ):
             assert found.dtype == torch.long
             np.testing.assert_array_equal(found, expected)
@@ -108,27 +108,27 @@ class TestWithTheToolkit:
         cell = 3.5 * np.eye(3) + rng.uniform(-1, 1, (3, 3))
         atoms = Atoms(f"H{n}", positions=rng.uniform(-8, 8, (n, 3)), cell=cell, pbc=pbc)
         for found, expected in zip(
-            device_neighbour_list(atoms, cutoff, device=CPU), neighbour_list(atoms, cutoff), strict=True
+            find_neighbors_on_device(atoms, cutoff, device=CPU), find_neighbors(atoms, cutoff), strict=True
         ):
             np.testing.assert_array_equal(found, expected)
 
     def test_impossible_structures(self):
         with pytest.raises(StructureError, match="no independent cell vector"):
-            device_neighbour_list(Atoms("H", pbc=True), 3.0, device=CPU)
+            find_neighbors_on_device(Atoms("H", pbc=True), 3.0, device=CPU)
 
     @pytest.mark.parametrize("skin", [0.0, 0.5])
     def test_the_skin_is_the_same(self, monkeypatch, rng, skin):
         """Graphs of moving structures, whose candidates were found on the device, hold the edges of a fresh search."""
         structures = [skewed_crystal(), rattled_slab(), molecule("CH3CH2OH")]
         searched = []
-        monkeypatch.setattr(batches, "searches_on", lambda device: searched.append(device) or True)
+        monkeypatch.setattr(batches, "can_search_on", lambda device: searched.append(device) or True)
         graph = VerletGraph(structures, cutoff=3.5, skin=skin, device=CPU, specialist=[0, 0, 0])
         for _ in range(5):
             for atoms in structures:
                 atoms.positions += 0.1 * rng.standard_normal(atoms.positions.shape)
             found = graph.at(torch.as_tensor(np.concatenate([atoms.positions for atoms in structures])))
             with monkeypatch.context() as patch:
-                patch.setattr(batches, "searches_on", lambda device: False)
+                patch.setattr(batches, "can_search_on", lambda device: False)
                 single = [build_graph(atoms, 3.5) for atoms in structures]
             expected = batches.batch_graphs(single)
             for key in ("edge_index", "shifts", "positions", "atomic_numbers"):

@@ -9,10 +9,10 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.errors import StructureError
-from ase_gffmerge.graphs import build_graph, neighbour_list, predict
+from ase_gffmerge.graphs import build_graph, find_neighbors, predict
 from ase_gffmerge.graphs import graph as batches
 from ase_gffmerge.graphs import neighbor_list as neighbours
-from ase_gffmerge.graphs.cuda_neighbor_list import device_neighbour_list
+from ase_gffmerge.graphs.cuda_neighbor_list import find_neighbors_on_device
 from ase_gffmerge.graphs.neighbor_list import MAX_COORDINATE
 from ase_gffmerge.graphs.verlet import VerletGraph
 from helpers.structures import skewed_crystal
@@ -36,11 +36,11 @@ def test_edges_are_those_of_the_first_cell(monkeypatch, rng, pbc, enlarged, cell
     if enlarged > 1:
         atoms.set_cell(enlarged * atoms.cell.array)
         atoms.pbc = True
-        monkeypatch.setattr(neighbours, "matscipy_neighbour_list", None)
+        monkeypatch.setattr(neighbours, "matscipy_neighbors", None)
     cells = np.where(pbc, rng.integers(-cells, cells + 1, (len(atoms), 3)), 0)
-    (sender, receiver), shifts = neighbour_list(atoms, 4.0)
+    (sender, receiver), shifts = find_neighbors(atoms, 4.0)
     expected = np.column_stack([receiver, sender, shifts + cells[receiver] - cells[sender]])
-    (sender, receiver), shifts = neighbour_list(drifted(atoms, cells), 4.0)
+    (sender, receiver), shifts = find_neighbors(drifted(atoms, cells), 4.0)
     found = np.column_stack([receiver, sender, shifts])
     assert len(found)
     assert found.tolist() == sorted(expected.tolist())
@@ -69,20 +69,20 @@ def test_energies_and_forces_are_those_at_the_origin(potential, rng, together):
 @pytest.fixture
 def searched(monkeypatch) -> list[np.ndarray]:
     """Positions that matscipy was given."""
-    positions, search = [], neighbours.matscipy_neighbour_list
+    positions, search = [], neighbours.matscipy_neighbors
 
     def recorded(quantities, **given):
         positions.append(given["positions"])
         return search(quantities, **given)
 
-    monkeypatch.setattr(neighbours, "matscipy_neighbour_list", recorded)
+    monkeypatch.setattr(neighbours, "matscipy_neighbors", recorded)
     return positions
 
 
 def test_the_grid_search_never_sees_a_distant_atom(searched, rng):
     """What it costs grows with the number of cells between an atom and the first one: 21 s at 1e12 Å."""
     atoms = skewed_crystal()
-    neighbour_list(drifted(atoms, rng.integers(-CELLS, CELLS + 1, (len(atoms), 3))), 4.0)
+    find_neighbors(drifted(atoms, rng.integers(-CELLS, CELLS + 1, (len(atoms), 3))), 4.0)
     fractional = searched[0] @ np.linalg.inv(atoms.cell.array)
     assert fractional.min() > -1e-6
     assert fractional.max() < 1 + 1e-6
@@ -94,13 +94,13 @@ def test_atoms_in_their_cell_are_searched_as_they_are(searched):
     atoms.wrap(eps=0)
     for pbc in (True, False):
         atoms.pbc = pbc
-        neighbour_list(atoms, 4.0)
+        find_neighbors(atoms, 4.0)
         assert np.array_equal(searched[-1], atoms.positions)
 
 
 @pytest.mark.parametrize("distance", [1.1 * MAX_COORDINATE, 1e12, 1e160, 1e300])
 @pytest.mark.parametrize("pbc", [True, False])
-@pytest.mark.parametrize("search", [neighbour_list, partial(device_neighbour_list, device=CPU)])
+@pytest.mark.parametrize("search", [find_neighbors, partial(find_neighbors_on_device, device=CPU)])
 def test_atoms_that_float64_cannot_resolve_are_refused(distance, pbc, search):
     atoms = skewed_crystal()
     atoms.pbc = pbc
@@ -108,7 +108,7 @@ def test_atoms_that_float64_cannot_resolve_are_refused(distance, pbc, search):
     with pytest.raises(StructureError, match=rf"\[2\].* {re.escape(f'{distance:.1e}')} Å.*time step.*mean"):
         search(atoms, 4.0)
     atoms.positions[2, 1] = -0.9 * MAX_COORDINATE
-    assert len(neighbour_list(atoms, 4.0)[1])
+    assert len(find_neighbors(atoms, 4.0)[1])
 
 
 def test_candidates_that_would_still_do_are_no_way_around(monkeypatch):
@@ -117,7 +117,7 @@ def test_candidates_that_would_still_do_are_no_way_around(monkeypatch):
     graph = VerletGraph([atoms], cutoff=3.0, skin=1.0, device=CPU, specialist=[0])
     searched = []
     monkeypatch.setattr(
-        batches, "neighbour_list", lambda *given: searched.append(given) or neighbour_list(*given)
+        batches, "find_neighbors", lambda *given: searched.append(given) or find_neighbors(*given)
     )
     positions = torch.tensor(atoms.positions)
     assert graph.at(positions + 0.5 * MAX_COORDINATE).edge_index.shape[1]

@@ -13,11 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ase_gffmerge.errors import StructureError
-from ase_gffmerge.graphs import neighbour_list
-from ase_gffmerge.graphs.cell_list_kdtree import sparse_neighbour_list
-from ase_gffmerge.graphs.cuda_neighbor_list import device_neighbour_list
-from ase_gffmerge.graphs.neighbor_list import enclosing_box
-from ase_gffmerge.graphs.wrapping import wrapped
+from ase_gffmerge.graphs import find_neighbors
+from ase_gffmerge.graphs.cuda_neighbor_list import find_neighbors_on_device
+from ase_gffmerge.graphs.neighbor_list import enclosing_box, kdtree_neighbors, wrapped
 
 CPU = torch.device("cpu")
 
@@ -45,7 +43,7 @@ def images(atoms: Atoms, cutoff: float) -> set[tuple[int, int, int, int, int]]:
 
 
 def edges(atoms: Atoms, cutoff: float) -> list[tuple[int, int, int, int, int]]:
-    (sender, receiver), shifts = neighbour_list(atoms, cutoff)
+    (sender, receiver), shifts = find_neighbors(atoms, cutoff)
     return [(i, j, *s) for i, j, s in zip(receiver.tolist(), sender.tolist(), shifts.tolist(), strict=True)]
 
 
@@ -97,7 +95,7 @@ def test_one_atom_and_none():
 def test_atoms_are_not_changed(rng):
     atoms = Atoms("H4", rng.uniform(-9, 9, (4, 3)), cell=CELLS["skewed"], pbc=(1, 0, 1))
     before = atoms.copy()
-    neighbour_list(atoms, 5.0)
+    find_neighbors(atoms, 5.0)
     assert atoms == before
 
 
@@ -125,7 +123,7 @@ def test_impossible_geometry_is_named(rng, change, message):
     atoms = Atoms("H4", rng.uniform(0, 4, (4, 3)), cell=CELLS["skewed"], pbc=True)
     change(atoms)
     with pytest.raises(StructureError, match=message):
-        neighbour_list(atoms, 3.0)
+        find_neighbors(atoms, 3.0)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +136,7 @@ def test_impossible_geometry_is_named(rng, change, message):
     ],
     ids=["coplanar", "vanishing", "needle", "flat sheet"],
 )
-@pytest.mark.parametrize("search", [neighbour_list, partial(device_neighbour_list, device=CPU)])
+@pytest.mark.parametrize("search", [find_neighbors, partial(find_neighbors_on_device, device=CPU)])
 def test_cells_too_flat_to_search_are_refused(cell, pbc, search):
     """At once, and before the toolkit of the GPU is asked."""
     atoms = Atoms("Cu", cell=cell, pbc=pbc)
@@ -165,7 +163,7 @@ def test_the_search_for_sparse_structures_agrees(kind, pbc, n_atoms, seed):
     atoms = Atoms(n_atoms * "H", positions, cell=CELLS[kind], pbc=pbc)
     origin, box = enclosing_box(atoms, 3.1)
     inside, cells = wrapped(positions, box, origin=origin, pbc=atoms.pbc)
-    receiver, sender, shifts = sparse_neighbour_list(inside, box, pbc=atoms.pbc, cutoff=3.1)
+    receiver, sender, shifts = kdtree_neighbors(inside, box, pbc=atoms.pbc, cutoff=3.1)
     shifts = shifts + cells[receiver] - cells[sender]
     found = np.column_stack([receiver, sender, shifts]).tolist()
     assert len(found) == len(set(map(tuple, found)))

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from ase_gffmerge.errors import StructureError
 from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.graphs import graph as batches
-from ase_gffmerge.graphs.verlet import strain_maps
-from ase_gffmerge.graphs.verlet_cache import VerletCache
+from ase_gffmerge.graphs.verlet import VerletCache, strain_maps
 
 CUTOFF = 4.0
 
@@ -55,9 +54,9 @@ def cache(skin: float = 1.0) -> VerletCache:
 def searches(monkeypatch) -> list[Atoms]:
     """Grows with every search for neighbours."""
     made = []
-    plain = batches.neighbour_list
+    plain = batches.find_neighbors
     monkeypatch.setattr(
-        batches, "neighbour_list", lambda atoms, cutoff: made.append(atoms) or plain(atoms, cutoff)
+        batches, "find_neighbors", lambda atoms, cutoff: made.append(atoms) or plain(atoms, cutoff)
     )
     return made
 

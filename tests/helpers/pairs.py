@@ -16,7 +16,7 @@ from ase.calculators.calculator import (
 )
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from ase_gffmerge.graphs import neighbour_list
+from ase_gffmerge.graphs import find_neighbors
 
 DEPTHS = np.zeros(119)
 DEPTHS[[13, 29]] = 0.3, 0.5
@@ -52,7 +52,7 @@ class Pairs(Calculator):
         return self.from_edges(atoms, *self.neighbours(atoms))
 
     def neighbours(self, atoms):
-        return neighbour_list(atoms, self.parameters["cutoff"])
+        return find_neighbors(atoms, self.parameters["cutoff"])
 
     def profile(self, r):
         """Energy and slope of a pair of unit depth."""

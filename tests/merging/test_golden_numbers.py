@@ -6,7 +6,7 @@ import torch
 
 from ase_gffmerge import ForceField, merge
 from ase_gffmerge.forcefield.pretrained import bundled_test_frames
-from ase_gffmerge.inference.metrics import predict_frames
+from ase_gffmerge.inference.batches import predict_frames
 
 NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
 NUMBERS = {

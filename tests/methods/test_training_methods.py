@@ -8,7 +8,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.inference.metrics import predict_frames
+from ase_gffmerge.inference.batches import predict_frames
 from ase_gffmerge.merging.recipe import DistillOptions
 from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, Requirement
 from ase_gffmerge.methods import trained as training

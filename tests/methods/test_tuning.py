@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.inference.metrics import predict_frames
+from ase_gffmerge.inference.batches import predict_frames
 from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
 from ase_gffmerge.methods.task_arithmetic import add_task_vectors
 from ase_gffmerge.methods.weight_space import WeightSpace

@@ -23,7 +23,7 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import Prediction, build_graph
 from ase_gffmerge.graphs.neighbor_list import check_geometry
 from ase_gffmerge.inference.batches import predict_batches
-from ase_gffmerge.inference.predictor import Predictor
+from ase_gffmerge.inference.predict import Predictor
 
 GRADE = "extrapolation"
 

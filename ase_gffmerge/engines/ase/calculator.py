@@ -34,10 +34,9 @@ from ase_gffmerge.errors import ArgumentError
 from ase_gffmerge.forcefield.conditioning import KEY, same_choice, specialist_indices
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs.graph import AtomGraph
-from ase_gffmerge.graphs.verlet_cache import VerletCache
+from ase_gffmerge.graphs.verlet import VerletCache
 from ase_gffmerge.inference.compiled import Compile
-from ase_gffmerge.inference.disagreement import force_disagreement
-from ase_gffmerge.inference.predictor import Predictor
+from ase_gffmerge.inference.predict import Predictor, force_disagreement
 from ase_gffmerge.integrations.load import Source, with_frames
 from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.runtime.forking import ForkSafeLock

@@ -14,7 +14,7 @@ from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.conditioning import without_choice
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.pretrained import BUNDLED, bundled_path, bundled_test_frames
-from ase_gffmerge.inference.metrics import check_frames
+from ase_gffmerge.inference.batches import check_frames
 from ase_gffmerge.merging.compatibility import check_compatible, working_copies
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.methods import MergeInputs

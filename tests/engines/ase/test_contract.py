@@ -35,7 +35,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import GFFMergeError
 from ase_gffmerge.graphs.derivatives import assemble
-from ase_gffmerge.inference import predictor as serving
+from ase_gffmerge.inference import predict as serving
 from ase_gffmerge.testing import check_calculator
 from helpers.structures import cluster, crystal, everything
 

@@ -10,7 +10,7 @@ from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_s
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.graphs import graph as batches
-from ase_gffmerge.inference import predictor as serving
+from ase_gffmerge.inference import predict as serving
 from helpers.structures import cluster, crystal, everything, slab
 
 
@@ -80,8 +80,8 @@ def test_10_skin_and_history_leave_no_trace(force_field, build):
 
 def test_10_a_search_lasts_for_many_steps(painn_calc, monkeypatch):
     searches = []
-    plain = batches.neighbour_list
-    monkeypatch.setattr(batches, "neighbour_list", lambda *args: searches.append(1) or plain(*args))
+    plain = batches.find_neighbors
+    monkeypatch.setattr(batches, "find_neighbors", lambda *args: searches.append(1) or plain(*args))
     atoms = crystal()
     for _ in range(20):
         atoms.positions[0, 0] += 0.01

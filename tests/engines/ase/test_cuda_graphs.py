@@ -21,7 +21,6 @@ from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.graphs.derivatives import assemble
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.inference.compiled import EAGER_STEPS, CompiledPotential, differentiated
-from ase_gffmerge.inference.cuda_capture import CudaGraphs
 from ase_gffmerge.inference.cuda_graphs import (
     BACKOFF,
     FAILURES,
@@ -30,6 +29,7 @@ from ase_gffmerge.inference.cuda_graphs import (
     RECORDINGS,
     VISITS,
     CapturedFunction,
+    CudaGraphs,
     capacity,
 )
 from helpers.rerun import Rerun

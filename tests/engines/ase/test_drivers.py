@@ -24,7 +24,7 @@ from ase.optimize import BFGS, FIRE, RFO
 
 from ase_gffmerge.errors import StructureError
 from ase_gffmerge.graphs.derivatives import assemble
-from ase_gffmerge.inference import predictor as serving
+from ase_gffmerge.inference import predict as serving
 from helpers.structures import cluster, crystal
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import ase_gffmerge.inference.compiled as evaluation
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import DeviceMemoryError, GFFMergeError
-from ase_gffmerge.inference.metrics import predict_frames
+from ase_gffmerge.inference.batches import predict_frames
 from ase_gffmerge.models import painn_cpu as painn_served
 from ase_gffmerge.models.painn_cpu import BlockedSums, InferenceMessage
 from helpers.structures import STRUCTURES, cluster, crystal, everything, slab

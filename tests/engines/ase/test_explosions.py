@@ -24,13 +24,13 @@ def boxed() -> Atoms:
 @pytest.fixture(autouse=True)
 def _bounded(monkeypatch):
     """Fail instead of waiting: what a search on a grid costs grows with the distance of atoms from their cell."""
-    search = neighbours.matscipy_neighbour_list
+    search = neighbours.matscipy_neighbors
 
     def bounded(quantities, *, positions, **given):
         assert np.abs(positions).max() < 1e6
         return search(quantities, positions=positions, **given)
 
-    monkeypatch.setattr(neighbours, "matscipy_neighbour_list", bounded)
+    monkeypatch.setattr(neighbours, "matscipy_neighbors", bounded)
 
 
 @pytest.mark.parametrize("build", [cluster, boxed, crystal])
