@@ -1,13 +1,21 @@
-"""What a caller may pass to the calculator, checked: a :class:`.ArgumentError` for anything else."""
+"""What a caller may pass to the calculator, checked, and the force field that it leads to, ready to be served."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from ase import Atoms
 
+from ase_gffmerge.engines.ase.dispersion import Dispersion, contains_dispersion
 from ase_gffmerge.errors import ArgumentError
+from ase_gffmerge.forcefield.conditioning import specialist_indices
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.compiled import Compile
+from ase_gffmerge.workflows.load_or_merge import Resolved
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -50,7 +58,56 @@ def compile_choice(compile: Any) -> Compile:
     raise ArgumentError(f"compile={compile!r} is not known; use 'auto', True or False")
 
 
-def specialist_choice(specialist: Any) -> str | int | None:
-    """Name or index of a specialist as what JSON knows."""
-    choice: str | int | None = None if specialist is None else np.asarray(specialist).item()
+def specialist_choice(specialist: Any, force_field: ForceField) -> str | int | None:
+    """Name or index of a specialist as what JSON knows; refused where it does not exist or would have no effect."""
+    if specialist is None:
+        return None
+    if force_field.potential.hyper.n_embeddings == 1:
+        raise ArgumentError(
+            f"specialist={specialist!r} has no effect: {force_field.name!r} has one embedding for "
+            "all; leave it out, or merge with conditioning='per-specialist'"
+        )
+    specialist_indices(Atoms("X"), force_field.specialist_names, default=specialist)
+    choice: str | int = np.asarray(specialist).item()
     return choice
+
+
+def dispersion_choice(dispersion: str | None, force_field: ForceField) -> Dispersion | None:
+    """D3 correction to add, unless the force field's labels contain dispersion already."""
+    if dispersion is None:
+        return None
+    if contains_dispersion(force_field.level_of_theory):
+        raise ArgumentError(
+            f"{force_field.name!r} was trained on {force_field.level_of_theory}, which contains dispersion already; leave "
+            "dispersion out"
+        )
+    return Dispersion.parse(dispersion)
+
+
+def served_force_field(resolved: Resolved, device: torch.device, dtype: torch.dtype) -> ForceField:
+    """Bring the force field to the device, frozen; the caller's object stays as it is.
+
+    Parameters
+    ----------
+    resolved
+        What the caller's arguments led to.
+    device, dtype
+        Where, and in which type, the weights are wanted.
+    """
+    own = replace(resolved.force_field, calibration=())
+    if resolved.borrowed:
+        own = replace(
+            own,
+            potential=copy.deepcopy(own.potential),
+            extrapolation_grade=copy.deepcopy(own.extrapolation_grade),
+        )
+    own.potential.eval().requires_grad_(False)
+    return own.to(device=device, dtype=dtype)
+
+
+@contextmanager
+def isolated_torch() -> Iterator[None]:
+    """Leave inference mode, and restore torch's random state: building modules draws initial weights."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False):
+        yield

@@ -11,6 +11,7 @@ from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError
 from torch import Tensor
 
+from ase_gffmerge.engines.ase.dispersion import Dispersion
 from ase_gffmerge.engines.ase.results import (
     as_array,
     ase_results,
@@ -37,6 +38,7 @@ def evaluate_structures(
     properties: Sequence[str] | None = None,
     specialist: str | int | None = None,
     max_edges: int | None = None,
+    dispersion: Dispersion | None = None,
 ) -> list[dict[str, Any]]:
     """Results of every structure.
 
@@ -55,6 +57,8 @@ def evaluate_structures(
         For structures that do not say which specialist they belong to.
     max_edges
         Size of a batch; default: :data:`.MAX_EDGES` of the device.
+    dispersion
+        D3 correction to add.
 
     Raises
     ------
@@ -79,17 +83,24 @@ def evaluate_structures(
             max_edges=max_edges,
         )
         return [
-            _results(k, atoms, *prediction, wanted)
+            _results(k, atoms, *prediction, wanted, dispersion)
             for k, (atoms, prediction) in enumerate(zip(originals, predictions, strict=True))
         ]
 
 
 def _results(
-    k: int, atoms: Atoms, prediction: Prediction, grades: Tensor | None, wanted: Sequence[str]
+    k: int,
+    atoms: Atoms,
+    prediction: Prediction,
+    grades: Tensor | None,
+    wanted: Sequence[str],
+    dispersion: Dispersion | None,
 ) -> dict[str, Any]:
     found = ase_results(prediction, atoms)
     with _named(k):
         require_finite(found, atoms)
+        if dispersion is not None:
+            found = dispersion.added(found, atoms)
     if grades is not None:
         found[GRADE] = as_array(grades)
     return {name: found[name] for name in wanted if name in found}

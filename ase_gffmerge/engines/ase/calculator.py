@@ -2,9 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -16,13 +14,17 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase_gffmerge.engines.ase.arguments import (
     DTYPES,
     compile_choice,
+    dispersion_choice,
     dtype_name,
+    isolated_torch,
+    served_force_field,
     skin_width,
     specialist_choice,
     weight_tuple,
 )
 from ase_gffmerge.engines.ase.batch import evaluate_structures
 from ase_gffmerge.engines.ase.results import (
+    ExtrapolationNotice,
     as_array,
     ase_results,
     computing,
@@ -31,17 +33,17 @@ from ase_gffmerge.engines.ase.results import (
     require_volume,
 )
 from ase_gffmerge.errors import ArgumentError
-from ase_gffmerge.forcefield.conditioning import KEY, same_choice, specialist_indices
-from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.conditioning import KEY, same_choice
 from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.graphs.verlet import VerletCache
 from ase_gffmerge.inference.compiled import Compile
+from ase_gffmerge.inference.hessian import hessian
 from ase_gffmerge.inference.predict import Predictor, force_disagreement
 from ase_gffmerge.integrations.load import Source, with_frames
 from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.runtime.forking import ForkSafeLock
 from ase_gffmerge.runtime.progress import Progress, no_progress
-from ase_gffmerge.workflows.load_or_merge import MergeOptions, Resolved, resolve
+from ase_gffmerge.workflows.load_or_merge import MergeOptions, resolve
 
 if TYPE_CHECKING:
     from ase_gffmerge.merging.recipe import Recipe
@@ -93,6 +95,9 @@ class GFFMergeCalculator(Calculator):
         same to round-off. ``auto``: on a GPU after 200 evaluations, never on a CPU, where runs stay reproducible to the
         last bit. Without a compiler: one warning, and evaluation as with ``False``. On a GPU small structures are also
         replayed as CUDA graphs (:mod:`ase_gffmerge.inference.cuda_graphs`), unless it is ``False``.
+    dispersion
+        Add Grimme's D3 correction to force fields whose labels lack it, as ``damping:functional``, for example
+        ``d3bj:pbe`` (needs the package dftd3). Energies per atom are not served then.
     progress
         Called by the merge with a fraction (0 to 1) and a description.
 
@@ -132,11 +137,11 @@ class GFFMergeCalculator(Calculator):
         allow_unrelated: bool = False,
         specialist: str | int | None = None,
         compile: Compile = "auto",
+        dispersion: str | None = None,
         progress: Progress = no_progress,
     ):
         super().__init__()
         vars(self).pop("get_spin_polarized", None)  # a reference cycle that would keep the weights alive
-        self.implemented_properties = list(PROPERTIES)  # type: ignore[misc]
         self.extras: dict[str, Any] = {}
         self._lock = ForkSafeLock()
         precision, skin = dtype_name(dtype), skin_width(skin)
@@ -148,16 +153,18 @@ class GFFMergeCalculator(Calculator):
             allow_unrelated=allow_unrelated,
             cache_dir=cache_dir,
         )
-        with _isolated_torch():
+        with isolated_torch():
             target = resolve_device(device)
             sources = specialists if calibration is None else with_frames(specialists, calibration)
             resolved = resolve(sources, options, device=target, progress=progress)
-            self.force_field = _served(resolved, target, DTYPES[precision])
+            self.force_field = served_force_field(resolved, target, DTYPES[precision])
+            self._dispersion = dispersion_choice(dispersion, self.force_field)
             self._predictor = Predictor(self.force_field, compile=compile)
             self._specialists = resolved.specialists
         self.cache_hit = resolved.cache_hit
+        self._notice = ExtrapolationNotice(self.force_field.name)
+        self._list_properties()
         self._neighbours = VerletCache(cutoff=self.force_field.cutoff, skin=skin, device=target)
-        self._check_choice(specialist)
         self.parameters.update(
             resolved.arguments,
             conditioning=conditioning,
@@ -166,11 +173,17 @@ class GFFMergeCalculator(Calculator):
             skin=skin,
             cache_dir=str(Path(cache_dir).absolute()) if cache_dir is not None else None,
             allow_unrelated=allow_unrelated,
-            specialist=specialist_choice(specialist),
+            specialist=specialist_choice(specialist, self.force_field),
             compile=compile,
+            dispersion=dispersion,
         )
 
     # -- what is served --
+
+    def _list_properties(self) -> None:
+        """Say what is served, in a list of its own; D3 has no energies per atom."""
+        names = [name for name in PROPERTIES if self._dispersion is None or name != "energies"]
+        self.implemented_properties = names  # type: ignore[misc]
 
     @property
     def specialist_names(self) -> tuple[str, ...]:
@@ -191,17 +204,6 @@ class GFFMergeCalculator(Calculator):
         """Whether atoms must say which specialist they belong to."""
         return self.force_field.potential.hyper.n_embeddings > 1
 
-    def _check_choice(self, specialist: str | int | None) -> None:
-        """Refuse a ``specialist=`` that does not exist or would have no effect."""
-        if specialist is None:
-            return
-        if not self._conditioned:
-            raise ArgumentError(
-                f"specialist={specialist!r} has no effect: {self.force_field.name!r} has one embedding for "
-                "all; leave it out, or merge with conditioning='per-specialist'"
-            )
-        specialist_indices(Atoms("X"), self.specialist_names, default=specialist)
-
     # -- what ASE calls --
 
     def _get_name(self) -> str:
@@ -215,8 +217,7 @@ class GFFMergeCalculator(Calculator):
                 f"{', '.join(fixed)} cannot be changed by set(); make a new GFFMergeCalculator"
             )
         if KEY in kwargs:
-            self._check_choice(kwargs[KEY])
-            kwargs[KEY] = specialist_choice(kwargs[KEY])
+            kwargs[KEY] = specialist_choice(kwargs[KEY], self.force_field)
         return super().set(**kwargs)
 
     def reset(self) -> None:
@@ -280,9 +281,10 @@ class GFFMergeCalculator(Calculator):
             prediction, grades = self._predictor(graph)
         results = ase_results(prediction, structure)
         require_finite(results, structure)
-        self.results = results
+        self.results = results if self._dispersion is None else self._dispersion.added(results, structure)
         if grades is not None:
             self.extras["extrapolation"] = as_array(grades)
+            self._notice(structure, self.extras["extrapolation"])
         self.extras |= {"n_edges": graph.n_edges, "seconds": time.perf_counter() - started}
 
     def _graph(self, atoms: Atoms) -> AtomGraph:
@@ -326,11 +328,29 @@ class GFFMergeCalculator(Calculator):
             self.force_field,
             structures,
             predictor=self._predictor,
-            served=PROPERTIES,
+            served=self.implemented_properties,
+            dispersion=self._dispersion,
             properties=properties,
             specialist=self.parameters.get(KEY),
             max_edges=max_edges,
         )
+
+    def get_hessian(self, atoms: Atoms, *, progress: Progress = no_progress) -> np.ndarray:
+        """Hessian (3 n_atoms, 3 n_atoms) in eV/Å^2 from second derivatives; memory does not grow with its size.
+
+        Parameters
+        ----------
+        atoms
+            The structure; constraints are not heard. ``dtype="float64"`` gives all digits.
+        progress
+            Called with a fraction (0 to 1) and a description.
+        """
+        structure = require_structure(atoms)
+        prepared = self.force_field.prepared(structure, specialist=self.parameters.get(KEY))
+        with isolated_torch(), computing(structure, self.force_field.potential.device):
+            graph = self._neighbours.fresh().graph(prepared)
+            matrix = hessian(self.force_field.potential, graph, progress=progress)
+        return matrix if self._dispersion is None else matrix + self._dispersion.hessian(structure)
 
     def disagreement(self, atoms: Atoms) -> np.ndarray:
         """Standard deviation of the specialists' forces per atom, (n_atoms,) in eV/Å; costs one evaluation of each.
@@ -368,7 +388,7 @@ class GFFMergeCalculator(Calculator):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.implemented_properties = list(PROPERTIES)  # type: ignore[misc]
+        self._list_properties()
         self.parameters = copy.deepcopy(self.parameters)
         self._lock = ForkSafeLock()
 
@@ -378,21 +398,3 @@ class GFFMergeCalculator(Calculator):
         for name in ("atoms", "results", "extras"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         return twin
-
-
-def _served(resolved: Resolved, device: torch.device, dtype: torch.dtype) -> ForceField:
-    """Bring the force field to the device, frozen; the caller's object stays as it is."""
-    own = replace(resolved.force_field, calibration=())
-    if resolved.borrowed:
-        potential, grade = copy.deepcopy((own.potential, own.extrapolation_grade))
-        own = replace(own, potential=potential, extrapolation_grade=grade)
-    own.potential.eval().requires_grad_(False)
-    return own.to(device=device, dtype=dtype)
-
-
-@contextmanager
-def _isolated_torch() -> Iterator[None]:
-    """Leave inference mode, and restore torch's random state: building modules draws initial weights."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices), torch.inference_mode(False):
-        yield

@@ -5,8 +5,9 @@ Grimme, Antony, Ehrlich, Krieg, J. Chem. Phys. 132, 154104 (2010); damping: Grim
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from ase import Atoms
@@ -14,6 +15,9 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from ase.units import Bohr, Hartree
 
 from ase_gffmerge.errors import ArgumentError, StructureError
+
+if TYPE_CHECKING:
+    from dftd3.interface import DispersionModel
 
 DAMPINGS = {
     "d3bj": "RationalDampingParam",
@@ -77,15 +81,8 @@ class Dispersion:
         StructureError
             When D3 has no parameters for an element, or the structure cannot be evaluated.
         """
-        from dftd3.interface import DispersionModel
-
-        periodic = bool(atoms.pbc.any())
-        cell = atoms.cell.complete().array / Bohr if periodic else None
         try:
-            model = DispersionModel(
-                atoms.numbers, atoms.positions / Bohr, cell, atoms.pbc if periodic else None
-            )
-            raw = model.get_dispersion(param=self._parameters(), grad=True)
+            raw = self._model(atoms).get_dispersion(param=self._parameters(), grad=True)
         except RuntimeError as error:
             raise StructureError(
                 f"the dispersion of {atoms.get_chemical_formula()} cannot be computed ({error}); D3 knows the elements "
@@ -96,9 +93,34 @@ class Dispersion:
             "forces": -np.asarray(raw["gradient"]) * (Hartree / Bohr),
         }
         if atoms.cell.rank == 3:
-            virial = np.asarray(raw["virial"]) if periodic else np.zeros((3, 3))
+            virial = np.asarray(raw["virial"]) if atoms.pbc.any() else np.zeros((3, 3))
             found["stress"] = full_3x3_to_voigt_6_stress(virial * Hartree / atoms.get_volume())
         return found
+
+    def added(self, results: Mapping[str, Any], atoms: Atoms) -> dict[str, Any]:
+        """ASE's results with the correction in them, and without energies per atom, which D3 does not have."""
+        own = self.results(atoms)
+        found = {name: value for name, value in results.items() if name != "energies"}
+        for name in ("energy", "forces", "stress"):
+            if name in found:
+                found[name] = found[name] + own[name]
+        found["free_energy"] = found["energy"]
+        return found
+
+    def hessian(self, atoms: Atoms) -> np.ndarray:
+        """Second derivatives (3 n_atoms, 3 n_atoms) in eV/Å^2."""
+        found = self._model(atoms).get_hessian(param=self._parameters())
+        matrix = np.asarray(found["hessian"] if isinstance(found, dict) else found)
+        return matrix.reshape(3 * len(atoms), 3 * len(atoms)) * (Hartree / Bohr**2)
+
+    def _model(self, atoms: Atoms) -> "DispersionModel":
+        from dftd3.interface import DispersionModel
+
+        if not atoms.pbc.any():
+            return DispersionModel(atoms.numbers, atoms.positions / Bohr)
+        return DispersionModel(
+            atoms.numbers, atoms.positions / Bohr, atoms.cell.complete().array / Bohr, atoms.pbc
+        )
 
     def _parameters(self) -> object:
         """The damping function with the functional's parameters."""

@@ -1,5 +1,6 @@
 """From a prediction to ASE's results, with the checks before and after."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
-from ase_gffmerge.errors import EvaluationFailed, StructureError
+from ase_gffmerge.errors import EvaluationFailed, ExtrapolationWarning, StructureError
 from ase_gffmerge.graphs import Prediction
 from ase_gffmerge.graphs.neighbor_list import check_reach
 from ase_gffmerge.runtime.devices import memory_errors
@@ -91,3 +92,38 @@ def require_finite(results: Mapping[str, Any], atoms: Atoms) -> None:
                 f"{np.flatnonzero(~finite)[:5].tolist()}; overlapping atoms, or a structure far from "
                 "anything the force field knows, are the usual cause: look at the step before this one"
             )
+
+
+WARN_GRADE = 5.0
+"""Extrapolation grade beyond which plain use warns; 1 is the edge of the calibration frames."""
+
+
+class ExtrapolationNotice:
+    """Warns of structures beyond the calibration frames, once of every kind; runs that watch it have a monitor.
+
+    Parameters
+    ----------
+    name
+        Of the force field.
+    """
+
+    def __init__(self, name: str):
+        self.name, self._said = name, set[str]()
+
+    def __call__(self, atoms: Atoms, grades: np.ndarray) -> None:
+        """Look at the grades (n_atoms,) of a structure."""
+        worst = grades.max()
+        if worst <= WARN_GRADE:
+            return
+        unknown = sorted({str(atoms.symbols[i]) for i in np.flatnonzero(np.isinf(grades))})
+        kind = f"the elements {', '.join(unknown)}" if unknown else "surroundings"
+        if kind in self._said:
+            return
+        self._said.add(kind)
+        warnings.warn(
+            f"{atoms.get_chemical_formula()} has {kind} that no calibration frame of {self.name!r} contains (extrapolation "
+            f"grade {worst:.3g}, 1 is the edge): do not trust its energies and forces; see calc.extras['extrapolation']. "
+            "This is said once.",
+            ExtrapolationWarning,
+            stacklevel=4,
+        )

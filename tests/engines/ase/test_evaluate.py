@@ -112,6 +112,7 @@ def test_specialists_of_atoms(conditioned):
         calc.evaluate([silent, second])
 
 
+@pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.ExtrapolationWarning")
 def test_grades_on_request(conditioned):
     calc = GFFMergeCalculator(conditioned, dtype="float64", device="cpu", specialist=0)
     assert "extrapolation" not in calc.evaluate([cluster()])[0]

@@ -70,6 +70,7 @@ def test_results_stay_what_ase_knows(calc, inside) -> None:
     np.testing.assert_array_equal(calc.results["forces"], plain.results["forces"])
 
 
+@pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.ExtrapolationWarning")
 def test_periodic_structures_and_single_precision(calc, merged) -> None:
     atoms = crystal()
     single = GFFMergeCalculator(merged, dtype="float32", device="cpu")
