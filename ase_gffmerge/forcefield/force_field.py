@@ -12,7 +12,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from ase_gffmerge.errors import StructureError
-from ase_gffmerge.forcefield.conditioning import with_indices, without_choice
+from ase_gffmerge.forcefield.conditioning import KEY, with_indices, without_choice
 from ase_gffmerge.forcefield.leverage import ExtrapolationGrade, fit_extrapolation_grade
 from ase_gffmerge.forcefield.pretrained import bundled_path
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
@@ -113,9 +113,10 @@ class ForceField:
             For elements or specialists that the potential does not know.
         """
         self.check_species(atoms)
-        return with_indices(
-            atoms, self.potential.hyper.n_embeddings, names=self.specialist_names, default=specialist
-        )
+        n_embeddings = self.potential.hyper.n_embeddings
+        if n_embeddings == 1 and KEY not in atoms.arrays:
+            return atoms
+        return with_indices(atoms, n_embeddings, names=self.specialist_names, default=specialist)
 
     def save(self, path: str | Path) -> Path:
         """Write one ``.safetensors`` file atomically; weights keep their floating-point type.

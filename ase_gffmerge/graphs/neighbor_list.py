@@ -6,7 +6,7 @@ from ase.geometry import complete_cell
 from matscipy.neighbours import neighbour_list as matscipy_neighbors
 from scipy.spatial import cKDTree
 
-from ase_gffmerge.errors import StructureError
+from ase_gffmerge.errors import EvaluationFailed, StructureError
 
 MAX_BINS = 100_000  # of side ``cutoff`` in matscipy's grid; a cell with more that are mostly empty is searched by a tree
 
@@ -191,7 +191,7 @@ def check_geometry(atoms: Atoms, cutoff: float) -> None:
             f"the positions of atom(s) {bad[:5].tolist()} of {atoms.get_chemical_formula()} are not finite; "
             "look at the step before this one: a too long time step or overlapping atoms are the usual cause"
         )
-    check_reach(atoms)
+    _check_reach(atoms)
     cell = atoms.cell.array
     if not np.isfinite(cell).all():
         formula = atoms.get_chemical_formula()
@@ -207,13 +207,13 @@ def check_geometry(atoms: Atoms, cutoff: float) -> None:
     _check_images(atoms, cutoff)
 
 
-def check_reach(atoms: Atoms) -> None:
-    """Raise :class:`StructureError` for atoms so far away that float64 does not resolve their distances any more."""
+def _check_reach(atoms: Atoms) -> None:
+    """Raise :class:`EvaluationFailed` for atoms so far away that float64 does not resolve their distances any more."""
     distances = np.abs(atoms.positions).max(axis=1, initial=0.0)
     far = np.flatnonzero(distances > MAX_COORDINATE)
     if far.size:
         furthest = distances.max()
-        raise StructureError(
+        raise EvaluationFailed(
             f"atom(s) {far[:5].tolist()} of {atoms.get_chemical_formula()} are up to {furthest:.1e} Å from the origin, "
             f"where positions are only known to {np.spacing(furthest):.1e} Å (the limit is {MAX_COORDINATE:.0e} Å); look at "
             "the step before this one: a too long time step is the usual cause, so try a shorter one; if the structure "

@@ -112,11 +112,14 @@ class CompiledPotential:
 
     def _offers(self, graph: Topology) -> bool:
         """Whether it has more to offer than eager evaluation. Sizes of 0 and 1 would be compiled on their own."""
-        if self.compile is False or os.getpid() != self._process:
+        if not self.worthwhile or os.getpid() != self._process:
             return False  # a forked process does not have the compiler's threads
-        if min(len(graph), graph.n_edges) < 2:
-            return False
-        return self._on_gpu or (self.compile is True and not self._failed)
+        return min(len(graph), graph.n_edges) >= 2 and (self._on_gpu or not self._failed)
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether it will ever evaluate otherwise than eagerly."""
+        return self.compile is True or (self.compile == "auto" and self._on_gpu)
 
     @property
     def _on_gpu(self) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ase_gffmerge.errors import StructureError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import Prediction, build_graph, predict
-from ase_gffmerge.graphs.derivatives import assemble
+from ase_gffmerge.graphs.derivatives import assemble, differentiate
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.inference.compiled import Compile, CompiledPotential
 
@@ -65,7 +65,9 @@ class Predictor:
     """
 
     def __init__(self, force_field: ForceField, *, compile: Compile):
-        self._evaluate = CompiledPotential(force_field.potential, compile=compile)
+        compiled = CompiledPotential(force_field.potential, compile=compile)
+        self._compiled = compiled if compiled.worthwhile else None
+        self._eager = force_field.potential.for_inference()
         self._grade = force_field.extrapolation_grade
 
     def __call__(self, graph: AtomGraph, *, graded: bool = True) -> tuple[Prediction, Tensor | None]:
@@ -74,7 +76,11 @@ class Predictor:
         Grades are ``None`` when they are not wanted (``graded``), or the force field has none.
         """
         vectors = edge_vectors(graph)
-        prediction = assemble(graph, vectors, self._evaluate(vectors, graph))
+        if self._compiled is None:
+            derivatives = differentiate(self._eager, vectors, graph)
+        else:
+            derivatives = self._compiled(vectors, graph)
+        prediction = assemble(graph, vectors, derivatives)
         if self._grade is None or not graded:
             return prediction, None
         return prediction, self._grade(prediction.readout_inputs, graph.atomic_numbers)

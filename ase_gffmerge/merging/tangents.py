@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from ase_gffmerge.models.layers.gather import many_directions
+from ase_gffmerge.models.layers.linear import many_directions
 
 Tensors = tuple[Tensor, ...]
 

@@ -34,9 +34,8 @@ from torch.nn.functional import silu
 
 from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.models.base import HyperParameters, Potential, Stage, State
-from ase_gffmerge.models.layers.gather import take_rows
 from ase_gffmerge.models.layers.line_graph import angles_between, undirected
-from ase_gffmerge.models.layers.linear import JoinedLinear, Part
+from ase_gffmerge.models.layers.linear import JoinedLinear, Part, take_rows
 
 
 @dataclass(frozen=True, kw_only=True)

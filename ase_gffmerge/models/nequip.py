@@ -38,7 +38,7 @@ from torch.nn.functional import silu
 from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.models.base import EdgeGeometry, HyperParameters, Potential, Stage, State
 from ase_gffmerge.models.layers.e3nn_compat import eager_e3nn, keep_plain
-from ase_gffmerge.models.layers.gather import take_rows
+from ase_gffmerge.models.layers.linear import take_rows
 from ase_gffmerge.models.layers.tensor_product import Convolution, CoupledHarmonics, natural
 
 SILU_SCALE = 1.6765324703310918

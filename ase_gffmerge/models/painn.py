@@ -23,7 +23,7 @@ from torch.nn.functional import silu
 
 from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.models.base import EdgeGeometry, HyperParameters, Potential, Stage, State
-from ase_gffmerge.models.layers.gather import take_rows
+from ase_gffmerge.models.layers.linear import take_rows
 from ase_gffmerge.models.painn_cpu import InferenceMessage
 
 NORM_OFFSET = 1e-8

@@ -10,7 +10,7 @@ from ase.calculators.calculator import CalculationFailed
 
 import ase_gffmerge.forcefield.leverage as leverage
 import ase_gffmerge.inference.batches as accuracy
-import ase_gffmerge.inference.compiled as evaluation
+import ase_gffmerge.inference.predict as evaluation
 import ase_gffmerge.training.loop as loop
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import DeviceMemoryError

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import jvp, vmap
 
-from ase_gffmerge.models.layers.gather import many_directions, take_rows
+from ase_gffmerge.models.layers.linear import many_directions, take_rows
 
 
 @given(st.integers(1, 5), st.integers(0, 9), st.integers(1, 3), st.integers(0, 100))

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from ase_gffmerge.errors import EvaluationFailed, ExtrapolationWarning, StructureError
 from ase_gffmerge.graphs import Prediction
-from ase_gffmerge.graphs.neighbor_list import check_reach
 from ase_gffmerge.runtime.devices import memory_errors
 from ase_gffmerge.runtime.forking import survive_fork
 
 
 def require_structure(atoms: Atoms | None) -> Atoms:
-    """Raise for structures that hold nothing, something that is no number, or atoms that got lost."""
+    """Raise for structures that hold nothing, or something that is no number."""
     if atoms is None or len(atoms) == 0:
         raise StructureError("there is no structure to calculate: the Atoms object is empty; add atoms to it")
     for name, values in (("positions", atoms.positions), ("cell vectors", atoms.cell.array)):
@@ -30,10 +29,6 @@ def require_structure(atoms: Atoms | None) -> Atoms:
                 f"{name} {bad[:5].tolist()} of {atoms.get_chemical_formula()} contain NaN or infinity; look "
                 "at the step before this one: a too long time step or overlapping atoms are the usual cause"
             )
-    try:
-        check_reach(atoms)
-    except StructureError as error:
-        raise EvaluationFailed(str(error)) from error
     return atoms
 
 
@@ -41,8 +36,11 @@ def require_structure(atoms: Atoms | None) -> Atoms:
 def computing(atoms: Atoms, device: torch.device) -> Iterator[None]:
     """Compute in a process that may have been forked; raise :class:`DeviceMemoryError` when memory does not suffice."""
     survive_fork()
-    with memory_errors(f"{atoms.get_chemical_formula()} ({len(atoms)} atoms)", device=device):
+    try:
         yield
+    except (RuntimeError, MemoryError):
+        with memory_errors(f"{atoms.get_chemical_formula()} ({len(atoms)} atoms)", device=device):
+            raise
 
 
 def ase_results(prediction: Prediction, atoms: Atoms) -> dict[str, Any]:

@@ -439,7 +439,7 @@ def test_on_a_gpu_recordings_give_what_the_cpu_gives(architecture, compile, dtyp
             for key, value in expected.items():
                 close = {"rtol": 0, "atol": 1e-9 if dtype == "float64" else 1e-4}
                 torch.testing.assert_close(torch.as_tensor(found[key]), torch.as_tensor(value), **close)
-    (function,) = gpu._predictor._evaluate._functions.values()
+    (function,) = gpu._predictor._compiled._functions.values()
     assert len(function._recordings) == 2
 
 

@@ -15,7 +15,7 @@ from ase.calculators.calculator import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ase_gffmerge.inference.compiled as evaluation
+import ase_gffmerge.inference.predict as evaluation
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import DeviceMemoryError, GFFMergeError
 from ase_gffmerge.inference.batches import predict_frames
