@@ -55,7 +55,7 @@ def own_plot(name: str) -> Callable[[Path], None]:
 def first_merge(path: Path) -> None:
     """Forces of the merged potential against the labels."""
     from ase_gffmerge import GFFMergeCalculator
-    from ase_gffmerge.forcefield.pretrained import bundled_test_frames
+    from ase_gffmerge.forcefield.force_field import bundled_test_frames
 
     calc = GFFMergeCalculator(PAIR)
     figure = Figure(figsize=(6, 3), layout="constrained")
@@ -73,8 +73,8 @@ def first_merge(path: Path) -> None:
 def conservation(path: Path) -> None:
     """Total energy of ethanol with two time steps."""
     from ase_gffmerge import GFFMergeCalculator
-    from ase_gffmerge.dynamics.velocities import new_momenta
-    from ase_gffmerge.forcefield.pretrained import bundled_test_frames
+    from ase_gffmerge.dynamics.integrators import new_momenta
+    from ase_gffmerge.forcefield.force_field import bundled_test_frames
 
     example = import_module("02_nve_energy_conservation")
     calc = GFFMergeCalculator(PAIR, dtype="float64")
@@ -92,7 +92,7 @@ def conservation(path: Path) -> None:
 def temperatures(path: Path) -> None:
     """Kinetic temperature of both molecules in NVT."""
     from ase_gffmerge import GFFMergeCalculator, run_replicas
-    from ase_gffmerge.forcefield.pretrained import bundled_test_frames
+    from ase_gffmerge.forcefield.force_field import bundled_test_frames
 
     potential = GFFMergeCalculator(PAIR).force_field.potential
     starts = [bundled_test_frames(name)[0] for name in PAIR]
@@ -111,7 +111,7 @@ def vibrations(path: Path) -> None:
     from ase.optimize import BFGS
 
     from ase_gffmerge import GFFMergeCalculator
-    from ase_gffmerge.forcefield.pretrained import bundled_test_frames
+    from ase_gffmerge.forcefield.force_field import bundled_test_frames
 
     example = import_module("04_relax_and_vibrations")
     calc = GFFMergeCalculator(PAIR, dtype="float64")
@@ -129,7 +129,7 @@ def vibrations(path: Path) -> None:
 def contact(path: Path) -> None:
     """Energy of both molecules over their distance."""
     from ase_gffmerge import GFFMergeCalculator
-    from ase_gffmerge.forcefield.pretrained import bundled_test_frames
+    from ase_gffmerge.forcefield.force_field import bundled_test_frames
 
     example = import_module("05_mixed_cluster")
     calc = GFFMergeCalculator(PAIR, dtype="float64")

@@ -7,7 +7,7 @@ import numpy as np
 from ase import Atoms
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
+from ase_gffmerge.forcefield.force_field import bundled_test_frames
 
 NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
 ALLOWED = 2.0

@@ -9,8 +9,8 @@ from ase import Atoms, units
 from ase.md import VelocityVerlet
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.dynamics.velocities import new_momenta
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
+from ase_gffmerge.dynamics.integrators import new_momenta
+from ase_gffmerge.forcefield.force_field import bundled_test_frames
 
 TEMPERATURE = 300
 

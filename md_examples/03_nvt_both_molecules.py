@@ -8,7 +8,7 @@ from ase.io import read
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.dynamics.ase_md import run_md
 from ase_gffmerge.dynamics.integrators import Conditions
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
+from ase_gffmerge.forcefield.force_field import bundled_test_frames
 
 NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
 TEMPERATURE = 500

@@ -10,7 +10,7 @@ from ase.thermochemistry import HarmonicThermo, IdealGasThermo
 from ase.vibrations import Vibrations
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
+from ase_gffmerge.forcefield.force_field import bundled_test_frames
 
 SYMMETRY = {"rmd17-ethanol": 1, "rmd17-malonaldehyde": 2}
 """Rotational symmetry numbers; malonaldehyde is the dialdehyde, with an axis of order two."""

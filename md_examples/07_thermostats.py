@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from scipy.stats import chi2, gamma
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
-from ase_gffmerge.sampling.statistical_inefficiency import inefficiency
+from ase_gffmerge.forcefield.force_field import bundled_test_frames
+from ase_gffmerge.sampling.temperature_ladder import inefficiency
 
 NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
 TEMPERATURE = (

@@ -20,7 +20,7 @@ from ase.md.nose_hoover_chain import IsotropicMTKNPT
 from emt_crystals import merged_emt
 from matplotlib.figure import Figure
 
-from ase_gffmerge.sampling.statistical_inefficiency import inefficiency
+from ase_gffmerge.sampling.temperature_ladder import inefficiency
 
 TEMPERATURE = 300  # K
 PRESSURE = 5 * units.GPa

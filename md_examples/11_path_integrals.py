@@ -24,8 +24,8 @@ from ase.optimize import BFGS
 from ase.vibrations import Vibrations
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
-from ase_gffmerge.sampling.statistical_inefficiency import inefficiency
+from ase_gffmerge.forcefield.force_field import bundled_test_frames
+from ase_gffmerge.sampling.temperature_ladder import inefficiency
 
 TEMPERATURE = 300  # K
 KT = units.kB * TEMPERATURE

@@ -17,8 +17,8 @@ from ase.io import Trajectory, read
 from ase.md import VelocityVerlet
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.dynamics.velocities import new_momenta
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
+from ase_gffmerge.dynamics.integrators import new_momenta
+from ase_gffmerge.forcefield.force_field import bundled_test_frames
 
 INTERVAL = 5  # steps from frame to frame
 FRAMES_BEFORE, FRAMES = 10, 20

@@ -12,7 +12,7 @@ from ase_gffmerge.runtime.progress import Progress
 if TYPE_CHECKING:
     from ase_gffmerge.evaluation.comparison.compare import Comparison
     from ase_gffmerge.evaluation.comparison.inputs import LabelledSet
-    from ase_gffmerge.evaluation.comparison.store import RowStore
+    from ase_gffmerge.evaluation.comparison.measurement import RowStore
     from ase_gffmerge.methods import MergeInputs
 
 FRAMES_HELP = "one file per specialist, in order; several values, or repeat the option"
@@ -49,7 +49,7 @@ def compare(
 ) -> None:
     """Compare all ways to use specialists together on frames that none of them has seen."""
     from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs, read_labelled, read_tests
-    from ase_gffmerge.evaluation.comparison.store import RowStore, default_folder
+    from ase_gffmerge.evaluation.comparison.measurement import RowStore, default_folder
     from ase_gffmerge.integrations.load import load_force_field
 
     require_outputs(markdown, plot, inputs=[*specialists, *(test or ())], overwrite=overwrite)
@@ -109,7 +109,7 @@ def _write_files(comparison: "Comparison", markdown: Path | None, plot: Path | N
     """Write the Markdown file and the plot, where asked for."""
     from ase_gffmerge.evaluation.comparison.report import markdown as tables
     from ase_gffmerge.evaluation.comparison.report import plot_comparison
-    from ase_gffmerge.storage.atomic import atomic_write
+    from ase_gffmerge.storage.tensor_file import atomic_write
 
     if markdown:
         text = tables(comparison).encode()

@@ -44,7 +44,7 @@ def distill(
     A killed distillation continues when the same command is run again.
     """
     from ase_gffmerge.data.readers import read_frames
-    from ase_gffmerge.evaluation.plots import plot_history
+    from ase_gffmerge.evaluation.table import plot_history
     from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.merging.recipe import DistillOptions, load_recipe
     from ase_gffmerge.training.checkpoint import checkpoint_path
@@ -87,7 +87,7 @@ def _merged_start(
 ) -> "ForceField":
     """Merge through the cache; the verdict on this start does not matter."""
     from ase_gffmerge.errors import MergeWarning
-    from ase_gffmerge.merging.compatibility import check_compatible
+    from ase_gffmerge.merging.average import check_compatible
     from ase_gffmerge.runtime.devices import resolve_device
     from ase_gffmerge.workflows.load_or_merge import MergeOptions, resolve
     from ase_gffmerge.workflows.merge import starting_point

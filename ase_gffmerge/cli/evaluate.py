@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ase_gffmerge.evaluation.md.evaluate import MDEvaluation
     from ase_gffmerge.evaluation.md.runs import Contestant, Protocol
     from ase_gffmerge.forcefield.force_field import ForceField
-    from ase_gffmerge.inference.metrics import Errors
+    from ase_gffmerge.inference.predict import Errors
 
 UNITS = {"force_mae": "eV/Å", "force_rmse": "eV/Å", "energy_mae": "eV/atom"}
 MD = "Dynamics (--md)"
@@ -91,7 +91,7 @@ def evaluate(
 
 def errors_by_model(models: "Sequence[Contestant]", frames: "Sequence[Atoms]") -> "dict[str, Errors]":
     """Errors on labelled frames, by label."""
-    from ase_gffmerge.inference.metrics import evaluate
+    from ase_gffmerge.inference.predict import evaluate
 
     return {
         model.label: evaluate(
@@ -169,7 +169,7 @@ def _evaluate_md(
     from ase_gffmerge.evaluation.md.evaluate import evaluate_dynamics, matching_frames, starting_structures
     from ase_gffmerge.evaluation.md.report import dynamics_table
     from ase_gffmerge.evaluation.md.runs import estimated_seconds
-    from ase_gffmerge.storage.atomic import require_writable
+    from ase_gffmerge.storage.tensor_file import require_writable
 
     truth = matching_frames(read_frames(reference) if reference else starts, starts[0])
     for model in models:
@@ -230,7 +230,7 @@ def duration(seconds: float) -> str:
 def write_results(evaluation: "MDEvaluation", out: Path) -> None:
     """Write numbers and plot."""
     from ase_gffmerge.evaluation.md.report import plot_dynamics
-    from ase_gffmerge.storage.atomic import atomic_write
+    from ase_gffmerge.storage.tensor_file import atomic_write
 
     text = json.dumps(plain(evaluation.to_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     atomic_write(out / "md.json", text)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def info(model: ModelArgument, as_json: JsonOption = False) -> None:
     """Show architecture, elements, level of theory, training, errors, and how a merged file was made."""
-    from ase_gffmerge.forcefield.pretrained import bundled_path
+    from ase_gffmerge.forcefield.force_field import bundled_path
     from ase_gffmerge.integrations.load import load_force_field
 
     document = {"path": str(bundled_path(model)), **describe(load_force_field(model))}

@@ -114,8 +114,7 @@ def md(
     --restart. A run that explodes stops, keeps what came before, and ends with exit code 1.
     """
     from ase_gffmerge.dynamics.ase_md import run_md
-    from ase_gffmerge.dynamics.integrators import Conditions
-    from ase_gffmerge.dynamics.restart import restart_path
+    from ase_gffmerge.dynamics.integrators import Conditions, restart_path
 
     goes_on = restart or append
     require_outputs(

@@ -77,7 +77,7 @@ def require_outputs(
         For the first that must not or cannot be written.
     """
     from ase_gffmerge.errors import FileFormatError
-    from ase_gffmerge.storage.atomic import require_writable
+    from ase_gffmerge.storage.tensor_file import require_writable
 
     for path in filter(None, paths):
         if any(known and path.exists() and Path(known).exists() and path.samefile(known) for known in inputs):

@@ -25,7 +25,7 @@ from ase_gffmerge.runtime.progress import part_of
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from ase_gffmerge.dynamics.relaxation import CellFreedom
+    from ase_gffmerge.dynamics.ase_md import CellFreedom
     from ase_gffmerge.runtime.progress import Progress
 
 
@@ -70,7 +70,7 @@ def relax(
     as_json: JsonOption = False,
 ) -> None:
     """Relax a structure; exit code 1 when it did not converge (the structure is written)."""
-    from ase_gffmerge.dynamics.relaxation import CellFreedom
+    from ase_gffmerge.dynamics.ase_md import CellFreedom
     from ase_gffmerge.errors import ArgumentError
 
     file_format = output_format(out)
@@ -146,7 +146,7 @@ def _relaxed(
     progress: "Progress",
 ) -> dict[str, object]:
     """Relax one structure in place and say how it went."""
-    from ase_gffmerge.dynamics.relaxation import relax as relax_atoms
+    from ase_gffmerge.dynamics.ase_md import relax as relax_atoms
 
     before = energy(atoms)
     taken, converged = relax_atoms(
@@ -179,7 +179,7 @@ def output_format(out: Path) -> str:
     from ase.io.formats import UnknownFileTypeError, filetype, get_compression, ioformats
 
     from ase_gffmerge.errors import FileFormatError
-    from ase_gffmerge.storage.atomic import require_writable
+    from ase_gffmerge.storage.tensor_file import require_writable
 
     try:
         name = filetype(str(out), read=False)
@@ -212,7 +212,7 @@ def _write_structures(structures: "list[Atoms]", out: Path, file_format: str) ->
     from ase.io import write
 
     from ase_gffmerge.errors import FileFormatError, first_line
-    from ase_gffmerge.storage.atomic import atomic_write
+    from ase_gffmerge.storage.tensor_file import atomic_write
 
     def attempt(temporary: Path) -> None:
         try:

@@ -86,7 +86,7 @@ def write_extxyz(out: Path, result: "SampleResult") -> None:
     """Write all frames atomically."""
     from ase.io import write
 
-    from ase_gffmerge.storage.atomic import atomic_write
+    from ase_gffmerge.storage.tensor_file import atomic_write
 
     atomic_write(out, lambda temporary: write(temporary, list(result.frames), format="extxyz"))
 

@@ -18,7 +18,7 @@ from ase_gffmerge.cli.output import EpochWatch, print_json, print_values, progre
 
 if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField
-    from ase_gffmerge.inference.metrics import Errors
+    from ase_gffmerge.inference.predict import Errors
     from ase_gffmerge.training.checkpoint import History
 
 FRAMES_HELP = "Labelled frames: extxyz or another file ASE reads, rMD17 or MD17 npz, DeePMD folder."
@@ -59,7 +59,7 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a specialist; a killed training continues when the same command is run again."""
-    from ase_gffmerge.evaluation.plots import plot_history
+    from ase_gffmerge.evaluation.table import plot_history
     from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.training import train as training
     from ase_gffmerge.training.config import load_config

@@ -17,7 +17,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.geometry import minkowski_reduce
 from ase.stress import voigt_6_to_full_3x3_stress
 
-from ase_gffmerge.data.arrays import stress_from_virial
+from ase_gffmerge.data.formats import stress_from_virial
 from ase_gffmerge.data.plausibility import implausible_units
 from ase_gffmerge.errors import FramesError, LabelWarning
 

@@ -12,9 +12,8 @@ from ase import Atoms
 from ase.io.formats import UnknownFileTypeError
 from ase.utils import string2index
 
-from ase_gffmerge.data.deepmd import is_deepmd, read_deepmd
+from ase_gffmerge.data.formats import is_deepmd, read_deepmd, read_npz
 from ase_gffmerge.data.labels import AUTO, normalize_labels
-from ase_gffmerge.data.npz import read_npz
 from ase_gffmerge.errors import FileFormatError, FramesError, LabelWarning
 
 
@@ -31,8 +30,8 @@ def read_frames(
     Parameters
     ----------
     path
-        An ``.npz`` archive (:mod:`ase_gffmerge.data.npz`), a DeePMD-kit folder
-        (:mod:`ase_gffmerge.data.deepmd`), or any file that :func:`ase.io.read` knows (extxyz, traj, cif,
+        An ``.npz`` archive (:mod:`ase_gffmerge.data.formats`), a DeePMD-kit folder
+        (:mod:`ase_gffmerge.data.formats`), or any file that :func:`ase.io.read` knows (extxyz, traj, cif,
         ...), whose labels must be in ASE's units.
     index
         Which frames, as in ASE: ``":"``, ``"::10"``, ``-1``, a slice. A single number gives one frame.

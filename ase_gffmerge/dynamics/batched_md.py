@@ -8,12 +8,12 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 from ase import Atoms
 
+from ase_gffmerge.dynamics.integrators import degrees_of_freedom, new_momenta
 from ase_gffmerge.dynamics.langevin import BatchedLangevin
 from ase_gffmerge.dynamics.stopping import Stop, StoppingCriteria, StoppingTracker
 from ase_gffmerge.dynamics.trajectory import Trajectory
-from ase_gffmerge.dynamics.velocities import degrees_of_freedom, new_momenta
 from ase_gffmerge.errors import DynamicsError, StructureError
-from ase_gffmerge.inference.batches import check_frames
+from ase_gffmerge.inference.predict import check_frames
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress, no_progress
 

@@ -14,7 +14,7 @@ from ase_gffmerge.errors import (
     GFFMergeError,
     MissingExtrapolationGradeError,
 )
-from ase_gffmerge.storage.atomic import require_writable
+from ase_gffmerge.storage.tensor_file import require_writable
 
 Action = Literal["warn", "stop", "record"]
 KEY = "extrapolation"

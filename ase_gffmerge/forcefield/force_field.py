@@ -1,9 +1,13 @@
-"""A force field with everything a merge needs, in one file."""
+"""A force field with everything a merge needs, in one file.
+
+The specialists that come with the package, and labelled frames that they were not trained on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Self, cast
 
@@ -11,14 +15,47 @@ import torch
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from ase_gffmerge.errors import StructureError
+from ase_gffmerge.data.readers import read_frames
+from ase_gffmerge.errors import FramesError, StructureError
 from ase_gffmerge.forcefield.conditioning import KEY, with_indices, without_choice
 from ase_gffmerge.forcefield.leverage import ExtrapolationGrade, fit_extrapolation_grade
-from ase_gffmerge.forcefield.pretrained import bundled_path
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
 from ase_gffmerge.forcefield.serialization import Contents, pack, read_contents, require_finite, require_sound
 from ase_gffmerge.models import Potential
 from ase_gffmerge.storage.tensor_file import content_digest, write_file
+
+BUNDLED = ("rmd17-base", "rmd17-ethanol", "rmd17-malonaldehyde")
+_FOLDER = Path(str(files("ase_gffmerge") / "bundled"))
+
+
+def bundled_path(source: str | Path) -> Path:
+    """Path of a bundled specialist, or the path itself."""
+    if str(source) in BUNDLED and not Path(source).exists():
+        return _FOLDER / f"{source}.safetensors"
+    return Path(source)
+
+
+def bundled_test_frames(name: str) -> list[Atoms]:
+    """Frames that the bundled specialist ``name`` was not trained on.
+
+    Parameters
+    ----------
+    name
+        ``rmd17-base``, ``rmd17-ethanol`` or ``rmd17-malonaldehyde``.
+
+    Returns
+    -------
+    list of ase.Atoms
+        With energy (eV) and forces (eV/Å).
+
+    Raises
+    ------
+    FramesError
+        When there is no bundled specialist of that name.
+    """
+    if name not in BUNDLED:
+        raise FramesError(f"no test frames are bundled for {name!r}; choose one of {', '.join(BUNDLED)}")
+    return read_frames(_FOLDER / f"{name}-test.extxyz")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from ase_gffmerge.graphs import batch_graphs, build_graph
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.models import Potential
-from ase_gffmerge.runtime.batching import chunks, in_parts
+from ase_gffmerge.runtime.devices import chunks, in_parts
 
 RIDGE = 1e-4
 """μ in units of the mean eigenvalue of the Gram matrix."""

@@ -27,7 +27,7 @@ class Provenance:
     errors
         Errors on its own test frames: ``force_mae``, ``force_rmse`` (eV/Å), ``energy_mae`` (eV/atom).
     seen_frames
-        Keys (:func:`~ase_gffmerge.data.hashing.geometry_key`) of all training and validation frames, those of the
+        Keys (:func:`~ase_gffmerge.data.frames.geometry_key`) of all training and validation frames, those of the
         ancestors among them, ascending: no test frame may be one of these. Empty when nothing is known.
     origin
         Package and version of another package's force field that this one was read from, or descends from.

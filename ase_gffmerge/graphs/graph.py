@@ -9,8 +9,7 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from ase_gffmerge.graphs.cuda_neighbor_list import can_search_on, find_neighbors_on_device
-from ase_gffmerge.graphs.neighbor_list import find_neighbors
+from ase_gffmerge.graphs.neighbor_list import can_search_on, find_neighbors, find_neighbors_on_device
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -3,23 +3,32 @@
 An adapter reads the vendor's file into a :class:`~ase_gffmerge.models.Potential` (a chain of stages, from edge vectors to
 energies per atom in eV), and writes such a potential back. Everything else, the graphs, the merge, the calculator, works on
 the potential and does not know where it comes from.
+
+Which packages' force fields can be read; an adapter is imported when it is needed.
+
+Steps from another package's network to a potential that are the same whichever package it is.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+from ase import Atoms
 from numpy._core import multiarray
+from torch import Tensor
 
 from ase_gffmerge.errors import FileFormatError, first_line
+from ase_gffmerge.graphs import batch_graphs, build_graph
+from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.models import Potential
-from ase_gffmerge.storage.atomic import atomic_write
+from ase_gffmerge.runtime.registry import Registry
+from ase_gffmerge.storage.tensor_file import atomic_write
 
 VendorObject: TypeAlias = Any
 """An object of another package, whose classes are imported only where the package is installed."""
@@ -177,3 +186,154 @@ def load_checkpoint(path: Path, *, trust: bool) -> dict[str, VendorObject]:
             f"{path} holds a {type(content).__name__}, not a dictionary of weights; save the model again"
         )
     return content
+
+
+ADAPTERS: Registry[Adapter] = Registry(
+    "integration",
+    group="ase_gffmerge.integrations",
+    own={
+        "chgnet": "ase_gffmerge.integrations.chgnet:ADAPTER",
+        "nequip": "ase_gffmerge.integrations.nequip.convert:ADAPTER",
+        "sevenn": "ase_gffmerge.integrations.sevennet.convert:ADAPTER",
+        "orb": "ase_gffmerge.integrations.orb.convert:ADAPTER",
+        "mace": "ase_gffmerge.integrations.mace.convert:ADAPTER",
+    },
+    name_of=lambda found: found.vendor if isinstance(found, Adapter) else None,
+    error=FileFormatError,
+)
+"""A new vendor is one folder and one line here; other packages add theirs as entry points ``ase_gffmerge.integrations``."""
+
+
+def vendors() -> tuple[str, ...]:
+    """Names of the vendors whose files can be read."""
+    return tuple(ADAPTERS)
+
+
+def adapters_by_architecture() -> dict[str, Adapter]:
+    """Adapters by the architecture of their potentials; those of other packages that cannot be imported are left out."""
+    found: dict[str, Adapter] = {}
+    for vendor in ADAPTERS:
+        try:
+            adapter = ADAPTERS[vendor]
+        except FileFormatError:  # said when that vendor is asked for
+            continue
+        found.setdefault(adapter.architecture, adapter)
+    return found
+
+
+def adapter_for(architecture: str) -> Adapter:
+    """Adapter that writes potentials of an architecture.
+
+    Raises
+    ------
+    FileFormatError
+        When there is none.
+    """
+    if found := adapters_by_architecture().get(architecture):
+        return found
+    raise FileFormatError(
+        f"a {architecture} potential is not another package's and has no format but .safetensors; save it instead"
+    )
+
+
+def vendor_source(source: str | Path) -> tuple[str, str] | None:
+    """Vendor and the rest of ``vendor:rest``; ``None`` for anything else, files with a colon in their names among it."""
+    vendor, colon, rest = str(source).partition(":")
+    return (vendor, rest) if colon and vendor in ADAPTERS and not Path(source).exists() else None
+
+
+P = TypeVar("P", bound=Potential)
+
+SAME = 1e-3
+"""Of energies per atom, relative to their spread and size: far above round-off, far below a missing part."""
+
+
+def one_number_of_scalars(numbers: Collection[int], *, of: str) -> int:
+    """The number of scalars after every block.
+
+    Raises
+    ------
+    FileFormatError
+        When blocks differ.
+    """
+    different = sorted(set(numbers))
+    if len(different) > 1:
+        raise FileFormatError(
+            f"the model's {of} have different numbers of scalars {different}, which is not read"
+        )
+    return different[0]
+
+
+def converted(
+    build: Callable[[], P],
+    copy_weights: Callable[[P], None],
+    *,
+    dtype: torch.dtype,
+    vendor_energies: Callable[[AtomGraph], Tensor],
+    vendor: str,
+) -> P:
+    """A potential with a network's weights, frozen, that was seen to compute the same.
+
+    Parameters
+    ----------
+    build
+        Makes it with any weights.
+    copy_weights
+        Writes the network's weights into it.
+    dtype
+        Of the network's weights.
+    vendor_energies
+        Energies (n_atoms,) in eV by the network itself.
+    vendor
+        For the message.
+
+    Raises
+    ------
+    FileFormatError
+        When the energies differ.
+    """
+    with torch.random.fork_rng(devices=[]):
+        potential = build()
+    with torch.no_grad():
+        copy_weights(potential)
+    potential.to(dtype).eval().requires_grad_(False)
+    _require_same(potential, vendor_energies, vendor=vendor)
+    return potential
+
+
+def rows_of_elements(species: Sequence[int]) -> Tensor:
+    """Rows (n_species,) of a table with one row per entry of ``species`` in the order of atomic numbers."""
+    return torch.tensor(sorted(range(len(species)), key=species.__getitem__))
+
+
+def per_element(values: Tensor, species: Sequence[int]) -> Tensor:
+    """One number for all elements or one for each, in the order of atomic numbers, float64."""
+    ones = torch.ones(len(species), dtype=torch.float64)
+    return (ones * values.flatten().double())[rows_of_elements(species)]
+
+
+def _require_same(
+    potential: Potential, vendor_energies: Callable[[AtomGraph], Tensor], *, vendor: str
+) -> None:
+    """Compare the energies of a few atoms of every element (five at most) at random places.
+
+    Raises
+    ------
+    FileFormatError
+        When they differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    numbers = 2 * list(potential.species[:5]) + [potential.species[0]]
+    places = torch.rand(len(numbers), 3, generator=generator, dtype=torch.float64) * potential.hyper.cutoff
+    atoms = Atoms(numbers, positions=1.2 * places.numpy())
+    graph = batch_graphs([build_graph(atoms, potential.hyper.cutoff, dtype=potential.dtype)])
+    with torch.no_grad():
+        theirs, ours = vendor_energies(graph).double(), potential(edge_vectors(graph), graph)[0].double()
+    rows = potential.species_row[graph.atomic_numbers]
+    size = (theirs - potential.references[rows]).abs().mean()
+    difference = float((ours - theirs).abs().max())
+    if not difference <= SAME * size + 1e-5:
+        raise FileFormatError(
+            f"this {vendor} model has a part that is not known here: converted, its energies differ by {difference:.2g} eV "
+            "per atom from its own; leave it out of the merge"
+        )

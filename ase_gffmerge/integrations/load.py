@@ -13,11 +13,10 @@ from ase import Atoms
 
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import ArgumentError, FileFormatError
-from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.forcefield.pretrained import BUNDLED, bundled_path
+from ase_gffmerge.forcefield.force_field import BUNDLED, ForceField, bundled_path
 from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.forcefield.serialization import require_finite
-from ase_gffmerge.integrations.registry import ADAPTERS, adapter_for, vendor_source
+from ase_gffmerge.integrations.base import ADAPTERS, adapter_for, vendor_source
 
 Source = str | Path | ForceField
 """A bundled name, the path of a ``.safetensors`` file, ``vendor:what``, or a force field in memory."""
@@ -82,7 +81,7 @@ def from_vendor(
     Parameters
     ----------
     vendor
-        One of :data:`~ase_gffmerge.integrations.registry.ADAPTERS`.
+        One of :data:`~ase_gffmerge.integrations.base.ADAPTERS`.
     source
         Path of the vendor's file, a name of its pretrained weights, or its model in memory.
     calibration

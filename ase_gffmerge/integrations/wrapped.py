@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.integrations.base import VendorObject
 from ase_gffmerge.models.base import HyperParameters, Potential, Stage, State
-from ase_gffmerge.models.layers.e3nn_compat import keep_plain
+from ase_gffmerge.models.layers import keep_plain
 from ase_gffmerge.models.layers.linear import ElementLinear
 
 Entries = dict[str, Tensor]

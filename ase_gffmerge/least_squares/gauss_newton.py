@@ -12,6 +12,12 @@ where :math:`G_l` is the Gram matrix of the rows that enter map l and :math:`b_{
 reaches the residuals, estimated with random signs (Hutchinson's estimator of the diagonal of :math:`J^\top J`). The same P,
 a Kronecker factorisation of the curvature with a diagonal second factor (compare K-FAC, Martens & Grosse, arXiv
 1503.05671), preconditions the iteration, which needs nothing but the products :math:`Jv` and :math:`J^\top u`.
+
+Random signs: unbiased estimates of traces and diagonals from products alone.
+
+For a vector u of independent signs, :math:`\mathbb E\,u u^\top = 1`, so that :math:`\mathbb E\,u^\top A u =
+\mathrm{tr}\,A` and :math:`\mathbb E\,(J^\top u)^2 = \mathrm{diag}(J^\top J)` element by element (Hutchinson,
+doi:10.1080/03610918908812806).
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +27,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ase_gffmerge.least_squares.random_signs import random_signs
+
+def random_signs(shape: tuple[int, ...], *, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent ±1.
+
+    Parameters
+    ----------
+    shape
+        Of the result.
+    like
+        Tensor whose type and device it gets.
+    generator
+        On the CPU, so that the signs are the same on every device.
+    """
+    return 2.0 * torch.randint(0, 2, shape, generator=generator).to(like) - 1
+
 
 Thetas = dict[str, Tensor]
 """Affine maps Θ_l (d_l, m_l) by name."""

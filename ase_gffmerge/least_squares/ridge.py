@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ase_gffmerge.least_squares.gauss_newton import random_signs
 from ase_gffmerge.least_squares.gram import Gram
-from ase_gffmerge.least_squares.random_signs import random_signs
 
 EXACT_TRACE, SIGNS = 2000, 16
 """Unknowns up to which the effective rank is exact, and the number of random vectors of signs beyond."""

@@ -26,8 +26,14 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ase_gffmerge.least_squares.gauss_newton import Thetas, gauss_newton_steps, squared
-from ase_gffmerge.merging.activations import advance, layer_inputs, run_stage, stage_inputs
-from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet
+from ase_gffmerge.merging.calibration import (
+    CalibrationBatch,
+    CalibrationSet,
+    advance,
+    layer_inputs,
+    run_stage,
+    stage_inputs,
+)
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.tangents import differentiable_pushforward

@@ -1,6 +1,16 @@
-"""A specialist's calibration frames in batches, with its own node states and those of the growing merged model."""
+r"""A specialist's calibration frames in batches, with its own node states and those of the growing merged model.
 
-from collections.abc import Iterator, Sequence
+What enters the layers of a block: activations of a specialist or of the merged model on calibration frames.
+
+Copies of a specialist's calibration frames, which the specialist labels for free.
+
+Around every frame the merged potential must follow the specialist's surface, so each frame brings a few neighbours. They
+are visited by short Langevin dynamics of the specialist itself, started at the frame: stiff bonds move little, soft
+torsions far, as in any dynamics to come. The distribution of positions does not depend on the masses, so all atoms
+weigh the same 12 u and light ones do not limit the time step. Copies displaced at random are the alternative.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -8,14 +18,18 @@ from itertools import islice
 import numpy as np
 import torch
 from ase import Atoms
-from torch import Tensor
+from torch import Tensor, nn
 
+from ase_gffmerge.data.frames import bare, displaced
+from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
+from ase_gffmerge.merging.recipe import AugmentationOptions
 from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
-from ase_gffmerge.models.base import Geometry, Potential
-from ase_gffmerge.runtime.batching import chunks
+from ase_gffmerge.models.affine_maps import is_affine, rows_entering
+from ase_gffmerge.models.base import Geometry, Potential, Stage
+from ase_gffmerge.runtime.devices import chunks
 
 
 @dataclass
@@ -138,3 +152,217 @@ def _displacements(positions: Tensor, n: int) -> Tensor:
 def _constant(state: Tensors, directions: int) -> Dual:
     """A state that does not depend on the positions."""
     return Dual(tuple(state), tuple(x.new_zeros(directions, *x.shape) for x in state) if directions else ())
+
+
+Run = Callable[[nn.Module, CalibrationBatch, Tensors], Tensor | Tensors]
+"""``run(block, batch, tensors)`` evaluates a block, a stage or the readout, on the tensors of :data:`Inputs`."""
+
+Inputs = Callable[[CalibrationBatch, bool], Dual]
+"""``inputs(batch, of_merged)`` is what enters the block: in the merged model (``True``) or in the specialist."""
+
+
+def run_stage(stage: nn.Module, batch: CalibrationBatch, tensors: Tensors) -> Tensors:
+    """Evaluate a stage.
+
+    Parameters
+    ----------
+    stage
+        Of the merged model or of a specialist.
+    batch
+        Frames.
+    tensors
+        Values of :func:`stage_inputs`.
+    """
+    return tuple(stage(*batch.split(tensors)))
+
+
+def stage_inputs(batch: CalibrationBatch, of_merged: bool) -> Dual:
+    """State before the stage, and geometry."""
+    return (batch.merged if of_merged else batch.target) + batch.geometry
+
+
+def advance(stage: Stage, state: Dual, batch: CalibrationBatch) -> Dual:
+    """State after a stage.
+
+    Parameters
+    ----------
+    stage
+        Of the merged model or of a specialist.
+    state
+        Before it.
+    batch
+        Frames.
+    """
+    return pushforward(lambda *x: run_stage(stage, batch, x), state + batch.geometry)
+
+
+def entering(block: nn.Module, name: str, batch: CalibrationBatch, inputs: Dual, *, run: Run) -> Dual:
+    """What enters a layer of a block, with its directional derivatives.
+
+    Parameters
+    ----------
+    block, name
+        The block, and the layer's name in it.
+    batch
+        Frames.
+    inputs
+        What enters the block.
+    run
+        Evaluates the block.
+    """
+    layer = block.get_submodule(name)
+    return pushforward(lambda *x: layer_input(layer, lambda: run(block, batch, x)), inputs)
+
+
+class _Reached(Exception):
+    """Raised by a hook to stop a forward pass at the layer of interest."""
+
+
+def layer_input(module: nn.Module, run: Callable[[], object]) -> Tensor:
+    """Run a model up to ``module`` and return what enters it."""
+    caught: list[Tensor] = []
+
+    def stop(_: nn.Module, inputs: tuple[object, ...]) -> None:
+        caught.append(rows_entering(module, inputs))
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        run()
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def layer_inputs(
+    root: nn.Module, run: Callable[[], object], *, wanted: Callable[[nn.Module], bool] = is_affine
+) -> dict[str, Tensor]:
+    """What enters the layers of ``root`` while ``run`` evaluates it, in the order of their execution.
+
+    Layers that are given one and the same object share one tensor.
+
+    Parameters
+    ----------
+    root
+        Module whose layers are watched.
+    run
+        Evaluates it.
+    wanted
+        Which of its modules are watched; default: affine layers.
+    """
+    caught: dict[str, Tensor] = {}
+    alive: list[object] = []  # so that no other object takes an identity
+    rows: dict[int, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[object, ...]) -> None:
+            key = id(inputs[0])
+            if key not in rows:
+                alive.append(inputs[0])
+                rows[key] = rows_entering(module, inputs)
+            caught[name] = rows[key]
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(note(name))
+        for name, module in root.named_modules()
+        if wanted(module)
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return caught
+
+
+def affine_layers(root: nn.Module, run: Callable[[], object]) -> list[str]:
+    """Names of the affine layers of ``root`` in the order in which ``run`` executes them."""
+    return list(layer_inputs(root, run))
+
+
+MASS, TIMESTEP, FRICTION = 12.0, 2.0, 0.05
+"""Of every atom in u; fs; 1/fs."""
+
+
+def with_copies(
+    specialist: ForceField, frames: Sequence[Atoms], options: AugmentationOptions, *, n_copies: int
+) -> list[Atoms]:
+    """Frames followed by copies of each, fewer where dynamics broke a structure.
+
+    Parameters
+    ----------
+    specialist
+        Whose dynamics visits the copies.
+    frames
+        Where they start.
+    options
+        Temperature and interval, or random displacements at temperature 0.
+    n_copies
+        Of every frame.
+    """
+    originals = [bare(atoms) for atoms in frames]
+    if not n_copies or not frames:
+        return originals
+    if options.temperature:
+        return [*originals, *visited(specialist, originals, options, n_copies=n_copies)]
+    rng = np.random.default_rng(options.seed)
+    return [
+        *originals,
+        *(
+            displaced(a, rattle=options.displacement, strain=0.0, rng=rng)
+            for _ in range(n_copies)
+            for a in originals
+        ),
+    ]
+
+
+def visited(
+    specialist: ForceField, frames: Sequence[Atoms], options: AugmentationOptions, *, n_copies: int
+) -> list[Atoms]:
+    """What the specialist's dynamics visits from every frame.
+
+    Parameters
+    ----------
+    specialist, frames, n_copies
+        As for :func:`with_copies`.
+    options
+        Temperature, and the interval between visited structures.
+    """
+    every = max(round(options.interval / TIMESTEP), 1)
+    starts = [atoms.copy() for atoms in frames]
+    for atoms in starts:
+        atoms.set_masses(np.full(len(atoms), MASS))
+    runs = run_replicas(
+        specialist.potential,
+        starts,
+        ensemble="nvt",
+        temperature=options.temperature,
+        timestep=TIMESTEP,
+        steps=every * n_copies,
+        every=every,
+        friction=FRICTION,
+        seed=options.seed,
+    )
+    return [bare(atoms) for run in runs for atoms in run.frames[1:]]
+
+
+def copies_per_frame(specialist: ForceField, frames: Sequence[Atoms], options: AugmentationOptions) -> int:
+    """How many copies of every frame stay within a number of edges, at least one where any are wanted.
+
+    Parameters
+    ----------
+    specialist
+        Whose cutoff counts the edges.
+    frames
+        All frames that will be copied.
+    options
+        ``copies`` and ``max_copied_edges``.
+    """
+    if options.copies <= 1:
+        return options.copies
+    n_edges = sum(build_graph(atoms, specialist.cutoff).edge_index.shape[1] for atoms in frames)
+    return min(options.copies, max(options.max_copied_edges // max(n_edges, 1), 1))

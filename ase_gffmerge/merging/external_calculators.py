@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from ase_gffmerge.data.frames import bare
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
-from ase_gffmerge.inference.batches import FramePredictions
-from ase_gffmerge.integrations.registry import adapters_by_architecture
+from ase_gffmerge.inference.predict import FramePredictions
+from ase_gffmerge.integrations.base import adapters_by_architecture
 from ase_gffmerge.least_squares.gram import Gram, normalized_sum
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.merging.diagnostics import disagreement
-from ase_gffmerge.merging.report import Disagreement, LayerReport
+from ase_gffmerge.merging.report import Disagreement, LayerReport, disagreement
 from ase_gffmerge.models.affine_maps import AffineMap, is_affine, layer_maps, rows_entering
 from ase_gffmerge.runtime.progress import Progress, no_progress
 

@@ -37,8 +37,7 @@ from torch import nn
 
 from ase_gffmerge.least_squares.gram import Gram, normalized_sum
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.merging.activations import Inputs, Run, affine_layers, entering
-from ase_gffmerge.merging.calibration import CalibrationSet
+from ase_gffmerge.merging.calibration import CalibrationSet, Inputs, Run, affine_layers, entering
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.tangents import Dual

@@ -16,18 +16,28 @@ from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
-from ase_gffmerge.merging.activations import advance, run_stage, stage_inputs
-from ase_gffmerge.merging.average import averaged_parameters, mean_potential, on_all_elements
+from ase_gffmerge.merging.average import (
+    align_references,
+    averaged_parameters,
+    check_compatible,
+    mean_potential,
+    on_all_elements,
+    working_copies,
+)
 from ase_gffmerge.merging.blockwise import align_block
-from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
-from ase_gffmerge.merging.compatibility import check_compatible, working_copies
-from ase_gffmerge.merging.diagnostics import diagnose
+from ase_gffmerge.merging.calibration import (
+    CalibrationBatch,
+    CalibrationSet,
+    advance,
+    build_calibration,
+    run_stage,
+    stage_inputs,
+)
 from ase_gffmerge.merging.layerwise import align_layers
 from ase_gffmerge.merging.paper import solve_paper
 from ase_gffmerge.merging.readout_fit import match_forces
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.reference_energies import align_references
-from ase_gffmerge.merging.report import LayerReport, MergeReport
+from ase_gffmerge.merging.report import LayerReport, MergeReport, diagnose
 from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import adjustable_maps

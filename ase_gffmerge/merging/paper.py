@@ -21,8 +21,7 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.least_squares.gram import Gram, symmetric_product
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.merging.activations import layer_inputs
-from ase_gffmerge.merging.calibration import calibration_graphs
+from ase_gffmerge.merging.calibration import calibration_graphs, layer_inputs
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.models import Potential

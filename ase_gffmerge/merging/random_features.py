@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
-from ase_gffmerge.merging.directions import Directions
 from ase_gffmerge.merging.recipe import ReadoutOptions
-from ase_gffmerge.merging.tangents import Dual, pushforward
+from ase_gffmerge.merging.tangents import Directions, Dual, pushforward
 from ase_gffmerge.models import Potential, build_potential
 from ase_gffmerge.models.layers.linear import SparseLinear
 from ase_gffmerge.models.layers.readout import RandomFeatureReadout

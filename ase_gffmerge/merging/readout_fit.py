@@ -40,9 +40,7 @@ from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import Solution, regularized_factor, ridge_solve
-from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
-from ase_gffmerge.merging.calibration import CalibrationSet
-from ase_gffmerge.merging.directions import Directions
+from ase_gffmerge.merging.calibration import CalibrationSet, copies_per_frame, with_copies
 from ase_gffmerge.merging.random_features import (
     derivative_rows,
     draw_random_features,
@@ -52,8 +50,9 @@ from ase_gffmerge.merging.random_features import (
 )
 from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.merging.report import LayerReport
+from ase_gffmerge.merging.tangents import Directions
 from ase_gffmerge.models import Potential
-from ase_gffmerge.runtime.batching import chunks
+from ase_gffmerge.runtime.devices import chunks
 from ase_gffmerge.runtime.progress import Progress, no_progress
 
 RIDGES = tuple(10.0**-exponent for exponent in range(3, 9))

@@ -1,4 +1,7 @@
-"""What a method is: one typed function from several specialists to potentials, with its name, source and needs."""
+"""What a method is: one typed function from several specialists to potentials, with its name, source and needs.
+
+All methods by name, in the order in which tables show them.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,9 +10,11 @@ from enum import StrEnum
 import torch
 from ase import Atoms
 
+from ase_gffmerge.errors import RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress
+from ase_gffmerge.runtime.registry import Registry
 
 
 class Requirement(StrEnum):
@@ -141,3 +146,31 @@ def method(
         )
 
     return of
+
+
+METHODS: Registry[Method] = Registry(
+    "method",
+    group="ase_gffmerge.methods",
+    own={
+        "best_single": "ase_gffmerge.methods.references:best_single",
+        "ensemble": "ase_gffmerge.methods.references:ensemble",
+        "mean": "ase_gffmerge.methods.closed_form:mean",
+        "karcher": "ase_gffmerge.methods.karcher:karcher",
+        "task_arithmetic": "ase_gffmerge.methods.task_arithmetic:task_arithmetic",
+        "ties": "ase_gffmerge.methods.ties:ties",
+        "dare": "ase_gffmerge.methods.ties:dare",
+        "fisher": "ase_gffmerge.methods.fisher:fisher",
+        "regmean": "ase_gffmerge.methods.regmean:regmean",
+        "regmean++": "ase_gffmerge.methods.regmean:regmean_plus_plus",
+        "procrustes": "ase_gffmerge.methods.procrustes:procrustes",
+        "git_rebasin": "ase_gffmerge.methods.git_rebasin:git_rebasin",
+        "emr": "ase_gffmerge.methods.ties:emr",
+        "paper": "ase_gffmerge.methods.closed_form:paper",
+        "gffmerge": "ase_gffmerge.methods.closed_form:gffmerge",
+        "distill": "ase_gffmerge.methods.references:distill",
+        "joint": "ase_gffmerge.methods.references:joint",
+    },
+    name_of=lambda found: found.name if isinstance(found, Method) else None,
+    error=RecipeError,
+)
+"""A new method is one file and one line here; other packages add theirs as entry points ``ase_gffmerge.methods``."""

@@ -29,12 +29,11 @@ from torch import Tensor
 
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph
-from ase_gffmerge.least_squares.random_signs import random_signs
+from ase_gffmerge.least_squares.gauss_newton import random_signs
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
-from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
-from ase_gffmerge.methods.weight_space import WeightSpace, weighted_mean
+from ase_gffmerge.methods.weight_space import DisagreementMetric, WeightSpace, grid_of, tune, weighted_mean
 from ase_gffmerge.models import Potential
-from ase_gffmerge.runtime.batching import chunks
+from ase_gffmerge.runtime.devices import chunks
 from ase_gffmerge.runtime.progress import Progress
 
 FLOORS = (1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0)

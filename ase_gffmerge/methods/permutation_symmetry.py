@@ -25,8 +25,7 @@ from torch import Tensor
 from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import affine_maps
-from ase_gffmerge.models.layers.tensor_product import natural
-from ase_gffmerge.models.nequip import Interaction
+from ase_gffmerge.models.nequip import Interaction, natural
 from ase_gffmerge.models.painn import Message
 
 

@@ -29,14 +29,19 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.merging.activations import advance, layer_inputs, run_stage
 from ase_gffmerge.merging.average import mean_potential
-from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
+from ase_gffmerge.merging.calibration import (
+    CalibrationBatch,
+    CalibrationSet,
+    advance,
+    build_calibration,
+    layer_inputs,
+    run_stage,
+)
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.merging.tangents import Tensors, pushforward
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
-from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
-from ase_gffmerge.methods.weight_space import aligned_copies
+from ase_gffmerge.methods.weight_space import DisagreementMetric, aligned_copies, grid_of, tune
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import affine_maps, layer_maps
 from ase_gffmerge.runtime.progress import Progress

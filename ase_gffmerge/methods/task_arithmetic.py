@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
-from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
-from ase_gffmerge.methods.weight_space import WeightSpace
+from ase_gffmerge.methods.weight_space import DisagreementMetric, WeightSpace, grid_of, tune
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress
 

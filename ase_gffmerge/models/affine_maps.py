@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from torch_geometric.nn import Linear as GeometricLinear
 
-from ase_gffmerge.models.layers.e3nn_compat import EquivariantLinear, FullyConnectedNet
+from ase_gffmerge.models.layers import EquivariantLinear, FullyConnectedNet
 from ase_gffmerge.models.layers.linear import ElementLinear, JoinedLinear
 
 MAX_ELEMENTS = 16

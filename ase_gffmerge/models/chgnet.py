@@ -34,8 +34,7 @@ from torch.nn.functional import silu
 
 from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.models.base import HyperParameters, Potential, Stage, State
-from ase_gffmerge.models.layers.line_graph import angles_between, undirected
-from ase_gffmerge.models.layers.linear import JoinedLinear, Part, take_rows
+from ase_gffmerge.models.layers.linear import JoinedLinear, Part, angles_between, take_rows, undirected
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from ase_gffmerge.dynamics.stopping import Stop, StoppingCriteria, StoppingTrack
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.models import Potential
-from ase_gffmerge.runtime.batching import chunks
+from ase_gffmerge.runtime.devices import chunks
 from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.sampling.temperature_ladder import Ladder, LadderOptions, run_ladder
 

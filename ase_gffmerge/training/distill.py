@@ -27,16 +27,15 @@ from pathlib import Path
 import torch
 from ase import Atoms
 
-from ase_gffmerge.data.hashing import geometry_keys, hash_frames
+from ase_gffmerge.data.frames import geometry_keys, hash_frames
 from ase_gffmerge.errors import IncompatibleSpecialistsError, MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
 from ase_gffmerge.graphs import batch_graphs, predict
 from ase_gffmerge.merging.average import mean_potential
-from ase_gffmerge.merging.diagnostics import diagnose
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe
-from ase_gffmerge.merging.report import MergeReport
+from ase_gffmerge.merging.report import MergeReport, diagnose
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.training.checkpoint import History

@@ -15,13 +15,12 @@ from ase_gffmerge.data.frames import bare, displaced
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.inference.batches import check_frames
-from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
-from ase_gffmerge.merging.compatibility import working_copies
+from ase_gffmerge.inference.predict import check_frames
+from ase_gffmerge.merging.average import align_references, working_copies
+from ase_gffmerge.merging.calibration import copies_per_frame, with_copies
 from ase_gffmerge.merging.recipe import DistillOptions
-from ase_gffmerge.merging.reference_energies import align_references
 from ase_gffmerge.models import Potential
-from ase_gffmerge.runtime.batching import chunks
+from ase_gffmerge.runtime.devices import chunks
 from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames
 from ase_gffmerge.training.loss import LabeledGraph, weigh
 
@@ -163,7 +162,7 @@ def prepare_distillation_set(
 def _with_visited_copies(
     specialist: ForceField, frames: Sequence[Atoms], options: DistillOptions
 ) -> list[Atoms]:
-    """Frames, and structures that the specialist's dynamics visits from them (:mod:`ase_gffmerge.merging.augmentation`)."""
+    """Frames, and structures that the specialist's dynamics visits from them (:mod:`ase_gffmerge.merging.calibration`)."""
     return with_copies(specialist, frames, options, n_copies=copies_per_frame(specialist, frames, options))
 
 

@@ -19,8 +19,7 @@ from ase_gffmerge.errors import CacheError, CacheWarning, FileFormatError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging import recipe as recipe_module
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.storage.atomic import remove_leftovers
-from ase_gffmerge.storage.tensor_file import read_metadata
+from ase_gffmerge.storage.tensor_file import read_metadata, remove_leftovers
 
 ENVIRONMENT_VARIABLE = "GFFMERGE_CACHE"
 SUFFIX = ".safetensors"

@@ -10,8 +10,8 @@ import torch
 
 from ase_gffmerge.errors import ArgumentError, FileFormatError, MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.integrations.base import vendor_source
 from ase_gffmerge.integrations.load import Source, as_force_field, as_list, describe, local_file
-from ase_gffmerge.integrations.registry import vendor_source
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.storage.tensor_file import read_digest

@@ -43,7 +43,7 @@ from ase_gffmerge.merging.recipe import MERGE_VERSION, DistillOptions, Recipe
 from ase_gffmerge.methods import MergeOutput
 from ase_gffmerge.models import Potential
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.joint import train_jointly
+from ase_gffmerge.training.train import train_jointly
 
 STAGES = ("models", "table", "distill", "speed", "md")
 METHODS = ("mean", "task_arithmetic", "paper")

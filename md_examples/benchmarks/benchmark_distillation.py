@@ -31,14 +31,13 @@ from ase_gffmerge import ForceField
 from ase_gffmerge.data.frames import bare
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.evaluation.plots import save_figure
-from ase_gffmerge.inference.metrics import evaluate
+from ase_gffmerge.evaluation.table import save_figure
+from ase_gffmerge.inference.predict import evaluate
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe
 from ase_gffmerge.models import Potential
-from ase_gffmerge.storage.atomic import atomic_write
-from ase_gffmerge.storage.tensor_file import read_file
+from ase_gffmerge.storage.tensor_file import atomic_write, read_file
 from ase_gffmerge.training.distill import distill
-from ase_gffmerge.training.joint import FINE_TUNING, train_jointly
+from ase_gffmerge.training.train import FINE_TUNING, train_jointly
 from ase_gffmerge.workflows.merge import merge
 from ase_gffmerge.workflows.merge import starting_point as narrow_merge
 

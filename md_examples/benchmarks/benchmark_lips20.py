@@ -15,7 +15,7 @@ On CUDA, models are PaiNN with 64 channels, 3 blocks and 5 Å, on all frames of 
 The base learns energies and forces alone, so that its stress tests the virial labels (stage ``virials``); the
 specialists learn the stress as well. What the small base says, on the test blocks of all four systems: from frame to
 frame, labels follow -dE/d(strain) of the model with correlations of 0.95 to 0.99 and slopes of 0.98 to 1.05. So sign
-(W = -dE/d(strain), ASE's stress is -W/V) and unit (eV) are right as :mod:`ase_gffmerge.data.arrays` reads them. What the
+(W = -dE/d(strain), ASE's stress is -W/V) and unit (eV) are right as :mod:`ase_gffmerge.data.formats` reads them. What the
 model leaves of the labels does not follow the momenta (slopes below 0.1, not 1; velocities from frames that are one step
 apart, at 1600 to 1800 K): the labels hold no kinetic part. The means differ by 2 to 3 GPa, which a model of short range
 that saw no stress cannot know.
@@ -39,7 +39,7 @@ from ase_gffmerge import ForceField, merge
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs
-from ase_gffmerge.inference.metrics import evaluate
+from ase_gffmerge.inference.predict import evaluate
 from ase_gffmerge.methods import METHODS, MergeOutput
 from ase_gffmerge.runtime.devices import resolve_device
 

@@ -21,10 +21,9 @@ from mace.modules import ScaleShiftMACE, interaction_classes
 
 from ase_gffmerge import ForceField, merge
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.inference.batches import predict_frames
-from ase_gffmerge.inference.metrics import evaluate
+from ase_gffmerge.inference.predict import evaluate, predict_frames
 from ase_gffmerge.integrations.load import from_vendor
-from ase_gffmerge.models.layers.e3nn_compat import package_mode
+from ase_gffmerge.models.layers import package_mode
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
 

@@ -28,10 +28,10 @@ from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.md.evaluate import MDEvaluation, evaluate_dynamics
 from ase_gffmerge.evaluation.md.report import dynamics_table, plot_dynamics
 from ase_gffmerge.evaluation.md.runs import Contestant, Protocol
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
-from ase_gffmerge.inference.metrics import evaluate
+from ase_gffmerge.forcefield.force_field import bundled_test_frames
+from ase_gffmerge.inference.predict import evaluate
 from ase_gffmerge.merging.recipe import TrajectoryOptions
-from ase_gffmerge.workflows.rollouts import run_rollouts
+from ase_gffmerge.workflows.active_learning import run_rollouts
 
 MOLECULES = ("ethanol", "malonaldehyde")
 NAMES = tuple(f"rmd17-{molecule}" for molecule in MOLECULES)

@@ -22,9 +22,9 @@ from ase_gffmerge import ForceField
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.evaluation.comparison.compare import SPECIALIST, Comparison, compare_methods
 from ase_gffmerge.evaluation.comparison.inputs import LabelledSet, make_merge_inputs
+from ase_gffmerge.evaluation.comparison.measurement import RowStore
 from ase_gffmerge.evaluation.comparison.report import markdown, plot_comparison
-from ase_gffmerge.evaluation.comparison.store import RowStore
-from ase_gffmerge.forcefield.pretrained import BUNDLED
+from ase_gffmerge.forcefield.force_field import BUNDLED
 from ase_gffmerge.integrations.load import load_force_field
 
 MIXTURES: Mapping[str, tuple[str, ...]] = {

@@ -33,8 +33,8 @@ from ase.md import Langevin, VelocityVerlet
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.cli.output import print_json
-from ase_gffmerge.dynamics.velocities import new_momenta
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
+from ase_gffmerge.dynamics.integrators import new_momenta
+from ase_gffmerge.forcefield.force_field import bundled_test_frames
 
 TIMESTEP, TEMPERATURE, FRICTION, SEED = 0.5, 300.0, 0.01, 0  # fs, K, 1/fs
 WARM_UP = 1000  # steps

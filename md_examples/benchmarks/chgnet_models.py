@@ -8,7 +8,7 @@ from training_plan import TrainingPlan, model_path, say, trained
 
 from ase_gffmerge import ForceField
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.inference.batches import predict_frames
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.integrations.load import from_vendor
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.initialization import fit_references

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.inference.batches import FramePredictions, predict_frames
-from ase_gffmerge.inference.metrics import compare, labels
+from ase_gffmerge.inference.predict import FramePredictions, compare, labels, predict_frames
 from ase_gffmerge.models import Potential
 
 

@@ -19,10 +19,10 @@ from model_card import Plan, model_card, published_hash, sha256
 from training_plan import TrainingPlan, parent_model, trained
 
 import ase_gffmerge
-from ase_gffmerge.data.hashing import hash_frames
+from ase_gffmerge.data.frames import hash_frames
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.inference.metrics import evaluate
+from ase_gffmerge.inference.predict import evaluate
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import seen_frames, split_frames
 

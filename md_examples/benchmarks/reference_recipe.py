@@ -17,7 +17,7 @@ from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.merging.calibration import MAX_EDGES
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import is_affine, rows_entering
-from ase_gffmerge.runtime.batching import chunks
+from ase_gffmerge.runtime.devices import chunks
 
 RIDGE = 1e-6
 

@@ -13,8 +13,8 @@ from scipy.spatial.distance import cdist
 from scipy.spatial.transform import Rotation
 
 from ase_gffmerge.dynamics.ase_md import run_md
-from ase_gffmerge.dynamics.bonds import bonds_intact, find_bonds
 from ase_gffmerge.dynamics.integrators import Conditions
+from ase_gffmerge.dynamics.stopping import bonds_intact, find_bonds
 
 LEVEL_OF_THEORY = "GFN2-xTB"
 TIMESTEP = 0.5

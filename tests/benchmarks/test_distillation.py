@@ -5,8 +5,7 @@ import sys
 
 import pytest
 
-from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
+from ase_gffmerge.forcefield.force_field import ForceField, bundled_test_frames
 from ase_gffmerge.merging.recipe import DistillOptions
 
 QUICK = DistillOptions(epochs=2, copies=1, temperature=0.0)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ase_gffmerge import ForceField
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
-from ase_gffmerge.inference.metrics import labels
+from ase_gffmerge.forcefield.force_field import bundled_test_frames
+from ase_gffmerge.inference.predict import labels
 
 SCRIPT = Path(__file__).parents[2] / "md_examples" / "benchmarks" / "benchmark_extrapolation.py"
 

@@ -17,7 +17,7 @@ from ase.md.velocitydistribution import Stationary
 from ase_gffmerge import merge
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.inference.batches import predict_frames
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.models import build_potential
 
 UNIT = {"Li7P3S11": "Li2PS3", "Li4P2S6": "Li2PS2", "beta-Li3PS4": "Li3PS2", "gamma-Li3PS4": "Li3PS4"}

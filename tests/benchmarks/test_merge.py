@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ase_gffmerge import ForceField
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
-from ase_gffmerge.inference.metrics import evaluate
+from ase_gffmerge.forcefield.force_field import bundled_test_frames
+from ase_gffmerge.inference.predict import evaluate
 
 SCRIPT = Path(__file__).parents[2] / "md_examples" / "benchmarks" / "benchmark_merge.py"
 

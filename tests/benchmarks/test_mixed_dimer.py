@@ -8,8 +8,7 @@ import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
+from ase_gffmerge.forcefield.force_field import ForceField, bundled_test_frames
 
 
 @pytest.fixture

@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
+from ase_gffmerge.forcefield.force_field import ForceField, bundled_test_frames
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.inference.batches import predict_frames
-from ase_gffmerge.inference.metrics import evaluate
-from ase_gffmerge.merging.activations import run_stage, stage_inputs
-from ase_gffmerge.merging.directions import Directions
+from ase_gffmerge.inference.predict import evaluate, predict_frames
+from ase_gffmerge.merging.calibration import run_stage, stage_inputs
 from ase_gffmerge.merging.layerwise import align_layers
 from ase_gffmerge.merging.readout_fit import match_forces
 from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe
+from ase_gffmerge.merging.tangents import Directions
 
 NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
 SMALL = ReadoutOptions(width=12, inputs=192, copies=1, temperature=0.0)

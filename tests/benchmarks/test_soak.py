@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ase_gffmerge import ForceField, GFFMergeCalculator
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
+from ase_gffmerge.forcefield.force_field import bundled_test_frames
 from ase_gffmerge.models import build_potential
 
 

@@ -10,7 +10,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from ase_gffmerge.cli.options import spread
-from ase_gffmerge.data.hashing import geometry_keys
+from ase_gffmerge.data.frames import geometry_keys
 from ase_gffmerge.evaluation.comparison import compare as comparison
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.methods import METHODS, MergeOutput

@@ -13,7 +13,7 @@ from ase.io.trajectory import Trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ase_gffmerge.data.hashing import geometry_fingerprint, hash_frames
+from ase_gffmerge.data.frames import geometry_fingerprint, hash_frames
 from ase_gffmerge.data.labels import require_labels
 from ase_gffmerge.data.readers import iter_frames, read_frames
 from ase_gffmerge.errors import FileFormatError, FramesError

@@ -13,10 +13,9 @@ from ase.constraints import FixAtoms
 from ase.io import read
 
 from ase_gffmerge.dynamics.ase_md import run_md
-from ase_gffmerge.dynamics.bonds import bonds_intact, broken_bonds, find_bonds
-from ase_gffmerge.dynamics.integrators import Conditions
+from ase_gffmerge.dynamics.integrators import Conditions, degrees_of_freedom, new_momenta
+from ase_gffmerge.dynamics.stopping import bonds_intact, broken_bonds, find_bonds
 from ase_gffmerge.dynamics.trajectory import Sample, Trajectory
-from ase_gffmerge.dynamics.velocities import degrees_of_freedom, new_momenta
 from ase_gffmerge.errors import DynamicsError, FileFormatError, StructureError
 
 

@@ -9,7 +9,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.io import read
 
-from ase_gffmerge.dynamics.relaxation import OPTIMIZERS, CellFreedom, relax
+from ase_gffmerge.dynamics.ase_md import OPTIMIZERS, CellFreedom, relax
 from ase_gffmerge.errors import ArgumentError, StructureError
 
 

@@ -10,8 +10,7 @@ from ase.io import read
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.dynamics.ase_md import run_md
-from ase_gffmerge.dynamics.integrators import Conditions
-from ase_gffmerge.dynamics.restart import restart_path
+from ase_gffmerge.dynamics.integrators import Conditions, restart_path
 from ase_gffmerge.dynamics.trajectory import Sample
 from ase_gffmerge.errors import DynamicsError, FileFormatError
 from helpers.pairs import Pairs

@@ -13,10 +13,10 @@ from ase import Atoms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ase_gffmerge.data.hashing import geometry_keys
+from ase_gffmerge.data.frames import geometry_keys
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, RecipeError
 from ase_gffmerge.evaluation.comparison import measurement
-from ase_gffmerge.evaluation.comparison import store as comparison_store
+from ase_gffmerge.evaluation.comparison import measurement as comparison_store
 from ase_gffmerge.evaluation.comparison.compare import Comparison, compare_methods
 from ase_gffmerge.evaluation.comparison.inputs import (
     LabelledSet,
@@ -26,13 +26,12 @@ from ase_gffmerge.evaluation.comparison.inputs import (
     make_merge_inputs,
     read_tests,
 )
-from ase_gffmerge.evaluation.comparison.measurement import n_parameters, relative_cost
+from ase_gffmerge.evaluation.comparison.measurement import RowStore, n_parameters, relative_cost
 from ase_gffmerge.evaluation.comparison.report import footnotes, markdown, method_tables, plot_comparison
-from ase_gffmerge.evaluation.comparison.store import RowStore
 from ase_gffmerge.evaluation.table import Best
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.provenance import Provenance
-from ase_gffmerge.inference.metrics import evaluate
+from ase_gffmerge.inference.predict import evaluate
 from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, Method, Requirement
 from ase_gffmerge.models import build_potential
 from helpers.structures import OWN_ARCHITECTURES

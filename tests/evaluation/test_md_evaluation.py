@@ -11,8 +11,7 @@ import torch
 from ase import Atoms, units
 from ase.build import bulk, molecule
 
-from ase_gffmerge.dynamics.trajectory import Trajectory
-from ase_gffmerge.dynamics.trajectory_io import load_trajectories, save_trajectories
+from ase_gffmerge.dynamics.trajectory import Trajectory, load_trajectories, save_trajectories
 from ase_gffmerge.errors import DynamicsError, FramesError, StructureError
 from ase_gffmerge.evaluation.md import runs as md_runs
 from ase_gffmerge.evaluation.md.evaluate import MDEvaluation, evaluate_dynamics, starting_structures
@@ -24,9 +23,8 @@ from ase_gffmerge.evaluation.md.observables import (
 )
 from ase_gffmerge.evaluation.md.report import dynamics_table, plot_dynamics
 from ase_gffmerge.evaluation.md.runs import Contestant, Protocol, estimated_seconds, run_models
-from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
-from ase_gffmerge.inference.metrics import evaluate
+from ase_gffmerge.forcefield.force_field import ForceField, bundled_test_frames
+from ase_gffmerge.inference.predict import evaluate
 from ase_gffmerge.models import Potential, build_potential
 
 HYPER = {

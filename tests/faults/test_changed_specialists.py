@@ -9,7 +9,7 @@ from ase.build import molecule
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import GFFMergeError
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.merging.compatibility import distinct
+from ase_gffmerge.merging.average import distinct
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.workflows.cache import MergeCache
 from helpers.faults import RECIPE, run

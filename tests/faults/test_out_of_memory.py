@@ -9,15 +9,14 @@ from ase.build import molecule
 from ase.calculators.calculator import CalculationFailed
 
 import ase_gffmerge.forcefield.leverage as leverage
-import ase_gffmerge.inference.batches as accuracy
+import ase_gffmerge.inference.predict as accuracy
 import ase_gffmerge.inference.predict as evaluation
 import ase_gffmerge.training.loop as loop
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import DeviceMemoryError
 from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
-from ase_gffmerge.inference.batches import predict_frames
-from ase_gffmerge.runtime.batching import in_parts
-from ase_gffmerge.runtime.devices import is_out_of_memory
+from ase_gffmerge.inference.predict import predict_frames
+from ase_gffmerge.runtime.devices import in_parts, is_out_of_memory
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
 from ase_gffmerge.workflows.merge import merge
@@ -190,4 +189,4 @@ def test_the_layers_of_a_merge(specialists, monkeypatch):
     with pytest.raises(
         DeviceMemoryError, match="merging 2 specialists needs more memory than cpu has free; give"
     ):
-        merge(specialists, "paper", device="cpu")
+        merge(specialists, "gffmerge", device="cpu")

@@ -19,8 +19,7 @@ from ase_gffmerge.errors import FileFormatError, StructureError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.storage.atomic import require_writable
-from ase_gffmerge.storage.tensor_file import digest, read_file, read_metadata
+from ase_gffmerge.storage.tensor_file import digest, read_file, read_metadata, require_writable
 
 HYPER = {"channels": 8, "n_blocks": 1, "n_radial": 4}
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from ase_gffmerge.errors import StructureError
 from ase_gffmerge.graphs import build_graph, find_neighbors
-from ase_gffmerge.graphs import cuda_neighbor_list as device_search
 from ase_gffmerge.graphs import graph as batches
-from ase_gffmerge.graphs.cuda_neighbor_list import can_search_on, find_neighbors_on_device
+from ase_gffmerge.graphs import neighbor_list as device_search
+from ase_gffmerge.graphs.neighbor_list import can_search_on, find_neighbors_on_device
 from ase_gffmerge.graphs.verlet import VerletGraph
 from helpers.structures import rattled_slab, skewed_crystal
 

@@ -12,8 +12,7 @@ from ase_gffmerge.errors import StructureError
 from ase_gffmerge.graphs import build_graph, find_neighbors, predict
 from ase_gffmerge.graphs import graph as batches
 from ase_gffmerge.graphs import neighbor_list as neighbours
-from ase_gffmerge.graphs.cuda_neighbor_list import find_neighbors_on_device
-from ase_gffmerge.graphs.neighbor_list import MAX_COORDINATE
+from ase_gffmerge.graphs.neighbor_list import MAX_COORDINATE, find_neighbors_on_device
 from ase_gffmerge.graphs.verlet import VerletGraph
 from helpers.structures import skewed_crystal
 

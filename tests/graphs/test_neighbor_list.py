@@ -14,8 +14,12 @@ from hypothesis import strategies as st
 
 from ase_gffmerge.errors import StructureError
 from ase_gffmerge.graphs import find_neighbors
-from ase_gffmerge.graphs.cuda_neighbor_list import find_neighbors_on_device
-from ase_gffmerge.graphs.neighbor_list import enclosing_box, kdtree_neighbors, wrapped
+from ase_gffmerge.graphs.neighbor_list import (
+    enclosing_box,
+    find_neighbors_on_device,
+    kdtree_neighbors,
+    wrapped,
+)
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ import torch
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.storage import atomic
+from ase_gffmerge.storage import tensor_file as atomic
 from ase_gffmerge.workflows.cache import MergeCache
 
 torch.set_num_threads(1)

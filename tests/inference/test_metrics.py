@@ -8,10 +8,9 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.inference.batches import FramePredictions, predict_frames
-from ase_gffmerge.inference.metrics import compare, evaluate, labels
+from ase_gffmerge.inference.predict import FramePredictions, compare, evaluate, labels, predict_frames
 from ase_gffmerge.models import Potential, build_potential
-from ase_gffmerge.runtime.batching import chunks
+from ase_gffmerge.runtime.devices import chunks
 
 
 @pytest.fixture(scope="module")

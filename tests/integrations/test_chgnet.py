@@ -13,7 +13,7 @@ from ase.build import bulk, molecule
 
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge, merge_calculators
 from ase_gffmerge.errors import ArgumentError, CompileWarning, FileFormatError, MergeWarning
-from ase_gffmerge.inference.batches import predict_frames
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.integrations import ADAPTERS
 from ase_gffmerge.integrations.load import export, from_vendor, load_force_field
 from ase_gffmerge.testing import check_calculator

@@ -7,7 +7,7 @@ from ase.build import bulk, molecule
 
 from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.graphs.graph import edge_vectors
-from ase_gffmerge.models.layers.line_graph import angles_between, undirected
+from ase_gffmerge.models.layers.linear import angles_between, undirected
 from helpers.structures import rattled_slab, skewed_crystal
 
 STRUCTURES = {

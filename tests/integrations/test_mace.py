@@ -31,7 +31,7 @@ from ase_gffmerge import ForceField, GFFMergeCalculator, merge  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.integrations import ADAPTERS  # noqa: E402
 from ase_gffmerge.integrations.load import export, from_vendor, load_force_field  # noqa: E402
-from ase_gffmerge.models.layers.e3nn_compat import package_mode  # noqa: E402
+from ase_gffmerge.models.layers import package_mode  # noqa: E402
 from ase_gffmerge.testing import check_calculator  # noqa: E402
 
 TYPES = (8, 1, 6)

@@ -5,7 +5,7 @@ import pytest
 
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.integrations.load import load_force_field
-from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
+from ase_gffmerge.merging.calibration import copies_per_frame, with_copies
 from ase_gffmerge.merging.recipe import ReadoutOptions
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from ase_gffmerge.least_squares.gauss_newton import dot
-from ase_gffmerge.merging.average import mean_potential
+from ase_gffmerge.merging.average import mean_potential, working_copies
 from ase_gffmerge.merging.blockwise import BlockMismatch, LinearizedBlock, align_block
 from ase_gffmerge.merging.calibration import build_calibration
-from ase_gffmerge.merging.compatibility import working_copies
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models.affine_maps import adjustable_maps
 

@@ -7,7 +7,7 @@ from ase import Atoms
 from ase.build import molecule
 
 from ase_gffmerge import ForceField
-from ase_gffmerge.inference.batches import predict_frames
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.merging.average import on_all_elements
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.models.painn import PaiNN

@@ -229,7 +229,7 @@ def test_specialist_gauged_by_its_own_frames(family) -> None:
 
 def test_bundled_pair_tells_broken_from_whole() -> None:
     """Held-out frames are inside for a realistic specialist, a torn molecule is far outside, and the file stays small."""
-    from ase_gffmerge.forcefield.pretrained import bundled_test_frames
+    from ase_gffmerge.forcefield.force_field import bundled_test_frames
 
     force_field = ForceField.load("rmd17-ethanol").with_extrapolation_grade()
     frames = bundled_test_frames("rmd17-ethanol")

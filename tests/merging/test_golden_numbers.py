@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ase_gffmerge import ForceField, merge
-from ase_gffmerge.forcefield.pretrained import bundled_test_frames
-from ase_gffmerge.inference.batches import predict_frames
+from ase_gffmerge.forcefield.force_field import bundled_test_frames
+from ase_gffmerge.inference.predict import predict_frames
 
 NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
 NUMBERS = {

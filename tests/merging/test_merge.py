@@ -17,7 +17,7 @@ from ase_gffmerge.errors import (
     RecipeError,
 )
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.inference.batches import predict_frames
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.merging.recipe import PRESETS, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.merging.report_plot import save_figure, save_html

@@ -7,7 +7,6 @@ from ase import Atoms
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.least_squares.gram import Gram
-from ase_gffmerge.merging.directions import Directions, displacement_directions
 from ase_gffmerge.merging.random_features import (
     MAX_UNKNOWNS,
     draw_random_features,
@@ -16,6 +15,7 @@ from ase_gffmerge.merging.random_features import (
 )
 from ase_gffmerge.merging.readout_fit import fit_readout, readout_rows
 from ase_gffmerge.merging.recipe import ReadoutOptions
+from ase_gffmerge.merging.tangents import Directions, displacement_directions
 
 OPTIONS = ReadoutOptions(width=12, blocks=2)
 ELEMENTS = torch.tensor([0, 1, 2])

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from ase_gffmerge.merging.activations import advance
-from ase_gffmerge.merging.calibration import build_calibration
+from ase_gffmerge.merging.calibration import advance, build_calibration
 from ase_gffmerge.merging.tangents import Dual, pushforward
 
 

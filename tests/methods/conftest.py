@@ -8,7 +8,8 @@ import torch
 
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.recipe import PRESETS, load_recipe
-from ase_gffmerge.methods import MergeInputs, dare, fisher, task_arithmetic, ties
+from ase_gffmerge.methods import MergeInputs, fisher, task_arithmetic, ties
+from ase_gffmerge.methods import ties as dare
 from ase_gffmerge.models import build_potential
 from helpers.toys import rattled, relative, toy
 

@@ -15,12 +15,17 @@ from hypothesis import strategies as st
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.methods import METHODS, MergeInputs, fisher
-from ase_gffmerge.methods.dare import drop_and_rescale
-from ase_gffmerge.methods.emr import elect_task_vector, masked_and_rescaled
 from ase_gffmerge.methods.fisher import fisher_information, squared_derivatives
-from ase_gffmerge.methods.grid_search import DisagreementMetric
 from ase_gffmerge.methods.task_arithmetic import add_task_vectors
-from ase_gffmerge.methods.ties import disjoint_mean, elect_signs, trim
+from ase_gffmerge.methods.ties import (
+    disjoint_mean,
+    drop_and_rescale,
+    elect_signs,
+    elect_task_vector,
+    masked_and_rescaled,
+    trim,
+)
+from ase_gffmerge.methods.weight_space import DisagreementMetric
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import no_progress
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.inference.batches import predict_frames
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.methods import METHODS, MergeInputs
 from ase_gffmerge.methods.git_rebasin import matched_orders
 from ase_gffmerge.methods.permutation_symmetry import channel_groups, permuted

@@ -11,7 +11,7 @@ import torch
 from ase.build import molecule
 
 from ase_gffmerge.errors import RecipeError
-from ase_gffmerge.inference.batches import predict_frames
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, Requirement, method
 
 PRESETS = ("paper", "gffmerge")

@@ -8,10 +8,10 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.inference.batches import predict_frames
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.merging.recipe import DistillOptions
 from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, Requirement
-from ase_gffmerge.methods import trained as training
+from ase_gffmerge.methods import references as training
 from ase_gffmerge.training.config import TrainConfig
 
 

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.inference.batches import predict_frames
-from ase_gffmerge.methods.grid_search import DisagreementMetric, grid_of, tune
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.methods.task_arithmetic import add_task_vectors
-from ase_gffmerge.methods.weight_space import WeightSpace
+from ase_gffmerge.methods.weight_space import DisagreementMetric, WeightSpace, grid_of, tune
 
 
 def silent(fraction: float, text: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from ase.build import molecule
 
 from ase_gffmerge.errors import IncompatibleSpecialistsError, RecipeError
-from ase_gffmerge.inference.batches import predict_frames
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.methods import METHODS, MergeInputs
 from ase_gffmerge.methods.weight_space import WeightSpace, weighted_mean
 from ase_gffmerge.runtime.progress import no_progress

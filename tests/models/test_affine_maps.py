@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call
 from torch_geometric.nn import Linear as GeometricLinear
 
-from ase_gffmerge.merging.activations import affine_layers, layer_input
+from ase_gffmerge.merging.calibration import affine_layers, layer_input
 from ase_gffmerge.models import affine_maps
 from ase_gffmerge.models.affine_maps import AffineMap, flat_rows, is_affine, layer_maps, register_layer
 

@@ -9,7 +9,7 @@ from e3nn import o3
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import ridge_solve
 from ase_gffmerge.models.affine_maps import affine_maps, layer_maps, rows_entering
-from ase_gffmerge.models.layers.e3nn_compat import package_mode
+from ase_gffmerge.models.layers import package_mode
 from ase_gffmerge.models.layers.linear import ElementLinear, element_weights, write_product
 
 SPECIES = (1, 6, 8)

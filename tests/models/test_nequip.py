@@ -9,8 +9,7 @@ from e3nn import o3
 from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.graphs.graph import edge_vectors
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.models.layers.tensor_product import Convolution, CoupledHarmonics, natural
-from ase_gffmerge.models.nequip import SILU_SCALE, Gate
+from ase_gffmerge.models.nequip import SILU_SCALE, Convolution, CoupledHarmonics, Gate, natural
 
 
 @pytest.fixture(autouse=True)

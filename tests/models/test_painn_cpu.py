@@ -6,7 +6,7 @@ from ase.build import bulk
 from torch.autograd.forward_ad import dual_level
 
 from ase_gffmerge.graphs import build_graph, predict
-from ase_gffmerge.models import painn_cpu as painn_served
+from ase_gffmerge.models import painn as painn_served
 from ase_gffmerge.models.painn import PaiNN, PaiNNHyper
 
 

@@ -8,13 +8,11 @@ import yaml
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge
 from ase_gffmerge.data.frames import bare, evenly
 from ase_gffmerge.errors import MergeWarning, RecipeError
-from ase_gffmerge.inference.batches import predict_frames
-from ase_gffmerge.inference.metrics import Errors
+from ase_gffmerge.inference.predict import Errors, predict_frames
 from ase_gffmerge.merging.recipe import ClosedLoopOptions, TrajectoryOptions, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.storage.documents import validated
-from ase_gffmerge.workflows.active_learning import ClosedLoopResult, closed_loop
-from ase_gffmerge.workflows.rollouts import RolloutReport, run_rollouts
+from ase_gffmerge.workflows.active_learning import ClosedLoopResult, RolloutReport, closed_loop, run_rollouts
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 

@@ -12,7 +12,7 @@ from ase_gffmerge.data.frames import displaced
 from ase_gffmerge.dynamics.stopping import StoppingCriteria
 from ase_gffmerge.errors import FramesError, RecipeError
 from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames, screen
-from ase_gffmerge.sampling.statistical_inefficiency import decorrelation_time, inefficiency
+from ase_gffmerge.sampling.temperature_ladder import decorrelation_time, inefficiency
 from ase_gffmerge.storage.documents import validated
 from helpers.springs import Bonded
 

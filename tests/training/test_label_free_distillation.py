@@ -21,10 +21,10 @@ from ase_gffmerge.models import build_potential
 from ase_gffmerge.training.checkpoint import History, checkpoint_path, stale
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.distill import distill, parameter_groups
-from ase_gffmerge.training.joint import train_jointly
 from ase_gffmerge.training.loss import labelled_graphs, weigh
 from ase_gffmerge.training.soap import SOAP
 from ase_gffmerge.training.teachers import prepare_distillation_set
+from ase_gffmerge.training.train import train_jointly
 from ase_gffmerge.workflows.merge import merge, starting_point
 from helpers.structures import OWN_ARCHITECTURES
 from helpers.toys import SHALLOW, rattled, relative, toy

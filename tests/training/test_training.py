@@ -11,7 +11,7 @@ from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
-from ase_gffmerge.data.hashing import geometry_keys
+from ase_gffmerge.data.frames import geometry_keys
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import (
     CheckpointWarning,
@@ -441,7 +441,7 @@ def learning_rates(steps: int, done: int = 0) -> list[float]:
 
 
 def test_loss_curve(tmp_path: Path) -> None:
-    from ase_gffmerge.evaluation.plots import plot_history
+    from ase_gffmerge.evaluation.table import plot_history
     from ase_gffmerge.training.checkpoint import History
 
     rows = [{"loss": 1 / epoch, "force_mae": 0.5 / epoch, "energy_mae": 0.0} for epoch in range(1, 40)]

@@ -22,12 +22,12 @@ from ase_gffmerge.engines.ase.arguments import (
     specialist_choice,
     weight_tuple,
 )
-from ase_gffmerge.engines.ase.batch import evaluate_structures
 from ase_gffmerge.engines.ase.results import (
     ExtrapolationNotice,
     as_array,
     ase_results,
     computing,
+    evaluate_structures,
     require_finite,
     require_structure,
     require_volume,
@@ -37,11 +37,9 @@ from ase_gffmerge.forcefield.conditioning import KEY, same_choice
 from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.graphs.verlet import VerletCache
 from ase_gffmerge.inference.compiled import Compile
-from ase_gffmerge.inference.hessian import hessian
-from ase_gffmerge.inference.predict import Predictor, force_disagreement
+from ase_gffmerge.inference.predict import Predictor, force_disagreement, hessian
 from ase_gffmerge.integrations.load import Source, with_frames
-from ase_gffmerge.runtime.devices import resolve_device
-from ase_gffmerge.runtime.forking import ForkSafeLock
+from ase_gffmerge.runtime.devices import ForkSafeLock, resolve_device
 from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.workflows.load_or_merge import MergeOptions, resolve
 

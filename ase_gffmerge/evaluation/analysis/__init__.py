@@ -1,21 +1,19 @@
 """Observables of trajectories: pure functions on arrays (positions in Å, times in ps unless said otherwise)."""
 
-from ase_gffmerge.evaluation.analysis.correlation import (
+from ase_gffmerge.evaluation.analysis.distances import (
     Diffusion,
+    Distribution,
     Spectrum,
     diffusion_coefficient,
+    distance_distribution,
+    distribution_mae,
     mean_squared_displacement,
+    pair_distances,
+    radial_distributions,
     spectral_overlap,
     velocity_autocorrelation,
     vibrational_spectrum,
     without_drift,
-)
-from ase_gffmerge.evaluation.analysis.distances import (
-    Distribution,
-    distance_distribution,
-    distribution_mae,
-    pair_distances,
-    radial_distributions,
 )
 
 __all__ = [

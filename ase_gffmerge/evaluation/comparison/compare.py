@@ -12,9 +12,8 @@ from ase_gffmerge.evaluation.comparison.inputs import (
     frames_seen,
     unrecorded,
 )
-from ase_gffmerge.evaluation.comparison.measurement import Measurement, measure, measure_specialists
-from ase_gffmerge.evaluation.comparison.store import RowStore
-from ase_gffmerge.merging.compatibility import related
+from ase_gffmerge.evaluation.comparison.measurement import Measurement, RowStore, measure, measure_specialists
+from ase_gffmerge.merging.average import related
 from ase_gffmerge.methods import METHODS, MergeInputs, Method, Requirement
 from ase_gffmerge.runtime.progress import Progress, no_progress
 

@@ -7,15 +7,14 @@ from pathlib import Path
 import torch
 from ase import Atoms
 
-from ase_gffmerge.data.hashing import geometry_key, geometry_keys
+from ase_gffmerge.data.frames import geometry_key, geometry_keys
 from ase_gffmerge.data.labels import require_labels
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.conditioning import without_choice
-from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.forcefield.pretrained import BUNDLED, bundled_path, bundled_test_frames
-from ase_gffmerge.inference.batches import check_frames
-from ase_gffmerge.merging.compatibility import check_compatible, working_copies
+from ase_gffmerge.forcefield.force_field import BUNDLED, ForceField, bundled_path, bundled_test_frames
+from ase_gffmerge.inference.predict import check_frames
+from ase_gffmerge.merging.average import check_compatible, working_copies
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.methods import MergeInputs
 from ase_gffmerge.runtime.devices import resolve_device

@@ -8,12 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ase_gffmerge.evaluation.analysis import Distribution, spectral_overlap
-from ase_gffmerge.evaluation.analysis.correlation import SQUARE_CM_PER_S
+from ase_gffmerge.evaluation.analysis.distances import SQUARE_CM_PER_S
 from ase_gffmerge.evaluation.md.evaluate import MDEvaluation
 from ase_gffmerge.evaluation.md.observables import ModelDynamics, mean_diffusion
-from ase_gffmerge.evaluation.plots import save_figure
-from ase_gffmerge.evaluation.table import Column, Table
-from ase_gffmerge.inference.metrics import Errors
+from ase_gffmerge.evaluation.table import Column, Table, save_figure
+from ase_gffmerge.inference.predict import Errors
 
 Row = tuple[str, ...]
 

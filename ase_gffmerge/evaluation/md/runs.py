@@ -11,8 +11,7 @@ import numpy as np
 from ase import Atoms
 
 from ase_gffmerge.dynamics.batched_md import Ensemble, run_replicas
-from ase_gffmerge.dynamics.trajectory import Trajectory
-from ase_gffmerge.dynamics.trajectory_io import load_trajectories, save_trajectories
+from ase_gffmerge.dynamics.trajectory import Trajectory, load_trajectories, save_trajectories
 from ase_gffmerge.errors import DynamicsError
 from ase_gffmerge.forcefield.conditioning import KEY
 from ase_gffmerge.forcefield.force_field import ForceField

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ase_gffmerge.errors import FileFormatError, first_line
 from ase_gffmerge.graphs.graph import AtomGraph
-from ase_gffmerge.integrations.base import Adapter, ConvertedModel, VendorObject
-from ase_gffmerge.integrations.conversion import converted
+from ase_gffmerge.integrations.base import Adapter, ConvertedModel, VendorObject, converted
 from ase_gffmerge.models import Potential
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class MACEAdapter(Adapter):
 
     def vendor_content(self, potential: Potential) -> VendorObject:
         """The package's model, which ``MACECalculator`` unpickles."""
-        from ase_gffmerge.integrations.mace.weights import vendor_network
+        from ase_gffmerge.integrations.mace.io import vendor_network
 
         return vendor_network(potential)  # type: ignore[arg-type]
 
@@ -72,9 +71,8 @@ RADIAL_TYPES = {"BesselBasis": "bessel", "GaussianBasis": "gaussian", "Chebychev
 
 def _convert(network: VendorObject, head: int) -> "MACEPackage":
     """A potential with the network's weights that was seen to compute the same as the network with that head."""
-    from ase_gffmerge.integrations.mace.io import single_head
+    from ase_gffmerge.integrations.mace.io import copy_weights, single_head
     from ase_gffmerge.integrations.mace.model import MACEPackage, MACEPackageHyper
-    from ase_gffmerge.integrations.mace.weights import copy_weights
 
     try:
         single = single_head(network, head)

@@ -27,7 +27,7 @@ from ase_gffmerge.integrations.wrapped import (
     SummedReadout,
 )
 from ase_gffmerge.models.base import HyperParameters, State
-from ase_gffmerge.models.layers.e3nn_compat import package_mode
+from ase_gffmerge.models.layers import package_mode
 from ase_gffmerge.models.layers.linear import ElementLinear
 
 with redirect_stdout(sys.stderr):  # on which the package tells at import what it does not find

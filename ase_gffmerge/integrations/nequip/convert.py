@@ -16,8 +16,13 @@ from torch import Tensor
 import ase_gffmerge.integrations.nequip.layers  # noqa: F401 (registers the package's layers)
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
-from ase_gffmerge.integrations.base import Adapter, ConvertedModel, VendorObject
-from ase_gffmerge.integrations.conversion import converted, one_number_of_scalars
+from ase_gffmerge.integrations.base import (
+    Adapter,
+    ConvertedModel,
+    VendorObject,
+    converted,
+    one_number_of_scalars,
+)
 from ase_gffmerge.integrations.nequip.io import find_network, layers_of, load_network
 from ase_gffmerge.models import Potential
 
@@ -56,7 +61,7 @@ class NequIPAdapter(Adapter):
         FileFormatError
             When there are self-connections of more elements than the embedding tells apart.
         """
-        from ase_gffmerge.integrations.nequip.weights import vendor_checkpoint
+        from ase_gffmerge.integrations.nequip.io import vendor_checkpoint
 
         return vendor_checkpoint(potential)  # type: ignore[arg-type]
 
@@ -66,8 +71,8 @@ ADAPTER = NequIPAdapter()
 
 def _convert(network: VendorObject) -> "NequIPPackage":
     """A potential with the network's weights that was seen to compute the same."""
+    from ase_gffmerge.integrations.nequip.io import copy_weights
     from ase_gffmerge.integrations.nequip.model import NequIPPackage, NequIPPackageHyper
-    from ase_gffmerge.integrations.nequip.weights import copy_weights
 
     names = list(network.per_type_energy_scale_shift.type_names)
     if unknown := [name for name in names if name not in NUMBERS]:

@@ -30,7 +30,7 @@ from ase_gffmerge.integrations.wrapped import (
 )
 from ase_gffmerge.models.base import HyperParameters, State
 from ase_gffmerge.models.chgnet import envelope
-from ase_gffmerge.models.layers.e3nn_compat import package_mode
+from ase_gffmerge.models.layers import package_mode
 from ase_gffmerge.models.layers.linear import ElementLinear
 
 FEATURES = ("node_features",)

@@ -30,7 +30,7 @@ from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.integrations.base import VendorObject
 from ase_gffmerge.integrations.wrapped import ChainPotential, Entries, ModuleStage
 from ase_gffmerge.models.base import HyperParameters, State
-from ase_gffmerge.models.layers.e3nn_compat import package_mode
+from ase_gffmerge.models.layers import package_mode
 
 STATE = ("nodes", "edges")
 

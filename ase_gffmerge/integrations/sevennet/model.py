@@ -23,7 +23,7 @@ from ase_gffmerge.integrations.wrapped import (
     ScaledReadout,
 )
 from ase_gffmerge.models.base import HyperParameters, State
-from ase_gffmerge.models.layers.e3nn_compat import package_mode
+from ase_gffmerge.models.layers import package_mode
 from ase_gffmerge.models.layers.linear import ElementLinear
 
 BLOCK = (

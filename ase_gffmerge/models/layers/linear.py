@@ -8,6 +8,10 @@ which packages write as a fully connected tensor product of the features with el
 vectors, or rows of an embedding). Those enter only as :math:`W_p^{(z)} = c_p \sum_v a_{zv} W_{pv}`, which is what is kept
 in :class:`ElementLinear`: for each element the layer is linear in its parameters, and a merge can treat one element at a
 time.
+
+Rows of a tensor, collected along edges or angles.
+
+Bonds of edges, and angles of bonds, found on whatever device the edges are on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +24,59 @@ from e3nn.o3 import FullyConnectedTensorProduct, Irreps
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import one_hot
+
+
+def undirected(edge_index: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+    """Join the edges j -> i and i -> j of a neighbour list into one bond.
+
+    Parameters
+    ----------
+    edge_index : (2, n_edges)
+        Sender and receiver.
+    shifts : (n_edges, 3)
+        Cell shifts of the senders, whole numbers.
+
+    Returns
+    -------
+    bond : (n_edges,)
+        Bond of every edge.
+    edge : (n_bonds,)
+        One edge of every bond.
+    """
+    sender, receiver = edge_index
+    shifts = shifts.long()
+    span = 2 * int(shifts.abs().max()) + 1 if len(shifts) else 1
+    code = (shifts[:, 0] * span + shifts[:, 1]) * span + shifts[:, 2]
+    backward = (sender > receiver) | ((sender == receiver) & (code < 0))
+    low, high = torch.minimum(sender, receiver), torch.maximum(sender, receiver)
+    code = torch.where(backward, -code, code) + span**3
+    key = (low * (int(high.max()) + 1 if len(high) else 1) + high) * (2 * span**3) + code
+    _, bond = torch.unique(key, return_inverse=True)
+    n_bonds = int(bond.max()) + 1 if len(bond) else 0
+    edge = bond.new_zeros(n_bonds).scatter_(0, bond, torch.arange(len(bond), device=bond.device))
+    return bond, edge
+
+
+def angles_between(receiver: Tensor, edges: Tensor) -> Tensor:
+    """Ordered pairs (2, n_angles) of different edges that have the same receiver.
+
+    Parameters
+    ----------
+    receiver : (n_edges,)
+        Of all edges.
+    edges : (n_chosen,)
+        Indices of those that may form angles.
+    """
+    edges = edges[torch.argsort(receiver[edges], stable=True)]
+    _, atom, counts = torch.unique_consecutive(receiver[edges], return_inverse=True, return_counts=True)
+    start = (counts.cumsum(0) - counts)[atom]
+    partners = counts[atom]
+    first = torch.arange(len(edges), device=edges.device).repeat_interleave(partners)
+    within = torch.arange(len(first), device=edges.device) - (partners.cumsum(0) - partners)[first]
+    second = start[first] + within
+    different = first != second
+    return torch.stack([edges[first[different]], edges[second[different]]])
+
 
 Part = tuple[Tensor, Tensor | None]
 """Features (m, d) and the row that each of n rows takes; ``None`` when the features are those rows already."""

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ase_gffmerge.merging.activations import advance, layer_input, run_stage
-from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet
+from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, advance, layer_input, run_stage
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.tangents import Dual, differentiable_pushforward

@@ -12,11 +12,10 @@ from torch.nn.functional import one_hot, silu
 
 from ase_gffmerge.graphs import Prediction, predict
 from ase_gffmerge.graphs.graph import AtomGraph, Topology, edge_vectors
-from ase_gffmerge.merging.directions import Directions
 from ase_gffmerge.merging.random_features import random_feature_derivatives, random_feature_readout
 from ase_gffmerge.merging.readout_fit import readout_rows
 from ase_gffmerge.merging.recipe import ReadoutOptions
-from ase_gffmerge.merging.tangents import Dual, pushforward
+from ase_gffmerge.merging.tangents import Directions, Dual, pushforward
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.layers.readout import RandomFeatureReadout
 from ase_gffmerge.models.painn import PaiNN

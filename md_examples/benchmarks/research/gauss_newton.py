@@ -21,7 +21,7 @@ from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.merging.calibration import CalibrationSet
 from ase_gffmerge.merging.readout_fit import MAX_ATOMS
 from ase_gffmerge.models import Potential
-from ase_gffmerge.runtime.batching import chunks
+from ase_gffmerge.runtime.devices import chunks
 from research.bench import Bench, MergeOutput, Trial, shared
 from research.least_squares import Parameters, gauss_newton_step
 from research.readout_fit import CHEAP, Setting, fit_potentials, fitted, rattled

@@ -3,9 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 
-from ase_gffmerge.merging.activations import run_stage, stage_inputs
 from ase_gffmerge.merging.blockwise import align_block
-from ase_gffmerge.merging.calibration import CalibrationSet
+from ase_gffmerge.merging.calibration import CalibrationSet, run_stage, stage_inputs
 from ase_gffmerge.merging.layerwise import align_layers
 from ase_gffmerge.merging.readout_fit import match_forces
 from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe

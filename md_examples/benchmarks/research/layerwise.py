@@ -18,8 +18,14 @@ from torch import Tensor, nn
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.least_squares.gram import Gram, normalized_sum
 from ase_gffmerge.least_squares.ridge import ridge_solve
-from ase_gffmerge.merging.activations import affine_layers, entering, run_stage, stage_inputs
-from ase_gffmerge.merging.calibration import CalibrationSet, build_calibration
+from ase_gffmerge.merging.calibration import (
+    CalibrationSet,
+    affine_layers,
+    build_calibration,
+    entering,
+    run_stage,
+    stage_inputs,
+)
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import AffineMap, layer_maps

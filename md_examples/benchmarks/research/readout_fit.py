@@ -16,13 +16,13 @@ from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import regularized_factor, ridge_solve
 from ase_gffmerge.merging.calibration import CalibrationSet
-from ase_gffmerge.merging.directions import Directions
 from ase_gffmerge.merging.random_features import draw_random_features, random_feature_readout
 from ase_gffmerge.merging.readout_fit import HELD_OUT, MAX_ATOMS, MAX_ROWS, RIDGES, ReadoutFit, fit_readout
 from ase_gffmerge.merging.recipe import ReadoutOptions
+from ase_gffmerge.merging.tangents import Directions
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.layers.readout import RandomFeatureReadout
-from ase_gffmerge.runtime.batching import chunks
+from ase_gffmerge.runtime.devices import chunks
 from research.bench import Bench, MergeOutput, shared
 from research.features import feature_rows, lifted_inputs
 from research.trunk import Trunk

@@ -4,10 +4,8 @@ import time
 
 import torch
 
-from ase_gffmerge.merging.average import mean_potential
-from ase_gffmerge.merging.compatibility import working_copies
+from ase_gffmerge.merging.average import align_references, mean_potential, working_copies
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.reference_energies import align_references
 from ase_gffmerge.workflows.merge import merge
 from research.bench import Bench, MergeOutput, Trial, shared
 

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ase_gffmerge.merging.activations import run_stage, stage_inputs
-from ase_gffmerge.merging.calibration import CalibrationSet
+from ase_gffmerge.merging.calibration import CalibrationSet, run_stage, stage_inputs
 from ase_gffmerge.merging.layerwise import align_layers
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models.base import Stage

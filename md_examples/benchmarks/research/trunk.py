@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.merging.activations import advance, run_stage, stage_inputs
-from ase_gffmerge.merging.average import mean_potential
-from ase_gffmerge.merging.calibration import CalibrationBatch, CalibrationSet, build_calibration
-from ase_gffmerge.merging.compatibility import working_copies
+from ase_gffmerge.merging.average import align_references, mean_potential, working_copies
+from ase_gffmerge.merging.calibration import (
+    CalibrationBatch,
+    CalibrationSet,
+    advance,
+    build_calibration,
+    run_stage,
+    stage_inputs,
+)
 from ase_gffmerge.merging.layerwise import align_layers
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.reference_energies import align_references
 from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.base import Stage

@@ -16,8 +16,7 @@ from ase_gffmerge.cli import app
 from ase_gffmerge.errors import MergeWarning, StructureError
 from ase_gffmerge.evaluation.comparison.inputs import read_labelled
 from ase_gffmerge.evaluation.md.runs import Contestant, Protocol, run_models
-from ase_gffmerge.inference.batches import predict_frames
-from ase_gffmerge.inference.metrics import evaluate
+from ase_gffmerge.inference.predict import evaluate, predict_frames
 from ase_gffmerge.training.loss import labelled_graphs
 from ase_gffmerge.workflows.merge import merge
 from helpers.structures import cluster

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 import ase_gffmerge.inference.predict as evaluation
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import DeviceMemoryError, GFFMergeError
-from ase_gffmerge.inference.batches import predict_frames
-from ase_gffmerge.models import painn_cpu as painn_served
-from ase_gffmerge.models.painn_cpu import BlockedSums, InferenceMessage
+from ase_gffmerge.inference.predict import predict_frames
+from ase_gffmerge.models import painn as painn_served
+from ase_gffmerge.models.painn import BlockedSums, InferenceMessage
 from helpers.structures import STRUCTURES, cluster, crystal, everything, slab
 from helpers.toys import CONTRACT, random_force_field
 

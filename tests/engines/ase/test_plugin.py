@@ -11,7 +11,7 @@ from ase._4.plugins import PluginCollection, plugin_collection
 from ase.calculators.calculator import get_calculator_class, register_calculator_class
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.engines.ase import plugin as ase_plugin
+from ase_gffmerge.engines import ase as ase_plugin
 
 PROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
 
@@ -40,7 +40,7 @@ def test_20_ase_can_show_it(found):
 
 
 def test_20_looking_for_it_imports_no_torch():
-    code = "import sys, ase_gffmerge.engines.ase.plugin as p; print(len(p.__ase_plugins__), 'torch' in sys.modules)"
+    code = "import sys, ase_gffmerge.engines.ase as p; print(len(p.__ase_plugins__), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "False"]
 

@@ -11,7 +11,7 @@ from ase.build import bulk
 
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import StructureError
-from ase_gffmerge.models.painn_cpu import InferenceMessage
+from ase_gffmerge.models.painn import InferenceMessage
 from helpers.structures import cluster, crystal, everything
 from helpers.toys import random_force_field
 

@@ -1,15 +1,33 @@
-"""Frames of one system as arrays: checked, then turned into labelled ``ase.Atoms`` one by one."""
+"""NumPy archives with frames: the forms of rMD17, of MD17/MD22 (sGDML) and of LiPS20.
+
+The form, and with it the units, follows from the keys:
+
+===========  ====================================================  =====================
+form         keys needed (optional)                                units
+===========  ====================================================  =====================
+LiPS20       nuclear_charges, cell, coords, energies, forces       eV, eV/Å, virials eV
+             (virials)
+rMD17        nuclear_charges, coords, energies, forces             kcal/mol, kcal/mol/Å
+MD17, MD22   z, R, E, F                                            kcal/mol, kcal/mol/Å
+===========  ====================================================  =====================
+
+DeePMD-kit system folders: ``type.raw``, ``type_map.raw`` and arrays per set (Å, eV, eV/Å; virial eV).
+
+Frames of one system as arrays: checked, then turned into labelled ``ase.Atoms`` one by one.
+"""
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from ase import Atoms
+from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.data import chemical_symbols
+from ase.data import atomic_numbers, chemical_symbols
 
 from ase_gffmerge.errors import FileFormatError, FramesError
 
@@ -178,3 +196,153 @@ def _check_cells(source: Path, cells: np.ndarray | None) -> None:
         raise FramesError(
             f"{source}: the cell of frame {flat[0]} has no volume; a periodic frame needs three vectors"
         )
+
+
+KCAL_PER_MOL = units.kcal / units.mol
+
+
+@dataclass(frozen=True)
+class NpzForm:
+    """How one family of archives names its arrays, and the eV per unit of its energies."""
+
+    name: str
+    keys: dict[str, str]
+    optional: dict[str, str]
+    energy_unit: float
+
+
+_CHARGES = {"numbers": "nuclear_charges", "positions": "coords", "energies": "energies", "forces": "forces"}
+FORMS = (
+    NpzForm("LiPS20", {**_CHARGES, "cells": "cell"}, {"virials": "virials"}, 1.0),
+    NpzForm("rMD17", _CHARGES, {}, KCAL_PER_MOL),
+    NpzForm("MD17", {"numbers": "z", "positions": "R", "energies": "E", "forces": "F"}, {}, KCAL_PER_MOL),
+)
+
+
+def read_npz(path: Path) -> FrameArrays:
+    """Read an archive of one of the forms above; pickled objects are refused.
+
+    Parameters
+    ----------
+    path
+        The archive.
+
+    Returns
+    -------
+    FrameArrays
+        In eV and Å.
+
+    Raises
+    ------
+    FileFormatError
+        If the archive is truncated or not an archive, or keys are missing.
+    FramesError
+        If it holds no frames or values that are not finite.
+    """
+    try:
+        with path.open("rb") as file:  # opened here: np.load leaves damaged archives open
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise FileFormatError(f"{path} is a single array, not an .npz archive of frames")
+            form = _form(path, archive.files)
+            wanted = form.keys | {k: v for k, v in form.optional.items() if v in archive.files}
+            raw = {attribute: archive[key] for attribute, key in wanted.items()}
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        raise FileFormatError(
+            f"{path} is truncated, damaged, or not a plain .npz archive ({error}); get the file again"
+        ) from error
+    return checked_arrays(path, raw, energy_unit=form.energy_unit)
+
+
+def _form(path: Path, present: list[str]) -> NpzForm:
+    """Choose the first form whose keys are all present, else say what is missing from the nearest one."""
+    for form in FORMS:
+        if set(form.keys.values()) <= set(present):
+            return form
+    nearest = max(FORMS[::-1], key=lambda form: len(set(form.keys.values()) & set(present)))
+    missing = [key for key in nearest.keys.values() if key not in present]
+    raise FileFormatError(
+        f"{path} lacks {', '.join(missing)} (it has: {', '.join(present) or 'nothing'}); frames need "
+        + " or ".join(f"{', '.join(form.keys.values())} ({form.name})" for form in FORMS)
+    )
+
+
+_NAMES = {"positions": "coord", "cells": "box", "energies": "energy", "forces": "force", "virials": "virial"}
+
+
+def is_deepmd(path: Path) -> bool:
+    """Whether `path` is a folder of DeePMD-kit's layout."""
+    return (path / "type.raw").is_file()
+
+
+def read_deepmd(folder: Path) -> FrameArrays:
+    """Read a DeePMD-kit folder; all its ``set.*`` in the order of their names are one series of frames.
+
+    Arrays come from ``set.*/NAME.npy`` or, where there are no sets, from the text files ``NAME.raw``; NAME is
+    coord, box, energy, force, virial. A file ``nopbc`` marks a system without periodicity.
+
+    Parameters
+    ----------
+    folder
+        Folder with ``type.raw`` and ``type_map.raw``.
+
+    Returns
+    -------
+    FrameArrays
+        In eV and Å.
+
+    Raises
+    ------
+    FileFormatError
+        If a needed file is missing, truncated, or of a shape that does not fit.
+    FramesError
+        If there are no frames or values are not finite.
+    """
+    raw = {"numbers": _numbers(folder)}
+    sets = sorted(folder.glob("set.*"))
+    if any((s / "real_atom_types.npy").exists() for s in sets):
+        raise FileFormatError(f"{folder} is of DeePMD's mixed type; write one folder for each composition")
+    for attribute, name in _NAMES.items():
+        parts = [s / f"{name}.npy" for s in sets] or [folder / f"{name}.raw"]
+        if any(part.exists() for part in parts):
+            raw[attribute] = np.concatenate([_load(part) for part in parts])
+    if "positions" not in raw:
+        raise FileFormatError(
+            f"{folder} lacks coordinates: set.*/coord.npy or coord.raw; get the folder again"
+        )
+    if (folder / "nopbc").exists():
+        raw.pop("cells", None)
+    elif "cells" not in raw:
+        raise FileFormatError(
+            f"{folder} lacks box.npy; add it, or an empty file 'nopbc' if it is not periodic"
+        )
+    return checked_arrays(folder, raw)
+
+
+def _numbers(folder: Path) -> np.ndarray:
+    """Atomic numbers (n_atoms,) from the type indices and the type map."""
+    if not (folder / "type_map.raw").is_file():
+        raise FileFormatError(f"{folder} lacks type_map.raw: write the element symbols there, one per type")
+    symbols = (folder / "type_map.raw").read_text(encoding="utf-8").split()
+    try:
+        types = [int(word) for word in (folder / "type.raw").read_text(encoding="utf-8").split()]
+        if min(types, default=0) < 0:
+            raise IndexError("negative type index")
+        return np.array([atomic_numbers[symbols[t]] for t in types], dtype=int)
+    except (ValueError, IndexError, KeyError) as error:
+        raise FileFormatError(
+            f"{folder}: type.raw and type_map.raw ({' '.join(symbols)}) do not give elements: {error}"
+        ) from error
+
+
+def _load(path: Path) -> np.ndarray:
+    """One array with the frames first; a single number per line in text becomes (n_frames,)."""
+    try:
+        if path.suffix == ".npy":
+            return np.atleast_1d(np.load(path, allow_pickle=False))
+        array = np.loadtxt(path, ndmin=2)
+        return array[:, 0] if path.stem == "energy" else array
+    except (OSError, ValueError, EOFError) as error:
+        raise FileFormatError(
+            f"{path} is missing, truncated or damaged ({error}); get the file again"
+        ) from error
