@@ -103,7 +103,7 @@ def merged_saved_cached_and_exported(
     for k, (model, atoms) in enumerate(zip(models, frames, strict=True)):
         specialist = from_vendor(vendor, model, calibration=[atoms], name=f"relative {k}")
         sources.append(specialist.save(folder / f"{k}.safetensors"))
-    recipe = {"readout": None, "messages": False, "probes": 0}
+    recipe = {"readout": None, "messages": False, "directions": 0}
     calc, again = (
         GFFMergeCalculator(sources, recipe=recipe, cache_dir=folder / "cache", device="cpu") for _ in range(2)
     )

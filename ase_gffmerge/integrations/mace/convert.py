@@ -52,7 +52,7 @@ class MACEAdapter(Adapter):
 
     def vendor_content(self, potential: Potential) -> VendorObject:
         """The package's model, which ``MACECalculator`` unpickles."""
-        from ase_gffmerge.integrations.mace.io import vendor_network
+        from ase_gffmerge.integrations.mace.model import vendor_network
 
         return vendor_network(potential)  # type: ignore[arg-type]
 
@@ -71,8 +71,8 @@ RADIAL_TYPES = {"BesselBasis": "bessel", "GaussianBasis": "gaussian", "Chebychev
 
 def _convert(network: VendorObject, head: int) -> "MACEPackage":
     """A potential with the network's weights that was seen to compute the same as the network with that head."""
-    from ase_gffmerge.integrations.mace.io import copy_weights, single_head
-    from ase_gffmerge.integrations.mace.model import MACEPackage, MACEPackageHyper
+    from ase_gffmerge.integrations.mace.io import single_head
+    from ase_gffmerge.integrations.mace.model import MACEPackage, MACEPackageHyper, copy_weights
 
     try:
         single = single_head(network, head)

@@ -61,7 +61,7 @@ class NequIPAdapter(Adapter):
         FileFormatError
             When there are self-connections of more elements than the embedding tells apart.
         """
-        from ase_gffmerge.integrations.nequip.io import vendor_checkpoint
+        from ase_gffmerge.integrations.nequip.model import vendor_checkpoint
 
         return vendor_checkpoint(potential)  # type: ignore[arg-type]
 
@@ -71,8 +71,7 @@ ADAPTER = NequIPAdapter()
 
 def _convert(network: VendorObject) -> "NequIPPackage":
     """A potential with the network's weights that was seen to compute the same."""
-    from ase_gffmerge.integrations.nequip.io import copy_weights
-    from ase_gffmerge.integrations.nequip.model import NequIPPackage, NequIPPackageHyper
+    from ase_gffmerge.integrations.nequip.model import NequIPPackage, NequIPPackageHyper, copy_weights
 
     names = list(network.per_type_energy_scale_shift.type_names)
     if unknown := [name for name in names if name not in NUMBERS]:
