@@ -45,7 +45,7 @@ class TorchSimModel(ModelInterface):
     specialist
         With per-specialist conditioning, name or index of the specialist that all atoms belong to.
     skin
-        Of the neighbour lists, Å; it changes the speed, not the result.
+        Of the neighbor lists, Å; it changes the speed, not the result.
     """
 
     def __init__(self, force_field: ForceField, *, specialist: str | int | None = None, skin: float = 1.0):
@@ -64,7 +64,7 @@ class TorchSimModel(ModelInterface):
         -------
         dict
             ``energy`` (n_systems,) eV, ``forces`` (n_atoms, 3) eV/Å, ``stress`` (n_systems, 3, 3) eV/Å^3, positive under
-            tension, and, if the force field has a gauge, ``extrapolation`` (n_atoms,).
+            tension, and, if the force field has extrapolation grades, ``extrapolation`` (n_atoms,).
 
         Raises
         ------
@@ -84,7 +84,7 @@ class TorchSimModel(ModelInterface):
         return {name: values.to(state.positions.dtype) for name, values in results.items()}
 
     def _graph(self, state: SimState) -> AtomGraph:
-        """Batch graph of a state, with the neighbour lists of the one before wherever these are exact."""
+        """Batch graph of a state, with the neighbor lists of the one before wherever these are exact."""
         pbc = torch.as_tensor(state.pbc).broadcast_to(3).clone()
         topology = (state.atomic_numbers.clone(), state.system_idx.clone(), pbc)
         positions, cells = (x.detach().double().clone() for x in (state.positions, state.row_vector_cell))

@@ -1,8 +1,7 @@
-"""Neighbour lists for molecules, slabs, crystals, mixed boundary conditions and structures that are mostly vacuum.
+"""Neighbor lists for molecules, slabs, crystals, mixed boundary conditions and structures that are mostly vacuum.
 
-Neighbours found where the potential computes, so that only positions travel to a GPU and never the edges.
-
-By NVIDIA's ALCHEMI toolkit (``pip install "ase-gffmerge[gpu]"``), which is used on CUDA devices whenever it is installed.
+On CUDA devices, NVIDIA's ALCHEMI toolkit (``pip install "ase-gffmerge[gpu]"``) is used whenever it is installed: neighbors
+are found where the potential computes, so that only positions travel to the GPU and never the edges.
 """
 
 import threading
@@ -25,7 +24,7 @@ MAX_IMAGES = 10_000
 """Of an atom within the cutoff, by the heights of the cell: real cells have a few hundred."""
 
 MAX_COORDINATE = 1e9
-"""Å from the origin; there neighbouring float64 numbers are 1.2e-7 Å apart, as float32 numbers are around 1 Å.
+"""Å from the origin; there neighboring float64 numbers are 1.2e-7 Å apart, as float32 numbers are around 1 Å.
 
 Beyond it the length of a bond would be known less precisely than in single precision, whatever computes with it.
 """
@@ -35,7 +34,7 @@ def find_neighbors(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]
     """Directed edges between atoms closer than ``cutoff``, periodic images included.
 
     They are ordered by receiver, sender and shift, so that results depend on the structure alone and not, in their last
-    digits, on how its neighbours were searched.
+    digits, on how its neighbors were searched.
 
     Parameters
     ----------
@@ -63,7 +62,7 @@ def find_neighbors(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]
         return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3), dtype=np.int64)
     origin, box = enclosing_box(atoms, cutoff)
     bins = np.prod(np.floor(1 / (cutoff * np.linalg.norm(np.linalg.inv(box), axis=0))).clip(1))
-    inside, cells = wrapped(positions, box, origin=origin, pbc=atoms.pbc)
+    inside, cells = wrap_positions(positions, box, origin=origin, pbc=atoms.pbc)
     if bins > max(MAX_BINS, 10 * len(atoms)):
         receiver, sender, shifts = kdtree_neighbors(inside, box, pbc=atoms.pbc, cutoff=cutoff)
     else:  # whose cost grows with the distance of an atom from its cell
@@ -96,7 +95,7 @@ def kdtree_neighbors(
     ----------
     inside
         Fractional coordinates (n_atoms, 3), from 0 to 1 along periodic directions
-        (:func:`~ase_gffmerge.graphs.neighbor_list.wrapped`).
+        (:func:`~ase_gffmerge.graphs.neighbor_list.wrap_positions`).
     box
         Vectors (3, 3) of the cell in Å, as rows.
     pbc
@@ -112,8 +111,8 @@ def kdtree_neighbors(
         Cell shifts S such that the edge vector is ``(inside_j - inside_i + S) @ box``.
     """
     atom, images = images_within(inside, box, pbc=pbc, cutoff=cutoff)
-    receivers, neighbours = cKDTree(inside @ box), cKDTree((inside[atom] + images) @ box)
-    pairs = receivers.sparse_distance_matrix(neighbours, cutoff, output_type="ndarray")
+    receivers, neighbors = cKDTree(inside @ box), cKDTree((inside[atom] + images) @ box)
+    pairs = receivers.sparse_distance_matrix(neighbors, cutoff, output_type="ndarray")
     receiver, sender, image = pairs["i"], atom[pairs["j"]], images[pairs["j"]]
     proper = (receiver != sender) | image.any(axis=1)
     return receiver[proper], sender[proper], image[proper]
@@ -122,7 +121,7 @@ def kdtree_neighbors(
 def images_within(
     fractional: np.ndarray, box: np.ndarray, *, pbc: np.ndarray, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Atoms and shifts (n_images,), (n_images, 3) of all images no further than ``cutoff`` outside any face of the cell.
+    """Atoms (n_images,) and shifts (n_images, 3) of all images no further than ``cutoff`` outside any face of the cell.
 
     The distance between the faces across direction k is the inverse length of the k-th reciprocal vector.
 
@@ -150,7 +149,7 @@ def images_within(
     return atom, images
 
 
-def wrapped(
+def wrap_positions(
     positions: np.ndarray, box: np.ndarray, *, origin: np.ndarray, pbc: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     r"""Find the cell of every atom, and where in that cell it is.
@@ -205,7 +204,7 @@ def enclosing_box(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_geometry(atoms: Atoms, cutoff: float) -> None:
-    """Raise :class:`StructureError` for structures that have no neighbour list, or one that nobody would wait for."""
+    """Raise :class:`StructureError` for structures that have no neighbor list, or one that nobody would wait for."""
     if not np.isfinite(atoms.get_positions()).all():
         bad = np.flatnonzero(~np.isfinite(atoms.get_positions()).all(axis=1))
         raise StructureError(
@@ -262,7 +261,7 @@ _ONE_AT_A_TIME = threading.Lock()  # kernels are compiled on first use
 
 
 def can_search_on(device: torch.device) -> bool:
-    """Whether neighbours are searched on the device itself: a GPU, when the toolkit is installed."""
+    """Whether neighbors are searched on the device itself: a GPU, when the toolkit is installed."""
     return device.type == "cuda" and _installed()
 
 
@@ -300,7 +299,7 @@ def find_neighbors_on_device(atoms: Atoms, cutoff: float, *, device: torch.devic
         empty = torch.zeros(0, dtype=torch.long, device=device)
         return empty.expand(2, 0), empty.expand(3, 0).T
     origin, box = enclosing_box(atoms, cutoff)
-    cells = wrapped(atoms.positions, box, origin=origin, pbc=atoms.pbc)[1]
+    cells = wrap_positions(atoms.positions, box, origin=origin, pbc=atoms.pbc)[1]
     near = atoms.positions - cells @ box - origin
     positions, cell = (torch.tensor(array, dtype=torch.float64, device=device) for array in (near, box))
     with _ONE_AT_A_TIME:
@@ -316,7 +315,7 @@ def find_neighbors_on_device(atoms: Atoms, cutoff: float, *, device: torch.devic
 
 
 def _pairs(positions: Tensor, cell: Tensor, pbc: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
-    """Atoms i and j (2, n_edges) and shifts (n_edges, 3), with room for as many neighbours as there are."""
+    """Atoms i and j (2, n_edges) and shifts (n_edges, 3), with room for as many neighbors as there are."""
     from nvalchemiops.neighbors.neighbor_utils import NeighborOverflowError
     from nvalchemiops.torch.neighbors import neighbor_list
 

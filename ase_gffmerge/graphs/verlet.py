@@ -1,4 +1,4 @@
-r"""The graph of a batch of moving structures, whose neighbour lists last for many steps.
+r"""The graph of a batch of moving structures, whose neighbor lists last for many steps.
 
 When a list remains exact
 -------------------------
@@ -44,7 +44,7 @@ class VerletGraph:
     structures
         Elements, boundary conditions, and the cells and positions to begin with.
     cutoff, skin
-        Å. Without a skin every step finds all neighbours again.
+        Å. Without a skin every step finds all neighbors again.
     device
         Where the graph lives; its geometry is float64.
     specialist

@@ -2,7 +2,7 @@ r"""Energies and their derivatives by one function that ``torch.compile`` fused,
 
 What is compiled is :math:`(\mathbf d, z) \mapsto (\partial E/\partial\mathbf d, e, x)`: from the edge vectors to their
 gradient, the energies per atom and the scalars of every block. The numbers of atoms and edges are symbols in it, so that a
-neighbour list that grows and shrinks never compiles again. On a GPU the function is also recorded as a CUDA graph,
+neighbor list that grows and shrinks never compiles again. On a GPU the function is also recorded as a CUDA graph,
 compiled or not (:mod:`ase_gffmerge.inference.cuda_graphs`).
 """
 

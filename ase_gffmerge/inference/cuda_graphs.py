@@ -2,10 +2,10 @@ r"""Replay of a network as a CUDA graph, for any number of atoms and edges.
 
 Below some hundred atoms a GPU computes faster than a processor can tell it what to do: a network of a few hundred kernels
 takes as long as launching them. A CUDA graph launches all of them at once, but always the same ones at the same addresses.
-Graphs are therefore filled up to a few sizes, with edges that lead from ghost atoms to themselves and are as long as the
-cutoff. Nothing flows from a ghost to an atom, so its energies and gradients are what they are without it.
+Graphs are therefore filled up to a few sizes, with edges that lead from padding atoms to themselves and are as long as the
+cutoff. Nothing flows from padding to an atom, so its energies and gradients are what they are without it.
 
-A size is recorded when it comes back; a neighbour list that outgrows its size takes the next one, which is recorded in turn
+A size is recorded when it comes back; a neighbor list that outgrows its size takes the next one, which is recorded in turn
 or was before. Which size a graph takes depends on the graph alone, never on those before it.
 """
 
@@ -31,7 +31,7 @@ TensorFunction = Callable[[Tensor, Tensor, Tensor, Tensor], EdgeDerivatives]
 """An edge function and its gradient as a function of tensors alone, which can be traced and recorded."""
 
 PADDING_ATOMS = 8
-"""Least number of ghost atoms, which share the superfluous edges: sums over the edges of one atom are slow on a GPU."""
+"""Least number of padding atoms, which share the superfluous edges: sums over the edges of one atom are slow on a GPU."""
 VISITS, BACKOFF = 3, 4
 """Graphs of a size before it is recorded, which costs as much as ten evaluations, and the factor by which they become more
 each time that its recording fails or is given up."""
@@ -40,19 +40,19 @@ RECORDINGS = 8
 FAILURES = 3
 """After so many nothing is recorded any more; a single one may be the fault of another thread."""
 MAX_EDGES = 50_000
-"""Of a recording: what is larger (500 atoms of 100 neighbours) keeps a GPU busy anyway."""
+"""Of a recording: what is larger (500 atoms of 100 neighbors) keeps a GPU busy anyway."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Numbers of atoms and edges of a recording, ghosts included."""
+    """Numbers of atoms and edges of a recording, padding included."""
 
     n_atoms: int
     n_edges: int
 
     @classmethod
     def around(cls, n_atoms: int, n_edges: int) -> "Size":
-        """Give the least size with room for so many atoms and edges, and the ghosts."""
+        """Give the least size with room for so many atoms and edges, and the padding."""
         return cls(capacity(n_atoms + PADDING_ATOMS), capacity(n_edges))
 
 
@@ -70,7 +70,7 @@ Record = Callable[[TensorFunction, Arguments], tuple[EdgeDerivatives, Callable[[
 
 @dataclass(frozen=True)
 class Recording:
-    """What is read and written by a replay, always at the same addresses, and the ghosts that fill up its graphs."""
+    """What is read and written by a replay, always at the same addresses, and the padding atoms that fill up its graphs."""
 
     padding: Arguments
     inputs: Arguments
@@ -78,7 +78,7 @@ class Recording:
     replay: Callable[[], object]
 
     def __call__(self, arguments: Sequence[Tensor]) -> EdgeDerivatives:
-        """Put a graph in the place of the first ghosts, replay, and copy what belongs to it."""
+        """Put a graph in the place of the first padding atoms, replay, and copy what belongs to it."""
         edges, atoms = slice(len(arguments[0])), slice(len(arguments[2]))
         for buffer, values, padding, dim in zip(
             self.inputs, arguments, self.padding, (0, 1, 0, 0), strict=True
@@ -117,8 +117,8 @@ class CapturedFunction:
     ----------
     function
         Made of kernels alone: nothing in it may wait for a number from the device.
-    ghost
-        Atomic number of the ghosts, and the length of their edges in Å: an element of the network, and its cutoff.
+    padding_atom
+        Atomic number of the padding atoms, and the length of their edges in Å: an element of the network, and its cutoff.
     record
         How to record.
     """
@@ -129,7 +129,7 @@ class CapturedFunction:
         self._needed: dict[Size, int] = {}
         self._recordings: OrderedDict[Size, Recording] = OrderedDict()
         self._failures, self._lock = 0, threading.Lock()
-        self._stream: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, *arguments: Tensor) -> EdgeDerivatives:
         """Evaluate, by a recording where there is one."""
@@ -220,9 +220,9 @@ class CudaGraphs:
     """Evaluations before recording: libraries prepare themselves on first use, which cannot be recorded."""
 
     def __init__(self) -> None:
-        self._streams: Any = None
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         self._pool: Any = None
-        self._living: WeakSet[Any] = WeakSet()
+        self._living: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(
         self, function: TensorFunction, inputs: Arguments
@@ -240,7 +240,7 @@ class CudaGraphs:
             self._living.add(graph)
         return outputs, graph.replay
 
-    def _warm_up(self, function: TensorFunction, inputs: Arguments, stream: Any) -> None:
+    def _warm_up(self, function: TensorFunction, inputs: Arguments, stream: torch.cuda.Stream) -> None:
         present = torch.cuda.current_stream()
         stream.wait_stream(present)
         try:
@@ -251,7 +251,11 @@ class CudaGraphs:
             present.wait_stream(stream)
 
     def _captured(
-        self, graph: Any, stream: Any, function: TensorFunction, inputs: Arguments
+        self,
+        graph: torch.cuda.CUDAGraph,
+        stream: torch.cuda.Stream,
+        function: TensorFunction,
+        inputs: Arguments,
     ) -> EdgeDerivatives:
         """Capture; whatever goes wrong, leave torch as it was and tell the first cause."""
         present, cause = torch.cuda.current_stream(), None
@@ -268,7 +272,7 @@ class CudaGraphs:
                 self._abandon(present)
             raise (cause or error) from None
 
-    def _abandon(self, present: Any) -> None:
+    def _abandon(self, present: torch.cuda.Stream) -> None:
         """Undo by hand what torch leaves behind when a capture cannot even be ended."""
         torch.cuda.set_stream(present)
         for undo in ("_cuda_endAllocateToPool", "_cuda_releasePool"):  # private, and not in every version

@@ -18,7 +18,7 @@ from ase_gffmerge.graphs.neighbor_list import (
     enclosing_box,
     find_neighbors_on_device,
     kdtree_neighbors,
-    wrapped,
+    wrap_positions,
 )
 
 CPU = torch.device("cpu")
@@ -166,7 +166,7 @@ def test_the_search_for_sparse_structures_agrees(kind, pbc, n_atoms, seed):
     positions = rng.uniform(-9.0, 9.0, (n_atoms, 3))
     atoms = Atoms(n_atoms * "H", positions, cell=CELLS[kind], pbc=pbc)
     origin, box = enclosing_box(atoms, 3.1)
-    inside, cells = wrapped(positions, box, origin=origin, pbc=atoms.pbc)
+    inside, cells = wrap_positions(positions, box, origin=origin, pbc=atoms.pbc)
     receiver, sender, shifts = kdtree_neighbors(inside, box, pbc=atoms.pbc, cutoff=3.1)
     shifts = shifts + cells[receiver] - cells[sender]
     found = np.column_stack([receiver, sender, shifts]).tolist()

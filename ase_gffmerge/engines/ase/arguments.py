@@ -36,7 +36,7 @@ def skin_width(skin: float) -> float:
         width = -1.0
     if not 0 <= width < float("inf"):
         raise ArgumentError(
-            f"skin={skin!r} is no length; give one of about 1 Å, or 0 to search neighbours every time"
+            f"skin={skin!r} is no length; give one of about 1 Å, or 0 to search neighbors every time"
         )
     return width
 

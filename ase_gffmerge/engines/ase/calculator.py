@@ -22,6 +22,7 @@ from ase_gffmerge.engines.ase.arguments import (
     specialist_choice,
     weight_tuple,
 )
+from ase_gffmerge.engines.ase.dispersion import Results
 from ase_gffmerge.engines.ase.results import (
     ExtrapolationNotice,
     as_array,
@@ -34,6 +35,7 @@ from ase_gffmerge.engines.ase.results import (
 )
 from ase_gffmerge.errors import ArgumentError
 from ase_gffmerge.forcefield.conditioning import KEY, same_choice
+from ase_gffmerge.forcefield.force_field import symbols
 from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.graphs.verlet import VerletCache
 from ase_gffmerge.inference.compiled import Compile
@@ -52,67 +54,70 @@ PROPERTIES = ("energy", "free_energy", "energies", "forces", "stress")
 
 
 class GFFMergeCalculator(Calculator):
-    """Serve one force field, or several merged into one, to ASE.
+    """ASE calculator of one machine-learned force field, or of several specialists merged into a single one.
 
-    Energies in eV, forces in eV/Å, stress in eV/Å^3 (Voigt order, positive under tension), all from one
-    forward and one backward pass.
+    One forward and one backward pass give every property: energy and energies per atom in eV, forces in eV/Å and, where the
+    cell has three vectors, stress in eV/Å^3 (order xx, yy, zz, yz, xz, xy; positive under tension)::
+
+        atoms = ase.build.molecule("CH3CH2OH")
+        atoms.calc = GFFMergeCalculator(["rmd17-ethanol", "rmd17-malonaldehyde"])
+        atoms.get_forces()
 
     Parameters
     ----------
     specialists
-        One or several of: bundled name, path of a ``.safetensors`` file, another package's force field as
-        ``vendor:path`` (for example ``chgnet:fine-tuned.pth.tar``), :class:`~ase_gffmerge.ForceField`. Several are
-        merged, and the merged potential is kept in the cache; a single one, merged or not, is served as it is.
+        One or several force fields: bundled names, paths of ``.safetensors`` files, files of other packages as
+        ``vendor:path`` (for example ``chgnet:fine-tuned.pth.tar``), or :class:`~ase_gffmerge.ForceField` objects. Several
+        are merged, once: the result is kept in the cache. A single one, merged or not, is used as it is.
     calibration
-        For each specialist a list or a file of unlabelled frames that it knows, or ``None`` where it carries some already.
-        Another package's files carry none.
+        For each specialist, unlabelled frames of the systems it was trained on, as a list or a file; ``None`` where its file
+        holds some already. Files of other packages hold none.
     recipe
-        How to merge: ``gffmerge``, ``paper``, ``mean``, the path of a YAML file, a mapping, or a recipe.
+        How to merge: a preset (``gffmerge``, ``paper``, ``mean``), the path of a YAML file, a mapping, or a
+        :class:`~ase_gffmerge.Recipe`.
     conditioning
-        ``shared``: one potential energy surface; ``per-specialist``: every atom carries the index or name of
-        its specialist. Default: what the recipe or the file says.
+        ``shared``: one potential energy surface; ``per-specialist``: every specialist's element embeddings are kept, and
+        each atom says whose it uses. Default: what the recipe or the file says.
     device
-        ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: a GPU if there is one.
     dtype
-        ``float32`` or ``float64``, of the network; geometry and results are always float64. On a GPU products are rounded to
-        TF32 only if you ask torch for it (``torch.set_float32_matmul_precision``).
+        ``float32`` or ``float64`` (phonons, tight relaxations), of the network; geometry and results are float64 always.
     skin
-        Å by which neighbours are searched beyond the cutoff, so that a search lasts for many steps; 0 searches every time.
-        It never changes a result.
+        How far beyond the cutoff neighbors are searched, in Å, so that one search lasts for many steps; 0 searches every
+        time. It changes the speed, never a result.
     cache_dir
-        Folder of merged potentials; default: ``GFFMERGE_CACHE``, else the user's cache folder.
+        Folder of merged force fields; default: ``GFFMERGE_CACHE``, else the user's cache folder.
     weights
-        How much each specialist counts in the merge.
+        Relative weight of each specialist in the merge; default: equal.
     allow_unrelated
-        Merge specialists although they do not descend from a common base.
+        Merge specialists although they were not fine-tuned from a common base. Do not expect good forces.
     specialist
-        With per-specialist conditioning, name or index for structures that say nothing in
-        ``atoms.arrays["specialist"]`` or ``atoms.info["specialist"]``.
+        With per-specialist conditioning, the name or index for structures that name none themselves in
+        ``atoms.arrays["specialist"]`` (per atom) or ``atoms.info["specialist"]``.
     compile
-        Fuse the network by ``torch.compile``, once for all structures, which takes half a minute or more; results are the
-        same to round-off. ``auto``: on a GPU after 200 evaluations, never on a CPU, where runs stay reproducible to the
-        last bit. Without a compiler: one warning, and evaluation as with ``False``. On a GPU small structures are also
-        replayed as CUDA graphs (:mod:`ase_gffmerge.inference.cuda_graphs`), unless it is ``False``.
+        Fuse the network by ``torch.compile``, once for all structures, which takes half a minute or more; results agree to
+        round-off. ``auto``: on a GPU after 200 evaluations, never on a CPU. Unless ``False``, a GPU also replays small
+        structures as CUDA graphs (:mod:`ase_gffmerge.inference.cuda_graphs`).
     dispersion
-        Add Grimme's D3 correction to force fields whose labels lack it, as ``damping:functional``, for example
-        ``d3bj:pbe`` (needs the package dftd3). Energies per atom are not served then.
+        Grimme's D3 correction to add to force fields whose labels lack it, as ``damping:functional``, for example
+        ``d3bj:pbe`` (needs the package dftd3). There are no energies per atom then.
     progress
-        Called by the merge with a fraction (0 to 1) and a description.
+        Called during a merge with a fraction (0 to 1) and a description.
 
     Attributes
     ----------
     force_field : ForceField
-        What is served (without calibration frames).
+        The force field in use (without calibration frames).
     cache_hit : bool or None
-        Whether the merge was found in the cache; ``None`` when nothing was to be merged.
+        Whether the merge was found in the cache; ``None`` when there was nothing to merge.
     extras : dict
-        About the last calculation: ``n_edges``, ``seconds`` and, if the force field has a gauge, ``extrapolation``: a grade
-        per atom (n_atoms,), where 1 is the edge of the calibration frames and infinity an element they do not contain.
+        About the last calculation: ``n_edges``, ``seconds`` and, if the force field knows its calibration frames,
+        ``extrapolation``, a grade per atom: at most 1 within these frames, infinite for elements they lack.
 
     Raises
     ------
-    ase.calculators.calculator.CalculatorSetupError
-        For bad input; also a :class:`~ase_gffmerge.errors.GFFMergeError` of the fitting kind.
+    GFFMergeError
+        For unusable input; every such error is also ASE's ``CalculatorSetupError``.
     """
 
     implemented_properties: ClassVar[list[str]] = list(PROPERTIES)  # type: ignore[misc]
@@ -162,7 +167,7 @@ class GFFMergeCalculator(Calculator):
         self.cache_hit = resolved.cache_hit
         self._notice = ExtrapolationNotice(self.force_field.name)
         self._list_properties()
-        self._neighbours = VerletCache(cutoff=self.force_field.cutoff, skin=skin, device=target)
+        self._neighbors = VerletCache(cutoff=self.force_field.cutoff, skin=skin, device=target)
         self.parameters.update(
             resolved.arguments,
             conditioning=conditioning,
@@ -175,8 +180,6 @@ class GFFMergeCalculator(Calculator):
             compile=compile,
             dispersion=dispersion,
         )
-
-    # -- what is served --
 
     def _list_properties(self) -> None:
         """Say what is served, in a list of its own; D3 has no energies per atom."""
@@ -202,10 +205,13 @@ class GFFMergeCalculator(Calculator):
         """Whether atoms must say which specialist they belong to."""
         return self.force_field.potential.hyper.n_embeddings > 1
 
-    # -- what ASE calls --
-
     def _get_name(self) -> str:
         return "gffmerge"
+
+    def __repr__(self) -> str:
+        names, field = " + ".join(self.specialist_names), self.force_field
+        where = f"{self.parameters['dtype']} on {field.potential.device}"
+        return f"GFFMergeCalculator({names}; elements {symbols(field.species)}; {where})"
 
     def set(self, **kwargs: Any) -> dict[str, Any]:
         """Change ``specialist``; everything else needs a new calculator."""
@@ -288,7 +294,7 @@ class GFFMergeCalculator(Calculator):
     def _graph(self, atoms: Atoms) -> AtomGraph:
         """Graph in float64 on the device, with specialist indices if the potential reads them."""
         prepared = self.force_field.prepared(atoms, specialist=self.parameters.get(KEY))
-        return self._neighbours.graph(prepared)
+        return self._neighbors.graph(prepared)
 
     def evaluate(
         self,
@@ -296,7 +302,7 @@ class GFFMergeCalculator(Calculator):
         properties: Sequence[str] | None = None,
         *,
         max_edges: int | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Results]:
         """Evaluate many structures in batches; faster than one after the other, and from any thread.
 
         Parameters
@@ -304,10 +310,10 @@ class GFFMergeCalculator(Calculator):
         structures
             Of any sizes and boundary conditions; neither they nor what this calculator remembers is changed.
         properties
-            Default: everything, the stress where there is a volume. On request also ``extrapolation``, the grade (n_atoms,)
-            of :attr:`extras`, if the force field has a gauge.
+            Default: everything, the stress where there is a volume. On request also ``extrapolation``, the grade
+            of :attr:`extras`.
         max_edges
-            Size of a batch in pairs of neighbours, each of which takes 13 to 42 kB; default: 2,000 on a CPU (near its
+            Size of a batch in edges (pairs of neighbors), each of which takes 13 to 42 kB; default: 2,000 on a CPU (near its
             caches), 200,000 on a GPU. Where memory is short, batches are halved.
 
         Returns
@@ -346,7 +352,7 @@ class GFFMergeCalculator(Calculator):
         structure = require_structure(atoms)
         prepared = self.force_field.prepared(structure, specialist=self.parameters.get(KEY))
         with isolated_torch(), computing(structure, self.force_field.potential.device):
-            graph = self._neighbours.fresh().graph(prepared)
+            graph = self._neighbors.fresh().graph(prepared)
             matrix = hessian(self.force_field.potential, graph, progress=progress)
         return matrix if self._dispersion is None else matrix + self._dispersion.hessian(structure)
 
@@ -366,23 +372,17 @@ class GFFMergeCalculator(Calculator):
         with torch.inference_mode(False), self._lock:
             return force_disagreement(self._specialists.load(), require_structure(atoms))
 
-    # -- copies --
-
     def spawn(self) -> Self:
-        """Return a calculator with the same weights and results of its own: one per NEB image, phonon run or thread.
-
-        A band whose images share one calculator takes the same path at four times the evaluations, since a calculator
-        remembers one structure.
-        """
+        """Return a calculator with the same weights and results of its own: one per NEB image, phonon run or thread."""
         twin = copy.copy(self)
         twin.reset()
         twin.extras = {}
-        twin._neighbours = self._neighbours.fresh()
+        twin._neighbors = self._neighbors.fresh()
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in vars(self).items() if key != "_lock"}
-        return state | {"_neighbours": self._neighbours.fresh()}
+        return state | {"_neighbors": self._neighbors.fresh()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -5,9 +5,8 @@ Grimme, Antony, Ehrlich, Krieg, J. Chem. Phys. 132, 154104 (2010); damping: Grim
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from ase import Atoms
@@ -31,6 +30,9 @@ DAMPINGS = {
 _CONTAINS = re.compile(
     r"(?i)(?<![a-z0-9])(d[234](\(?m?(bj|zero|0)\)?)?|mbd|r?vv10|vdw[a-z0-9-]*)(?![a-z0-9])"
 )
+
+Results = dict[str, float | np.ndarray]
+"""What ASE calls ``results``: a value per property."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Dispersion:
             found["stress"] = full_3x3_to_voigt_6_stress(virial * Hartree / atoms.get_volume())
         return found
 
-    def added(self, results: Mapping[str, Any], atoms: Atoms) -> dict[str, Any]:
+    def added(self, results: Results, atoms: Atoms) -> Results:
         """ASE's results with the correction in them, and without energies per atom, which D3 does not have."""
         own = self.results(atoms)
         found = {name: value for name, value in results.items() if name != "energies"}

@@ -1,14 +1,10 @@
-"""From a prediction to ASE's results, with the checks before and after.
-
-ASE results of many structures at once: evaluated in batches, one dictionary each.
-"""
+"""From predictions to ASE's results, of one structure or of many in batches, with the checks before and after."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from numbers import Integral
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +13,7 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
-from ase_gffmerge.engines.ase.dispersion import Dispersion
+from ase_gffmerge.engines.ase.dispersion import Dispersion, Results
 from ase_gffmerge.errors import (
     ArgumentError,
     EvaluationFailed,
@@ -57,11 +53,11 @@ def computing(atoms: Atoms, device: torch.device) -> Iterator[None]:
             raise
 
 
-def ase_results(prediction: Prediction, atoms: Atoms) -> dict[str, Any]:
+def ase_results(prediction: Prediction, atoms: Atoms) -> Results:
     """ASE's results: new float64 arrays, the energy a float and exactly the sum of the energies."""
     energies = as_array(prediction.energies)
     energy = float(energies.sum())
-    results: dict[str, Any] = {"energy": energy, "free_energy": energy, "energies": energies}
+    results: Results = {"energy": energy, "free_energy": energy, "energies": energies}
     results["forces"] = as_array(prediction.forces)
     if has_volume(atoms):
         stress = as_array(prediction.strain_derivative)[0] / atoms.cell.volume
@@ -94,7 +90,7 @@ def as_array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().to(device="cpu", dtype=torch.float64).numpy().copy()
 
 
-def require_finite(results: Mapping[str, Any], atoms: Atoms) -> None:
+def require_finite(results: Results, atoms: Atoms) -> None:
     """Raise :class:`EvaluationFailed` naming the first result that is not finite, and where."""
     for name in ("energies", "forces"):
         finite = np.isfinite(results[name]).reshape(len(atoms), -1).all(axis=1)
@@ -154,7 +150,7 @@ def evaluate_structures(
     specialist: str | int | None = None,
     max_edges: int | None = None,
     dispersion: Dispersion | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Results]:
     """Results of every structure.
 
     Parameters
@@ -167,7 +163,7 @@ def evaluate_structures(
         What evaluates the same force field.
     served, properties
         What there is, and what of it is wanted; default: everything that a structure has. ``extrapolation`` is given on
-        request, when the force field has a gauge.
+        request, when the force field has an extrapolation grade.
     specialist
         For structures that do not say which specialist they belong to.
     max_edges
@@ -210,7 +206,7 @@ def _results(
     grades: Tensor | None,
     wanted: Sequence[str],
     dispersion: Dispersion | None,
-) -> dict[str, Any]:
+) -> Results:
     found = ase_results(prediction, atoms)
     with _named(k):
         require_finite(found, atoms)

@@ -262,7 +262,7 @@ def test_08_structures_that_cannot_be_evaluated(calc):
 def test_21_the_public_checks_pass(force_field, relatives, tmp_path):
     """All of points 1 to 18 that can be seen from outside; that each check can fail is tested in ``../testing``.
 
-    A merge that is found in the cache has more to check: a gauge.
+    A merge that is found in the cache has more to check: an extrapolation grade.
     """
     path = force_field.save(tmp_path / "toy.safetensors")
     report = check_calculator(GFFMergeCalculator(path, dtype="float64", device="cpu"), crystal(), steps=50)

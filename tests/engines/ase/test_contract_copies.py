@@ -94,15 +94,15 @@ def test_11_threads(calc, spawned):
     assert not wrong
 
 
-def test_11_copies_have_neighbours_of_their_own(calc):
+def test_11_copies_have_neighbors_of_their_own(calc):
     """A list is neither shared, which threads could not stand, nor carried along in pickles."""
     everything(crystal() * (4, 4, 4), calc)
     size = len(pickle.dumps(calc.spawn()))
     calc.reset()
     assert len(pickle.dumps(calc)) < 1.1 * size
     for twin in (calc.spawn(), copy.deepcopy(calc), pickle.loads(pickle.dumps(calc))):
-        assert twin._neighbours is not calc._neighbours
-        assert twin._neighbours.skin == calc._neighbours.skin
+        assert twin._neighbors is not calc._neighbors
+        assert twin._neighbors.skin == calc._neighbors.skin
         assert everything(cluster(), twin)["energy"] == everything(cluster(), calc)["energy"]
 
 

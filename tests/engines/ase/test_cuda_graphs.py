@@ -1,4 +1,4 @@
-"""Networks recorded as CUDA graphs: ghosts change nothing, sizes are recorded again, failures leave a working network.
+"""Networks recorded as CUDA graphs: padding changes nothing, sizes are recorded again, failures leave a working network.
 
 A recording is checked on the CPU as well, by one that evaluates the recorded function again on the recorded addresses.
 """
@@ -61,7 +61,7 @@ def test_a_capacity_is_at_most_a_quarter_too_large(count) -> None:
     assert capacity(capacity(count)) == capacity(count)
 
 
-def test_replays_are_what_the_network_gives_without_ghosts(architecture) -> None:
+def test_replays_are_what_the_network_gives_without_padding(architecture) -> None:
     potential = random_force_field(architecture).potential
     function = captured(potential, record := Rerun())
     rng = torch.Generator().manual_seed(0)

@@ -56,7 +56,7 @@ def test_grade_per_atom_after_every_calculation(calc, merged, inside) -> None:
 
 
 def test_results_stay_what_ase_knows(calc, inside) -> None:
-    """The grade is an extra; results are bitwise those of the same potential without a gauge."""
+    """The grade is an extra; results are bitwise those of the same potential without one."""
     inside.calc = calc
     inside.get_potential_energy()
     assert set(calc.results) <= {"energy", "free_energy", "energies", "forces", "stress"}
@@ -85,7 +85,7 @@ def test_periodic_structures_and_single_precision(calc, merged) -> None:
     )
 
 
-def test_copies_carry_gauge_and_grade(calc, inside) -> None:
+def test_copies_carry_the_grade(calc, inside) -> None:
     calc.calculate(inside)
     for twin in (copy.deepcopy(calc), pickle.loads(pickle.dumps(calc))):
         np.testing.assert_array_equal(twin.extras["extrapolation"], calc.extras["extrapolation"])
@@ -213,7 +213,7 @@ def test_what_a_monitor_refuses(calc, painn_calc, inside, tmp_path: Path) -> Non
             ExtrapolationMonitor(inside, **options)
 
 
-def test_specialist_with_a_gauge_of_its_own(relatives, inside) -> None:
+def test_specialist_with_grades_of_its_own(relatives, inside) -> None:
     calc = GFFMergeCalculator(relatives[0].with_extrapolation_grade(), device="cpu")
     calc.calculate(inside)
     assert calc.extras["extrapolation"].max() < 1

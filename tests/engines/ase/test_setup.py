@@ -232,3 +232,9 @@ def test_no_warnings_when_all_is_well(painn_calc):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         energy(painn_calc)
+
+
+def test_its_repr_is_one_line_that_says_what_is_evaluated_and_where() -> None:
+    calc = GFFMergeCalculator(random_force_field("painn"), device="cpu", dtype="float64")
+    assert repr(calc).startswith(f"GFFMergeCalculator({calc.force_field.name}; elements ")
+    assert repr(calc).endswith("; float64 on cpu)")
