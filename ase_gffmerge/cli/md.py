@@ -204,7 +204,7 @@ def describe(sample: "Sample", steps: int) -> str:
 def _extrapolation_monitor(
     atoms: "Atoms", choice: Extrapolation | None, *, threshold: float, trajectory: Path
 ) -> "ExtrapolationMonitor | None":
-    """Watch the run as asked for; by default warn where the model has a gauge."""
+    """Watch the run as asked for; by default warn where the model has an extrapolation grade."""
     from ase_gffmerge.dynamics.extrapolation_monitor import ExtrapolationMonitor
 
     if choice is Extrapolation.off or (choice is None and atoms.calc.force_field.extrapolation_grade is None):

@@ -1,4 +1,4 @@
-"""NumPy archives with frames: the forms of rMD17, of MD17/MD22 (sGDML) and of LiPS20.
+"""Frames in formats that ASE does not read: NumPy archives (rMD17, MD17/MD22, LiPS20) and DeePMD folders.
 
 The form, and with it the units, follows from the keys:
 

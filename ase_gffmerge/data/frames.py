@@ -1,4 +1,4 @@
-"""Frames out of frames: without labels, displaced, chosen, split into parts that do not leak.
+"""What is done with frames: labels taken off, atoms displaced, some chosen, parts split without leaks, identities hashed.
 
 Identity of frames: an exact hash for provenance, and one that forgives rigid motion for leak checks.
 """

@@ -1,4 +1,4 @@
-"""Molecular dynamics with ASE's integrators: one call, one result that says how good the run was.
+"""Molecular dynamics and geometry optimisation with ASE: one call each, and a result that says how it went.
 
 Geometry optimisation by ASE's optimisers: atoms alone or with the cell, under pressure, with symmetry kept.
 """

@@ -1,4 +1,4 @@
-"""ASE's integrators of molecular dynamics by ensemble: thermostats, barostats, temperature ramps, and their inner state.
+"""ASE's integrators of molecular dynamics by ensemble, initial momenta, and the files that a run is restarted from.
 
 Initial momenta, and the degrees of freedom that carry them.
 

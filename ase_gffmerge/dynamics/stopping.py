@@ -1,4 +1,4 @@
-"""What stops a replica of molecular dynamics: broken bonds, overlaps, runaway temperature, extrapolation.
+"""What stops molecular dynamics: broken bonds, overlaps, runaway temperature, extrapolation.
 
 Covalent bonds of a structure, and whether they still hold.
 """

@@ -1,4 +1,4 @@
-"""What molecular dynamics recorded: energies, temperatures and, where they were kept, frames.
+"""What molecular dynamics recorded, in memory and on disk: energies, temperatures, frames.
 
 Trajectories on disk: frame by frame while they are made (.traj, .extxyz), or finished batches as arrays (.npz).
 """

@@ -1,4 +1,4 @@
-"""A table of results: as text for a terminal, as Markdown for a file, as rows for JSON.
+"""Tables of results (text, Markdown, JSON) and the plots that go with them.
 
 Plots of training and of forces, drawn on figures of their own (no global state of matplotlib is touched).
 """

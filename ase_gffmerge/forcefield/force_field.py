@@ -1,4 +1,4 @@
-"""A force field with everything a merge needs, in one file.
+"""A force field with everything that a merge needs, and those that come with the package.
 
 The specialists that come with the package, and labelled frames that they were not trained on.
 """

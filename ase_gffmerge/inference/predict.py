@@ -1,4 +1,4 @@
-r"""Predictions of a force field that does not change, the grade of extrapolation per atom, and how far specialists differ.
+r"""Predictions of a force field that does not change: one structure or batches, errors, Hessians, extrapolation grades.
 
 The grade comes from the features of the same forward pass (:mod:`ase_gffmerge.forcefield.leverage`). Disagreement is the
 standard deviation of the forces of K specialists on an atom,

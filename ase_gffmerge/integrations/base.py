@@ -1,4 +1,4 @@
-"""What a foreign package's force field needs to become a specialist.
+"""What another package's force field needs to become a specialist, and the packages by name.
 
 An adapter reads the vendor's file into a :class:`~ase_gffmerge.models.Potential` (a chain of stages, from edge vectors to
 energies per atom in eV), and writes such a potential back. Everything else, the graphs, the merge, the calculator, works on

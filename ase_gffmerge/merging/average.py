@@ -1,4 +1,4 @@
-r"""The mean of the specialists: first baseline, and the anchor of every solve.
+r"""Which specialists may be merged, and their mean: the first baseline and the anchor of every solve.
 
 Step 6: one zero of energy for all specialists.
 

@@ -1,4 +1,4 @@
-r"""A specialist's calibration frames in batches, with its own node states and those of the growing merged model.
+r"""Calibration frames in batches, copies of them, and what enters the layers of specialists and merged model on them.
 
 What enters the layers of a block: activations of a specialist or of the merged model on calibration frames.
 

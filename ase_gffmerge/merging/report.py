@@ -1,4 +1,4 @@
-r"""What a merge did, layer by layer, and how far the result can be trusted.
+r"""What a merge did, layer by layer, how far it is from every specialist, and how far it can be trusted.
 
 How far the merged model is from every specialist, beside the mean of the weights and the other specialists.
 

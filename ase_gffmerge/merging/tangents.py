@@ -1,4 +1,4 @@
-r"""Tensors together with their directional derivatives with respect to the atomic positions.
+r"""Directional derivatives: tensors that carry them, and the directions along which energies must agree.
 
 Layers that agree with a specialist in value need not agree in their derivatives, which forces are. A dual number
 (forward-mode differentiation) carries, beside each tensor x, its derivatives

@@ -1,4 +1,4 @@
-"""What a method is: one typed function from several specialists to potentials, with its name, source and needs.
+"""What a method is (one function from several specialists to potentials, its source and needs), and all of them by name.
 
 All methods by name, in the order in which tables show them.
 """
@@ -157,14 +157,14 @@ METHODS: Registry[Method] = Registry(
         "mean": "ase_gffmerge.methods.closed_form:mean",
         "karcher": "ase_gffmerge.methods.karcher:karcher",
         "task_arithmetic": "ase_gffmerge.methods.task_arithmetic:task_arithmetic",
-        "ties": "ase_gffmerge.methods.ties:ties",
-        "dare": "ase_gffmerge.methods.ties:dare",
+        "ties": "ase_gffmerge.methods.task_vectors:ties",
+        "dare": "ase_gffmerge.methods.task_vectors:dare",
         "fisher": "ase_gffmerge.methods.fisher:fisher",
         "regmean": "ase_gffmerge.methods.regmean:regmean",
         "regmean++": "ase_gffmerge.methods.regmean:regmean_plus_plus",
         "procrustes": "ase_gffmerge.methods.procrustes:procrustes",
         "git_rebasin": "ase_gffmerge.methods.git_rebasin:git_rebasin",
-        "emr": "ase_gffmerge.methods.ties:emr",
+        "emr": "ase_gffmerge.methods.task_vectors:emr",
         "paper": "ase_gffmerge.methods.closed_form:paper",
         "gffmerge": "ase_gffmerge.methods.closed_form:gffmerge",
         "distill": "ase_gffmerge.methods.references:distill",

@@ -1,4 +1,4 @@
-"""What needs no merging: the best single specialist, and the mean of all specialists' outputs.
+"""References that are no merges: the best specialist, the ensemble, distillation, joint training.
 
 Methods that train: distillation on the specialists' predictions, and joint training on their labels.
 """

@@ -1,4 +1,4 @@
-r"""The weights of several specialists as vectors of one length.
+r"""Weights of several specialists as vectors of one length, and hyper-parameters chosen without labels.
 
 Methods that work weight by weight need every specialist in one space: all parameters in a row, the embedding over the
 union of the elements. A specialist's row of an element that it does not know is marked as unknown and counts for nothing.

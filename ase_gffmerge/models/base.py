@@ -1,4 +1,4 @@
-r"""The interface every architecture implements.
+r"""The interface that every architecture implements, and the architectures by name.
 
 A potential is a chain of *stages*, which map the node features of all atoms to new ones:
 

@@ -1,4 +1,4 @@
-"""Devices: choosing one, and recognizing that its memory does not suffice.
+"""Devices: choosing one, fitting batches into its memory, and surviving the fork of a process.
 
 What happens when the memory of a device does not suffice: smaller batches, or an error that says what would.
 

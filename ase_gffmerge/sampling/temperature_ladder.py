@@ -1,4 +1,4 @@
-r"""Decorrelated frames from molecular dynamics on a ladder of temperatures.
+r"""Frames from molecular dynamics on a ladder of temperatures, and how far apart they must be to count as independent.
 
 How far apart frames of a trajectory must be to count as independent.
 

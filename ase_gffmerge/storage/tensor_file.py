@@ -1,4 +1,4 @@
-"""One safetensors file with JSON metadata and a digest: written atomically, verified, never unpickled.
+"""Files that no reader ever sees half written: tensors with JSON metadata and a digest, verified, never unpickled.
 
 Writing files such that no reader ever sees half of one, whenever the writer is killed.
 """

@@ -17,7 +17,7 @@ from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.methods import METHODS, MergeInputs, fisher
 from ase_gffmerge.methods.fisher import fisher_information, squared_derivatives
 from ase_gffmerge.methods.task_arithmetic import add_task_vectors
-from ase_gffmerge.methods.ties import (
+from ase_gffmerge.methods.task_vectors import (
     disjoint_mean,
     drop_and_rescale,
     elect_signs,

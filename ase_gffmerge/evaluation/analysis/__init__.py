@@ -1,6 +1,6 @@
 """Observables of trajectories: pure functions on arrays (positions in Å, times in ps unless said otherwise)."""
 
-from ase_gffmerge.evaluation.analysis.distances import (
+from ase_gffmerge.evaluation.analysis.observables import (
     Diffusion,
     Distribution,
     Spectrum,

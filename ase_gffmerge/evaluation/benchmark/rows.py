@@ -1,4 +1,4 @@
-"""Rows of the benchmark about molecular dynamics: cost of a step, of a band, growth with atoms, memory over steps.
+"""The benchmark's own rows: cost of steps, bands and large systems, memory over time, and cost of merging.
 
 Rows of the benchmark about merging: how long it took, its linear algebra, and what a finished merge costs to load.
 """
@@ -158,7 +158,7 @@ def step_rows(bench: Bench) -> Iterator[Row]:
 
 
 def _evaluate(network: Potential, graph: AtomGraph) -> None:
-    """Compute energy and forces of a finished graph, without gauge."""
+    """Compute energy and forces of a finished graph, without extrapolation grades."""
     predict(network, graph)
 
 

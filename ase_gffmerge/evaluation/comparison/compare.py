@@ -47,7 +47,7 @@ class Comparison:
     skipped
         Why a method has no row.
     told_apart
-        Methods that must be told whose territory a structure belongs to.
+        Methods that must be told which specialist a structure belongs to.
     frames
         Number of test frames by specialist.
     base
@@ -72,7 +72,7 @@ class Comparison:
         }
 
     def worst_ratio(self, model: str) -> float:
-        """Force MAE of a method over the specialist's own, on the territory where it does worst."""
+        """Force MAE of a method over the specialist's own, on the specialist where it does worst."""
         own = self.rows[SPECIALIST].errors
         pairs = zip(self.rows[model].errors, own, strict=True)
         return max(mine.force_mae / max(theirs.force_mae, 1e-12) for mine, theirs in pairs)

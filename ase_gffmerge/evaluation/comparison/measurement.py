@@ -1,4 +1,4 @@
-"""What is measured of one method: errors on every specialist's test frames, seconds, size and cost.
+"""What is measured of one method (errors, seconds, size, cost), kept on disk so that a comparison can be resumed.
 
 Finished rows of comparisons on disk, one small JSON file each, so that an interrupted comparison goes on.
 """
@@ -46,7 +46,7 @@ class Measurement:
         Wall time from the specialists to the potential, tuning of hyper-parameters included; ``None`` for the
         specialists themselves.
     parameters
-        Numbers that must be stored to serve all territories.
+        Numbers that must be stored to serve all specialists.
     cost
         Time for energy and forces of one frame in units of the specialist's own, mean over the specialists.
     settings

@@ -101,7 +101,7 @@ def footnotes(comparison: Comparison) -> list[str]:
     ]
     if comparison.told_apart:
         said.append(
-            f"{APART_MARK} must be told whose territory a structure belongs to: not one potential energy surface."
+            f"{APART_MARK} must be told which specialist a structure belongs to: not one potential energy surface."
         )
     if comparison.base:
         said.append(f"Base: {comparison.base}.")

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ase_gffmerge.evaluation.analysis import Distribution, spectral_overlap
-from ase_gffmerge.evaluation.analysis.distances import SQUARE_CM_PER_S
+from ase_gffmerge.evaluation.analysis.observables import SQUARE_CM_PER_S
 from ase_gffmerge.evaluation.md.evaluate import MDEvaluation
 from ase_gffmerge.evaluation.md.observables import ModelDynamics, mean_diffusion
 from ase_gffmerge.evaluation.table import Column, Table, save_figure

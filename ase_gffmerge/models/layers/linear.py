@@ -1,4 +1,4 @@
-r"""Linear layers of special kinds: sparse, on gathered features, and with weights of their own for every element.
+r"""Linear layers of special kinds (sparse, on gathered features, one per element), and the edges that they gather along.
 
 The last kind are the equivariant self-connections of NequIP,
 

@@ -1,4 +1,4 @@
-r"""From node features to per-atom energies.
+r"""From distances to radial functions, and from node features to per-atom energies.
 
 Both readouts take the scalar features :math:`x_1,\dots,x_L` that the L interaction blocks leave on each atom.
 

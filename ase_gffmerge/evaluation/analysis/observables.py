@@ -1,4 +1,4 @@
-r"""Distributions of interatomic distances, how far two are apart, and radial distribution functions by pair of elements.
+r"""Observables of trajectories: distributions of distances, radial distribution functions, diffusion, vibrational spectra.
 
 After Fu et al., "Forces are not enough", arXiv 2210.07237:
 

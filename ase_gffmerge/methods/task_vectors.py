@@ -1,4 +1,6 @@
-r"""TIES: task vectors trimmed, their signs elected, and the mean of those that agree.
+r"""Methods that edit task vectors before adding them to the base: TIES, DARE and EMR-Merging.
+
+TIES: task vectors trimmed, their signs elected, and the mean of those that agree.
 
 ====================================================  ==========================
 equation (arXiv 2306.01708, algorithm 1)              function
