@@ -8,8 +8,7 @@ import torch
 
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.recipe import PRESETS, load_recipe
-from ase_gffmerge.methods import MergeInputs, fisher, task_arithmetic, ties
-from ase_gffmerge.methods import ties as dare
+from ase_gffmerge.methods import MergeInputs, fisher, task_arithmetic, task_vectors
 from ase_gffmerge.models import build_potential
 from helpers.toys import rattled, relative, toy
 
@@ -39,10 +38,10 @@ def with_species(specialist: ForceField, species: Sequence[int], *, seed: int = 
 @pytest.fixture(autouse=True)
 def _coarse_grids(monkeypatch) -> None:
     """Few trials and a small readout, in place of those that real specialists deserve."""
-    monkeypatch.setattr(ties, "DENSITIES", (0.5, 1.0))
-    monkeypatch.setattr(ties, "SCALES", (1.0,))
-    monkeypatch.setattr(dare, "RATES", (0.3,))
-    monkeypatch.setattr(dare, "SHARES", (0.5, 1.0))
+    monkeypatch.setattr(task_vectors, "DENSITIES", (0.5, 1.0))
+    monkeypatch.setattr(task_vectors, "SCALES", (1.0,))
+    monkeypatch.setattr(task_vectors, "RATES", (0.3,))
+    monkeypatch.setattr(task_vectors, "SHARES", (0.5, 1.0))
     monkeypatch.setattr(task_arithmetic, "SHARES", (0.5, 1.0, 1.5))
     monkeypatch.setattr(fisher, "FLOORS", (1e-2, 1.0))
     small = load_recipe({"readout": {"width": 16, "blocks": 2, "copies": 1}, "directions": 1})
