@@ -43,6 +43,10 @@ from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import chunks, in_parts
 from ase_gffmerge.runtime.progress import Progress, no_progress
 
+FORCE_FLOOR = 0.01
+"""Root mean square force component in eV/Å below which errors are not taken relative to the forces themselves, but to this:
+equations of state and perfect crystals have none by symmetry."""
+
 
 @torch.no_grad()
 def grades(force_field: ForceField, graph: AtomGraph) -> Tensor | None:

@@ -2,6 +2,6 @@
 
 * :mod:`.gram`: sufficient statistics of rows and targets, which add up over batches, processes and machines;
 * :mod:`.ridge`: ridge regression from them, anchored at a prior;
-* :mod:`.gauss_newton`: one Gauss-Newton step on several affine maps at once, matrix-free;
-* :mod:`.random_signs`: Hutchinson's estimates of traces and diagonals.
+* :mod:`.gauss_newton`: one Gauss-Newton step on several affine maps at once, matrix-free, with Hutchinson's estimates of
+  traces and diagonals.
 """

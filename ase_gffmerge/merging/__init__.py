@@ -3,7 +3,7 @@
 The specialists' weights first become one: their mean (:mod:`.average`), embeddings by element, is where every step
 starts and what it is pulled to. Then, for one block of the network after the other,
 
-1. **sequential inputs** (:mod:`.activations`, on the frames of :mod:`.calibration`): what enters a layer comes from the
+1. **sequential inputs** (:mod:`.calibration`): what enters a layer comes from the
    merged model as built so far, what should leave it from each specialist's own pass;
 2. **normalized rows, anchored ridge** (:mod:`.layerwise`): every layer is solved on values and directional derivatives
    (:mod:`.tangents`), specialists counting the same, pulled to the mean;
@@ -15,10 +15,10 @@ and for the whole:
 
 5. **a force-matched readout** (:mod:`.readout_fit`): energies, forces and stresses are linear in the last layer, and in
    many more random features of the same network (:mod:`.random_features`); on frames and copies that each specialist
-   visits (:mod:`.augmentation`), along displacements and strains (:mod:`.directions`);
-6. **energy references** (:mod:`.reference_energies`): one zero of energy for all.
+   visits (:mod:`.calibration`), along displacements and strains (:mod:`.tangents`);
+6. **energy references** (:mod:`.average`): one zero of energy for all.
 
-:mod:`.diagnostics` compares the result with every specialist and :mod:`.report` gives the verdict. :mod:`.paper` is the
-reference method, which the steps differ from; :mod:`.recipe` holds all options; :mod:`.compatibility` says who may be
+:mod:`.report` compares the result with every specialist and gives the verdict. :mod:`.paper` is the
+reference method, which the steps differ from; :mod:`.recipe` holds all options; :mod:`.average` says who may be
 merged; :mod:`.external_calculators` merges networks inside other packages' calculators.
 """

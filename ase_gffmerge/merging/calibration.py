@@ -25,6 +25,7 @@ from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
+from ase_gffmerge.inference.predict import FORCE_FLOOR
 from ase_gffmerge.merging.recipe import AugmentationOptions
 from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models.affine_maps import is_affine, rows_entering
@@ -83,9 +84,9 @@ class CalibrationSet:
 
     @cached_property
     def mean_square_force(self) -> float:
-        """Mean square of the specialist's force components on its frames, (eV/Å)^2."""
+        """Mean square of the specialist's force components on its frames, (eV/Å)^2, at least that of the floor."""
         forces = [predict(self.specialist.potential, batch.graph).forces for batch in self.batches]
-        return max(float(torch.cat(forces).double().square().mean()), 1e-12)
+        return max(float(torch.cat(forces).double().square().mean()), FORCE_FLOOR**2)
 
 
 MAX_EDGES, EDGES_PER_ATOM = 12_000, 24

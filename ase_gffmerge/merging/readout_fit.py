@@ -9,7 +9,7 @@ With the node features fixed, energy and forces are linear in the readout's last
    \phi(z)=\mathrm{silu}(A z+b),\quad z=[x_B;\dots;x_L] ,
 
 where E⁰, F⁰ are the merged model's energy and forces at θ = c = 0, A and b are random and :math:`x_l` are the scalars after
-block l. Over the :math:`N_k` frames f of specialist k (calibration frames and copies, :mod:`.augmentation`), of
+block l. Over the :math:`N_k` frames f of specialist k (calibration frames and copies, :mod:`.calibration`), of
 :math:`n_f` atoms each, θ and c are
 
 .. math::
@@ -20,7 +20,7 @@ block l. Over the :math:`N_k` frames f of specialist k (calibration frames and c
    + \lambda\,\frac{\mathrm{tr}\,G}{d}\,\bigl( |\theta|^2 + |c|^2 \bigr) ,
 
 with the specialist's weight :math:`a_k` and mean square force component :math:`s_k`, the ``energy_weight`` :math:`w_E`, and
-derivatives :math:`\partial_p` along displacements of the atoms and strains of the cell (:mod:`.directions`), whose squares
+derivatives :math:`\partial_p` along displacements of the atoms and strains of the cell (:mod:`.tangents`), whose squares
 sum up to those of forces and weighted stresses. The derivatives :math:`\dot z` come from forward-mode differentiation, many
 directions in one pass. Every fifth frame with its copies is held out and chooses λ; then all are solved together.
 

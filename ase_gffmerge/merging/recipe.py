@@ -16,7 +16,7 @@ MERGE_VERSION = 7
 
 
 class AugmentationOptions(BaseModel):
-    """Copies of calibration frames that the specialist visits and labels by itself (:mod:`.augmentation`).
+    """Copies of calibration frames that the specialist visits and labels by itself (:mod:`.calibration`).
 
     Attributes
     ----------

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.inference.predict import FramePredictions, compare, predict_frames
+from ase_gffmerge.inference.predict import FORCE_FLOOR, FramePredictions, compare, predict_frames
 from ase_gffmerge.models import Potential
 
 if TYPE_CHECKING:
@@ -162,9 +162,11 @@ class MergeReport:
     def relative_disagreement(self) -> float:
         """Largest force RMSE of the merged model against a specialist over that specialist's force RMS.
 
-        A readout fitted on the same frames is judged by its error on held-out frames, if that is larger.
+        Forces that are silent by symmetry count as :data:`.FORCE_FLOOR`. A readout fitted on the same frames is judged by
+        its error on held-out frames, if that is larger.
         """
-        values = [d.force_rmse / max(d.force_rms, 1e-12) for d in self.disagreements if d.model == "merged"]
+        merged = [d for d in self.disagreements if d.model == "merged"]
+        values = [d.force_rmse / max(d.force_rms, FORCE_FLOOR) for d in merged]
         return max([*values, self.held_out or 0.0])
 
     @property

@@ -34,7 +34,7 @@ from ase_gffmerge.errors import IncompatibleSpecialistsError, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph
-from ase_gffmerge.inference.predict import check_frames
+from ase_gffmerge.inference.predict import FORCE_FLOOR, check_frames
 from ase_gffmerge.merging.average import align_references, blank_potential, mean_references, working_copies
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput
 from ase_gffmerge.models import Potential
@@ -210,7 +210,10 @@ class DisagreementMetric:
     def disagreement(self, potential: Potential) -> float:
         """D of a potential that knows all elements of all frames; infinite when its forces are not finite."""
         ratios = [
-            float((_forces(potential, own) - forces).norm() / forces.norm().clamp(min=1e-12))
+            float(
+                (_forces(potential, own) - forces).norm()
+                / forces.norm().clamp(min=FORCE_FLOOR * forces.numel() ** 0.5)
+            )
             for own, forces in zip(self.batches, self.forces, strict=True)
         ]
         return float(np.nan_to_num(np.mean(ratios), nan=np.inf))

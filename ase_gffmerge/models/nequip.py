@@ -16,7 +16,7 @@ y (n_atoms, irreps.dim)                           ``state[0]``, laid out by :cla
 W_up, W_down, W_skip                              ``linear_up``, ``linear_down``, ``skip`` (``o3.Linear``)
 R(r), one weight per path and channel             ``radial`` (``FullyConnectedNet`` without bias)
 f_c(r)                                            ``geometry.envelope``
-x ⊗ Y, per path                                   ``geometry.angular``, see :mod:`.tensor_product`
+x ⊗ Y, per path                                   ``geometry.angular``, see :class:`.Convolution`
 n̄, mean number of neighbours                      ``avg_num_neighbors``
 ================================================  ======================================
 

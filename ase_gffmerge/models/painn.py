@@ -257,7 +257,7 @@ class PaiNN(Potential):
             self.stages.append(Update(hyper.channels, hyper.norm_offset))
 
     def for_inference(self) -> Self:
-        """Give a copy with messages in blocks (:mod:`.painn_cpu`), which shares the weights."""
+        """Give a copy with messages in blocks (:class:`.InferenceMessage`), which shares the weights."""
         twin = copy(self)
         twin._modules = dict(self._modules)
         twin.stages = nn.ModuleList(

@@ -33,6 +33,7 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
 from ase_gffmerge.graphs import batch_graphs, predict
+from ase_gffmerge.inference.predict import FORCE_FLOOR
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe
 from ase_gffmerge.merging.report import MergeReport, diagnose
@@ -310,9 +311,10 @@ def _distilled_report(
 
 def _relative_error(potential: Potential, graphs: Sequence[LabeledGraph]) -> float:
     """Root mean square force error over the root mean square force."""
-    squares = torch.zeros(2, dtype=torch.float64)
+    squares, count = torch.zeros(2, dtype=torch.float64), 0
     for start in range(0, len(graphs), BATCH):
         batch = batch_graphs(graphs[start : start + BATCH]).to(potential.device)
         error = predict(potential, batch).forces - batch.forces
+        count += error.numel()
         squares += torch.stack([error.double().square().sum(), batch.forces.double().square().sum()]).cpu()
-    return float((squares[0] / squares[1].clamp(min=1e-12)).sqrt())
+    return float((squares[0] / squares[1].clamp(min=FORCE_FLOOR**2 * count)).sqrt())

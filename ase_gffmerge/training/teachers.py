@@ -15,7 +15,7 @@ from ase_gffmerge.data.frames import bare, displaced
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.inference.predict import check_frames
+from ase_gffmerge.inference.predict import FORCE_FLOOR, check_frames
 from ase_gffmerge.merging.average import align_references, working_copies
 from ase_gffmerge.merging.calibration import copies_per_frame, with_copies
 from ase_gffmerge.merging.recipe import DistillOptions
@@ -107,7 +107,8 @@ def prepare_teachers(
         )
     )
     scales = [
-        max(_mean_force(graphs), 1e-6) / weight for graphs, weight in zip(training, weights, strict=True)
+        max(_mean_force(graphs), FORCE_FLOOR) / weight
+        for graphs, weight in zip(training, weights, strict=True)
     ]
     return Teachers(teachers, distillation_sets, weigh(training, scales), weigh(held_out, scales), shifts)
 
