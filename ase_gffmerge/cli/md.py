@@ -1,5 +1,6 @@
 """``gffmerge md``: molecular dynamics with ASE's integrators."""
 
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -115,6 +116,7 @@ def md(
     """
     from ase_gffmerge.dynamics.ase_md import run_md
     from ase_gffmerge.dynamics.integrators import Conditions, restart_path
+    from ase_gffmerge.errors import ExtrapolationWarning
 
     goes_on = restart or append
     require_outputs(
@@ -122,6 +124,8 @@ def md(
     )
     require_outputs(out, inputs=[structure, model], overwrite=True)
     atoms = prepared(model, structure, device=device, dtype=dtype.value, specialist=specialist)
+    # --extrapolation decides what is said about structures beyond the calibration frames, not the calculator
+    warnings.filterwarnings("ignore", message=".*This is said once", category=ExtrapolationWarning)
     fix_atoms(atoms, fix)
     conditions = Conditions(
         ensemble=ensemble.value,
