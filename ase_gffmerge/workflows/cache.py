@@ -4,10 +4,12 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,11 +23,18 @@ from ase_gffmerge.merging import recipe as recipe_module
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.storage.tensor_file import read_metadata, remove_leftovers
 
+try:
+    import fcntl
+except ImportError:  # Windows, which always has locks
+    fcntl = None  # type: ignore[assignment]
+
 ENVIRONMENT_VARIABLE = "GFFMERGE_CACHE"
 SUFFIX = ".safetensors"
 _KEY = "[0-9a-f]" * 64
 """Pattern of :func:`cache_key`: a file of any other name in the folder is somebody else's."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EIO, errno.ENOSYS)
+"""What file systems without locks answer when they are asked for one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +105,12 @@ class MergeCache:
     """
 
     def __init__(self, directory: str | Path | None = None):
-        default = (
-            os.environ.get(ENVIRONMENT_VARIABLE) or platformdirs.user_cache_path("ase-gffmerge") / "merged"
-        )
+        chosen = directory or os.environ.get(ENVIRONMENT_VARIABLE)
         try:
-            self.directory = Path(directory or default).expanduser().absolute()
-        except (OSError, RuntimeError) as error:
-            raise _unusable(directory or default, error) from None
+            folder = Path(chosen) if chosen else platformdirs.user_cache_path("ase-gffmerge") / "merged"
+            self.directory = folder.expanduser().absolute()
+        except (OSError, RuntimeError, KeyError) as error:  # neither HOME nor an entry in the list of users
+            raise _unusable(chosen or "in the user's home", error) from None
 
     def path(self, key: str) -> Path:
         """File of the entry ``key``, whether it exists or not."""
@@ -113,7 +121,8 @@ class MergeCache:
     ) -> tuple[ForceField, bool]:
         """Load the merge of ``specialists`` by ``recipe``, or build and store it while other processes wait.
 
-        A full disk costs the entry (with a :class:`CacheWarning`), not the merge.
+        A full disk, or a file system without locks, costs the entry (with a :class:`CacheWarning`), not the merge. In a
+        folder that others may write to, everybody can read the entries and take the locks, whatever the umask.
 
         Parameters
         ----------
@@ -134,13 +143,15 @@ class MergeCache:
         Raises
         ------
         CacheError
-            When the folder cannot be written or locked.
+            When the folder cannot be written, or the lock in it not opened.
         """
         key = cache_key([specialist.content_digest for specialist in specialists], recipe)
         path, fingerprints = self.path(key), [specialist.fingerprint for specialist in specialists]
         if found := _load(path, fingerprints, warn=False):
             return found, True
-        with self._locked(key):
+        with self._locked(key) as usable:
+            if not usable:
+                return build(), False
             if found := _load(path, fingerprints, warn=True):
                 return found, True
             remove_leftovers(path)  # whoever wrote them held the lock, and was killed
@@ -151,20 +162,22 @@ class MergeCache:
         return _load(self.path(key), None, warn=False)
 
     @contextmanager
-    def _locked(self, key: str) -> Iterator[None]:
-        """Hold the lock of ``key`` in a folder that was just written to; go on without one on a full disk."""
-        lock: BaseFileLock | None = None
+    def _locked(self, key: str) -> Iterator[bool]:
+        """Hold the lock of ``key`` in a folder that was just written to; false where the file system has no locks.
+
+        A full disk is true: it has room for neither the lock nor the entry, but that is said when the entry is written.
+        """
+        lock, usable = None, True
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.directory):
-                lock = FileLock(self.directory / f".{key}.lock")
-                lock.acquire()
-        except (OSError, ValueError, NotImplementedError) as error:
+            with tempfile.TemporaryFile(dir=self.directory) as probe:
+                lock = _acquire(self.directory / f".{key}.lock", probe.fileno())
+                usable = lock is not None
+        except (OSError, ValueError) as error:
             if getattr(error, "errno", None) not in _FULL:
                 raise _unusable(self.directory, error) from None
-            lock = None
         try:
-            yield
+            yield usable
         finally:
             if lock is not None:
                 lock.release()
@@ -203,6 +216,54 @@ class MergeCache:
                     f"cannot delete {path} ({error.strerror}); check the folder's permissions"
                 ) from None
         return entries
+
+
+def _acquire(path: Path, probe: int) -> BaseFileLock | None:
+    """Wait for the lock, which all users of the folder can take; ``None``, with a warning, where there are no locks.
+
+    The file descriptor ``probe``, of a file in the same folder, is locked first: without locks, filelock would mark a
+    folder in a way that outlives a killed process.
+    """
+    lock = FileLock(path, mode=0o666) if _shared(path.parent) else FileLock(path)
+    try:
+        if fcntl is not None:
+            fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _patiently(lock)
+    except (OSError, NotImplementedError) as error:
+        code = getattr(error, "errno", None)
+        if code in _FULL:
+            raise
+        reason = getattr(error, "strerror", None) or error
+        if code not in _NO_LOCKS and not isinstance(error, NotImplementedError):
+            raise CacheError(
+                f"cannot open the lock {path} ({reason}); have its owner delete it, or choose another cache folder with "
+                f"cache_dir=... or the environment variable {ENVIRONMENT_VARIABLE}"
+            ) from None
+        warnings.warn(
+            f"the file system of the cache folder {path.parent} has no locks ({reason}), so this merge is not cached; "
+            f"choose a folder on another one with cache_dir=... or the environment variable {ENVIRONMENT_VARIABLE}",
+            CacheWarning,
+            stacklevel=5,
+        )
+        return None
+    return lock
+
+
+def _patiently(lock: BaseFileLock, *, attempts: int = 5) -> None:
+    """Acquire a lock which another user may just be making, and not have opened to all yet."""
+    for attempt in range(attempts):
+        try:
+            lock.acquire()
+            return
+        except PermissionError:
+            if attempt == attempts - 1:
+                raise
+            time.sleep(0.05)
+
+
+def _shared(folder: Path) -> bool:
+    """Whether others than its owner may write to a folder."""
+    return bool(folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
 def _unusable(directory: str | Path, error: Exception) -> CacheError:
@@ -258,6 +319,9 @@ def _store(merged: ForceField, path: Path) -> ForceField:
     record = replace(merged.merged, cache_key=path.stem) if merged.merged else None
     try:
         replace(merged, merged=record).save(path)
+        with suppress(OSError):
+            if _shared(path.parent):
+                path.chmod(path.stat().st_mode | stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
         return _read_entry(path)
     except FileFormatError as error:
         warnings.warn(f"the merge is done but could not be cached: {error}", CacheWarning, stacklevel=4)

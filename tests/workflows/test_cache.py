@@ -1,13 +1,16 @@
 """The store of merged potentials."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,6 +269,144 @@ def test_eight_processes_build_once(specialists, tmp_path):
     assert len({fingerprint for fingerprint, _ in done}) == 1
     assert [hit for _, hit in done].count("False") == 1
     assert len(list(tmp_path.glob("built by *"))) == 1
+
+
+# -- several users, no users, no locks --
+
+USERS = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from ase_gffmerge.errors import CacheError
+from ase_gffmerge.workflows.cache import MergeCache
+from ase_gffmerge.workflows.merge import merge
+from ase_gffmerge.merging.recipe import load_recipe
+from ase_gffmerge.forcefield.force_field import ForceField
+
+private, shared = map(Path, sys.argv[1:])
+specialists = [ForceField.load(private / f"{name}.safetensors") for name in "ab"]
+recipe = load_recipe("mean")
+merged = merge(specialists, recipe, device="cpu")[0]
+for _ in range(2):  # whatever is imported on first use: these users cannot read where the package is installed
+    MergeCache(private / "cache").get_or_build(specialists, recipe, lambda: merged)
+
+def become(user):
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+    os.umask(0o077)
+
+def build():
+    (shared / f"built by {os.getuid()}").touch()
+    time.sleep(0.3)
+    return merged
+
+def work(user, start):
+    become(user)
+    os.environ.pop("HOME", None)
+    os.environ.pop("XDG_CACHE_HOME", None)
+    os.environ.pop("GFFMERGE_CACHE", None)
+    try:
+        MergeCache()
+    except CacheError as error:
+        assert "home" in str(error) and "cache_dir=" in str(error), error
+    else:
+        raise AssertionError("a user without a home has no cache folder of their own")
+    start.wait()
+    for _ in range(2):
+        _, hit = MergeCache(shared / "cache").get_or_build(specialists, recipe, build)
+    assert hit
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    start = context.Event()
+    workers = [context.Process(target=work, args=(4240 + k, start)) for k in range(4)]
+    for worker in workers: worker.start()
+    start.set()
+    for worker in workers: worker.join(60)
+    sys.exit(sum(worker.exitcode != 0 for worker in workers))
+"""
+
+
+@pytest.fixture
+def shared():
+    """A folder that every user can reach and write to."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "cache").mkdir()
+        for path in (folder, folder / "cache"):
+            path.chmod(0o777)
+        yield folder
+
+
+@pytest.fixture
+def strict_umask():
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root becomes other users")
+def test_users_share_a_folder_whatever_their_umask_and_without_a_home(specialists, tmp_path, shared):
+    for specialist in specialists:
+        specialist.save(tmp_path / f"{specialist.name}.safetensors")
+    script = tmp_path / "users.py"
+    script.write_text(USERS)
+    command = [sys.executable, str(script), str(tmp_path), str(shared)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert len(list(shared.glob("built by *"))) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions")
+@pytest.mark.parametrize(("folder", "lock", "entry"), [(0o777, 0o666, 0o644), (0o700, 0o600, 0o600)])
+def test_locks_and_entries_are_as_open_as_the_folder(
+    specialists, build, tmp_path, strict_umask, folder, lock, entry
+):
+    tmp_path.chmod(folder)
+    MergeCache(tmp_path).get_or_build(specialists, RECIPE, build)
+    key = key_of(specialists, RECIPE)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in (f".{key}.lock", f"{key}.safetensors")]
+    assert modes == [lock, entry]
+
+
+def test_a_lock_that_cannot_be_opened_is_named(specialists, build, tmp_path, monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cache_module.FileLock, "acquire", refuse)
+    name = f".{key_of(specialists, RECIPE)}.lock"
+    with pytest.raises(CacheError, match=rf"cannot open the lock .*{name} \(Permission denied\).*cache_dir="):
+        MergeCache(tmp_path).get_or_build(specialists, RECIPE, build)
+    assert build.count == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="flock")
+@pytest.mark.parametrize("code", ["ENOLCK", "EOPNOTSUPP", "EBADF", "EIO", "ENOSYS"])
+def test_without_locks_the_merge_is_not_cached(specialists, build, tmp_path, monkeypatch, code):
+    def refuse(descriptor, operation):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.warns(CacheWarning, match=r"file system of .* has no locks .*not cached") as caught:
+        merged, hit = MergeCache(tmp_path).get_or_build(specialists, RECIPE, build)
+    assert len(caught) == 1
+    assert (hit, build.count, merged.merged.specialists) == (False, 1, ("a", "b"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_is_only_needed_where_no_folder_is_given(tmp_path, monkeypatch):
+    def homeless(name):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cache_module.platformdirs, "user_cache_path", homeless)
+    assert MergeCache(tmp_path).directory == tmp_path
+    monkeypatch.setenv("GFFMERGE_CACHE", str(tmp_path / "variable"))
+    assert MergeCache().directory == tmp_path / "variable"
+    monkeypatch.delenv("GFFMERGE_CACHE")
+    with pytest.raises(CacheError, match=r"home directory.*cache_dir="):
+        MergeCache()
 
 
 # -- list, verify, clear --
