@@ -92,6 +92,12 @@ class ForceField:
         """Take what calibration frames say about specialists off them: they are this one's."""
         object.__setattr__(self, "calibration", tuple(map(without_choice, self.calibration)))
 
+    def __repr__(self) -> str:
+        """One line; the weights and frames would take a hundred thousand characters."""
+        hyper, elements = self.potential.hyper, " ".join(chemical_symbols[number] for number in self.species)
+        model = f"{self.potential.architecture}, {hyper.channels} channels, {elements}"
+        return f"<ForceField {self.name}: {model}, {len(self.calibration)} calibration frames>"
+
     @property
     def cutoff(self) -> float:
         """Neighbor radius in Å."""

@@ -10,6 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
+from ase.data import chemical_symbols
 from torch import Tensor, nn
 
 from ase_gffmerge.errors import MergeWarning
@@ -117,6 +118,7 @@ def closed_form_merge(
         seconds=clock.seconds,
         parity=parity,
         averaged=averaged_parameters(mean, recipe),
+        elements=tuple(chemical_symbols[number] for number in mean.species),
     )
     progress(1.0, report.verdict)
     if recipe.method != "mean" and report.verdict != "good":

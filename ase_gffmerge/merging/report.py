@@ -146,6 +146,8 @@ class MergeReport:
         Parameters that no least-squares problem covers and that are the mean of the specialists'.
     closed_loop
         ``chosen`` of the ``rounds`` of a closed loop, each with its ``trajectories``, as JSON types.
+    elements
+        Symbols of what the merged model knows; empty in files that older versions wrote.
     """
 
     specialists: tuple[str, ...]
@@ -157,6 +159,7 @@ class MergeReport:
     parity: tuple[Parity, ...] = ()
     averaged: tuple[str, ...] = ()
     closed_loop: Mapping[str, Any] | None = None
+    elements: tuple[str, ...] = ()
 
     @property
     def relative_disagreement(self) -> float:
@@ -185,6 +188,17 @@ class MergeReport:
             else "do not use it; do the specialists share a base, and do the calibration frames cover what they know?"
         )
         return f"the merged potential is {self.verdict}: it misses a specialist's forces by {worst:.0f} %; {advice}"
+
+    def __repr__(self) -> str:
+        """One line; :meth:`summary` is longer."""
+        names, worst = " + ".join(self.specialists), 100 * self.relative_disagreement
+        return f"<MergeReport {names}: {self.verdict}, relative force disagreement {worst:.1f} %>"
+
+    def _repr_html_(self) -> str:
+        """Elements, specialists, verdict and plot, in a notebook."""
+        from ase_gffmerge.merging.report_plot import report_card
+
+        return report_card(self)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able dictionary, verdict included."""

@@ -68,15 +68,7 @@ def _residual_panel(axis: Axes, report: MergeReport) -> None:
 
 def report_html(report: MergeReport) -> str:
     """One page with verdict, figure and tables; needs no other file and no network."""
-    image = io.BytesIO()
-    report_figure(report).savefig(image, format="png", dpi=120)
-    picture = base64.b64encode(image.getvalue()).decode()
     title = html.escape(f"Merge of {', '.join(report.specialists)}")
-    verdict = (
-        f"<p class='verdict'>{report.verdict}</p><p>Largest relative force disagreement "
-        f"{100 * report.relative_disagreement:.1f} % (good below {100 * GOOD:.0f} %, usable after distillation below "
-        f"{100 * USABLE:.0f} %).</p>"
-    )
     disagreements = _table(
         ("specialist", "model", "force MAE (meV/Å)", "force RMSE (meV/Å)", "energy MAE (meV/atom)"),
         [
@@ -102,10 +94,32 @@ def report_html(report: MergeReport) -> str:
     seconds = _table(("phase", "seconds"), [(k, f"{v:.2f}") for k, v in report.seconds.items()])
     return (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"
-        f"</head><body><h1>{title}</h1>{verdict}<img alt='parity and residuals' src='data:image/png;base64,{picture}'>"
+        f"</head><body><h1>{title}</h1>{_verdict(report)}{_picture(report)}"
         f"<h2>Disagreement on calibration frames</h2>{disagreements}<h2>Solves</h2>{layers}{averaged}<h2>Time</h2>{seconds}"
         "</body></html>"
     )
+
+
+def report_card(report: MergeReport) -> str:
+    """A part of a web page, for notebooks: specialists, elements, verdict and figure."""
+    names = html.escape(" + ".join(report.specialists))
+    known = f"<p>Elements: {html.escape(', '.join(report.elements))}</p>" if report.elements else ""
+    return f"<div><h4>Merge of {names}</h4>{known}{_verdict(report)}{_picture(report)}</div>"
+
+
+def _verdict(report: MergeReport) -> str:
+    return (
+        f"<p class='verdict'>{report.verdict}</p><p>Largest relative force disagreement "
+        f"{100 * report.relative_disagreement:.1f} % (good below {100 * GOOD:.0f} %, usable after distillation below "
+        f"{100 * USABLE:.0f} %).</p>"
+    )
+
+
+def _picture(report: MergeReport) -> str:
+    image = io.BytesIO()
+    report_figure(report).savefig(image, format="png", dpi=120)
+    data = base64.b64encode(image.getvalue()).decode()
+    return f"<img alt='parity and residuals' src='data:image/png;base64,{data}'>"
 
 
 _STYLE = (

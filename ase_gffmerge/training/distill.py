@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from ase import Atoms
+from ase.data import chemical_symbols
 
 from ase_gffmerge.data.frames import geometry_keys, hash_frames
 from ase_gffmerge.errors import IncompatibleSpecialistsError, MergeWarning
@@ -306,6 +307,7 @@ def _distilled_report(
         energy_shifts=energy_shifts,
         seconds={**(before.seconds if before else {}), "distillation": seconds},
         parity=parity,
+        elements=tuple(chemical_symbols[number] for number in potential.species),
     )
 
 

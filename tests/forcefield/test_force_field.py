@@ -93,6 +93,12 @@ def test_merge_record_round_trip(tmp_path: Path) -> None:
     assert loaded.calibration == ()
 
 
+def test_its_repr_is_one_line() -> None:
+    assert repr(ForceField.load("rmd17-ethanol")) == (
+        "<ForceField rmd17-ethanol: painn, 64 channels, H C N O, 100 calibration frames>"
+    )
+
+
 def test_loading_leaves_the_random_state_alone(path: Path) -> None:
     before = torch.random.get_rng_state()
     ForceField.load(path)

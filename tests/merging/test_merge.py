@@ -7,6 +7,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk
+from ase.data import chemical_symbols
 
 from ase_gffmerge import ForceField, merge
 from ase_gffmerge.errors import (
@@ -150,7 +151,7 @@ def test_tables_that_differ_while_the_energies_agree_are_left_alone(family) -> N
 
 @pytest.mark.slow_for("nequip")
 def test_report_is_complete_round_trips_and_shows(family, architecture, tmp_path) -> None:
-    _, report = merge(family(architecture, 2), recipe("gffmerge"))
+    merged, report = merge(family(architecture, 2), recipe("gffmerge"))
     assert MergeReport.from_dict(json.loads(report.to_json())) == report
     assert {(d.specialist, d.model) for d in report.disagreements} == {
         ("s0", "mean"),
@@ -166,6 +167,12 @@ def test_report_is_complete_round_trips_and_shows(family, architecture, tmp_path
     page = save_html(report, tmp_path / "report.html").read_text()
     assert report.verdict in page
     assert "http" not in page.replace("http-equiv", "")
+    assert report.elements == tuple(chemical_symbols[number] for number in merged.species)
+    assert repr(report).startswith(f"<MergeReport s0 + s1: {report.verdict}, ")
+    assert "\n" not in repr(report)
+    assert len(repr(report)) < 120
+    card = report._repr_html_()
+    assert all(word in card for word in ("s0 + s1", ", ".join(report.elements), report.verdict, "<img "))
     assert save_figure(report, tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 

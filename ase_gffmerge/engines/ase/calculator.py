@@ -1,6 +1,7 @@
 """The ASE calculator: the contract between a force field and ASE, nothing else."""
 
 import copy
+import html
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -200,11 +201,6 @@ class GFFMergeCalculator(Calculator):
 
         return MergeReport.from_dict(self.force_field.merged.report)
 
-    @property
-    def _conditioned(self) -> bool:
-        """Whether atoms must say which specialist they belong to."""
-        return self.force_field.potential.hyper.n_embeddings > 1
-
     def _get_name(self) -> str:
         return "gffmerge"
 
@@ -212,6 +208,9 @@ class GFFMergeCalculator(Calculator):
         names, field = " + ".join(self.specialist_names), self.force_field
         where = f"{self.parameters['dtype']} on {field.potential.device}"
         return f"GFFMergeCalculator({names}; elements {symbols(field.species)}; {where})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>{self.report._repr_html_() if self.report else ''}"
 
     def set(self, **kwargs: Any) -> dict[str, Any]:
         """Change ``specialist``; everything else needs a new calculator."""
@@ -241,7 +240,8 @@ class GFFMergeCalculator(Calculator):
             changes = [
                 name for name in STATE if not np.array_equal(getattr(self.atoms, name), getattr(atoms, name))
             ]
-        if self._conditioned and self.atoms is not None and not same_choice(self.atoms, atoms):
+        conditioned = self.force_field.potential.hyper.n_embeddings > 1
+        if conditioned and self.atoms is not None and not same_choice(self.atoms, atoms):
             changes.append(KEY)
         return changes
 

@@ -1,5 +1,6 @@
 """Making a calculator: sources, merging through the cache, the choice of specialists, and bad input."""
 
+import html
 import json
 import pickle
 import time
@@ -238,3 +239,12 @@ def test_its_repr_is_one_line_that_says_what_is_evaluated_and_where() -> None:
     calc = GFFMergeCalculator(random_force_field("painn"), device="cpu", dtype="float64")
     assert repr(calc).startswith(f"GFFMergeCalculator({calc.force_field.name}; elements ")
     assert repr(calc).endswith("; float64 on cpu)")
+
+
+def test_a_notebook_shows_what_it_is_and_what_the_merge_was_worth(relatives, tmp_path) -> None:
+    alone = GFFMergeCalculator(relatives[0], device="cpu")
+    assert alone._repr_html_() == f"<p>{html.escape(repr(alone))}</p>"
+    merged = GFFMergeCalculator(relatives, recipe="mean", cache_dir=tmp_path, device="cpu")
+    page = merged._repr_html_()
+    assert all(word in page for word in (merged.report.verdict, "<img ", *merged.specialist_names))
+    assert f"elements {', '.join(merged.report.elements)}" in page
