@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ase_gffmerge.cli.options import CacheDirOption, DeviceOption, DType, JsonOption, OverwriteOption
-from ase_gffmerge.cli.output import note, plain, print_json, print_table, progress_bar, require_outputs
-from ase_gffmerge.runtime.progress import Progress
+from ase_gffmerge.cli.output import note, plain, print_json, print_table, require_outputs
+from ase_gffmerge.runtime.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
     from ase_gffmerge.engines.ase.calculator import GFFMergeCalculator

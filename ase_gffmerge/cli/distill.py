@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ase_gffmerge.cli.options import CacheDirOption, DeviceOption, JsonOption, OverwriteOption
-from ase_gffmerge.cli.output import EpochWatch, note, print_json, progress_bar, require_outputs
+from ase_gffmerge.cli.output import EpochWatch, note, print_json, require_outputs
+from ase_gffmerge.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField

@@ -16,7 +16,8 @@ from ase_gffmerge.cli.options import (
     SpecialistOption,
     StressKey,
 )
-from ase_gffmerge.cli.output import note, plain, print_json, print_table, print_values, progress_bar
+from ase_gffmerge.cli.output import note, plain, print_json, print_table, print_values
+from ase_gffmerge.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     from ase import Atoms

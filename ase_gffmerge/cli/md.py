@@ -19,7 +19,8 @@ from ase_gffmerge.cli.options import (
     fix_atoms,
     prepared,
 )
-from ase_gffmerge.cli.output import note, print_json, print_values, progress_bar, require_outputs
+from ase_gffmerge.cli.output import note, print_json, print_values, require_outputs
+from ase_gffmerge.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     from ase import Atoms

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from ase_gffmerge.cli.options import Conditioning, DeviceOption, JsonOption, OverwriteOption
-from ase_gffmerge.cli.output import note, print_json, progress_bar, require_outputs
+from ase_gffmerge.cli.output import note, print_json, require_outputs
+from ase_gffmerge.runtime.progress import progress_bar
 
 
 def merge(

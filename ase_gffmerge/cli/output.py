@@ -3,14 +3,13 @@
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from ase_gffmerge.runtime.progress import Progress, no_progress
+from ase_gffmerge.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from ase_gffmerge.evaluation.table import Table
@@ -92,22 +91,6 @@ def require_outputs(
 def note(message: str) -> None:
     """Tell the user something that is not the result."""
     typer.echo(message, err=True)
-
-
-@contextmanager
-def progress_bar(description: str) -> Iterator[Progress]:
-    """Show a bar on stderr if that is a terminal; ``progress(fraction, text)`` moves it."""
-    if not sys.stderr.isatty():
-        yield no_progress
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(description, total=1.0)
-        yield lambda fraction, text: bar.update(task, completed=fraction, description=text)
 
 
 class EpochWatch:

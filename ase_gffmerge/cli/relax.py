@@ -19,8 +19,8 @@ from ase_gffmerge.cli.options import (
     positive,
     prepared_frames,
 )
-from ase_gffmerge.cli.output import note, print_json, print_values, progress_bar, require_outputs
-from ase_gffmerge.runtime.progress import part_of
+from ase_gffmerge.cli.output import note, print_json, print_values, require_outputs
+from ase_gffmerge.runtime.progress import part_of, progress_bar
 
 if TYPE_CHECKING:
     from ase import Atoms

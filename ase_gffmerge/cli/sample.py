@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ase_gffmerge.cli.options import DeviceOption, JsonOption, OverwriteOption
-from ase_gffmerge.cli.output import note, print_json, print_values, progress_bar, require_outputs
+from ase_gffmerge.cli.output import note, print_json, print_values, require_outputs
+from ase_gffmerge.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     from ase_gffmerge.sampling.calibration_frames import SampleResult

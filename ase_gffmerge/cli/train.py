@@ -14,7 +14,8 @@ from ase_gffmerge.cli.options import (
     OverwriteOption,
     StressKey,
 )
-from ase_gffmerge.cli.output import EpochWatch, print_json, print_values, progress_bar, require_outputs
+from ase_gffmerge.cli.output import EpochWatch, print_json, print_values, require_outputs
+from ase_gffmerge.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 Progress = Callable[[float, str], None]
 """Called now and then with the fraction done (0 to 1) and a short description of what is being done."""
@@ -27,6 +29,30 @@ def part_of(progress: Progress, start: float, end: float, *, prefix: str = "") -
         Put before every description.
     """
     return lambda fraction, text: progress(start + (end - start) * fraction, prefix + text)
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Progress]:
+    """Show a bar on stderr if that is a terminal, or in a notebook; ``progress(fraction, text)`` moves it."""
+    terminal = sys.stderr is not None and sys.stderr.isatty()  # a windowed program may have none
+    if not (terminal or in_notebook()):
+        yield no_progress
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=1.0)
+        yield lambda fraction, text: bar.update(task, completed=fraction, description=text)
+
+
+def in_notebook() -> bool:
+    """Whether this is a Jupyter kernel that can show bars, for which rich needs ipywidgets."""
+    interactive = sys.modules.get("IPython")
+    shell = getattr(interactive, "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel") and find_spec("ipywidgets") is not None
 
 
 class Clock:

@@ -13,7 +13,7 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.integrations.base import vendor_source
 from ase_gffmerge.integrations.load import Source, as_force_field, as_list, describe, local_file
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
-from ase_gffmerge.runtime.progress import Progress, no_progress
+from ase_gffmerge.runtime.progress import Progress, part_of, progress_bar
 from ase_gffmerge.storage.tensor_file import read_digest
 from ase_gffmerge.workflows.cache import MergeCache, cache_key
 
@@ -71,11 +71,11 @@ def resolve(
     device
         Where the merge is computed.
     progress
-        Handed to :func:`~ase_gffmerge.workflows.merge.merge`.
+        Handed to :func:`~ase_gffmerge.workflows.merge.merge`; default: a bar, on terminals and in notebooks.
     """
     items = as_list(sources)
     if len(items) > 1:
-        return _merged(items, options, device=device, progress=progress or no_progress)
+        return _merged(items, options, device=device, progress=progress)
     force_field = as_force_field(items[0])
     check_single(force_field, options)
     return Resolved(
@@ -123,7 +123,7 @@ def _merged(
     options: MergeOptions,
     *,
     device: torch.device,
-    progress: Progress,
+    progress: Progress | None,
 ) -> Resolved:
     """Find the merge by what the specialists' files hold, or load them and merge them while other processes wait."""
     recipe = options.load_recipe()
@@ -134,13 +134,11 @@ def _merged(
     force_field, hit = cache.find(key), True
     specialists = Specialists(inputs, digests)
     if force_field is None:
-        from ase_gffmerge.workflows.merge import merge
-
         loaded = [as_force_field(item) for item in inputs]
         key = cache_key([specialist.content_digest for specialist in loaded], recipe)
         specialists = Specialists(loaded)
         force_field, hit = cache.get_or_build(
-            loaded, recipe, lambda: merge(loaded, recipe, device=device, progress=progress)[0]
+            loaded, recipe, lambda: _merge(loaded, recipe, device=device, progress=progress)
         )
     if hit:
         _warn_again(force_field, recipe)
@@ -152,6 +150,21 @@ def _merged(
         specialists=specialists,
         cache_hit=hit,
     )
+
+
+def _merge(
+    specialists: Sequence[ForceField], recipe: Recipe, *, device: torch.device, progress: Progress | None
+) -> ForceField:
+    """Merge, under a bar that says so if the caller does not watch."""
+    from ase_gffmerge.workflows.merge import merge
+
+    if progress is not None:
+        return merge(specialists, recipe, device=device, progress=progress)[0]
+    title = (
+        f"merging {' + '.join(specialist.name for specialist in specialists)} (once; the result is cached)"
+    )
+    with progress_bar(title) as bar:
+        return merge(specialists, recipe, device=device, progress=part_of(bar, 0, 1, prefix=f"{title}: "))[0]
 
 
 def _input(source: Source) -> ForceField | Path:

@@ -103,7 +103,7 @@ class GFFMergeCalculator(Calculator):
         Grimme's D3 correction to add to force fields whose labels lack it, as ``damping:functional``, for example
         ``d3bj:pbe`` (needs the package dftd3). There are no energies per atom then.
     progress
-        Called during a merge with a fraction (0 to 1) and a description.
+        Called during a merge with a fraction (0 to 1) and a description; default: a bar, on terminals and in notebooks.
 
     Attributes
     ----------
@@ -142,7 +142,7 @@ class GFFMergeCalculator(Calculator):
         specialist: str | int | None = None,
         compile: Compile = "auto",
         dispersion: str | None = None,
-        progress: Progress = no_progress,
+        progress: Progress | None = None,
     ):
         super().__init__()
         vars(self).pop("get_spin_polarized", None)  # a reference cycle that would keep the weights alive

@@ -2,14 +2,21 @@
 
 import html
 import json
+import os
 import pickle
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
+from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from ase.calculators.calculator import CalculatorSetupError
 
+import ase_gffmerge.runtime.progress as progress_module
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import (
     CacheError,
@@ -248,3 +255,48 @@ def test_a_notebook_shows_what_it_is_and_what_the_merge_was_worth(relatives, tmp
     page = merged._repr_html_()
     assert all(word in page for word in (merged.report.verdict, "<img ", *merged.specialist_names))
     assert f"elements {', '.join(merged.report.elements)}" in page
+
+
+WATCHED = """
+import sys
+from ase_gffmerge import GFFMergeCalculator
+options = {"progress": lambda *_: None} if sys.argv[1] == "given" else {}
+GFFMergeCalculator(sys.argv[3:], recipe="mean", cache_dir=sys.argv[2], device="cpu", **options)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals")
+@pytest.mark.parametrize(("progress", "terminal"), [("default", True), ("given", True), ("default", False)])
+def test_a_merge_shows_a_bar_on_a_terminal_only_and_says_what_it_does(
+    relatives, tmp_path, progress, terminal
+):
+    files = [specialist.save(tmp_path / f"{specialist.name}.safetensors") for specialist in relatives]
+    pty = pytest.importorskip("pty")
+    shown, end = pty.openpty()
+    command = [sys.executable, "-W", "ignore", "-c", WATCHED, progress, tmp_path / "cache", *files]
+    environment = {**os.environ, "COLUMNS": "200", "TERM": "xterm"}
+    with tempfile.TemporaryFile() as plain:
+        run = subprocess.run(command, stderr=end if terminal else plain, env=environment, check=False)
+        os.close(end)
+        written = b""
+        with suppress(OSError):  # how a closed terminal ends
+            while chunk := os.read(shown, 65536):
+                written += chunk
+        os.close(shown)
+        plain.seek(0)
+        written += plain.read()
+    assert run.returncode == 0, written
+    assert (b"merging ethanol + methanol" in written) == (terminal and progress == "default"), written
+    assert written == b"" or (terminal and progress == "default")
+
+
+def test_notebooks_are_seen(monkeypatch):
+    for names, shell, seen in (
+        ({"ipywidgets"}, SimpleNamespace(kernel=None), True),
+        (set(), SimpleNamespace(kernel=None), False),
+        ({"ipywidgets"}, SimpleNamespace(), False),
+        ({"ipywidgets"}, None, False),
+    ):
+        monkeypatch.setattr(progress_module, "find_spec", lambda name, names=names: name in names or None)
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda shell=shell: shell))
+        assert progress_module.in_notebook() == seen
