@@ -24,7 +24,7 @@ def run(gffmerge, tmp_path: Path):
     potential = build_potential("painn", HYPER, (1, 8)).eval().requires_grad_(False)
     plain = ForceField(name="water", potential=potential, calibration=tuple(frames))
     plain.save(tmp_path / "plain.safetensors")
-    plain.with_extrapolation_grade().save(tmp_path / "gauged.safetensors")
+    plain.with_extrapolation_grade().save(tmp_path / "graded.safetensors")
     torn = molecule("H2O")
     torn.positions[1] *= 2.5
     write(tmp_path / "whole.xyz", molecule("H2O"))
@@ -35,32 +35,32 @@ def run(gffmerge, tmp_path: Path):
 
 
 def test_warns_by_default_where_the_model_can_tell(run) -> None:
-    torn = run("gauged", "torn", "--json")
+    torn = run("graded", "torn", "--json")
     assert "warning: atom " in torn.err
     document = torn.json()
     assert document["extrapolation_beyond"] == 3
     assert document["extrapolation_largest"] > 2
-    whole = run("gauged", "whole")
+    whole = run("graded", "whole")
     assert whole.err == ""
     assert "largest extrapolation grade" in whole.out
-    assert run("gauged", "torn", "--extrapolation", "off").err == ""
+    assert run("graded", "torn", "--extrapolation", "off").err == ""
     silent = run("plain", "torn", "--json")
     assert silent.err == ""
     assert "extrapolation_largest" not in silent.json()
 
 
 def test_stop_keeps_the_trajectory_so_far(run, tmp_path: Path) -> None:
-    assert "extrapolation grade" in run("gauged", "torn", "--extrapolation", "stop").error()
+    assert "extrapolation grade" in run("graded", "torn", "--extrapolation", "stop").error()
     assert len(read(tmp_path / "out.traj", ":")) == 1
-    assert run("gauged", "torn", "--extrapolation", "stop", "--threshold", 1e6).code == 0
+    assert run("graded", "torn", "--extrapolation", "stop", "--threshold", 1e6).code == 0
 
 
 def test_record_writes_beside_the_trajectory(run, tmp_path: Path) -> None:
-    recorded = run("gauged", "torn", "--extrapolation", "record")
+    recorded = run("graded", "torn", "--extrapolation", "record")
     assert recorded.code == 0, recorded.err
     assert len(read(tmp_path / "out-extrapolation.extxyz", ":")) == 3
 
 
 def test_asking_a_model_that_cannot_tell(run) -> None:
     assert "has no extrapolation grade" in run("plain", "whole", "--extrapolation", "warn").error()
-    assert "threshold" in run("gauged", "whole", "--threshold", 0).error()
+    assert "threshold" in run("graded", "whole", "--threshold", 0).error()

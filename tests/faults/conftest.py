@@ -26,7 +26,7 @@ def specialists() -> list[ForceField]:
 
 @pytest.fixture(scope="session")
 def merged() -> ForceField:
-    """Their mean, with a report and a gauge."""
+    """Their mean, with a report and an extrapolation grade."""
     return merge(tiny_specialists(), RECIPE, device="cpu")[0]
 
 
@@ -38,7 +38,7 @@ def files(specialists, tmp_path) -> list[Path]:
 
 @pytest.fixture
 def model(specialists, tmp_path) -> Path:
-    """A file with everything a file can hold: weights, frames, provenance, gauge."""
+    """A file with everything a file can hold: weights, frames, provenance, extrapolation grade."""
     return specialists[0].with_extrapolation_grade().save(tmp_path / "model.safetensors")
 
 

@@ -42,13 +42,13 @@ def run(context, target, *arguments, timeout: float = 60) -> int:
 def same_content(first: ForceField, second: ForceField) -> bool:
     """Whether two force fields are equal in everything a file holds, to the last bit."""
     ours, theirs = first.potential.state_dict(), second.potential.state_dict()
-    gauges = [s.extrapolation_grade.state_dict() if s.extrapolation_grade else {} for s in (first, second)]
+    grades = [s.extrapolation_grade.state_dict() if s.extrapolation_grade else {} for s in (first, second)]
     plain = [replace(s, potential=ours, extrapolation_grade=None, calibration=()) for s in (first, second)]
     return (
         ours.keys() == theirs.keys()
         and all(torch.equal(ours[name], theirs[name]) for name in ours)
-        and gauges[0].keys() == gauges[1].keys()
-        and all(torch.equal(value, gauges[1][name]) for name, value in gauges[0].items())
+        and grades[0].keys() == grades[1].keys()
+        and all(torch.equal(value, grades[1][name]) for name, value in grades[0].items())
         and first.calibration == second.calibration
         and plain[0] == plain[1]
         and first.fingerprint == second.fingerprint

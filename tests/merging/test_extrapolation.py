@@ -1,4 +1,4 @@
-"""The extrapolation gauge: what it measures, that 1 is the edge, and what it does not depend on."""
+"""The extrapolation grade: what it measures, that 1 is the edge, and what it does not depend on."""
 
 from dataclasses import replace
 
@@ -181,7 +181,7 @@ def test_frames_are_judged_as_their_specialist_embeds_them(family, conditioning:
 
 @pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 @pytest.mark.parametrize("recipe", ["paper", "gffmerge"])
-def test_every_recipe_leaves_a_gauge_of_the_final_potential(family, recipe: str) -> None:
+def test_every_recipe_leaves_an_extrapolation_grade_of_the_final_potential(family, recipe: str) -> None:
     specialists = family("painn")
     options = {"preset": recipe}
     if recipe == "gffmerge":
@@ -220,7 +220,7 @@ def test_files(merged, tmp_path) -> None:
         ForceField.load(tmp_path / "bad.safetensors")
 
 
-def test_specialist_gauged_by_its_own_frames(family) -> None:
+def test_specialist_graded_by_its_own_frames(family) -> None:
     specialist = family("nequip", 1)[0]
     assert specialist.extrapolation_grade is None
     assert grades_of(specialist.with_extrapolation_grade(), *specialist.calibration).max() < 1
