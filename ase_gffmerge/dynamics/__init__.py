@@ -6,7 +6,7 @@ Ten replicas of each of two molecules, with noise of their own, on the device of
 
     calc = GFFMergeCalculator(["rmd17-ethanol", "rmd17-malonaldehyde"])
     runs = run_replicas(
-        calc.force_field.potential,
+        calc,
         [ethanol, malonaldehyde] * 10,
         ensemble="nvt",
         temperature=500,

@@ -1,18 +1,20 @@
 """Molecular dynamics of many structures at once with one potential."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.calculator import Calculator
 
 from ase_gffmerge.dynamics.integrators import degrees_of_freedom, new_momenta
 from ase_gffmerge.dynamics.langevin import BatchedLangevin
 from ase_gffmerge.dynamics.stopping import Stop, StoppingCriteria, StoppingTracker
 from ase_gffmerge.dynamics.trajectory import Trajectory
 from ase_gffmerge.errors import DynamicsError, StructureError
+from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.predict import check_frames
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress, no_progress
@@ -21,8 +23,15 @@ Ensemble = Literal["nve", "nvt"]
 T = TypeVar("T")
 
 
+class ForceFieldCalculator(Protocol):
+    """What is needed of a :class:`~ase_gffmerge.GFFMergeCalculator`."""
+
+    force_field: ForceField
+    parameters: Mapping[str, Any]
+
+
 def run_replicas(
-    potential: Potential,
+    model: Potential | ForceField | ForceFieldCalculator,
     structures: Sequence[Atoms],
     *,
     ensemble: Ensemble,
@@ -47,9 +56,9 @@ def run_replicas(
 
     Parameters
     ----------
-    potential
-        For example ``calculator.force_field.potential``. It is evaluated in its own floating-point type on its own device;
-        geometry and integration are float64.
+    model
+        A :class:`~ase_gffmerge.GFFMergeCalculator` (without dispersion), a force field or its potential, evaluated in its
+        own floating-point type on its own device; geometry and integration are float64.
     structures
         Molecules or crystals (cells stay fixed) of any sizes, without constraints; they are not changed.
     ensemble
@@ -69,10 +78,10 @@ def run_replicas(
         One intact structure per replica, whose bonds must hold; default: the structures.
     specialist
         For potentials with per-specialist embeddings and structures that do not say which specialist they belong to: for
-        all or for each.
+        all or for each. Default: the calculator's.
     names
-        Names of the specialists in the order of their indices (``force_field.specialist_names``), where structures or
-        ``specialist`` name them.
+        Names of the specialists in the order of their indices, where structures or ``specialist`` name them and ``model``
+        is a potential, which does not know them.
     skin
         Of the neighbour lists, Å; it changes the speed, not the result.
     criteria
@@ -88,10 +97,11 @@ def run_replicas(
     Raises
     ------
     DynamicsError
-        For impossible options.
+        For impossible options, or a calculator that adds dispersion.
     FramesError, StructureError
         For no structures, unknown elements or specialists, constraints, a missing cell vector.
     """
+    potential, specialist, names = _unpacked(model, specialist, names)
     check_frames(potential, structures)
     _check(
         structures,
@@ -144,6 +154,33 @@ def run_replicas(
         record.trajectory(ensemble=ensemble, timestep=timestep, steps=steps, seconds=seconds)
         for record in records
     ]
+
+
+Choice = str | int | Sequence[str | int | None] | None
+
+
+def _unpacked(
+    model: Potential | ForceField | ForceFieldCalculator, specialist: Choice, names: Sequence[str] | None
+) -> tuple[Potential, Choice, Sequence[str] | None]:
+    """Potential of a force field or calculator, with what it says about specialists where the caller says nothing."""
+    if isinstance(model, ForceField):
+        return model.potential, specialist, names or model.specialist_names
+    if not hasattr(model, "force_field"):
+        if isinstance(model, Calculator):
+            raise DynamicsError(
+                f"{type(model).__name__} is not evaluated in batches; give a GFFMergeCalculator, a ForceField or its "
+                "potential, or run ASE's dynamics"
+            )
+        return cast("Potential", model), specialist, names
+    calculator = cast("ForceFieldCalculator", model)
+    field = calculator.force_field
+    if calculator.parameters.get("dispersion") is not None:
+        raise DynamicsError(
+            "the calculator adds dispersion, which replicas in one batch do without; run ASE's dynamics with it, or give "
+            "its force field alone (calc.force_field)"
+        )
+    chosen = calculator.parameters.get("specialist") if specialist is None else specialist
+    return field.potential, chosen, names or field.specialist_names
 
 
 def _without_stopped(

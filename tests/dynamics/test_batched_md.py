@@ -5,6 +5,7 @@ import pytest
 import torch
 from ase import Atoms, units
 from ase.build import molecule
+from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 from ase.md import VelocityVerlet
 
@@ -15,6 +16,7 @@ from ase_gffmerge.errors import DynamicsError, FramesError, StructureError
 from ase_gffmerge.graphs.graph import build_graph
 from ase_gffmerge.graphs.verlet import VerletGraph
 from helpers.springs import Springs
+from helpers.toys import random_force_field, stranger
 
 OFF = StoppingCriteria(stretch=None, contact=None, heat=None)
 
@@ -289,3 +291,40 @@ def test_impossible_requests_are_refused(change, error, message):
     options |= change
     with pytest.raises(error, match=message):
         run_replicas(Springs(), options.pop("structures"), **options)
+
+
+def test_a_calculator_or_a_force_field_says_what_its_potential_cannot(tmp_path):
+    """Whose embeddings are used: by name, from the calculator where the structures say nothing."""
+    base = random_force_field("painn")
+    pair = [stranger(base, name, "H2O", seed=seed) for seed, name in enumerate(("a", "b"))]
+    options = {
+        "conditioning": "per-specialist",
+        "recipe": "mean",
+        "allow_unrelated": True,
+        "cache_dir": tmp_path,
+    }
+    calc = GFFMergeCalculator(pair, specialist="b", device="cpu", dtype="float64", **options)
+    run = {"ensemble": "nve", "temperature": 300, "timestep": 0.5, "steps": 3, "every": 1, "criteria": OFF}
+    water, field = [molecule("H2O")], calc.force_field
+    expected = run_replicas(field.potential, water, specialist="b", names=field.specialist_names, **run)[
+        0
+    ].potential_energies
+    energies = [
+        run_replicas(calc, water, **run),
+        run_replicas(field, water, specialist="b", **run),
+        run_replicas(field, water, specialist=1, **run),
+    ]
+    for (same,) in energies:
+        np.testing.assert_array_equal(same.potential_energies, expected)
+    (other,) = run_replicas(calc, water, specialist="a", **run)
+    assert not np.allclose(other.potential_energies, expected)
+
+
+def test_calculators_that_cannot_be_batched_are_refused():
+    run = {"ensemble": "nve", "temperature": 300, "timestep": 0.5, "steps": 3}
+    with pytest.raises(DynamicsError, match="EMT is not evaluated in batches; give a GFFMergeCalculator"):
+        run_replicas(EMT(), [molecule("H2O")], **run)
+    calc = GFFMergeCalculator(random_force_field("painn"), device="cpu")
+    calc.parameters["dispersion"] = "d3bj:pbe"
+    with pytest.raises(DynamicsError, match=r"adds dispersion.*calc\.force_field"):
+        run_replicas(calc, [molecule("H2O")], **run)
