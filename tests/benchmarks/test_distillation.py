@@ -54,7 +54,6 @@ def test_table_and_curves(benchmark, monkeypatch, capsys, tmp_path) -> None:
     for name in benchmark.NAMES:
         assert document["ratio"][name] == pytest.approx(longest["force_mae"][name] / joint["force_mae"][name])
         assert longest["force_mae"][name] < runs["base-0.5"]["start"]["force_mae"][name]
-    assert runs["merged-0.5"]["seconds"] < longest["seconds"]
     assert set(document["ahead"]) == {"0.5", "1", "3frames"}
     assert len(markdown.strip().splitlines()) == 3 + len(runs)
     assert longest["start"]["seconds"] < longest["seconds"]
