@@ -16,7 +16,7 @@ from ase.units import Bohr, Hartree
 from ase_gffmerge.errors import ArgumentError, StructureError
 
 if TYPE_CHECKING:
-    from dftd3.interface import DispersionModel
+    from dftd3.interface import DampingParam, DispersionModel
 
 DAMPINGS = {
     "d3bj": "RationalDampingParam",
@@ -124,7 +124,7 @@ class Dispersion:
             atoms.numbers, atoms.positions / Bohr, atoms.cell.complete().array / Bohr, atoms.pbc
         )
 
-    def _parameters(self) -> object:
+    def _parameters(self) -> "DampingParam":
         """The damping function with the functional's parameters."""
         try:
             from dftd3 import interface
