@@ -76,7 +76,7 @@ EXAMPLES = {
     "merge": "gffmerge merge ethanol.safetensors malonaldehyde.safetensors --out merged.safetensors",
     "distill": "gffmerge distill rmd17-ethanol rmd17-malonaldehyde --out distilled.safetensors --epochs 10",
     "compare": "gffmerge compare rmd17-ethanol rmd17-malonaldehyde --methods mean gffmerge --plot errors.png",
-    "evaluate": "gffmerge evaluate rmd17-ethanol merged.safetensors ethanol.extxyz",
+    "evaluate": "gffmerge evaluate rmd17-ethanol merged.safetensors ethanol.extxyz --plot parity.png",
     "info": "gffmerge info rmd17-ethanol",
     "benchmark": "gffmerge benchmark rmd17-ethanol rmd17-malonaldehyde --only step scaling",
     "md": "gffmerge md rmd17-ethanol ethanol.xyz --ensemble nvt --temperature 300 --steps 1000 --out run.traj",

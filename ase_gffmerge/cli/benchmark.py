@@ -51,7 +51,8 @@ def benchmark(
     repeats: Annotated[int, typer.Option(min=1, help="Of everything that is timed.")] = 7,
     compile: Annotated[bool, typer.Option("--compile", help="Also measure compiled force fields.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Also draw ms per step against atoms (PNG); needs the row scaling.")
+        Path | None,
+        typer.Option(help="Also draw ms per step against atoms (.png, .svg, .pdf); needs the row scaling."),
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Of the networks.")] = DType.float32,
     device: DeviceOption = "auto",
@@ -74,7 +75,7 @@ def benchmark(
     for path in with_ or ():
         load_rows(path)
     if plot:
-        require_outputs(plot, overwrite=overwrite)
+        require_outputs(plot=plot, overwrite=overwrite)
         if only and "scaling" not in only:
             raise BenchmarkError("--plot draws the row scaling, which --only leaves out; add --only scaling")
     sizes = {"sizes": atoms, "scaling": scaling}

@@ -37,7 +37,7 @@ def compare(
         typer.Option(help=f"Labelled frames for methods that train on labels: {FRAMES_HELP}."),
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also draw the force errors (PNG).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the force errors (.png, .svg, .pdf).")] = None,
     resume: Annotated[
         Path | None,
         typer.Option(help="Folder that keeps finished methods.", show_default="in the cache folder"),
@@ -52,7 +52,7 @@ def compare(
     from ase_gffmerge.evaluation.comparison.measurement import RowStore, default_folder
     from ase_gffmerge.integrations.load import load_force_field
 
-    require_outputs(markdown, plot, inputs=[*specialists, *(test or ())], overwrite=overwrite)
+    require_outputs(markdown, plot=plot, inputs=[*specialists, *(test or ())], overwrite=overwrite)
     tests = read_tests(specialists, test or ())
     labelled = read_labelled(labels, specialists, option="--labels") if labels else ()
     merge_inputs = make_merge_inputs(

@@ -75,7 +75,7 @@ def _merged_calculator(
 def write_results(result: "DemoResult", out: Path) -> None:
     """Write the table (Markdown and JSON) and both plots."""
     from ase_gffmerge.evaluation.comparison.demo import markdown
-    from ase_gffmerge.evaluation.table import plot_errors, plot_parity
+    from ase_gffmerge.evaluation.plots import plot_errors, plot_parity
     from ase_gffmerge.storage.tensor_file import atomic_write
 
     texts = {

@@ -45,7 +45,7 @@ def distill(
     A killed distillation continues when the same command is run again.
     """
     from ase_gffmerge.data.readers import read_frames
-    from ase_gffmerge.evaluation.table import plot_history
+    from ase_gffmerge.evaluation.plots import plot_history
     from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.merging.recipe import DistillOptions, load_recipe
     from ase_gffmerge.training.checkpoint import checkpoint_path

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,10 +14,11 @@ from ase_gffmerge.cli.options import (
     EnergyKey,
     ForcesKey,
     JsonOption,
+    OverwriteOption,
     SpecialistOption,
     StressKey,
 )
-from ase_gffmerge.cli.output import note, plain, print_json, print_table, print_values
+from ase_gffmerge.cli.output import note, plain, print_json, print_table, require_outputs
 from ase_gffmerge.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -24,10 +26,10 @@ if TYPE_CHECKING:
 
     from ase_gffmerge.evaluation.md.evaluate import MDEvaluation
     from ase_gffmerge.evaluation.md.runs import Contestant, Protocol
+    from ase_gffmerge.evaluation.table import Table
     from ase_gffmerge.forcefield.force_field import ForceField
-    from ase_gffmerge.inference.predict import Errors
+    from ase_gffmerge.inference.errors import Errors
 
-UNITS = {"force_mae": "eV/Å", "force_rmse": "eV/Å", "energy_mae": "eV/atom"}
 MD = "Dynamics (--md)"
 
 
@@ -44,6 +46,18 @@ def evaluate(
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
     stress_key: StressKey = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the frames with their labels and, as MODEL_energy (eV), MODEL_forces (eV/Å) and MODEL_stress "
+            "(eV/Å³), what every model predicts: one extended XYZ file for all models."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw predictions against labels, a row per model (.png, .svg, .pdf)."),
+    ] = None,
+    overwrite: OverwriteOption = False,
     md: Annotated[
         bool, typer.Option("--md", help="Run dynamics with every model and compare.", rich_help_panel=MD)
     ] = False,
@@ -58,61 +72,155 @@ def evaluate(
         typer.Option(help="Frames of the true ensemble.", show_default="FRAMES", rich_help_panel=MD),
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Of the networks.", rich_help_panel=MD)] = DType.float32,
-    out: Annotated[
+    md_out: Annotated[
         Path, typer.Option(help="Folder for plot, table and finished runs.", rich_help_panel=MD)
     ] = Path("gffmerge-md"),
     as_json: JsonOption = False,
 ) -> None:
-    """Print force MAE and RMSE (eV/Å), energy MAE (eV/atom) and the number of frames.
+    """Print errors against labels: forces, also by element, energies per atom, and stresses where frames have them.
+
+    Tables are in meV, Å and GPa; with --json, energies are in eV. Frames of isolated atoms are left out.
 
     With --md: run dynamics with every model, compare stability, distances of atoms, vibrations, energy conservation.
     """
-    from ase_gffmerge.data.labels import is_isolated_atom, require_labels
     from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.runtime.devices import resolve_device
 
     target = resolve_device(device)
+    require_outputs(out, plot=plot, inputs=[*models, frames], overwrite=overwrite)
     contestants = load_models(models, specialist)
     for contestant in contestants:
         contestant.force_field.to(device=target)
-    labelled = read_frames(frames, energy_key=energy_key, forces_key=forces_key, stress_key=stress_key)
+    found = read_frames(frames, energy_key=energy_key, forces_key=forces_key, stress_key=stress_key)
     if md:
         from ase_gffmerge.evaluation.md.runs import Protocol
 
         protocol = Protocol(temperature=temperature, picoseconds=time, timestep=timestep, seeds=seeds)
+        wanted = bool(out or plot) or _have_labels(found)
+        errors = errors_by_model(contestants, found, frames, out=out, plot=plot) if wanted else {}
         _evaluate_md(
-            contestants, labelled, protocol, reference=reference, dtype=dtype, out=out, as_json=as_json
+            contestants,
+            found,
+            protocol,
+            errors=errors,
+            reference=reference,
+            dtype=dtype,
+            out=md_out,
+            as_json=as_json,
         )
-        return
-    labelled = [atoms for atoms in labelled if not is_isolated_atom(atoms)] or labelled
-    require_labels(labelled, frames)
-    errors = errors_by_model(contestants, labelled)
-    print_errors({label: found.to_dict() for label, found in errors.items()}, as_json=as_json)
+    else:
+        errors = errors_by_model(contestants, found, frames, out=out, plot=plot)
+        print_errors(errors, as_json=as_json)
+    if out or plot:
+        note(f"written: {', '.join(str(path) for path in (out, plot) if path)}")
 
 
-def errors_by_model(models: "Sequence[Contestant]", frames: "Sequence[Atoms]") -> "dict[str, Errors]":
-    """Errors on labelled frames, by label."""
-    from ase_gffmerge.inference.predict import evaluate
+def errors_by_model(
+    models: "Sequence[Contestant]",
+    frames: "Sequence[Atoms]",
+    source: Path,
+    *,
+    out: Path | None = None,
+    plot: Path | None = None,
+) -> "dict[str, Errors]":
+    """Errors by label of the model.
 
-    return {
-        model.label: evaluate(
+    Parameters
+    ----------
+    models
+        What is evaluated.
+    frames
+        Labelled; isolated atoms count only where there is nothing else.
+    source
+        Their file, for messages.
+    out, plot
+        Files to be written, see the options.
+    """
+    from ase_gffmerge.data.labels import is_isolated_atom, require_labels
+    from ase_gffmerge.evaluation.plots import plot_errors_of_frames
+    from ase_gffmerge.inference.errors import compare, labels, with_predictions
+    from ase_gffmerge.inference.predict import predict_frames
+    from ase_gffmerge.storage.tensor_file import atomic_write
+
+    kept = [k for k, atoms in enumerate(frames) if not is_isolated_atom(atoms)] or list(range(len(frames)))
+    labelled = [frames[k] for k in kept]
+    require_labels(labelled, source, numbers=kept)
+    reference = labels(labelled)
+    predicted = {
+        model.label: predict_frames(
             model.force_field.potential,
-            frames,
+            labelled,
             specialist=model.specialist,
             names=model.force_field.specialist_names,
+            where=[f"{source}, frame {k}" for k in kept],
         )
         for model in models
     }
+    if out:
+        atomic_write(out, extended_xyz(with_predictions(labelled, predicted)))
+    if plot:
+        plot_errors_of_frames(reference, predicted, [group_of(atoms) for atoms in labelled], plot)
+    return {label: compare(found, reference) for label, found in predicted.items()}
 
 
-def print_errors(errors: Mapping[str, Mapping[str, object]], *, as_json: bool) -> None:
+def extended_xyz(frames: "Sequence[Atoms]") -> str:
+    """Text of an extended XYZ file."""
+    from ase.io import write
+
+    text = StringIO()
+    write(text, frames, format="extxyz")
+    return text.getvalue()
+
+
+def group_of(atoms: "Atoms") -> str:
+    """What a frame's points are colored by: its specialist where it names one for all atoms, else its formula."""
+    specialist = atoms.info.get("specialist")
+    return atoms.get_chemical_formula(empirical=True) if specialist is None else str(specialist)
+
+
+def print_errors(errors: "Mapping[str, Errors]", *, as_json: bool) -> None:
     """Errors of one model as they are, of several by model."""
-    if as_json:
-        print_json(next(iter(errors.values())) if len(errors) == 1 else {"models": errors})
+    if not as_json:
+        print_table(error_table(errors))
         return
-    for label, values in errors.items():
-        named = {f"{key} ({UNITS[key]})" if key in UNITS else key: value for key, value in values.items()}
-        print_values(named if len(errors) == 1 else {"model": label, **named})
+    documents = {label: found.to_dict() for label, found in errors.items()}
+    print_json(next(iter(documents.values())) if len(errors) == 1 else {"models": documents})
+
+
+def error_table(errors: "Mapping[str, Errors]") -> "Table":
+    """A row per quantity with its unit, and a column per model."""
+    from ase_gffmerge.evaluation.table import Column, Table
+
+    found = list(errors.values())
+    rows = [
+        ("force MAE (meV/Å)", *(f"{1000 * e.force_mae:.2f}" for e in found)),
+        ("force RMSE (meV/Å)", *(f"{1000 * e.force_rmse:.2f}" for e in found)),
+        *(
+            (
+                f"force MAE of {symbol} (meV/Å)",
+                *(f"{1000 * e.force_mae_by_element[symbol]:.2f}" for e in found),
+            )
+            for symbol in found[0].force_mae_by_element
+        ),
+        ("energy MAE (meV/atom)", *(f"{1000 * e.energy_mae:.2f}" for e in found)),
+        (
+            "stress MAE (GPa)",
+            *("no labels" if e.stress_mae is None else f"{e.stress_mae:.4f}" for e in found),
+        ),
+        ("frames", *(str(e.n_frames) for e in found)),
+    ]
+    return Table(columns=(Column("model", words=True), *map(Column, errors)), rows=tuple(rows))
+
+
+def _have_labels(frames: "Sequence[Atoms]") -> bool:
+    from ase_gffmerge.data.labels import require_labels
+    from ase_gffmerge.errors import FramesError
+
+    try:
+        require_labels(frames, "the frames")
+    except FramesError:
+        return False
+    return True
 
 
 def load_models(sources: Sequence[str], specialist: str | None) -> "list[Contestant]":
@@ -158,6 +266,7 @@ def _evaluate_md(
     starts: "Sequence[Atoms]",
     protocol: "Protocol",
     *,
+    errors: "Mapping[str, Errors]",
     reference: Path | None,
     dtype: DType,
     out: Path,
@@ -177,7 +286,6 @@ def _evaluate_md(
         model.force_field.to(dtype=getattr(torch, dtype.value))
         model.force_field.prepared(starts[0], specialist=model.specialist)
     require_writable(out / "md.json")
-    errors = labelled_errors(models, starts)
     seconds = estimated_seconds(models, starting_structures(starts, protocol.seeds), protocol)
     note(f"{describe(protocol, len(models))}: about {duration(seconds)}; finished runs are kept in {out}")
     try:
@@ -201,18 +309,6 @@ def _evaluate_md(
     else:
         print_table(dynamics_table(evaluation))
     note(f"written: {out} (md.json, md.png)")
-
-
-def labelled_errors(models: "Sequence[Contestant]", frames: "Sequence[Atoms]") -> "dict[str, Errors]":
-    """Errors by model where the frames have labels; nothing where they have none."""
-    from ase_gffmerge.data.labels import require_labels
-    from ase_gffmerge.errors import FramesError
-
-    try:
-        require_labels(frames, "the frames")
-    except FramesError:
-        return {}
-    return errors_by_model(models, frames)
 
 
 def describe(protocol: "Protocol", n_models: int) -> str:

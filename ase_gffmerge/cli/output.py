@@ -57,7 +57,10 @@ def print_values(values: Mapping[str, object]) -> None:
 
 
 def require_outputs(
-    *paths: Path | None, inputs: Sequence[str | Path | None] = (), overwrite: bool = False
+    *paths: Path | None,
+    plot: Path | None = None,
+    inputs: Sequence[str | Path | None] = (),
+    overwrite: bool = False,
 ) -> None:
     """Refuse a run whose result would be lost, or would replace something: before long work, not after it.
 
@@ -65,6 +68,8 @@ def require_outputs(
     ----------
     *paths
         Files to be written; ``None`` is left out.
+    plot
+        A further one, whose ending says how a figure is written.
     inputs
         Files that are read, which are never written over.
     overwrite
@@ -78,7 +83,11 @@ def require_outputs(
     from ase_gffmerge.errors import FileFormatError
     from ase_gffmerge.storage.tensor_file import require_writable
 
-    for path in filter(None, paths):
+    if plot:
+        from ase_gffmerge.evaluation.plots import figure_format
+
+        figure_format(plot)
+    for path in filter(None, (*paths, plot)):
         if any(known and path.exists() and Path(known).exists() and path.samefile(known) for known in inputs):
             raise FileFormatError(
                 f"cannot write {path}: it is the input, which would be lost; choose another name"

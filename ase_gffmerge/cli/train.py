@@ -19,7 +19,7 @@ from ase_gffmerge.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField
-    from ase_gffmerge.inference.predict import Errors
+    from ase_gffmerge.inference.errors import Errors
     from ase_gffmerge.training.checkpoint import History
 
 FRAMES_HELP = "Labelled frames: extxyz or another file ASE reads, rMD17 or MD17 npz, DeePMD folder."
@@ -60,7 +60,7 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a specialist; a killed training continues when the same command is run again."""
-    from ase_gffmerge.evaluation.table import plot_history
+    from ase_gffmerge.evaluation.plots import plot_history
     from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.training import train as training
     from ase_gffmerge.training.config import load_config
@@ -106,7 +106,7 @@ def _summary(
         "epochs": len(history.rows),
         "seconds": seconds,
         "last_epoch": history.rows[-1],
-        "test_errors": errors.to_dict() if errors else None,
+        "test_errors": errors.totals() if errors else None,
     }
 
 

@@ -200,7 +200,11 @@ def _refuse_contradictions(
 
 
 def require_labels(
-    frames: Sequence[Atoms], source: str | Path, properties: Sequence[str] = ("energy", "forces")
+    frames: Sequence[Atoms],
+    source: str | Path,
+    properties: Sequence[str] = ("energy", "forces"),
+    *,
+    numbers: Sequence[int] | None = None,
 ) -> None:
     """Check that every frame carries the labels that a step needs, and warn of units that look wrong.
 
@@ -212,6 +216,8 @@ def require_labels(
         Where they are from, for the message.
     properties
         Names of ASE properties: ``energy``, ``forces``, ``stress``.
+    numbers
+        Those of the frames in the source, where it holds others, too.
 
     Raises
     ------
@@ -220,10 +226,11 @@ def require_labels(
     """
     if not frames:
         raise FramesError(f"{source}: there are no frames")
+    count = numbers or range(len(frames))
     for name in properties:
         lacking = [i for i, atoms in enumerate(frames) if not _has_label(atoms, name)]
         if lacking:
-            shown = ", ".join(map(str, lacking[:5])) + (", ..." if len(lacking) > 5 else "")
+            shown = ", ".join(str(count[i]) for i in lacking[:5]) + (", ..." if len(lacking) > 5 else "")
             raise FramesError(
                 f"{source}: {len(lacking)} of {len(frames)} frames lack {name} (frames {shown}); "
                 + _remedy(frames[lacking[0]], name)
@@ -234,7 +241,7 @@ def require_labels(
             if others:
                 label = atoms.calc.results[name]
                 found = {name: label} | {k: v for k, v in others.items() if v is not None}
-                _refuse_contradictions(atoms, f"{source}, frame {i}", name, label, found)
+                _refuse_contradictions(atoms, f"{source}, frame {count[i]}", name, label, found)
     for problem in implausible_units(frames):
         warnings.warn(f"{source}: {problem}", LabelWarning, stacklevel=2)
 

@@ -25,7 +25,8 @@ class Provenance:
     lineage
         Fingerprints of the ancestors, root first.
     errors
-        Errors on its own test frames: ``force_mae``, ``force_rmse`` (eV/Å), ``energy_mae`` (eV/atom).
+        Errors on its own test frames: ``force_mae``, ``force_rmse`` (eV/Å), ``energy_mae`` (eV/atom), and ``stress_mae``
+        (GPa) where they have stresses.
     seen_frames
         Keys (:func:`~ase_gffmerge.data.frames.geometry_key`) of all training and validation frames, those of the
         ancestors among them, ascending: no test frame may be one of these. Empty when nothing is known.

@@ -1,4 +1,4 @@
-r"""Predictions of a force field that does not change: one structure or batches, errors, Hessians, extrapolation grades.
+r"""Predictions of a force field that does not change: one structure or batches, Hessians, extrapolation grades.
 
 The grade comes from the features of the same forward pass (:mod:`ase_gffmerge.forcefield.leverage`). Disagreement is the
 standard deviation of the forces of K specialists on an atom,
@@ -17,13 +17,11 @@ One reverse pass gives the gradient together with the graph of its computation; 
 pass through that graph (a Hessian-vector product with a unit vector).
 
 Predictions for many structures, in batches of a size that memory allows.
-
-Errors of a potential against labelled frames.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import repeat
+from dataclasses import dataclass
+from itertools import repeat, starmap
 
 import numpy as np
 import torch
@@ -31,7 +29,6 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from torch import Tensor
 
-from ase_gffmerge.data.labels import energy_label, force_labels
 from ase_gffmerge.errors import FramesError, StructureError
 from ase_gffmerge.forcefield.conditioning import with_indices
 from ase_gffmerge.forcefield.force_field import ForceField
@@ -42,10 +39,6 @@ from ase_gffmerge.inference.compiled import Compile, CompiledPotential
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import chunks, in_parts
 from ase_gffmerge.runtime.progress import Progress, no_progress
-
-FORCE_FLOOR = 0.01
-"""Root mean square force component in eV/Å below which errors are not taken relative to the forces themselves, but to this:
-equations of state and perfect crystals have none by symmetry."""
 
 
 @torch.no_grad()
@@ -239,12 +232,26 @@ def _apart(
     return list(zip(single, repeat(None, n) if grades is None else grades.cpu().split(counts), strict=True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FramePredictions:
-    """Energies (eV, one per frame) and forces (eV/Å, one (n_atoms, 3) array per frame)."""
+    """Energies, forces and stresses of frames: predictions, or labels.
 
+    Attributes
+    ----------
+    numbers
+        Atomic numbers, one (n_atoms,) array per frame.
+    energies : (n_frames,)
+        eV.
+    forces
+        eV/Å, one (n_atoms, 3) array per frame.
+    stresses
+        eV/Å^3, positive under tension, one (3, 3) array per frame; ``None`` where a frame has no volume or no label.
+    """
+
+    numbers: Sequence[np.ndarray]
     energies: np.ndarray
-    forces: list[np.ndarray]
+    forces: Sequence[np.ndarray]
+    stresses: Sequence[np.ndarray | None]
 
 
 def predict_frames(
@@ -253,6 +260,7 @@ def predict_frames(
     *,
     specialist: str | int | None = None,
     names: Sequence[str] | None = None,
+    where: Sequence[str] | None = None,
     max_edges: int | None = None,
 ) -> FramePredictions:
     """Evaluate frames in batches (:func:`.predict_batches`), smaller ones if memory is short.
@@ -263,6 +271,8 @@ def predict_frames(
         For frames that do not say which specialist they belong to, if the potential has an embedding for each.
     names
         Names of the specialists in the order of their indices, for frames that name theirs.
+    where
+        What each frame is called in messages, for example ``water.xyz, frame 3``; default: its number.
 
     Raises
     ------
@@ -273,103 +283,62 @@ def predict_frames(
     DeviceMemoryError
         When a single frame does not fit into the device's memory.
     """
-    check_frames(potential, frames)
+    check_frames(potential, frames, where)
     served, hyper = potential.for_inference(), potential.hyper
 
-    def graph(atoms: Atoms) -> AtomGraph:
-        prepared = with_indices(atoms, hyper.n_embeddings, names=names, default=specialist)
-        return build_graph(prepared, hyper.cutoff, dtype=potential.dtype)
+    def graph(index: int, atoms: Atoms) -> AtomGraph:
+        try:
+            prepared = with_indices(atoms, hyper.n_embeddings, names=names, default=specialist)
+            return build_graph(prepared, hyper.cutoff, dtype=potential.dtype)
+        except StructureError as error:
+            raise StructureError(f"{_called(where, index)}: {error}") from None
 
     predictions = predict_batches(
         lambda batch: (predict(served, batch), None),
-        map(graph, frames),
+        starmap(graph, enumerate(frames)),
         device=potential.device,
         max_edges=max_edges,
     )
     found = [prediction for prediction, _ in predictions]
     return FramePredictions(
-        np.array([prediction.energy.item() for prediction in found]),
-        [prediction.forces.double().numpy() for prediction in found],
+        numbers=[atoms.numbers for atoms in frames],
+        energies=np.array([prediction.energy.item() for prediction in found]),
+        forces=[prediction.forces.double().numpy() for prediction in found],
+        stresses=[
+            prediction.strain_derivative[0].double().numpy() / atoms.get_volume()
+            if atoms.cell.rank == 3
+            else None
+            for prediction, atoms in zip(found, frames, strict=True)
+        ],
     )
 
 
-def check_frames(potential: Potential, frames: Sequence[Atoms]) -> None:
-    """Raise :class:`FramesError` for no frames, or elements that the potential does not know."""
+def check_frames(potential: Potential, frames: Sequence[Atoms], where: Sequence[str] | None = None) -> None:
+    """Raise :class:`FramesError` for no frames, or elements that the potential does not know.
+
+    Parameters
+    ----------
+    potential
+        Whose elements count.
+    frames
+        Structures.
+    where
+        What each frame is called in messages; default: its number.
+    """
     if not frames:
         raise FramesError("there are no frames to evaluate; give a file with at least one")
     for index, atoms in enumerate(frames):
         unknown = sorted(set(atoms.numbers.tolist()) - set(potential.species))
         if unknown:
             raise FramesError(
-                f"frame {index} ({atoms.get_chemical_formula()}) contains {_symbols(unknown)}, which the "
+                f"{_called(where, index)} ({atoms.get_chemical_formula()}) contains {_symbols(unknown)}, which the "
                 f"model does not know (it knows {_symbols(potential.species)}); use frames of these elements"
             )
 
 
+def _called(where: Sequence[str] | None, index: int) -> str:
+    return where[index] if where else f"frame {index}"
+
+
 def _symbols(numbers: Sequence[int]) -> str:
     return ", ".join(chemical_symbols[number] for number in numbers)
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Errors over all frames.
-
-    Attributes
-    ----------
-    force_mae, force_rmse
-        Over all force components, eV/Å.
-    energy_mae
-        Mean over frames of the absolute energy error per atom, eV/atom.
-    n_frames
-        Number of frames.
-    """
-
-    force_mae: float
-    force_rmse: float
-    energy_mae: float
-    n_frames: int
-
-    def to_dict(self) -> dict[str, float]:
-        """Plain dictionary."""
-        return asdict(self)
-
-
-def labels(frames: Sequence[Atoms]) -> FramePredictions:
-    """Energies and forces attached to labelled frames; constraints that a frame carries are no part of its label."""
-    return FramePredictions(
-        np.array([energy_label(atoms) for atoms in frames]),
-        [force_labels(atoms) for atoms in frames],
-    )
-
-
-def compare(predicted: FramePredictions, reference: FramePredictions) -> Errors:
-    """Errors of one set of predictions against another."""
-    counts = np.array([len(force) for force in reference.forces])
-    difference = np.concatenate(predicted.forces) - np.concatenate(reference.forces)
-    return Errors(
-        force_mae=float(np.abs(difference).mean()),
-        force_rmse=float(np.sqrt(np.square(difference).mean())),
-        energy_mae=float((np.abs(predicted.energies - reference.energies) / counts).mean()),
-        n_frames=len(counts),
-    )
-
-
-def evaluate(
-    potential: Potential,
-    frames: Sequence[Atoms],
-    *,
-    specialist: str | int | None = None,
-    names: Sequence[str] | None = None,
-) -> Errors:
-    """Errors of a potential on labelled frames.
-
-    Parameters
-    ----------
-    potential
-        What is evaluated.
-    frames
-        With energies and forces, and stress or not.
-    specialist, names
-        As of :func:`predict_frames`.
-    """
-    return compare(predict_frames(potential, frames, specialist=specialist, names=names), labels(frames))

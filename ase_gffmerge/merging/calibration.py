@@ -25,7 +25,7 @@ from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
-from ase_gffmerge.inference.predict import FORCE_FLOOR
+from ase_gffmerge.inference.errors import FORCE_FLOOR
 from ase_gffmerge.merging.recipe import AugmentationOptions
 from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models.affine_maps import is_affine, rows_entering

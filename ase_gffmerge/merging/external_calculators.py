@@ -181,9 +181,14 @@ def evaluate(calculator: Calculator, atoms: Atoms) -> tuple[float, np.ndarray]:
 
 
 def predictions(calculator: Calculator, frames: Sequence[Atoms]) -> FramePredictions:
-    """Energies and forces of frames."""
+    """Energies and forces of frames; stresses, which not every calculator has, are not asked for."""
     found = [evaluate(calculator, atoms) for atoms in frames]
-    return FramePredictions(np.array([energy for energy, _ in found]), [forces for _, forces in found])
+    return FramePredictions(
+        numbers=[atoms.numbers for atoms in frames],
+        energies=np.array([energy for energy, _ in found]),
+        forces=[forces for _, forces in found],
+        stresses=[None] * len(found),
+    )
 
 
 def executed_layers(network: nn.Module, run: Callable[[], object]) -> list[str]:

@@ -21,7 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.inference.predict import FORCE_FLOOR, FramePredictions, compare, predict_frames
+from ase_gffmerge.inference.errors import FORCE_FLOOR, compare
+from ase_gffmerge.inference.predict import FramePredictions, predict_frames
 from ase_gffmerge.models import Potential
 
 if TYPE_CHECKING:

@@ -34,7 +34,8 @@ from ase_gffmerge.errors import IncompatibleSpecialistsError, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph
-from ase_gffmerge.inference.predict import FORCE_FLOOR, check_frames
+from ase_gffmerge.inference.errors import FORCE_FLOOR
+from ase_gffmerge.inference.predict import check_frames
 from ase_gffmerge.merging.average import align_references, blank_potential, mean_references, working_copies
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput
 from ase_gffmerge.models import Potential

@@ -34,7 +34,7 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
 from ase_gffmerge.graphs import batch_graphs, predict
-from ase_gffmerge.inference.predict import FORCE_FLOOR
+from ase_gffmerge.inference.errors import FORCE_FLOOR
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe
 from ase_gffmerge.merging.report import MergeReport, diagnose

@@ -15,7 +15,8 @@ from ase_gffmerge.data.frames import bare, displaced
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.inference.predict import FORCE_FLOOR, check_frames
+from ase_gffmerge.inference.errors import FORCE_FLOOR
+from ase_gffmerge.inference.predict import check_frames
 from ase_gffmerge.merging.average import align_references, working_copies
 from ase_gffmerge.merging.calibration import copies_per_frame, with_copies
 from ase_gffmerge.merging.recipe import DistillOptions

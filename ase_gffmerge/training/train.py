@@ -24,7 +24,7 @@ from ase_gffmerge.data.readers import iter_frames
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.provenance import Provenance
-from ase_gffmerge.inference.predict import Errors, evaluate
+from ase_gffmerge.inference.errors import Errors, evaluate
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.storage.tensor_file import require_writable
@@ -142,12 +142,15 @@ def labelled_frames(
     FramesError, FileFormatError
         For what cannot be read, or lacks labels under these keys (see :func:`~ase_gffmerge.data.readers.iter_frames`).
     """
-    frames: list[Atoms] = []
     isolated: list[Atoms] = []
-    for atoms in iter_frames(path, keys=keys):
-        (isolated if is_isolated_atom(atoms) else frames).append(atoms)
-    require_labels(frames, path)
-    return frames, isolated
+    frames: dict[int, Atoms] = {}
+    for number, atoms in enumerate(iter_frames(path, keys=keys)):
+        if is_isolated_atom(atoms):
+            isolated.append(atoms)
+        else:
+            frames[number] = atoms
+    require_labels(list(frames.values()), path, numbers=list(frames))
+    return list(frames.values()), isolated
 
 
 def split_frames(
@@ -236,7 +239,7 @@ def _provenance(
         epochs=config.epochs,
         seed=config.seed,
         lineage=lineage,
-        errors=errors.to_dict() if errors else {},
+        errors=errors.totals() if errors else {},
         seen_frames=seen,
         origin=origin,
     )

@@ -23,7 +23,8 @@ from ase_gffmerge.dynamics.stopping import standard_criteria
 from ase_gffmerge.dynamics.trajectory import Trajectory
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.inference.predict import Errors, compare, labels, predict_frames
+from ase_gffmerge.inference.errors import Errors, compare, labels
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.merging.merge import closed_form_merge
 from ase_gffmerge.merging.recipe import ClosedLoopOptions, Recipe, TrajectoryOptions, load_recipe
 from ase_gffmerge.merging.report import MergeReport

@@ -31,8 +31,8 @@ from ase_gffmerge import ForceField
 from ase_gffmerge.data.frames import bare
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.evaluation.table import save_figure
-from ase_gffmerge.inference.predict import evaluate
+from ase_gffmerge.evaluation.plots import save_figure
+from ase_gffmerge.inference.errors import evaluate
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe
 from ase_gffmerge.models import Potential
 from ase_gffmerge.storage.tensor_file import atomic_write, read_file

@@ -33,7 +33,8 @@ from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.graphs import batch_graphs, build_graph
-from ase_gffmerge.inference.predict import force_disagreement, grades, labels, predict_frames
+from ase_gffmerge.inference.errors import labels
+from ase_gffmerge.inference.predict import force_disagreement, grades, predict_frames
 from ase_gffmerge.runtime.devices import chunks
 
 INSIDE = ("ethanol", "malonaldehyde")

@@ -21,7 +21,8 @@ from mace.modules import ScaleShiftMACE, interaction_classes
 
 from ase_gffmerge import ForceField, merge
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.inference.predict import evaluate, predict_frames
+from ase_gffmerge.inference.errors import evaluate
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.integrations.load import from_vendor
 from ase_gffmerge.models.layers import package_mode
 from ase_gffmerge.training.config import TrainConfig

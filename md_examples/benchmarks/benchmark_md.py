@@ -29,7 +29,7 @@ from ase_gffmerge.evaluation.md.evaluate import MDEvaluation, evaluate_dynamics
 from ase_gffmerge.evaluation.md.report import dynamics_table, plot_dynamics
 from ase_gffmerge.evaluation.md.runs import Contestant, Protocol
 from ase_gffmerge.forcefield.force_field import bundled_test_frames
-from ase_gffmerge.inference.predict import evaluate
+from ase_gffmerge.inference.errors import evaluate
 from ase_gffmerge.merging.recipe import TrajectoryOptions
 from ase_gffmerge.workflows.active_learning import run_rollouts
 

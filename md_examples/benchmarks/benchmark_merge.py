@@ -26,7 +26,7 @@ from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.dynamics.ase_md import run_md
 from ase_gffmerge.dynamics.integrators import Conditions
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.inference.predict import evaluate
+from ase_gffmerge.inference.errors import evaluate
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.training.config import TrainConfig
 

@@ -34,7 +34,7 @@ from ase_gffmerge import ForceField
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs
 from ase_gffmerge.forcefield.force_field import bundled_test_frames
-from ase_gffmerge.inference.predict import evaluate
+from ase_gffmerge.inference.errors import evaluate
 from ase_gffmerge.methods import METHODS, MergeOutput
 from ase_gffmerge.training.config import TrainConfig
 

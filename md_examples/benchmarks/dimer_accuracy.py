@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from ase_gffmerge.inference.predict import FramePredictions, compare, labels, predict_frames
+from ase_gffmerge.inference.errors import compare, labels
+from ase_gffmerge.inference.predict import FramePredictions, predict_frames
 from ase_gffmerge.models import Potential
 
 
@@ -65,7 +66,13 @@ class DimerFrames:
         """Every molecule by its own potential, as if the other one were not there."""
         a, b = predict_frames(first, self.first), predict_frames(second, self.second)
         forces = [np.concatenate(pair) for pair in zip(a.forces, b.forces, strict=True)]
-        return DimerPredictions(FramePredictions(a.energies + b.energies, forces), a, b)
+        together = FramePredictions(
+            numbers=[np.concatenate(pair) for pair in zip(a.numbers, b.numbers, strict=True)],
+            energies=a.energies + b.energies,
+            forces=forces,
+            stresses=[None] * len(forces),
+        )
+        return DimerPredictions(together, a, b)
 
 
 def dimer_errors(predicted: DimerPredictions, reference: DimerPredictions) -> dict[str, Any]:

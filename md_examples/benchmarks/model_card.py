@@ -8,7 +8,7 @@ from textwrap import fill
 
 from ase_gffmerge.data.manifest import load_manifest
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.inference.predict import Errors
+from ase_gffmerge.inference.errors import Errors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ import ase_gffmerge
 from ase_gffmerge.data.frames import hash_frames
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.inference.predict import evaluate
+from ase_gffmerge.inference.errors import evaluate
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import seen_frames, split_frames
 

@@ -8,7 +8,7 @@ import pytest
 
 from ase_gffmerge import ForceField
 from ase_gffmerge.forcefield.force_field import bundled_test_frames
-from ase_gffmerge.inference.predict import labels
+from ase_gffmerge.inference.errors import labels
 
 SCRIPT = Path(__file__).parents[2] / "md_examples" / "benchmarks" / "benchmark_extrapolation.py"
 

@@ -12,7 +12,8 @@ import torch
 
 from ase_gffmerge.forcefield.force_field import ForceField, bundled_test_frames
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.inference.predict import evaluate, predict_frames
+from ase_gffmerge.inference.errors import evaluate
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.merging.calibration import run_stage, stage_inputs
 from ase_gffmerge.merging.layerwise import align_layers
 from ase_gffmerge.merging.readout_fit import match_forces

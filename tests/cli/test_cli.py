@@ -301,12 +301,15 @@ def test_merge_mean_and_conditioning(gffmerge, files: Path) -> None:
 def test_evaluate(gffmerge, merged: Path) -> None:
     for model in ("merged.safetensors", "methanol.safetensors"):
         document = gffmerge("evaluate", model, "methanol.xyz", "--json").json()
-        assert set(document) == {"force_mae", "force_rmse", "energy_mae", "n_frames"}
+        assert {"force_mae", "force_rmse", "energy_mae"} < set(document)
+        assert set(document["force_mae_by_element"]) == {"H", "C", "O"}
+        assert document["stress_mae"] is None
         assert document["n_frames"] == 6
         assert 0 < document["force_mae"] <= document["force_rmse"]
     shown = gffmerge("evaluate", "methanol.safetensors", "methanol.xyz").out
-    for key in ("force_mae (eV/Å)", "force_rmse (eV/Å)", "energy_mae (eV/atom)", "n_frames"):
+    for key in ("force MAE (meV/Å)", "force MAE of C (meV/Å)", "energy MAE (meV/atom)", "stress MAE (GPa)"):
         assert key in shown
+    assert f"{1000 * document['force_mae']:.2f}" in shown
     assert "no effect" in gffmerge("evaluate", merged, "water.xyz", "--specialist", "water").error()
 
 
@@ -451,7 +454,9 @@ BAD = [
     (["info", "."], "is a folder"),
     (["evaluate", "nothing.safetensors", "water.xyz"], "nothing.safetensors"),
     (["evaluate", "water.safetensors", "nothing.xyz"], "nothing.xyz does not exist"),
-    (["evaluate", "water.safetensors", "ammonia.xyz"], "contains N"),
+    (["evaluate", "water.safetensors", "ammonia.xyz"], "ammonia.xyz, frame 0 (H3N) contains N"),
+    (["evaluate", "water.safetensors", "water.xyz", "--plot", "e.txt"], "must be .png, .svg, .pdf"),
+    (["evaluate", "water.safetensors", "water.xyz", "--out", "water.xyz"], "is the input"),
     (["evaluate", "water.safetensors", "no-forces.xyz"], "lack forces"),
     (["evaluate", "water.safetensors", "no-energy.xyz"], "lack energy"),
     (["evaluate", "water.safetensors", "empty.xyz"], "empty.xyz is empty"),

@@ -9,7 +9,7 @@ from ase.constraints import FixAtoms
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.dynamics.ase_md import run_md
 from ase_gffmerge.dynamics.integrators import Conditions
-from ase_gffmerge.inference.predict import labels
+from ase_gffmerge.inference.errors import labels
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.training.loss import labelled_graph
 

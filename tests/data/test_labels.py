@@ -24,7 +24,7 @@ from ase_gffmerge.data.labels import (
 from ase_gffmerge.data.plausibility import implausible_units, work_factors
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import FramesError, LabelWarning
-from ase_gffmerge.inference.predict import labels
+from ase_gffmerge.inference.errors import labels
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.training.initialization import fit_references
 from ase_gffmerge.training.loss import labelled_graph, weigh

@@ -14,7 +14,7 @@ from ase.io import write
 from ase_gffmerge import ForceField
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import BUNDLED, bundled_path, bundled_test_frames
-from ase_gffmerge.inference.predict import evaluate
+from ase_gffmerge.inference.errors import evaluate
 
 ROOT = Path(__file__).parents[2]
 

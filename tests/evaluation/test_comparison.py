@@ -31,7 +31,7 @@ from ase_gffmerge.evaluation.comparison.report import footnotes, markdown, metho
 from ase_gffmerge.evaluation.table import Best
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.provenance import Provenance
-from ase_gffmerge.inference.predict import evaluate
+from ase_gffmerge.inference.errors import evaluate
 from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, Method, Requirement
 from ase_gffmerge.models import build_potential
 from helpers.structures import OWN_ARCHITECTURES

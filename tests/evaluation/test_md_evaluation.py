@@ -24,7 +24,7 @@ from ase_gffmerge.evaluation.md.observables import (
 from ase_gffmerge.evaluation.md.report import dynamics_table, plot_dynamics
 from ase_gffmerge.evaluation.md.runs import Contestant, Protocol, estimated_seconds, run_models
 from ase_gffmerge.forcefield.force_field import ForceField, bundled_test_frames
-from ase_gffmerge.inference.predict import evaluate
+from ase_gffmerge.inference.errors import evaluate
 from ase_gffmerge.models import Potential, build_potential
 
 HYPER = {

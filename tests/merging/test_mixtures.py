@@ -12,7 +12,8 @@ from ase.build import molecule
 
 from ase_gffmerge import ForceField, merge
 from ase_gffmerge.errors import IncompatibleSpecialistsError
-from ase_gffmerge.inference.predict import compare, predict_frames
+from ase_gffmerge.inference.errors import compare
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.models import Potential, build_potential
 from helpers.toys import rattled

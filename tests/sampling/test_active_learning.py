@@ -8,7 +8,8 @@ import yaml
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge
 from ase_gffmerge.data.frames import bare, evenly
 from ase_gffmerge.errors import RecipeError
-from ase_gffmerge.inference.predict import Errors, predict_frames
+from ase_gffmerge.inference.errors import Errors
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.merging.recipe import ClosedLoopOptions, TrajectoryOptions, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.storage.documents import validated

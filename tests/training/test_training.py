@@ -72,7 +72,7 @@ def test_loss_falls_and_everything_is_recorded(frame_file, tmp_path: Path) -> No
     assert all(frame.calc is None for frame in loaded.calibration)
     assert (loaded.provenance.n_train, loaded.provenance.epochs) == (10, 30)
     assert errors is not None
-    assert loaded.provenance.errors == errors.to_dict()
+    assert loaded.provenance.errors == errors.totals()
     assert loaded.fingerprint == specialist.fingerprint
     assert not checkpoint_path(out).exists()
 
@@ -441,7 +441,7 @@ def learning_rates(steps: int, done: int = 0) -> list[float]:
 
 
 def test_loss_curve(tmp_path: Path) -> None:
-    from ase_gffmerge.evaluation.table import plot_history
+    from ase_gffmerge.evaluation.plots import plot_history
     from ase_gffmerge.training.checkpoint import History
 
     rows = [{"loss": 1 / epoch, "force_mae": 0.5 / epoch, "energy_mae": 0.0} for epoch in range(1, 40)]

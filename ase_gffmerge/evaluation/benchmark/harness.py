@@ -20,7 +20,8 @@ from ase.calculators.calculator import Calculator
 from matplotlib.figure import Figure
 
 from ase_gffmerge.errors import BenchmarkError, first_line
-from ase_gffmerge.evaluation.table import Column, Table, Value, save_figure
+from ase_gffmerge.evaluation.plots import save_figure
+from ase_gffmerge.evaluation.table import Column, Table, Value
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.runtime.progress import Progress
 

@@ -14,7 +14,8 @@ from ase_gffmerge.dynamics.trajectory import Sample, Trajectory
 from ase_gffmerge.evaluation.comparison.measurement import run_timed
 from ase_gffmerge.evaluation.table import Column, Table
 from ase_gffmerge.forcefield.force_field import ForceField, bundled_test_frames
-from ase_gffmerge.inference.predict import labels, predict_frames
+from ase_gffmerge.inference.errors import labels
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.methods import METHODS, MergeInputs
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress

@@ -23,7 +23,7 @@ from ase_gffmerge.evaluation.comparison.inputs import LabelledSet
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph
-from ase_gffmerge.inference.predict import Errors, evaluate
+from ase_gffmerge.inference.errors import Errors, evaluate
 from ase_gffmerge.merging.recipe import MERGE_VERSION
 from ase_gffmerge.methods import MergeInputs, MergeOutput, Method, Requirement
 from ase_gffmerge.models import Potential

@@ -11,7 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ase_gffmerge.evaluation.comparison.compare import SPECIALIST, Comparison
-from ase_gffmerge.evaluation.table import Best, Column, Table, Value, save_figure
+from ase_gffmerge.evaluation.plots import save_figure
+from ase_gffmerge.evaluation.table import Best, Column, Table, Value
 
 KINDS = {
     "force_mae": ("Force MAE", "meV/Å", ".1f"),

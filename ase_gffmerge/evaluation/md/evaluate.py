@@ -19,7 +19,8 @@ from ase_gffmerge.evaluation.md.observables import (
 )
 from ase_gffmerge.evaluation.md.runs import Contestant, Protocol, run_models
 from ase_gffmerge.forcefield.conditioning import with_choice_of
-from ase_gffmerge.inference.predict import Errors, predict_frames
+from ase_gffmerge.inference.errors import Errors
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.runtime.progress import Progress, no_progress
 
 UNITS = {

@@ -11,8 +11,9 @@ from ase_gffmerge.evaluation.analysis import Distribution, spectral_overlap
 from ase_gffmerge.evaluation.analysis.observables import SQUARE_CM_PER_S
 from ase_gffmerge.evaluation.md.evaluate import MDEvaluation
 from ase_gffmerge.evaluation.md.observables import ModelDynamics, mean_diffusion
-from ase_gffmerge.evaluation.table import Column, Table, save_figure
-from ase_gffmerge.inference.predict import Errors
+from ase_gffmerge.evaluation.plots import PALETTE, save_figure
+from ase_gffmerge.evaluation.table import Column, Table
+from ase_gffmerge.inference.errors import Errors
 
 Row = tuple[str, ...]
 
@@ -105,7 +106,6 @@ def _counted(stops: Sequence[str]) -> str:
     return "; ".join(stops[:4]) + (f"; and {len(stops) - 4} more" if len(stops) > 4 else "")
 
 
-COLOURS = ("#d1793b", "#2a8fb0", "#5b8c3a", "#8a5a9e", "#b03a48", "#6b6b6b")
 REFERENCE = "#222222"
 COLUMNS = 3
 SMOOTHING = 0.02
@@ -117,7 +117,7 @@ Styled = Sequence[tuple[ModelDynamics, str]]
 
 def plot_dynamics(evaluation: MDEvaluation, path: Path) -> Path:
     """Draw every panel with all models in it, and write a PNG atomically."""
-    models = [(m, COLOURS[k % len(COLOURS)]) for k, m in enumerate(evaluation.models)]
+    models = [(m, PALETTE[k % len(PALETTE)]) for k, m in enumerate(evaluation.models)]
     panels = _panels(evaluation, models)
     rows = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(4.4 * COLUMNS, 3.3 * rows + 0.4), layout="constrained")

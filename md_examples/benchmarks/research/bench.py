@@ -14,7 +14,7 @@ from ase import Atoms
 
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
-from ase_gffmerge.inference.predict import evaluate
+from ase_gffmerge.inference.errors import evaluate
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models import Potential
 from research.trunk import Trunk, build_trunk

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ase_gffmerge.evaluation.table import save_figure
+from ase_gffmerge.evaluation.plots import save_figure
 from ase_gffmerge.storage.tensor_file import atomic_write
 from research.bench import mean_force_mae
 

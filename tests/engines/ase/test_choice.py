@@ -16,7 +16,8 @@ from ase_gffmerge.cli import app
 from ase_gffmerge.errors import MergeWarning, StructureError
 from ase_gffmerge.evaluation.comparison.inputs import read_labelled
 from ase_gffmerge.evaluation.md.runs import Contestant, Protocol, run_models
-from ase_gffmerge.inference.predict import evaluate, predict_frames
+from ase_gffmerge.inference.errors import evaluate
+from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.training.loss import labelled_graphs
 from ase_gffmerge.workflows.merge import merge
 from helpers.structures import cluster
@@ -150,7 +151,7 @@ def test_evaluate_in_the_shell(conditioned, tmp_path, monkeypatch):
     code, said = command("evaluate", "both.safetensors", "wrong.xyz", "--specialist", "ethanol")
     assert (code, said.count("\n")) == (2, 1)
     assert "no specialist number 5" in said
-    code, said = command("evaluate", "both.safetensors", "plain.xyz", "--md", "--out", "md")
+    code, said = command("evaluate", "both.safetensors", "plain.xyz", "--md", "--md-out", "md")
     assert (code, said.count("\n")) == (2, 1)
     assert "nothing says which one" in said
     assert not Path("md").exists()
