@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ase_gffmerge.cli.options import DeviceOption, JsonOption, OverwriteOption
+from ase_gffmerge.cli.options import (
+    CalibrationOption,
+    DeviceOption,
+    JsonOption,
+    OverwriteOption,
+    load_specialists,
+)
 from ase_gffmerge.cli.output import note, print_json, print_table, require_outputs
 from ase_gffmerge.runtime.progress import Progress, progress_bar
 
@@ -24,6 +30,7 @@ def compare(
         list[Path] | None,
         typer.Option(help=f"Labelled frames to test on: {FRAMES_HELP}.", show_default="the bundled ones"),
     ] = None,
+    calibration: CalibrationOption = None,
     methods: Annotated[
         list[str] | None,
         typer.Option(help="Only these, also with commas.", show_default="all without training"),
@@ -51,12 +58,14 @@ def compare(
     from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs, read_labelled, read_tests
     from ase_gffmerge.evaluation.comparison.measurement import RowStore, default_folder
     from ase_gffmerge.integrations.load import load_force_field
+    from ase_gffmerge.sampling.on_request import file_of_frames
 
-    require_outputs(markdown, plot=plot, inputs=[*specialists, *(test or ())], overwrite=overwrite)
+    frames = map(file_of_frames, calibration or ())
+    require_outputs(markdown, plot=plot, inputs=[*specialists, *frames, *(test or ())], overwrite=overwrite)
     tests = read_tests(specialists, test or ())
     labelled = read_labelled(labels, specialists, option="--labels") if labels else ()
     merge_inputs = make_merge_inputs(
-        [load_force_field(source) for source in specialists],
+        load_specialists(specialists, calibration, device=device),
         base=load_force_field(base) if base else None,
         labelled=labelled,
         device=device,

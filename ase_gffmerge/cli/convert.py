@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ase_gffmerge.cli.options import JsonOption, OverwriteOption
+from ase_gffmerge.cli.options import DeviceOption, JsonOption, OverwriteOption, load_specialists
 from ase_gffmerge.cli.output import note, print_json, require_outputs
 
 
@@ -23,8 +23,11 @@ def convert(
         ),
     ],
     calibration: Annotated[
-        Path | None,
-        typer.Option(help="Frames that the force field knows, for merging; labels in them are not used."),
+        str | None,
+        typer.Option(
+            help="Frames that the force field knows, for merging, labels not needed: a file, or sample:FILE to let it make "
+            "them by its own dynamics from structures in a file."
+        ),
     ] = None,
     frames: Annotated[int, typer.Option(help="How many of them are kept.", min=1)] = 100,
     name: Annotated[
@@ -36,20 +39,20 @@ def convert(
     trust: Annotated[
         bool, typer.Option("--trust", help="Load a file that executes code: only one of your own.")
     ] = False,
+    device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a specialist of another package's force field, or write that package's format."""
     from ase_gffmerge.data.frames import bare, calibration_frames
-    from ase_gffmerge.data.readers import read_frames
-    from ase_gffmerge.integrations import vendor_source
     from ase_gffmerge.integrations.load import export, load_force_field
+    from ase_gffmerge.sampling.on_request import file_of_frames
 
-    converted = vendor_source(source)
-    require_outputs(out, inputs=[converted[1] if converted else source, calibration], overwrite=overwrite)
+    frames_file = None if calibration is None else file_of_frames(calibration)
+    require_outputs(out, inputs=[source, frames_file], overwrite=overwrite)
     specialist = load_force_field(source, trust=trust, name=name, level_of_theory=level_of_theory)
     if calibration is not None:
-        found = read_frames(calibration)
+        found = load_specialists([specialist], [calibration], device=device)[0].calibration
         chosen = calibration_frames(found, min(frames, len(found)), seed=0)
         specialist = specialist.with_calibration([bare(atoms) for atoms in chosen])
     specialist.save(out) if out.suffix == ".safetensors" else export(specialist, out)

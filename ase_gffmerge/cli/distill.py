@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ase_gffmerge.cli.options import CacheDirOption, DeviceOption, JsonOption, OverwriteOption
+from ase_gffmerge.cli.options import (
+    CacheDirOption,
+    CalibrationOption,
+    DeviceOption,
+    JsonOption,
+    OverwriteOption,
+    load_specialists,
+)
 from ase_gffmerge.cli.output import EpochWatch, note, print_json, require_outputs
 from ase_gffmerge.runtime.progress import progress_bar
 
@@ -26,12 +33,7 @@ def distill(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the frames.", show_default="of the recipe")
     ] = None,
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="More frames, labels not needed: one file per specialist, in order; several values."
-        ),
-    ] = None,
+    calibration: CalibrationOption = None,
     recipe: Annotated[
         str, typer.Option(help="gffmerge, paper, mean, or a YAML file (its refine holds the options).")
     ] = "gffmerge",
@@ -42,22 +44,26 @@ def distill(
 ) -> None:
     """Fine-tune a merge on its specialists' own energies and forces; no labels are needed.
 
+    Frames that --calibration names are added to those that a specialist's file holds.
     A killed distillation continues when the same command is run again.
     """
-    from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.evaluation.plots import plot_history
     from ase_gffmerge.integrations.load import load_force_field
     from ase_gffmerge.merging.recipe import DistillOptions, load_recipe
+    from ase_gffmerge.sampling.on_request import file_of_frames
     from ase_gffmerge.training.checkpoint import checkpoint_path
     from ase_gffmerge.training.distill import distill
 
     chosen = load_recipe(recipe)
     options = (chosen.refine or DistillOptions()).model_copy(update={"epochs": epochs} if epochs else {})
     chosen = chosen.model_copy(update={"refine": options})
-    loaded = [load_force_field(source) for source in specialists]
-    extra = [read_frames(path) for path in calibration] if calibration else None
     curve = out.with_name(f"{out.name.removesuffix('.safetensors')}.png")
-    require_outputs(out, curve, inputs=[*specialists, *(calibration or ()), init], overwrite=overwrite)
+    frames = map(file_of_frames, calibration or ())
+    require_outputs(out, curve, inputs=[*specialists, *frames, init], overwrite=overwrite)
+    own = [load_force_field(source) for source in specialists]
+    given = load_specialists(own, calibration, device=device)
+    loaded = [held if held.calibration else named for held, named in zip(own, given, strict=True)]
+    extra = [() if named is kept else named.calibration for kept, named in zip(loaded, given, strict=True)]
     start = (
         load_force_field(init) if init else _merged_start(loaded, chosen, device=device, cache_dir=cache_dir)
     )
@@ -69,7 +75,7 @@ def distill(
                 start,
                 loaded,
                 options,
-                frames=extra,
+                frames=extra if calibration else None,
                 checkpoint=checkpoint_path(out),
                 device=device,
                 callback=watch,

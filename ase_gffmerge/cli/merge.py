@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from ase_gffmerge.cli.options import Conditioning, DeviceOption, JsonOption, OverwriteOption
+from ase_gffmerge.cli.options import (
+    CalibrationOption,
+    Conditioning,
+    DeviceOption,
+    JsonOption,
+    OverwriteOption,
+    load_specialists,
+)
 from ase_gffmerge.cli.output import note, print_json, require_outputs
 from ase_gffmerge.runtime.progress import progress_bar
 
@@ -13,13 +20,7 @@ from ase_gffmerge.runtime.progress import progress_bar
 def merge(
     specialists: Annotated[list[str], typer.Argument(help="Files or bundled names.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Merged file to write (.safetensors).", show_default=False)],
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Frames that a specialist knows, labels not needed: one file per specialist, in order; several values.",
-            show_default="those in the specialists' files",
-        ),
-    ] = None,
+    calibration: CalibrationOption = None,
     recipe: Annotated[str, typer.Option(help="gffmerge, paper, mean, or a YAML file.")] = "gffmerge",
     conditioning: Annotated[
         Conditioning | None,
@@ -42,9 +43,9 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Merge specialists by least squares and write one potential with its report."""
-    from ase_gffmerge.integrations.load import as_force_field, with_frames
     from ase_gffmerge.merging.recipe import ClosedLoopOptions, load_recipe
     from ase_gffmerge.merging.report_plot import save_html
+    from ase_gffmerge.sampling.on_request import file_of_frames
     from ase_gffmerge.storage.documents import validated
     from ase_gffmerge.workflows.merge import merge as merge_specialists
 
@@ -56,9 +57,9 @@ def merge(
         allow_unrelated=allow_unrelated or None,
         closed_loop=validated(ClosedLoopOptions, loop, source="--closed-loop") if closed_loop else None,
     )
-    given = with_frames(specialists, calibration) if calibration else specialists
-    loaded = [as_force_field(source) for source in given]
-    require_outputs(out, report, inputs=[*specialists, *(calibration or ())], overwrite=overwrite)
+    frames = map(file_of_frames, calibration or ())
+    require_outputs(out, report, inputs=[*specialists, *frames], overwrite=overwrite)
+    loaded = load_specialists(specialists, calibration, device=device)
     with progress_bar("merging") as progress:
         merged, result = merge_specialists(loaded, chosen, device=device, progress=progress)
     merged.save(out)

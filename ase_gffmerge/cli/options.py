@@ -12,6 +12,8 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     from ase import Atoms
 
+    from ase_gffmerge.forcefield.force_field import ForceField
+
 
 class DType(StrEnum):
     """Floating-point types of a network."""
@@ -67,6 +69,17 @@ StressKey = Annotated[
 ]
 
 
+CalibrationOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Frames that a specialist knows, labels not needed: for each, in order, a file; sample:FILE, to let it make "
+        "them by its own dynamics from structures in a file; sample, from those it holds; own, for those it holds. Several "
+        "values.",
+        show_default="own",
+    ),
+]
+
+
 class VariadicCommand(TyperCommand):
     """A verb whose repeatable options may be followed by several values, once its arguments have come first."""
 
@@ -91,6 +104,38 @@ def spread(arguments: Sequence[str], repeatable: Collection[str]) -> list[str]:
             result.append(option)
         result.append(argument)
     return result
+
+
+def load_specialists(
+    sources: "Sequence[str | ForceField]", calibration: Sequence[str] | None, *, device: str
+) -> "list[ForceField]":
+    """Load specialists with the frames that ``--calibration`` names; what is to be sampled runs here.
+
+    Parameters
+    ----------
+    sources
+        What is loaded, or was.
+    calibration
+        As in :data:`CalibrationOption`.
+    device
+        Where dynamics run.
+    """
+    from ase_gffmerge.cli.output import note
+    from ase_gffmerge.integrations.load import as_force_field
+    from ase_gffmerge.runtime.devices import resolve_device
+    from ase_gffmerge.runtime.progress import progress_bar
+    from ase_gffmerge.sampling.on_request import SampledLater, sampled, with_frames
+
+    if not calibration:
+        return [as_force_field(source) for source in sources]
+    entries = [None if entry == "own" else entry for entry in calibration]
+    given = with_frames(sources, "sample" if entries == ["sample"] else entries)
+    with progress_bar("sampling") as progress:
+        loaded = sampled(given, resolve_device(device), progress)
+    for before, after in zip(given, loaded, strict=True):
+        if isinstance(before, SampledLater):
+            note(f"{after.name}: {len(after.calibration)} calibration frames sampled")
+    return loaded
 
 
 def read_structures(path: Path, *, first: bool = True) -> "list[Atoms]":

@@ -71,7 +71,7 @@ def require_outputs(
     plot
         A further one, whose ending says how a figure is written.
     inputs
-        Files that are read, which are never written over.
+        What is read, files of other packages as ``vendor:FILE``, which is never written over.
     overwrite
         Whether files that exist may be replaced.
 
@@ -81,14 +81,16 @@ def require_outputs(
         For the first that must not or cannot be written.
     """
     from ase_gffmerge.errors import FileFormatError
+    from ase_gffmerge.integrations.load import file_of
     from ase_gffmerge.storage.tensor_file import require_writable
 
     if plot:
         from ase_gffmerge.evaluation.plots import figure_format
 
         figure_format(plot)
+    read = [file for known in inputs if known is not None and (file := file_of(known)) and file.exists()]
     for path in filter(None, (*paths, plot)):
-        if any(known and path.exists() and Path(known).exists() and path.samefile(known) for known in inputs):
+        if any(path.exists() and path.samefile(file) for file in read):
             raise FileFormatError(
                 f"cannot write {path}: it is the input, which would be lost; choose another name"
             )

@@ -63,7 +63,7 @@ def load_force_field(
         found = from_vendor(*parts, trust=trust).to(device=device, dtype=dtype)
     else:
         found = _own(local_file(source), device=device, dtype=dtype)
-    changes = {"name": name, "level_of_theory": level_of_theory, "calibration": _structures(calibration)}
+    changes = {"name": name, "level_of_theory": level_of_theory, "calibration": structures(calibration)}
     return replace(found, **{key: value for key, value in changes.items() if value})  # type: ignore[arg-type]
 
 
@@ -106,7 +106,7 @@ def from_vendor(
     return ForceField(
         name=name or converted.name or stem or f"{vendor}-{label}",
         potential=converted.potential,
-        calibration=_structures(calibration),
+        calibration=structures(calibration),
         level_of_theory=level_of_theory or converted.level_of_theory,
         provenance=Provenance(origin=f"{converted.vendor} {converted.version}".strip()),
     )
@@ -191,42 +191,28 @@ def as_force_field(source: Source) -> ForceField:
     return source if isinstance(source, ForceField) else load_force_field(source)
 
 
-def with_frames(sources: Source | Iterable[Source], calibration: Sequence[Frames | None]) -> list[Source]:
-    """Specialists with other calibration frames.
-
-    Parameters
-    ----------
-    sources
-        One or several.
-    calibration
-        For each of them frames or a file of them; ``None`` to keep what is there.
-
-    Raises
-    ------
-    ArgumentError
-        When there are not as many entries as sources.
-    """
-    items = as_list(sources)
-    if isinstance(calibration, str | Path | Atoms) or len(calibration) != len(items):
-        raise ArgumentError(
-            f"calibration must hold one list of frames (or one file) for each of the {len(items)} specialists, in order"
-        )
-    return [
-        item if frames is None else as_force_field(item).with_calibration(_structures(frames))
-        for item, frames in zip(items, calibration, strict=True)
-    ]
-
-
-def _structures(frames: Frames) -> tuple[Atoms, ...]:
+def structures(frames: Frames) -> tuple[Atoms, ...]:
+    """Structures, or those in a file."""
     return tuple(read_frames(frames) if isinstance(frames, str | Path) else frames)
+
+
+def file_of(source: str | Path) -> Path | None:
+    """The file that a source names; ``None`` for bundled and published force fields."""
+    return _located(source)[1]
+
+
+def _located(source: str | Path) -> tuple[str, Path | None]:
+    """What stands before the path in a source, and the path."""
+    if parts := vendor_source(source):
+        vendor, rest = parts
+        name, at, path = ("", "", rest) if Path(rest).exists() else rest.rpartition("@")
+        return f"{vendor}:{name}{at}", Path(path) if Path(path).exists() else None
+    return "", None if bundled_path(source) != Path(source) else Path(source)
 
 
 def describe(source: Source) -> str | dict[str, str]:
     """Describe a source as JSON: its bundled name, its absolute path, or what the object in memory is."""
     if isinstance(source, ForceField):
         return {"name": source.name, "fingerprint": source.fingerprint}
-    if parts := vendor_source(source):
-        vendor, rest = parts
-        what, at, path = ("", "", rest) if Path(rest).exists() else rest.rpartition("@")
-        return f"{vendor}:{what}{at}{Path(path).absolute() if Path(path).exists() else path}"
-    return str(source) if bundled_path(source) != Path(source) else str(Path(source).absolute())
+    before, path = _located(source)
+    return str(source) if path is None else f"{before}{path.absolute()}"

@@ -262,8 +262,9 @@ def _check_alone(specialist: ForceField, recipe: Recipe) -> None:
         )
     if not specialist.calibration and recipe.method != "mean":
         raise FramesError(
-            f"{specialist.name!r} carries no calibration frames, without which a merge cannot see what it knows; add "
-            "some with ForceField.with_calibration(frames), or train with --frames N"
+            f"{specialist.name!r} carries no calibration frames, without which a merge cannot see what it knows; give for "
+            "each specialist, in order, a file of frames, or sample:FILE, which makes some from structures in a file: "
+            "--calibration A B on the command line, calibration=[A, B] for a GFFMergeCalculator"
         )
     if broken := first_not_finite(specialist.potential):
         raise IncompatibleSpecialistsError(

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 import platformdirs
 from filelock import BaseFileLock, FileLock
@@ -35,6 +36,18 @@ _KEY = "[0-9a-f]" * 64
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EIO, errno.ENOSYS)
 """What file systems without locks answer when they are asked for one."""
+
+
+class Mergeable(Protocol):
+    """A specialist, or what will be one when its frames are known."""
+
+    @property
+    def content_digest(self) -> str:
+        """SHA-256 of all that a merge takes from it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of its weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +130,7 @@ class MergeCache:
         return self.directory / f"{key}{SUFFIX}"
 
     def get_or_build(
-        self, specialists: Sequence[ForceField], recipe: Recipe, build: Callable[[], ForceField]
+        self, specialists: Sequence[Mergeable], recipe: Recipe, build: Callable[[], ForceField]
     ) -> tuple[ForceField, bool]:
         """Load the merge of ``specialists`` by ``recipe``, or build and store it while other processes wait.
 
@@ -127,7 +140,7 @@ class MergeCache:
         Parameters
         ----------
         specialists
-            The force fields to merge.
+            What is merged.
         recipe
             How.
         build

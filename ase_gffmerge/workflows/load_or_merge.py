@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from ase_gffmerge.merging.recipe import Recipe, load_recipe
 from ase_gffmerge.runtime.progress import Progress, part_of, progress_bar
 from ase_gffmerge.storage.tensor_file import read_digest
 from ase_gffmerge.workflows.cache import MergeCache, cache_key
+
+if TYPE_CHECKING:
+    from ase_gffmerge.sampling.on_request import Calibration, SampledLater
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,7 @@ def resolve(
     options: MergeOptions,
     *,
     device: torch.device,
+    calibration: "str | Sequence[Calibration] | None" = None,
     progress: Progress | None = None,
 ) -> Resolved:
     """Load the sources and, if there are several, merge them through the cache.
@@ -70,12 +74,15 @@ def resolve(
         Used for several sources; for a single one they are only checked against what it is.
     device
         Where the merge is computed.
+    calibration
+        See :func:`.with_frames`; default: what the specialists hold. A single force field needs none.
     progress
         Handed to :func:`~ase_gffmerge.workflows.merge.merge`; default: a bar, on terminals and in notebooks.
     """
     items = as_list(sources)
     if len(items) > 1:
-        return _merged(items, options, device=device, progress=progress)
+        given = items if calibration is None else _with_frames(items, calibration)
+        return _merged(given, options, device=device, progress=progress)
     force_field = as_force_field(items[0])
     check_single(force_field, options)
     return Resolved(
@@ -83,6 +90,14 @@ def resolve(
         arguments={"specialists": [describe(items[0])], "recipe": "gffmerge", "weights": None},
         borrowed=isinstance(items[0], ForceField),
     )
+
+
+def _with_frames(
+    items: list[Source], calibration: "str | Sequence[Calibration]"
+) -> "list[Source | SampledLater]":
+    from ase_gffmerge.sampling.on_request import with_frames  # dynamics, which a cache hit does not need
+
+    return with_frames(items, calibration)
 
 
 def check_single(force_field: ForceField, options: MergeOptions) -> None:
@@ -119,7 +134,7 @@ def _warn_again(force_field: ForceField, recipe: Recipe) -> None:
 
 
 def _merged(
-    items: Sequence[Source],
+    items: "Sequence[Source | SampledLater]",
     options: MergeOptions,
     *,
     device: torch.device,
@@ -134,7 +149,7 @@ def _merged(
     force_field, hit = cache.find(key), True
     specialists = Specialists(inputs, digests)
     if force_field is None:
-        loaded = [as_force_field(item) for item in inputs]
+        loaded = [as_force_field(item) if isinstance(item, Path) else item for item in inputs]
         key = cache_key([specialist.content_digest for specialist in loaded], recipe)
         specialists = Specialists(loaded)
         force_field, hit = cache.get_or_build(
@@ -142,40 +157,46 @@ def _merged(
         )
     if hit:
         _warn_again(force_field, recipe)
-    if any(isinstance(item, ForceField) for item in items):  # an object has no path, but its merge has one
-        items, options = [cache.path(key)], MergeOptions()
+    paths = [item for item in items if isinstance(item, str | Path)]
+    if len(paths) < len(items):  # an object has no path, but its merge has one
+        paths, options = [cache.path(key)], MergeOptions()
     return Resolved(
         force_field=force_field,
-        arguments=_arguments(items, recipe, options),
+        arguments=_arguments(paths, recipe, options),
         specialists=specialists,
         cache_hit=hit,
     )
 
 
 def _merge(
-    specialists: Sequence[ForceField], recipe: Recipe, *, device: torch.device, progress: Progress | None
+    specialists: "Sequence[ForceField | SampledLater]",
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    progress: Progress | None,
 ) -> ForceField:
-    """Merge, under a bar that says so if the caller does not watch."""
+    """Sample what is to be sampled, and merge, under a bar that says so if the caller does not watch."""
+    from ase_gffmerge.sampling.on_request import sampled
     from ase_gffmerge.workflows.merge import merge
 
     if progress is not None:
-        return merge(specialists, recipe, device=device, progress=progress)[0]
-    title = (
-        f"merging {' + '.join(specialist.name for specialist in specialists)} (once; the result is cached)"
-    )
+        return merge(sampled(specialists, device, progress), recipe, device=device, progress=progress)[0]
+    names = " + ".join(item.name for item in specialists)
+    title = f"merging {names} (once; the result is cached)"
     with progress_bar(title) as bar:
-        return merge(specialists, recipe, device=device, progress=part_of(bar, 0, 1, prefix=f"{title}: "))[0]
+        told = part_of(bar, 0, 1, prefix=f"{title}: ")
+        return merge(sampled(specialists, device, told), recipe, device=device, progress=told)[0]
 
 
-def _input(source: Source) -> ForceField | Path:
-    """A force field in memory, or the path of one of our own files; another package's model is loaded."""
-    if isinstance(source, ForceField) or vendor_source(source):
-        return as_force_field(source)
-    return local_file(source)
+def _input(source: "Source | SampledLater") -> "ForceField | SampledLater | Path":
+    """What is in memory, or the path of one of our own files; another package's model is loaded."""
+    if not isinstance(source, str | Path):
+        return source
+    return as_force_field(source) if vendor_source(source) else local_file(source)
 
 
-def _digest(item: ForceField | Path) -> str:
-    return item.content_digest if isinstance(item, ForceField) else read_digest(item)
+def _digest(item: "ForceField | SampledLater | Path") -> str:
+    return read_digest(item) if isinstance(item, Path) else item.content_digest
 
 
 class Specialists:
@@ -189,9 +210,9 @@ class Specialists:
         What the files held, in the order of ``inputs``; not needed for force fields.
     """
 
-    def __init__(self, inputs: Sequence[ForceField | Path], digests: Sequence[str] = ()):
+    def __init__(self, inputs: "Sequence[ForceField | SampledLater | Path]", digests: Sequence[str] = ()):
         self._inputs = [
-            item.with_calibration(()) if isinstance(item, ForceField) else item.absolute() for item in inputs
+            item.absolute() if isinstance(item, Path) else item.with_calibration(()) for item in inputs
         ]
         self._digests = digests or [""] * len(inputs)
 

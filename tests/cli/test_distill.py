@@ -56,6 +56,16 @@ def test_frames_epochs_and_a_start_of_ones_own(gffmerge, recipe: Path) -> None:
     assert (distilled.provenance.epochs, distilled.provenance.n_train) == (1, 2 * 11 * 2)
 
 
+def test_specialists_without_frames_learn_from_those_that_are_named(gffmerge, recipe: Path) -> None:
+    for name in PAIR:
+        ForceField.load(name).with_calibration(()).save(f"bare-{name}")
+    command = ("distill", *(f"bare-{name}" for name in PAIR), "--out", "a.safetensors", "--recipe", recipe)
+    assert "--calibration A B" in gffmerge(*command).error()
+    frames = ("--calibration", "methanol.xyz", "water.xyz", "--epochs", 1)
+    assert gffmerge(*command, *frames).code == 0
+    assert ForceField.load("a.safetensors").provenance.n_train == 2 * 5 * 2
+
+
 def test_interrupted_run_says_how_to_go_on_and_does(
     gffmerge, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +97,7 @@ def test_interrupted_run_says_how_to_go_on_and_does(
     [
         (("methanol.safetensors", "--out", "a.safetensors"), "at least two"),
         ((*PAIR, "--out", "a.safetensors", "--init", "none.safetensors"), "no specialist"),
-        ((*PAIR, "--out", "a.safetensors", "--calibration", "water.xyz"), "give one set each"),
+        ((*PAIR, "--out", "a.safetensors", "--calibration", "water.xyz"), "each of the 2"),
         ((*PAIR, "--out", "a.safetensors", "--epochs", "0"), "epochs"),
         ((*PAIR, "--out", "a.safetensors", "--recipe", "broken.yaml"), "did you mean 'epochs'"),
         ((*PAIR, "--out", "tiny.yaml/a.safetensors"), "cannot write"),

@@ -99,7 +99,7 @@ class ScalarLinearLayer(torch.nn.Module):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_scaled_layers_of_nequip(bias):
-    import_module("ase_gffmerge.integrations.nequip.layers")
+    import_module("ase_gffmerge.integrations.nequip")
     layer, x = ScalarLinearLayer(bias=bias), torch.randn(5, 4)
     (problem,) = layer_maps("mlp", layer)
     torch.testing.assert_close(problem.design(x) @ problem.read(), layer(x).detach())

@@ -41,7 +41,7 @@ from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.graphs.verlet import VerletCache
 from ase_gffmerge.inference.compiled import Compile
 from ase_gffmerge.inference.predict import Predictor, force_disagreement, hessian
-from ase_gffmerge.integrations.load import Source, with_frames
+from ase_gffmerge.integrations.load import Source
 from ase_gffmerge.runtime.devices import ForkSafeLock, resolve_device
 from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.workflows.load_or_merge import MergeOptions, resolve
@@ -49,6 +49,7 @@ from ase_gffmerge.workflows.load_or_merge import MergeOptions, resolve
 if TYPE_CHECKING:
     from ase_gffmerge.merging.recipe import Recipe
     from ase_gffmerge.merging.report import MergeReport
+    from ase_gffmerge.sampling.on_request import Calibration
 
 STATE = ("positions", "numbers", "cell", "pbc")
 PROPERTIES = ("energy", "free_energy", "energies", "forces", "stress")
@@ -71,8 +72,8 @@ class GFFMergeCalculator(Calculator):
         ``vendor:path`` (for example ``chgnet:fine-tuned.pth.tar``), or :class:`~ase_gffmerge.ForceField` objects. Several
         are merged, once: the result is kept in the cache. A single one, merged or not, is used as it is.
     calibration
-        For each specialist, unlabelled frames of the systems it was trained on, as a list or a file; ``None`` where its file
-        holds some already. Files of other packages hold none.
+        For each specialist, unlabelled frames of what it was trained on, a list or a file; ``None`` where its own file holds
+        some, as those of other packages do not; ``sample:FILE``: it makes them by its dynamics from structures in a file.
     recipe
         How to merge: a preset (``gffmerge``, ``paper``, ``mean``), the path of a YAML file, a mapping, or a
         :class:`~ase_gffmerge.Recipe`.
@@ -130,7 +131,7 @@ class GFFMergeCalculator(Calculator):
         self,
         specialists: Source | Iterable[Source],
         *,
-        calibration: Sequence[str | Path | Sequence[Atoms] | None] | None = None,
+        calibration: "str | Sequence[Calibration] | None" = None,
         recipe: "str | Path | Mapping[str, Any] | Recipe" = "gffmerge",
         conditioning: Literal["shared", "per-specialist"] | None = None,
         device: str | torch.device = "auto",
@@ -159,8 +160,9 @@ class GFFMergeCalculator(Calculator):
         )
         with isolated_torch():
             target = resolve_device(device)
-            sources = specialists if calibration is None else with_frames(specialists, calibration)
-            resolved = resolve(sources, options, device=target, progress=progress)
+            resolved = resolve(
+                specialists, options, device=target, calibration=calibration, progress=progress
+            )
             self.force_field = served_force_field(resolved, target, DTYPES[precision])
             self._dispersion = dispersion_choice(dispersion, self.force_field)
             self._predictor = Predictor(self.force_field, compile=compile)

@@ -13,7 +13,6 @@ import torch
 from ase.data import atomic_numbers as NUMBERS
 from torch import Tensor
 
-import ase_gffmerge.integrations.nequip.layers  # noqa: F401 (registers the package's layers)
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.integrations.base import (

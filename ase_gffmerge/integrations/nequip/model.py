@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.integrations.base import VendorObject, per_element, rows_of_elements
-from ase_gffmerge.integrations.nequip import layers  # noqa: F401 (registers the package's layers)
 from ase_gffmerge.integrations.nequip.io import MODEL, ZBL_TARGET, layers_of
 from ase_gffmerge.integrations.wrapped import (
     ChainPotential,
