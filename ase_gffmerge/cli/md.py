@@ -192,6 +192,8 @@ def md(
 LABELS = {
     "timestep": "timestep (fs)",
     "temperature_mean": "mean temperature (K)",
+    "volume_mean": "mean volume (Å³)",
+    "pressure_mean": "mean pressure (GPa)",
     "potential_energy": "potential energy (eV)",
     "total_energy": "total energy (eV)",
     "drift_per_atom": "energy drift (eV/atom)",

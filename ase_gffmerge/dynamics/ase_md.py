@@ -5,7 +5,7 @@ Geometry optimisation by ASE's optimisers: atoms alone or with the cell, under p
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -128,7 +128,7 @@ def run_md(
                 before = samples[-1].step
                 set_temperature(dynamics, conditions.temperature_at(before / steps))
                 dynamics.run(done - before)
-            samples.append(_sample(atoms, done, conditions.timestep, freedom))
+            samples.append(_sample(atoms, done, conditions, freedom))
             broken.update((int(i), int(j)) for i, j in broken_bonds(atoms, bonds))
             write(atoms)
             if logger is not None:
@@ -149,6 +149,7 @@ def run_md(
                 break
         seconds = perf_counter() - began
     none = np.empty((0, len(atoms), 3))
+    npt = conditions.ensemble == "npt"
     return Trajectory(
         start=start,
         ensemble=conditions.ensemble,
@@ -162,6 +163,8 @@ def run_md(
         positions=none,
         momenta=none,
         forces=none,
+        volumes=np.array([sample.volume for sample in samples]) if npt else None,
+        pressures=np.array([sample.pressure for sample in samples]) if npt else None,
         stopped="too hot" if stopped else None,
         detail=stopped or "",
         stopped_at=samples[-1].time if stopped else None,
@@ -227,15 +230,19 @@ def _sampled_steps(steps: int, interval: int, *, after: int) -> Iterator[int]:
     yield from (step for step in (*range(0, steps, interval), steps) if step > after)
 
 
-def _sample(atoms: Atoms, step: int, timestep: float, freedom: int) -> Sample:
+def _sample(atoms: Atoms, step: int, conditions: Conditions, freedom: int) -> Sample:
     potential, kinetic = float(atoms.get_potential_energy()), float(atoms.get_kinetic_energy())
     if not np.isfinite(potential + kinetic):
         raise DynamicsError(
             f"the energy of {atoms.get_chemical_formula()} is not finite after {step} steps; use a shorter "
-            f"time step (now {timestep:g} fs) or relax the structure first"
+            f"time step (now {conditions.timestep:g} fs) or relax the structure first"
         )
     temperature = 2 * kinetic / (freedom * units.kB)
-    return Sample(step, step * timestep, potential, kinetic, temperature)
+    sample = Sample(step, step * conditions.timestep, potential, kinetic, temperature)
+    if conditions.ensemble != "npt":
+        return sample
+    pressure = -atoms.get_stress(include_ideal_gas=True)[:3].mean() / units.GPa
+    return replace(sample, volume=float(atoms.cell.volume), pressure=float(pressure))
 
 
 OPTIMIZERS = {"bfgs": BFGS, "lbfgs": LBFGS, "bfgs-linesearch": BFGSLineSearch, "fire": FIRE}

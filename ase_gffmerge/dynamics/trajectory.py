@@ -37,6 +37,8 @@ class Sample:
         eV.
     temperature
         K.
+    volume, pressure
+        Å³ and GPa (the ideal gas of the momenta included) under a barostat; 0 without one.
     """
 
     step: int
@@ -44,6 +46,8 @@ class Sample:
     potential_energy: float
     kinetic_energy: float
     temperature: float
+    volume: float = 0.0
+    pressure: float = 0.0
 
     @property
     def total_energy(self) -> float:
@@ -63,6 +67,8 @@ class Trajectory:
         As asked for; fs, K.
     times, potential_energies, kinetic_energies, temperatures : (n_frames,)
         fs, eV, eV, K; the first is the start. Temperatures count only degrees of freedom that can move.
+    volumes, pressures : (n_frames,), optional
+        Å³, GPa; of ``npt`` alone.
     positions, momenta, forces : (n_frames, n_atoms, 3)
         Positions not wrapped into the cell; of no frames (0, n_atoms, 3) where these went to a file instead.
     stopped
@@ -91,6 +97,8 @@ class Trajectory:
     positions: np.ndarray
     momenta: np.ndarray
     forces: np.ndarray
+    volumes: np.ndarray | None = None
+    pressures: np.ndarray | None = None
     stopped: str | None = None
     detail: str = ""
     stopped_at: float | None = None
@@ -160,7 +168,7 @@ class Trajectory:
         return self.positions[self.times >= time]
 
     def to_dict(self) -> dict[str, object]:
-        """Summary for JSON: plain numbers, no time series; drift for ``nve`` alone."""
+        """Summary for JSON: plain numbers, no time series; drift for ``nve``, volume and pressure for ``npt`` alone."""
         summary: dict[str, object] = {
             "ensemble": self.ensemble,
             "n_atoms": self.n_atoms,
@@ -173,6 +181,11 @@ class Trajectory:
             "broken_bonds": [list(pair) for pair in self.broken_bonds],
             "stopped": self.stopped,
         }
+        if self.volumes is not None and self.pressures is not None:
+            summary |= {
+                "volume_mean": float(self.volumes[1:].mean()),
+                "pressure_mean": float(self.pressures[1:].mean()),
+            }
         if self.ensemble == "nve":
             summary |= {
                 "drift_per_atom": self.drift_per_atom,

@@ -371,6 +371,7 @@ def test_md_npt_of_a_crystal(gffmerge, files: Path) -> None:
     assert npt["n_atoms"] == 8
     volumes = [atoms.cell.volume for atoms in read("npt.traj", ":")]
     assert len(set(volumes)) > 1
+    assert npt["volume_mean"] == pytest.approx(np.mean(volumes[1:]))
 
 
 def test_md_from_an_npz_archive(gffmerge, files: Path) -> None:

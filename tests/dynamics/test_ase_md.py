@@ -151,6 +151,10 @@ def test_npt_moves_the_cell() -> None:
     result = nve(atoms, ensemble="npt", pressure=5.0, timestep=2.0, steps=100)
     assert atoms.cell.volume < volume
     assert np.isfinite(result.total_energies).all()
+    assert (result.volumes[0], result.volumes[-1]) == (volume, atoms.cell.volume)
+    last = -np.trace(atoms.get_stress(include_ideal_gas=True, voigt=False)) / 3
+    assert result.pressures[-1] == pytest.approx(last / units.GPa)
+    assert result.to_dict()["pressure_mean"] == pytest.approx(result.pressures[1:].mean())
 
 
 def test_velocities_can_be_kept() -> None:
