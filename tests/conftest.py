@@ -30,6 +30,7 @@ HYPER = {
         "n_angular": 5,
         "readout_layers": 1,
     },
+    "escaip": {"cutoff": 4.0, "channels": 8, "n_blocks": 2, "n_radial": 6, "atten_num_heads": 2},
 }
 
 CACHE = os.environ.get("GFFMERGE_CACHE")

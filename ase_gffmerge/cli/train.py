@@ -29,7 +29,7 @@ def train(
     frames: Annotated[list[Path], typer.Argument(help=FRAMES_HELP, show_default=False)],
     out: Annotated[Path, typer.Option(help="Force-field file to write (.safetensors).", show_default=False)],
     model: Annotated[
-        str | None, typer.Option(help="painn or nequip.", show_default="of --init, else painn")
+        str | None, typer.Option(help="painn, nequip or escaip.", show_default="of --init, else painn")
     ] = None,
     init: Annotated[
         str | None, typer.Option(help="Start from this specialist (file or bundled name).")

@@ -12,8 +12,8 @@ Every supported layer maps rows linearly, :math:`y = [x\ 1]\,\Theta`, once its i
 
 Integrations add the layers of other packages with :func:`register_layer`.
 
-Scale and shift of an ``nn.LayerNorm`` are no such map of rows, but they are parameters that a correction of a whole block
-may change: :func:`adjustable_maps` holds them as well, as Θ = [scale; shift].
+Scale and shift of an ``nn.LayerNorm``, and the scale of an ``nn.RMSNorm``, are no such map of rows, but they are parameters
+that a correction of a whole block may change: :func:`adjustable_maps` holds them as well, as Θ = [scale; shift] or [scale].
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from ase.data import chemical_symbols
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, rms_norm
 from torch_geometric.nn import Linear as GeometricLinear
 
 from ase_gffmerge.models.layers import EquivariantLinear, FullyConnectedNet
@@ -157,14 +157,13 @@ def affine_maps(root: nn.Module) -> dict[str, AffineMap]:
 
 def is_adjustable(module: nn.Module) -> bool:
     """Whether a module has a map that :func:`adjustable_maps` lists."""
-    return is_affine(module) or (isinstance(module, nn.LayerNorm) and module.bias is not None)
+    return is_affine(module) or bool(_norm_maps("", module))
 
 
 def adjustable_maps(root: nn.Module) -> dict[str, AffineMap]:
-    """All affine maps inside a module, and scales and shifts of its layer norms."""
-    norms = [(name, module) for name, module in root.named_modules() if isinstance(module, nn.LayerNorm)]
-    own = {name: _norm_map(name, norm) for name, norm in norms if is_adjustable(norm)}
-    return affine_maps(root) | own
+    """All affine maps inside a module, and scales and shifts of its norms."""
+    own = [_norm_maps(name, module) for name, module in root.named_modules()]
+    return affine_maps(root) | {one.name: one for maps in own for one in maps}
 
 
 def flat_rows(x: Tensor) -> Tensor:
@@ -193,16 +192,37 @@ def _linear_map(name: str, layer: nn.Linear) -> Iterator[AffineMap]:
     yield AffineMap(name, layer, has_bias, flat_rows, read, parameters)
 
 
-def _norm_map(name: str, norm: nn.LayerNorm) -> AffineMap:
-    """Scale and shift of every channel; the rows are what is scaled, one number each."""
+def _norm_maps(name: str, norm: nn.Module) -> list[AffineMap]:
+    """Scale (and shift) of every channel of a norm; the rows are what is scaled, one number each."""
+    if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
+        shape, eps, scale, shift = norm.normalized_shape, norm.eps, norm.weight, norm.bias
 
-    def rows(x: Tensor) -> Tensor:
-        return layer_norm(x, norm.normalized_shape, eps=norm.eps).reshape(-1, 1)
+        def read() -> Tensor:
+            return torch.stack([scale.detach(), shift.detach()])
 
-    def read() -> Tensor:
-        return torch.stack([norm.weight.detach(), norm.bias.detach()])
-
-    return AffineMap(name, norm, True, rows, read, lambda theta: {"weight": theta[0], "bias": theta[1]})
+        return [
+            AffineMap(
+                name,
+                norm,
+                True,
+                lambda x: layer_norm(x, shape, eps=eps).reshape(-1, 1),
+                read,
+                lambda theta: {"weight": theta[0], "bias": theta[1]},
+            )
+        ]
+    if isinstance(norm, nn.RMSNorm) and norm.weight is not None:
+        sizes, offset, factor = list(norm.normalized_shape), norm.eps, norm.weight
+        return [
+            AffineMap(
+                name,
+                norm,
+                False,
+                lambda x: rms_norm(x, sizes, eps=offset).reshape(-1, 1),
+                lambda: factor.detach()[None],
+                lambda theta: {"weight": theta[0]},
+            )
+        ]
+    return []
 
 
 def _is_radial_layer(module: nn.Module) -> bool:

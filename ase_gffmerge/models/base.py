@@ -323,6 +323,7 @@ ARCHITECTURES: Registry[type[Potential]] = Registry(
         "painn": "ase_gffmerge.models.painn:PaiNN",
         "nequip": "ase_gffmerge.models.nequip:NequIP",
         "chgnet": "ase_gffmerge.models.chgnet:CHGNet",
+        "escaip": "ase_gffmerge.models.escaip:EScAIP",
     },
     name_of=_name_of,
     error=FileFormatError,

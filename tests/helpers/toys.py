@@ -28,6 +28,14 @@ SMALL = {
         "n_angular": 5,
         "readout_layers": 1,
     },
+    "escaip": {
+        "channels": 8,
+        "n_blocks": 2,
+        "n_radial": 6,
+        "cutoff": 4.0,
+        "atten_num_heads": 2,
+        "frequency_list": (2, 2, 1),
+    },
 }
 """Hyperparameters of networks that are evaluated in milliseconds and merged in a second."""
 SHALLOW = {name: {**hyper, "n_blocks": 1} for name, hyper in SMALL.items()}

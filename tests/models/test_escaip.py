@@ -1,0 +1,180 @@
+"""Attention over padded neighbourhoods: slots, chunks, the sphere of the cutoff, and what a merge makes of it."""
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import eval_legendre
+
+from ase_gffmerge import ForceField, GFFMergeCalculator, merge
+from ase_gffmerge.errors import FileFormatError, MergeWarning
+from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.inference.predict import predict_frames
+from ase_gffmerge.models import build_potential
+from ase_gffmerge.models.affine_maps import adjustable_maps
+from ase_gffmerge.models.escaip import EScAIP
+from ase_gffmerge.models.layers import neighborhoods
+from ase_gffmerge.testing import check_potential
+from helpers.toys import SHALLOW, SMALL, family, toy
+
+
+@pytest.fixture
+def escaip() -> EScAIP:
+    torch.manual_seed(0)
+    potential = build_potential("escaip", SMALL["escaip"], (1, 6, 8, 13, 29)).double()
+    return potential.requires_grad_(False).eval()
+
+
+def crystal() -> Atoms:
+    atoms = bulk("Cu", cubic=True) * (2, 1, 1)
+    atoms.numbers[::3] = 13
+    atoms.rattle(0.1, seed=1)
+    return atoms
+
+
+def test_it_passes_the_conformance_kit(escaip):
+    check_potential(escaip).raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"atten_num_heads": 3}, {"frequency_list": [0, 0]}, {"frequency_list": []}, {"frequency_list": [2.0]}],
+)
+def test_impossible_sizes_are_refused(wrong):
+    with pytest.raises(FileFormatError, match=next(iter(wrong))):
+        build_potential("escaip", {"channels": 8, **wrong}, (1,))
+
+
+@given(st.lists(st.integers(0, 4), max_size=30), st.integers(5, 8))
+@settings(max_examples=30, deadline=None)
+def test_every_edge_has_a_slot_of_its_own_in_its_receivers_neighbourhood(receivers, n_atoms):
+    receiver = torch.tensor(receivers, dtype=torch.long)
+    edge, slot = neighborhoods.neighborhoods(receiver, n_atoms)
+    assert edge.shape[0] == n_atoms
+    assert edge.flatten()[slot].tolist() == list(range(len(receivers)))
+    assert (slot // edge.shape[1]).tolist() == receivers
+    assert int((edge == len(receivers)).sum()) == edge.numel() - len(receivers)
+
+
+def test_legendre_polynomials(escaip):
+    potential = build_potential(
+        "escaip", {"channels": 4, "frequency_list": [1, 1, 1, 1, 1]}, (1, 6, 8)
+    ).double()
+    graph = build_graph(molecule("CH3CH2OH"), 5.0)
+    vectors = edge_vectors(graph)
+    geometry = potential.geometry(vectors, graph)
+    unit = torch.nn.functional.normalize(vectors)
+    cosine = unit[geometry.edge] @ unit[geometry.edge].mT
+    for order, found in enumerate(geometry.legendre, start=1):
+        torch.testing.assert_close(found, torch.as_tensor(eval_legendre(order, cosine.numpy())))
+    assert len(geometry.legendre) == 4
+
+
+def test_slots_without_an_edge_bring_exactly_nothing(escaip):
+    """A wider neighbourhood, as that of another structure in the batch makes it, changes round-off at most."""
+    graph = build_graph(molecule("CH3CH2OH"), 4.0)
+    geometry = escaip.geometry(edge_vectors(graph), graph)
+    n, width = geometry.edge.shape
+    nothing = torch.full((n, 5), graph.n_edges)
+    row, column = geometry.slot // width, geometry.slot % width
+    wider = replace(geometry, edge=torch.cat([geometry.edge, nothing], 1), slot=row * (width + 5) + column)
+    narrow = wide = escaip.embed(graph)
+    for _, stage in escaip.named_stages():
+        narrow, wide = stage(narrow, geometry), stage(wide, wider)
+        for a, b in zip(narrow, wide, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+def test_neighbours_in_a_batch_do_not_matter(escaip):
+    crowded, lonely = build_graph(crystal(), 4.0), build_graph(molecule("H2O"), 4.0)
+    together = predict(escaip, batch_graphs([lonely, crowded, lonely]))
+    alone = predict(escaip, lonely)
+    torch.testing.assert_close(together.forces[:3], alone.forces, rtol=0, atol=1e-13)
+    torch.testing.assert_close(together.energies[-3:], alone.energies, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("others", [0, 1, 3])
+def test_an_atom_crosses_the_cutoff_without_a_jump(escaip, others):
+    """Energy, forces and their derivatives (by differences) are continuous, also for the first neighbour of all."""
+    cutoff, near = escaip.hyper.cutoff, 0.9 * molecule("CH3OH").positions[:others] + [-0.2, 0.3, 1.4]
+
+    def at(x: float) -> tuple[float, np.ndarray]:
+        positions = np.concatenate([[[0, 0, 0], [x, 0, 0]], near])
+        graph = build_graph(Atoms("OH" + "CHO"[:others], positions), cutoff)
+        found = predict(escaip, graph)
+        return float(found.energy), found.forces.numpy()
+
+    step = 1e-4
+    energies, forces = (np.array(x) for x in zip(*map(at, cutoff + step * np.arange(-6, 7)), strict=True))
+    slopes = np.diff(forces, axis=0) / step
+    assert np.abs(np.diff(energies)).max() < 1.1 * step * np.abs(forces).max() + 1e-12
+    assert np.abs(np.diff(forces, axis=0)).max() < 1.1 * step * np.abs(slopes).max()
+    assert np.abs(np.diff(slopes, axis=0)).max() < 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 20, 150])
+def test_chunks_of_atoms_leave_no_trace(escaip, monkeypatch, size):
+    monkeypatch.setattr(neighborhoods, "chunk_size", lambda device: size)
+    graph = batch_graphs([build_graph(atoms, 4.0) for atoms in (molecule("CH4"), Atoms("H"), crystal())])
+    order = torch.randperm(graph.n_edges, generator=torch.Generator().manual_seed(0))
+    graph = replace(graph, edge_index=graph.edge_index[:, order], shifts=graph.shifts[order])
+    expected, served = predict(escaip, graph), predict(escaip.for_inference(), graph)
+    for name in ("energies", "energy", "forces", "strain_derivative"):
+        torch.testing.assert_close(getattr(served, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
+
+
+def test_scales_of_the_norms_are_corrected_with_a_block(escaip):
+    maps = adjustable_maps(escaip.stages[1])
+    scale = maps["norm"]
+    x = torch.randn(5, 8, dtype=torch.float64)
+    scale.write(torch.arange(1.0, 9.0, dtype=torch.float64)[None])
+    torch.testing.assert_close(
+        scale.rows(x).view(5, 8) * scale.read(), escaip.stages[1].norm(x), rtol=1e-14, atol=1e-14
+    )
+    assert {"norm", "ffn_node.norm", "ffn_edge.norm", "qkv", "hidden", "out_node", "out_edge"} <= set(maps)
+
+
+SMALL_RECIPE = {"readout": {"width": 24, "blocks": 1, "copies": 1}, "directions": 2}
+
+
+def forces(potential, frames) -> np.ndarray:
+    return np.concatenate(predict_frames(potential, frames).forces)
+
+
+def test_copies_merge_to_what_they_are_and_relatives_come_closer_than_their_mean():
+    pair = family("escaip", 2, hyper=SHALLOW["escaip"], frames=5)
+    copies = [replace(pair[0], name=f"copy{i}") for i in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MergeWarning)
+        same, report = merge(copies, {**SMALL_RECIPE, "readout": None, "allow_identical": True})
+        merged, _ = merge(pair, SMALL_RECIPE)
+        mean, _ = merge(pair, "mean")
+    assert report.verdict == "good"
+    frames = pair[0].calibration
+    np.testing.assert_allclose(forces(same.potential, frames), forces(pair[0].potential, frames), atol=1e-10)
+    errors = [
+        sum(
+            np.square(forces(made.potential, s.calibration) - forces(s.potential, s.calibration)).mean()
+            for s in pair
+        )
+        for made in (merged, mean)
+    ]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_a_file_and_a_calculator(tmp_path):
+    made = toy("escaip")
+    made.save(tmp_path / "escaip.safetensors")
+    again = ForceField.load(tmp_path / "escaip.safetensors")
+    assert again.potential.hyper == made.potential.hyper
+    atoms = molecule("CH3CH2OH")
+    atoms.calc = GFFMergeCalculator(tmp_path / "escaip.safetensors", dtype="float64")
+    expected = predict(made.potential, build_graph(atoms, made.cutoff))
+    np.testing.assert_allclose(atoms.get_forces(), expected.forces.numpy(), atol=1e-12)
