@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField as ForceField
     from ase_gffmerge.integrations.load import load_force_field as load_force_field
     from ase_gffmerge.merging.external_calculators import merge_calculators as merge_calculators
+    from ase_gffmerge.merging.modules import merge_modules as merge_modules
     from ase_gffmerge.merging.recipe import Recipe as Recipe
     from ase_gffmerge.training.distill import distill as distill
     from ase_gffmerge.workflows.merge import merge as merge
@@ -27,6 +28,7 @@ _HOMES = {
     "load_force_field": "ase_gffmerge.integrations.load",
     "distill": "ase_gffmerge.training.distill",
     "merge_calculators": "ase_gffmerge.merging.external_calculators",
+    "merge_modules": "ase_gffmerge.merging.modules",
     "merge": "ase_gffmerge.workflows.merge",
     "run_replicas": "ase_gffmerge.dynamics.batched_md",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "load_force_field",
     "merge",
     "merge_calculators",
+    "merge_modules",
     "run_replicas",
 ]
 

@@ -51,6 +51,10 @@ class AffineMap:
         Get Θ.
     parameters
         The layer's parameters by name, as differentiable functions of Θ.
+    offset
+        Part (n_rows, d_out) of the output that does not depend on Θ, from the layer's input; default: none.
+    per_channel
+        Whether every output has a single input, its own: Θ (1 [+ 1], d) is a scale, and a shift, for each of the d channels.
     """
 
     name: str
@@ -59,6 +63,8 @@ class AffineMap:
     rows: Callable[[Tensor], Tensor]
     read: Callable[[], Tensor]
     parameters: Callable[[Tensor], dict[str, Tensor]]
+    offset: Callable[[Tensor], Tensor] | None = None
+    per_channel: bool = False
 
     def design(self, inputs: Tensor) -> Tensor:
         """Rows [x 1] (n_rows, d_in [+ 1]) for a layer input."""
@@ -93,11 +99,17 @@ class LayerKind:
         Its affine maps.
     entering
         The tensor that they map, from the layer and the arguments of its forward method.
+    part
+        Name of the part of a layer that is such a map, where the layer as a whole is none.
+    nodes
+        The node that each row belongs to, likewise, where the rows are neither one per node nor one per edge of the graph.
     """
 
     matches: Callable[[nn.Module], bool]
     maps: Maps
     entering: Callable[..., Tensor]
+    part: str = ""
+    nodes: Callable[..., Tensor] | None = None
 
 
 _KINDS: list[LayerKind] = []
@@ -108,6 +120,8 @@ def register_layer(
     matches: Callable[[nn.Module], bool],
     *,
     entering: Callable[..., Tensor] = lambda layer, x, *_: x,
+    part: str = "",
+    nodes: Callable[..., Tensor] | None = None,
 ) -> Callable[[Maps], Maps]:
     """Decorate a function that gives the affine maps of a kind of layers.
 
@@ -117,17 +131,25 @@ def register_layer(
         Whether a module is such a layer.
     entering
         The tensor that it maps, from the layer and the arguments of its forward method; default: the first argument.
+    part, nodes
+        See :class:`LayerKind`. Parts are used where modules of any kind are merged, in the order of their registration.
     """
 
     def enter(maps: Maps) -> Maps:
-        _KINDS.insert(0, LayerKind(matches, maps, entering))
+        _KINDS.insert(0, LayerKind(matches, maps, entering, part, nodes))
         return maps
 
     return enter
 
 
 def _kind(module: nn.Module) -> LayerKind | None:
-    return next((kind for kind in _KINDS if kind.matches(module)), None)
+    return next((kind for kind in _KINDS if not kind.part and kind.matches(module)), None)
+
+
+def layer_parts(module: nn.Module) -> list[LayerKind]:
+    """The kinds of which a layer is one, as a whole or with its parts."""
+    parts = {kind.part: kind for kind in _KINDS[::-1] if kind.matches(module)}
+    return list(parts.values())
 
 
 def is_affine(module: nn.Module) -> bool:

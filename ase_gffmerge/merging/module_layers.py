@@ -1,0 +1,331 @@
+r"""Align the layers of modules of any kind, one after the other, with every model's: steps 1 and 2 without a potential.
+
+In the order of execution every layer is solved as in :mod:`.layerwise`,
+
+.. math::
+
+   \min_\Theta\ \sum_k \frac{a_k}{n_k s_k} \bigl\| [X_k\ 1]\,\Theta - Y_k \bigr\|^2
+   \;+\; \lambda\,\frac{\mathrm{tr}\,G}{d}\, \bigl\| \Theta - \Theta_{\rm mean} \bigr\|^2 ,
+
+where X_k enters the layer of the merged model on model k's examples and Y_k leaves it in model k itself. Of a layer that is
+affine only in a part of its parameters, Y_k is its output less what the other parameters contribute in the merged model.
+
+The merged model is a list of *views*, one for each model: modules that share the tensors of everything that is merged, and
+have their own of what every model keeps.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ase_gffmerge.least_squares.gram import Gram, normalized_sum
+from ase_gffmerge.least_squares.ridge import ridge_solve
+from ase_gffmerge.merging.module_calls import (
+    Entering,
+    Item,
+    Run,
+    arguments,
+    entering,
+    executed_layers,
+    select,
+)
+from ase_gffmerge.merging.report import LayerReport
+from ase_gffmerge.models.affine_maps import AffineMap, LayerKind, layer_parts, with_ones
+from ase_gffmerge.models.torch_layers import channels_last
+from ase_gffmerge.runtime.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleProblem:
+    """What it takes to align modules.
+
+    Attributes
+    ----------
+    models
+        The models, in evaluation mode; never changed.
+    views
+        The merged model with what every one of them keeps, sharing the tensors of everything else.
+    examples
+        Of every model.
+    run
+        Evaluates a module on an example.
+    mask
+        Which nodes of model k's example count; ``None`` for all.
+    weights
+        a_k.
+    ridge
+        λ.
+    twin
+        A slightly displaced copy of an example, or ``None``: differences between both are rows of derivatives.
+    derivative_weight
+        Weight of all derivatives against all values.
+    max_rows
+        Rows of a layer that are kept of one example, chosen at random; ``None`` for all.
+    """
+
+    models: Sequence[nn.Module]
+    views: Sequence[nn.Module]
+    examples: Sequence[Iterable[Item]]
+    run: Run
+    mask: Callable[[int, Item], Tensor | None]
+    weights: Sequence[float]
+    ridge: float
+    twin: Callable[[Item, int], Item] | None = None
+    derivative_weight: float = 1.0
+    max_rows: int | None = None
+
+    def shared(self, name: str) -> bool:
+        """Whether a layer is merged, and not every model's own."""
+        layers = [dict(view.named_modules()).get(name) for view in self.views]
+        first = [dict(layer.named_parameters()) if layer is not None else {} for layer in layers]
+        return all(own.keys() == first[0].keys() for own in first) and all(
+            own[key] is first[0][key] for own in first for key in own
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A layer, how often it is called, and the models whose examples determine it."""
+
+    name: str
+    n_calls: int
+    members: tuple[int, ...]
+
+
+def execution_order(problem: ModuleProblem) -> list[Step]:
+    """Every layer once, in an order in which each comes after those that feed it, for every model."""
+    order: list[tuple[str, int | None]] = []
+    calls: dict[tuple[str, int | None], int] = {}
+    for k, (view, examples) in enumerate(zip(problem.views, problem.examples, strict=True)):
+        found: dict[str, int] = {}
+        for item in examples:
+            for name, n in executed_layers(view, partial(problem.run, view, item)).items():
+                found[name] = max(n, found.get(name, 0))
+            if not isinstance(examples, Sequence):
+                break  # a loader: what its first batch calls, all do
+        place = 0
+        for name, n in found.items():
+            key = (name, None if problem.shared(name) else k)
+            calls[key] = max(n, calls.get(key, 0))
+            if key in order:
+                place = order.index(key) + 1
+            else:
+                order.insert(place, key)
+                place += 1
+    everyone = tuple(range(len(problem.views)))
+    return [Step(name, calls[name, k], everyone if k is None else (k,)) for name, k in order]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """What was solved.
+
+    Attributes
+    ----------
+    reports
+        One for every least-squares problem.
+    reached
+        Names of all layers that the examples call.
+    recalibrated
+        Names of the batch normalizations whose statistics were taken anew.
+    """
+
+    reports: tuple[LayerReport, ...]
+    reached: tuple[str, ...]
+    recalibrated: tuple[str, ...]
+
+
+def align_modules(problem: ModuleProblem, *, kept: Sequence[str], progress: Progress) -> Alignment:
+    """Solve all layers of the views in place.
+
+    Parameters
+    ----------
+    problem
+        With the views.
+    kept
+        Names of submodules that stay as they are.
+    progress
+        Called with a fraction (0 to 1) and the name of a layer.
+    """
+    reports: list[LayerReport] = []
+    recalibrated: list[str] = []
+    steps = execution_order(problem)
+    for i, step in enumerate(steps):
+        progress(i / len(steps), step.name)
+        if any(is_within(step.name, name) for name in kept):
+            continue
+        if recalibrates(problem.views[step.members[0]].get_submodule(step.name)):
+            _recalibrate(problem, step)
+            recalibrated.append(step.name)
+        for _ in range(
+            min(step.n_calls, 2)
+        ):  # what enters a later call of a shared layer depends on the layer
+            found = _solve_step(problem, step)
+        reports += found
+    reached = dict.fromkeys(step.name for step in steps)
+    return Alignment(
+        reports=tuple(reports), reached=tuple(reached), recalibrated=tuple(dict.fromkeys(recalibrated))
+    )
+
+
+def is_within(name: str, ancestor: str) -> bool:
+    """Whether a submodule is another one or lies inside it."""
+    return name == ancestor or name.startswith(f"{ancestor}.")
+
+
+def recalibrates(layer: nn.Module) -> bool:
+    """Whether a layer normalizes by statistics of earlier batches."""
+    return isinstance(layer, _BatchNorm) and layer.running_mean is not None
+
+
+def _solve_step(problem: ModuleProblem, step: Step) -> list[LayerReport]:
+    layer = problem.views[step.members[0]].get_submodule(step.name)
+    suffix = "" if len(step.members) == len(problem.models) else f" of model {step.members[0]}"
+    reports = []
+    for part in layer_parts(layer):
+        maps = list(part.maps(step.name, layer))
+        grams = [_statistics(problem, step, part, maps, k) for k in step.members]
+        for i, affine_map in enumerate(maps):
+            gram = normalized_sum([own[i] for own in grams], [problem.weights[k] for k in step.members])
+            if not gram.n_rows:
+                continue
+            prior = affine_map.read()
+            solution = ridge_solve(gram, _flat(affine_map, prior.double()), ridge=problem.ridge)
+            affine_map.write(solution.theta.reshape(prior.shape).to(prior))
+            reports.append(LayerReport.of(affine_map.name + suffix, "layer", solution))
+    return reports
+
+
+def _statistics(
+    problem: ModuleProblem, step: Step, part: LayerKind, maps: Sequence[AffineMap], k: int
+) -> list[Gram]:
+    """Statistics of one model for every map of a part of a layer."""
+    view, model = problem.views[k], problem.models[k]
+    layer, original = view.get_submodule(step.name), model.get_submodule(step.name)
+    theirs = list(part.maps(step.name, original))
+    values = [_gram(affine_map, *_nothing(affine_map)) for affine_map in maps]
+    derivatives = list(values)
+
+    def enter(item: Item) -> list[tuple[Entering, Entering]]:
+        ours = entering(layer, part, partial(problem.run, view, item), n_calls=step.n_calls)
+        own = entering(original, part, partial(problem.run, model, item), n_calls=step.n_calls)
+        return list(zip(ours, own, strict=False))
+
+    for i, item in enumerate(problem.examples[k]):
+        mask = problem.mask(k, item)
+        here = enter(item)
+        there = enter(problem.twin(item, i)) if problem.twin else []
+        for n, (ours, own) in enumerate(here):
+            for j, (affine_map, their) in enumerate(zip(maps, theirs, strict=True)):
+                rows, targets = _equations(affine_map, their, ours, own)
+                chosen = _chosen(select(ours, rows, mask, item), problem.max_rows)
+                rows, targets = rows[chosen], targets[chosen]
+                values[j] += _gram(affine_map, rows, targets)
+                if (
+                    n < len(there)
+                    and there[n][0].x.shape == ours.x.shape
+                    and there[n][1].x.shape == own.x.shape
+                ):
+                    moved, moved_targets = (x[chosen] for x in _equations(affine_map, their, *there[n]))
+                    derivatives[j] += _gram(affine_map, moved - rows, moved_targets - targets)
+    return [a.balanced(b, problem.derivative_weight) for a, b in zip(values, derivatives, strict=True)]
+
+
+def _equations(ours: AffineMap, theirs: AffineMap, entered: Entering, own: Entering) -> tuple[Tensor, Tensor]:
+    """Rows of the merged model's layer, and what they should be mapped to, in float64."""
+    rows, reference = (affine_map.rows(x).double() for affine_map, x in ((ours, entered.x), (theirs, own.x)))
+    theta = theirs.read().double()
+    if theirs.per_channel:
+        targets = reference * theta[0] + (theta[1] if theirs.has_bias else 0.0)
+    else:
+        targets = (with_ones(reference) if theirs.has_bias else reference) @ theta
+    if ours.offset and theirs.offset:
+        targets = targets + theirs.offset(own.x).double() - ours.offset(entered.x).double()
+    if ours.has_bias and not ours.per_channel:
+        rows = with_ones(rows)
+    if rows.device.type == "mps":  # without float64
+        rows, targets = rows.cpu(), targets.cpu()
+    return rows, targets
+
+
+def _chosen(selected: Tensor, most: int | None) -> Tensor:
+    """Indices of the rows that are kept; always the same choice."""
+    indices = selected.nonzero()[:, 0]
+    if most is None or len(indices) <= most:
+        return indices
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:most]
+    return indices[order.to(indices.device)]
+
+
+def _nothing(affine_map: AffineMap) -> tuple[Tensor, Tensor]:
+    theta = affine_map.read().double()
+    width = theta.shape[1] if affine_map.per_channel else len(theta)
+    return theta.new_zeros(0, width), theta.new_zeros(0, theta.shape[1])
+
+
+def _gram(affine_map: AffineMap, rows: Tensor, targets: Tensor) -> Gram:
+    """Statistics of rows [x 1]; a scale and shift per channel are the unknowns of one problem with a single output."""
+    if not affine_map.per_channel:
+        return Gram.of(rows, targets)
+    square, product = rows.square().sum(0), (rows * targets).sum(0)
+    yy, n = float(targets.square().sum()), float(rows.numel())
+    if not affine_map.has_bias:
+        return Gram(torch.diag(square), product[:, None], yy, n)
+    total, ones = torch.diag(rows.sum(0)), torch.full_like(square, float(len(rows)))
+    xx = torch.cat([torch.cat([torch.diag(square), total], 1), torch.cat([total, torch.diag(ones)], 1)])
+    return Gram(xx, torch.cat([product, targets.sum(0)])[:, None], yy, n)
+
+
+def _flat(affine_map: AffineMap, theta: Tensor) -> Tensor:
+    return theta.reshape(-1, 1) if affine_map.per_channel else theta
+
+
+@torch.no_grad()
+def _recalibrate(problem: ModuleProblem, step: Step) -> None:
+    r"""Set mean and variance of a batch normalization to those of what enters it, every model's examples counting the same.
+
+    Its scale and shift become those of the mean of the models' maps, which in evaluation are
+    :math:`x \mapsto w\,(x-\mu)/\sigma + b`.
+    """
+    norm = problem.views[step.members[0]].get_submodule(step.name)
+    assert isinstance(norm, _BatchNorm)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    first = torch.zeros_like(norm.running_mean, dtype=torch.float64)
+    second, weight = torch.zeros_like(first), 0.0
+    for k in step.members:
+        own, n = [torch.zeros_like(first), torch.zeros_like(first)], 0
+        view = problem.views[k]
+        for item in problem.examples[k]:
+            calls = arguments(
+                view.get_submodule(step.name), partial(problem.run, view, item), n_calls=step.n_calls
+            )
+            mask = problem.mask(k, item)
+            for x, *_ in calls:
+                assert isinstance(x, Tensor)
+                rows = channels_last(norm, x).double()
+                rows = rows[select(Entering(rows, None), rows, mask, item)]
+                own = [own[0] + rows.sum(0), own[1] + rows.square().sum(0)]
+                n += len(rows)
+        if n:
+            first, second = (
+                total + problem.weights[k] * value / n for total, value in zip((first, second), own)
+            )
+            weight += problem.weights[k]
+    if not weight:
+        return
+    mean = first / weight
+    variance = (second / weight - mean.square()).clamp(min=0.0)
+    if norm.affine:
+        originals = [problem.models[k].get_submodule(step.name) for k in step.members]
+        slopes = [o.weight.double() / (o.running_var.double() + o.eps).sqrt() for o in originals]  # type: ignore[union-attr, operator]
+        shifts = [o.bias.double() - o.running_mean.double() * a for o, a in zip(originals, slopes)]  # type: ignore[union-attr, operator]
+        slope, shift = torch.stack(slopes).mean(0), torch.stack(shifts).mean(0)
+        norm.weight.copy_(slope * (variance + norm.eps).sqrt())
+        norm.bias.copy_(shift + slope * mean)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)

@@ -1,0 +1,297 @@
+r"""Merge any graph neural networks: models of one architecture become one, in closed form and without labels.
+
+The generic counterpart of :mod:`.merge` (GNNMerge, arXiv 2503.03384, does the same for node classification with two kinds of
+layers): no potential, no frames, only modules and examples that each of them knows. Layers are aligned one after the other
+(:mod:`.module_layers`), as those of potentials are; whatever is not linear in its parameters is averaged and named.
+Modules that every model keeps, such as the heads of different tasks, are fitted again on the merged body: their inputs are
+new, and their outputs are to be those of the model that they come from.
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ase_gffmerge.errors import ArgumentError, IncompatibleSpecialistsError
+from ase_gffmerge.merging.module_calls import (
+    Rows,
+    Run,
+    as_examples,
+    covered_parameters,
+    evaluating,
+    outputs_of,
+    row_masks,
+    run_module,
+    solvable_layers,
+)
+from ase_gffmerge.merging.module_layers import Alignment, ModuleProblem, align_modules, is_within
+from ase_gffmerge.merging.module_views import KEPT, REFIT, check_modules, own_modules, shared_views
+from ase_gffmerge.merging.report import LayerReport
+from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleDisagreement:
+    r"""How far a merged module is from one model on that model's examples.
+
+    Attributes
+    ----------
+    specialist
+        Index of the model.
+    model
+        ``mean`` of the weights, or ``merged``.
+    relative
+        :math:`\lVert f - f_k\rVert / \lVert f_k\rVert` of all outputs together.
+    agreement
+        Fraction of rows whose largest output is the same; ``None`` for outputs of a single column.
+    """
+
+    specialist: int
+    model: str
+    relative: float
+    agreement: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleMerge:
+    """Several modules merged into one.
+
+    Attributes
+    ----------
+    views
+        The merged module with what each model keeps; everything else is shared between them.
+    heads
+        Names of the submodules that every model keeps.
+    layers
+        Least-squares problems in the order they were solved.
+    averaged
+        Parameters and buffers that no problem covers and that are the mean of the models'.
+    recalibrated
+        Batch normalizations whose statistics were taken anew on the examples.
+    unreached
+        Layers that could have been solved, but that no example called as modules; they are averaged.
+    disagreements
+        How mean and merged module differ from each model.
+    """
+
+    views: tuple[nn.Module, ...]
+    heads: tuple[str, ...]
+    layers: tuple[LayerReport, ...]
+    averaged: tuple[str, ...]
+    recalibrated: tuple[str, ...]
+    unreached: tuple[str, ...]
+    disagreements: tuple[ModuleDisagreement, ...]
+
+    @property
+    def module(self) -> nn.Module:
+        """The merged module; with the first model's heads, where models have their own."""
+        return self.for_model(0)
+
+    def for_model(self, k: int) -> nn.Module:
+        """The merged module with the heads of model k, called as that model was."""
+        return deepcopy(self.views[k])
+
+    def head(self, k: int) -> dict[str, nn.Module]:
+        """What model k keeps, by name."""
+        return {name: deepcopy(self.views[k].get_submodule(name)) for name in self.heads}
+
+    def all_classes(self) -> nn.Module:
+        """Module whose output is that of all heads, side by side: no task has to be known.
+
+        Raises
+        ------
+        ArgumentError
+            When the models have no heads of their own.
+        """
+        if not self.heads:
+            raise ArgumentError(
+                "the models have no heads of their own, so the merged module has all outputs already"
+            )
+        body, *others = (self.for_model(k) for k in range(len(self.views)))
+        linear = [[view.get_submodule(name) for view in (body, *others)] for name in self.heads]
+        if len(linear) == 1 and all(type(head) is nn.Linear for head in linear[0]):
+            return _with_wide_head(body, self.heads[0], linear[0])
+        return SideBySide([body, *others])
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        lines = [f"merge of {len(self.views)} modules, {len(self.layers)} layers solved"]
+        for row in self.disagreements:
+            same = "" if row.agreement is None else f", same choice in {100 * row.agreement:.1f} %"
+            lines.append(f"  model {row.specialist}: {row.model} differs by {100 * row.relative:.1f} %{same}")
+        for what, names in (
+            ("own of every model", self.heads),
+            ("averaged, as no solve covers them", self.averaged),
+            ("statistics taken anew", self.recalibrated),
+            ("never called as modules", self.unreached),
+        ):
+            if names:
+                lines.append(f"  {what}: {', '.join(names)}")
+        return "\n".join(lines)
+
+
+class SideBySide(nn.Module):
+    """Outputs of several modules on the same input, concatenated along the last dimension."""
+
+    def __init__(self, members: Sequence[nn.Module]):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """All outputs (n, sum of the members' widths)."""
+        return torch.cat([member(*args, **kwargs) for member in self.members], dim=-1)
+
+
+def _with_wide_head(body: nn.Module, name: str, heads: Sequence[nn.Module]) -> nn.Module:
+    weights = torch.cat([head.get_parameter("weight").detach() for head in heads])
+    wide = nn.Linear(weights.shape[1], len(weights), bias=heads[0].bias is not None).to(weights)
+    with torch.no_grad():
+        wide.weight.copy_(weights)
+        if heads[0].bias is not None:
+            wide.bias.copy_(torch.cat([head.get_parameter("bias").detach() for head in heads]))
+    parent, _, leaf = name.rpartition(".")
+    setattr(body.get_submodule(parent), leaf, wide)
+    return body
+
+
+def merge_modules(
+    models: Sequence[nn.Module],
+    examples: object,
+    *,
+    run: Run | None = None,
+    rows: Rows = None,
+    heads: str | Sequence[str] | Mapping[str, str] = REFIT,
+    weights: Sequence[float] | None = None,
+    ridge: float = 1e-5,
+    progress: Progress = no_progress,
+) -> ModuleMerge:
+    """Merge modules of one architecture.
+
+    Parameters
+    ----------
+    models
+        At least two. They are evaluated in ``eval()`` mode and left as they were.
+    examples
+        For each model what it knows: a graph of torch_geometric, or a list or loader of graphs, batches of graphs or
+        sampled neighborhoods (seed nodes first, as ``NeighborLoader`` gives them), or of whatever ``run`` understands.
+        A single graph or loader serves all models. Labels are not used.
+    run
+        ``run(model, item)`` evaluates a model on one example. Default: a graph's attributes are passed as the arguments of
+        their names, tuples as positional and dictionaries as keyword arguments.
+    rows
+        Which nodes of an example count, see :func:`.row_masks`: ``None`` (all), ``"labelled"``, ``"confidence"`` (a node
+        belongs to the model with the largest logsumexp of its logits), a mask, a mask for each model, the name of an
+        attribute, or a function of the model's index and the example. If all models have the same graph, they must differ
+        in their rows, or the first layer can be nothing but the mean.
+    heads
+        Submodules of which every model keeps its own: ``"refit"`` (fitted again on the merged body) or ``"kept"`` (as they
+        are) for those whose parameters differ in shape between the models, or else a last linear layer named ``head``;
+        or their names, or one of the two words for each name.
+    weights
+        How much each model counts; default: all the same.
+    ridge
+        Relative ridge, anchored at the mean of the weights.
+    progress
+        Called with a fraction (0 to 1) and a description.
+
+    Raises
+    ------
+    IncompatibleSpecialistsError
+        For fewer than two models, for models of different architecture, or if no layer is called that a merge knows.
+    FramesError
+        When examples are missing, or do not fit the models.
+    """
+    check_modules(models)
+    evaluate, groups = run or run_module, as_examples(examples, len(models))
+    own = own_modules(models, heads)
+    views = shared_views(models, tuple(own))
+    mean = deepcopy(views)
+    say = (1.0,) * len(models) if weights is None else tuple(weights)
+    if len(say) != len(models):
+        raise ArgumentError(f"there are {len(models)} models and {len(say)} weights; give one for each")
+    with evaluating([*models, *views, *mean]):
+        mask = row_masks(rows, models, run=evaluate)
+        problem = ModuleProblem(
+            models=models, views=views, examples=groups, run=evaluate, mask=mask, weights=say, ridge=ridge
+        )
+        kept = [name for name, how in own.items() if how == KEPT]
+        found = align_modules(problem, kept=kept, progress=part_of(progress, 0.0, 0.9))
+        if not found.reached:
+            raise IncompatibleSpecialistsError(
+                "the examples call no layer that a merge knows; are these the modules that are evaluated, and not compiled "
+                "or copied ones?"
+            )
+        progress(0.9, "report")
+        rows_of = [_disagreement(problem, mean, "mean", k) for k in range(len(models))]
+        rows_of += [_disagreement(problem, views, "merged", k) for k in range(len(models))]
+    progress(1.0, "done")
+    for view in views:
+        view.eval()
+    return ModuleMerge(
+        views=tuple(views),
+        heads=tuple(own),
+        layers=found.reports,
+        averaged=averaged_names(models, views[0], found, own=tuple(own)),
+        recalibrated=found.recalibrated,
+        unreached=tuple(name for name in solvable_layers(views[0]) if name not in found.reached),
+        disagreements=tuple(sorted(rows_of, key=lambda row: row.specialist)),
+    )
+
+
+def averaged_names(
+    models: Sequence[nn.Module], view: nn.Module, found: Alignment, *, own: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Parameters that no problem covers, and buffers that differ between the models: both are the mean of the models'.
+
+    Parameters
+    ----------
+    models
+        The models.
+    view
+        The merged module.
+    found
+        What was solved.
+    own
+        Names of what every model keeps.
+    """
+    solved = {
+        id(view.get_submodule(name).get_parameter(key))
+        for name in found.reached
+        if not any(is_within(name, head) for head in own)
+        for key in covered_parameters(view.get_submodule(name))
+    }
+    names = [name for name, parameter in view.named_parameters() if id(parameter) not in solved]
+    theirs = [dict(model.named_buffers()) for model in models]
+    for name, buffer in view.named_buffers():
+        fresh = any(is_within(name, norm) for norm in found.recalibrated)
+        others = [held[name] for held in theirs if name in held and held[name].shape == buffer.shape]
+        if buffer.is_floating_point() and not fresh and any(not torch.equal(o, others[0]) for o in others):
+            names.append(name)
+    return tuple(name for name in names if not any(is_within(name, head) for head in own))
+
+
+@torch.no_grad()
+def _disagreement(
+    problem: ModuleProblem, views: Sequence[nn.Module], kind: str, k: int
+) -> ModuleDisagreement:
+    """How one of the views differs from its model on the model's examples."""
+    difference = size = 0.0
+    same, n = 0, 0
+    for item in problem.examples[k]:
+        mask = problem.mask(k, item)
+        theirs = outputs_of(problem.run(problem.models[k], item))
+        for i, (ours, own) in enumerate(zip(outputs_of(problem.run(views[k], item)), theirs, strict=True)):
+            if mask is not None and own.dim() and len(own) == len(mask):
+                ours, own = ours[mask.to(ours.device)], own[mask.to(own.device)]
+            difference += float((ours - own).double().square().sum())
+            size += float(own.double().square().sum())
+            if not i and own.dim() == 2 and own.shape[1] > 1:
+                same, n = same + int((ours.argmax(1) == own.argmax(1)).sum()), n + len(own)
+    return ModuleDisagreement(
+        specialist=k,
+        model=kind,
+        relative=(difference / size) ** 0.5 if size else float(difference > 0),
+        agreement=same / n if n else None,
+    )

@@ -1,0 +1,317 @@
+"""Any graph networks, merged: every kind of layer, rows, heads, and what a merge says of itself."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch_geometric.nn as geometric
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from ase_gffmerge import merge_modules
+from ase_gffmerge.errors import ArgumentError, FramesError, IncompatibleSpecialistsError
+
+IN, HIDDEN, NODES, EDGES = 5, 6, 60, 240
+
+
+def graph(seed: int = 0, *, nodes: int = NODES, edges: int = EDGES) -> Data:
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(nodes, (2, edges), generator=generator)
+    return Data(
+        x=torch.randn(nodes, IN, generator=generator, dtype=torch.float64),
+        edge_index=index,
+        edge_attr=torch.randn(edges, 3, generator=generator, dtype=torch.float64),
+        edge_type=torch.randint(2, (edges,), generator=generator),
+        batch=torch.arange(nodes) // (nodes // 3),
+    )
+
+
+class Net(nn.Module):
+    """Two convolutions of a kind, something between them, and a head."""
+
+    def __init__(
+        self, conv: Callable[[int, int], nn.Module], extra: tuple[str, ...] = (), *, classes: int = 3
+    ):
+        super().__init__()
+        self.first, self.second = conv(IN, HIDDEN), conv(HIDDEN, HIDDEN)
+        self.between: nn.Module = nn.Identity()
+        self.head = nn.Linear(HIDDEN, classes)
+        self.extra = extra
+
+    def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor, edge_type: Tensor) -> Tensor:
+        more = [{"edge_attr": edge_attr, "edge_type": edge_type}[name] for name in self.extra]
+        x = torch.relu(self.between(self.first(x, edge_index, *more)))
+        return self.head(torch.relu(self.second(x, edge_index, *more)))
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+CONVOLUTIONS: dict[str, Callable[[], Net]] = {
+    "gcn": lambda: Net(geometric.GCNConv),
+    "sage": lambda: Net(geometric.SAGEConv),
+    "sage, no root": lambda: Net(lambda a, b: geometric.SAGEConv(a, b, root_weight=False, normalize=True)),
+    "gat": lambda: Net(lambda a, b: geometric.GATConv(a, b // 2, heads=2)),
+    "gat, edges": lambda: Net(
+        lambda a, b: geometric.GATConv(a, b, heads=2, concat=False, edge_dim=3, residual=True), ("edge_attr",)
+    ),
+    "gatv2": lambda: Net(lambda a, b: geometric.GATv2Conv(a, b // 2, heads=2, edge_dim=3), ("edge_attr",)),
+    "gin": lambda: Net(lambda a, b: geometric.GINConv(mlp(a, 8, b), train_eps=True)),
+    "transformer": lambda: Net(
+        lambda a, b: geometric.TransformerConv(a, b // 2, heads=2, edge_dim=3), ("edge_attr",)
+    ),
+    "transformer, beta": lambda: Net(lambda a, b: geometric.TransformerConv(a, b // 2, heads=2, beta=True)),
+    "tag": lambda: Net(lambda a, b: geometric.TAGConv(a, b, K=2)),
+    "cheb": lambda: Net(lambda a, b: geometric.ChebConv(a, b, K=3)),
+    "graph": lambda: Net(geometric.GraphConv),
+    "rgcn": lambda: Net(lambda a, b: geometric.RGCNConv(a, b, 2), ("edge_type",)),
+    "rgcn, bases": lambda: Net(lambda a, b: geometric.RGCNConv(a, b, 2, num_bases=2), ("edge_type",)),
+    "nnconv": lambda: Net(lambda a, b: geometric.NNConv(a, b, mlp(3, 4, a * b)), ("edge_attr",)),
+}
+
+
+def moved(model: nn.Module, n: int = 2, *, size: float = 0.1) -> list[nn.Module]:
+    """Copies of a model with every weight moved by a random tenth of its tensor's size."""
+    found = []
+    for k in range(n):
+        generator = torch.Generator().manual_seed(k + 1)
+        copy = deepcopy(model)
+        with torch.no_grad():
+            for parameter in copy.parameters():
+                step = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter += size * (parameter.abs().mean() + 0.1) * step
+        found.append(copy)
+    return found
+
+
+def built(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make().double()
+
+
+def outputs(model: nn.Module, data: Data) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(data.x, data.edge_index, data.edge_attr, data.edge_type)
+
+
+def errors(result, kind: str) -> list[float]:
+    return [row.relative for row in result.disagreements if row.model == kind]
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_copies_give_the_model_back_and_others_come_nearer_than_the_mean(kind):
+    model = built(CONVOLUTIONS[kind])
+    data = [graph(0), graph(1)]
+    same = merge_modules([model, deepcopy(model)], data)
+    for k in (0, 1):
+        torch.testing.assert_close(
+            outputs(same.for_model(k), data[k]), outputs(model, data[k]), rtol=0, atol=1e-10
+        )
+    assert same.unreached == ()
+    result = merge_modules(moved(model), data)
+    assert max(errors(result, "merged")) < 0.95 * max(errors(result, "mean"))
+    hopeless = {"eps": "gin", "comp": "rgcn, bases"}
+    assert {name.rpartition(".")[2] for name in result.averaged} <= {
+        n for n, of in hopeless.items() if of == kind
+    }
+
+
+class Blocks(nn.Module):
+    """Everything of torch that a merge knows: a table, attention, normalizations, a layer called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm = nn.Embedding(4, 6), nn.BatchNorm1d(6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.twice, self.layer_norm = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.graph_norm, self.instance = geometric.GraphNorm(6), geometric.LayerNorm(6, mode="graph")
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, kinds: Tensor, batch: Tensor) -> Tensor:
+        x = self.norm(self.table(kinds))
+        x = x + self.attention(x[None], x[None], x[None], need_weights=False)[0][0]
+        x = self.layer_norm(x + torch.tanh(self.twice.forward(torch.tanh(self.twice(x)))))
+        return self.out(self.instance(torch.tanh(self.graph_norm(x, batch))))
+
+
+def kinds(seed: int) -> Data:
+    generator = torch.Generator().manual_seed(seed)
+    return Data(
+        kinds=torch.randint(4, (90,), generator=generator), batch=torch.arange(90) // 30, num_nodes=90
+    )
+
+
+def warmed(models: list[nn.Module]) -> list[nn.Module]:
+    """Models whose batch normalizations have statistics of their own."""
+    for k, model in enumerate(models):
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm1d):
+                generator = torch.Generator().manual_seed(k)
+                norm.running_mean.copy_(0.3 * torch.randn(6, generator=generator, dtype=torch.float64))
+                norm.running_var.copy_(0.5 + torch.rand(6, generator=generator, dtype=torch.float64))
+    return models
+
+
+def test_layers_of_torch_and_statistics_of_batches():
+    model = warmed([built(Blocks)])[0]
+    same = merge_modules([model, deepcopy(model)], [kinds(0), kinds(1)])
+    with torch.no_grad():
+        ours, theirs = (m.eval()(kinds(0).kinds, kinds(0).batch) for m in (same.module, model))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    models = warmed(moved(model))
+    result = merge_modules(models, [kinds(0), kinds(1)])
+    assert max(errors(result, "merged")) < 0.8 * max(errors(result, "mean"))
+    assert result.recalibrated == ("norm",)
+    assert result.unreached == ()
+    assert set(result.averaged) == {"graph_norm.mean_scale"}
+    merged = result.module
+    with torch.no_grad():
+        entering = [merged.table(kinds(k).kinds) for k in (0, 1)]
+    mean = torch.stack([x.mean(0) for x in entering]).mean(0)
+    square = torch.stack([x.square().mean(0) for x in entering]).mean(0)
+    torch.testing.assert_close(merged.norm.running_mean, mean)
+    torch.testing.assert_close(merged.norm.running_var, square - mean.square())
+    assert [layer.name for layer in result.layers][:3] == ["table", "norm", "attention.query"]
+
+
+def test_a_convolution_is_the_least_squares_solution_of_the_rows_that_count():
+    """NumPy solves the stacked rows of a first GCN layer, whose inputs depend on no weights."""
+    models = moved(built(CONVOLUTIONS["gcn"]), size=0.5)
+    data = [graph(0), graph(1)]
+    masks = [torch.arange(NODES) % 3 == 0, torch.arange(NODES) % 2 == 0]
+    result = merge_modules(models, data, rows=masks, ridge=1e-13)
+    rows, targets = [], []
+    for model, item, mask in zip(models, data, masks, strict=True):
+        adjacency = torch.zeros(NODES, NODES, dtype=torch.float64)
+        index, weight = geometric.conv.gcn_conv.gcn_norm(
+            item.edge_index, num_nodes=NODES, dtype=torch.float64
+        )
+        adjacency.index_put_((index[1], index[0]), weight, accumulate=True)
+        x = torch.cat([adjacency @ item.x, torch.ones(NODES, 1, dtype=torch.float64)], 1)[mask]
+        theta = torch.cat([model.first.lin.weight.T, model.first.bias[None]]).detach()
+        y = x @ theta
+        scale = float((y.square().mean() * len(x)) ** -0.5)
+        rows.append(scale * x.numpy())
+        targets.append(scale * y.numpy())
+    expected = np.linalg.lstsq(np.concatenate(rows), np.concatenate(targets), rcond=None)[0]
+    merged = result.module.first
+    found = torch.cat([merged.lin.weight.T, merged.bias[None]]).detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-8)
+    assert result.layers[0].rows == 20 + 30
+
+
+def test_heads_are_refitted_kept_or_named():
+    base = built(lambda: Net(geometric.SAGEConv))
+    models = moved(base, 3)
+    for k, model in enumerate(models):
+        model.head = built(lambda k=k: nn.Linear(HIDDEN, 2 + k))
+    data = [graph(k) for k in range(3)]
+    refitted, kept = (merge_modules(models, data, heads=how) for how in ("refit", "kept"))
+    assert refitted.heads == kept.heads == ("head",)
+    assert "head of model 2" in [layer.name for layer in refitted.layers]
+    for k, model in enumerate(models):
+        assert torch.equal(kept.head(k)["head"].weight, model.head.weight)
+        assert errors(refitted, "merged")[k] < errors(kept, "merged")[k]
+        assert outputs(refitted.for_model(k), data[k]).shape[1] == 2 + k
+    together = refitted.all_classes()
+    separate = torch.cat([outputs(refitted.for_model(k), data[0]) for k in range(3)], dim=1)
+    torch.testing.assert_close(outputs(together, data[0]), separate)
+    assert isinstance(together.head, nn.Linear)
+    named = merge_modules(models, data, heads={"head": "kept", "second": "refit"})
+    assert named.heads == ("head", "second")
+    assert outputs(named.all_classes(), data[0]).shape == (NODES, 9)
+    shared = merge_modules(moved(base), data[:2], heads=())
+    assert shared.heads == ()
+    with pytest.raises(ArgumentError, match="no heads"):
+        shared.all_classes()
+
+
+def test_rows_are_labelled_or_confident_nodes():
+    models = moved(built(CONVOLUTIONS["sage"]), size=1.0)
+    data = graph(0)
+    labels = [torch.where(torch.rand(NODES) < 0.5, 1, -1) for _ in models]
+    labelled = [Data(**data.to_dict(), y=y) for y in labels]
+    by_label = merge_modules(models, labelled, rows="labelled")
+    by_mask = merge_modules(models, [data, data], rows=[y >= 0 for y in labels])
+    by_function = merge_modules(models, data, rows=lambda k, item: labels[k] >= 0)
+    evidence = torch.stack([outputs(model, data).logsumexp(1) for model in models]).argmax(0)
+    confident = merge_modules(models, data, rows="confidence")
+    by_owner = merge_modules(models, data, rows=[evidence == k for k in (0, 1)])
+    for one, other in ((by_label, by_mask), (by_label, by_function), (confident, by_owner)):
+        for a, b in zip(one.module.parameters(), other.module.parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(by_label.module.first.lin_l.weight, confident.module.first.lin_l.weight)
+
+
+def test_models_and_their_modes_stay_as_they_are():
+    models = [model.train() for model in moved(built(CONVOLUTIONS["gat"]))]
+    models[0].second.eval()
+    modes = [[part.training for part in model.modules()] for model in models]
+    before = [deepcopy(model.state_dict()) for model in models]
+    heard: list[float] = []
+    merge_modules(models, graph(0), progress=lambda fraction, text: heard.append(fraction))
+    assert modes == [[part.training for part in model.modules()] for model in models]
+    for model, state in zip(models, before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert all("forward" not in vars(part) for part in model.modules())
+    assert heard == sorted(heard)
+    assert heard[-1] == 1.0
+
+
+class Hidden(nn.Module):
+    """Uses one layer behind the back of every hook, and another not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.behind, self.idle = nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, HIDDEN), nn.Linear(2, 2)
+        self.power = nn.Parameter(torch.ones(HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.first(x)) @ self.behind.weight.T * self.power
+
+
+def test_what_nothing_reaches_is_named():
+    result = merge_modules(moved(built(Hidden)), graph(0))
+    assert result.unreached == ("behind", "idle")
+    assert result.averaged == ("power", "behind.weight", "behind.bias", "idle.weight", "idle.bias")
+    text = result.summary()
+    assert "power" in text
+    assert "never called" in text
+    batches = merge_modules(moved(built(Hidden)), [[graph(0).x, graph(1).x]] * 2)
+    assert batches.layers[0].rows == 4 * NODES
+
+
+def test_bad_input_is_refused():
+    models = moved(built(CONVOLUTIONS["gcn"]))
+    data = graph(0)
+    with pytest.raises(IncompatibleSpecialistsError, match="at least two"):
+        merge_modules(models[:1], data)
+    with pytest.raises(IncompatibleSpecialistsError, match="no torch module"):
+        merge_modules([models[0], "model"], data)
+    with pytest.raises(FramesError, match="examples for 3"):
+        merge_modules(models, [data, data, data])
+    with pytest.raises(FramesError, match="no examples"):
+        merge_modules(models, [data, []])
+    with pytest.raises(FramesError, match="takes 'edge_index'"):
+        merge_modules(models, Data(x=data.x))
+    with pytest.raises(FramesError, match="rows='owned'"):
+        merge_modules(models, data, rows="owned")
+    with pytest.raises(ArgumentError, match="'refit' or 'kept'"):
+        merge_modules(models, data, heads="new")
+    with pytest.raises(ArgumentError, match="no submodule"):
+        merge_modules(models, data, heads=["top"])
+    with pytest.raises(ArgumentError, match="3 weights"):
+        merge_modules(models, data, weights=[1, 1, 1])
+    other = built(lambda: Net(lambda a, b: geometric.GCNConv(a, b, bias=False)))
+    other.first = geometric.GCNConv(IN, 9).double()
+    with pytest.raises(IncompatibleSpecialistsError, match="different shape at"):
+        merge_modules([models[0], other], data, heads=["head"])
+    with pytest.raises(IncompatibleSpecialistsError, match="call no layer"):
+        merge_modules([nn.Identity(), nn.Identity()], data.x)
