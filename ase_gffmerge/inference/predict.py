@@ -128,8 +128,14 @@ def _forces(specialist: ForceField, atoms: Atoms) -> torch.Tensor:
     return predict_graded(specialist, graph)[0].forces.double().cpu()
 
 
-def hessian(function: EdgeFunction, graph: AtomGraph, *, progress: Progress = no_progress) -> np.ndarray:
-    """Hessian (3 n_atoms, 3 n_atoms) of a structure's energy in eV/Å^2, symmetric.
+def hessian(
+    function: EdgeFunction,
+    graph: AtomGraph,
+    *,
+    indices: Sequence[int] | None = None,
+    progress: Progress = no_progress,
+) -> np.ndarray:
+    """Hessian (3 n_atoms, 3 n_atoms) of a structure's energy in eV/Å^2, symmetric; or the rows of some atoms alone.
 
     Parameters
     ----------
@@ -137,23 +143,26 @@ def hessian(function: EdgeFunction, graph: AtomGraph, *, progress: Progress = no
         A potential that can be differentiated twice; the ones prepared for inference cannot.
     graph
         The structure, on the potential's device; its positions decide the precision of the geometry.
+    indices
+        Atoms whose rows (3 n_indices, 3 n_atoms) are wanted.
     progress
         Called with a fraction (0 to 1) and a description.
     """
     positions = graph.positions.detach().clone().requires_grad_()
     with torch.inference_mode(False), torch.enable_grad():
         energies, _ = function(edge_vectors(graph, positions), graph)
-        size = positions.numel()
+        chosen = range(len(positions)) if indices is None else indices
+        size = 3 * len(chosen)
         if not energies.requires_grad or graph.n_edges == 0:
-            return np.zeros((size, size))
+            return np.zeros((size, positions.numel()))
         (gradient,) = torch.autograd.grad(energies.sum(), positions, create_graph=True)
-        rows = torch.empty(size, size, dtype=gradient.dtype)
-        for i, component in enumerate(gradient.flatten()):
+        rows = torch.empty(size, positions.numel(), dtype=gradient.dtype)
+        for i, component in enumerate(gradient[list(chosen)].flatten()):
             (row,) = torch.autograd.grad(component, positions, retain_graph=True)
             rows[i] = row.flatten().cpu()
             progress((i + 1) / size, f"Hessian, row {i + 1} of {size}")
     matrix = rows.double().numpy()
-    return 0.5 * (matrix + matrix.T)
+    return matrix if indices is not None else 0.5 * (matrix + matrix.T)
 
 
 BatchPredictor = Callable[[AtomGraph], tuple[Prediction, Tensor | None]]

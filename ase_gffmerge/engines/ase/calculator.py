@@ -58,8 +58,7 @@ PROPERTIES = ("energy", "free_energy", "energies", "forces", "stress")
 class GFFMergeCalculator(Calculator):
     """ASE calculator of one machine-learned force field, or of several specialists merged into a single one.
 
-    One forward and one backward pass give every property: energy and energies per atom in eV, forces in eV/Å and, where the
-    cell has three vectors, stress in eV/Å^3 (order xx, yy, zz, yz, xz, xy; positive under tension)::
+    Energy and energies per atom in eV, forces in eV/Å, stress in eV/Å^3 (xx, yy, zz, yz, xz, xy; positive under tension)::
 
         atoms = ase.build.molecule("CH3CH2OH")
         atoms.calc = GFFMergeCalculator(["rmd17-ethanol", "rmd17-malonaldehyde"])
@@ -89,17 +88,14 @@ class GFFMergeCalculator(Calculator):
         time. It changes the speed, never a result.
     cache_dir
         Folder of merged force fields; default: ``GFFMERGE_CACHE``, else the user's cache folder.
-    weights
-        Relative weight of each specialist in the merge; default: equal.
-    allow_unrelated
-        Merge specialists although they were not fine-tuned from a common base. Do not expect good forces.
+    weights, allow_unrelated
+        Relative weight of each specialist in the merge; merge also those without a common base, with bad forces.
     specialist
         With per-specialist conditioning, the name or index for structures that name none themselves in
         ``atoms.arrays["specialist"]`` (per atom) or ``atoms.info["specialist"]``.
     compile
-        Fuse the network by ``torch.compile``, once for all structures, which takes half a minute or more; results agree to
-        round-off. ``auto``: on a GPU after 200 evaluations, never on a CPU. Unless ``False``, a GPU also replays small
-        structures as CUDA graphs (:mod:`ase_gffmerge.inference.cuda_graphs`).
+        Fuse the network by ``torch.compile``, which takes half a minute; results agree to round-off. ``auto``: on a GPU
+        after 200 evaluations, never on a CPU. Unless ``False``, a GPU also replays small structures as CUDA graphs.
     dispersion
         Grimme's D3 correction to add to force fields whose labels lack it, as ``damping:functional``, for example
         ``d3bj:pbe`` (needs the package dftd3). There are no energies per atom then.
@@ -341,13 +337,17 @@ class GFFMergeCalculator(Calculator):
             max_edges=max_edges,
         )
 
-    def get_hessian(self, atoms: Atoms, *, progress: Progress = no_progress) -> np.ndarray:
+    def get_hessian(
+        self, atoms: Atoms, *, indices: Sequence[int] | None = None, progress: Progress = no_progress
+    ) -> np.ndarray:
         """Hessian (3 n_atoms, 3 n_atoms) in eV/Å^2 from second derivatives; memory does not grow with its size.
 
         Parameters
         ----------
         atoms
             The structure; constraints are not heard. ``dtype="float64"`` gives all digits.
+        indices
+            Atoms whose rows (3 n_indices, 3 n_atoms) are wanted; each row costs the same.
         progress
             Called with a fraction (0 to 1) and a description.
         """
@@ -355,8 +355,8 @@ class GFFMergeCalculator(Calculator):
         prepared = self.force_field.prepared(structure, specialist=self.parameters.get(KEY))
         with isolated_torch(), computing(structure, self.force_field.potential.device):
             graph = self._neighbors.fresh().graph(prepared)
-            matrix = hessian(self.force_field.potential, graph, progress=progress)
-        return matrix if self._dispersion is None else matrix + self._dispersion.hessian(structure)
+            matrix = hessian(self.force_field.potential, graph, indices=indices, progress=progress)
+        return matrix if self._dispersion is None else matrix + self._dispersion.hessian(structure, indices)
 
     def disagreement(self, atoms: Atoms) -> np.ndarray:
         """Standard deviation of the specialists' forces per atom, (n_atoms,) in eV/Å; costs one evaluation of each.

@@ -5,6 +5,7 @@ Grimme, Antony, Ehrlich, Krieg, J. Chem. Phys. 132, 154104 (2010); damping: Grim
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -109,11 +110,13 @@ class Dispersion:
         found["free_energy"] = found["energy"]
         return found
 
-    def hessian(self, atoms: Atoms) -> np.ndarray:
-        """Second derivatives (3 n_atoms, 3 n_atoms) in eV/Å^2."""
+    def hessian(self, atoms: Atoms, indices: Sequence[int] | None = None) -> np.ndarray:
+        """Second derivatives (3 n_atoms, 3 n_atoms) in eV/Å^2, or the rows of some atoms."""
         found = self._model(atoms).get_hessian(param=self._parameters())
         matrix = np.asarray(found["hessian"] if isinstance(found, dict) else found)
-        return matrix.reshape(3 * len(atoms), 3 * len(atoms)) * (Hartree / Bohr**2)
+        chosen = slice(None) if indices is None else list(indices)
+        rows = matrix.reshape(len(atoms), 3, 3 * len(atoms))[chosen].reshape(-1, 3 * len(atoms))
+        return rows * (Hartree / Bohr**2)
 
     def _model(self, atoms: Atoms) -> "DispersionModel":
         from dftd3.interface import DispersionModel

@@ -31,6 +31,9 @@ def test_the_hessian_is_the_derivative_of_the_forces(force_field) -> None:
     matrix = calc.get_hessian(atoms)
     assert matrix.shape == (18, 18)
     np.testing.assert_allclose(matrix[4], difference(calc, atoms, 1, 1), atol=1e-6 * np.abs(matrix).max())
+    rows = calc.get_hessian(atoms, indices=[4, 1])
+    expected = matrix.reshape(6, 3, 18)[[4, 1]].reshape(6, 18)
+    np.testing.assert_allclose(rows, expected, atol=1e-10 * np.abs(matrix).max())
 
 
 def test_dispersion_is_in_everything_that_is_served(painn_calc) -> None:
@@ -53,6 +56,8 @@ def test_dispersion_is_in_everything_that_is_served(painn_calc) -> None:
     atoms = molecule("CH3OH")
     matrix = calc.get_hessian(atoms)
     np.testing.assert_allclose(matrix[4], difference(calc, atoms, 1, 1), atol=1e-5 * np.abs(matrix).max())
+    rows = calc.get_hessian(atoms, indices=[1])
+    np.testing.assert_allclose(rows, matrix[3:6], atol=1e-10 * np.abs(matrix).max())
 
 
 def test_dispersion_that_is_in_the_labels_is_not_added_again(force_field) -> None:
