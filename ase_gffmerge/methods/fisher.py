@@ -30,8 +30,10 @@ from torch import Tensor
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.least_squares.gauss_newton import random_signs
+from ase_gffmerge.merging.disagreement import DisagreementMetric
+from ase_gffmerge.merging.weight_space import WeightSpace, weighted_mean
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
-from ase_gffmerge.methods.weight_space import DisagreementMetric, WeightSpace, grid_of, tune, weighted_mean
+from ase_gffmerge.methods.weight_space import grid_of, tune, weight_space
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import chunks
 from ase_gffmerge.runtime.progress import Progress
@@ -102,7 +104,7 @@ def squared_derivatives(
 @method("fisher", citation="Matena and Raffel, arXiv 2111.09832", needs=(Requirement.FRAMES,))
 def fisher(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Fisher merging with the floor of least disagreement."""
-    space = WeightSpace.of(merge_inputs)
+    space = weight_space(merge_inputs)
     metric = DisagreementMetric.of(space.specialists)
     weights = _relative_information(space, progress)
 

@@ -33,10 +33,11 @@ from ase_gffmerge.graphs import batch_graphs, build_graph
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.calibration import layer_inputs
+from ase_gffmerge.merging.disagreement import DisagreementMetric
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.permutation_symmetry import channel_groups, permuted
-from ase_gffmerge.methods.weight_space import DisagreementMetric, aligned_copies, grid_of, tune
+from ase_gffmerge.methods.weight_space import aligned_copies, grid_of, tune
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import layer_maps
 from ase_gffmerge.runtime.devices import chunks

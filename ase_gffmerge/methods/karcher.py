@@ -15,8 +15,9 @@ found by steps :math:`\mu \leftarrow \exp_\mu\bigl(\tfrac1K\sum_k \log_\mu(u_k)\
 import torch
 from torch import Tensor
 
+from ase_gffmerge.merging.weight_space import weighted_mean
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, method
-from ase_gffmerge.methods.weight_space import WeightSpace, weighted_mean
+from ase_gffmerge.methods.weight_space import weight_space
 from ase_gffmerge.runtime.progress import Progress
 
 MAX_STEPS, TOLERANCE = 100, 1e-12
@@ -58,7 +59,7 @@ def _log(center: Tensor, directions: Tensor) -> Tensor:
 @method("karcher", citation="Karcher, 1977; mergekit")
 def karcher(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Karcher mean of every weight tensor; a weight that some specialists do not know is filled in by the others' mean."""
-    space = WeightSpace.of(merge_inputs)
+    space = weight_space(merge_inputs)
     vectors = torch.where(space.known, space.vectors, weighted_mean(space.vectors, space.known))
     sizes = [parameter.numel() for parameter in space.potential(vectors[0]).parameters()]
     centers = []

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, MergeWarning
 from ase_gffmerge.forcefield.force_field import symbols
 from ase_gffmerge.graphs.graph import Topology
+from ase_gffmerge.merging.disagreement import DisagreementMetric
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
-from ase_gffmerge.methods.weight_space import DisagreementMetric, aligned_copies
+from ase_gffmerge.methods.weight_space import aligned_copies
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress
 from ase_gffmerge.training.train import FINE_TUNING, train_jointly

@@ -38,10 +38,11 @@ from ase_gffmerge.merging.calibration import (
     layer_inputs,
     run_stage,
 )
+from ase_gffmerge.merging.disagreement import DisagreementMetric
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.merging.tangents import Tensors, pushforward
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
-from ase_gffmerge.methods.weight_space import DisagreementMetric, aligned_copies, grid_of, tune
+from ase_gffmerge.methods.weight_space import aligned_copies, grid_of, tune
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import affine_maps, layer_maps
 from ase_gffmerge.runtime.progress import Progress

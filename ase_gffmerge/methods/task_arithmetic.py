@@ -6,30 +6,15 @@ r"""Task arithmetic: the base plus a multiple of the sum of the task vectors.
 """
 
 import torch
-from torch import Tensor
 
+from ase_gffmerge.merging.disagreement import DisagreementMetric
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
-from ase_gffmerge.methods.weight_space import DisagreementMetric, WeightSpace, grid_of, tune
+from ase_gffmerge.methods.weight_space import grid_of, tune, weight_space
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress
 
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 """Values of K λ that are tried."""
-
-
-def add_task_vectors(base: Tensor, task_vectors: Tensor, *, scale: float) -> Tensor:
-    """Weights (P,) of the base plus λ times the sum of the task vectors.
-
-    Parameters
-    ----------
-    base : (P,)
-        Its weights.
-    task_vectors : (K, P)
-        Weights of the specialists less those of the base.
-    scale
-        λ.
-    """
-    return base + scale * task_vectors.sum(0)
 
 
 @method(
@@ -39,11 +24,11 @@ def add_task_vectors(base: Tensor, task_vectors: Tensor, *, scale: float) -> Ten
 )
 def task_arithmetic(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Task arithmetic with λ of least disagreement."""
-    space = WeightSpace.of(merge_inputs)
+    space = weight_space(merge_inputs)
     scales = [share / len(space.specialists) for share in SHARES]
 
     def build(scale: float) -> Potential:
-        return space.potential(add_task_vectors(space.origin, space.task_vectors, scale=scale))
+        return space.potential(space.task_arithmetic(scale))
 
     with torch.no_grad():
         metric = DisagreementMetric.of(space.specialists)

@@ -39,9 +39,10 @@ import math
 import torch
 from torch import Tensor
 
+from ase_gffmerge.merging.disagreement import DisagreementMetric
+from ase_gffmerge.merging.weight_space import weighted_mean
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
-from ase_gffmerge.methods.task_arithmetic import add_task_vectors
-from ase_gffmerge.methods.weight_space import DisagreementMetric, WeightSpace, grid_of, tune, weighted_mean
+from ase_gffmerge.methods.weight_space import grid_of, tune, weight_space
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress
 
@@ -79,7 +80,7 @@ def disjoint_mean(task_vectors: Tensor, signs: Tensor) -> Tensor:
 @method("ties", citation="Yadav et al., arXiv 2306.01708", needs=(Requirement.FRAMES, Requirement.BASE))
 def ties(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """TIES with density and λ of least disagreement."""
-    space = WeightSpace.of(merge_inputs)
+    space = weight_space(merge_inputs)
 
     def build(density: float, scale: float) -> Potential:
         trimmed = trim(space.task_vectors, space.known, density=density)
@@ -112,13 +113,13 @@ def drop_and_rescale(task_vectors: Tensor, noise: Tensor, *, rate: float) -> Ten
 @method("dare", citation="Yu et al., arXiv 2311.03099", needs=(Requirement.FRAMES, Requirement.BASE))
 def dare(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """DARE with drop rate and λ of least disagreement."""
-    space = WeightSpace.of(merge_inputs)
+    space = weight_space(merge_inputs)
     noise = torch.stack([_noise(s.fingerprint, space.origin) for s in merge_inputs.specialists])
     scales = [share / len(space.specialists) for share in SHARES]
 
     def build(rate: float, scale: float) -> Potential:
         dropped = drop_and_rescale(space.task_vectors, noise, rate=rate)
-        return space.potential(add_task_vectors(space.origin, dropped, scale=scale))
+        return space.potential(space.origin + scale * dropped.sum(0))
 
     with torch.no_grad():
         metric = DisagreementMetric.of(space.specialists)
@@ -147,7 +148,7 @@ def masked_and_rescaled(task_vectors: Tensor, elected: Tensor) -> Tensor:
 @method("emr", citation="Huang et al., arXiv 2405.17461", needs=(Requirement.BASE,), per_specialist=True)
 def emr(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """EMR-Merging: one potential per specialist, all made of one task vector."""
-    space = WeightSpace.of(merge_inputs)
+    space = weight_space(merge_inputs)
     progress(0.5, "election")
     kept = masked_and_rescaled(space.task_vectors, elect_task_vector(space.task_vectors))
     return MergeOutput(

@@ -9,7 +9,7 @@ from ase.build import bulk
 from ase_gffmerge import merge
 from ase_gffmerge.inference.errors import FORCE_FLOOR
 from ase_gffmerge.merging.calibration import build_calibration
-from ase_gffmerge.methods.weight_space import DisagreementMetric
+from ase_gffmerge.merging.disagreement import DisagreementMetric
 from helpers.toys import family
 
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.merging.disagreement import DisagreementMetric
+from ase_gffmerge.merging.weight_space import WeightSpace
 from ase_gffmerge.methods import METHODS, MergeInputs, fisher
 from ase_gffmerge.methods.fisher import fisher_information, squared_derivatives
-from ase_gffmerge.methods.task_arithmetic import add_task_vectors
 from ase_gffmerge.methods.task_vectors import (
     disjoint_mean,
     drop_and_rescale,
@@ -25,7 +26,6 @@ from ase_gffmerge.methods.task_vectors import (
     masked_and_rescaled,
     trim,
 )
-from ase_gffmerge.methods.weight_space import DisagreementMetric
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import no_progress
 
@@ -57,7 +57,10 @@ def test_trimming_counts_what_a_specialist_knows() -> None:
 def test_task_arithmetic_by_hand() -> None:
     base = torch.arange(5.0)
     expected = [0 + 1.0, 1 - 2.5, 2 + 0.35, 3 + 1.05, 4 + 0.0]
-    assert add_task_vectors(base, TASK_VECTORS, scale=0.5).tolist() == pytest.approx(expected)
+    vectors = base + TASK_VECTORS
+    known = torch.ones_like(vectors, dtype=torch.bool)
+    space = WeightSpace(specialists=(), vectors=vectors, known=known, base=base, _blank=None)
+    assert space.task_arithmetic(0.5).tolist() == pytest.approx(expected)
 
 
 def test_emr_by_hand() -> None:

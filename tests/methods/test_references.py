@@ -8,8 +8,8 @@ from ase.build import molecule
 
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.inference.predict import predict_frames
+from ase_gffmerge.merging.disagreement import DisagreementMetric
 from ase_gffmerge.methods import METHODS, MergeInputs
-from ase_gffmerge.methods.weight_space import DisagreementMetric
 from ase_gffmerge.runtime.progress import no_progress
 
 

@@ -6,8 +6,8 @@ import torch
 
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.inference.predict import predict_frames
-from ase_gffmerge.methods.task_arithmetic import add_task_vectors
-from ase_gffmerge.methods.weight_space import DisagreementMetric, WeightSpace, grid_of, tune
+from ase_gffmerge.merging.disagreement import DisagreementMetric
+from ase_gffmerge.methods.weight_space import grid_of, tune, weight_space
 
 
 def silent(fraction: float, text: str) -> None:
@@ -35,12 +35,12 @@ def test_at_most_so_many_frames_are_used_evenly(make_merge_inputs) -> None:
 
 def test_tuning_keeps_the_best_of_all_trials(make_merge_inputs, architecture) -> None:
     merge_inputs = make_merge_inputs(architecture, 2)
-    space, metric = WeightSpace.of(merge_inputs), DisagreementMetric.of(merge_inputs.specialists)
+    space, metric = weight_space(merge_inputs), DisagreementMetric.of(merge_inputs.specialists)
     grid = grid_of(scale=(2.0, 0.0, 0.5, 1.0))
     trials = []
 
     def build(scale: float):
-        potential = space.potential(add_task_vectors(space.origin, space.task_vectors, scale=scale))
+        potential = space.potential(space.task_arithmetic(scale))
         trials.append(metric.disagreement(potential))
         return potential
 
@@ -58,7 +58,7 @@ def test_specialists_are_evaluated_once(make_merge_inputs) -> None:
     for specialist in merge_inputs.specialists:
         specialist.potential.register_forward_hook(lambda *args: calls.append(1))
     metric = DisagreementMetric.of(merge_inputs.specialists)
-    space = WeightSpace.of(make_merge_inputs("painn", 2))
+    space = weight_space(make_merge_inputs("painn", 2))
     tune(
         lambda scale: space.potential(scale * space.origin),
         grid_of(scale=(1.0, 2.0)),
@@ -70,7 +70,7 @@ def test_specialists_are_evaluated_once(make_merge_inputs) -> None:
 
 def test_forces_that_are_not_finite_never_win(make_merge_inputs) -> None:
     merge_inputs = make_merge_inputs("painn", 2)
-    space, metric = WeightSpace.of(merge_inputs), DisagreementMetric.of(merge_inputs.specialists)
+    space, metric = weight_space(merge_inputs), DisagreementMetric.of(merge_inputs.specialists)
     best = tune(
         lambda scale: space.potential(scale * space.origin),
         grid_of(scale=(float("nan"), 5.0)),

@@ -9,8 +9,9 @@ from ase.build import molecule
 
 from ase_gffmerge.errors import IncompatibleSpecialistsError, RecipeError
 from ase_gffmerge.inference.predict import predict_frames
+from ase_gffmerge.merging.weight_space import weighted_mean
 from ase_gffmerge.methods import METHODS, MergeInputs
-from ase_gffmerge.methods.weight_space import WeightSpace, weighted_mean
+from ase_gffmerge.methods.weight_space import weight_space
 from ase_gffmerge.runtime.progress import no_progress
 
 ELEMENTWISE = ("task_arithmetic", "ties", "dare", "fisher", "emr")
@@ -22,7 +23,7 @@ def run(name: str, merge_inputs: MergeInputs):
 
 def test_weights_make_the_round_trip(make_merge_inputs, architecture) -> None:
     merge_inputs = make_merge_inputs(architecture, 2)
-    space = WeightSpace.of(merge_inputs)
+    space = weight_space(merge_inputs)
     for specialist, vector in zip(merge_inputs.specialists, space.vectors):
         rebuilt = dict(space.potential(vector).named_parameters())
         for name, parameter in specialist.potential.named_parameters():
@@ -55,7 +56,7 @@ def test_elements_that_not_all_know(make_merge_inputs, narrowed, architecture, n
 def test_unknown_rows_are_no_part_of_a_task_vector(make_merge_inputs, narrowed) -> None:
     merge_inputs = make_merge_inputs("painn", 2)
     first = narrowed(merge_inputs.specialists[0], (1, 6))
-    space = WeightSpace.of(replace(merge_inputs, specialists=(first, merge_inputs.specialists[1])))
+    space = weight_space(replace(merge_inputs, specialists=(first, merge_inputs.specialists[1])))
     channels = first.potential.hyper.channels
     assert (~space.known).sum(1).tolist() == [channels, 0]
     assert not space.task_vectors[~space.known].any()
