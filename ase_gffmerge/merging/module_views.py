@@ -24,7 +24,8 @@ def check_modules(models: Sequence[nn.Module]) -> None:
     for model in models:
         if not isinstance(model, nn.Module):
             raise IncompatibleSpecialistsError(
-                f"a {type(model).__name__} is no torch module; give the networks themselves"
+                f"a {type(model).__name__} is not a torch network; give the modules themselves (of a calculator, with "
+                "module=lambda calc: calc.model)"
             )
     if len(models) < 2:
         raise IncompatibleSpecialistsError(
@@ -68,8 +69,8 @@ def own_modules(
     rest = [name for name in differing if not any(is_within(name, own) for own in found)]
     if rest:
         raise IncompatibleSpecialistsError(
-            f"the models are of different shape at {rest[0]!r}; name that submodule in heads=, if every model may keep "
-            "its own"
+            f"the models hold different networks (first difference: {rest[0]}); give models of one architecture, or name in "
+            "heads= what every module may keep"
         )
     return found
 
@@ -102,28 +103,40 @@ def _differing(models: Sequence[nn.Module]) -> list[str]:
 def shared_views(models: Sequence[nn.Module], own: tuple[str, ...]) -> list[nn.Module]:
     """Copies of the models that share one tensor, the mean, for every parameter and buffer that is not their own."""
     views = [deepcopy(model) for model in models]
-    common = [
-        {
-            name: tensor
-            for name, tensor in _state(view).items()
-            if tensor.is_floating_point() and not any(is_within(name, head) for head in own)
-        }
-        for view in views
-    ]
-    alike = [
-        name
-        for name, x in common[0].items()
-        if all(o.get(name, x[..., None]).shape == x.shape for o in common)
-    ]
-    for name in alike:
-        mean = torch.stack([other[name].double().cpu() for other in common]).mean(0)
-        common[0][name].copy_(mean)
-    for view, tensors in zip(views[1:], common[1:], strict=True):
-        shared = {id(tensors[name]): common[0][name] for name in alike}
+    alike = average_into(views[0], models, own=own)
+    tensors = _state(views[0])
+    for view in views[1:]:
+        state = _state(view)
+        shared = {id(state[name]): tensors[name] for name in alike}
         for module in view.modules():
             for held in (module._parameters, module._buffers):
                 held.update({key: shared[id(x)] for key, x in held.items() if id(x) in shared})  # type: ignore[misc]
     return views
+
+
+@torch.no_grad()
+def average_into(target: nn.Module, models: Sequence[nn.Module], *, own: tuple[str, ...] = ()) -> list[str]:
+    """Set parameters and buffers of real numbers to their mean over the models; returns their names.
+
+    Parameters
+    ----------
+    target
+        A module of the models' kind.
+    models
+        The models.
+    own
+        Submodules that are left as they are.
+    """
+    states = [_state(model) for model in models]
+    averaged = []
+    for name, tensor in _state(target).items():
+        if not tensor.is_floating_point() or any(is_within(name, head) for head in own):
+            continue
+        found = [state[name] for state in states if name in state and state[name].shape == tensor.shape]
+        if len(found) == len(models):
+            tensor.copy_(torch.stack([x.detach().double().cpu() for x in found]).mean(0))
+            averaged.append(name)
+    return averaged
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

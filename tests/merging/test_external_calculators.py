@@ -140,7 +140,7 @@ def test_bad_input_is_refused(calculators):
         merge_calculators(calculators, [FRAMES[0], []], module=network_of)
     with pytest.raises(IncompatibleSpecialistsError, match="first difference"):
         merge_calculators([calculators[0], Pairs(Network(4).double())], FRAMES, module=network_of)
-    with pytest.raises(IncompatibleSpecialistsError, match="not the torch network"):
+    with pytest.raises(IncompatibleSpecialistsError, match="not a torch network"):
         merge_calculators(calculators, FRAMES, module=lambda calc: calc)
     with pytest.raises(IncompatibleSpecialistsError, match="called no layer"):
         merge_calculators([Pairs(Constant()), Pairs(Constant())], FRAMES, module=network_of)
