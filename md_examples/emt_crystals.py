@@ -1,15 +1,12 @@
 """A merged force field for crystals of copper and of silver, whose teacher, ASE's EMT, is there to compare with.
 
-The specialists in ``emt_specialists`` were trained by ``build_emt_crystals.py``: tiny, but of one base, as specialists
-must be. EMT answers in milliseconds, so every number of a crystal can be checked against the source of the labels.
+The bundled specialists were trained by ``build_emt_crystals.py``: tiny, but of one base, as specialists must be. EMT
+answers in milliseconds, so every number of a crystal can be checked against the source of the labels.
 """
-
-from pathlib import Path
 
 from ase_gffmerge import GFFMergeCalculator
 
-FOLDER = Path(__file__).parent / "emt_specialists"
-SPECIALISTS = (FOLDER / "emt-copper.safetensors", FOLDER / "emt-silver.safetensors")
+SPECIALISTS = ("emt-copper", "emt-silver")
 RECIPE = {"readout": {"width": 64, "copies": 1}}
 LATTICE = {"Cu": 3.59, "Ag": 4.06}
 """Lattice constants in Å, about; where searches start."""

@@ -24,7 +24,7 @@ from ase_gffmerge.forcefield.serialization import Contents, pack, read_contents,
 from ase_gffmerge.models import Potential
 from ase_gffmerge.storage.tensor_file import content_digest, write_file
 
-BUNDLED = ("rmd17-base", "rmd17-ethanol", "rmd17-malonaldehyde")
+BUNDLED = ("rmd17-base", "rmd17-ethanol", "rmd17-malonaldehyde", "emt-copper", "emt-silver")
 _FOLDER = Path(str(files("ase_gffmerge") / "bundled"))
 
 
@@ -41,12 +41,12 @@ def bundled_test_frames(name: str) -> list[Atoms]:
     Parameters
     ----------
     name
-        ``rmd17-base``, ``rmd17-ethanol`` or ``rmd17-malonaldehyde``.
+        One of :data:`BUNDLED`.
 
     Returns
     -------
     list of ase.Atoms
-        With energy (eV) and forces (eV/Å).
+        With energy (eV), forces (eV/Å) and, of crystals, stress (eV/Å^3).
 
     Raises
     ------
