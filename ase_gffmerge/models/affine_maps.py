@@ -16,7 +16,7 @@ Scale and shift of an ``nn.LayerNorm``, and the scale of an ``nn.RMSNorm``, are 
 that a correction of a whole block may change: :func:`adjustable_maps` holds them as well, as Θ = [scale; shift] or [scale].
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -272,9 +272,9 @@ def _radial_map(name: str, layer: nn.Module) -> Iterator[AffineMap]:
 )
 def _element_maps(name: str, layer: ElementLinear) -> Iterator[AffineMap]:
     for row, number in enumerate(layer.species):
-        for i_out, (_, irrep) in enumerate(layer.irreps_out):
+        for i_out, label in enumerate(_labels(layer.irreps_out)):
             if any(block.i_out == i_out for block in layer.blocks):
-                yield _element_map(f"{name}[{chemical_symbols[number]}, {irrep}]", layer, row, i_out)
+                yield _element_map(f"{name}[{chemical_symbols[number]}, {label}]", layer, row, i_out)
 
 
 def _element_map(name: str, layer: ElementLinear, row: int, i_out: int) -> AffineMap:
@@ -306,10 +306,20 @@ def _equivariant_maps(name: str, layer: EquivariantLinear) -> Iterator[AffineMap
         raise NotImplementedError(
             f"{name}: an o3.Linear with biases cannot be aligned; build it with biases=False"
         )
+    labels = _labels(layer.irreps_out)
     for i_out, (_, irrep) in enumerate(layer.irreps_out):
         paths = [i for i, instruction in enumerate(layer.instructions) if instruction.i_out == i_out]
         if paths:
-            yield _equivariant_map(f"{name}[{irrep}]", layer, paths, irrep.dim)
+            yield _equivariant_map(f"{name}[{labels[i_out]}]", layer, paths, irrep.dim)
+
+
+def _labels(irreps: Iterable[tuple[int, object]]) -> list[str]:
+    """A name for each of (multiplicity, irrep), numbered where an irrep occurs more than once: ``0e #1, 1o, 0e #2``."""
+    names = [str(irrep) for _, irrep in irreps]
+    return [
+        f"{name} #{names[: i + 1].count(name)}" if names.count(name) > 1 else name
+        for i, name in enumerate(names)
+    ]
 
 
 def _equivariant_map(name: str, layer: EquivariantLinear, paths: list[int], dim: int) -> AffineMap:

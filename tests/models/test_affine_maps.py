@@ -42,7 +42,8 @@ def test_radial_layers_are_their_problems_before_the_activation() -> None:
 def test_equivariant_linear_is_one_problem_per_output_irrep_with_path_weights() -> None:
     layer, x, y = equivariant()
     found = layer_maps("layer", layer)
-    assert [p.name for p in found] == ["layer[0e]", "layer[1o]", "layer[2e]", "layer[0e]"]
+    assert [p.name for p in found] == ["layer[0e #1]", "layer[1o]", "layer[2e]", "layer[0e #2]"]
+    assert list(affine_maps.affine_maps(nn.ModuleDict({"layer": layer}))) == [p.name for p in found]
     for problem, part, (mul, irrep) in zip(found, layer.irreps_out.slices(), layer.irreps_out):
         expected = y[:, part].reshape(-1, mul, irrep.dim).transpose(1, 2).reshape(-1, mul)
         torch.testing.assert_close(problem.design(x) @ problem.read(), expected)
