@@ -20,7 +20,14 @@ from ase_gffmerge.errors import FramesError, StructureError
 from ase_gffmerge.forcefield.conditioning import KEY, with_indices, without_choice
 from ase_gffmerge.forcefield.leverage import ExtrapolationGrade, fit_extrapolation_grade
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
-from ase_gffmerge.forcefield.serialization import Contents, pack, read_contents, require_finite, require_sound
+from ase_gffmerge.forcefield.serialization import (
+    Contents,
+    pack,
+    read_contents,
+    require_finite,
+    require_same_again,
+    require_sound,
+)
 from ase_gffmerge.models import Potential
 from ase_gffmerge.storage.tensor_file import content_digest, write_file
 
@@ -167,12 +174,12 @@ class ForceField:
         Raises
         ------
         FileFormatError, FramesError
-            When a weight or a calibration frame is not finite, which no file may hold, or the file cannot be written; one
-            that was there stays as it was.
+            When a weight or a calibration frame is not finite, which no file may hold, or the file cannot be written or not
+            be read back; one that was there stays as it was.
         """
         require_finite(self.potential, f"{self.name!r} is not written to {path}")
         require_sound(self.calibration, self.name)
-        write_file(Path(path), *pack(self._contents()))
+        write_file(Path(path), *pack(self._contents()), read_back=require_same_again)
         return Path(path)
 
     def _contents(self) -> Contents:

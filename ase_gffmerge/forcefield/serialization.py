@@ -24,7 +24,7 @@ from ase_gffmerge.forcefield.provenance import (
     unpack_provenance,
 )
 from ase_gffmerge.models import Potential, build_potential
-from ase_gffmerge.storage.tensor_file import read_file
+from ase_gffmerge.storage.tensor_file import content_digest, read_digest, read_file
 
 UNITS = {"energy": "eV", "length": "Å"}
 """Of every file; others are refused."""
@@ -106,6 +106,13 @@ def read_contents(path: Path) -> Contents:
     _load_weights(potential, tensors, path)
     potential.eval().requires_grad_(False)
     return contents
+
+
+def require_same_again(path: Path) -> None:
+    """Read a file and raise :class:`FileFormatError` unless what was read would be written just so."""
+    metadata, tensors = pack(read_contents(path))
+    if content_digest(metadata, tensors) != read_digest(path):
+        raise FileFormatError(f"{path} does not hold all that it should")
 
 
 def _unpack(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], potential: Potential) -> Contents:

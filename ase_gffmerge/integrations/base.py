@@ -105,12 +105,13 @@ class Adapter(ABC):
         """What ``torch.save`` writes into a file that the vendor's package loads."""
 
     def write(self, potential: Potential, path: Path) -> Path:
-        """Write a file that the vendor's package loads.
+        """Write a file that the vendor's package loads, once it was read back.
 
         Raises
         ------
         FileFormatError
-            When the potential has more than the vendor's format: a widened readout, several embeddings.
+            When the potential has more than the vendor's format: a widened readout, several embeddings; or when what was
+            written does not have its energies.
         """
         if potential.hyper.readout_width or potential.hyper.n_embeddings > 1:
             extra = "a widened readout" if potential.hyper.readout_width else "an embedding per specialist"
@@ -119,8 +120,24 @@ class Adapter(ABC):
                 "readout: null and shared conditioning to export"
             )
         content = self.vendor_content(potential)
-        atomic_write(path, lambda temporary: torch.save(content, temporary))
+        atomic_write(
+            path,
+            lambda temporary: torch.save(content, temporary),
+            read_back=lambda temporary: _require_energies(self.read_back(temporary, potential), potential),
+        )
         return path
+
+    def read_back(self, path: Path, potential: Potential) -> Potential:
+        """Read a file that was just written.
+
+        Parameters
+        ----------
+        path
+            The file.
+        potential
+            What was written, which may tell what the file does not.
+        """
+        return self.read(path).potential
 
     def potential_class(self) -> type[Potential]:
         """Class of :attr:`architecture`.
@@ -315,25 +332,32 @@ def per_element(values: Tensor, species: Sequence[int]) -> Tensor:
 def _require_same(
     potential: Potential, vendor_energies: Callable[[AtomGraph], Tensor], *, vendor: str
 ) -> None:
-    """Compare the energies of a few atoms of every element (five at most) at random places.
+    """Raise :class:`FileFormatError` when a converted network's energies are not its own."""
+    if difference := _energy_difference(potential, vendor_energies):
+        raise FileFormatError(
+            f"this {vendor} model has a part that is not known here: converted, its energies differ by {difference:.2g} eV "
+            "per atom from its own; leave it out of the merge"
+        )
 
-    Raises
-    ------
-    FileFormatError
-        When they differ.
-    """
+
+def _require_energies(again: Potential, potential: Potential) -> None:
+    """Raise :class:`FileFormatError` when a potential that was read does not have the energies of the one written."""
+    again.to(device=potential.device, dtype=potential.dtype)
+    if difference := _energy_difference(potential, lambda graph: again(edge_vectors(graph), graph)[0]):
+        raise FileFormatError(f"its energies differ by {difference:.2g} eV per atom from those written")
+
+
+def _energy_difference(potential: Potential, energies: Callable[[AtomGraph], Tensor]) -> float:
+    """Largest difference (eV) of the energies of a few atoms of five elements at random places; 0 if it is round-off."""
     generator = torch.Generator().manual_seed(0)
     numbers = 2 * list(potential.species[:5]) + [potential.species[0]]
     places = torch.rand(len(numbers), 3, generator=generator, dtype=torch.float64) * potential.hyper.cutoff
     atoms = Atoms(numbers, positions=1.2 * places.numpy())
     graph = batch_graphs([build_graph(atoms, potential.hyper.cutoff, dtype=potential.dtype)])
+    graph = graph.to(potential.device)
     with torch.no_grad():
-        theirs, ours = vendor_energies(graph).double(), potential(edge_vectors(graph), graph)[0].double()
+        theirs, ours = energies(graph).double(), potential(edge_vectors(graph), graph)[0].double()
     rows = potential.species_row[graph.atomic_numbers]
     size = (theirs - potential.references[rows]).abs().mean()
     difference = float((ours - theirs).abs().max())
-    if not difference <= SAME * size + 1e-5:
-        raise FileFormatError(
-            f"this {vendor} model has a part that is not known here: converted, its energies differ by {difference:.2g} eV "
-            "per atom from its own; leave it out of the merge"
-        )
+    return 0.0 if difference <= SAME * size + 1e-5 else difference

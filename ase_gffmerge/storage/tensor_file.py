@@ -23,8 +23,13 @@ from torch import Tensor
 from ase_gffmerge.errors import FileFormatError, first_line
 
 
-def atomic_write(path: Path, content: bytes | str | Callable[[Path], object]) -> None:
-    """Write a temporary file beside ``path``, flush it to disk, and move it into place.
+def atomic_write(
+    path: Path,
+    content: bytes | str | Callable[[Path], object],
+    *,
+    read_back: Callable[[Path], object] | None = None,
+) -> None:
+    """Write a temporary file beside ``path``, flush it to disk, read it back, and move it into place.
 
     Parameters
     ----------
@@ -32,11 +37,14 @@ def atomic_write(path: Path, content: bytes | str | Callable[[Path], object]) ->
         The file; its folder is made where it is missing.
     content
         Bytes, text (written as UTF-8), or a function that fills the file whose path it is given.
+    read_back
+        Reads the temporary file and raises what is wrong with it: what nobody can read does not replace what somebody can.
 
     Raises
     ------
     FileFormatError
-        When the folder cannot be written; nothing half-written is left behind.
+        When the folder cannot be written, or the file not be read back; nothing half-written is left behind, and a file that
+        was there stays.
     """
     temporary = _temporary(path)
     try:
@@ -46,6 +54,8 @@ def atomic_write(path: Path, content: bytes | str | Callable[[Path], object]) ->
             _write_bytes(temporary, content.encode() if isinstance(content, str) else content)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
+        if read_back is not None:
+            _read_back(temporary, read_back, path)
         temporary.replace(path)
     except OSError as error:
         reason = error.strerror or error
@@ -54,6 +64,17 @@ def atomic_write(path: Path, content: bytes | str | Callable[[Path], object]) ->
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _read_back(temporary: Path, read: Callable[[Path], object], path: Path) -> None:
+    try:
+        read(temporary)
+    except Exception as error:  # whatever a reader, another package's perhaps, makes of a broken file
+        reason = first_line(error).replace(str(temporary), "it")
+        raise FileFormatError(
+            f"{path} is not written, since it could not be read back ({reason}); report this fault of ase-gffmerge; a file "
+            "of that name is as it was"
+        ) from error
 
 
 def require_writable(path: Path) -> None:
@@ -127,7 +148,13 @@ def content_digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     return digest(json.dumps(metadata, sort_keys=True), tensors)
 
 
-def write_file(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write_file(
+    path: Path,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    read_back: Callable[[Path], object] | None = None,
+) -> None:
     """Write tensors and JSON-able metadata to ``path`` atomically.
 
     Parameters
@@ -138,11 +165,13 @@ def write_file(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Te
         What goes into the header as JSON.
     tensors
         By name; from any device.
+    read_back
+        Reads the file before it is moved into place, and raises what is wrong with it; default: :func:`read_file`.
     """
     text = json.dumps(metadata, sort_keys=True)
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     header = {"format": FORMAT, "schema": str(SCHEMA), "metadata": text, "sha256": digest(text, plain)}
-    atomic_write(path, _canonical(save(plain, metadata=header)))
+    atomic_write(path, _canonical(save(plain, metadata=header)), read_back=read_back or read_file)
 
 
 def _canonical(data: bytes) -> bytes:

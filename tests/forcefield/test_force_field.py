@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ase_gffmerge.errors import FileFormatError, StructureError
+from ase_gffmerge.forcefield import force_field, serialization
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
 from ase_gffmerge.models import build_potential
@@ -322,6 +323,52 @@ def test_interrupted_writing_leaves_the_old_file(path: Path, monkeypatch: pytest
         make().save(path)
     assert path.read_bytes() == before
     assert len(list(path.parent.iterdir())) == 1
+
+
+def a_tensor_too_many(metadata, tensors):
+    return metadata, {**tensors, "potential.stages.0._constant0": torch.zeros(2)}
+
+
+def a_tensor_too_few(metadata, tensors):
+    return metadata, {name: value for name, value in tensors.items() if name != "potential.embedding"}
+
+
+def other_hyper_parameters(metadata, tensors):
+    return {**metadata, "hyper": {**metadata["hyper"], "channels": 16}}, tensors
+
+
+def what_nobody_reads(metadata, tensors):
+    return metadata, {**tensors, "calibration.masses": torch.ones(3)}
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (a_tensor_too_many, "unexpected tensors"),
+        (a_tensor_too_few, "lacks the tensor 'embedding'"),
+        (other_hyper_parameters, "shape"),
+        (what_nobody_reads, "does not hold all"),
+    ],
+)
+def test_what_cannot_be_read_back_is_not_written(path: Path, monkeypatch, broken, said: str) -> None:
+    before = path.read_bytes()
+    monkeypatch.setattr(force_field, "pack", lambda contents: broken(*serialization.pack(contents)))
+    with pytest.raises(FileFormatError, match=r"toy\.safetensors is not written.*report") as caught:
+        replace(make(), name="other").save(path)
+    message = str(caught.value)
+    assert said in message
+    assert "\n" not in message
+    assert ".tmp" not in message
+    assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_bytes_that_change_on_their_way_are_noticed(path: Path, monkeypatch) -> None:
+    before, write = path.read_bytes(), Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda self, data: write(self, data[:-9] + b"\1" + data[-8:]))
+    with pytest.raises(FileFormatError, match=r"is not written.*SHA-256"):
+        replace(make(), name="other").save(path)
+    assert path.read_bytes() == before
 
 
 def test_unwritable_places(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from ase.build import bulk, molecule
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge, merge_calculators
 from ase_gffmerge.errors import ArgumentError, CompileWarning, FileFormatError, MergeWarning
 from ase_gffmerge.inference.predict import predict_frames
-from ase_gffmerge.integrations import ADAPTERS
+from ase_gffmerge.integrations import ADAPTERS, chgnet
 from ase_gffmerge.integrations.load import export, from_vendor, load_force_field
 from ase_gffmerge.testing import check_calculator
 from helpers.vendor_models import assert_same, merged_saved_cached_and_exported, moved
@@ -340,6 +340,26 @@ def test_the_vendors_calculators_merge_through_hooks(tmp_path):
     )
     assert ours < theirs
     assert "atom_embedding.embedding" in [row.name for row in result.layers]
+
+
+def test_exports_that_compute_something_else_are_not_written(small, tmp_path, monkeypatch):
+    path = export(small, tmp_path / "small.pth.tar")
+    before = path.read_bytes()
+    for name, said in (
+        ("composition_model.fc.weight", "energies differ"),
+        ("mlp.layers.0.weight", "no CHGNet"),
+    ):
+
+        def without(potential, *, whole=chgnet._vendor_state, name=name):
+            state = whole(potential)
+            return state | {name: 0 * state[name]} if "fc" in name else {**state, name: None}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(chgnet, "_vendor_state", without)
+            with pytest.raises(FileFormatError, match=f"small.pth.tar is not written.*{said}"):
+                export(small, path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
 def test_what_the_vendors_format_cannot_hold_is_not_exported(pair, tmp_path):

@@ -96,6 +96,13 @@ class OrbAdapter(Adapter):
 
         return vendor_state(potential)  # type: ignore[arg-type]
 
+    def read_back(self, path: Path, potential: Potential) -> Potential:
+        """See :meth:`.Adapter.read_back`; a state dictionary does not tell all hyper-parameters."""
+        from ase_gffmerge.integrations.orb.model import network_of
+
+        hyper: OrbPackageHyper = potential.hyper  # type: ignore[assignment]
+        return _convert(network_of(hyper, load_checkpoint(path, trust=False)), hyper)
+
 
 ADAPTER = OrbAdapter()
 
