@@ -1,7 +1,7 @@
 """``gffmerge merge``: several specialists become one potential."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,10 +16,20 @@ from ase_gffmerge.cli.options import (
 from ase_gffmerge.cli.output import note, print_json, require_outputs
 from ase_gffmerge.runtime.progress import progress_bar
 
+if TYPE_CHECKING:
+    from ase_gffmerge.forcefield.force_field import ForceField
+    from ase_gffmerge.merging.recipe import Recipe
+
 
 def merge(
     specialists: Annotated[list[str], typer.Argument(help="Files or bundled names.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Merged file to write (.safetensors).", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Merged file to write (.safetensors); with any other ending, the format of the specialists' package.",
+            show_default=False,
+        ),
+    ],
     calibration: CalibrationOption = None,
     recipe: Annotated[str, typer.Option(help="gffmerge, paper, mean, or a YAML file.")] = "gffmerge",
     conditioning: Annotated[
@@ -29,6 +39,13 @@ def merge(
     device: DeviceOption = "auto",
     allow_unrelated: Annotated[
         bool, typer.Option("--allow-unrelated", help="Merge specialists without a common base.")
+    ] = False,
+    exportable: Annotated[
+        bool,
+        typer.Option(
+            "--exportable",
+            help="Keep to what the format of the specialists' package can hold: a plain readout, one surface.",
+        ),
     ] = False,
     weights: Annotated[
         str | None, typer.Option(help="Say of each specialist, in order: 1,2.", show_default="equal")
@@ -43,12 +60,17 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Merge specialists by least squares and write one potential with its report."""
+    from ase_gffmerge.integrations.load import is_own, load_force_field
     from ase_gffmerge.merging.recipe import ClosedLoopOptions, load_recipe
     from ase_gffmerge.merging.report_plot import save_html
     from ase_gffmerge.sampling.on_request import file_of_frames
     from ase_gffmerge.storage.documents import validated
     from ase_gffmerge.workflows.merge import merge as merge_specialists
 
+    if exportable and conditioning == Conditioning.per_specialist:
+        raise typer.BadParameter(
+            "--exportable keeps to one surface; leave --conditioning per-specialist out."
+        )
     loop = {"rounds": closed_loop, "temperature": loop_temperature}
     chosen = load_recipe(
         recipe,
@@ -59,10 +81,13 @@ def merge(
     )
     frames = map(file_of_frames, calibration or ())
     require_outputs(out, report, inputs=[*specialists, *frames], overwrite=overwrite)
-    loaded = load_specialists(specialists, calibration, device=device)
+    given = [load_force_field(source) for source in specialists]
+    if exportable or not is_own(out):
+        chosen = _for_export(chosen, given[0].potential.architecture, keep_to_it=exportable)
+    loaded = load_specialists(given, calibration, device=device)
     with progress_bar("merging") as progress:
         merged, result = merge_specialists(loaded, chosen, device=device, progress=progress)
-    merged.save(out)
+    _write(merged, out)
     if report:
         save_html(result, report)
     if as_json:
@@ -70,6 +95,34 @@ def merge(
         return
     typer.echo(result.summary())
     note(f"written: {', '.join(str(path) for path in (out, report) if path)}")
+
+
+def _for_export(recipe: "Recipe", architecture: str, *, keep_to_it: bool) -> "Recipe":
+    """The recipe, changed if that is wanted, of a merge that another package's format can hold; refused otherwise."""
+    from ase_gffmerge.integrations import adapter_for
+
+    adapter = adapter_for(architecture)
+    if keep_to_it:
+        return recipe.exportable()
+    adapter.require_held(
+        wide_readout=recipe.keeps_wide_readout, embeddings=recipe.conditioning == "per-specialist"
+    )
+    return recipe
+
+
+def _write(merged: "ForceField", out: Path) -> None:
+    """Write our format or that of the specialists' package; what that cannot hold after all is kept in ours."""
+    from ase_gffmerge.errors import FileFormatError
+    from ase_gffmerge.integrations.load import export, is_own
+
+    if is_own(out):
+        merged.save(out)
+        return
+    try:
+        export(merged, out)
+    except FileFormatError as error:
+        kept = merged.save(out.with_name(f"{out.name}.safetensors"))
+        raise FileFormatError(f"{error}; the merge is in {kept}") from None
 
 
 def parse_weights(text: str | None) -> tuple[float, ...] | None:

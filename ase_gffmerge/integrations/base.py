@@ -113,12 +113,7 @@ class Adapter(ABC):
             When the potential has more than the vendor's format: a widened readout, several embeddings; or when what was
             written does not have its energies.
         """
-        if potential.hyper.readout_width or potential.hyper.n_embeddings > 1:
-            extra = "a widened readout" if potential.hyper.readout_width else "an embedding per specialist"
-            raise FileFormatError(
-                f"the potential has what {self.models}'s format cannot hold ({extra}); merge with the recipe option "
-                "readout: null and shared conditioning to export"
-            )
+        self.require_exportable(potential)
         content = self.vendor_content(potential)
         atomic_write(
             path,
@@ -126,6 +121,29 @@ class Adapter(ABC):
             read_back=lambda temporary: _require_energies(self.read_back(temporary, potential), potential),
         )
         return path
+
+    def require_exportable(self, potential: Potential) -> None:
+        """Raise the error of :meth:`write` for a potential with more than the format holds, without writing anything."""
+        hyper = potential.hyper
+        self.require_held(wide_readout=hyper.readout_width > 0, embeddings=hyper.n_embeddings > 1)
+
+    def require_held(self, *, wide_readout: bool, embeddings: bool) -> None:
+        """Refuse potentials with a wide readout or an embedding per specialist: a merge may ask before it begins.
+
+        Raises
+        ------
+        FileFormatError
+            With the options of a recipe that are at fault, and what to write instead.
+        """
+        faults = [
+            *(["a wide readout (in the recipe write readout: null, or refine: {})"] if wide_readout else []),
+            *(["an embedding per specialist (write conditioning: shared)"] if embeddings else []),
+        ]
+        if faults:
+            raise FileFormatError(
+                f"{self.models}'s format cannot hold {' and '.join(faults)}; merge with these options, or by gffmerge merge "
+                "--exportable, or write .safetensors"
+            )
 
     def read_back(self, path: Path, potential: Potential) -> Potential:
         """Read a file that was just written.

@@ -123,6 +123,11 @@ def export(force_field: ForceField, path: str | Path) -> Path:
     return adapter_for(force_field.potential.architecture).write(force_field.potential, Path(path))
 
 
+def is_own(path: Path) -> bool:
+    """Whether a file of this name is to be one of ours; all others are of other packages."""
+    return path.suffix == ".safetensors"
+
+
 def _own(path: Path, *, device: str | torch.device, dtype: torch.dtype | None) -> ForceField:
     """Load one of our own files; others are told how another package's file is named."""
     try:
