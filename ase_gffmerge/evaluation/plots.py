@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.inference.errors import paired_stresses
+from ase_gffmerge.inference.errors import stress_components
 from ase_gffmerge.inference.predict import FramePredictions
 from ase_gffmerge.storage.tensor_file import atomic_write
 
@@ -233,18 +233,10 @@ def _frame_series(
         _Panel(title, "meV/atom", (own - zero)[:, None], (found - zero)[:, None]),
         _Panel("force components", "eV/Å", *forces),
     ]
-    stress, own_stress = paired_stresses(predicted, reference)
-    if len(stress):
-        there = [
-            a is not None and b is not None
-            for a, b in zip(predicted.stresses, reference.stresses, strict=True)
-        ]
-        index = np.cumsum(there) - 1
-        spread = [
-            [values[index[k]] if has else np.empty(0) for k, has in enumerate(there)]
-            for values in (own_stress, stress)
-        ]
-        panels.append(_Panel("stresses", "GPa", *spread))
+    own_stress, stress = stress_components(reference), stress_components(predicted)
+    if any(map(len, own_stress)):
+        stress = [values[: len(labels)] for values, labels in zip(stress, own_stress, strict=True)]
+        panels.append(_Panel("stresses", "GPa", own_stress, stress))
     return panels
 
 

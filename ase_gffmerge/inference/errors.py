@@ -1,8 +1,21 @@
-"""Errors of predicted energies, forces and stresses of frames, against labels or against other predictions."""
+r"""Errors of predicted energies, forces and stresses of frames, against labels or against other predictions.
+
+How large an error is, is said in units of what varies: over frames f of reference predictions (or labels) with forces F,
+
+.. math::
+
+   d = \sqrt{\langle |\Delta F|^2 \rangle / \langle |F|^2 \rangle} .
+
+Equations of state and perfect crystals have no forces by symmetry. There, energies per atom and stresses speak: d is the
+larger of their root mean square errors, each over the root mean square of the quantity itself. Energies count up to a shift
+for each element, the one that fits best (one number per atom where all frames have one composition), in error and in size.
+No size is smaller than a floor of what labels resolve: :data:`FORCE_FLOOR`, :data:`ENERGY_FLOOR`, :data:`STRESS_FLOOR`.
+"""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Self
 
 import numpy as np
 from ase import Atoms, units
@@ -14,8 +27,10 @@ from ase_gffmerge.inference.predict import FramePredictions, predict_frames
 from ase_gffmerge.models import Potential
 
 FORCE_FLOOR = 0.01
-"""Root mean square force component in eV/Å below which errors are not taken relative to the forces themselves, but to this:
-equations of state and perfect crystals have none by symmetry."""
+"""Root mean square force component in eV/Å below which forces are taken for silent, and errors are relative to this."""
+
+ENERGY_FLOOR, STRESS_FLOOR = 0.001, 0.1
+"""The same for energies in eV/atom, less shifts of the elements, and for stress components in GPa."""
 
 
 @dataclass(frozen=True)
@@ -64,38 +79,110 @@ def labels(frames: Sequence[Atoms]) -> FramePredictions:
 
 def compare(predicted: FramePredictions, reference: FramePredictions) -> Errors:
     """Errors of one set of predictions against another."""
-    counts = np.array([len(force) for force in reference.forces])
-    difference = np.concatenate(predicted.forces) - np.concatenate(reference.forces)
-    numbers = np.concatenate(reference.numbers)
-    stress, own_stress = paired_stresses(predicted, reference)
+    error = difference(predicted, reference)
+    counts = np.array([len(numbers) for numbers in error.numbers])
+    numbers, forces = np.concatenate(error.numbers), np.concatenate(error.forces)
+    stress = np.concatenate(stress_components(error))
     return Errors(
-        force_mae=float(np.abs(difference).mean()),
-        force_rmse=float(np.sqrt(np.square(difference).mean())),
-        energy_mae=float((np.abs(predicted.energies - reference.energies) / counts).mean()),
+        force_mae=float(np.abs(forces).mean()),
+        force_rmse=_rms(forces),
+        energy_mae=float((np.abs(error.energies) / counts).mean()),
         n_frames=len(counts),
-        stress_mae=float(np.abs(stress - own_stress).mean()) if len(stress) else None,
+        stress_mae=float(np.abs(stress).mean()) if len(stress) else None,
         force_mae_by_element={
-            chemical_symbols[z]: float(np.abs(difference[numbers == z]).mean())
+            chemical_symbols[z]: float(np.abs(forces[numbers == z]).mean())
             for z in np.unique(numbers).tolist()
         },
     )
 
 
-def paired_stresses(
-    predicted: FramePredictions, reference: FramePredictions
-) -> tuple[np.ndarray, np.ndarray]:
-    """Stresses in GPa, each (n, 6) in Voigt order, of those frames that have one in both."""
-    pairs = [
-        (_voigt(a), _voigt(b))
-        for a, b in zip(predicted.stresses, reference.stresses, strict=True)
-        if a is not None and b is not None
+def difference(predicted: FramePredictions, reference: FramePredictions) -> FramePredictions:
+    """What is predicted less the reference; stresses where both have one."""
+    return FramePredictions(
+        numbers=reference.numbers,
+        energies=predicted.energies - reference.energies,
+        forces=[a - b for a, b in zip(predicted.forces, reference.forces, strict=True)],
+        stresses=[
+            None if a is None or b is None else a - b
+            for a, b in zip(predicted.stresses, reference.stresses, strict=True)
+        ],
+    )
+
+
+def stress_components(predictions: FramePredictions) -> list[np.ndarray]:
+    """Stresses in GPa, one array of six components in Voigt order per frame, without any where a frame has no stress."""
+    return [
+        np.empty(0) if stress is None else stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]] / units.GPa
+        for stress in predictions.stresses
     ]
-    together = np.array(pairs).reshape(-1, 2, 6) / units.GPa
-    return together[:, 0], together[:, 1]
 
 
-def _voigt(stress: np.ndarray) -> np.ndarray:
-    return stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """Root mean squares of forces, energies and stresses over frames: of a quantity, or of its errors.
+
+    Attributes
+    ----------
+    force
+        Of all components, eV/Å.
+    energy
+        Per atom, less the shift for each element that fits best, eV/atom.
+    stress
+        Of the six independent components, GPa; ``None`` without any.
+    """
+
+    force: float
+    energy: float
+    stress: float | None = None
+
+    @classmethod
+    def of(cls, predictions: FramePredictions) -> Self:
+        """Of predictions, or labels, themselves."""
+        energies = predictions.energies / np.array([len(numbers) for numbers in predictions.numbers])
+        stress = np.concatenate(stress_components(predictions))
+        return cls(
+            force=_rms(np.concatenate(predictions.forces)),
+            energy=_rms(without_shifts(energies, predictions.numbers)),
+            stress=_rms(stress) if len(stress) else None,
+        )
+
+    @property
+    def silent(self) -> bool:
+        """Whether there are no forces to speak of."""
+        return self.force < FORCE_FLOOR
+
+    def relative(self, reference: "Scales") -> tuple[float, str]:
+        """Error in units of the size of ``reference``, and of what: ``forces``, or where these are silent the worst.
+
+        Parameters
+        ----------
+        reference
+            Of the quantities; these are of the errors.
+        """
+        forces = self.force / max(reference.force, FORCE_FLOOR), "forces"
+        if not reference.silent:
+            return forces
+        energies = self.energy / max(reference.energy, ENERGY_FLOOR), "energies"
+        if self.stress is None or reference.stress is None:
+            return max(forces, energies)
+        return max(forces, energies, (self.stress / max(reference.stress, STRESS_FLOOR), "stresses"))
+
+
+def relative_error(predicted: FramePredictions, reference: FramePredictions) -> float:
+    """The d of this module."""
+    return Scales.of(difference(predicted, reference)).relative(Scales.of(reference))[0]
+
+
+def without_shifts(energies: np.ndarray, numbers: Sequence[np.ndarray]) -> np.ndarray:
+    """Energies per atom (n_frames,) less what the best energy for each element gives (least squares)."""
+    symbols = np.unique(np.concatenate(numbers))
+    shares = np.array([[np.mean(frame == z) for z in symbols] for frame in numbers])
+    best: np.ndarray = np.linalg.lstsq(shares, energies, rcond=None)[0]
+    return energies - shares @ best
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values).mean()))
 
 
 def evaluate(

@@ -14,6 +14,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+NOISE = 1e-10
+"""Mean squares below this fraction of what they stand beside are taken for round-off of something that is zero by symmetry.
+
+Vectors vanish in perfect crystals, and so do derivatives of scalars; divided by their own size, round-off would count like
+everything else. The square of a rounding error in float32 is about 1e-14, with sums over neighbors about 1e-12."""
+
 
 @dataclass(frozen=True)
 class Gram:
@@ -67,17 +73,23 @@ class Gram:
         return type(self)(self.xx * weight, self.xy * weight, self.yy * weight, self.n_rows)
 
     def balanced(self, other: Self, weight: float) -> Self:
-        """Add rows of another kind, scaled so that their targets weigh ``weight`` times those of these rows."""
-        if not other.n_rows or not other.yy or not self.yy:
+        """Add rows of another kind, scaled so that their targets weigh ``weight`` times those of these rows.
+
+        Targets that are but round-off beside the others (:data:`NOISE`) have no weight: theirs is that of the others.
+        """
+        if not other.n_rows or not self.n_rows:
             return self
-        total = self + other * (weight * self.yy / other.yy)
+        natural = other.yy * self.n_rows / other.n_rows
+        if natural <= NOISE * self.yy:
+            return self
+        size = self.yy if self.yy > NOISE * natural else natural
+        total = self + other * (weight * size / other.yy)
         return type(self)(total.xx, total.xy, total.yy, self.n_rows)
 
     @property
     def mean_square_target(self) -> float:
-        """Mean squared target per row and output; 1 when the targets vanish."""
-        value = self.yy / max(self.n_rows * self.xy.shape[1], 1)
-        return value if value > 0 else 1.0
+        """Mean squared target per row and output."""
+        return self.yy / max(self.n_rows * self.xy.shape[1], 1)
 
     def residual(self, theta: Tensor) -> float:
         r"""Relative residual :math:`\|X\Theta-Y\|^2/\|Y\|^2` of a solution."""
@@ -101,12 +113,15 @@ def symmetric_product(x: Tensor, *, block: int = 1024) -> Tensor:
 def normalized_sum(grams: Sequence[Gram], weights: Sequence[float]) -> Gram:
     r"""Weighted sum :math:`\sum_k \frac{a_k}{n_k s_k}\,\mathrm{Gram}_k` with mean squared targets s_k.
 
-    Every specialist counts the same, however many frames it brings and however large its targets are. Without any rows (no
-    frame has an angle, say) nothing is known, and G = 0.
+    Every specialist counts the same, however many frames it brings and however large its targets are; targets that are but
+    round-off beside the largest s_k (:data:`NOISE`) are divided by that. Without any rows (no frame has an angle, say)
+    nothing is known, and G = 0.
     """
+    largest = max(gram.mean_square_target for gram in grams)
+    scales = [s if (s := gram.mean_square_target) > NOISE * largest else largest for gram in grams]
     terms = [
-        gram * (weight / (gram.n_rows * gram.mean_square_target))
-        for gram, weight in zip(grams, weights, strict=True)
+        gram * (weight / (gram.n_rows * (scale or 1.0)))
+        for gram, weight, scale in zip(grams, weights, scales, strict=True)
         if gram.n_rows
     ]
     return sum(terms[1:], start=terms[0]) if terms else grams[0]

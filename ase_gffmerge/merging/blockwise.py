@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ase_gffmerge.least_squares.gauss_newton import Thetas, gauss_newton_steps, squared
+from ase_gffmerge.least_squares.gram import NOISE
 from ase_gffmerge.merging.calibration import (
     CalibrationBatch,
     CalibrationSet,
@@ -267,9 +268,13 @@ class LinearizedBlock(BlockMismatch):
 
 
 def _factors(parts: State, weight: float) -> tuple[float, ...]:
-    """Square roots of a_k / s_kc; parts that are zero do not count."""
+    """Square roots of a_k / s_kc; parts that are zero, or but round-off of zero beside the largest, do not count."""
     squares = [float(part.double().square().sum()) for part in parts]
-    return tuple((weight / square) ** 0.5 if square > 0 else 0.0 for square in squares)
+    means = [square / max(part.numel(), 1) for square, part in zip(squares, parts, strict=True)]
+    least = NOISE * max(means, default=0.0)
+    return tuple(
+        (weight / square) ** 0.5 if mean > least else 0.0 for square, mean in zip(squares, means, strict=True)
+    )
 
 
 def _weighted(parts: State, factors: Sequence[float]) -> Tensor:

@@ -82,7 +82,8 @@ def draw_random_features(
     spread
         The standard deviation.
     """
-    mean, deviation = rows.double().mean(0), rows.double().std(0).clamp(min=1e-6)
+    mean, deviation = rows.double().mean(0), rows.double().std(0)
+    deviation = torch.where(deviation > 1e-6, deviation, 1.0)  # of constants nothing is known
     generator = torch.Generator().manual_seed(seed)
     lift = readout.lift
     read = lift.inputs[:, None] if isinstance(lift, SparseLinear) else torch.arange(lift.in_features)

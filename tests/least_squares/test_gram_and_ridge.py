@@ -102,3 +102,32 @@ def test_effective_rank_of_large_problems_is_estimated(monkeypatch) -> None:
     exact = ridge_solve(gram, torch.zeros(300, 1), ridge=1e-4).effective_rank
     monkeypatch.setattr("ase_gffmerge.least_squares.ridge.EXACT_TRACE", 10)
     assert ridge_solve(gram, torch.zeros(300, 1), ridge=1e-4).effective_rank == pytest.approx(exact, rel=0.05)
+
+
+def test_round_off_of_what_vanishes_by_symmetry_does_not_count() -> None:
+    """Neither as values beside derivatives, nor the other way round, nor as one specialist beside another."""
+    x, y = rows(50, 4, 2, 1)
+    noise = Gram.of(*(1e-7 * part for part in rows(80, 4, 2, 2)))
+    real, prior = Gram.of(x, y), torch.zeros(4, 2, dtype=torch.float64)
+    alone = ridge_solve(real, prior, ridge=1e-6).theta
+    for together in (
+        noise.balanced(real, 1.0),
+        real.balanced(noise, 1.0),
+        normalized_sum([real, noise], [1.0, 1.0]),
+        normalized_sum([noise, real], [1.0, 1.0]),
+    ):
+        torch.testing.assert_close(
+            ridge_solve(together, prior, ridge=1e-6).theta, alone, atol=1e-6, rtol=1e-6
+        )
+    size = noise.balanced(real, 1.0).mean_square_target / real.mean_square_target
+    assert size == pytest.approx(1.0), "derivatives alone weigh what they are"
+
+
+def test_small_targets_count_like_large_ones() -> None:
+    x, y = rows(50, 4, 2, 1)
+    small = Gram.of(1e-3 * x, 1e-3 * y)
+    first, second = (
+        normalized_sum([Gram.of(x, y), small], [1.0, 1.0]),
+        normalized_sum([small, small], [1.0, 1.0]),
+    )
+    torch.testing.assert_close(first.xx, second.xx)

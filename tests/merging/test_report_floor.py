@@ -10,7 +10,7 @@ from ase_gffmerge import merge
 from ase_gffmerge.inference.errors import FORCE_FLOOR
 from ase_gffmerge.merging.calibration import build_calibration
 from ase_gffmerge.merging.disagreement import DisagreementMetric
-from helpers.toys import family
+from helpers.toys import family, rattled
 
 
 def crystals() -> tuple:
@@ -31,6 +31,19 @@ def test_a_merge_that_is_right_where_forces_vanish_is_not_called_failed(pair) ->
     assert all(d.force_rms < 1e-3 for d in silent)
     assert report.relative_disagreement < 1e-6
     assert report.verdict == "good"
+
+
+@pytest.mark.parametrize("architecture", ["painn", pytest.param("nequip", marks=pytest.mark.slow)])
+def test_silent_frames_do_not_ruin_the_layers_of_a_normal_specialist(architecture: str) -> None:
+    """Vectors vanish in perfect crystals; their round-off, scaled to the size of values, would count like values."""
+    normal, silent = family(architecture, 2, species=(1, 6, 8, 29), frames=20)
+    moved = [rattled(atoms, 1, seed=k)[0] for k, atoms in enumerate(crystals())]
+    errors = []
+    for frames in (crystals(), moved):
+        pair = [normal, replace(silent, calibration=tuple(frames))]
+        report = merge(pair, {"readout": None}, device="cpu")[1]
+        errors += [d.force_mae for d in report.disagreements if (d.specialist, d.model) == ("s0", "merged")]
+    assert errors[0] < 2.5 * errors[1]  # without the floor 17 and 3 times
 
 
 def test_what_is_divided_by_has_a_floor(pair) -> None:
