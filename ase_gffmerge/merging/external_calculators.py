@@ -118,7 +118,7 @@ def merge_calculators(
         max_rows=MAX_ROWS,
     )
     with evaluating([*networks, target]):
-        found = align_modules(problem, kept=(), progress=part_of(progress, 0.0, 0.9))
+        found = align_modules(problem, progress=part_of(progress, 0.0, 0.9))
     if not found.reached:
         raise IncompatibleSpecialistsError(
             "evaluating a frame called no layer that a merge knows; is this the network that the calculator evaluates, "

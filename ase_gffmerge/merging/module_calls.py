@@ -34,33 +34,38 @@ class _Reached(Exception):
 
 
 def run_module(module: nn.Module, item: Item) -> object:
-    """Evaluate a module: graphs give the arguments that bear their attributes' names, tuples all of them, in order.
+    """Evaluate a module without gradients: :func:`call_module`."""
+    with torch.no_grad():
+        return call_module(module, item)
+
+
+def call_module(module: nn.Module, item: Item) -> object:
+    """Call a module: graphs give the arguments that bear their attributes' names, tuples all of them, in order.
 
     Raises
     ------
     FramesError
         When a graph lacks what the module's ``forward`` asks for.
     """
-    with torch.no_grad():
-        if not isinstance(item, BaseData):
-            if isinstance(item, dict):
-                return module(**item)
-            return module(*item) if isinstance(item, tuple | list) else module(item)
-        wanted = [
-            p
-            for p in signature(module.forward).parameters.values()
-            if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-        ]
-        held = {p.name: item[p.name] for p in wanted if p.name in item and item[p.name] is not None}
-        missing = [p.name for p in wanted if p.default is Parameter.empty and p.name not in held]
-        if len(wanted) == 1 and missing:
-            return module(item)
-        if missing:
-            raise FramesError(
-                f"the module's forward takes {missing[0]!r}, which the graph does not have (it has "
-                f"{', '.join(map(str, item.keys()))}); add it to the graph, or give run=lambda model, item: model(...)"
-            )
-        return module(**held)
+    if isinstance(item, dict):
+        return module(**item)
+    if not isinstance(item, BaseData):
+        return module(*item) if isinstance(item, tuple | list) else module(item)
+    wanted = [
+        p
+        for p in signature(module.forward).parameters.values()
+        if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    ]
+    held = {p.name: item[p.name] for p in wanted if p.name in item and item[p.name] is not None}
+    missing = [p.name for p in wanted if p.default is Parameter.empty and p.name not in held]
+    if len(wanted) == 1 and missing:
+        return module(item)
+    if missing:
+        raise FramesError(
+            f"the module's forward takes {missing[0]!r}, which the graph does not have (it has "
+            f"{', '.join(map(str, item.keys()))}); add it to the graph, or give run=lambda model, item: model(...)"
+        )
+    return module(**held)
 
 
 def as_examples(examples: object, n_models: int) -> list[Iterable[Item]]:

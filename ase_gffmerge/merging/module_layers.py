@@ -139,15 +139,17 @@ class Alignment:
     recalibrated: tuple[str, ...]
 
 
-def align_modules(problem: ModuleProblem, *, kept: Sequence[str], progress: Progress) -> Alignment:
+def align_modules(
+    problem: ModuleProblem, *, solved: Callable[[str], bool] = lambda name: True, progress: Progress
+) -> Alignment:
     """Solve all layers of the views in place.
 
     Parameters
     ----------
     problem
         With the views.
-    kept
-        Names of submodules that stay as they are.
+    solved
+        Whether the layer of a name is solved; default: all are.
     progress
         Called with a fraction (0 to 1) and the name of a layer.
     """
@@ -156,7 +158,7 @@ def align_modules(problem: ModuleProblem, *, kept: Sequence[str], progress: Prog
     steps = execution_order(problem)
     for i, step in enumerate(steps):
         progress(i / len(steps), step.name)
-        if any(is_within(step.name, name) for name in kept):
+        if not solved(step.name):
             continue
         if recalibrates(problem.views[step.members[0]].get_submodule(step.name)):
             _recalibrate(problem, step)

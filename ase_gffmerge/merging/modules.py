@@ -217,15 +217,19 @@ def merge_modules(
             models=models, views=views, examples=groups, run=evaluate, mask=mask, weights=say, ridge=ridge
         )
         kept = [name for name, how in own.items() if how == KEPT]
-        found = align_modules(problem, kept=kept, progress=part_of(progress, 0.0, 0.9))
+        found = align_modules(
+            problem,
+            solved=lambda name: not any(is_within(name, head) for head in kept),
+            progress=part_of(progress, 0.0, 0.9),
+        )
         if not found.reached:
             raise IncompatibleSpecialistsError(
                 "the examples call no layer that a merge knows; are these the modules that are evaluated, and not compiled "
                 "or copied ones?"
             )
         progress(0.9, "report")
-        rows_of = [_disagreement(problem, mean, "mean", k) for k in range(len(models))]
-        rows_of += [_disagreement(problem, views, "merged", k) for k in range(len(models))]
+        rows_of = [module_disagreement(problem, mean, "mean", k) for k in range(len(models))]
+        rows_of += [module_disagreement(problem, views, "merged", k) for k in range(len(models))]
     progress(1.0, "done")
     for view in views:
         view.eval()
@@ -273,10 +277,20 @@ def averaged_names(
 
 
 @torch.no_grad()
-def _disagreement(
+def module_disagreement(
     problem: ModuleProblem, views: Sequence[nn.Module], kind: str, k: int
 ) -> ModuleDisagreement:
-    """How one of the views differs from its model on the model's examples."""
+    """How one of the views differs from its model on the model's examples.
+
+    Parameters
+    ----------
+    problem
+        With models and examples.
+    views, kind
+        Of the merged module, and what it is called.
+    k
+        Index of the model.
+    """
     difference = size = 0.0
     same, n = 0, 0
     for item in problem.examples[k]:
