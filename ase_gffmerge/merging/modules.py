@@ -31,6 +31,9 @@ from ase_gffmerge.merging.module_views import KEPT, REFIT, check_modules, own_mo
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
 
+RIDGE = 1e-3
+"""Relative ridge: larger than for potentials, as graphs of a few thousand nodes meet layers of hundreds of channels."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleDisagreement:
@@ -164,7 +167,7 @@ def merge_modules(
     rows: Rows = None,
     heads: str | Sequence[str] | Mapping[str, str] = REFIT,
     weights: Sequence[float] | None = None,
-    ridge: float = 1e-5,
+    ridge: float = RIDGE,
     progress: Progress = no_progress,
 ) -> ModuleMerge:
     """Merge modules of one architecture.

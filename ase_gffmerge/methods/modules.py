@@ -29,7 +29,7 @@ from ase_gffmerge.merging.module_layers import (
     is_within,
 )
 from ase_gffmerge.merging.module_views import check_modules, own_modules, shared_views
-from ase_gffmerge.merging.modules import merge_modules, module_disagreement
+from ase_gffmerge.merging.modules import RIDGE, merge_modules, module_disagreement
 from ase_gffmerge.methods.base import Requirement
 from ase_gffmerge.methods.task_arithmetic import SHARES
 from ase_gffmerge.methods.task_vectors import DENSITIES, SCALES, disjoint_mean, elect_signs, trim
@@ -62,7 +62,7 @@ class ModuleInputs:
     rows: Rows = None
     heads: str | Sequence[str] = "refit"
     base: nn.Module | None = None
-    ridge: float = 1e-5
+    ridge: float = RIDGE
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -200,7 +200,19 @@ def _merged(inputs: ModuleInputs, progress: Progress, heads: Mapping[str, str]) 
 def least_disagreement(
     inputs: ModuleInputs, build: Callable[..., Views], grid: Sequence[Settings], progress: Progress
 ) -> Views:
-    """What settings of least disagreement make, the first among equals."""
+    """What settings of least disagreement make, the first among equals.
+
+    Parameters
+    ----------
+    inputs
+        Models and examples.
+    build
+        Makes views from settings given as keyword arguments.
+    grid
+        Settings to try.
+    progress
+        Called with a fraction (0 to 1) and the settings.
+    """
     best, least = None, float("inf")
     for i, settings in enumerate(grid):
         progress(i / len(grid), ", ".join(f"{name} {value:g}" for name, value in settings.items()))
