@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ase_gffmerge.engines.ase.calculator import GFFMergeCalculator as GFFMergeCalculator
     from ase_gffmerge.forcefield.force_field import ForceField as ForceField
     from ase_gffmerge.integrations.load import load_force_field as load_force_field
+    from ase_gffmerge.merging.compress import compress as compress
     from ase_gffmerge.merging.external_calculators import merge_calculators as merge_calculators
     from ase_gffmerge.merging.modules import merge_modules as merge_modules
     from ase_gffmerge.merging.recipe import Recipe as Recipe
@@ -26,6 +27,7 @@ _HOMES = {
     "Recipe": "ase_gffmerge.merging.recipe",
     "ForceField": "ase_gffmerge.forcefield.force_field",
     "load_force_field": "ase_gffmerge.integrations.load",
+    "compress": "ase_gffmerge.merging.compress",
     "distill": "ase_gffmerge.training.distill",
     "merge_calculators": "ase_gffmerge.merging.external_calculators",
     "merge_modules": "ase_gffmerge.merging.modules",
@@ -38,6 +40,7 @@ __all__ = [
     "GFFMergeCalculator",
     "Recipe",
     "__version__",
+    "compress",
     "distill",
     "load_force_field",
     "merge",

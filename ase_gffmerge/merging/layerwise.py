@@ -30,10 +30,10 @@ a_k, λ                                             ``CalibrationSet.weight``, `
 Equivariant layers are such maps, too, one per irrep (:mod:`ase_gffmerge.models.affine_maps`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ase_gffmerge.least_squares.gram import Gram, normalized_sum
 from ase_gffmerge.least_squares.ridge import ridge_solve
@@ -53,6 +53,7 @@ def align_layers(
     *,
     run: Run,
     inputs: Inputs,
+    outputs: Mapping[str, Tensor] | None = None,
 ) -> list[LayerReport]:
     """Solve every affine layer of a block in execution order.
 
@@ -70,8 +71,10 @@ def align_layers(
         λ and the weight of derivatives.
     run, inputs
         How to evaluate the block on a batch of frames.
+    outputs
+        For maps of a block with fewer channels, by name, which outputs of the originals are theirs.
     """
-    reports = []
+    reports, chosen = [], outputs or {}
     first = calibration_sets[0].batches[0]
     for name in affine_layers(merged, lambda: run(merged, first, inputs(first, True).value)):
         maps = layer_maps(name, merged.get_submodule(name))
@@ -87,6 +90,7 @@ def align_layers(
                     for batch in calibration_set.batches
                 ),
                 derivative_weight=recipe.derivative_weight,
+                outputs=[chosen.get(affine_map.name) for affine_map in maps],
             )
             for original, calibration_set in zip(originals, calibration_sets, strict=True)
         ]
@@ -106,6 +110,7 @@ def layer_statistics(
     batches: Iterable[tuple[Dual, Dual]],
     *,
     derivative_weight: float,
+    outputs: Sequence[Tensor | None] | None = None,
 ) -> list[Gram]:
     """Statistics of one specialist for every map of a layer.
 
@@ -117,8 +122,13 @@ def layer_statistics(
         What enters the layer in the merged model and in the specialist.
     derivative_weight
         Weight of all derivatives against all values.
+    outputs
+        Which outputs of every original are targets; default: all.
     """
-    thetas = [original.read() for original in originals]
+    thetas = [
+        original.read() if columns is None else original.read()[:, columns]
+        for original, columns in zip(originals, outputs or [None] * len(originals), strict=True)
+    ]
     values = [
         Gram.zero(*affine_map.read().shape, device=theta.device) for affine_map, theta in zip(maps, thetas)
     ]

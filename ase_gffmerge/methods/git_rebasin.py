@@ -1,7 +1,7 @@
 r"""Git Re-Basin by activation matching (Ainsworth, Hayase, Srinivasa, arXiv 2209.04836, section 3.1).
 
 Networks that compute the same may differ by the order of their hidden channels, and then their mean is no good. For
-every group of channels that may change places (:mod:`.permutation_symmetry`) the order of each specialist is chosen such
+every group of channels that may change places (:mod:`.channel_groups`) the order of each specialist is chosen such
 that its activations resemble those of a reference specialist on the calibration frames of all:
 
 .. math:: P_k = \arg\max_P \sum_l \bigl\langle P,\ S^{(l)}_{{\rm ref},k}\bigr\rangle ,
@@ -30,16 +30,15 @@ from torch import Tensor
 from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.force_field import ForceField, symbols
 from ase_gffmerge.graphs import batch_graphs, build_graph
-from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.merging.average import mean_potential
-from ase_gffmerge.merging.calibration import layer_inputs
 from ase_gffmerge.merging.disagreement import DisagreementMetric
+from ase_gffmerge.merging.pruning import channel_moments
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
-from ase_gffmerge.methods.permutation_symmetry import channel_groups, permuted
 from ase_gffmerge.methods.weight_space import aligned_copies, grid_of, tune
 from ase_gffmerge.models import Potential
-from ase_gffmerge.models.affine_maps import layer_maps
+from ase_gffmerge.models.channel_groups import permuted
 from ase_gffmerge.runtime.devices import chunks
 from ase_gffmerge.runtime.progress import Progress
 
@@ -146,36 +145,6 @@ def _with_common_frames(specialists: Sequence[ForceField]) -> list[ForceField]:
     return trimmed
 
 
-def channel_moments(potentials: Sequence[Potential], graphs: Sequence[AtomGraph]) -> list[tuple[str, Tensor]]:
-    """Second moments of all channels of all specialists together, for every place where a group enters a layer.
-
-    Parameters
-    ----------
-    potentials
-        One per specialist, of one architecture.
-    graphs
-        Batches with edge vectors, of elements that all of them know.
-
-    Returns
-    -------
-    list of (group, moments)
-        Moments (K c + 1, K c + 1) of the c channels of K specialists; the last row belongs to the constant 1.
-    """
-    maps = channel_groups(potentials[0]).maps
-    totals: dict[tuple[str, int], Tensor] = {}
-    for graph in graphs:
-        entering = [_entering_rows(potential, graph) for potential in potentials]
-        for name, ends in maps.items():
-            sizes = [channels.size for channels in ends.inputs]
-            parts = zip(*(rows[name].split([*sizes, 1], dim=1) for rows in entering), strict=True)
-            *blocks, ones = (torch.stack(part, dim=1) for part in parts)
-            for i, block in enumerate(blocks):
-                z = torch.cat([block.flatten(1), ones[:, 0]], dim=1)
-                totals[name, i] = z.T @ z + totals.get((name, i), 0.0)
-    groups = {(name, i): maps[name].inputs[i].group for name, i in totals}
-    return [(group, totals[place]) for place, group in groups.items() if group is not None]
-
-
 def similarities(moments: Sequence[tuple[str, Tensor]], n: int, *, power: float) -> Similarities:
     """Similarity of the channels of ``n`` specialists, summed over the places of each group.
 
@@ -192,17 +161,6 @@ def similarities(moments: Sequence[tuple[str, Tensor]], n: int, *, power: float)
     for group, moment in moments:
         totals[group] = _similarity(moment, n, power) + totals.get(group, 0.0)
     return totals
-
-
-def _entering_rows(potential: Potential, graph: AtomGraph) -> dict[str, Tensor]:
-    """Rows that enter every affine map (n_rows, d_in + 1); the last column is 1 for scalars, 0 for components."""
-    rows = {}
-    for name, x in layer_inputs(potential, lambda: potential(edge_vectors(graph), graph)).items():
-        for affine_map in layer_maps(name, potential.get_submodule(name)):
-            part = affine_map.rows(x).double()
-            constant = torch.full_like(part[:, :1], float(len(part) == len(x)))
-            rows[affine_map.name] = torch.cat([part, constant], dim=1)
-    return rows
 
 
 def _similarity(moment: Tensor, n: int, power: float) -> Tensor:

@@ -25,10 +25,10 @@ from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.disagreement import DisagreementMetric
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
-from ase_gffmerge.methods.permutation_symmetry import channel_groups
 from ase_gffmerge.methods.weight_space import aligned_copies, grid_of, tune
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import affine_maps
+from ase_gffmerge.models.channel_groups import channel_groups
 from ase_gffmerge.runtime.progress import Progress
 
 SHARES = (0.25, 0.5, 0.75)

@@ -13,9 +13,9 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.methods import METHODS, MergeInputs
 from ase_gffmerge.methods.git_rebasin import matched_orders
-from ase_gffmerge.methods.permutation_symmetry import channel_groups, permuted
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.models.affine_maps import affine_maps
+from ase_gffmerge.models.channel_groups import channel_groups, permuted
 from helpers.structures import OWN_ARCHITECTURES
 
 NEQUIP = {
