@@ -50,5 +50,5 @@ def test_what_a_script_imports_from_the_package_exists(path: Path) -> None:
 
 def test_the_readme_lists_every_example() -> None:
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert len(EXAMPLES) == 13
+    assert len(EXAMPLES) == 14
     assert [path.name for path in FOLDER.glob("*.py") if f"`{path.name}`" not in text] == []
