@@ -1,4 +1,4 @@
-"""Make the pictures of README and gallery from the demo and from the numbered examples.
+"""Make the pictures of README, gallery and how-to pages from the demo, the numbered examples and the pages' own code.
 
     python docs/make_pictures.py [NAME ...]
 
@@ -164,6 +164,21 @@ def printed_bars(name: str, pattern: str, labels: tuple[str, ...], unit: str) ->
     return make
 
 
+def by_page(name: str) -> Callable[[Path], None]:
+    """For how-to pages whose code saves the picture that they show."""
+
+    def make(path: Path) -> None:
+        sys.path.insert(0, str(ROOT / "tests"))
+        from ase_gffmerge.workflows.cache import MergeCache
+        from helpers.page_blocks import Page
+
+        with tempfile.TemporaryDirectory() as folder:
+            Page(f"docs/how_to/{name}.md").run(Path(folder), MergeCache().directory)
+            path.write_bytes((Path(folder) / path.name).read_bytes())
+
+    return make
+
+
 MAKERS: dict[str, Callable[[Path], None]] = {
     "force_errors": demo,
     "01_first_merge": first_merge,
@@ -180,6 +195,16 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     **{
         name: own_plot(name)
         for name in ("07_thermostats", "08_crystal", "09_constant_pressure", "10_methyl_rotation")
+    },
+    **{
+        name: by_page(name)
+        for name in (
+            "elastic_constants",
+            "equation_of_state",
+            "nudged_elastic_band",
+            "phonons",
+            "vibrations",
+        )
     },
     "11_path_integrals": printed_bars(
         "11_path_integrals",

@@ -14,8 +14,8 @@ PAGES = [
     if not {"_build", "generated"} & set(path.parts)
 ]
 RUN = [page for page in PAGES if any(block[:2] == ("runs", "test") for block in page.blocks)]
-HERE = [page for page in RUN if "/vendors/" not in page.name]
-"""Pages of vendors run in the vendors' environments: ``integrations/test_pages.py``."""
+HERE = [page for page in RUN if "/vendors/" not in page.name and not page.name.endswith("/workflows.md")]
+"""Pages of other packages run in environments of these: ``integrations/test_pages.py`` and ``test_workflows.py``."""
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,8 @@ HERE = [page for page in RUN if "/vendors/" not in page.name]
     [pytest.param(page, marks=[pytest.mark.slow] * page.slow, id=page.name) for page in HERE],
 )
 def test_blocks_run_in_order(page: Page, tmp_path_factory: pytest.TempPathFactory, merge_cache) -> None:
+    for package in page.needs:
+        pytest.importorskip(package)
     assert page.finished(shared_folder(tmp_path_factory), merge_cache).is_dir()
 
 

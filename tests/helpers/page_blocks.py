@@ -47,6 +47,12 @@ class Page:
         found = re.search(r"^<!-- continues: (\S+) -->$", self.text, re.MULTILINE)
         return Page(found[1]) if found else None
 
+    @property
+    def needs(self) -> list[str]:
+        """Modules of other packages without which it does not run."""
+        found = re.search(r"^<!-- needs: ([\w ]+) -->$", self.text, re.MULTILINE)
+        return found[1].split() if found else []
+
     def run(self, folder: Path, cache: Path) -> None:
         """Write its files and run its blocks in order."""
         for kind, target, language, code in self.blocks:
