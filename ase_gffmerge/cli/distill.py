@@ -33,6 +33,15 @@ def distill(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the frames.", show_default="of the recipe")
     ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            help="Teach a student of this architecture, painn, nequip or escaip: the compressed merge, or a new one.",
+            show_default="the merge itself",
+        ),
+    ] = None,
+    channels: Annotated[int, typer.Option(help="Scalar features per atom of the student.")] = 32,
+    blocks: Annotated[int, typer.Option(help="Interaction blocks of the student.")] = 3,
     calibration: CalibrationOption = None,
     recipe: Annotated[
         str, typer.Option(help="gffmerge, paper, mean, or a YAML file (its refine holds the options).")
@@ -42,7 +51,7 @@ def distill(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Fine-tune a merge on its specialists' own energies and forces; no labels are needed.
+    """Fine-tune a merge, or teach a student, on specialists' own energies and forces; no labels are needed.
 
     Frames that --calibration names are added to those that a specialist's file holds.
     A killed distillation continues when the same command is run again.
@@ -53,9 +62,11 @@ def distill(
     from ase_gffmerge.sampling.on_request import file_of_frames
     from ase_gffmerge.training.checkpoint import checkpoint_path
     from ase_gffmerge.training.distill import distill
+    from ase_gffmerge.training.student import make_student
 
     chosen = load_recipe(recipe)
-    options = (chosen.refine or DistillOptions()).model_copy(update={"epochs": epochs} if epochs else {})
+    plain = DistillOptions(feature_weight=0.0) if student else DistillOptions()
+    options = (chosen.refine or plain).model_copy(update={"epochs": epochs} if epochs else {})
     chosen = chosen.model_copy(update={"refine": options})
     curve = out.with_name(f"{out.name.removesuffix('.safetensors')}.png")
     frames = map(file_of_frames, calibration or ())
@@ -64,9 +75,18 @@ def distill(
     given = load_specialists(own, calibration, device=device)
     loaded = [held if held.calibration else named for held, named in zip(own, given, strict=True)]
     extra = [() if named is kept else named.calibration for kept, named in zip(loaded, given, strict=True)]
-    start = (
-        load_force_field(init) if init else _merged_start(loaded, chosen, device=device, cache_dir=cache_dir)
-    )
+    start = _start(loaded, chosen, init=init, student=student, device=device, cache_dir=cache_dir)
+    if student:
+        start = make_student(
+            start,
+            loaded,
+            architecture=student,
+            channels=channels,
+            blocks=blocks,
+            frames=extra,
+            seed=options.seed,
+            device=device,
+        )
     with progress_bar("distilling") as progress:
         progress(0.0, "the specialists label their frames")
         watch = EpochWatch(options.epochs, progress)
@@ -87,6 +107,25 @@ def distill(
     plot_history(history, curve)
     run = {"out": str(out), "loss_curve": str(curve), "epochs": len(history.rows)}
     _report(distilled, run, history.start, as_json=as_json)
+
+
+def _start(
+    specialists: "Sequence[ForceField]",
+    recipe: "Recipe",
+    *,
+    init: str | None,
+    student: str | None,
+    device: str,
+    cache_dir: Path | None,
+) -> "ForceField":
+    """What is distilled, or what a student is made of: the first specialist where there is nothing to merge."""
+    from ase_gffmerge.integrations.load import load_force_field
+
+    if init:
+        return load_force_field(init)
+    if student and (len(specialists) == 1 or {s.potential.architecture for s in specialists} != {student}):
+        return specialists[0]
+    return _merged_start(specialists, recipe, device=device, cache_dir=cache_dir)
 
 
 def _merged_start(

@@ -272,7 +272,7 @@ PARITY_SAMPLE = 600
 
 
 def diagnose(
-    specialists: Sequence[ForceField], mean: Potential, merged: Potential
+    specialists: Sequence[ForceField], mean: Potential | None, merged: Potential
 ) -> tuple[tuple[Disagreement, ...], tuple[Parity, ...]]:
     """Evaluate all models on every specialist's calibration frames.
 
@@ -281,7 +281,7 @@ def diagnose(
     specialists
         In the order of their indices.
     mean, merged
-        The two models that are compared with each of them.
+        The two models that are compared with each of them; without a mean where the specialists differ in architecture.
     """
     rows: list[Disagreement] = []
     parity: list[Parity] = []
@@ -290,14 +290,14 @@ def diagnose(
         if not frames:
             continue
         reference = predict_frames(specialist.potential, frames)
-        models = {"mean": mean, "merged": merged}
+        models = {"merged": merged} if mean is None else {"mean": mean, "merged": merged}
         predictions = {name: predict_frames(model, frames, specialist=k) for name, model in models.items()}
         elements = {int(z) for atoms in frames for z in atoms.numbers}
         for other in specialists:
             if other is not specialist and elements <= set(other.species):
                 predictions[other.name] = predict_frames(other.potential, frames)
         rows += [disagreement(specialist.name, name, p, reference) for name, p in predictions.items()]
-        parity.append(_parity(specialist.name, reference, predictions["mean"], predictions["merged"]))
+        parity.append(_parity(specialist.name, reference, predictions.get("mean"), predictions["merged"]))
     return tuple(rows), tuple(parity)
 
 
@@ -325,9 +325,11 @@ def disagreement(
 
 
 def _parity(
-    name: str, reference: FramePredictions, mean: FramePredictions, merged: FramePredictions
+    name: str, reference: FramePredictions, mean: FramePredictions | None, merged: FramePredictions
 ) -> Parity:
-    flat = [np.concatenate(p.forces).ravel() for p in (reference, mean, merged)]
+    flat = [
+        np.concatenate(p.forces).ravel() if p is not None else np.zeros(0) for p in (reference, mean, merged)
+    ]
     chosen = np.linspace(0, len(flat[0]) - 1, min(PARITY_SAMPLE, len(flat[0]))).astype(int)
-    values = [tuple(float(round(v, 4)) for v in array[chosen]) for array in flat]
+    values = [tuple(float(round(v, 4)) for v in array[chosen]) if len(array) else () for array in flat]
     return Parity(specialist=name, reference=values[0], mean=values[1], merged=values[2])

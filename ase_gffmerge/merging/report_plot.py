@@ -43,6 +43,8 @@ def report_figure(report: MergeReport) -> Figure:
 def _parity_panel(axis: Axes, report: MergeReport, sample: Parity) -> None:
     errors = {d.model: d.force_mae for d in report.disagreements if d.specialist == sample.specialist}
     for model, values in (("mean", sample.mean), ("merged", sample.merged)):
+        if not values:
+            continue
         label = f"{model}: MAE {1000 * errors[model]:.1f} meV/Å"
         axis.scatter(sample.reference, values, s=5, color=COLOURS[model], label=label, rasterized=True)
     limits = min(sample.reference), max(sample.reference)

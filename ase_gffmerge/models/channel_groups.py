@@ -88,6 +88,11 @@ Places = Mapping[str, Tensor]
 """For every group the place (n_channels,) in the old potential of each channel of the new one."""
 
 
+def channels_are_declared(potential: Potential) -> bool:
+    """Whether :func:`channel_groups` knows the channels of a potential."""
+    return potential.architecture in _DECLARATIONS and not potential.hyper.readout_width
+
+
 def channel_groups(potential: Potential) -> ChannelGroups:
     """The channels of a potential by groups.
 
@@ -96,7 +101,7 @@ def channel_groups(potential: Potential) -> ChannelGroups:
     IncompatibleSpecialistsError
         For an architecture without a declaration, or a widened readout.
     """
-    if potential.architecture not in _DECLARATIONS or potential.hyper.readout_width:
+    if not channels_are_declared(potential):
         raise IncompatibleSpecialistsError(
             f"nobody has declared which channels of this {potential.architecture!r} potential may be permuted or left out "
             f"(known: plain specialists of {', '.join(_DECLARATIONS)}); leave out git_rebasin, procrustes and compress"

@@ -14,7 +14,8 @@ star and :math:`n_s` atoms per frame, the loss is
 with the mean over frames s, atoms i, Cartesian components and node features c; :math:`N_k` atoms of specialist k, its weight
 :math:`a_k` in the merge and its mean absolute force component, so that specialists with large forces or many atoms do
 not outweigh the others (:func:`~ase_gffmerge.training.loss.weigh`). Node features h are targets too (knowledge distillation
-of molecular graph networks: Ekström Kelvinius et al., arXiv 2306.14818).
+of molecular graph networks: Ekström Kelvinius et al., arXiv 2306.14818); those of a student of another size are first mapped
+by a linear layer that is trained with it and not kept (node-to-node matching there).
 """
 
 import time
@@ -50,6 +51,9 @@ from ase_gffmerge.training.teachers import DistillationSet, Teachers, merge_weig
 BATCH = 50
 """Graphs per batch of the report."""
 
+PROJECTION = "projection"
+"""Name of the student's layer that maps its node features to those of its teachers, while it learns."""
+
 
 def distill(
     merged: ForceField,
@@ -66,7 +70,8 @@ def distill(
     Parameters
     ----------
     merged
-        Where to start; not changed. Any force field that knows the specialists' elements will do.
+        Where to start; not changed. Any force field that knows the specialists' elements will do, a smaller one or one of
+        another architecture too (:mod:`.student`).
     specialists
         The teachers, in the order in which ``merged`` was made of them.
     options
@@ -101,6 +106,8 @@ def distill(
         student, specialists, options, frames=given, weights=merge_weights(merged, len(specialists))
     )
     config = TrainConfig(**options.model_dump(include=set(TrainConfig.model_fields)))
+    if options.feature_weight:
+        _map_features(student, teachers)
     potential, history = fit(
         student,
         [graph for group in teachers.training for graph in group],
@@ -113,6 +120,7 @@ def distill(
         run=_run_identity(merged, specialists, options, teachers.distillation_sets),
         callback=callback,
     )
+    potential._modules.pop(PROJECTION, None)
     seconds = time.perf_counter() - started
     distilled = _distilled_force_field(merged, specialists, options, teachers, potential, seconds=seconds)
     provenance = Provenance(
@@ -187,10 +195,26 @@ def distillation_loss(config: TrainConfig, feature_weight: float) -> Loss:
             batch.weight[batch.structure_index, None],
             torch.cat(prediction.readout_inputs, dim=-1),
         )
+        if PROJECTION in potential._modules:
+            features = potential.get_submodule(PROJECTION)(features)
         mismatch = (weight * (features - batch.features).abs()).mean() / batch.features.abs().mean()
         return terms + feature_weight * mismatch
 
     return loss
+
+
+def _map_features(student: Potential, teachers: Teachers) -> None:
+    """Give a student whose node features are not of its teachers' kind a layer that maps them."""
+    if all(_feature_size(teacher.potential) == _feature_size(student) for teacher in teachers.teachers):
+        return
+    (size,) = {graph.features.shape[1] for graphs in teachers.training for graph in graphs}
+    own = student.hyper.n_blocks * student.hyper.channels
+    layer = torch.nn.Linear(own, size).to(dtype=student.dtype, device=student.device)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(size, own, generator=generator) / own**0.5)
+        layer.bias.zero_()
+    student.add_module(PROJECTION, layer)
 
 
 def parameter_groups(potential: Potential) -> list[dict[str, object]]:
@@ -231,15 +255,16 @@ def _check_student(
             f"frames were given for {len(frames)} specialists, but there are {len(specialists)}; give one set each"
         )
     for specialist in specialists:
-        if not set(specialist.species) <= set(merged.species) or specialist.cutoff != merged.cutoff:
+        if not set(specialist.species) <= set(merged.species):
             raise IncompatibleSpecialistsError(
-                f"{merged.name!r} cannot learn from {specialist.name!r}, which knows other elements or has another "
-                "cutoff; start from a merge of the specialists"
+                f"{merged.name!r} cannot learn from {specialist.name!r}, which knows other elements; start from a merge of "
+                "the specialists"
             )
-        if options.feature_weight and _feature_size(specialist.potential) != _feature_size(merged.potential):
-            raise IncompatibleSpecialistsError(
-                f"the node features of {merged.name!r} and {specialist.name!r} differ in size; set feature_weight to 0"
-            )
+    sizes = {s.potential.hyper.n_blocks * s.potential.hyper.channels for s in specialists}
+    if options.feature_weight and len(sizes) > 1:
+        raise IncompatibleSpecialistsError(
+            f"the node features of {known} differ in size; set feature_weight to 0"
+        )
 
 
 def _feature_size(potential: Potential) -> tuple[str, int, int]:
@@ -298,7 +323,9 @@ def _distilled_report(
     """
     before = MergeReport.from_dict(record.report) if record else None
     recipe = Recipe(conditioning="per-specialist" if potential.hyper.n_embeddings > 1 else "shared")
-    disagreements, parity = diagnose(teachers, mean_potential(teachers, recipe), potential)
+    alike = len({(t.potential.architecture, t.potential.hyper) for t in teachers}) == 1
+    mean = mean_potential(teachers, recipe) if alike else None
+    disagreements, parity = diagnose(teachers, mean, potential)
     return MergeReport(
         specialists=tuple(teacher.name for teacher in teachers),
         layers=before.layers if before else (),

@@ -184,7 +184,7 @@ def _graphs_with_targets(
     teacher
         A specialist on the device and in the precision of the student.
     student
-        Whose reference energies and cutoff are used.
+        Whose reference energies are used, and whose neighbors the graphs hold; the teacher sees its own.
     frames
         Structures; whatever labels they carry is not looked at.
     index
@@ -195,10 +195,11 @@ def _graphs_with_targets(
     labelled: list[LabeledGraph] = []
     unknown = torch.full((1, 3, 3), torch.nan, dtype=student.dtype)
     for group in chunks(frames, MAX_ATOMS):
-        graphs = [
-            build_graph(atoms, student.hyper.cutoff, dtype=student.dtype, specialist=index) for atoms in group
-        ]
-        batch = batch_graphs(graphs).to(student.device)
+        own, graphs = (
+            [build_graph(atoms, cutoff, dtype=student.dtype, specialist=index) for atoms in group]
+            for cutoff in (teacher.cutoff, student.hyper.cutoff)
+        )
+        batch = batch_graphs(own).to(student.device)
         prediction = predict(teacher.potential, batch)
         rows = student.species_row[batch.atomic_numbers]
         reduced = prediction.energy.index_add(0, batch.structure_index, -student.references[rows]).to(
