@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch_geometric.data import Data
 from torch_geometric.data.data import BaseData
 
 from ase_gffmerge.errors import FramesError
@@ -27,6 +28,10 @@ Run = Callable[[nn.Module, Item], object]
 
 Rows = None | str | Tensor | Sequence[Tensor] | Callable[[int, Item], Tensor | None]
 """Which nodes count: see :func:`row_masks`."""
+
+
+SEEDS = "batch_size"
+"""Attribute of a sampled neighborhood with the number of its seed nodes, which come first."""
 
 
 class _Reached(Exception):
@@ -54,9 +59,9 @@ def call_module(module: nn.Module, item: Item) -> object:
     wanted = [
         p
         for p in signature(module.forward).parameters.values()
-        if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+        if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD) and p.name != SEEDS
     ]
-    held = {p.name: item[p.name] for p in wanted if p.name in item and item[p.name] is not None}
+    held = {p.name: value for p in wanted if (value := _held(item, p.name)) is not None}
     missing = [p.name for p in wanted if p.default is Parameter.empty and p.name not in held]
     if len(wanted) == 1 and missing:
         return module(item)
@@ -66,6 +71,13 @@ def call_module(module: nn.Module, item: Item) -> object:
             f"{', '.join(map(str, item.keys()))}); add it to the graph, or give run=lambda model, item: model(...)"
         )
     return module(**held)
+
+
+def _held(graph: BaseData, name: str) -> object:
+    """An attribute of a graph, or of all node or edge types of a heterogeneous one, such as ``x_dict``."""
+    if name in graph:
+        return graph[name]
+    return getattr(graph, name, None) if name.endswith("_dict") else None
 
 
 def as_examples(examples: object, n_models: int) -> list[Iterable[Item]]:
@@ -295,10 +307,10 @@ def _most_confident(models: Sequence[nn.Module], run: Run, item: Item) -> Tensor
 
 def _seeds_of(item: Item, mask: Tensor | None) -> Tensor | None:
     """A mask without the nodes that a sampled neighborhood holds for their neighbors' sake only."""
-    if not isinstance(item, BaseData) or not isinstance(item.get("batch_size"), int):
+    if not isinstance(item, Data) or not isinstance(item.get(SEEDS), int):
         return mask
     n = int(item.num_nodes or 0)
-    seeds = torch.arange(n) < item["batch_size"]
+    seeds = torch.arange(n) < item[SEEDS]
     if mask is None:
         return seeds
     return seeds.to(mask.device) & mask if len(mask) == n else mask

@@ -1,5 +1,6 @@
 """Any graph networks, merged: every kind of layer, rows, heads, and what a merge says of itself."""
 
+from collections.abc import Callable
 from copy import deepcopy
 
 import numpy as np
@@ -7,11 +8,11 @@ import pytest
 import torch
 import torch_geometric.nn as geometric
 from torch import Tensor, nn
-from torch_geometric.data import Data
+from torch_geometric.data import Data, HeteroData
 
 from ase_gffmerge import merge_modules
 from ase_gffmerge.errors import ArgumentError, FramesError, IncompatibleSpecialistsError
-from helpers.graph_networks import CONVOLUTIONS, HIDDEN, IN, NODES, Net, built, graph, moved, outputs
+from helpers.graph_networks import CONVOLUTIONS, HIDDEN, IN, NODES, Net, built, graph, mlp, moved, outputs
 
 
 def errors(result, kind: str) -> list[float]:
@@ -228,3 +229,92 @@ def test_bad_input_is_refused():
         merge_modules([models[0], other], data, heads=["head"])
     with pytest.raises(IncompatibleSpecialistsError, match="call no layer"):
         merge_modules([nn.Identity(), nn.Identity()], data.x)
+
+
+READY_MADE: dict[str, Callable[[int], nn.Module]] = {
+    "GCN": lambda c: geometric.GCN(IN, 8, 2, c, norm="BatchNorm"),
+    "GraphSAGE": lambda c: geometric.GraphSAGE(IN, 8, 2, c, jk="cat", norm="GraphNorm"),
+    "GAT": lambda c: geometric.GAT(IN, 8, 2, c, v2=True, heads=2),
+    "PNA": lambda c: geometric.PNA(
+        IN, 8, 2, c, aggregators=["mean", "max"], scalers=["identity", "amplification"], deg=torch.arange(9)
+    ),
+}
+OWN = {"GCN": "convs.1", "GraphSAGE": "lin", "GAT": "convs.1"}
+
+
+@pytest.mark.parametrize("kind", READY_MADE)
+def test_models_of_torch_geometric_with_outputs_of_different_width(kind):
+    """Their last layer is the head, whatever it is; the batch's seeds are no argument of theirs."""
+    data = [Data(x=graph(k).x, edge_index=graph(k).edge_index, batch_size=NODES - k) for k in (0, 1)]
+    torch.manual_seed(0)
+    models = [READY_MADE[kind](c).double() for c in (2, 3)]
+    result = merge_modules(models, data)
+    if kind in OWN:
+        assert result.heads == (OWN[kind],)
+    assert all(a < 0.75 * b for a, b in zip(errors(result, "merged"), errors(result, "mean"), strict=True))
+    with torch.no_grad():
+        together = result.all_classes()(data[0].x, data[0].edge_index)
+    assert together.shape == (NODES, 5)
+
+
+class Typed(nn.Module):
+    """Two kinds of nodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = geometric.HeteroConv(
+            {
+                ("a", "to", "b"): geometric.SAGEConv((IN, IN), HIDDEN),
+                ("b", "to", "a"): geometric.GATConv((IN, IN), HIDDEN, add_self_loops=False),
+            }
+        )
+        self.out = nn.Linear(HIDDEN, 2)
+
+    def forward(self, x_dict, edge_index_dict):
+        return {kind: self.out(x) for kind, x in self.conv(x_dict, edge_index_dict).items()}
+
+
+def typed(seed: int) -> HeteroData:
+    data, one, other = HeteroData(), graph(seed), graph(seed + 1)
+    data["a"].x, data["b"].x = one.x + seed, other.x[:40] - seed
+    data["a", "to", "b"].edge_index = torch.stack([one.edge_index[0], one.edge_index[1] % 40])
+    data["b", "to", "a"].edge_index = torch.stack([other.edge_index[0] % 40, other.edge_index[1]])
+    return data
+
+
+def test_graphs_with_several_kinds_of_nodes():
+    result = merge_modules(moved(built(Typed)), [typed(0), typed(2)])
+    assert max(errors(result, "merged")) < 0.8 * max(errors(result, "mean"))
+    names = [layer.name for layer in result.layers]
+    assert names.count("out") == 1
+    assert {"conv.convs.<a___to___b>", "conv.convs.<b___to___a>.att_src[0]"} <= set(names)
+    assert result.averaged == ()
+
+
+class Molecules(nn.Module):
+    """One number per graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = geometric.GINConv(mlp(IN, 16, 16))
+        self.out = nn.Linear(16, 1)
+
+    def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor) -> Tensor:
+        return self.out(torch.tanh(geometric.global_add_pool(torch.tanh(self.conv(x, edge_index)), batch)))
+
+
+def shifted(seed: int) -> Data:
+    """A graph whose features are of another kind for seeds from 9 on."""
+    data = graph(seed)
+    data.x = (
+        data.x * torch.tensor([1.0, 1.0, 1.0, 0.1, 0.1] if seed < 9 else [0.1, 0.1, 0.1, 1.0, 1.0]).double()
+    )
+    return data
+
+
+def test_a_number_per_graph():
+    models = moved(built(Molecules), size=0.3)
+    result = merge_modules(models, [[shifted(k) for k in range(9)], [shifted(k + 9) for k in range(9)]])
+    assert max(errors(result, "merged")) < 0.8 * max(errors(result, "mean"))
+    assert [row.agreement for row in result.disagreements] == 4 * [None]
+    assert result.layers[-1].rows == 2 * 9 * 3
