@@ -10,6 +10,7 @@ from ase_gffmerge.cli.options import (
     DeviceOption,
     JsonOption,
     OverwriteOption,
+    SpecialistsArgument,
     load_specialists,
 )
 from ase_gffmerge.cli.output import note, print_json, print_table, require_outputs
@@ -25,7 +26,7 @@ FRAMES_HELP = "one file per specialist, in order; several values, or repeat the 
 
 
 def compare(
-    specialists: Annotated[list[str], typer.Argument(help="Files or bundled names.", show_default=False)],
+    specialists: SpecialistsArgument,
     test: Annotated[
         list[Path] | None,
         typer.Option(help=f"Labelled frames to test on: {FRAMES_HELP}.", show_default="the bundled ones"),

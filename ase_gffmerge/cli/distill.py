@@ -13,6 +13,7 @@ from ase_gffmerge.cli.options import (
     DeviceOption,
     JsonOption,
     OverwriteOption,
+    SpecialistsArgument,
     load_specialists,
 )
 from ase_gffmerge.cli.output import EpochWatch, note, print_json, require_outputs
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def distill(
-    specialists: Annotated[list[str], typer.Argument(help="Files or bundled names.", show_default=False)],
+    specialists: SpecialistsArgument,
     out: Annotated[Path, typer.Option(help="Distilled file to write (.safetensors).", show_default=False)],
     init: Annotated[
         str | None,

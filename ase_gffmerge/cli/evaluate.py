@@ -36,7 +36,11 @@ MD = "Dynamics (--md)"
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(help="Files or bundled names, one or several.", metavar="MODELS", show_default=False),
+        typer.Argument(
+            help="Files, vendor:checkpoint, or bundled names; one or several.",
+            metavar="MODELS",
+            show_default=False,
+        ),
     ],
     frames: Annotated[
         Path, typer.Argument(help="Labelled frames: extxyz, npz, ...", metavar="FRAMES", show_default=False)

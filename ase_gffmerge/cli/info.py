@@ -69,14 +69,15 @@ def readable(document: dict[str, Any]) -> dict[str, Any]:
     if training.get("origin"):
         rows["read from"] = training["origin"]
     rows["hyper-parameters"] = _pairs(document["hyper"])
-    rows |= {"elements": " ".join(document["species"]), "cutoff": f"{document['cutoff']:g} Å"}
+    rows |= {"elements": _elements(document["species"]), "cutoff": f"{document['cutoff']:g} Å"}
     rows["parameters"] = f"{document['n_parameters']} ({document['dtype']})"
     rows["level of theory"] = document["level_of_theory"]
-    rows["references"] = _pairs(document["references"]) + " (eV)"
+    if len(document["references"]) <= MANY:
+        rows["references"] = _pairs(document["references"]) + " (eV)"
     rows["calibration frames"] = document["calibration_frames"]
     if merged:
         rows["merged from"] = ", ".join(merged["specialists"])
-        rows |= {"recipe": _pairs(merged["recipe"]), "verdict": merged["verdict"]}
+        rows |= {"recipe": _recipe(merged["recipe"]), "verdict": merged["verdict"]}
     else:
         size = f"{training['n_train']} frames, {training['epochs']} epochs"
         rows["trained on"] = f"{training['data_set']} ({size})"
@@ -85,6 +86,36 @@ def readable(document: dict[str, Any]) -> dict[str, Any]:
         rows["ancestors"] = ", ".join(key[:12] for key in training["lineage"]) or "none"
     rows["fingerprint"] = document["fingerprint"]
     return rows
+
+
+MANY = 12
+"""Elements of a foundation model are counted, and their reference energies are left to ``--json``."""
+
+
+def _elements(symbols: list[str]) -> str:
+    if len(symbols) <= MANY:
+        return " ".join(symbols)
+    return f"{len(symbols)} from {symbols[0]} to {symbols[-1]} (all of them: --json)"
+
+
+def _recipe(recipe: dict[str, Any]) -> str:
+    """The preset, and what was changed in it."""
+    from ase_gffmerge.merging.recipe import PRESETS
+
+    changed = {name: _differences(recipe, preset.model_dump(mode="json")) for name, preset in PRESETS.items()}
+    nearest = min(changed, key=lambda name: len(changed[name]))
+    return f"{nearest}, but {_pairs(changed[nearest])}" if changed[nearest] else nearest
+
+
+def _differences(options: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """Options that are not as usual, those within options as ``outer.inner``."""
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, dict) and isinstance(usual.get(key), dict):
+            found |= {f"{key}.{inner}": kept for inner, kept in _differences(value, usual[key]).items()}
+        elif key not in usual or usual[key] != value:
+            found[key] = value
+    return found
 
 
 def _pairs(mapping: Any) -> str:

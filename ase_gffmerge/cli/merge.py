@@ -11,6 +11,7 @@ from ase_gffmerge.cli.options import (
     DeviceOption,
     JsonOption,
     OverwriteOption,
+    SpecialistsArgument,
     load_specialists,
 )
 from ase_gffmerge.cli.output import note, print_json, require_outputs
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def merge(
-    specialists: Annotated[list[str], typer.Argument(help="Files or bundled names.", show_default=False)],
+    specialists: SpecialistsArgument,
     out: Annotated[
         Path,
         typer.Option(

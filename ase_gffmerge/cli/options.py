@@ -37,7 +37,14 @@ def positive(value: float) -> float:
 
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="Force-field file, or a bundled name.", show_default=False)
+    str,
+    typer.Argument(help="Force-field file, vendor:checkpoint, or a bundled name.", show_default=False),
+]
+SpecialistsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        help="Files, vendor:checkpoint (as chgnet:a.pth.tar), or bundled names.", show_default=False
+    ),
 ]
 StructureArgument = Annotated[
     Path, typer.Argument(help="Structure: any file ASE reads, or frames (the first one).", show_default=False)

@@ -334,6 +334,8 @@ def test_info(gffmerge, merged: Path) -> None:
     assert both["merged"]["recipe"]["readout"]["width"] == 16
     text = gffmerge("info", merged).out
     assert "methanol, water" in text
+    assert re.search(r"recipe +[\w-]+, but .*readout\.width 16", text)
+    assert "ridge" not in text  # as in the preset
     assert "verdict" in text
     assert "test errors" in gffmerge("info", "methanol.safetensors").out
 
