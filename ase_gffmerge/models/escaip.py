@@ -23,9 +23,10 @@ d, numbers of channels of q^{al}          sum of ``frequency_list``, its entries
 ========================================  ================================================
 
 Differences to the authors' network, all for conserved energies: forces are derivatives; all neighbours within the cutoff
-take part, and not the nearest 30; the envelope stands before every exponential, and a one (an empty neighbour) in the
-denominator, so that energies have two continuous derivatives where a neighbour comes or goes, also the first one.
-Neighbourhoods are padded to a common width for matrix products; a slot without an edge has the factor 0 and brings nothing.
+take part, and not the nearest 30; the envelope stands before every exponential (as its logarithm in a plain softmax, which
+has derivatives of every order), and a one in the denominator, so that energies have two continuous derivatives where a
+neighbour comes or goes, also the first one. Neighbourhoods are padded to a common width for matrix products
+(:mod:`.neighborhoods`); slots without an edge have the factor 0 and bring nothing.
 """
 
 from copy import copy
@@ -153,23 +154,17 @@ class Block(NeighborhoodStage):
         return nodes, self.ffn_edge(edges + self.out_edge(y))
 
     def attention(self, t: Tensor, geometry: NeighborhoodGeometry) -> Tensor:
-        """Map t (n_edges, channels) to y (n_edges, channels), by a softmax that has derivatives of every order."""
+        """Map t (n_edges, channels) to y (n_edges, channels)."""
         size = self.heads * self.d_logits
         slots = geometry.padded(self.qkv(t)).split([size, size, t.shape[1]], dim=2)
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in slots)
-        products = [
-            q_l @ k_l.mT
-            for q_l, k_l in zip(
-                q.split(self.frequencies, dim=3), k.split(self.frequencies, dim=3), strict=True
-            )
-        ]
-        logits = products[0]
+        q = self.d_logits**-0.5 * q
+        parts = zip(q.split(self.frequencies, dim=3), k.split(self.frequencies, dim=3), strict=True)
+        products = [q_l @ k_l.mT for q_l, k_l in parts]
+        logits = products[0] + geometry.bias[:, None, None]
         for p_l, product in zip(geometry.legendre, products[1:], strict=True):
-            logits = logits + p_l[:, None] * product
-        logits = self.d_logits**-0.5 * logits
-        top = logits.detach().amax(dim=-1, keepdim=True).clamp(min=0.0)
-        weights = (logits - top).exp() * geometry.slot_envelope[:, None, None]
-        y = (weights @ v) / (weights.sum(dim=-1, keepdim=True) + (-top).exp())
+            logits = torch.addcmul(logits, p_l[:, None], product)
+        y = torch.softmax(logits, dim=-1) @ v
         return geometry.from_slots(y.transpose(1, 2).flatten(2))
 
 

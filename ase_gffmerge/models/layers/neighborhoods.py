@@ -25,7 +25,7 @@ class NeighborhoodGeometry(EdgeGeometry):
     Attributes
     ----------
     edge : (n_atoms, width)
-        Edge in every slot of an atom's neighbourhood; n_edges where there is none.
+        Edge in every slot of an atom's neighbourhood; n_edges where there is none. The first slot is always empty.
     slot : (n_edges,)
         Slot of every edge, counted through all neighbourhoods.
     l_max
@@ -60,6 +60,16 @@ class NeighborhoodGeometry(EdgeGeometry):
         return self.padded(self.envelope).squeeze(2)
 
     @cached_property
+    def bias(self) -> Tensor:
+        """Logarithm of the envelope (n_atoms, width), minus infinity where there is no edge.
+
+        Of the first slot, whose logits are zero, it is zero: the one in the denominator of a softmax.
+        """
+        present = self.slot_envelope > 0
+        logarithm = torch.where(present, self.slot_envelope, 1.0).log().masked_fill(~present, -torch.inf)
+        return torch.cat([torch.zeros_like(logarithm[:, :1]), logarithm[:, 1:]], dim=1)
+
+    @cached_property
     def legendre(self) -> tuple[Tensor, ...]:
         r""":math:`P_l(\cos\vartheta)` (n_atoms, width, width) of all pairs of slots, for l = 1, 2, ..., l_max."""
         directions = self.padded(self.angular)
@@ -74,11 +84,11 @@ def neighborhoods(receiver: Tensor, n_atoms: int) -> tuple[Tensor, Tensor]:
     """Give ``edge`` and ``slot`` of :class:`NeighborhoodGeometry` for the receivers (n_edges,) of all edges."""
     order = torch.argsort(receiver, stable=True)
     counts = torch.bincount(receiver, minlength=n_atoms)
-    width = int(counts.max()) if len(receiver) else 1
+    width = 1 + (int(counts.max()) if len(receiver) else 0)
     first = counts.cumsum(0) - counts
     slot = torch.empty_like(receiver)
     slot[order] = torch.arange(len(receiver), device=receiver.device) - first[receiver[order]]
-    slot += width * receiver
+    slot += width * receiver + 1
     edge = torch.full((n_atoms * width,), len(receiver), device=receiver.device)
     edge[slot] = torch.arange(len(receiver), device=receiver.device)
     return edge.view(n_atoms, width), slot
@@ -116,8 +126,12 @@ class NeighborhoodStage(Stage):
 
 
 def chunk_size(device: torch.device) -> int:
-    """Edges that are evaluated at a time: a processor's cache is smaller than the work that fills a GPU."""
-    return 2048 if device.type == "cpu" else 65536
+    """Edges that are evaluated at a time; on a GPU more, for the work to fill it."""
+    return 4096 if device.type == "cpu" else 65536
+
+
+WHOLE = 3
+"""Chunks up to which all edges are evaluated at once, which needs memory but no second pass."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +196,7 @@ class InferenceStage(Stage):
 
     def forward(self, state: State, geometry: NeighborhoodGeometry) -> State:
         """Change features of atoms and edges."""
-        if len(geometry.sender) <= chunk_size(geometry.sender.device):
+        if len(geometry.sender) <= WHOLE * chunk_size(geometry.sender.device):
             changed: State = self.stage(state, geometry)
             return changed
         layer, channels = self.stage.hidden, state[0].shape[1]

@@ -1,0 +1,233 @@
+"""Measure compression in closed form and small students, for rMD17 ethanol and malonaldehyde.
+
+    python md_examples/benchmarks/benchmark_students.py DATA_FOLDER --out FOLDER [--only compression students pair] [--json]
+
+DATA_FOLDER holds the rMD17 files ``rmd17_<molecule>_test_01.npz``. Seconds are processor time on one thread. ``compression``:
+the bundled ethanol specialist with fewer channels and blocks, after every kind of solve. ``students``: 32 channels and 3
+blocks taught from the compressed start, with node features matched too, and from random weights. ``pair``: the two bundled
+specialists, merged, compressed and distilled into one student. Milliseconds per energy and forces are given for every size at
+9 atoms and for a box of 243. A run takes about ten minutes; finished parts are kept in FOLDER (delete one to measure it again).
+"""
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.build import molecule
+from training_plan import say
+
+from ase_gffmerge import ForceField, compress, distill, merge
+from ase_gffmerge.data.readers import read_frames
+from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.graphs import build_graph, predict
+from ase_gffmerge.inference.errors import evaluate
+from ase_gffmerge.merging.recipe import DistillOptions, Recipe
+from ase_gffmerge.models import Potential
+from ase_gffmerge.training.config import TrainConfig
+from ase_gffmerge.training.initialization import random_potential
+from ase_gffmerge.training.student import make_student
+from ase_gffmerge.workflows.merge import starting_point
+
+MOLECULES = ("ethanol", "malonaldehyde")
+SIZES = ((64, 3), (48, 3), (32, 3), (64, 2), (32, 2))
+RECIPES: dict[str, dict[str, Any]] = {
+    "layers": {"readout": None, "messages": False},
+    "layers and stages": {"readout": None},
+    "layers, stages and readout": {"readout": {"width": 512}},
+}
+EPOCHS = 10
+
+
+def box(side: int) -> Atoms:
+    """A periodic box of ``side`` ** 3 randomly turned ethanol molecules."""
+    rng, edge = np.random.default_rng(0), 4.6
+    atoms = Atoms(cell=side * edge * np.eye(3), pbc=True)
+    for corner in np.indices((side,) * 3).reshape(3, -1).T:
+        one = molecule("CH3CH2OH")
+        one.rotate(rng.uniform(0, 360), rng.normal(size=3))
+        one.positions += edge * corner
+        atoms += one
+    return atoms
+
+
+def milliseconds(potential: Potential, atoms: Atoms, *, budget: float = 2.0) -> float:
+    """Median processor time of energy and forces, neighbor list left out."""
+    served = potential.float().for_inference()
+    graph = build_graph(atoms, potential.hyper.cutoff, dtype=torch.float32)
+    predict(served, graph)
+    times: list[float] = []
+    while sum(times) < budget:
+        start = time.process_time()
+        predict(served, graph)
+        times.append(time.process_time() - start)
+    return 1000 * float(np.median(times))
+
+
+def cost(potential: Potential) -> dict[str, float]:
+    """Milliseconds at two sizes, and the number of parameters."""
+    return {
+        "ms_9": milliseconds(potential, molecule("CH3CH2OH")),
+        "ms_243": milliseconds(potential, box(3)),
+        "parameters": sum(p.numel() for p in potential.parameters()),
+    }
+
+
+def errors(potential: Potential, tests: dict[str, list[Atoms]], names: Sequence[str]) -> dict[str, Any]:
+    """Force MAE (meV/Å) and energy MAE (meV/atom) per molecule."""
+    found = {name: evaluate(potential, tests[name]) for name in names}
+    return {
+        "force_mae": {name: 1000 * e.force_mae for name, e in found.items()},
+        "energy_mae": {name: 1000 * e.energy_mae for name, e in found.items()},
+    }
+
+
+def compression(tests: dict[str, list[Atoms]]) -> list[dict[str, Any]]:
+    """All sizes and recipes."""
+    teacher = ForceField.load("rmd17-ethanol")
+    rows = [{"run": "teacher", **errors(teacher.potential, tests, ["ethanol"]), **cost(teacher.potential)}]
+    for channels, blocks in SIZES:
+        for name, recipe in RECIPES.items():
+            start = time.process_time()
+            small, _ = compress(teacher, channels=channels, blocks=blocks, recipe=recipe)
+            seconds = time.process_time() - start
+            measured = errors(small.potential, tests, ["ethanol"]) | cost(small.potential)
+            rows.append({"run": f"{channels}x{blocks}, {name}", "seconds": seconds, **measured})
+            say(str(rows[-1]))
+    return rows
+
+
+def random_student(teacher: ForceField) -> ForceField:
+    """32 x 3 with random weights."""
+    hyper = {"channels": 32, "n_blocks": 3, "cutoff": teacher.cutoff}
+    potential = random_potential(TrainConfig(model="painn", hyper=hyper), teacher.species)
+    potential.references.copy_(teacher.potential.references)
+    return ForceField(name="random", potential=potential.eval(), calibration=teacher.calibration)
+
+
+def taught(
+    start: Callable[[], ForceField],
+    teachers: Sequence[ForceField],
+    options: DistillOptions,
+    tests: dict[str, list[Atoms]],
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """Errors before and after a distillation, and seconds of both."""
+    begin = time.process_time()
+    student = start()
+    seconds = time.process_time() - begin
+    before = errors(student.potential, tests, names)
+    begin = time.process_time()
+    made, history = distill(student, teachers, options, device="cpu")
+    row = {
+        "start": before | {"seconds": seconds},
+        "seconds": seconds + time.process_time() - begin,
+        "epochs": len(history.rows),
+        **errors(made.potential, tests, names),
+    }
+    say(str(row))
+    return row
+
+
+def students(tests: dict[str, list[Atoms]]) -> list[dict[str, Any]]:
+    """Starts and strategies at equal epochs."""
+    teacher = ForceField.load("rmd17-ethanol")
+
+    def compressed() -> ForceField:
+        return make_student(teacher, [teacher], architecture="painn", channels=32, blocks=3)
+
+    runs = {
+        "compressed, teacher's energies and forces": (compressed, 0.0),
+        "compressed, node-to-node too": (compressed, 0.7),
+        "random, teacher's energies and forces": (lambda: random_student(teacher), 0.0),
+        "random, node-to-node too": (lambda: random_student(teacher), 0.7),
+    }
+    return [
+        {
+            "run": name,
+            **taught(
+                start,
+                [teacher],
+                DistillOptions(epochs=EPOCHS, patience=EPOCHS, feature_weight=weight),
+                tests,
+                ["ethanol"],
+            ),
+        }
+        for name, (start, weight) in runs.items()
+    ]
+
+
+def pair(tests: dict[str, list[Atoms]]) -> list[dict[str, Any]]:
+    """Two specialists into one small force field."""
+    specialists = [ForceField.load(f"rmd17-{name}") for name in MOLECULES]
+    options = DistillOptions(epochs=EPOCHS, patience=EPOCHS, feature_weight=0.0)
+
+    def start() -> ForceField:
+        merged, _ = merge(*starting_point(specialists, Recipe(refine=options)), device="cpu")
+        return make_student(merged, specialists, architecture="painn", channels=32, blocks=3)
+
+    alone = [errors(s.potential, tests, [n]) for s, n in zip(specialists, MOLECULES, strict=True)]
+    own = {key: {n: a[key][n] for n, a in zip(MOLECULES, alone, strict=True)} for key in alone[0]}
+    return [
+        {"run": "specialists", **own},
+        {"run": "32x3", **taught(start, specialists, options, tests, MOLECULES)},
+    ]
+
+
+PARTS = {"compression": compression, "students": students, "pair": pair}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line per run."""
+    lines = [
+        "| run | seconds | force MAE (meV/Å) | energy MAE (meV/atom) | ms at 9 / 243 atoms |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        force = " / ".join(f"{value:.1f}" for value in row["force_mae"].values())
+        energy = " / ".join(f"{value:.2f}" for value in row["energy_mae"].values())
+        if "start" in row:
+            force = (
+                " / ".join(f"{value:.1f}" for value in row["start"]["force_mae"].values()) + f" -> {force}"
+            )
+        speed = f"{row['ms_9']:.1f} / {row['ms_243']:.0f}" if "ms_9" in row else ""
+        seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
+        lines.append(f"| {row['run']} | {seconds} | {force} | {energy} | {speed} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is not in the folder yet, then print all of it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--tests", type=int, default=500, help="test frames per molecule")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", MergeWarning)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    tests = {
+        name: read_frames(arguments.data / f"rmd17_{name}_test_01.npz")[: arguments.tests]
+        for name in MOLECULES
+    }
+    results = {}
+    for name in arguments.only:
+        path = arguments.out / f"{name}.json"
+        if not path.exists():
+            path.write_text(json.dumps(PARTS[name](tests), indent=1))
+        results[name] = json.loads(path.read_text())
+    print(json.dumps(results, indent=1) if arguments.json else "\n\n".join(map(table, results.values())))
+
+
+if __name__ == "__main__":
+    main()
