@@ -3,11 +3,13 @@
     python md_examples/benchmarks/benchmark_students.py DATA_FOLDER --out FOLDER [--only compression students pair] [--json]
 
 DATA_FOLDER holds the rMD17 files ``rmd17_<molecule>_test_01.npz``. Seconds are processor time on one thread.
-``compression``: the bundled ethanol specialist with fewer channels and blocks, after every kind of solve. ``students``: 32
-channels and 3 blocks taught from the compressed start, with node features matched too, and from random weights. ``pair``: the
-two bundled specialists, merged, compressed and distilled into one student. Milliseconds per energy and forces are given for
-every size at 9 atoms and for a box of 243. A run takes a quarter of an hour; finished parts are kept in FOLDER (delete one to
-measure it again).
+
+``compression``: the bundled ethanol specialist with fewer channels and blocks, after every kind of solve.
+``students``: 32 channels and 3 blocks taught from the compressed start, with node features too, and from random weights.
+``pair``: the two bundled specialists, merged, compressed and distilled into one student.
+
+Milliseconds per energy and forces are given for every size at 9 and 243 atoms. A run takes a quarter of an hour;
+finished parts are kept in FOLDER (delete one to measure it again).
 """
 
 import argparse
