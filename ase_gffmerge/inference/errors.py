@@ -159,13 +159,13 @@ class Scales:
         reference
             Of the quantities; these are of the errors.
         """
-        forces = self.force / max(reference.force, FORCE_FLOOR), "forces"
-        if not reference.silent:
-            return forces
-        energies = self.energy / max(reference.energy, ENERGY_FLOOR), "energies"
-        if self.stress is None or reference.stress is None:
-            return max(forces, energies)
-        return max(forces, energies, (self.stress / max(reference.stress, STRESS_FLOOR), "stresses"))
+        found = {"forces": self.force / max(reference.force, FORCE_FLOOR)}
+        if reference.silent:
+            found["energies"] = self.energy / max(reference.energy, ENERGY_FLOOR)
+            if self.stress is not None and reference.stress is not None:
+                found["stresses"] = self.stress / max(reference.stress, STRESS_FLOOR)
+        worst = max(found, key=lambda name: np.nan_to_num(found[name], nan=np.inf))
+        return found[worst], worst
 
 
 def relative_error(predicted: FramePredictions, reference: FramePredictions) -> float:
@@ -173,9 +173,27 @@ def relative_error(predicted: FramePredictions, reference: FramePredictions) -> 
     return Scales.of(difference(predicted, reference)).relative(Scales.of(reference))[0]
 
 
+def relative_squares(predicted: FramePredictions, reference: FramePredictions) -> np.ndarray:
+    """Squares (n_frames,) of what d is the root mean of, over atoms of forces and over frames of energies or stresses."""
+    error, size = difference(predicted, reference), Scales.of(reference)
+    _, what = Scales.of(error).relative(size)
+    if what == "forces":
+        square = np.array([np.square(forces).mean() for forces in error.forces])
+        return square / max(size.force, FORCE_FLOOR) ** 2
+    if what == "energies":
+        counts = np.array([len(numbers) for numbers in error.numbers])
+        square = np.square(without_shifts(error.energies / counts, error.numbers))
+        return square / max(size.energy, ENERGY_FLOOR) ** 2
+    square = np.array([np.square(s).mean() if len(s) else np.nan for s in stress_components(error)])
+    assert size.stress is not None
+    return np.nan_to_num(square, nan=np.nanmean(square)) / max(size.stress, STRESS_FLOOR) ** 2
+
+
 def without_shifts(energies: np.ndarray, numbers: Sequence[np.ndarray]) -> np.ndarray:
     """Energies per atom (n_frames,) less what the best energy for each element gives (least squares)."""
     symbols = np.unique(np.concatenate(numbers))
+    if not np.isfinite(energies).all():
+        return np.full(len(energies), np.nan)
     shares = np.array([[np.mean(frame == z) for z in symbols] for frame in numbers])
     best: np.ndarray = np.linalg.lstsq(shares, energies, rcond=None)[0]
     return energies - shares @ best

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from ase_gffmerge.data.frames import bare, displaced
 from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
-from ase_gffmerge.inference.errors import FORCE_FLOOR
-from ase_gffmerge.merging.recipe import AugmentationOptions
+from ase_gffmerge.inference.errors import FORCE_FLOOR, without_shifts
+from ase_gffmerge.merging.recipe import AugmentationOptions, ReadoutOptions
 from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models.affine_maps import is_affine, rows_entering
 from ase_gffmerge.models.base import Geometry, Potential, Stage
@@ -85,8 +85,31 @@ class CalibrationSet:
     @cached_property
     def mean_square_force(self) -> float:
         """Mean square of the specialist's force components on its frames, (eV/Å)^2, at least that of the floor."""
-        forces = [predict(self.specialist.potential, batch.graph).forces for batch in self.batches]
+        forces = [prediction.forces for prediction in self._predictions]
         return max(float(torch.cat(forces).double().square().mean()), FORCE_FLOOR**2)
+
+    def mean_square_target(self, options: ReadoutOptions) -> float:
+        """Mean square per coordinate of what a readout is fitted to on the specialist's frames, (eV/Å)^2.
+
+        That is of the force components, or, where these are silent by symmetry, of strain derivatives or energies (less
+        shifts of the elements) with their weights, if those are larger.
+        """
+        strains, energies, numbers = [], [], []
+        for prediction, batch in zip(self._predictions, self.batches, strict=True):
+            counts = torch.bincount(batch.graph.structure_index)
+            solid = torch.linalg.matrix_rank(batch.graph.cell.double()) == 3
+            square = prediction.strain_derivative.double().square().sum(dim=(1, 2)) * solid
+            strains.append(square / (3 * counts))
+            energies.append((prediction.energy.double() / counts).cpu().numpy())
+            numbers += [part.cpu().numpy() for part in batch.graph.atomic_numbers.split(counts.tolist())]
+        strain = options.stress_weight**2 * float(torch.cat(strains).mean())
+        spread = without_shifts(np.concatenate(energies), numbers)
+        energy = options.energy_weight**2 * float(np.square(spread).mean()) / 3
+        return max(self.mean_square_force, strain, energy)
+
+    @cached_property
+    def _predictions(self) -> list[Prediction]:
+        return [predict(self.specialist.potential, batch.graph) for batch in self.batches]
 
 
 MAX_EDGES, EDGES_PER_ATOM = 12_000, 24

@@ -35,11 +35,12 @@ from ase_gffmerge.merging.calibration import (
     run_stage,
     stage_inputs,
 )
+from ase_gffmerge.merging.disagreement import disagreement
 from ase_gffmerge.merging.layerwise import align_layers
 from ase_gffmerge.merging.pruning import Pruned, plain_hyper
 from ase_gffmerge.merging.readout_fit import match_forces
 from ase_gffmerge.merging.recipe import ReadoutOptions, Recipe, load_recipe
-from ase_gffmerge.merging.report import Disagreement, LayerReport, disagreement
+from ase_gffmerge.merging.report import Disagreement, LayerReport
 from ase_gffmerge.merging.tangents import Dual, pushforward
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import adjustable_maps

@@ -5,8 +5,11 @@ r"""How far a potential is from every specialist on frames that no fit has seen:
    D_k(f) = \sqrt{\langle \|F_f - F_k\|^2\rangle_{C_k} \,/\, \langle \|F_k\|^2\rangle_{C_k}} ,\qquad
    D(f) = \frac{\sum_k a_k D_k(f)}{\sum_k a_k}
 
-where :math:`F_k` are the forces that specialist k itself predicts on frames :math:`C_k`, and :math:`a_k` its weight.
+where :math:`F_k` are the forces that specialist k itself predicts on frames :math:`C_k`, and :math:`a_k` its weight;
+energies and stresses where forces are silent by symmetry (:mod:`ase_gffmerge.inference.errors`).
 No labels are needed. The specialists are evaluated once, whatever the number of potentials.
+
+And how far a merged potential, the mean of the weights and all other specialists are, for the report.
 """
 
 from collections.abc import Sequence
@@ -22,8 +25,9 @@ from ase_gffmerge.data.frames import evenly
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph
-from ase_gffmerge.inference.errors import FORCE_FLOOR
-from ase_gffmerge.inference.predict import check_frames
+from ase_gffmerge.inference.errors import Scales, compare, difference, relative_squares, without_shifts
+from ase_gffmerge.inference.predict import FramePredictions, check_frames, predict_frames
+from ase_gffmerge.merging.report import Disagreement, Parity
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import chunks
 
@@ -42,7 +46,7 @@ class Distance:
     ----------
     squares
         Per specialist, mean squared error of the force components of every frame over the mean square of the specialist's
-        forces on all frames (n_frames,).
+        forces on all frames (n_frames,), see :func:`~ase_gffmerge.inference.errors.relative_squares`.
     sizes
         Per specialist, atoms of every frame (n_frames,).
     weights
@@ -81,20 +85,20 @@ class Distance:
 
 @dataclass(frozen=True, kw_only=True)
 class DisagreementMetric:
-    """Disagreement with the specialists' own forces on some frames of each.
+    """Disagreement with the specialists' own predictions on some frames of each.
 
     Attributes
     ----------
     batches
         Per specialist, its frames.
-    forces
-        Per specialist, its forces (n_atoms, 3) in eV/Å on them.
+    references
+        Per specialist, its predictions for them.
     weights
         How much each specialist counts; their sum is one.
     """
 
     batches: tuple[tuple[AtomGraph, ...], ...]
-    forces: tuple[Tensor, ...]
+    references: tuple[FramePredictions, ...]
     weights: tuple[float, ...]
 
     @classmethod
@@ -132,20 +136,20 @@ class DisagreementMetric:
             _batches(specialist.potential, own, k)
             for k, (specialist, own) in enumerate(zip(specialists, frames, strict=True))
         )
-        forces = [_forces(s.potential, own) for s, own in zip(specialists, batches, strict=True)]
+        references = [_predictions(s.potential, own) for s, own in zip(specialists, batches, strict=True)]
         share = [1.0] * len(specialists) if weights is None else [float(a) for a in weights]
-        return cls(batches=batches, forces=tuple(forces), weights=tuple(a / sum(share) for a in share))
+        return cls(
+            batches=batches, references=tuple(references), weights=tuple(a / sum(share) for a in share)
+        )
 
     @torch.no_grad()
     def distance(self, potential: Potential) -> Distance:
         """Compare a potential that knows all elements of all frames with the specialists."""
-        squares, sizes = [], []
-        for own, forces in zip(self.batches, self.forces, strict=True):
-            error = (_forces(potential, own) - forces).square().mean(dim=1).cpu().numpy()
-            sizes.append(np.concatenate([np.bincount(b.structure_index.cpu().numpy()) for b in own]))
-            frame = np.repeat(np.arange(len(sizes[-1])), sizes[-1])
-            scale = max(float(forces.square().mean()), FORCE_FLOOR**2)
-            squares.append(np.bincount(frame, weights=error) / sizes[-1] / scale)
+        squares = [
+            relative_squares(_predictions(potential, own), reference)
+            for own, reference in zip(self.batches, self.references, strict=True)
+        ]
+        sizes = [np.array([len(frame) for frame in reference.numbers]) for reference in self.references]
         return Distance(squares=tuple(squares), sizes=tuple(sizes), weights=self.weights)
 
     def disagreement(self, potential: Potential) -> float:
@@ -162,5 +166,109 @@ def _batches(potential: Potential, frames: Sequence[Atoms], specialist: int) -> 
     return tuple(batch_graphs(graphs).to(potential.device) for graphs in groups)
 
 
-def _forces(potential: Potential, batches: Sequence[AtomGraph]) -> Tensor:
-    return torch.cat([predict(potential, batch).forces for batch in batches]).double()
+def _predictions(potential: Potential, batches: Sequence[AtomGraph]) -> FramePredictions:
+    """Predictions for all structures of some batches, in order."""
+    numbers, energies, forces, stresses = [], [], [], []
+    for batch in batches:
+        found, counts = predict(potential, batch), torch.bincount(batch.structure_index).tolist()
+        numbers += _apart(batch.atomic_numbers, counts)
+        forces += _apart(found.forces.double(), counts)
+        energies.append(found.energy.double().cpu().numpy())
+        solid = torch.linalg.matrix_rank(batch.cell.double()) == 3
+        stress = found.strain_derivative.double() / torch.linalg.det(batch.cell.double()).abs()[:, None, None]
+        stresses += [
+            one if has else None for one, has in zip(stress.cpu().numpy(), solid.tolist(), strict=True)
+        ]
+    return FramePredictions(
+        numbers=numbers, energies=np.concatenate(energies), forces=forces, stresses=stresses
+    )
+
+
+def _apart(values: Tensor, counts: list[int]) -> list[np.ndarray]:
+    return [part.cpu().numpy() for part in values.split(counts)]
+
+
+PARITY_SAMPLE = 600
+"""Force components per specialist that are kept for the parity plot."""
+
+
+def diagnose(
+    specialists: Sequence[ForceField], mean: Potential | None, merged: Potential
+) -> tuple[tuple[Disagreement, ...], tuple[Parity, ...]]:
+    """Evaluate all models on every specialist's calibration frames.
+
+    Parameters
+    ----------
+    specialists
+        In the order of their indices.
+    mean, merged
+        The two models that are compared with each of them; without a mean where the specialists differ in architecture.
+    """
+    rows: list[Disagreement] = []
+    parity: list[Parity] = []
+    for k, specialist in enumerate(specialists):
+        frames = specialist.calibration
+        if not frames:
+            continue
+        reference = predict_frames(specialist.potential, frames)
+        models = {"merged": merged} if mean is None else {"mean": mean, "merged": merged}
+        predictions = {name: predict_frames(model, frames, specialist=k) for name, model in models.items()}
+        elements = {int(z) for atoms in frames for z in atoms.numbers}
+        for other in specialists:
+            if other is not specialist and elements <= set(other.species):
+                predictions[other.name] = predict_frames(other.potential, frames)
+        rows += [disagreement(specialist.name, name, p, reference) for name, p in predictions.items()]
+        parity.append(_parity(specialist.name, reference, predictions.get("mean"), predictions["merged"]))
+    return tuple(rows), tuple(parity)
+
+
+def disagreement(
+    specialist: str, model: str, predicted: FramePredictions, reference: FramePredictions
+) -> Disagreement:
+    """How one model's predictions differ from a specialist's.
+
+    Parameters
+    ----------
+    specialist, model
+        Names.
+    predicted, reference
+        Of the model and of the specialist, on the same frames.
+    """
+    errors, size = compare(predicted, reference), Scales.of(reference)
+    error = Scales.of(difference(predicted, reference))
+    return Disagreement(
+        specialist=specialist,
+        model=model,
+        force_mae=errors.force_mae,
+        force_rmse=errors.force_rmse,
+        energy_mae=errors.energy_mae,
+        force_rms=size.force,
+        energy_rmse=error.energy,
+        energy_rms=size.energy,
+        stress_rmse=error.stress,
+        stress_rms=size.stress,
+    )
+
+
+def _parity(
+    name: str, reference: FramePredictions, mean: FramePredictions | None, merged: FramePredictions
+) -> Parity:
+    silent = Scales.of(reference).silent
+    flat = [_sample(p, silent) if p is not None else np.zeros(0) for p in (reference, mean, merged)]
+    chosen = np.linspace(0, len(flat[0]) - 1, min(PARITY_SAMPLE, len(flat[0]))).astype(int)
+    values = [tuple(float(round(v, 6)) for v in array[chosen]) if len(array) else () for array in flat]
+    return Parity(
+        specialist=name,
+        reference=values[0],
+        mean=values[1],
+        merged=values[2],
+        quantity="energies" if silent else "forces",
+    )
+
+
+def _sample(predictions: FramePredictions, silent: bool) -> np.ndarray:
+    """What the parity plot shows: force components, or energies per atom where forces are silent."""
+    if not silent:
+        return np.concatenate(predictions.forces).ravel()
+    counts = np.array([len(numbers) for numbers in predictions.numbers])
+    return without_shifts(predictions.energies / counts, predictions.numbers)

@@ -34,11 +34,12 @@ from ase_gffmerge.merging.calibration import (
     run_stage,
     stage_inputs,
 )
+from ase_gffmerge.merging.disagreement import diagnose
 from ase_gffmerge.merging.layerwise import align_layers
 from ase_gffmerge.merging.paper import solve_paper
 from ase_gffmerge.merging.readout_fit import match_forces
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.report import LayerReport, MergeReport, diagnose
+from ase_gffmerge.merging.report import LayerReport, MergeReport
 from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import adjustable_maps

@@ -19,7 +19,8 @@ block l. Over the :math:`N_k` frames f of specialist k (calibration frames and c
    + \frac{w_E^2}{n_f} \bigl( E_f - E^{(k)}_f \bigr)^2 \Bigr]
    + \lambda\,\frac{\mathrm{tr}\,G}{d}\,\bigl( |\theta|^2 + |c|^2 \bigr) ,
 
-with the specialist's weight :math:`a_k` and mean square force component :math:`s_k`, the ``energy_weight`` :math:`w_E`, and
+with the specialist's weight :math:`a_k` and mean square force component :math:`s_k` (where forces are silent by symmetry, of
+the rest: :meth:`.CalibrationSet.mean_square_target`), the ``energy_weight`` :math:`w_E`, and
 derivatives :math:`\partial_p` along displacements of the atoms and strains of the cell (:mod:`.tangents`), whose squares
 sum up to those of forces and weighted stresses. The derivatives :math:`\dot z` come from forward-mode differentiation, many
 directions in one pass. Every fifth frame with its copies is held out and chooses λ; then all are solved together.
@@ -300,6 +301,8 @@ def _batch_rows(
         target,
         Directions.draw(batch, options.directions, stress_weight=options.stress_weight, seed=seed),
         elements=elements,
-        frame_weights=calibration_set.weight * weight / (n_atoms * calibration_set.mean_square_force),
+        frame_weights=calibration_set.weight
+        * weight
+        / (n_atoms * calibration_set.mean_square_target(options)),
         energy_weight=options.energy_weight,
     )

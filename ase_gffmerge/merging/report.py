@@ -6,24 +6,22 @@ On the calibration frames of specialist k, with its own forces :math:`F^{(k)}`, 
 
 .. math:: d_k = \sqrt{\langle |F - F^{(k)}|^2 \rangle \,/\, \langle |F^{(k)}|^2 \rangle} .
 
-The verdict goes by the largest :math:`d_k` of the merged model, or by the error of a fitted readout on held-out frames
-if that is larger: ``good`` below 12 %, ``usable after distillation`` below 30 %, else ``failed``
+Where a specialist's frames have no forces by symmetry (equations of state, perfect crystals), energies per atom and stresses
+speak in their place (:mod:`ase_gffmerge.inference.errors`). The verdict goes by the largest :math:`d_k` of the merged model,
+or by the error of a fitted readout on held-out frames if that is larger: ``good`` below 12 %, ``usable after distillation``
+below 30 %, else ``failed``
 (:attr:`.MergeReport.relative_disagreement`, :attr:`.MergeReport.verdict`). No labels are needed for it.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.inference.errors import FORCE_FLOOR, compare
-from ase_gffmerge.inference.predict import FramePredictions, predict_frames
-from ase_gffmerge.models import Potential
+from ase_gffmerge.inference.errors import Scales
 
 if TYPE_CHECKING:
     from ase_gffmerge.least_squares.ridge import Solution
@@ -32,7 +30,14 @@ if TYPE_CHECKING:
 Verdict = Literal["good", "usable after distillation", "failed"]
 
 GOOD, USABLE = 0.12, 0.30
-"""Thresholds of the verdict on the relative force disagreement (see :meth:`MergeReport.relative_disagreement`)."""
+"""Thresholds of the verdict on the relative disagreement (see :meth:`MergeReport.relative_disagreement`)."""
+
+ADVICE: dict[Verdict, str] = {
+    "good": "test it on frames of your own, then run it",
+    "usable after distillation": "distil it on the specialists' own predictions before relying on it",
+    "failed": "do not use it; do the specialists share a base, and do the calibration frames cover what they know?",
+}
+"""What to do after each verdict."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +108,10 @@ class Disagreement:
         eV/atom.
     force_rms
         Root mean square of the specialist's own forces, eV/Å.
+    energy_rmse, energy_rms
+        Root mean square error of energies, and of the specialist's own ones, less shifts of the elements, eV/atom.
+    stress_rmse, stress_rms
+        The same for stresses, GPa; ``None`` where no frame has one.
     """
 
     specialist: str
@@ -111,16 +120,38 @@ class Disagreement:
     force_rmse: float
     energy_mae: float
     force_rms: float
+    energy_rmse: float = 0.0
+    energy_rms: float = 0.0
+    stress_rmse: float | None = None
+    stress_rms: float | None = None
+
+    @property
+    def relative(self) -> tuple[float, str]:
+        """The d of the module, and of what it is: ``forces``, or where these are silent the worst of all."""
+        size = Scales(force=self.force_rms, energy=self.energy_rms, stress=self.stress_rms)
+        error = Scales(force=self.force_rmse, energy=self.energy_rmse, stress=self.stress_rmse)
+        return error.relative(size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """A sample of force components (eV/Å) of one specialist and of the mean and merged models on its frames."""
+    """A sample of one specialist's predictions and of those of the mean and merged models, on its frames.
+
+    Attributes
+    ----------
+    specialist
+        Whose frames.
+    reference, mean, merged
+        Force components (eV/Å); where forces are silent, energies less shifts of the elements (eV/atom).
+    quantity
+        ``forces`` or ``energies``.
+    """
 
     specialist: str
     reference: tuple[float, ...]
     mean: tuple[float, ...]
     merged: tuple[float, ...]
+    quantity: Literal["forces", "energies"] = "forces"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,36 +195,46 @@ class MergeReport:
 
     @property
     def relative_disagreement(self) -> float:
-        """Largest force RMSE of the merged model against a specialist over that specialist's force RMS.
+        """Largest error of the merged model against a specialist, relative to the specialist's own forces.
 
-        Forces that are silent by symmetry count as :data:`.FORCE_FLOOR`. A readout fitted on the same frames is judged by
-        its error on held-out frames, if that is larger.
+        Energies and stresses speak where forces are silent by symmetry. A readout fitted on the same frames is judged by its
+        error on held-out frames, if that is larger.
         """
-        merged = [d for d in self.disagreements if d.model == "merged"]
-        values = [d.force_rmse / max(d.force_rms, FORCE_FLOOR) for d in merged]
-        return max([*values, self.held_out or 0.0])
+        return max(self._worst[0], self.held_out or 0.0)
+
+    @property
+    def _worst(self) -> tuple[float, str, str]:
+        """Largest relative error of the merged model, of what, and of whom."""
+        merged = [(*d.relative, d.specialist) for d in self.disagreements if d.model == "merged"]
+        return max(merged, default=(0.0, "forces", "a specialist"))
 
     @property
     def verdict(self) -> Verdict:
-        """`good` below 12 % relative force disagreement, `usable after distillation` below 30 %, else `failed`."""
+        """`good` below 12 % relative disagreement, `usable after distillation` below 30 %, else `failed`."""
         value = self.relative_disagreement
         return "good" if value < GOOD else "usable after distillation" if value < USABLE else "failed"
 
     @property
     def warning(self) -> str:
         """What to say of a merged potential that is not good."""
-        worst = 100 * self.relative_disagreement
-        advice = (
-            "distil it on the specialists' own predictions before relying on it"
-            if self.verdict != "failed"
-            else "do not use it; do the specialists share a base, and do the calibration frames cover what they know?"
-        )
-        return f"the merged potential is {self.verdict}: it misses a specialist's forces by {worst:.0f} %; {advice}"
+        return f"the merged potential is {self.verdict}: {self.missed}; {self.advice}"
+
+    @property
+    def missed(self) -> str:
+        """By how much the worst specialist is missed, in words."""
+        return f"it misses a specialist's {self._worst[1]} by {100 * self.relative_disagreement:.0f} %"
+
+    @property
+    def advice(self) -> str:
+        """What to do with a potential of this verdict."""
+        return ADVICE[self.verdict]
 
     def __repr__(self) -> str:
         """One line; :meth:`summary` is longer."""
         names, worst = " + ".join(self.specialists), 100 * self.relative_disagreement
-        return f"<MergeReport {names}: {self.verdict}, relative force disagreement {worst:.1f} %>"
+        return (
+            f"<MergeReport {names}: {self.verdict}, relative disagreement in {self._worst[1]} {worst:.1f} %>"
+        )
 
     def _repr_html_(self) -> str:
         """Elements, specialists, verdict and plot, in a notebook."""
@@ -231,7 +272,7 @@ class MergeReport:
     def summary(self) -> str:
         """A few lines for a terminal."""
         lines = [f"merge of {', '.join(self.specialists)}: {self.verdict}"]
-        lines.append(f"  relative force disagreement {100 * self.relative_disagreement:.1f} %")
+        lines.append(f"  relative disagreement in {self._worst[1]} {100 * self.relative_disagreement:.1f} %")
         for row in self.disagreements:
             lines.append(
                 f"  {row.specialist}: {row.model} differs by {1000 * row.force_mae:.1f} meV/Å, "
@@ -265,71 +306,3 @@ def _listed(names: tuple[str, ...], *, shown: int = 3) -> str:
     """The first few names and how many there are."""
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest
-
-
-PARITY_SAMPLE = 600
-"""Force components per specialist that are kept for the parity plot."""
-
-
-def diagnose(
-    specialists: Sequence[ForceField], mean: Potential | None, merged: Potential
-) -> tuple[tuple[Disagreement, ...], tuple[Parity, ...]]:
-    """Evaluate all models on every specialist's calibration frames.
-
-    Parameters
-    ----------
-    specialists
-        In the order of their indices.
-    mean, merged
-        The two models that are compared with each of them; without a mean where the specialists differ in architecture.
-    """
-    rows: list[Disagreement] = []
-    parity: list[Parity] = []
-    for k, specialist in enumerate(specialists):
-        frames = specialist.calibration
-        if not frames:
-            continue
-        reference = predict_frames(specialist.potential, frames)
-        models = {"merged": merged} if mean is None else {"mean": mean, "merged": merged}
-        predictions = {name: predict_frames(model, frames, specialist=k) for name, model in models.items()}
-        elements = {int(z) for atoms in frames for z in atoms.numbers}
-        for other in specialists:
-            if other is not specialist and elements <= set(other.species):
-                predictions[other.name] = predict_frames(other.potential, frames)
-        rows += [disagreement(specialist.name, name, p, reference) for name, p in predictions.items()]
-        parity.append(_parity(specialist.name, reference, predictions.get("mean"), predictions["merged"]))
-    return tuple(rows), tuple(parity)
-
-
-def disagreement(
-    specialist: str, model: str, predicted: FramePredictions, reference: FramePredictions
-) -> Disagreement:
-    """How one model's predictions differ from a specialist's.
-
-    Parameters
-    ----------
-    specialist, model
-        Names.
-    predicted, reference
-        Of the model and of the specialist, on the same frames.
-    """
-    errors = compare(predicted, reference)
-    return Disagreement(
-        specialist=specialist,
-        model=model,
-        force_mae=errors.force_mae,
-        force_rmse=errors.force_rmse,
-        energy_mae=errors.energy_mae,
-        force_rms=float(np.sqrt(np.square(np.concatenate(reference.forces)).mean())),
-    )
-
-
-def _parity(
-    name: str, reference: FramePredictions, mean: FramePredictions | None, merged: FramePredictions
-) -> Parity:
-    flat = [
-        np.concatenate(p.forces).ravel() if p is not None else np.zeros(0) for p in (reference, mean, merged)
-    ]
-    chosen = np.linspace(0, len(flat[0]) - 1, min(PARITY_SAMPLE, len(flat[0]))).astype(int)
-    values = [tuple(float(round(v, 4)) for v in array[chosen]) if len(array) else () for array in flat]
-    return Parity(specialist=name, reference=values[0], mean=values[1], merged=values[2])

@@ -34,22 +34,19 @@ from ase_gffmerge.errors import IncompatibleSpecialistsError, MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
-from ase_gffmerge.graphs import batch_graphs, predict
-from ase_gffmerge.inference.errors import FORCE_FLOOR
+from ase_gffmerge.graphs import predict
 from ase_gffmerge.merging.average import mean_potential
+from ase_gffmerge.merging.disagreement import diagnose
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe
-from ase_gffmerge.merging.report import MergeReport, diagnose
+from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.training.checkpoint import History
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.loop import Callback, Loss, fit
-from ase_gffmerge.training.loss import LabeledGraph, loss_terms
+from ase_gffmerge.training.loss import LabeledGraph, loss_terms, relative_error_on
 from ase_gffmerge.training.soap import SOAP
 from ase_gffmerge.training.teachers import DistillationSet, Teachers, merge_weights, prepare_teachers
-
-BATCH = 50
-"""Graphs per batch of the report."""
 
 PROJECTION = "projection"
 """Name of the student's layer that maps its node features to those of its teachers, while it learns."""
@@ -167,8 +164,7 @@ def _distilled_force_field(
     )
     if report.verdict != "good":
         warnings.warn(
-            f"the distilled potential is {report.verdict}: it misses a specialist's forces by "
-            f"{100 * report.relative_disagreement:.0f} %; distil it longer or on more frames",
+            f"the distilled potential is {report.verdict}: {report.missed}; distil it longer or on more frames",
             MergeWarning,
             stacklevel=3,
         )
@@ -330,20 +326,9 @@ def _distilled_report(
         specialists=tuple(teacher.name for teacher in teachers),
         layers=before.layers if before else (),
         disagreements=disagreements,
-        held_out=max(_relative_error(potential, graphs) for graphs in held_out),
+        held_out=max(relative_error_on(potential, graphs) for graphs in held_out),
         energy_shifts=energy_shifts,
         seconds={**(before.seconds if before else {}), "distillation": seconds},
         parity=parity,
         elements=tuple(chemical_symbols[number] for number in potential.species),
     )
-
-
-def _relative_error(potential: Potential, graphs: Sequence[LabeledGraph]) -> float:
-    """Root mean square force error over the root mean square force."""
-    squares, count = torch.zeros(2, dtype=torch.float64), 0
-    for start in range(0, len(graphs), BATCH):
-        batch = batch_graphs(graphs[start : start + BATCH]).to(potential.device)
-        error = predict(potential, batch).forces - batch.forces
-        count += error.numel()
-        squares += torch.stack([error.double().square().sum(), batch.forces.double().square().sum()]).cpu()
-    return float((squares[0] / squares[1].clamp(min=FORCE_FLOOR**2 * count)).sqrt())

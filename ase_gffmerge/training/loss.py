@@ -13,6 +13,8 @@ from ase_gffmerge.data.labels import energy_label, force_labels, frame_weight, s
 from ase_gffmerge.forcefield.conditioning import with_indices
 from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.inference.errors import relative_error
+from ase_gffmerge.inference.predict import FramePredictions, predict_batches
 from ase_gffmerge.models import Potential
 from ase_gffmerge.training.config import TrainConfig
 
@@ -188,3 +190,33 @@ def validate(potential: Potential, graphs: Sequence[LabeledGraph], batch_size: i
         energies.append(batch.weight * error)
         forces.append(batch.weight[batch.structure_index, None] * (prediction.forces - batch.forces).abs())
     return {"force_mae": float(torch.cat(forces).mean()), "energy_mae": float(torch.cat(energies).mean())}
+
+
+def relative_error_on(potential: Potential, graphs: Sequence[LabeledGraph]) -> float:
+    """Error of a potential relative to the size of the targets, see :mod:`ase_gffmerge.inference.errors`."""
+    device, cells = potential.device, [graph.cell[0].double() for graph in graphs]
+    numbers = [graph.atomic_numbers.numpy() for graph in graphs]
+    known = [bool(torch.isfinite(graph.stress).all()) for graph in graphs]
+    found = predict_batches(lambda batch: (predict(potential, batch), None), graphs, device=device)
+    predictions = [prediction for prediction, _ in found]
+    volumes = [float(torch.linalg.det(cell).abs()) for cell in cells]
+    return relative_error(
+        FramePredictions(
+            numbers=numbers,
+            energies=np.array([p.energy.item() for p in predictions]),
+            forces=[p.forces.double().numpy() for p in predictions],
+            stresses=[
+                p.strain_derivative[0].double().numpy() / volume if there else None
+                for p, volume, there in zip(predictions, volumes, known, strict=True)
+            ],
+        ),
+        FramePredictions(
+            numbers=numbers,
+            energies=np.array([graph.energy.item() for graph in graphs]),
+            forces=[graph.forces.double().numpy() for graph in graphs],
+            stresses=[
+                graph.stress[0].double().numpy() if there else None
+                for graph, there in zip(graphs, known, strict=True)
+            ],
+        ),
+    )

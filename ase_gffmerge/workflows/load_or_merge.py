@@ -126,8 +126,8 @@ def _warn_again(force_field: ForceField, recipe: Recipe) -> None:
     report = MergeReport.from_dict(record.report)
     if report.verdict != "good":
         warnings.warn(
-            f"the merged potential (from the cache) is {report.verdict}: it misses a specialist's forces by "
-            f"{100 * report.relative_disagreement:.0f} %; see calc.report, and do not rely on it untested",
+            f"the merged potential (from the cache) is {report.verdict}: {report.missed}; "
+            "see calc.report, and do not rely on it untested",
             MergeWarning,
             stacklevel=4,
         )

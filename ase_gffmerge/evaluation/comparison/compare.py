@@ -13,6 +13,7 @@ from ase_gffmerge.evaluation.comparison.inputs import (
     unrecorded,
 )
 from ase_gffmerge.evaluation.comparison.measurement import Measurement, RowStore, measure, measure_specialists
+from ase_gffmerge.inference.errors import Errors
 from ase_gffmerge.merging.average import related
 from ase_gffmerge.methods import METHODS, MergeInputs, Method, Requirement
 from ase_gffmerge.runtime.progress import Progress, no_progress
@@ -72,10 +73,13 @@ class Comparison:
         }
 
     def worst_ratio(self, model: str) -> float:
-        """Force MAE of a method over the specialist's own, on the specialist where it does worst."""
-        own = self.rows[SPECIALIST].errors
-        pairs = zip(self.rows[model].errors, own, strict=True)
-        return max(mine.force_mae / max(theirs.force_mae, 1e-12) for mine, theirs in pairs)
+        """Force MAE of a method over the specialist's own, on the specialist where it does worst.
+
+        Where the specialist's own is below 1 meV/Å, as on frames that have no forces by symmetry, that counts in its place,
+        and energies count too, from 0.1 meV/atom on.
+        """
+        pairs = zip(self.rows[model].errors, self.rows[SPECIALIST].errors, strict=True)
+        return max(_ratio(mine, theirs) for mine, theirs in pairs)
 
     def to_dict(self) -> dict[str, object]:
         """JSON-able document; ``seconds`` has no entry for the specialists themselves."""
@@ -93,6 +97,17 @@ class Comparison:
             "notes": list(self.notes),
             "units": UNITS,
         }
+
+
+FORCE_RESOLUTION, ENERGY_RESOLUTION = 1e-3, 1e-4
+"""Errors in eV/Å and eV/atom that no method need be better than."""
+
+
+def _ratio(mine: Errors, theirs: Errors) -> float:
+    forces = mine.force_mae / max(theirs.force_mae, FORCE_RESOLUTION)
+    if theirs.force_mae >= FORCE_RESOLUTION:
+        return forces
+    return max(forces, mine.energy_mae / max(theirs.energy_mae, ENERGY_RESOLUTION))
 
 
 def compare_methods(
