@@ -171,7 +171,7 @@ def md(
                 else "nothing was written"
             )
             raise KeyboardInterrupt(f"interrupted; {done}") from None
-    document = {**result.to_dict(), "trajectory": str(out)}
+    document: dict[str, object] = {**result.to_dict(), "trajectory": str(out)}
     if monitor is not None:
         document |= {"extrapolation_largest": monitor.largest, "extrapolation_beyond": monitor.n_beyond}
     if as_json:
@@ -181,8 +181,12 @@ def md(
         raise typer.Exit(1)
     if as_json:
         return
-    document["broken_bonds"] = len(result.broken_bonds)
-    print_values({LABELS.get(key, key): value for key, value in document.items()})
+    document |= {"broken_bonds": len(result.broken_bonds)}
+    print_values({LABELS.get(key, key): value for key, value in document.items() if value is not None})
+    note(
+        f"written: {', '.join(str(path) for path in (out, log) if path)}; "
+        "the same command with more --steps and --restart goes on"
+    )
     if result.broken_bonds:
         note(
             f"{len(result.broken_bonds)} bond(s) were at some time longer than 1.5 times their initial length"
@@ -190,7 +194,10 @@ def md(
 
 
 LABELS = {
+    "n_atoms": "atoms",
     "timestep": "timestep (fs)",
+    "steps_per_second": "steps per second",
+    "broken_bonds": "broken bonds",
     "temperature_mean": "mean temperature (K)",
     "volume_mean": "mean volume (Å³)",
     "pressure_mean": "mean pressure (GPa)",
