@@ -1,5 +1,7 @@
 """Build a fresh virtual environment for every package whose force fields can be merged, and run its tests there.
 
+``workflows`` is the one of matcalc and janus-core, which take the calculator instead.
+
     python md_examples/vendor_environments.py                      # all of them
     python md_examples/vendor_environments.py nequip sevennet --folder environments
 
