@@ -9,6 +9,7 @@ Which packages' force fields can be read; an adapter is imported when it is need
 Steps from another package's network to a potential that are the same whichever package it is.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from numpy._core import multiarray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ase_gffmerge.errors import FileFormatError, first_line
 from ase_gffmerge.graphs import batch_graphs, build_graph
@@ -136,7 +137,11 @@ class Adapter(ABC):
             With the options of a recipe that are at fault, and what to write instead.
         """
         faults = [
-            *(["a wide readout (in the recipe write readout: null, or refine: {})"] if wide_readout else []),
+            *(
+                ["a widened readout (in the recipe write readout: null, or refine: {})"]
+                if wide_readout
+                else []
+            ),
             *(["an embedding per specialist (write conditioning: shared)"] if embeddings else []),
         ]
         if faults:
@@ -193,13 +198,29 @@ _ARRAYS: list[Callable[..., VendorObject] | tuple[Callable[..., VendorObject], s
 """What pickled numpy arrays and numbers are made of; they hold data only."""
 
 
-def load_checkpoint(path: Path, *, trust: bool) -> dict[str, VendorObject]:
-    """Read a ``torch.save`` file, tensors, arrays and plain containers alone unless it is trusted.
+TRUST = "load_force_field(..., trust=True), or gffmerge convert {source} FILE.safetensors --trust"
+"""How a file is loaded that executes code."""
+
+
+def load_checkpoint(
+    path: Path, *, trust: bool, source: str, tensors: str = "", names: Collection[str] = ()
+) -> VendorObject:
+    """Read a ``torch.save`` file: a dictionary of tensors, arrays and plain containers, or a model if it is trusted.
+
+    Parameters
+    ----------
+    path
+        The file.
+    trust
+        Execute code that it may contain.
+    source, tensors, names
+        For messages: ``vendor:path``; how weights are saved without anything else, where the package has a way; and names
+        that may stand for a path.
 
     Raises
     ------
     FileFormatError
-        When there is no such file, it holds code and is not trusted, or it is no dictionary.
+        When there is no such file, it holds code and is not trusted, or it is neither.
     """
     if path.is_dir():
         raise FileFormatError(f"{path} is a folder; give the checkpoint in it")
@@ -207,18 +228,19 @@ def load_checkpoint(path: Path, *, trust: bool) -> dict[str, VendorObject]:
         with torch.serialization.safe_globals(_ARRAYS):
             content = torch.load(path, map_location="cpu", weights_only=not trust)
     except FileNotFoundError:
-        raise FileFormatError(f"there is no file {path}; check the path") from None
+        or_name = f", or give one of {', '.join(names)}" if names else ""
+        raise FileFormatError(f"there is no file {path}; check the path{or_name}") from None
     except Exception as error:  # a damaged pickle can raise anything
-        advice = (
-            "write it again"
-            if trust
-            else "if it is whole, it holds Python objects, whose loading would execute code from the file: pass trust=True "
-            "for files of your own, or save model.as_dict() or state_dict() alone"
-        )
+        yours = f"for a file of your own there is {TRUST.format(source=source)}{f', or {tensors}' if tensors else ''}"
+        if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise FileFormatError(
+                f"{path} holds Python objects ({found[1]}), whose loading executes code; {yours}"
+            ) from None
+        advice = "write it again" if trust else f"it is damaged, or holds Python objects: {yours}"
         raise FileFormatError(f"{path} cannot be read as tensors: {first_line(error)}; {advice}") from None
-    if not isinstance(content, dict):
+    if not isinstance(content, (dict, nn.Module) if trust else dict):
         raise FileFormatError(
-            f"{path} holds a {type(content).__name__}, not a dictionary of weights; save the model again"
+            f"{path} holds a {type(content).__name__}, not a dictionary of weights; give the checkpoint of its training"
         )
     return content
 

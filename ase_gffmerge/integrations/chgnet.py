@@ -21,6 +21,9 @@ N_ELEMENTS = 94
 PRETRAINED = {"0.3.0": "PBE and PBE+U of the Materials Project", "r2scan": "r2SCAN of the Materials Project"}
 """Names of weights that come with the package, and what they were trained on."""
 
+TENSORS = "torch.save(model.as_dict(), FILE)"
+"""Saves a model without code."""
+
 REQUIRED: dict[str, VendorObject] = {
     "update_bond": True,
     "update_angle": True,
@@ -52,11 +55,15 @@ class CHGNetAdapter(Adapter):
         if isinstance(source, str | Path):
             name = str(source)
             path = pretrained(name) if name in PRETRAINED and not Path(name).exists() else Path(name)
-            content = load_checkpoint(path, trust=trust)
+            content = load_checkpoint(
+                path, trust=trust, source=f"chgnet:{source}", tensors=TENSORS, names=PRETRAINED
+            )
             origin, theory = str(path), PRETRAINED.get(name, "unknown")
-        elif hasattr(source, "as_dict"):
-            content, origin, theory = source.as_dict(), "the CHGNet given", "unknown"
         else:
+            content, origin, theory = source, "the CHGNet given", "unknown"
+        if hasattr(content, "as_dict"):
+            content = content.as_dict()
+        elif not isinstance(content, dict):
             raise FileFormatError(
                 f"a {type(source).__name__} is no CHGNet; give a checkpoint's path, one of {', '.join(PRETRAINED)}, or a "
                 "chgnet.model.CHGNet"

@@ -152,6 +152,13 @@ def local_file(source: str | Path) -> Path:
     """
     path = bundled_path(source)
     if not os.path.exists(path):
+        prefix, colon, rest = str(source).partition(":")
+        if colon and prefix.isidentifier() and len(prefix) > 1:
+            close = get_close_matches(prefix, ADAPTERS, n=1)
+            hint = f"did you mean {close[0]}:{rest}?" if close else f"these are: {', '.join(ADAPTERS)}"
+            raise FileFormatError(
+                f"{source}: no package {prefix!r} is known whose force fields are read; {hint}"
+            )
         close = get_close_matches(str(source), BUNDLED, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"the bundled names are {', '.join(BUNDLED)}"
         raise FileFormatError(

@@ -297,8 +297,9 @@ def _check_pair(first: ForceField, second: ForceField, recipe: Recipe) -> None:
     if first.level_of_theory != second.level_of_theory and not recipe.allow_mixed_theory:
         raise IncompatibleSpecialistsError(
             f"{pair} were trained on different levels of theory ({first.level_of_theory!r}, "
-            f"{second.level_of_theory!r}); one energy surface cannot follow both. If that is intended, set "
-            "allow_mixed_theory in the recipe"
+            f"{second.level_of_theory!r}); one energy surface cannot follow both. If only a name is missing, add it by "
+            "gffmerge convert FILE NAMED.safetensors --level-of-theory NAME; if it is intended, write in the recipe "
+            "allow_mixed_theory: true"
         )
     if first.fingerprint == second.fingerprint and not recipe.allow_identical:
         raise IncompatibleSpecialistsError(
@@ -308,7 +309,7 @@ def _check_pair(first: ForceField, second: ForceField, recipe: Recipe) -> None:
         raise IncompatibleSpecialistsError(
             f"{pair} do not descend from a common base (no shared ancestor on record, and their weights are "
             f"{weight_distance(first, second):.2f} times their own size apart), so a closed-form merge of them is "
-            "useless; fine-tune both from one base, or pass allow_unrelated to see for yourself"
+            "useless; fine-tune both from one base, or see for yourself: --allow-unrelated, in Python allow_unrelated=True"
         )
 
 

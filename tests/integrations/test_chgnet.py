@@ -371,3 +371,21 @@ def test_what_the_vendors_format_cannot_hold_is_not_exported(pair, tmp_path):
     with pytest.raises(FileFormatError, match="no format but"):
         export(load_force_field("rmd17-ethanol"), tmp_path / "no.pth.tar")
     assert ADAPTERS["chgnet"].architecture == merged.potential.architecture
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_advice_about_a_pickled_model_can_be_followed(small, tmp_path):
+    from chgnet.model import CHGNet
+
+    model = CHGNet.from_file(str(export(small, tmp_path / "small.pth.tar")))
+    path = tmp_path / "whole.pth.tar"
+    torch.save(model, path)
+    with pytest.raises(FileFormatError, match=r"CHGNet\).*trust=True.*convert chgnet:.*--trust.*as_dict"):
+        load_force_field(f"chgnet:{path}")
+    assert load_force_field(f"chgnet:{path}", trust=True).fingerprint == small.fingerprint
+    torch.save(model.as_dict(), path)
+    assert load_force_field(f"chgnet:{path}").fingerprint == small.fingerprint
+    with pytest.raises(FileFormatError, match=r"give one of 0\.3\.0"):
+        load_force_field("chgnet:0.4.0")
+    with pytest.raises(FileFormatError, match=r"did you mean chgnet:0\.3\.0"):
+        load_force_field("chgnett:0.3.0")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.integrations.base import VendorObject, load_checkpoint
+from ase_gffmerge.integrations.base import TRUST, VendorObject, load_checkpoint
 from ase_gffmerge.models.layers import package_mode
 
 READ = "give a .model file, a MACECalculator, or a MACE or ScaleShiftMACE of mace.modules"
@@ -35,14 +35,13 @@ def load_network(path: Path, *, trust: bool) -> VendorObject:
     named = [*interaction_classes.values(), *readout_classes.values(), *filter(None, gate_dict.values())]
     try:
         with torch.serialization.safe_globals([Irreps, Irrep, _MulIr, *named]):
-            content = load_checkpoint(path, trust=False)
+            content = load_checkpoint(path, trust=False, source=f"mace:{path}")
     except FileFormatError:
         if not path.is_file():
             raise
         raise FileFormatError(
             f"{path} is not read: unless it is damaged, it is a pickled model, whose loading executes code from the file; "
-            "pass trust=True to load_force_field, or --trust to gffmerge convert, for files of your own, or save "
-            f"{SAFE}"
+            f"for files of your own there is {TRUST.format(source=f'mace:{path}')}, or save {SAFE}"
         ) from None
     return _build(content, path)
 
@@ -102,7 +101,8 @@ def find_network(source: VendorObject) -> tuple[VendorObject, int]:
     ]
     if len(chosen) != 1:
         raise FileFormatError(
-            f"the MACE has the heads {', '.join(heads)}; choose one: give MACECalculator(models=model, head=...)"
+            f"the MACE has the heads {', '.join(heads)}; choose one in Python: from_vendor('mace', MACECalculator(FILE, "
+            f"head={heads[-1]!r})), of ase_gffmerge.integrations.load"
         )
     return network, chosen[0]
 

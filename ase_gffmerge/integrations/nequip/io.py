@@ -1,7 +1,7 @@
 """Files of the package ``nequip``: checkpoints, read without executing code where that is possible, and packages."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ase_gffmerge.errors import FileFormatError, first_line
-from ase_gffmerge.integrations.base import VendorObject, load_checkpoint
+from ase_gffmerge.integrations.base import TRUST, VendorObject, load_checkpoint
 from ase_gffmerge.models.layers import package_mode
 
 BUILDERS = ("NequIPGNNModel", "PresetNequIPGNNModel", "FullNequIPGNNModel")
@@ -66,10 +66,10 @@ def load_network(path: Path, *, trust: bool) -> nn.Module:
             return find_network(load_saved_model(path))
     if package:
         raise FileFormatError(
-            f"{path} is a package of nequip, which holds code that would be executed; pass trust=True for packages of "
-            "people whom you trust"
+            f"{path} is a package of nequip, which holds code that would be executed; for packages of people whom you trust "
+            f"there is {TRUST.format(source=f'nequip:{path}')}"
         )
-    return _from_checkpoint(load_checkpoint(path, trust=False), path)
+    return _from_checkpoint(load_checkpoint(path, trust=False, source=f"nequip:{path}"), path)
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def _defaults_kept() -> Iterator[None]:
             np.random.set_state(states[1])  # noqa: NPY002
 
 
-def _from_checkpoint(content: Mapping[str, VendorObject], path: Path) -> nn.Module:
+def _from_checkpoint(content: VendorObject, path: Path) -> nn.Module:
     """Build the network that a checkpoint describes, and load its weights: their running mean if there is one."""
     import nequip.model
 
@@ -105,8 +105,8 @@ def _from_checkpoint(content: Mapping[str, VendorObject], path: Path) -> nn.Modu
         raise FileFormatError(f"{path} is no checkpoint of nequip-train; give its .ckpt file") from None
     if module != "nequip.model" or builder not in BUILDERS or not _is_plain(config.get("pair_potential")):
         raise FileFormatError(
-            f"{path} holds a model that {module}.{builder} makes of other files or of other parts; pass trust=True to let "
-            "nequip load it, for files whose authors you trust"
+            f"{path} holds a model that {module}.{builder} makes of other files or of other parts; to let nequip load it "
+            f"there is, for people whom you trust, {TRUST.format(source=f'nequip:{path}')}"
         )
     arguments = {
         key: value for key, value in config.items() if key not in ("seed", "model_dtype", "compile_mode")

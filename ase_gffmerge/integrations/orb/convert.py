@@ -32,6 +32,9 @@ PRETRAINED = {
 }
 """Names of published models, neighbours that an atom attends to in them, and what they were trained on."""
 
+TENSORS = "torch.save(model.state_dict(), FILE)"
+"""Saves a model without code."""
+
 SETTINGS = {"max_num_neighbors": "max_neighbors", "radius": "cutoff", "activation": "activation"}
 """Vendor's words for what a state dictionary does not tell, and ours."""
 
@@ -101,7 +104,7 @@ class OrbAdapter(Adapter):
         from ase_gffmerge.integrations.orb.model import network_of
 
         hyper: OrbPackageHyper = potential.hyper  # type: ignore[assignment]
-        return _convert(network_of(hyper, load_checkpoint(path, trust=False)), hyper)
+        return _convert(network_of(hyper, load_checkpoint(path, trust=False, source=f"orb:{path}")), hyper)
 
 
 ADAPTER = OrbAdapter()
@@ -112,7 +115,9 @@ def _from_file(source: str, *, trust: bool) -> "tuple[nn.Module, OrbPackageHyper
     from ase_gffmerge.integrations.orb.model import hyper_of, network_of
 
     name, path = _located(source)
-    content = load_checkpoint(path, trust=trust)
+    content = load_checkpoint(path, trust=trust, source=f"orb:{source}", tensors=TENSORS, names=PRETRAINED)
+    if isinstance(content, nn.Module):
+        return *_from_object(content), PRETRAINED.get(_published(name), (0, "unknown"))[1]
     state = content.get("state_dict", content)
     _require_readable(state, str(path))
     settings, theory = _settings(name or content.get("architecture"), path)

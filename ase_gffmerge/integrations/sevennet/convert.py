@@ -55,7 +55,8 @@ class SevenNetAdapter(Adapter):
             path = Path(source)
             if str(source) in PRETRAINED and not path.exists():
                 path, theory = _pretrained(str(source)), MATERIALS_PROJECT
-            network = _build(load_checkpoint(path, trust=trust), path)
+            content = load_checkpoint(path, trust=trust, source=f"sevenn:{source}", names=PRETRAINED)
+            network = _build(content, path) if isinstance(content, dict) else content
         potential = _convert(network)
         return ConvertedModel(
             potential=potential, vendor=self.vendor, version=version("sevenn"), level_of_theory=theory
