@@ -90,7 +90,7 @@ def merge(
         merged, result = merge_specialists(loaded, chosen, device=device, progress=progress)
     _write(merged, out)
     if report:
-        save_html(result, report)
+        save_html(merged, report)
     if as_json:
         print_json({"out": str(out), **result.to_dict()})
         return

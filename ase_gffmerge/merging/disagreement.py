@@ -247,6 +247,7 @@ def disagreement(
         energy_rms=size.energy,
         stress_rmse=error.stress,
         stress_rms=size.stress,
+        n_frames=errors.n_frames,
     )
 
 

@@ -15,7 +15,9 @@ below 30 %, else ``failed``
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import TypeAdapter, ValidationError
@@ -112,6 +114,8 @@ class Disagreement:
         Root mean square error of energies, and of the specialist's own ones, less shifts of the elements, eV/atom.
     stress_rmse, stress_rms
         The same for stresses, GPa; ``None`` where no frame has one.
+    n_frames
+        How many frames; 0 in files that older versions wrote.
     """
 
     specialist: str
@@ -124,6 +128,7 @@ class Disagreement:
     energy_rms: float = 0.0
     stress_rmse: float | None = None
     stress_rms: float | None = None
+    n_frames: int = 0
 
     @property
     def relative(self) -> tuple[float, str]:
@@ -180,6 +185,8 @@ class MergeReport:
         ``chosen`` of the ``rounds`` of a closed loop, each with its ``trajectories``, as JSON types.
     elements
         Symbols of what the merged model knows; empty in files that older versions wrote.
+    version, date
+        Of this package, and when the merge was made (UTC, ISO 8601); empty in files that older versions wrote.
     """
 
     specialists: tuple[str, ...]
@@ -192,6 +199,8 @@ class MergeReport:
     averaged: tuple[str, ...] = ()
     closed_loop: Mapping[str, Any] | None = None
     elements: tuple[str, ...] = ()
+    version: str = field(default_factory=lambda: version("ase-gffmerge"))
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
     def relative_disagreement(self) -> float:
@@ -261,7 +270,8 @@ class MergeReport:
         """
         derived = ("verdict", "relative_disagreement")
         try:
-            return TypeAdapter(cls).validate_python({k: v for k, v in data.items() if k not in derived})
+            known = {k: v for k, v in data.items() if k not in derived}
+            return TypeAdapter(cls).validate_python({"version": "", "date": "", **known})
         except ValidationError as error:
             finding = error.errors()[0]
             raise FileFormatError(

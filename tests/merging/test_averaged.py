@@ -20,7 +20,7 @@ def test_averaged_parameters_are_the_mean_and_all_others_moved(family, architect
     assert "embedding" in same
     assert "averaged, as no solve covers them: embedding" in report.summary()
     assert (
-        "Averaged, as no solve covers them: embedding" in save_html(report, tmp_path / "r.html").read_text()
+        "Averaged, as no solve covers them: embedding" in save_html(merged, tmp_path / "r.html").read_text()
     )
 
 

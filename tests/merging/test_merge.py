@@ -1,3 +1,4 @@
+import html
 import json
 from copy import deepcopy
 from dataclasses import replace
@@ -164,8 +165,13 @@ def test_report_is_complete_round_trips_and_shows(family, architecture, tmp_path
     assert all(row.residual_after <= row.residual_before * (1 + 1e-6) + 1e-12 for row in report.layers)
     assert {row.kind for row in report.layers} == {"layer", "message", "readout"}
     assert set(report.seconds) == {"mean", "layers", "readout", "report", "extrapolation"}
-    page = save_html(report, tmp_path / "report.html").read_text()
-    assert report.verdict in page
+    page = save_html(merged, tmp_path / "report.html").read_text()
+    assert f"{report.verdict}: {html.escape(report.advice)}" in page
+    assert all(
+        word in page for word in (report.version, report.date, "toy", "H, C, O", "s0 6, s1 6", architecture)
+    )
+    assert "<details><summary>Least-squares problems" in page
+    assert f"directions: {merged.merged.recipe['directions']}" in page, "the recipe, folded"
     assert "http" not in page.replace("http-equiv", "")
     assert report.elements == tuple(chemical_symbols[number] for number in merged.species)
     assert repr(report).startswith(f"<MergeReport s0 + s1: {report.verdict}, ")

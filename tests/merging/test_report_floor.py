@@ -26,6 +26,7 @@ from ase_gffmerge.merging.calibration import build_calibration
 from ase_gffmerge.merging.disagreement import DisagreementMetric, diagnose
 from ase_gffmerge.merging.recipe import DistillOptions, ReadoutOptions
 from ase_gffmerge.merging.report import MergeReport
+from ase_gffmerge.merging.report_plot import report_figure, report_html
 from ase_gffmerge.training.distill import distill
 from ase_gffmerge.training.loss import relative_error_on
 from ase_gffmerge.training.teachers import prepare_teachers
@@ -205,3 +206,14 @@ def test_distillation_beside_silent_frames(pair) -> None:
     for graphs in teachers.held_out:
         before, after = (relative_error_on(p, graphs) for p in (start.potential, distilled.potential))
         assert after < before
+
+
+def test_the_figure_of_a_report_with_nothing_to_show(pair) -> None:
+    """No frames, no numbers: a figure all the same, and a page only of what was merged."""
+    blank = MergeReport(
+        specialists=("a", "b"), layers=(), disagreements=(), held_out=None, energy_shifts={}, seconds={}
+    )
+    texts = [t.get_text() for panel in report_figure(blank).subfigs for a in panel.axes for t in a.texts]
+    assert "no calibration frames" in texts
+    with pytest.raises(ValueError, match="is no merge"):
+        report_html(pair[0])
