@@ -319,8 +319,8 @@ def _distilled_report(
     """
     before = MergeReport.from_dict(record.report) if record else None
     recipe = Recipe(conditioning="per-specialist" if potential.hyper.n_embeddings > 1 else "shared")
-    alike = len({(t.potential.architecture, t.potential.hyper) for t in teachers}) == 1
-    mean = mean_potential(teachers, recipe) if alike else None
+    kinds = {(teacher.potential.architecture, teacher.potential.hyper) for teacher in teachers}
+    mean = mean_potential(teachers, recipe) if len(teachers) > 1 == len(kinds) else None
     disagreements, parity = diagnose(teachers, mean, potential)
     return MergeReport(
         specialists=tuple(teacher.name for teacher in teachers),

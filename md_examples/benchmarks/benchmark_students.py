@@ -108,7 +108,7 @@ def compression(tests: dict[str, list[Atoms]]) -> list[dict[str, Any]]:
 
 def random_student(teacher: ForceField) -> ForceField:
     """32 x 3 with random weights."""
-    hyper = {"channels": 32, "n_blocks": 3, "cutoff": teacher.cutoff}
+    hyper: dict[str, object] = {"channels": 32, "n_blocks": 3, "cutoff": teacher.cutoff}
     potential = random_potential(TrainConfig(model="painn", hyper=hyper), teacher.species)
     potential.references.copy_(teacher.potential.references)
     return ForceField(name="random", potential=potential.eval(), calibration=teacher.calibration)
