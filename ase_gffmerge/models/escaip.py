@@ -17,7 +17,7 @@ features h of the atoms and e of the edges, radial functions b, the envelope :ma
 equation                                  variable
 ========================================  ================================================
 h (n_atoms, C), e (n_edges, C)            ``state``
-b, f_c, P_l                               ``geometry.radial``, ``.envelope``, ``.legendre``
+b, f_c, P_l                               ``geometry.radial``, ``.envelope``, ``Table.legendre``
 W_t, W_qkv, W_h, W_e                      ``hidden``, ``qkv``, ``out_node``, ``out_edge``
 d, numbers of channels of q^{al}          sum of ``frequency_list``, its entries
 ========================================  ================================================
@@ -25,7 +25,7 @@ d, numbers of channels of q^{al}          sum of ``frequency_list``, its entries
 Differences to the authors' network, all for conserved energies: forces are derivatives; all neighbours within the cutoff
 take part, and not the nearest 30; the envelope stands before every exponential (as its logarithm in a plain softmax, which
 has derivatives of every order), and a one in the denominator, so that energies have two continuous derivatives where a
-neighbour comes or goes, also the first one. Neighbourhoods are padded to a common width for matrix products
+neighbour comes or goes, also the first one. Neighbourhoods are padded to a few common widths for matrix products
 (:mod:`.neighborhoods`); slots without an edge have the factor 0 and bring nothing.
 """
 
@@ -34,16 +34,19 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
+from e3nn.o3 import SphericalHarmonics
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.models.base import HyperParameters, Potential, State
+from ase_gffmerge.models.layers import eager_e3nn, keep_plain
 from ase_gffmerge.models.layers.linear import JoinedLinear
 from ase_gffmerge.models.layers.neighborhoods import (
     InferenceStage,
     NeighborhoodGeometry,
     NeighborhoodStage,
+    Table,
     neighborhoods,
 )
 
@@ -100,22 +103,26 @@ class FeedForward(nn.Module):
 class Input(NeighborhoodStage):
     r"""First features of the edges, and bond-orientational order of the atoms.
 
-    An atom is given the power spectrum, for every l, :math:`\sum_{jk} f_c(r_{ij}) f_c(r_{ik}) P_l(\cos\vartheta_{jik})`.
+    An atom is given :math:`|\sum_j f_c(r_{ij}) Y_l(\hat{\mathbf r}_{ij})|^2` for every l.
     """
 
     emits_scalars = False
 
     def __init__(self, hyper: EScAIPHyper):
         super().__init__()
+        orders = range(len(hyper.frequency_list))
+        self.orders = [2 * order + 1 for order in orders]
+        with eager_e3nn():
+            self.harmonics = SphericalHarmonics(list(orders), normalize=False, normalization="norm")
         self.hidden = JoinedLinear(hyper.n_radial + 2 * hyper.channels, hyper.channels)
         self.out = nn.Linear(hyper.channels, hyper.channels)
         self.orientation = nn.Linear(len(hyper.frequency_list), hyper.channels)
 
     def update(self, state: State, joined: Tensor, geometry: NeighborhoodGeometry) -> State:
         """Change h, and add e."""
-        f = geometry.slot_envelope[:, :, None]
-        orders = [f.sum(dim=1).square(), *((f.mT @ p @ f).squeeze(2) for p in geometry.legendre)]
-        return state[0] + self.orientation(torch.cat(orders, dim=1)), self.out(gelu(joined))
+        summed = geometry.sums(geometry.envelope * self.harmonics(geometry.angular)).square()
+        orders = [x.sum(dim=1) for x in summed.split(self.orders, dim=1)]
+        return state[0] + self.orientation(torch.stack(orders, dim=1)), self.out(gelu(joined))
 
 
 class Block(NeighborhoodStage):
@@ -155,17 +162,22 @@ class Block(NeighborhoodStage):
 
     def attention(self, t: Tensor, geometry: NeighborhoodGeometry) -> Tensor:
         """Map t (n_edges, channels) to y (n_edges, channels)."""
+        qkv = self.qkv(t)
+        tables = [self.attend(geometry.padded(qkv, table.edge), table) for table in geometry.tables]
+        return geometry.from_slots(tables)
+
+    def attend(self, qkv: Tensor, table: Table) -> Tensor:
+        """Map queries, keys and values (n, width, ...) to y (n, width, channels)."""
         size = self.heads * self.d_logits
-        slots = geometry.padded(self.qkv(t)).split([size, size, t.shape[1]], dim=2)
+        slots = qkv.split([size, size, qkv.shape[2] - 2 * size], dim=2)
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in slots)
         q = self.d_logits**-0.5 * q
         parts = zip(q.split(self.frequencies, dim=3), k.split(self.frequencies, dim=3), strict=True)
         products = [q_l @ k_l.mT for q_l, k_l in parts]
-        logits = products[0] + geometry.bias[:, None, None]
-        for p_l, product in zip(geometry.legendre, products[1:], strict=True):
+        logits = products[0] + table.bias[:, None, None]
+        for p_l, product in zip(table.legendre, products[1:], strict=True):
             logits = torch.addcmul(logits, p_l[:, None], product)
-        y = torch.softmax(logits, dim=-1) @ v
-        return geometry.from_slots(y.transpose(1, 2).flatten(2))
+        return (torch.softmax(logits, dim=-1) @ v).transpose(1, 2).flatten(2)
 
 
 class BlockReadouts(nn.Module):
@@ -207,6 +219,7 @@ class EScAIP(Potential):
         self.stages.append(Input(hyper))
         for block in range(hyper.n_blocks):
             self.stages.append(Block(hyper, last=block == hyper.n_blocks - 1))
+        keep_plain(self)
 
     def for_inference(self) -> Self:
         """Give a copy that evaluates neighbourhoods in chunks (:class:`InferenceStage`), which shares the weights."""
@@ -235,7 +248,7 @@ class EScAIP(Potential):
         radial, envelope, angular = self.edge_functions(vectors)
         places = neighborhoods(receiver, len(graph))
         l_max = len(self.hyper.frequency_list) - 1
-        return NeighborhoodGeometry(sender, receiver, radial, envelope, angular, *places, l_max)
+        return NeighborhoodGeometry(sender, receiver, radial, envelope, angular, *places, len(graph), l_max)
 
     def scalars(self, state: State) -> Tensor:
         """Return the features h of the atoms (n_atoms, channels)."""

@@ -52,15 +52,21 @@ def test_impossible_sizes_are_refused(wrong):
         build_potential("escaip", {"channels": 8, **wrong}, (1,))
 
 
-@given(st.lists(st.integers(0, 4), max_size=30), st.integers(5, 8))
+@given(st.lists(st.integers(0, 4), max_size=30), st.integers(5, 8), st.integers(1, 20))
 @settings(max_examples=30, deadline=None)
-def test_every_edge_has_a_slot_of_its_own_in_its_receivers_neighbourhood(receivers, n_atoms):
+def test_every_edge_has_a_slot_of_its_own_in_its_receivers_neighbourhood(receivers, n_atoms, size):
     receiver = torch.tensor(receivers, dtype=torch.long)
-    edge, slot = neighborhoods.neighborhoods(receiver, n_atoms)
-    assert edge.shape[0] == n_atoms
-    assert edge.flatten()[slot].tolist() == list(range(len(receivers)))
-    assert (slot // edge.shape[1]).tolist() == receivers
-    assert int((edge == len(receivers)).sum()) == edge.numel() - len(receivers)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighborhoods, "EDGES_PER_TABLE", size)
+        edges, slot = neighborhoods.neighborhoods(receiver, n_atoms)
+    assert sum(map(len, edges)) == n_atoms
+    flat = torch.cat([edge.flatten() for edge in edges])
+    assert flat[slot].tolist() == list(range(len(receivers)))
+    assert int((flat == len(receivers)).sum()) == len(flat) - len(receivers)
+    assert all(bool((edge[:, 0] == len(receivers)).all()) for edge in edges)
+    for edge in edges:  # the slots of a row belong to one atom
+        for row in edge.tolist():
+            assert len({receivers[e] for e in row if e < len(receivers)}) <= 1
 
 
 def test_legendre_polynomials(escaip):
@@ -71,21 +77,23 @@ def test_legendre_polynomials(escaip):
     vectors = edge_vectors(graph)
     geometry = potential.geometry(vectors, graph)
     unit = torch.nn.functional.normalize(vectors)
-    filled = torch.cat([unit, torch.zeros(1, 3)])[geometry.edge]
+    (table,) = geometry.tables
+    filled = torch.cat([unit, torch.zeros(1, 3)])[table.edge]
     cosine = filled @ filled.mT
-    for order, found in enumerate(geometry.legendre, start=1):
+    for order, found in enumerate(table.legendre, start=1):
         torch.testing.assert_close(found, torch.as_tensor(eval_legendre(order, cosine.numpy())))
-    assert len(geometry.legendre) == 4
+    assert len(table.legendre) == 4
 
 
 def test_slots_without_an_edge_bring_exactly_nothing(escaip):
     """A wider neighbourhood, as that of another structure in the batch makes it, changes round-off at most."""
     graph = build_graph(molecule("CH3CH2OH"), 4.0)
     geometry = escaip.geometry(edge_vectors(graph), graph)
-    n, width = geometry.edge.shape
+    (edge,) = geometry.edges
+    n, width = edge.shape
     nothing = torch.full((n, 5), graph.n_edges)
     row, column = geometry.slot // width, geometry.slot % width
-    wider = replace(geometry, edge=torch.cat([geometry.edge, nothing], 1), slot=row * (width + 5) + column)
+    wider = replace(geometry, edges=(torch.cat([edge, nothing], 1),), slot=row * (width + 5) + column)
     narrow = wide = escaip.embed(graph)
     for _, stage in escaip.named_stages():
         narrow, wide = stage(narrow, geometry), stage(wide, wider)
@@ -118,6 +126,17 @@ def test_an_atom_crosses_the_cutoff_without_a_jump(escaip, others):
     assert np.abs(np.diff(energies)).max() < 1.1 * step * np.abs(forces).max() + 1e-12
     assert np.abs(np.diff(forces, axis=0)).max() < 1.1 * step * np.abs(slopes).max()
     assert np.abs(np.diff(slopes, axis=0)).max() < 1e-3
+
+
+@pytest.mark.parametrize("size", [7, 60])
+def test_widths_of_neighbourhoods_leave_no_trace(escaip, monkeypatch, size):
+    graph = batch_graphs([build_graph(atoms, 4.0) for atoms in (molecule("CH4"), Atoms("H"), crystal())])
+    expected = predict(escaip, graph)
+    monkeypatch.setattr(neighborhoods, "EDGES_PER_TABLE", size)
+    assert len(neighborhoods.neighborhoods(graph.edge_index[1], len(graph))[0]) > 1
+    found = predict(escaip, graph)
+    for name in ("energies", "forces", "strain_derivative"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [1, 20, 150])

@@ -4,7 +4,7 @@ A stage whose features change by what a neighbourhood holds needs, of other atom
 therefore be evaluated for some atoms after the other (:class:`InferenceStage`), in memory that does not grow with them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,79 +19,110 @@ from ase_gffmerge.models.layers.linear import JoinedLinear, take_rows
 
 
 @dataclass(frozen=True)
-class NeighborhoodGeometry(EdgeGeometry):
-    """Edges, and the slots that they take in neighbourhoods of one width; ``angular`` are unit vectors.
+class Table:
+    """Neighbourhoods of some atoms, padded to one width.
 
     Attributes
     ----------
-    edge : (n_atoms, width)
-        Edge in every slot of an atom's neighbourhood; n_edges where there is none. The first slot is always empty.
+    edge : (n, width)
+        Edge in every slot; n_edges where there is none. The first slot is always empty.
+    bias : (n, width)
+        Logarithm of the envelope, minus infinity where there is no edge. Of the first slot, whose logits are zero, it is 0:
+        the one in the denominator of a softmax.
+    legendre : (n, width, width) each
+        :math:`P_l` of the cosines of all pairs of slots, for l = 1, 2, ...
+    """
+
+    edge: Tensor
+    bias: Tensor
+    legendre: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class NeighborhoodGeometry(EdgeGeometry):
+    """Edges, and the slots that they take in padded neighbourhoods; ``angular`` are unit vectors.
+
+    Attributes
+    ----------
+    edges
+        For neighbourhoods of every width, see :attr:`Table.edge`.
     slot : (n_edges,)
         Slot of every edge, counted through all neighbourhoods.
+    n_atoms
+        How many neighbourhoods there are.
     l_max
         Largest order of Legendre polynomials.
     """
 
-    edge: Tensor
+    edges: tuple[Tensor, ...]
     slot: Tensor
+    n_atoms: int
     l_max: int
 
     @cached_property
     def chunks(self) -> "list[Chunk]":
         """All neighbourhoods in chunks, as :class:`InferenceStage` takes them."""
-        return list(chunks_of(self, chunk_size(self.edge.device)))
+        return list(chunks_of(self, chunk_size(self.slot.device)))
 
-    def padded(self, x: Tensor) -> Tensor:
-        """Put rows of edges (n_edges, d) into the slots (n_atoms, width, d), zeros where there is no edge."""
+    def padded(self, x: Tensor, edge: Tensor) -> Tensor:
+        """Put rows of edges (n_edges, d) into the slots (n, width, d) of a table, zeros where there is no edge."""
         rows = torch.cat([x, x.new_zeros(1, x.shape[1])])
-        return take_rows(rows, self.edge.flatten()).view(*self.edge.shape, x.shape[1])
+        return take_rows(rows, edge.flatten()).view(*edge.shape, x.shape[1])
 
-    def from_slots(self, x: Tensor) -> Tensor:
-        """Collect rows of edges (n_edges, d) from slots (n_atoms, width, d)."""
-        return take_rows(x.reshape(-1, x.shape[-1]), self.slot)
+    def from_slots(self, tables: Sequence[Tensor]) -> Tensor:
+        """Collect rows of edges (n_edges, d) from the slots (n, width, d) of all tables."""
+        return take_rows(torch.cat([x.flatten(0, 1) for x in tables]), self.slot)
 
     def sums(self, x: Tensor) -> Tensor:
         """Sums (n_atoms, d) over the edges of every atom."""
-        return x.new_zeros(len(self.edge), x.shape[1]).index_add(0, self.receiver, x)
+        return x.new_zeros(self.n_atoms, x.shape[1]).index_add(0, self.receiver, x)
 
     @cached_property
-    def slot_envelope(self) -> Tensor:
-        """Envelope (n_atoms, width) of every slot, zero where there is no edge."""
-        return self.padded(self.envelope).squeeze(2)
+    def tables(self) -> list[Table]:
+        """Envelope and angles in the slots of all tables."""
+        return [self._table(edge) for edge in self.edges]
 
-    @cached_property
-    def bias(self) -> Tensor:
-        """Logarithm of the envelope (n_atoms, width), minus infinity where there is no edge.
-
-        Of the first slot, whose logits are zero, it is zero: the one in the denominator of a softmax.
-        """
-        present = self.slot_envelope > 0
-        logarithm = torch.where(present, self.slot_envelope, 1.0).log().masked_fill(~present, -torch.inf)
-        return torch.cat([torch.zeros_like(logarithm[:, :1]), logarithm[:, 1:]], dim=1)
-
-    @cached_property
-    def legendre(self) -> tuple[Tensor, ...]:
-        r""":math:`P_l(\cos\vartheta)` (n_atoms, width, width) of all pairs of slots, for l = 1, 2, ..., l_max."""
-        directions = self.padded(self.angular)
-        cosine = directions @ directions.mT
-        found = [torch.ones_like(cosine), cosine]
-        for order in range(1, self.l_max):
-            found.append(((2 * order + 1) * cosine * found[-1] - order * found[-2]) / (order + 1))
-        return tuple(found[1 : self.l_max + 1])
+    def _table(self, edge: Tensor) -> Table:
+        envelope, directions = self.padded(self.envelope, edge).squeeze(2), self.padded(self.angular, edge)
+        present = envelope > 0
+        logarithm = torch.where(present, envelope, 1.0).log().masked_fill(~present, -torch.inf)
+        bias = torch.cat([torch.zeros_like(logarithm[:, :1]), logarithm[:, 1:]], dim=1)
+        return Table(edge, bias, legendre(directions @ directions.mT, self.l_max))
 
 
-def neighborhoods(receiver: Tensor, n_atoms: int) -> tuple[Tensor, Tensor]:
-    """Give ``edge`` and ``slot`` of :class:`NeighborhoodGeometry` for the receivers (n_edges,) of all edges."""
+def legendre(x: Tensor, l_max: int) -> tuple[Tensor, ...]:
+    """Legendre polynomials of the orders 1, 2, ..., l_max by Bonnet's recursion."""
+    found = [torch.ones_like(x), x]
+    for order in range(1, l_max):
+        found.append(((2 * order + 1) * x * found[-1] - order * found[-2]) / (order + 1))
+    return tuple(found[1 : l_max + 1])
+
+
+EDGES_PER_TABLE, TABLES = 2500, 4
+"""Edges of a structure per width of its neighbourhoods, and the largest number of widths: each costs some operations."""
+
+
+def neighborhoods(receiver: Tensor, n_atoms: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Give ``edges`` and ``slot`` of :class:`NeighborhoodGeometry` for the receivers (n_edges,) of all edges.
+
+    Atoms with similar numbers of neighbours share a table, so that few slots of large structures stay empty.
+    """
+    n_edges, device = len(receiver), receiver.device
     order = torch.argsort(receiver, stable=True)
     counts = torch.bincount(receiver, minlength=n_atoms)
-    width = 1 + (int(counts.max()) if len(receiver) else 0)
     first = counts.cumsum(0) - counts
-    slot = torch.empty_like(receiver)
-    slot[order] = torch.arange(len(receiver), device=receiver.device) - first[receiver[order]]
-    slot += width * receiver + 1
-    edge = torch.full((n_atoms * width,), len(receiver), device=receiver.device)
-    edge[slot] = torch.arange(len(receiver), device=receiver.device)
-    return edge.view(n_atoms, width), slot
+    place = torch.empty_like(receiver)
+    place[order] = torch.arange(n_edges, device=device) - first[receiver[order]] + 1
+    start, shape = torch.empty_like(counts), []
+    for atoms in torch.argsort(counts, stable=True).tensor_split(min(1 + n_edges // EDGES_PER_TABLE, TABLES)):
+        width = 1 + (int(counts[atoms].max()) if len(atoms) else 0)
+        start[atoms] = sum(n * m for n, m in shape) + width * torch.arange(len(atoms), device=device)
+        shape.append((len(atoms), width))
+    slot = start[receiver] + place
+    edge = torch.full((sum(n * m for n, m in shape),), n_edges, device=device)
+    edge[slot] = torch.arange(n_edges, device=device)
+    tables = zip(edge.split([n * m for n, m in shape]), shape, strict=True)
+    return tuple(table.view(size) for table, size in tables), slot
 
 
 class NeighborhoodStage(Stage):
@@ -148,15 +179,15 @@ class Chunk:
         Of these edges, among all atoms.
     receiver : (n,)
         Of these edges, counted from the first atom of the chunk.
-    edge, slot
-        See :class:`NeighborhoodGeometry`, counted within the chunk.
+    tables, slot
+        ``edges`` and ``slot`` of :class:`NeighborhoodGeometry`, counted within the chunk.
     """
 
     atoms: slice
     edges: Tensor
     sender: Tensor
     receiver: Tensor
-    edge: Tensor
+    tables: tuple[Tensor, ...]
     slot: Tensor
 
     def rows(self, part: int) -> slice | Tensor:
@@ -166,15 +197,16 @@ class Chunk:
 
 def chunks_of(geometry: NeighborhoodGeometry, size: int) -> Iterator[Chunk]:
     """Cut all neighbourhoods into chunks of about ``size`` edges."""
-    n_edges, start = len(geometry.sender), 0
-    counts = (geometry.edge < n_edges).sum(dim=1)
+    order = torch.argsort(geometry.receiver, stable=True)
+    counts = torch.bincount(geometry.receiver, minlength=geometry.n_atoms)
     number = torch.div(counts.cumsum(0) - counts, size, rounding_mode="floor")
-    for n in torch.bincount(number).tolist():
-        rows = geometry.edge[start : start + n]
-        receiver, column = (rows < n_edges).nonzero(as_tuple=True)
-        edges = rows[receiver, column]
-        edge, slot = neighborhoods(receiver, n)
-        yield Chunk(slice(start, start + n), edges, geometry.sender[edges], receiver, edge, slot)
+    sizes = torch.bincount(number).tolist()
+    n_edges = torch.zeros(len(sizes), dtype=torch.long, device=number.device).index_add(0, number, counts)
+    start = 0
+    for n, edges in zip(sizes, order.split(n_edges.tolist()), strict=True):
+        receiver = geometry.receiver[edges] - start
+        tables, slot = neighborhoods(receiver, n)
+        yield Chunk(slice(start, start + n), edges, geometry.sender[edges], receiver, tables, slot)
         start += n
 
 
@@ -217,7 +249,7 @@ class _Chunks(Function):
     ) -> State:
         ctx.save_for_backward(*entering)
         ctx.stage, ctx.own, ctx.geometry = stage, own, geometry
-        sizes, whole = (len(geometry.edge), len(geometry.sender)), list[Tensor]()
+        sizes, whole = (geometry.n_atoms, len(geometry.sender)), list[Tensor]()
         for chunk in geometry.chunks:
             after = _chunk(stage, own, geometry, chunk, _taken(chunk, entering))
             whole = whole or [x.new_empty(n, x.shape[1]) for x, n in zip(after, sizes)]
@@ -255,8 +287,17 @@ def _chunk(
     stage: NeighborhoodStage, own: Tensor, geometry: NeighborhoodGeometry, chunk: Chunk, rows: State
 ) -> State:
     nodes, receiving, sending, radial, envelope, angular, *edges = rows
+    n_atoms = chunk.atoms.stop - chunk.atoms.start
     local = NeighborhoodGeometry(
-        chunk.sender, chunk.receiver, radial, envelope, angular, chunk.edge, chunk.slot, geometry.l_max
+        chunk.sender,
+        chunk.receiver,
+        radial,
+        envelope,
+        angular,
+        chunk.tables,
+        chunk.slot,
+        n_atoms,
+        geometry.l_max,
     )
     joined = torch.cat([radial, *edges], dim=1) @ own + receiving.index_select(0, chunk.receiver) + sending
     return stage.update((nodes, *edges), joined, local)
