@@ -88,9 +88,12 @@ def evaluate(
     With --md: run dynamics with every model, compare stability, distances of atoms, vibrations, energy conservation.
     """
     from ase_gffmerge.data.readers import read_frames
+    from ase_gffmerge.errors import FileFormatError
     from ase_gffmerge.runtime.devices import resolve_device
 
     target = resolve_device(device)
+    if out and out.suffix not in (".extxyz", ".xyz"):
+        raise FileFormatError(f"cannot write {out}: predictions are extended XYZ; end the name with .extxyz")
     require_outputs(out, plot=plot, inputs=[*models, frames], overwrite=overwrite)
     contestants = load_models(models, specialist)
     for contestant in contestants:

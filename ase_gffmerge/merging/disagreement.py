@@ -130,7 +130,10 @@ class DisagreementMetric:
         """
         if frames is None:
             for specialist in specialists:
-                check_frames(specialist.potential, specialist.calibration)
+                where = [
+                    f"{specialist.name!r}, calibration frame {k}" for k in range(len(specialist.calibration))
+                ]
+                check_frames(specialist.potential, specialist.calibration, where)
             frames = [[s.calibration[i] for i in evenly(len(s.calibration), n_frames)] for s in specialists]
         batches = tuple(
             _batches(specialist.potential, own, k)

@@ -150,7 +150,11 @@ def prepare_distillation_set(
             f"{specialist.name!r} has {len(given)} frames to distil from, and at least two are needed (one is held out); "
             "give frames, or make some with `gffmerge sample`"
         )
-    check_frames(specialist.potential, given)
+    n = len(specialist.calibration)
+    where = [
+        f"{'calibration' if i < n else 'further'} frame {i if i < n else i - n}" for i in range(len(given))
+    ]
+    check_frames(specialist.potential, given, [f"{specialist.name!r}, {one}" for one in where])
     every = min(HELD_OUT, len(given))
     held_out = given[every - 1 :: every]
     training = [atoms for i, atoms in enumerate(given) if i % every != every - 1]

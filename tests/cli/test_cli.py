@@ -462,6 +462,7 @@ BAD = [
     (["evaluate", "water.safetensors", "ammonia.xyz"], "ammonia.xyz, frame 0 (H3N) contains N"),
     (["evaluate", "water.safetensors", "water.xyz", "--plot", "e.txt"], "must be .png, .svg, .pdf"),
     (["evaluate", "water.safetensors", "water.xyz", "--out", "water.xyz"], "is the input"),
+    (["evaluate", "water.safetensors", "water.xyz", "--out", "p.traj"], "end the name with .extxyz"),
     (["evaluate", "water.safetensors", "no-forces.xyz"], "lack forces"),
     (["evaluate", "water.safetensors", "no-energy.xyz"], "lack energy"),
     (["evaluate", "water.safetensors", "empty.xyz"], "empty.xyz is empty"),
