@@ -113,7 +113,7 @@ def neighborhoods(receiver: Tensor, n_atoms: int) -> tuple[tuple[Tensor, ...], T
     first = counts.cumsum(0) - counts
     place = torch.empty_like(receiver)
     place[order] = torch.arange(n_edges, device=device) - first[receiver[order]] + 1
-    start, shape = torch.empty_like(counts), []
+    start, shape = torch.empty_like(counts), list[tuple[int, int]]()
     for atoms in torch.argsort(counts, stable=True).tensor_split(min(1 + n_edges // EDGES_PER_TABLE, TABLES)):
         width = 1 + (int(counts[atoms].max()) if len(atoms) else 0)
         start[atoms] = sum(n * m for n, m in shape) + width * torch.arange(len(atoms), device=device)
