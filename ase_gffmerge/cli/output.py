@@ -104,6 +104,17 @@ def note(message: str) -> None:
     typer.echo(message, err=True)
 
 
+UNITS = {"force": "eV/Å", "energy": "eV/atom", "stress": "eV/Å³"}
+
+
+def with_unit(key: str) -> str:
+    """Name of a number of a training, as ``force_mae``, in words and with its unit."""
+    kind, _, measure = key.partition("_")
+    return (
+        f"{kind} {measure.upper()} ({UNITS[kind]})" if measure in ("mae", "rmse") else key.replace("_", " ")
+    )
+
+
 class EpochWatch:
     """Shows every epoch: on the bar of a terminal, else as a line on stderr."""
 
@@ -115,7 +126,8 @@ class EpochWatch:
         if self.done == 0 and epoch > 1:
             note(f"continued after epoch {epoch - 1} of an interrupted run")
         self.done = epoch
-        text = f"epoch {epoch}/{self.epochs}  " + "  ".join(f"{k} {v:.4g}" for k, v in losses.items())
+        shown = "  ".join(f"{with_unit(key)} {value:.4g}" for key, value in losses.items())
+        text = f"epoch {epoch}/{self.epochs}  {shown}"
         if sys.stderr.isatty():
             self.progress(epoch / self.epochs, text)
         else:

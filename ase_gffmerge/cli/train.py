@@ -14,7 +14,7 @@ from ase_gffmerge.cli.options import (
     OverwriteOption,
     StressKey,
 )
-from ase_gffmerge.cli.output import EpochWatch, print_json, print_values, require_outputs
+from ase_gffmerge.cli.output import EpochWatch, print_json, print_values, require_outputs, with_unit
 from ase_gffmerge.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -116,5 +116,6 @@ def report(document: dict[str, Any], as_json: bool) -> None:
         print_json(document)
         return
     rows = {key: document[key] for key in ("out", "loss_curve", "epochs", "seconds")} | document["last_epoch"]
-    rows |= {f"test {key}": value for key, value in (document["test_errors"] or {}).items()}
+    rows = {with_unit(key): value for key, value in rows.items()}
+    rows |= {f"test {with_unit(key)}": value for key, value in (document["test_errors"] or {}).items()}
     print_values(rows)

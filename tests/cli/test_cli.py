@@ -170,7 +170,8 @@ def test_train_from_a_parent_with_references(gffmerge, files: Path) -> None:
     )  # fmt: skip
     assert shown.code == 0, shown.err
     assert "epoch 1/1" in shown.err
-    assert "force_mae" in shown.out
+    assert "force MAE (eV/Å)" in shown.out
+    assert "force MAE (eV/Å)" in shown.err
     child, base = ForceField.load("child.safetensors"), ForceField.load("base.safetensors")
     assert child.provenance.lineage == (base.fingerprint,)
     assert child.potential.references.tolist() == [-1, -2, -3]
