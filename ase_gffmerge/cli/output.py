@@ -104,7 +104,7 @@ def note(message: str) -> None:
     typer.echo(message, err=True)
 
 
-UNITS = {"force": "eV/Å", "energy": "eV/atom", "stress": "eV/Å³"}
+UNITS = {"force": "eV/Å", "energy": "eV/atom", "stress": "GPa"}
 
 
 def with_unit(key: str) -> str:
