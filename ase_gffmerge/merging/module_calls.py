@@ -19,7 +19,7 @@ from torch_geometric.data.data import BaseData
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.models import graph_layers  # noqa: F401 registers the layers of torch_geometric
 from ase_gffmerge.models.affine_maps import LayerKind, layer_parts
-from ase_gffmerge.models.torch_layers import intercepted
+from ase_gffmerge.models.torch_layers import intercepted, replaced_forward
 
 Item = Any
 """One example, of whichever kind the modules are evaluated on."""
@@ -149,8 +149,13 @@ def executed_layers(root: nn.Module, run: Callable[[], object]) -> dict[str, int
     """Names of the layers with affine maps, in the order in which they finish, and how often each is called."""
     calls: dict[str, int] = {}
 
-    def note(name: str) -> Callable[..., None]:
-        return lambda *_: calls.update({name: calls.pop(name, 0) + 1})
+    def noting(name: str, original: Callable[..., object]) -> Callable[..., object]:
+        def forward(*args: object, **kwargs: object) -> object:
+            output = original(*args, **kwargs)
+            calls[name] = calls.pop(name, 0) + 1
+            return output
+
+        return forward
 
     with ExitStack() as stack:
         for name, layer in solvable_layers(root).items():
@@ -158,28 +163,9 @@ def executed_layers(root: nn.Module, run: Callable[[], object]) -> dict[str, int
                 lambda *_: None
             )  # keeps fused evaluations of several layers away
             stack.callback(handle.remove)
-            stack.enter_context(_finished(layer, note(name)))
+            stack.enter_context(replaced_forward(layer, noting(name, layer.forward)))
         run()
     return calls
-
-
-@contextmanager
-def _finished(layer: nn.Module, seen: Callable[[], object]) -> Iterator[None]:
-    """Call ``seen`` after every evaluation of a layer."""
-    own = {key: value for key, value in layer.__dict__.items() if key == "forward"}
-    original = layer.forward
-
-    def forward(*args: object, **kwargs: object) -> object:
-        output = original(*args, **kwargs)
-        seen()
-        return output
-
-    layer.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        layer.__dict__.pop("forward")
-        layer.__dict__.update(own)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,13 @@ from torch_geometric.nn import conv as graph_conv
 from torch_geometric.nn.conv import MessagePassing
 
 from ase_gffmerge.models.affine_maps import AffineMap, register_layer
-from ase_gffmerge.models.torch_layers import recorded, same_forward, weights_and_bias, with_parameters
+from ase_gffmerge.models.torch_layers import (
+    recorded,
+    replaced_forward,
+    same_forward,
+    weights_and_bias,
+    with_parameters,
+)
 
 Pair = Tensor | tuple[Tensor, Tensor | None]
 """Features of all nodes, or of senders and of receivers."""
@@ -26,10 +32,10 @@ Pair = Tensor | tuple[Tensor, Tensor | None]
 
 
 def _propagated(layer: nn.Module, *args: object) -> Tensor:
-    """What a GCN makes of its input with the identity as its weight."""
-    size = layer.get_parameter("lin.weight").shape[1]
-    eye = torch.eye(size).to(layer.get_parameter("lin.weight"))
-    return with_parameters(layer, {"lin.weight": eye, "bias": eye.new_zeros(size)}, args)
+    """What a GCN makes of its input without weight and bias."""
+    weight = layer.get_parameter("lin.weight")
+    with replaced_forward(layer.get_submodule("lin"), lambda x: x):
+        return with_parameters(layer, {"bias": weight.new_zeros(weight.shape[1])}, args)
 
 
 @register_layer(same_forward(graph_conv.GCNConv), entering=_propagated)

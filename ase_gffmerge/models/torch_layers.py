@@ -29,31 +29,32 @@ def same_forward(*classes: type[nn.Module]) -> Callable[[nn.Module], bool]:
 
 
 @contextmanager
-def intercepted(layer: nn.Module, seen: Callable[[tuple[object, ...]], object]) -> Iterator[None]:
-    """Show ``seen`` the positional arguments of every evaluation of a layer, also of direct calls of ``forward``."""
+def replaced_forward(layer: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
+    """Let a function stand for a layer's ``forward``."""
     own = {key: value for key, value in layer.__dict__.items() if key == "forward"}
-    original = layer.forward
-    parameters = signature(original)
-
-    def restore() -> None:
-        layer.__dict__.pop("forward", None)
-        layer.__dict__.update(own)
-
-    def forward(*args: object, **kwargs: object) -> object:
-        bound = parameters.bind(*args, **kwargs)
-        bound.apply_defaults()
-        restore()  # so that ``seen`` may evaluate the layer itself
-        try:
-            seen(bound.args)
-        finally:
-            layer.__dict__["forward"] = forward
-        return original(*args, **kwargs)
-
     layer.__dict__["forward"] = forward
     try:
         yield
     finally:
-        restore()
+        layer.__dict__.pop("forward", None)
+        layer.__dict__.update(own)
+
+
+@contextmanager
+def intercepted(layer: nn.Module, seen: Callable[[tuple[object, ...]], object]) -> Iterator[None]:
+    """Show ``seen`` the positional arguments of every evaluation of a layer, also of direct calls of ``forward``."""
+    original = layer.forward
+    parameters = signature(original)
+
+    def forward(*args: object, **kwargs: object) -> object:
+        bound = parameters.bind(*args, **kwargs)
+        bound.apply_defaults()
+        with replaced_forward(layer, original):  # so that ``seen`` may evaluate the layer itself
+            seen(bound.args)
+        return original(*args, **kwargs)
+
+    with replaced_forward(layer, forward):
+        yield
 
 
 def recorded(layer: nn.Module, names: Sequence[str], args: tuple[object, ...]) -> dict[str, Tensor]:
