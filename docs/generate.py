@@ -19,6 +19,7 @@ import ase_gffmerge
 from ase_gffmerge.cli import app
 from ase_gffmerge.merging.recipe import PRESETS, Recipe
 from ase_gffmerge.methods import METHODS
+from ase_gffmerge.methods.modules import MODULE_METHODS
 from ase_gffmerge.training.config import TrainConfig
 
 EXAMPLES = Path(__file__).parents[1] / "md_examples"
@@ -195,7 +196,23 @@ def methods() -> str:
     return (
         "# Methods\n\nNames for `gffmerge compare --methods` and `ase_gffmerge.methods.METHODS`.\n\n"
         + table(("method", "source", "needs", "notes"), rows)
+        + "\n## For graph networks that are no potentials\n\n"
+        "Names in `ase_gffmerge.methods.modules.MODULE_METHODS`: see [how to merge any graph neural network]"
+        "(../how_to/merge_any_gnn.md).\n\n" + table(("method", "source", "needs", "notes"), module_methods())
     )
+
+
+def module_methods() -> list[tuple[str, str, str, str]]:
+    """Rows of the methods for modules."""
+    return [
+        (
+            f"`{name}`",
+            method.citation,
+            ", ".join(sorted(need.value for need in method.needs)) or "examples",
+            "trains" * method.trains,
+        )
+        for name, method in MODULE_METHODS.items()
+    ]
 
 
 def public_names() -> str:

@@ -10,11 +10,15 @@ In the order of execution every layer is solved as in :mod:`.layerwise`,
 where X_k enters the layer of the merged model on model k's examples and Y_k leaves it in model k itself. Of a layer that is
 affine only in a part of its parameters, Y_k is its output less what the other parameters contribute in the merged model.
 
+Models of independent initialisations have nothing in common, channel by channel. Then channels may be *divided*: of every
+layer but the last, each model gets a contiguous share of the outputs, and column j of Θ follows model k(j) alone, on its own
+rows, but from all inputs. What a model loses with the other channels, the layers after them make up for as well as they can.
+
 The merged model is a list of *views*, one for each model: modules that share the tensors of everything that is merged, and
 have their own of what every model keeps.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ase_gffmerge.least_squares.gram import Gram, normalized_sum
-from ase_gffmerge.least_squares.ridge import ridge_solve
+from ase_gffmerge.least_squares.ridge import Solution, ridge_solve
 from ase_gffmerge.merging.module_calls import (
     Entering,
     Item,
@@ -65,6 +69,8 @@ class ModuleProblem:
         Weight of all derivatives against all values.
     max_rows
         Rows of a layer that are kept of one example, chosen at random; ``None`` for all.
+    divided
+        Whether every channel follows a single model.
     """
 
     models: Sequence[nn.Module]
@@ -77,6 +83,7 @@ class ModuleProblem:
     twin: Callable[[Item, int], Item] | None = None
     derivative_weight: float = 1.0
     max_rows: int | None = None
+    divided: bool = False
 
     def shared(self, name: str) -> bool:
         """Whether a layer is merged, and not every model's own."""
@@ -166,7 +173,7 @@ def align_modules(
         for _ in range(
             min(step.n_calls, 2)
         ):  # what enters a later call of a shared layer depends on the layer
-            found = _solve_step(problem, step)
+            found = _solve_step(problem, step, divided=problem.divided and step is not steps[-1])
         reports += found
     reached = dict.fromkeys(step.name for step in steps)
     return Alignment(
@@ -184,7 +191,7 @@ def recalibrates(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm) and layer.running_mean is not None
 
 
-def _solve_step(problem: ModuleProblem, step: Step) -> list[LayerReport]:
+def _solve_step(problem: ModuleProblem, step: Step, *, divided: bool) -> list[LayerReport]:
     layer = problem.views[step.members[0]].get_submodule(step.name)
     suffix = "" if len(step.members) == len(problem.models) else f" of model {step.members[0]}"
     reports = []
@@ -192,14 +199,41 @@ def _solve_step(problem: ModuleProblem, step: Step) -> list[LayerReport]:
         maps = list(part.maps(step.name, layer))
         grams = [_statistics(problem, step, part, maps, k) for k in step.members]
         for i, affine_map in enumerate(maps):
-            gram = normalized_sum([own[i] for own in grams], [problem.weights[k] for k in step.members])
-            if not gram.n_rows:
-                continue
-            prior = affine_map.read()
-            solution = ridge_solve(gram, _flat(affine_map, prior.double()), ridge=problem.ridge)
-            affine_map.write(solution.theta.reshape(prior.shape).to(prior))
-            reports.append(LayerReport.of(affine_map.name + suffix, "layer", solution))
+            own = {k: gram[i] for k, gram in zip(step.members, grams, strict=True) if gram[i].n_rows}
+            if own:
+                owners = channel_owners(affine_map, len(problem.models)) if divided else None
+                found = _solved(problem, affine_map, own, owners=owners)
+                reports += [LayerReport.of(affine_map.name + suffix, "layer", solution) for solution in found]
     return reports
+
+
+def channel_owners(affine_map: AffineMap, n_models: int) -> Tensor | None:
+    """The model (d_out,) that each output of a map follows; ``None`` where a layer has fewer channels than models."""
+    block, n_blocks = affine_map.block
+    width = affine_map.read().shape[1]
+    if width * n_blocks < n_models:
+        return None
+    return (block * width + torch.arange(width)) * n_models // (width * n_blocks)
+
+
+def _solved(
+    problem: ModuleProblem, affine_map: AffineMap, grams: Mapping[int, Gram], *, owners: Tensor | None
+) -> list[Solution]:
+    """Solve and write one map, for all models together or every output for its owner, where that one has rows."""
+    prior = affine_map.read().double()
+    every = torch.zeros(prior.shape[1], dtype=torch.long)
+    owners = every if owners is None or not set(owners.tolist()) <= set(grams) else owners
+    together = owners is every
+    theta, solutions = prior.clone(), []
+    for k in owners.unique().tolist():
+        chosen = grams if together else {k: grams[k]}
+        gram = normalized_sum(list(chosen.values()), [problem.weights[j] for j in chosen])
+        solution = ridge_solve(gram, _flat(affine_map, prior), ridge=problem.ridge)
+        columns = (owners == k).to(theta.device)
+        theta[:, columns] = solution.theta.reshape(prior.shape)[:, columns].to(theta)
+        solutions.append(solution)
+    affine_map.write(theta.to(affine_map.read()))
+    return solutions
 
 
 def _statistics(

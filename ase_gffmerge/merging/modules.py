@@ -31,6 +31,8 @@ from ase_gffmerge.merging.module_views import KEPT, REFIT, check_modules, own_mo
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
 
+JOINT, DIVIDED = "joint", "divided"
+
 RIDGE = 1e-3
 """Relative ridge: larger than for potentials, as graphs of a few thousand nodes meet layers of hundreds of channels."""
 
@@ -77,6 +79,8 @@ class ModuleMerge:
         Layers that could have been solved, but that no example called as modules; they are averaged.
     disagreements
         How mean and merged module differ from each model.
+    channels
+        ``joint`` or ``divided``: whether channels follow all models, or a single one each.
     """
 
     views: tuple[nn.Module, ...]
@@ -86,11 +90,17 @@ class ModuleMerge:
     recalibrated: tuple[str, ...]
     unreached: tuple[str, ...]
     disagreements: tuple[ModuleDisagreement, ...]
+    channels: str
 
     @property
     def module(self) -> nn.Module:
         """The merged module; with the first model's heads, where models have their own."""
         return self.for_model(0)
+
+    @property
+    def relative_disagreement(self) -> float:
+        """Mean relative disagreement of the merged module with the models."""
+        return sum(row.relative for row in self.disagreements if row.model == "merged") / len(self.views)
 
     def for_model(self, k: int) -> nn.Module:
         """The merged module with the heads of model k, called as that model was."""
@@ -120,7 +130,9 @@ class ModuleMerge:
 
     def summary(self) -> str:
         """A few lines for a terminal."""
-        lines = [f"merge of {len(self.views)} modules, {len(self.layers)} layers solved"]
+        lines = [
+            f"merge of {len(self.views)} modules, {len(self.layers)} layers solved, channels {self.channels}"
+        ]
         for row in self.disagreements:
             same = "" if row.agreement is None else f", same choice in {100 * row.agreement:.1f} %"
             lines.append(f"  model {row.specialist}: {row.model} differs by {100 * row.relative:.1f} %{same}")
@@ -168,6 +180,7 @@ def merge_modules(
     heads: str | Sequence[str] | Mapping[str, str] = REFIT,
     weights: Sequence[float] | None = None,
     ridge: float = RIDGE,
+    channels: str = "auto",
     progress: Progress = no_progress,
 ) -> ModuleMerge:
     """Merge modules of one architecture.
@@ -196,6 +209,10 @@ def merge_modules(
         How much each model counts; default: all the same.
     ridge
         Relative ridge, anchored at the mean of the weights.
+    channels
+        ``"joint"``: every channel follows all models, which is right for models that were fine-tuned from one.
+        ``"divided"``: every channel of an inner layer follows one of them, for models of independent initialisations.
+        ``"auto"`` does both and keeps what disagrees less with the models on their examples.
     progress
         Called with a fraction (0 to 1) and a description.
 
@@ -208,42 +225,65 @@ def merge_modules(
     """
     check_modules(models)
     evaluate, groups = run or run_module, as_examples(examples, len(models))
+    if channels not in ("auto", JOINT, DIVIDED):
+        raise ArgumentError(f"channels={channels!r}: there are 'auto', 'joint' and 'divided'")
     own = own_modules(models, heads)
-    views = shared_views(models, tuple(own))
-    mean = deepcopy(views)
+    mean = shared_views(models, tuple(own))
     say = (1.0,) * len(models) if weights is None else tuple(weights)
     if len(say) != len(models):
         raise ArgumentError(f"there are {len(models)} models and {len(say)} weights; give one for each")
-    with evaluating([*models, *views, *mean]):
+    kept = [name for name, how in own.items() if how == KEPT]
+    ways = (JOINT, DIVIDED) if channels == "auto" else (channels,)
+    found: list[ModuleMerge] = []
+    with evaluating([*models, *mean]):
         mask = row_masks(rows, models, run=evaluate)
-        problem = ModuleProblem(
-            models=models, views=views, examples=groups, run=evaluate, mask=mask, weights=say, ridge=ridge
-        )
-        kept = [name for name, how in own.items() if how == KEPT]
-        found = align_modules(
-            problem,
-            solved=lambda name: not any(is_within(name, head) for head in kept),
-            progress=part_of(progress, 0.0, 0.9),
-        )
-        if not found.reached:
-            raise IncompatibleSpecialistsError(
-                "the examples call no layer that a merge knows; are these the modules that are evaluated, and not compiled "
-                "or copied ones?"
+        for i, way in enumerate(ways):
+            views = deepcopy(mean)
+            problem = ModuleProblem(
+                models=models,
+                views=views,
+                examples=groups,
+                run=evaluate,
+                mask=mask,
+                weights=say,
+                ridge=ridge,
+                divided=way == DIVIDED,
             )
-        progress(0.9, "report")
-        rows_of = [module_disagreement(problem, mean, "mean", k) for k in range(len(models))]
-        rows_of += [module_disagreement(problem, views, "merged", k) for k in range(len(models))]
+            alignment = align_modules(
+                problem,
+                solved=lambda name: not any(is_within(name, head) for head in kept),
+                progress=part_of(progress, 0.9 * i / len(ways), 0.9 * (i + 1) / len(ways)),
+            )
+            if not alignment.reached:
+                raise IncompatibleSpecialistsError(
+                    "the examples call no layer that a merge knows; are these the modules that are evaluated, and not "
+                    "compiled or copied ones?"
+                )
+            found.append(
+                ModuleMerge(
+                    views=tuple(views),
+                    heads=tuple(own),
+                    layers=alignment.reports,
+                    averaged=averaged_names(models, views[0], alignment, own=tuple(own)),
+                    recalibrated=alignment.recalibrated,
+                    unreached=tuple(n for n in solvable_layers(views[0]) if n not in alignment.reached),
+                    disagreements=_disagreements(problem, mean),
+                    channels=way,
+                )
+            )
     progress(1.0, "done")
-    for view in views:
+    result = min(found, key=lambda merge: merge.relative_disagreement)
+    for view in result.views:
         view.eval()
-    return ModuleMerge(
-        views=tuple(views),
-        heads=tuple(own),
-        layers=found.reports,
-        averaged=averaged_names(models, views[0], found, own=tuple(own)),
-        recalibrated=found.recalibrated,
-        unreached=tuple(name for name in solvable_layers(views[0]) if name not in found.reached),
-        disagreements=tuple(sorted(rows_of, key=lambda row: row.specialist)),
+    return result
+
+
+def _disagreements(problem: ModuleProblem, mean: Sequence[nn.Module]) -> tuple[ModuleDisagreement, ...]:
+    """Mean and merged module beside every model."""
+    return tuple(
+        module_disagreement(problem, views, kind, k)
+        for k in range(len(mean))
+        for kind, views in (("mean", mean), ("merged", problem.views))
     )
 
 

@@ -172,16 +172,24 @@ def mean_and_heads(inputs: ModuleInputs, progress: Progress) -> Views:
 @module_method("sequential", citation="this package, after arXiv 2606.03232; heads stay")
 def sequential(inputs: ModuleInputs, progress: Progress) -> Views:
     """Every layer on the merged model's inputs; heads stay."""
-    return _merged(inputs, progress, {name: "kept" for name in inputs.own})
+    return _merged(inputs, progress, {name: "kept" for name in inputs.own}, channels="joint")
+
+
+@module_method(
+    "gffmerge, joint", citation="this package, after arXiv 2606.03232; every channel follows all models"
+)
+def joint_channels(inputs: ModuleInputs, progress: Progress) -> Views:
+    """Every layer on the merged model's inputs, heads included, channels joint."""
+    return _merged(inputs, progress, {name: "refit" for name in inputs.own}, channels="joint")
 
 
 @module_method("gffmerge", citation="this package, after arXiv 2606.03232")
 def gffmerge(inputs: ModuleInputs, progress: Progress) -> Views:
     """Every layer on the merged model's inputs, heads included: :func:`.merge_modules`."""
-    return _merged(inputs, progress, {name: "refit" for name in inputs.own})
+    return _merged(inputs, progress, {name: "refit" for name in inputs.own}, channels="auto")
 
 
-def _merged(inputs: ModuleInputs, progress: Progress, heads: Mapping[str, str]) -> Views:
+def _merged(inputs: ModuleInputs, progress: Progress, heads: Mapping[str, str], *, channels: str) -> Views:
     merged = merge_modules(
         inputs.models,
         inputs.examples,
@@ -189,6 +197,7 @@ def _merged(inputs: ModuleInputs, progress: Progress, heads: Mapping[str, str]) 
         rows=inputs.rows,
         heads=heads,
         ridge=inputs.ridge,
+        channels=channels,
         progress=progress,
     )
     return list(merged.views)
@@ -335,6 +344,7 @@ MODULE_METHODS: Registry[ModuleMethod] = Registry(
         "gnnmerge": f"{_LAYERWISE}:gnnmerge",
         "gnnmerge++": f"{_LAYERWISE}:gnnmerge_plus_plus",
         "sequential": f"{_HERE}:sequential",
+        "gffmerge, joint": f"{_HERE}:joint_channels",
         "gffmerge": f"{_HERE}:gffmerge",
         "joint": f"{_HERE}:joint",
     },

@@ -55,6 +55,8 @@ class AffineMap:
         Part (n_rows, d_out) of the output that does not depend on Θ, from the layer's input; default: none.
     per_channel
         Whether every output has a single input, its own: Θ (1 [+ 1], d) is a scale, and a shift, for each of the d channels.
+    block
+        Which of how many equal blocks of the layer's channels the outputs are: a head of an attention.
     """
 
     name: str
@@ -65,6 +67,7 @@ class AffineMap:
     parameters: Callable[[Tensor], dict[str, Tensor]]
     offset: Callable[[Tensor], Tensor] | None = None
     per_channel: bool = False
+    block: tuple[int, int] = (0, 1)
 
     def design(self, inputs: Tensor) -> Tensor:
         """Rows [x 1] (n_rows, d_in [+ 1]) for a layer input."""

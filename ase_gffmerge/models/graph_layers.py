@@ -101,6 +101,90 @@ def _relational_map(name: str, layer: nn.Module) -> Iterator[AffineMap]:
 
 # Parts of attention layers, and of other convolutions
 
+
+def _sent(layer: nn.Module, x: Pair, *_: object) -> Tensor:
+    """Transformed features (n, heads, channels) of the senders of a GAT."""
+    own = x if isinstance(x, Tensor) else x[0]
+    return _heads(layer, (layer.lin if layer.lin is not None else layer.lin_src)(own))  # type: ignore[operator]
+
+
+def _received(layer: nn.Module, x: Pair, *_: object) -> Tensor:
+    own = x if isinstance(x, Tensor) else x[1]
+    return _heads(layer, (layer.lin if layer.lin is not None else layer.lin_dst)(own))  # type: ignore[operator]
+
+
+def _along(layer: nn.Module, x: Pair, edge_index: Tensor, edge_attr: Tensor, *_: object) -> Tensor:
+    columns = edge_attr.view(-1, 1) if edge_attr.dim() == 1 else edge_attr
+    return _heads(layer, layer.lin_edge(columns))  # type: ignore[operator]
+
+
+def _heads(layer: nn.Module, x: Tensor) -> Tensor:
+    return x.view(len(x), layer.heads, layer.out_channels)  # type: ignore[call-overload]
+
+
+def _attention_maps(name: str, layer: nn.Module, *, vector: str) -> Iterator[AffineMap]:
+    """One map to a single number for every head."""
+    for head in range(int(layer.heads)):  # type: ignore[arg-type]
+        yield _attention_map(f"{name}.{vector}[{head}]", layer, vector, head)
+
+
+def _attention_map(name: str, layer: nn.Module, vector: str, head: int) -> AffineMap:
+    def parameters(theta: Tensor) -> dict[str, Tensor]:
+        value = layer.get_parameter(vector).detach().clone()
+        value[0, head] = theta[:, 0].to(value)
+        return {vector: value}
+
+    return AffineMap(
+        name,
+        layer,
+        False,
+        lambda x: x[:, head],
+        lambda: layer.get_parameter(vector).detach()[0, head][:, None],
+        parameters,
+        block=(head, int(layer.heads)),  # type: ignore[arg-type]
+    )
+
+
+_is_gat = same_forward(graph_conv.GATConv)
+for _vector, _features in (("att_src", _sent), ("att_dst", _received)):
+    register_layer(_is_gat, entering=_features, part=_vector)(partial(_attention_maps, vector=_vector))
+register_layer(lambda layer: _is_gat(layer) and layer.att_edge is not None, entering=_along, part="att_edge")(
+    partial(_attention_maps, vector="att_edge")
+)
+
+
+def _edge_updates(layer: nn.Module, args: tuple[object, ...]) -> dict[str, Tensor]:
+    """What a GATv2 computes its attention from, for every edge."""
+    assert isinstance(layer, MessagePassing)
+    caught: dict[str, Tensor] = {}
+    handle = layer.register_edge_update_forward_pre_hook(lambda _, inputs: caught.update(inputs[-1]))
+    try:
+        layer(*args)
+    finally:
+        handle.remove()
+    return caught
+
+
+def _pairs_of_nodes(layer: nn.Module, *args: object) -> Tensor:
+    """Features (n_edges, heads, channels) that the attention vector of a GATv2 maps."""
+    edges = _edge_updates(layer, args)
+    x = edges["x_i"] + edges["x_j"]
+    if edges.get("edge_attr") is not None:
+        x = x + _along(layer, x, x, edges["edge_attr"])
+    return nn.functional.leaky_relu(x, float(layer.negative_slope))  # type: ignore[arg-type]
+
+
+def _receivers(layer: nn.Module, *args: object) -> Tensor:
+    return _edge_updates(layer, args)["index"]
+
+
+register_layer(same_forward(graph_conv.GATv2Conv), entering=_pairs_of_nodes, part="att", nodes=_receivers)(
+    partial(_attention_maps, vector="att")
+)
+
+
+# What a convolution adds to its output, solved after everything else
+
 _SKIPS = {
     graph_conv.GATConv: "res",
     graph_conv.GATv2Conv: "res",
@@ -160,83 +244,3 @@ def _output_map(name: str, layer: nn.Module) -> Iterator[AffineMap]:
         base.parameters,
         offset=lambda x: x[:, width:],
     )
-
-
-def _sent(layer: nn.Module, x: Pair, *_: object) -> Tensor:
-    """Transformed features (n, heads, channels) of the senders of a GAT."""
-    own = x if isinstance(x, Tensor) else x[0]
-    return _heads(layer, (layer.lin if layer.lin is not None else layer.lin_src)(own))  # type: ignore[operator]
-
-
-def _received(layer: nn.Module, x: Pair, *_: object) -> Tensor:
-    own = x if isinstance(x, Tensor) else x[1]
-    return _heads(layer, (layer.lin if layer.lin is not None else layer.lin_dst)(own))  # type: ignore[operator]
-
-
-def _along(layer: nn.Module, x: Pair, edge_index: Tensor, edge_attr: Tensor, *_: object) -> Tensor:
-    columns = edge_attr.view(-1, 1) if edge_attr.dim() == 1 else edge_attr
-    return _heads(layer, layer.lin_edge(columns))  # type: ignore[operator]
-
-
-def _heads(layer: nn.Module, x: Tensor) -> Tensor:
-    return x.view(len(x), layer.heads, layer.out_channels)  # type: ignore[call-overload]
-
-
-def _attention_maps(name: str, layer: nn.Module, *, vector: str) -> Iterator[AffineMap]:
-    """One map to a single number for every head."""
-    for head in range(int(layer.heads)):  # type: ignore[arg-type]
-        yield _attention_map(f"{name}.{vector}[{head}]", layer, vector, head)
-
-
-def _attention_map(name: str, layer: nn.Module, vector: str, head: int) -> AffineMap:
-    def parameters(theta: Tensor) -> dict[str, Tensor]:
-        value = layer.get_parameter(vector).detach().clone()
-        value[0, head] = theta[:, 0].to(value)
-        return {vector: value}
-
-    return AffineMap(
-        name,
-        layer,
-        False,
-        lambda x: x[:, head],
-        lambda: layer.get_parameter(vector).detach()[0, head][:, None],
-        parameters,
-    )
-
-
-_is_gat = same_forward(graph_conv.GATConv)
-for _vector, _features in (("att_src", _sent), ("att_dst", _received)):
-    register_layer(_is_gat, entering=_features, part=_vector)(partial(_attention_maps, vector=_vector))
-register_layer(lambda layer: _is_gat(layer) and layer.att_edge is not None, entering=_along, part="att_edge")(
-    partial(_attention_maps, vector="att_edge")
-)
-
-
-def _edge_updates(layer: nn.Module, args: tuple[object, ...]) -> dict[str, Tensor]:
-    """What a GATv2 computes its attention from, for every edge."""
-    assert isinstance(layer, MessagePassing)
-    caught: dict[str, Tensor] = {}
-    handle = layer.register_edge_update_forward_pre_hook(lambda _, inputs: caught.update(inputs[-1]))
-    try:
-        layer(*args)
-    finally:
-        handle.remove()
-    return caught
-
-
-def _pairs_of_nodes(layer: nn.Module, *args: object) -> Tensor:
-    """Features (n_edges, heads, channels) that the attention vector of a GATv2 maps."""
-    edges = _edge_updates(layer, args)
-    x = edges["x_i"] + edges["x_j"]
-    if edges.get("edge_attr") is not None:
-        x = x + _along(layer, x, x, edges["edge_attr"])
-    return nn.functional.leaky_relu(x, float(layer.negative_slope))  # type: ignore[arg-type]
-
-
-def _receivers(layer: nn.Module, *args: object) -> Tensor:
-    return _edge_updates(layer, args)["index"]
-
-
-register_layer(same_forward(graph_conv.GATv2Conv), entering=_pairs_of_nodes, part="att", nodes=_receivers)(
-    partial(_attention_maps, vector="att")
-)

@@ -61,7 +61,6 @@ ROWS: dict[str, tuple[str, str | None]] = {
     **{name: (name, None) for name, method in MODULE_METHODS.items() if name != "joint"},
     "gnnmerge++": ("gnnmerge++", "train_mask"),
     "gffmerge, labelled nodes": ("gffmerge", "train_mask"),
-    "gffmerge, confident nodes": ("gffmerge", "confidence"),
 }
 """Method and rows of every line of a table; GNNMerge++ takes the training nodes, as published, the others all nodes."""
 
@@ -80,10 +79,11 @@ def main() -> None:
     wanted = [(t, k, s) for t in options.tables for k in options.kinds for s in range(options.seeds)]
     for i, (table, kind, seed) in enumerate(wanted):
         path = options.out / "rows" / f"{table}, {kind}, {seed}.json".replace(" ", "_")
-        if not path.exists():
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if missing := [name for name in rows_of(table, kind) if name not in found]:
             print(f"{i + 1}/{len(wanted)} {table}, {kind}, seed {seed}", file=sys.stderr, flush=True)
-            found = measure(table, kind, seed, data=options.data, epochs=options.epochs)
-            path.write_text(json.dumps(found))
+            found |= measure(table, kind, seed, missing, data=options.data, epochs=options.epochs)
+            path.write_text(json.dumps({name: found[name] for name in rows_of(table, kind)}))
     document = collect(options.out / "rows", wanted)
     (options.out / "gnnmerge.json").write_text(json.dumps(document, indent=1))
     text = markdown(document)
@@ -105,8 +105,21 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(table: str, kind: str, seed: int, *, data: Path, epochs: int) -> dict[str, Any]:
-    """Every method on one set of specialists: score per task, score without task identity, processor seconds."""
+def rows_of(table: str, kind: str) -> list[str]:
+    """Names of the lines of one column of a table."""
+    names = ["joint", "specialists"]
+    for name, (method, _) in ROWS.items():
+        no_base = Requirement.BASE in MODULE_METHODS[method].needs and table != SHARED
+        too_long = method == "gnnmerge" and table != ADAM
+        if kind in KINDS_OF.get(method, CONVOLUTIONS) and not no_base and not too_long:
+            names.append(name)
+    return names
+
+
+def measure(
+    table: str, kind: str, seed: int, names: Sequence[str], *, data: Path, epochs: int
+) -> dict[str, Any]:
+    """Lines of a table for one set of specialists: score per task, score without task identity, processor seconds."""
     tasks = TABLES[table](data, seed)
     width = tasks[0].data.num_features
     base = None
@@ -129,12 +142,11 @@ def measure(table: str, kind: str, seed: int, *, data: Path, epochs: int) -> dic
     for model, task in zip(models, tasks, strict=True):
         train([model], [task], epochs=epochs)
     found["specialists"] = row(models, tasks, time.process_time() - start)
-    for name, (method, rows) in ROWS.items():
-        if (Requirement.BASE in MODULE_METHODS[method].needs) and base is None:
+    links_only = any(task.pairs is not None for task in tasks)
+    for name in names:
+        if name not in ROWS:
             continue
-        if kind not in KINDS_OF.get(method, CONVOLUTIONS) or (method == "gnnmerge" and table != ADAM):
-            continue
-        links_only = any(task.pairs is not None for task in tasks)
+        method, rows = ROWS[name]
         inputs = ModuleInputs(
             models=models,
             examples=[task.data for task in tasks],
@@ -214,7 +226,7 @@ def timing(own: dict[str, Any]) -> str:
 
 def plot(document: dict[str, Any], path: Path) -> None:
     """Scores of the main methods, one panel per table."""
-    shown = ("specialists", "joint", "mean", "mean+heads", "gnnmerge", "gnnmerge++", "gffmerge")
+    shown = ("specialists", "joint", "mean", "mean+heads", "gnnmerge++", "gffmerge, joint", "gffmerge")
     figure = Figure(figsize=(9, 2.6 * len(document)), layout="constrained")
     panels = figure.subplots(len(document), 1, squeeze=False)[:, 0]
     for axes, (table, kinds) in zip(panels, document.items(), strict=True):

@@ -127,7 +127,7 @@ def measured(n: int, states: Sequence[dict[str, Tensor]], send: Any) -> None:
         model.load_state_dict(state)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
-    result = merge_modules(models, Samples(MadeGraph(n)))
+    result = merge_modules(models, Samples(MadeGraph(n)), channels="joint")
     seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     test = MadeGraph(n).sample(torch.arange(0, n, max(1, n // 4096)))

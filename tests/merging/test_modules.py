@@ -100,7 +100,7 @@ def test_a_convolution_is_the_least_squares_solution_of_the_rows_that_count():
     models = moved(built(CONVOLUTIONS["gcn"]), size=0.5)
     data = [graph(0), graph(1)]
     masks = [torch.arange(NODES) % 3 == 0, torch.arange(NODES) % 2 == 0]
-    result = merge_modules(models, data, rows=masks, ridge=1e-13)
+    result = merge_modules(models, data, rows=masks, ridge=1e-13, channels="joint")
     rows, targets = [], []
     for model, item, mask in zip(models, data, masks, strict=True):
         adjacency = torch.zeros(NODES, NODES, dtype=torch.float64)
@@ -119,6 +119,30 @@ def test_a_convolution_is_the_least_squares_solution_of_the_rows_that_count():
     found = torch.cat([merged.lin.weight.T, merged.bias[None]]).detach().numpy()
     np.testing.assert_allclose(found, expected, atol=1e-8)
     assert result.layers[0].rows == 20 + 30
+
+
+@pytest.mark.parametrize("kind", ["sage", "gat", "transformer", "gin"])
+def test_divided_channels(kind):
+    """Unrelated models: each has its own channels, the first layer's are exactly its own; copies are still copies."""
+    models = [deepcopy(built(CONVOLUTIONS[kind])) for _ in range(2)]
+    torch.manual_seed(1)
+    other = CONVOLUTIONS[kind]().double()
+    models[1].load_state_dict(other.state_dict())
+    data = [graph(0), graph(1)]
+    results = {how: merge_modules(models, data, channels=how) for how in ("joint", "divided", "auto")}
+    best = min(("joint", "divided"), key=lambda how: results[how].relative_disagreement)
+    assert results["auto"].channels == best
+    assert results["auto"].relative_disagreement == results[best].relative_disagreement
+    with torch.no_grad():
+        args = (data[0].x, data[0].edge_index, data[0].edge_attr)[: 3 if models[0].extra else 2]
+        ours = results["divided"].module.first(*args)
+        for k, half in enumerate((slice(0, HIDDEN // 2), slice(HIDDEN // 2, HIDDEN))):
+            if kind != "gin":  # whose first layer has a hidden one
+                torch.testing.assert_close(
+                    ours[:, half], models[k].eval().first(*args)[:, half], atol=1e-2, rtol=0.1
+                )
+    same = merge_modules([models[0], models[0]], data, channels="divided")
+    assert max(errors(same, "merged")) < 1e-10
 
 
 def test_heads_are_refitted_kept_or_named():
@@ -221,6 +245,8 @@ def test_bad_input_is_refused():
         merge_modules(models, data, heads="new")
     with pytest.raises(ArgumentError, match="no submodule"):
         merge_modules(models, data, heads=["top"])
+    with pytest.raises(ArgumentError, match="'joint' and 'divided'"):
+        merge_modules(models, data, channels="split")
     with pytest.raises(ArgumentError, match="3 weights"):
         merge_modules(models, data, weights=[1, 1, 1])
     other = built(lambda: Net(lambda a, b: geometric.GCNConv(a, b, bias=False)))
