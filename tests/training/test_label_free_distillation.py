@@ -245,7 +245,7 @@ def test_refusals() -> None:
         distill(start, [s.with_calibration(s.calibration[:1]) for s in specialists[:2]], QUICK)
     matching = QUICK.model_copy(update={"feature_weight": 1.0})
     with pytest.raises(IncompatibleSpecialistsError, match="feature_weight"):
-        distill(start, [specialists[0], relatives("nequip")[1]], matching)
+        distill(specialists[0], [specialists[0], relatives("nequip")[1]], matching)
     with pytest.raises(RecipeError, match="did you mean 'epochs'"):
         load_recipe({"refine": {"epoch": 3}})
 
