@@ -265,7 +265,20 @@ def row_masks(rows: Rows, models: Sequence[nn.Module], *, run: Run) -> Callable[
             return _labelled(item) if rows == "labelled" else _attribute(item, rows)
         return None if rows is None else rows[k]
 
-    return lambda k, item: _seeds_of(item, mask(k, item))
+    return lambda k, item: _seeds_of(item, _fitting(item, mask(k, item)))
+
+
+def _fitting(item: Item, mask: Tensor | None) -> Tensor | None:
+    """A mask of as many nodes (or graphs) as an example has."""
+    if mask is None or not isinstance(item, Data) or item.num_nodes is None:
+        return mask
+    sizes = {int(item.num_nodes), getattr(item, "num_graphs", None)}
+    if len(mask) not in sizes:
+        raise FramesError(
+            f"a mask of {len(mask)} rows does not fit a graph of {item.num_nodes} nodes; give rows= the name of an "
+            "attribute of the graphs, or a function of the model's index and the example"
+        )
+    return mask
 
 
 def _attribute(item: Item, name: str) -> Tensor:

@@ -241,6 +241,8 @@ def test_bad_input_is_refused():
         merge_modules(models, Data(x=data.x))
     with pytest.raises(FramesError, match="rows='owned'"):
         merge_modules(models, data, rows="owned")
+    with pytest.raises(FramesError, match="mask of 3 rows"):
+        merge_modules(models, data, rows=torch.ones(3, dtype=torch.bool))
     with pytest.raises(ArgumentError, match="'refit' or 'kept'"):
         merge_modules(models, data, heads="new")
     with pytest.raises(ArgumentError, match="no submodule"):
