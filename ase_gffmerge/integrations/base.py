@@ -2,11 +2,7 @@
 
 An adapter reads the vendor's file into a :class:`~ase_gffmerge.models.Potential` (a chain of stages, from edge vectors to
 energies per atom in eV), and writes such a potential back. Everything else, the graphs, the merge, the calculator, works on
-the potential and does not know where it comes from.
-
-Which packages' force fields can be read; an adapter is imported when it is needed.
-
-Steps from another package's network to a potential that are the same whichever package it is.
+the potential and does not know where it comes from. What all adapters do alike is here, too.
 """
 
 import re
