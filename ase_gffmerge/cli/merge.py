@@ -8,6 +8,7 @@ import typer
 from ase_gffmerge.cli.options import (
     CalibrationOption,
     Conditioning,
+    CoreRepulsionChoice,
     DeviceOption,
     JsonOption,
     OverwriteOption,
@@ -36,6 +37,13 @@ def merge(
     conditioning: Annotated[
         Conditioning | None,
         typer.Option(help="One surface, or one per specialist.", show_default="of the recipe"),
+    ] = None,
+    core_repulsion: Annotated[
+        CoreRepulsionChoice | None,
+        typer.Option(
+            help="Let atoms repel each other that are closer than in any calibration frame.",
+            show_default="of the recipe: auto",
+        ),
     ] = None,
     device: DeviceOption = "auto",
     allow_unrelated: Annotated[
@@ -78,6 +86,7 @@ def merge(
         conditioning=conditioning.value if conditioning else None,
         weights=parse_weights(weights),
         allow_unrelated=allow_unrelated or None,
+        core_repulsion=core_repulsion.value if core_repulsion else None,
         closed_loop=validated(ClosedLoopOptions, loop, source="--closed-loop") if closed_loop else None,
     )
     frames = map(file_of_frames, calibration or ())
@@ -119,6 +128,10 @@ def _write(merged: "ForceField", out: Path) -> None:
     if is_own(out):
         merged.save(out)
         return
+    if merged.potential.core_repulsion is not None:
+        note(
+            "without its core repulsion, which only .safetensors holds: atoms that come too close may collapse"
+        )
     try:
         export(merged, out)
     except FileFormatError as error:

@@ -29,6 +29,13 @@ class Conditioning(StrEnum):
     per_specialist = "per-specialist"
 
 
+class CoreRepulsionChoice(StrEnum):
+    """Whether a force field gets a core repulsion."""
+
+    auto = "auto"
+    none = "none"
+
+
 def positive(value: float) -> float:
     """Callback of options that must be positive and finite."""
     if not 0 < value < math.inf:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ase_gffmerge.cli.options import (
+    CoreRepulsionChoice,
     DeviceOption,
     EnergyKey,
     ForcesKey,
@@ -56,6 +57,13 @@ def train(
     name: Annotated[
         str | None, typer.Option(help="Name of the specialist.", show_default="name of --out")
     ] = None,
+    core_repulsion: Annotated[
+        CoreRepulsionChoice | None,
+        typer.Option(
+            help="auto: let atoms repel each other that are closer than in any training frame.",
+            show_default="of --init, else none",
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -66,7 +74,8 @@ def train(
     from ase_gffmerge.training.config import load_config
     from ase_gffmerge.training.initialization import load_references
 
-    options = load_config(config, model=model, epochs=epochs, seed=seed)
+    repulsion = core_repulsion.value if core_repulsion else None
+    options = load_config(config, model=model, epochs=epochs, seed=seed, core_repulsion=repulsion)
     curve = out.with_name(f"{out.name.removesuffix('.safetensors')}.png")
     require_outputs(out, curve, inputs=[*frames, *(test or ()), init], overwrite=overwrite)
     started = perf_counter()

@@ -29,6 +29,7 @@ from ase_gffmerge.forcefield.serialization import (
     require_sound,
 )
 from ase_gffmerge.models import Potential
+from ase_gffmerge.models.core_repulsion import fit_core_repulsion
 from ase_gffmerge.storage.tensor_file import content_digest, write_file
 
 BUNDLED = ("rmd17-base", "rmd17-ethanol", "rmd17-malonaldehyde", "emt-copper", "emt-silver")
@@ -232,6 +233,46 @@ class ForceField:
         Use it for a specialist, and again after anything that changes a potential's weights: the old grade no longer fits.
         """
         return replace(self, extrapolation_grade=fit_extrapolation_grade(self.potential, [self.calibration]))
+
+    def with_core_repulsion(self) -> Self:
+        """Return a copy with a core repulsion that begins beyond its own calibration frames (weights are shared).
+
+        Raises
+        ------
+        FramesError
+            When it has no calibration frames.
+        """
+        if not self.calibration and not self.potential.repulsive:
+            raise FramesError(
+                f"{self.name!r} carries no calibration frames, which say where a core repulsion may begin; add some with "
+                "ForceField.with_calibration(frames)"
+            )
+        return replace(self, potential=repelling(self.potential, [self]))
+
+    def without_core_repulsion(self) -> Self:
+        """Return a copy without core repulsion (weights are shared)."""
+        return replace(self, potential=self.potential.with_core_repulsion(None))
+
+
+def repelling(potential: Potential, specialists: Sequence[ForceField]) -> Potential:
+    """Potential that knows what specialists know, with a core repulsion that begins beyond it (weights are shared).
+
+    Parameters
+    ----------
+    potential
+        A specialist's own, or one merged from them in this order.
+    specialists
+        With their calibration frames and, where they were trained with a core repulsion, the distances stored in it. One of
+        another package's origin knows more than its frames show.
+    """
+    cores = [s.potential.core_repulsion for s in specialists]
+    found = fit_core_repulsion(
+        potential,
+        [s.calibration for s in specialists],
+        known=[core.known for core in cores if core is not None],
+        broad=any(s.provenance.origin for s in specialists),
+    )
+    return potential.with_core_repulsion(found)
 
 
 def symbols(numbers: Sequence[int]) -> str:

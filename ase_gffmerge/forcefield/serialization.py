@@ -24,12 +24,14 @@ from ase_gffmerge.forcefield.provenance import (
     unpack_provenance,
 )
 from ase_gffmerge.models import Potential, build_potential
+from ase_gffmerge.models.core_repulsion import CoreRepulsion
 from ase_gffmerge.storage.tensor_file import content_digest, read_digest, read_file
 
 UNITS = {"energy": "eV", "length": "Å"}
 """Of every file; others are refused."""
 
 _WEIGHTS, _GRADE, _FRAMES = "potential.", "extrapolation_grade.", "calibration."
+_CORE = "core_repulsion."
 _WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FRAME_ARRAYS = {"n_atoms": "i", "numbers": "i", "positions": "f", "cells": "f", "pbc": "b"}
 _GARBLED = (
@@ -172,7 +174,10 @@ def _untrained(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Po
             f"the hyper-parameters do not belong to these weights: {', '.join(too_large) or 'n_blocks'} is larger than "
             "a file of this size can be; write the file again"
         )
-    return build_potential(metadata["architecture"], hyper, tuple(species))
+    potential = build_potential(metadata["architecture"], hyper, tuple(species))
+    if any(name.startswith(f"{_WEIGHTS}{_CORE}") for name in tensors):
+        potential.core_repulsion = CoreRepulsion.blank(potential.species)
+    return potential
 
 
 def _load_weights(potential: Potential, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -191,6 +196,11 @@ def _load_weights(potential: Potential, tensors: Mapping[str, Tensor], path: Pat
     if extra := sorted(stored.keys() - expected.keys()):
         raise FileFormatError(f"{path} has unexpected tensors {extra[:3]}; write the file again")
     potential.load_state_dict(stored)
+    core = potential.core_repulsion
+    if core is not None and not core.sound(potential.hyper.cutoff):
+        raise FileFormatError(
+            f"{path}: the tables of its core repulsion are impossible; write the file again"
+        )
 
 
 def _check_weight(name: str, stored: Tensor, expected: Tensor, path: Path) -> None:

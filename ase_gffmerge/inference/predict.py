@@ -59,8 +59,8 @@ def grades(force_field: ForceField, graph: AtomGraph) -> Tensor | None:
     """
     if force_field.extrapolation_grade is None:
         return None
-    features = force_field.potential.features(edge_vectors(graph), graph)
-    return force_field.extrapolation_grade(features, graph.atomic_numbers)
+    _, scalars = force_field.potential(edge_vectors(graph), graph)
+    return force_field.extrapolation_grade(scalars, graph.atomic_numbers)
 
 
 def predict_graded(force_field: ForceField, graph: AtomGraph) -> tuple[Prediction, Tensor | None]:

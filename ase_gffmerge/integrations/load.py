@@ -113,7 +113,7 @@ def from_vendor(
 
 
 def export(force_field: ForceField, path: str | Path) -> Path:
-    """Write another package's format, for force fields that came from it.
+    """Write another package's format, for force fields that came from it; a core repulsion is left out.
 
     Raises
     ------

@@ -186,6 +186,11 @@ class ChainPotential(Potential):
         )
         return energies if repulsion is None else energies + repulsion.double()
 
+    @property
+    def repulsive(self) -> bool:
+        """Whether the package's model has a repulsion."""
+        return getattr(self, "repulsion", None) is not None
+
     def repulsion_energies(self, vectors: Tensor, graph: Topology) -> Tensor | None:
         """Short-range repulsion (n_atoms,) in eV that is a function of elements and distances and is not merged."""
         return None

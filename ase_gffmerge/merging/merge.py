@@ -14,7 +14,7 @@ from ase.data import chemical_symbols
 from torch import Tensor, nn
 
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.force_field import ForceField, repelling
 from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
 from ase_gffmerge.merging.average import (
@@ -110,6 +110,8 @@ def closed_form_merge(
             disagreements, parity = diagnose(parents, mean, solved.potential)
         with clock("extrapolation"):
             grade = fit_extrapolation_grade(solved.potential, [s.calibration for s in parents])
+            repels = recipe.core_repulsion == "auto"
+            potential = repelling(solved.potential, parents) if repels else solved.potential
     report = MergeReport(
         specialists=tuple(s.name for s in parents),
         layers=tuple(solved.layers),
@@ -124,7 +126,7 @@ def closed_form_merge(
     progress(1.0, report.verdict)
     if recipe.method != "mean" and report.verdict != "good":
         warnings.warn(report.warning, MergeWarning, stacklevel=3)
-    merged = _merged_force_field(specialists, solved.potential, recipe, report)
+    merged = _merged_force_field(specialists, potential, recipe, report)
     return replace(merged, extrapolation_grade=grade), report
 
 

@@ -186,6 +186,9 @@ class Recipe(BaseModel):
         Label-free distillation of the merged potential, or ``None``.
     conditioning
         ``shared``: one embedding table; ``per-specialist``: one per specialist, chosen per atom.
+    core_repulsion
+        ``auto``: where the architecture has no repulsion of its own, one that begins below the shortest distances of the
+        calibration frames (:mod:`~ase_gffmerge.models.core_repulsion`); ``none``: leave it out.
     weights
         How much each specialist counts; default 1 each.
     allow_unrelated, allow_mixed_theory, allow_identical
@@ -203,6 +206,7 @@ class Recipe(BaseModel):
     closed_loop: ClosedLoopOptions | None = None
     refine: DistillOptions | None = None
     conditioning: Literal["shared", "per-specialist"] = "shared"
+    core_repulsion: Literal["auto", "none"] = "auto"
     weights: tuple[float, ...] | None = None
     allow_unrelated: bool = False
     allow_mixed_theory: bool = False
@@ -231,7 +235,9 @@ class Recipe(BaseModel):
 
 PRESETS: dict[str, Recipe] = {
     "gffmerge": Recipe(),
-    "paper": Recipe(method="paper", ridge=1e-6, directions=0, messages=False, readout=None),
+    "paper": Recipe(
+        method="paper", ridge=1e-6, directions=0, messages=False, readout=None, core_repulsion="none"
+    ),
     "mean": Recipe(method="mean", messages=False, readout=None),
 }
 

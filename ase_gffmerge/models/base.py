@@ -13,6 +13,7 @@ Architectures by name.
 
 import math
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from importlib import import_module
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.graphs.graph import Topology
+from ase_gffmerge.models.core_repulsion import CoreRepulsion
 from ase_gffmerge.models.layers.readout import (
     BesselBasis,
     ExactBuffers,
@@ -198,6 +200,7 @@ class Potential(ExactBuffers):
         self.embedding = nn.Parameter(torch.randn(hyper.n_embeddings, len(self.species), hyper.channels))
         self.basis = BesselBasis(hyper.cutoff, hyper.n_radial)
         self.stages = nn.ModuleList()
+        self.core_repulsion: CoreRepulsion | None = None  # of the force field, not of the architecture
         self.readout: nn.Module = self.own_readout()
         if hyper.readout_width:
             self.readout = RandomFeatureReadout(
@@ -213,6 +216,18 @@ class Potential(ExactBuffers):
     def own_readout(self) -> nn.Module:
         """Give the architecture's readout, ``(scalars of all blocks, species rows) -> energies (n_atoms,)`` in eV."""
         return MLPReadout(self.hyper.channels)
+
+    @property
+    def repulsive(self) -> bool:
+        """Whether the architecture itself keeps atoms from coming too close."""
+        return False
+
+    def with_core_repulsion(self, repulsion: CoreRepulsion | None) -> Self:
+        """Same potential, which shares the weights, with another core repulsion or none."""
+        twin = copy(self)
+        twin._modules = dict(self._modules)
+        twin.core_repulsion = repulsion
+        return twin
 
     def element_parameters(self) -> tuple[str, ...]:
         """Names of the parameters (n_species, ...) that have a row per element, beside the embedding."""
@@ -280,6 +295,8 @@ class Potential(ExactBuffers):
             See :meth:`features`.
         """
         vectors = vectors.to(self.dtype)
+        if self.core_repulsion is not None:
+            return self.core_repulsion.guarded(self, vectors, graph)
         scalars = self.features(vectors, graph)
         return self.energies(scalars, vectors, graph), scalars
 

@@ -1,6 +1,7 @@
 """Training options, validated."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -27,6 +28,9 @@ class TrainConfig(BaseModel):
         Frames held out of training for the loss curve.
     seed
         Seed of initial weights, split and shuffling.
+    core_repulsion
+        ``auto``: store a core repulsion that begins below the shortest distances of the training frames, on which it has no
+        effect; ``none``: only what the parent has.
     level_of_theory
         Recorded in the file; ``None`` takes the parent's.
     """
@@ -45,6 +49,7 @@ class TrainConfig(BaseModel):
     gradient_clip: float = Field(default=10.0, gt=0)
     validation: int = Field(default=50, ge=0)
     seed: Seed = 0
+    core_repulsion: Literal["auto", "none"] = "none"
     level_of_theory: str | None = None
 
 

@@ -31,7 +31,7 @@ from ase.data import chemical_symbols
 
 from ase_gffmerge.data.frames import geometry_keys, hash_frames
 from ase_gffmerge.errors import IncompatibleSpecialistsError, MergeWarning
-from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.force_field import ForceField, repelling
 from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
 from ase_gffmerge.graphs import predict
@@ -97,7 +97,13 @@ def distill(
     """
     options, started = options or DistillOptions(), time.perf_counter()
     _check_student(merged, specialists, options, frames)
-    student = deepcopy(merged.potential).to(device=resolve_device(device)).train().requires_grad_(True)
+    student = (
+        deepcopy(merged.potential)
+        .with_core_repulsion(None)
+        .to(device=resolve_device(device))
+        .train()
+        .requires_grad_(True)
+    )
     given = frames if frames is not None else [()] * len(specialists)
     teachers = prepare_teachers(
         student, specialists, options, frames=given, weights=merge_weights(merged, len(specialists))
@@ -176,6 +182,8 @@ def _distilled_force_field(
         report=report.to_dict(),
     )
     extrapolation_grade = fit_extrapolation_grade(potential, [s.calibration for s in teachers.teachers])
+    if merged.potential.core_repulsion is not None:
+        potential = repelling(potential, teachers.teachers)
     return replace(merged, potential=potential, merged=record, extrapolation_grade=extrapolation_grade)
 
 

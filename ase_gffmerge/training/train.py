@@ -22,7 +22,7 @@ from ase_gffmerge.data.frames import (
 from ase_gffmerge.data.labels import is_isolated_atom, isolated_atom_energies, require_labels
 from ase_gffmerge.data.readers import iter_frames
 from ase_gffmerge.errors import FramesError
-from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.force_field import ForceField, repelling
 from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.inference.errors import Errors, evaluate
 from ase_gffmerge.models import Potential
@@ -100,7 +100,7 @@ def train(
         raise FramesError(f"{n_calibration} calibration frames are too few for merging; store at least one")
     require_writable(out)
     run = _run_identity(config, start, init=init, frames=[*training, *validation])
-    potential = start.potential.to(device=target).train().requires_grad_(True)
+    potential = start.potential.with_core_repulsion(None).to(device=target).train().requires_grad_(True)
     checkpoint = checkpoint_path(out)
     potential, history = fit(
         potential,
@@ -127,6 +127,9 @@ def train(
             origin=init.provenance.origin if init else "",
         ),
     )
+    if config.core_repulsion == "auto" or start.potential.core_repulsion is not None:
+        seen = specialist.with_calibration([*training, *validation])
+        specialist = replace(specialist, potential=repelling(specialist.potential, [seen]))
     specialist.save(out)
     checkpoint.unlink(missing_ok=True)
     return specialist, history, errors

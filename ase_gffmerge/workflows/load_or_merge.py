@@ -29,6 +29,7 @@ class MergeOptions:
     conditioning: str | None = None
     weights: tuple[float, ...] | None = None
     allow_unrelated: bool = False
+    core_repulsion: str | None = None
     cache_dir: str | Path | None = None
 
     def load_recipe(self) -> Recipe:
@@ -38,6 +39,7 @@ class MergeOptions:
             conditioning=self.conditioning,
             weights=self.weights,
             allow_unrelated=self.allow_unrelated or None,
+            core_repulsion=self.core_repulsion,
         )
 
 
@@ -85,6 +87,9 @@ def resolve(
         return _merged(given, options, device=device, progress=progress)
     force_field = as_force_field(items[0])
     check_single(force_field, options)
+    if options.core_repulsion is not None:
+        with_it = options.core_repulsion == "auto"
+        force_field = force_field.with_core_repulsion() if with_it else force_field.without_core_repulsion()
     return Resolved(
         force_field=force_field,
         arguments={"specialists": [describe(items[0])], "recipe": "gffmerge", "weights": None},
@@ -107,6 +112,8 @@ def check_single(force_field: ForceField, options: MergeOptions) -> None:
             "weights say how much each of several specialists counts, but only one force field was given; "
             "leave them out"
         )
+    if options.core_repulsion not in (None, "auto", "none"):
+        raise ArgumentError(f"core_repulsion={options.core_repulsion!r} is not known; use 'auto' or 'none'")
     served = "per-specialist" if force_field.potential.hyper.n_embeddings > 1 else "shared"
     if options.conditioning not in (None, served):
         made = f"was merged with conditioning={served!r}" if force_field.merged else "is a single specialist"

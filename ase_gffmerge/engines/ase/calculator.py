@@ -74,8 +74,7 @@ class GFFMergeCalculator(Calculator):
         For each specialist, unlabelled frames of what it was trained on, a list or a file; ``None`` where its own file holds
         some, as those of other packages do not; ``sample:FILE``: it makes them by its dynamics from structures in a file.
     recipe
-        How to merge: a preset (``gffmerge``, ``paper``, ``mean``), the path of a YAML file, a mapping, or a
-        :class:`~ase_gffmerge.Recipe`.
+        How to merge: ``gffmerge``, ``paper``, ``mean``, a YAML file, a mapping, or a :class:`~ase_gffmerge.Recipe`.
     conditioning
         ``shared``: one potential energy surface; ``per-specialist``: every specialist's element embeddings are kept, and
         each atom says whose it uses. Default: what the recipe or the file says.
@@ -84,23 +83,23 @@ class GFFMergeCalculator(Calculator):
     dtype
         ``float32`` or ``float64`` (phonons, tight relaxations), of the network; geometry and results are float64 always.
     skin
-        How far beyond the cutoff neighbors are searched, in Å, so that one search lasts for many steps; 0 searches every
-        time. It changes the speed, never a result.
+        How far beyond the cutoff neighbors are searched, in Å; it changes the speed, never a result.
     cache_dir
         Folder of merged force fields; default: ``GFFMERGE_CACHE``, else the user's cache folder.
     weights, allow_unrelated
         Relative weight of each specialist in the merge; merge also those without a common base, with bad forces.
+    core_repulsion
+        ``auto``: atoms closer than in all calibration frames repel each other; ``none``: not. Default: of recipe or file.
     specialist
-        With per-specialist conditioning, the name or index for structures that name none themselves in
-        ``atoms.arrays["specialist"]`` (per atom) or ``atoms.info["specialist"]``.
+        With per-specialist conditioning, name or index for structures without ``specialist`` in arrays or info.
     compile
-        Fuse the network by ``torch.compile``, which takes half a minute; results agree to round-off. ``auto``: on a GPU
-        after 200 evaluations, never on a CPU. Unless ``False``, a GPU also replays small structures as CUDA graphs.
+        Fuse the network by ``torch.compile``; results agree to round-off. ``auto``: on a GPU after 200 evaluations, never
+        on a CPU. Unless ``False``, a GPU also replays small structures as CUDA graphs.
     dispersion
         Grimme's D3 correction to add to force fields whose labels lack it, as ``damping:functional``, for example
         ``d3bj:pbe`` (needs the package dftd3). There are no energies per atom then.
     progress
-        Called during a merge with a fraction (0 to 1) and a description; default: a bar, on terminals and in notebooks.
+        Called during a merge with a fraction (0 to 1) and a description; default: a bar.
 
     Attributes
     ----------
@@ -109,8 +108,8 @@ class GFFMergeCalculator(Calculator):
     cache_hit : bool or None
         Whether the merge was found in the cache; ``None`` when there was nothing to merge.
     extras : dict
-        About the last calculation: ``n_edges``, ``seconds`` and, if the force field knows its calibration frames,
-        ``extrapolation``, a grade per atom: at most 1 within these frames, infinite for elements they lack.
+        About the last calculation: ``n_edges``, ``seconds``, and where calibration frames were known ``extrapolation``, a
+        grade per atom: at most 1 within them, infinite for elements they lack.
 
     Raises
     ------
@@ -136,6 +135,7 @@ class GFFMergeCalculator(Calculator):
         cache_dir: str | Path | None = None,
         weights: Sequence[float] | None = None,
         allow_unrelated: bool = False,
+        core_repulsion: Literal["auto", "none"] | None = None,
         specialist: str | int | None = None,
         compile: Compile = "auto",
         dispersion: str | None = None,
@@ -152,6 +152,7 @@ class GFFMergeCalculator(Calculator):
             conditioning=conditioning,
             weights=weight_tuple(weights),
             allow_unrelated=allow_unrelated,
+            core_repulsion=core_repulsion,
             cache_dir=cache_dir,
         )
         with isolated_torch():
@@ -175,6 +176,7 @@ class GFFMergeCalculator(Calculator):
             skin=skin,
             cache_dir=str(Path(cache_dir).absolute()) if cache_dir is not None else None,
             allow_unrelated=allow_unrelated,
+            core_repulsion=core_repulsion,
             specialist=specialist_choice(specialist, self.force_field),
             compile=compile,
             dispersion=dispersion,
@@ -251,8 +253,7 @@ class GFFMergeCalculator(Calculator):
         PropertyNotImplementedError
             For what the calculator does not serve, and for the stress without three cell vectors.
         """
-        structure = self.atoms if atoms is None else atoms
-        if name == "stress" and structure is not None:
+        if name == "stress" and (structure := self.atoms if atoms is None else atoms) is not None:
             require_volume(structure)
         with self._lock:
             return super().get_property(name, atoms, allow_calculation)
@@ -368,8 +369,7 @@ class GFFMergeCalculator(Calculator):
         """
         if self._specialists is None:
             raise ArgumentError(
-                f"{self.force_field.name!r} was given without the specialists it came from, so nobody can disagree; make "
-                "the calculator from the specialists (their merge is found in the cache)"
+                f"{self.force_field.name!r} was given without the specialists it came from; make the calculator from these"
             )
         with torch.inference_mode(False), self._lock:
             return force_disagreement(self._specialists.load(), require_structure(atoms))
