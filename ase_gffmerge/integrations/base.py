@@ -102,7 +102,7 @@ class Adapter(ABC):
         """What ``torch.save`` writes into a file that the vendor's package loads."""
 
     def write(self, potential: Potential, path: Path) -> Path:
-        """Write a file that the vendor's package loads, once it was read back; without the core repulsion, which none holds.
+        """Write a file that the vendor's package loads, once it was read back.
 
         Raises
         ------
@@ -111,7 +111,6 @@ class Adapter(ABC):
             written does not have its energies.
         """
         self.require_exportable(potential)
-        potential = potential.with_core_repulsion(None)
         content = self.vendor_content(potential)
         atomic_write(
             path,

@@ -120,7 +120,8 @@ def export(force_field: ForceField, path: str | Path) -> Path:
     FileFormatError
         When the architecture is no other package's, or holds what its format cannot.
     """
-    return adapter_for(force_field.potential.architecture).write(force_field.potential, Path(path))
+    bare = force_field.potential.with_core_repulsion(None)
+    return adapter_for(bare.architecture).write(bare, Path(path))
 
 
 def is_own(path: Path) -> bool:
