@@ -233,8 +233,8 @@ def with_predictions(frames: Sequence[Atoms], predicted: Mapping[str, FramePredi
         Labelled; the labels stay where they are (``atoms.calc``).
     predicted
         By model. Those of ``NAME`` become ``atoms.info["NAME_energy"]`` (eV), ``atoms.arrays["NAME_forces"]`` (eV/Å)
-        and ``atoms.info["NAME_stress"]`` ((3, 3), eV/Å^3, of frames with a volume), with every character of the name
-        that is no letter, digit or underscore replaced by an underscore.
+        and ``atoms.info["NAME_stress"]`` (nine components in eV/Å^3, of frames with a volume; (3, 3) where a file is read),
+        with every character of the name that is no letter, digit or underscore replaced by an underscore.
     """
     copies = [_labelled_copy(atoms) for atoms in frames]
     for name, found in zip(keys_of_models(predicted), predicted.values(), strict=True):
@@ -244,7 +244,7 @@ def with_predictions(frames: Sequence[Atoms], predicted: Mapping[str, FramePredi
             copy.info[f"{name}_energy"] = float(energy)
             copy.arrays[f"{name}_forces"] = forces
             if stress is not None:
-                copy.info[f"{name}_stress"] = stress
+                copy.info[f"{name}_stress"] = stress.ravel()  # what a file keeps without JSON
     return copies
 
 

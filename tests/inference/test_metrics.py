@@ -108,6 +108,7 @@ def test_predictions_beside_labels_survive_a_file(potential: Potential, tmp_path
     frames = labelled(potential, 0.25)
     found = predict_frames(potential, frames)
     write(tmp_path / "out.extxyz", with_predictions(frames, {"a-b": found, "a:b": found, "7net": found}))
+    assert "_JSON" not in (tmp_path / "out.extxyz").read_text(), "other programs read it, too"
     read_back = read(tmp_path / "out.extxyz", ":")
     for key in ("a_b", "a_b_2", "model_7net"):
         for k, atoms in enumerate(read_back):
