@@ -147,7 +147,11 @@ class Alignment:
 
 
 def align_modules(
-    problem: ModuleProblem, *, solved: Callable[[str], bool] = lambda name: True, progress: Progress
+    problem: ModuleProblem,
+    *,
+    solved: Callable[[str], bool] = lambda name: True,
+    steps: Sequence[Step] | None = None,
+    progress: Progress,
 ) -> Alignment:
     """Solve all layers of the views in place.
 
@@ -157,12 +161,14 @@ def align_modules(
         With the views.
     solved
         Whether the layer of a name is solved; default: all are.
+    steps
+        The :func:`execution_order`, if it is known.
     progress
         Called with a fraction (0 to 1) and the name of a layer.
     """
     reports: list[LayerReport] = []
     recalibrated: list[str] = []
-    steps = execution_order(problem)
+    steps = execution_order(problem) if steps is None else steps
     for i, step in enumerate(steps):
         progress(i / len(steps), step.name)
         if not solved(step.name):

@@ -26,7 +26,13 @@ from ase_gffmerge.merging.module_calls import (
     run_module,
     solvable_layers,
 )
-from ase_gffmerge.merging.module_layers import Alignment, ModuleProblem, align_modules, is_within
+from ase_gffmerge.merging.module_layers import (
+    Alignment,
+    ModuleProblem,
+    align_modules,
+    execution_order,
+    is_within,
+)
 from ase_gffmerge.merging.module_views import KEPT, REFIT, check_modules, own_modules, shared_views
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
@@ -249,8 +255,12 @@ def merge_modules(
                 ridge=ridge,
                 divided=way == DIVIDED,
             )
+            if not i:
+                steps = execution_order(problem)
+                of_mean = [module_disagreement(problem, mean, "mean", k) for k in range(len(models))]
             alignment = align_modules(
                 problem,
+                steps=steps,
                 solved=lambda name: not any(is_within(name, head) for head in kept),
                 progress=part_of(progress, 0.9 * i / len(ways), 0.9 * (i + 1) / len(ways)),
             )
@@ -267,7 +277,11 @@ def merge_modules(
                     averaged=averaged_names(models, views[0], alignment, own=tuple(own)),
                     recalibrated=alignment.recalibrated,
                     unreached=tuple(n for n in solvable_layers(views[0]) if n not in alignment.reached),
-                    disagreements=_disagreements(problem, mean),
+                    disagreements=tuple(
+                        row
+                        for k in range(len(models))
+                        for row in (of_mean[k], module_disagreement(problem, views, "merged", k))
+                    ),
                     channels=way,
                 )
             )
@@ -276,15 +290,6 @@ def merge_modules(
     for view in result.views:
         view.eval()
     return result
-
-
-def _disagreements(problem: ModuleProblem, mean: Sequence[nn.Module]) -> tuple[ModuleDisagreement, ...]:
-    """Mean and merged module beside every model."""
-    return tuple(
-        module_disagreement(problem, views, kind, k)
-        for k in range(len(mean))
-        for kind, views in (("mean", mean), ("merged", problem.views))
-    )
 
 
 def averaged_names(
