@@ -54,7 +54,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Write the frames with their labels and, as MODEL_energy (eV), MODEL_forces (eV/Å) and MODEL_stress "
-            "(eV/Å³), what every model predicts: one extended XYZ file for all models."
+            "(nine numbers, eV/Å³), what every model predicts: one extended XYZ file for all models."
         ),
     ] = None,
     plot: Annotated[

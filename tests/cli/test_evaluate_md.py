@@ -42,7 +42,9 @@ def test_predictions_and_parity_plot(gffmerge, files: Path) -> None:
     assert (files / "parity.png").read_bytes().startswith(b"\x89PNG")
     back = read("new/predictions.extxyz", ":")
     assert len(back) == 9  # without the isolated atom
-    stress = np.mean([np.abs(a.info["water_stress"] - a.get_stress(voigt=False))[VOIGT] for a in back[:3]])
+    stress = np.mean(
+        [np.abs(a.info["water_stress"].reshape(3, 3) - a.get_stress(voigt=False))[VOIGT] for a in back[:3]]
+    )
     assert stress / GPa == pytest.approx(errors["water"]["stress_mae"], rel=1e-5)
     forces = np.concatenate([a.arrays["methanol_forces"] - a.get_forces() for a in back])
     assert np.abs(forces).mean() == pytest.approx(errors["methanol"]["force_mae"], rel=1e-5)
