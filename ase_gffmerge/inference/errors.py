@@ -233,7 +233,7 @@ def with_predictions(frames: Sequence[Atoms], predicted: Mapping[str, FramePredi
         Labelled; the labels stay where they are (``atoms.calc``).
     predicted
         By model. Those of ``NAME`` become ``atoms.info["NAME_energy"]`` (eV), ``atoms.arrays["NAME_forces"]`` (eV/Å)
-        and ``atoms.info["NAME_stress"]`` (the nine components in eV/Å^3, of frames with a volume), with every character of the
+        and ``atoms.info["NAME_stress"]`` (nine components in eV/Å^3, of frames with a volume), with every character of the
         name that is no letter, digit or underscore replaced by an underscore.
     """
     copies = [_labelled_copy(atoms) for atoms in frames]
