@@ -137,15 +137,14 @@ def _merged_start(
     from ase_gffmerge.merging.average import check_compatible
     from ase_gffmerge.runtime.devices import resolve_device
     from ase_gffmerge.workflows.load_or_merge import MergeOptions, resolve
-    from ase_gffmerge.workflows.merge import starting_point
+    from ase_gffmerge.workflows.merge import without_refinement
 
     check_compatible(specialists, recipe)
-    given, plain = starting_point(specialists, recipe)
     with progress_bar("merging") as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)
         return resolve(
-            given,
-            MergeOptions(recipe=plain, cache_dir=cache_dir),
+            specialists,
+            MergeOptions(recipe=without_refinement(recipe), cache_dir=cache_dir),
             device=resolve_device(device),
             progress=progress,
         ).force_field

@@ -30,6 +30,17 @@ def evenly(available: int, n: int) -> list[int]:
     return np.unique(np.linspace(0, available - 1, min(n, available)).round().astype(int)).tolist()
 
 
+HELD_OUT = 10
+"""Every tenth frame is held out of fits."""
+
+
+def hold_out_tenth(frames: Sequence[Atoms]) -> tuple[list[Atoms], list[Atoms]]:
+    """Split frames into those that a fit sees and every tenth one (the last one, where there are fewer) that it does not."""
+    every = min(HELD_OUT, len(frames))
+    fitted = [atoms for i, atoms in enumerate(frames) if i % every != every - 1]
+    return fitted, list(frames[every - 1 :: every])
+
+
 def displaced(atoms: Atoms, *, rattle: float, strain: float, rng: np.random.Generator) -> Atoms:
     """Return a copy with normally displaced atoms and, for a structure periodic in three directions, a strained cell.
 

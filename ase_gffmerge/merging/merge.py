@@ -5,9 +5,10 @@ call :func:`ase_gffmerge.merge`, which may go on with closed-loop calibration an
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from ase.data import chemical_symbols
@@ -39,7 +40,8 @@ from ase_gffmerge.merging.layerwise import align_layers
 from ase_gffmerge.merging.paper import solve_paper
 from ase_gffmerge.merging.readout_fit import match_forces
 from ase_gffmerge.merging.recipe import Recipe
-from ase_gffmerge.merging.report import LayerReport, MergeReport
+from ase_gffmerge.merging.report import LayerReport, MergeReport, Trial
+from ase_gffmerge.merging.selection import Selection, bundled_ancestor, split_frames, starting_points
 from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import adjustable_maps
@@ -59,18 +61,22 @@ class Solved:
     layers
         Least-squares problems in the order they were solved.
     held_out
-        Relative force error on held-out calibration frames, when a readout was fitted.
+        Relative force error on frames that were not fitted, where there were any.
+    trials
+        What was compared on such frames.
     """
 
     potential: Potential
     layers: Sequence[LayerReport] = ()
     held_out: float | None = None
+    trials: Sequence[Trial] = ()
 
 
 def closed_form_merge(
     specialists: Sequence[ForceField],
     recipe: Recipe,
     *,
+    base: ForceField | None = None,
     device: str | torch.device = "auto",
     progress: Progress = no_progress,
 ) -> tuple[ForceField, MergeReport]:
@@ -82,6 +88,8 @@ def closed_form_merge(
         At least two, with calibration frames, fine-tuned from a common base. They are not changed.
     recipe
         What to do.
+    base
+        Their common ancestor; default: the bundled model that their lineages name, if there is one.
     device
         Where statistics and solves run.
     progress
@@ -104,7 +112,10 @@ def closed_form_merge(
         with torch.no_grad(), clock("mean"):
             shifts = align_references(parents)
             mean = mean_potential(parents, recipe)
-        solved = METHODS[recipe.method](mean, parents, recipe, clock, progress)
+        method = METHODS[recipe.method]
+        solved = method(
+            mean, parents, recipe, base=base or bundled_ancestor(specialists), clock=clock, progress=progress
+        )
         progress(0.95, "report")
         with clock("report"):
             disagreements, parity = diagnose(parents, mean, solved.potential)
@@ -122,6 +133,7 @@ def closed_form_merge(
         parity=parity,
         averaged=averaged_parameters(mean, recipe),
         elements=tuple(chemical_symbols[number] for number in mean.species),
+        trials=tuple(solved.trials),
     )
     progress(1.0, report.verdict)
     if recipe.method != "mean" and report.verdict != "good":
@@ -130,28 +142,83 @@ def closed_form_merge(
     return replace(merged, extrapolation_grade=grade), report
 
 
-def _by_blocks(
-    mean: Potential, specialists: Sequence[ForceField], recipe: Recipe, clock: Clock, progress: Progress
+class MergeMethod(Protocol):
+    """From the mean of the weights to the merged potential, one per value of :attr:`.Recipe.method`."""
+
+    def __call__(
+        self,
+        mean: Potential,
+        specialists: Sequence[ForceField],
+        recipe: Recipe,
+        *,
+        base: ForceField | None,
+        clock: Clock,
+        progress: Progress,
+    ) -> Solved:
+        """Merge.
+
+        Parameters
+        ----------
+        mean, specialists
+            On one device, with one zero of energy; neither is changed.
+        recipe
+            What to do.
+        base
+            The common ancestor, if it is at hand.
+        clock, progress
+            Time of the phases, and how far it is.
+        """
+        ...
+
+
+def _closed_form(
+    mean: Potential,
+    specialists: Sequence[ForceField],
+    recipe: Recipe,
+    *,
+    base: ForceField | None,
+    clock: Clock,
+    progress: Progress,
 ) -> Solved:
-    """The default method: steps 1 to 4 for block after block, then step 5."""
-    merged, weights = deepcopy(mean), recipe.weights or (1.0,) * len(specialists)
+    """The method of this package: a starting point, steps 1 to 4 for block after block, then step 5."""
+    start, selection = mean, None
+    if recipe.select:
+        with torch.no_grad(), clock("starting points"):
+            progress(0.02, "starting points")
+            parts = [split_frames(specialist, recipe.frames) for specialist in specialists]
+            selection = Selection(specialists, [held_out for _, held_out in parts], recipe)
+            base = base.to(device=mean.device, dtype=mean.dtype) if base else None
+            start = selection.best_start(starting_points(mean, specialists, base))
+            specialists = [s.with_calibration(own) for s, (own, _) in zip(specialists, parts, strict=True)]
+    merged, weights = deepcopy(start), recipe.weights or (1.0,) * len(specialists)
     with torch.no_grad(), clock("layers"):
         progress(0.05, "graphs")
         specialists = on_all_elements(specialists)
         sets = build_calibration(specialists, merged, weights, directions=recipe.directions)
         layers = _align_stages(merged, specialists, sets, recipe, part_of(progress, 0.1, 0.6))
         layers += _align_readout(merged, specialists, sets, recipe)
-    if recipe.readout is None:
-        return Solved(potential=merged, layers=layers)
-    with clock("readout"):
-        merged, row, held_out = match_forces(
-            merged, sets, recipe.readout, progress=part_of(progress, 0.6, 0.95)
-        )
-    return Solved(potential=merged, layers=[*layers, row], held_out=held_out)
+        best = selection.better("closed form", merged, start) if selection else merged
+    fitted: float | None = None
+    if recipe.readout is not None:
+        with clock("readout"):
+            merged, row, fitted = match_forces(
+                merged, sets, recipe.readout, progress=part_of(progress, 0.6, 0.95)
+            )
+            layers.append(row)
+            best = selection.better("wide readout", merged, best) if selection else merged
+    if selection is None:
+        return Solved(potential=best, layers=layers, held_out=fitted)
+    return Solved(potential=best, layers=layers, held_out=selection.held_out, trials=selection.trials)
 
 
 def _as_the_paper(
-    mean: Potential, specialists: Sequence[ForceField], recipe: Recipe, clock: Clock, progress: Progress
+    mean: Potential,
+    specialists: Sequence[ForceField],
+    recipe: Recipe,
+    *,
+    base: ForceField | None,
+    clock: Clock,
+    progress: Progress,
 ) -> Solved:
     merged = deepcopy(mean)
     with clock("layers"):
@@ -161,17 +228,23 @@ def _as_the_paper(
 
 
 def _the_mean(
-    mean: Potential, specialists: Sequence[ForceField], recipe: Recipe, clock: Clock, progress: Progress
+    mean: Potential,
+    specialists: Sequence[ForceField],
+    recipe: Recipe,
+    *,
+    base: ForceField | None,
+    clock: Clock,
+    progress: Progress,
 ) -> Solved:
     return Solved(potential=deepcopy(mean))
 
 
-METHODS: dict[str, Callable[[Potential, Sequence[ForceField], Recipe, Clock, Progress], Solved]] = {
-    "closed-form": _by_blocks,
+METHODS: dict[str, MergeMethod] = {
+    "closed-form": _closed_form,
     "paper": _as_the_paper,
     "mean": _the_mean,
 }
-"""``method(mean, specialists, recipe, clock, progress)`` for every value of :attr:`.Recipe.method`."""
+"""The methods by their name in a recipe."""
 
 
 def _align_stages(

@@ -74,18 +74,17 @@ class DistillOptions(AugmentationOptions):
 
     Attributes
     ----------
+    threshold
+        A merge whose relative force error on held-out frames is below this for every specialist is left as it is.
+    budget
+        Processor seconds that training may take; epochs, then frames, are cut to what fits by the time of a first batch, so
+        the result depends on the machine. Default: all epochs, whatever they take; the same result on every CPU run.
     epochs, batch_size, learning_rate
         Longest duration, frames per step, and the peak of the one-cycle schedule.
     energy_weight, force_weight, stress_weight
         Weights of the mean absolute differences: eV/atom, eV/Å (norm of a force), and eV/Å^3.
     feature_weight
         Weight of the difference between the node features of merged potential and specialist, in units of the latter's size.
-    widened
-        Start from a merge with the recipe's force-matched readout. Without it the start is further away but sooner there,
-        and the result costs no more per step than a specialist.
-    start_frames
-        Calibration frames per specialist, evenly spread, that the merge without the wide readout is solved on: more make the
-        start later, not better.
     displacement, strain
         Every frame and copy has a twin with displaced atoms: the standard deviation in Å, and the largest strain of cells.
     sampled
@@ -96,15 +95,15 @@ class DistillOptions(AugmentationOptions):
         Decay of the moving average of the weights; largest norm of the gradient.
     """
 
-    epochs: Whole = Field(default=4, ge=1)
+    threshold: float = Field(default=0.02, ge=0)
+    budget: float | None = Field(default=None, gt=0)
+    epochs: Whole = Field(default=3, ge=1)
     batch_size: Whole = Field(default=10, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
     energy_weight: float = Field(default=1.0, ge=0)
     force_weight: float = Field(default=1.0, ge=0)
     stress_weight: float = Field(default=1.0, ge=0)
-    feature_weight: float = Field(default=0.7, ge=0)
-    widened: bool = False
-    start_frames: Whole = Field(default=25, ge=1)
+    feature_weight: float = Field(default=0.0, ge=0)
     copies: Whole = Field(default=12, ge=0)
     interval: float = Field(default=10.0, gt=0)
     displacement: float = Field(default=0.03, gt=0)
@@ -179,11 +178,16 @@ class Recipe(BaseModel):
     messages
         Correct all maps of every block together on the block's output (message-level targets).
     readout
-        The force-matched readout, or ``None`` to treat the readout like any other layer.
+        The force-matched wide readout, or ``None`` to treat the readout like any other layer: as fast as a specialist.
+    select
+        Begin with the best of the mean, task arithmetic, the base and each specialist, and keep a step only where frames
+        that are held out confirm it (:mod:`.selection`).
+    frames
+        Calibration frames per specialist, evenly spread, that the layers are solved on; default: all but held-out ones.
     closed_loop
         Merge again with frames that the merged potential visits by itself, labelled by the specialists, or ``None``.
     refine
-        Label-free distillation of the merged potential, or ``None``.
+        Label-free distillation of the merged potential where it is not yet close to every specialist, or ``None``.
     conditioning
         ``shared``: one embedding table; ``per-specialist``: one per specialist, chosen per atom.
     core_repulsion
@@ -202,7 +206,9 @@ class Recipe(BaseModel):
     directions: Whole = Field(default=3, ge=0)
     derivative_weight: float = Field(default=1.0, ge=0)
     messages: bool = True
-    readout: ReadoutOptions | None = ReadoutOptions()
+    readout: ReadoutOptions | None = None
+    select: bool = True
+    frames: Whole | None = Field(default=None, ge=1)
     closed_loop: ClosedLoopOptions | None = None
     refine: DistillOptions | None = None
     conditioning: Literal["shared", "per-specialist"] = "shared"
@@ -214,10 +220,10 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _only_what_the_method_does(self) -> Self:
-        if self.method != "closed-form" and (self.messages or self.readout is not None):
+        if self.method != "closed-form" and (self.messages or self.readout is not None or self.select):
             raise ValueError(
-                f"the method {self.method!r} has neither messages nor a readout of its own; leave them out, or take the "
-                "method 'closed-form'"
+                f"the method {self.method!r} has no messages, no readout of its own and no choice of steps; set messages "
+                "and select to false and readout to null, or take the method 'closed-form'"
             )
         return self
 
@@ -234,12 +240,14 @@ class Recipe(BaseModel):
 
 
 PRESETS: dict[str, Recipe] = {
-    "gffmerge": Recipe(),
-    "paper": Recipe(
-        method="paper", ridge=1e-6, directions=0, messages=False, readout=None, core_repulsion="none"
-    ),
-    "mean": Recipe(method="mean", messages=False, readout=None),
+    "gffmerge": Recipe(frames=25, refine=DistillOptions()),
+    "closed-form": Recipe(readout=ReadoutOptions()),
+    "fast": Recipe(frames=25),
+    "paper": Recipe(method="paper", ridge=1e-6, directions=0, messages=False, select=False, core_repulsion="none"),
+    "mean": Recipe(method="mean", messages=False, select=False),
 }
+"""The default (solves on few frames, then distillation where it is needed); solves on all frames with a wide readout and
+without training; solves on few frames alone; the published method; the mean of the weights."""
 
 
 def load_recipe(
@@ -250,8 +258,8 @@ def load_recipe(
     Parameters
     ----------
     source
-        ``gffmerge``, ``paper``, ``mean``, a path, a mapping (a key ``preset`` names the recipe it starts from), or a
-        :class:`Recipe`.
+        ``gffmerge``, ``closed-form``, ``fast``, ``paper``, ``mean``, a path, a mapping (a key ``preset`` names the recipe it
+        starts from), or a :class:`Recipe`.
     **overrides
         Fields to replace; ``None`` leaves a field alone.
 

@@ -160,6 +160,25 @@ class Parity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A candidate that was compared with the specialists on held-out frames.
+
+    Attributes
+    ----------
+    name
+        What it is.
+    disagreements
+        Relative force error against each specialist, see :mod:`.disagreement`.
+    kept
+        Whether it took the place of what there was before.
+    """
+
+    name: str
+    disagreements: tuple[float, ...]
+    kept: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeReport:
     """Diagnosis of a merge.
 
@@ -185,6 +204,8 @@ class MergeReport:
         ``chosen`` of the ``rounds`` of a closed loop, each with its ``trajectories``, as JSON types.
     elements
         Symbols of what the merged model knows; empty in files that older versions wrote.
+    trials
+        Where the merge could have begun, and its steps, as they fared on held-out frames.
     version, date
         Of this package, and when the merge was made (UTC, ISO 8601); empty in files that older versions wrote.
     """
@@ -199,6 +220,7 @@ class MergeReport:
     averaged: tuple[str, ...] = ()
     closed_loop: Mapping[str, Any] | None = None
     elements: tuple[str, ...] = ()
+    trials: tuple[Trial, ...] = ()
     version: str = field(default_factory=lambda: version("ase-gffmerge"))
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -288,12 +310,24 @@ class MergeReport:
                 f"  {row.specialist}: {row.model} differs by {1000 * row.force_mae:.1f} meV/Å, "
                 f"{1000 * row.energy_mae:.2f} meV/atom"
             )
+        if self.trials:
+            lines += [
+                "  on held-out frames (relative force error, mean over specialists)",
+                *_trials(self.trials),
+            ]
         if self.averaged:
             lines.append(f"  averaged, as no solve covers them: {_listed(self.averaged)}")
         lines.append("  " + ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items()))
         if self.closed_loop:
             lines += ["on its own trajectories", *_rounds(self.closed_loop)]
         return "\n".join(lines)
+
+
+def _trials(trials: Sequence[Trial]) -> Iterator[str]:
+    """A line for each candidate."""
+    for trial in trials:
+        mark = " (kept)" if trial.kept else ""
+        yield f"    {trial.name}: {100 * float(np.mean(trial.disagreements)):.1f} %{mark}"
 
 
 def _rounds(loop: Mapping[str, Any]) -> Iterator[str]:

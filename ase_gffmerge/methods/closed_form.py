@@ -3,10 +3,10 @@
 import warnings
 
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.merging.merge import closed_form_merge
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.runtime.progress import Progress
+from ase_gffmerge.workflows.merge import merge
 
 
 @method("mean", citation="Wortsman et al. (model soups), arXiv 2203.05482", merges=True)
@@ -21,9 +21,17 @@ def paper(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     return _merge_by("paper", merge_inputs, progress)
 
 
+@method(
+    "closed-form", citation="this package, after arXiv 2606.03232", needs=(Requirement.FRAMES,), merges=True
+)
+def closed_form(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
+    """Least-squares problems alone, on all frames, with a wide readout."""
+    return _merge_by("closed-form", merge_inputs, progress)
+
+
 @method("gffmerge", citation="this package, after arXiv 2606.03232", needs=(Requirement.FRAMES,), merges=True)
 def gffmerge(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
-    """The default recipe of this package."""
+    """The default recipe: solves on few frames, and label-free distillation where these do not suffice."""
     return _merge_by("gffmerge", merge_inputs, progress)
 
 
@@ -33,7 +41,12 @@ def _merge_by(preset: str, merge_inputs: MergeInputs, progress: Progress) -> Mer
     recipe = PRESETS[preset].model_copy(update=allowed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)
-        merged, _ = closed_form_merge(
-            merge_inputs.specialists, recipe, device=merge_inputs.device, progress=progress
+        merged, report = merge(
+            merge_inputs.specialists,
+            recipe,
+            base=merge_inputs.base,
+            device=merge_inputs.device,
+            progress=progress,
         )
-    return MergeOutput(potentials=(merged.potential,))
+    kept = [trial.name for trial in report.trials if trial.kept]
+    return MergeOutput(potentials=(merged.potential,), settings={"kept": ", ".join(kept)} if kept else {})

@@ -1,26 +1,20 @@
-"""References that are no merges: the best specialist, the ensemble, distillation, joint training.
+"""References that are no merges: the best specialist, the ensemble, joint training on all labels."""
 
-Methods that train: distillation on the specialists' predictions, and joint training on their labels.
-"""
-
-import warnings
 from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, MergeWarning
+from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.force_field import symbols
 from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.merging.disagreement import DisagreementMetric
-from ase_gffmerge.merging.recipe import DistillOptions, Recipe
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.weight_space import aligned_copies
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress
 from ase_gffmerge.training.train import FINE_TUNING, train_jointly
-from ase_gffmerge.workflows.merge import merge
 
 
 @method("best_single", citation="the one specialist closest to all", needs=(Requirement.FRAMES,))
@@ -118,24 +112,6 @@ def ensemble(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     progress(0.0, "references")
     members = Ensemble([s.potential for s in aligned_copies(merge_inputs)])
     return MergeOutput(potentials=(cast("Potential", members),))
-
-
-@method(
-    "distill",
-    citation="this package; features after Ekström Kelvinius et al., arXiv 2306.14818",
-    needs=(Requirement.FRAMES,),
-    trains=True,
-    merges=True,
-)
-def distill(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
-    """Closed-form merge, then label-free distillation."""
-    options = DistillOptions()
-    recipe = Recipe(refine=options, allow_unrelated=True, allow_mixed_theory=True, allow_identical=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MergeWarning)
-        merged, _ = merge(merge_inputs.specialists, recipe, device=merge_inputs.device, progress=progress)
-    settings = {"epochs": merged.provenance.epochs, "learning rate": options.learning_rate}
-    return MergeOutput(potentials=(merged.potential,), settings=settings)
 
 
 @method(

@@ -29,7 +29,7 @@ import torch
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from ase_gffmerge.data.frames import geometry_keys, hash_frames
+from ase_gffmerge.data.frames import evenly, geometry_keys, hash_frames
 from ase_gffmerge.errors import IncompatibleSpecialistsError, MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField, repelling
 from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
@@ -38,9 +38,10 @@ from ase_gffmerge.graphs import predict
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.disagreement import diagnose
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe
-from ase_gffmerge.merging.report import MergeReport
+from ase_gffmerge.merging.report import MergeReport, Trial
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import resolve_device
+from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
 from ase_gffmerge.training.checkpoint import History
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.loop import Callback, Loss, fit
@@ -61,6 +62,7 @@ def distill(
     checkpoint: Path | None = None,
     device: str | torch.device = "auto",
     callback: Callback | None = None,
+    progress: Progress = no_progress,
 ) -> tuple[ForceField, History]:
     """Fine-tune a merged potential on its specialists' predictions; no labels are read.
 
@@ -81,6 +83,8 @@ def distill(
         Where to compute.
     callback
         Called after every epoch with its number and losses.
+    progress
+        Called with a fraction (0 to 1) and a description, which says beforehand about how long it will take.
 
     Returns
     -------
@@ -105,23 +109,35 @@ def distill(
         .requires_grad_(True)
     )
     given = frames if frames is not None else [()] * len(specialists)
+    progress(0.0, "the specialists label their frames")
     teachers = prepare_teachers(
         student, specialists, options, frames=given, weights=merge_weights(merged, len(specialists))
     )
     config = TrainConfig(**options.model_dump(include=set(TrainConfig.model_fields)))
     if options.feature_weight:
         _map_features(student, teachers)
+    loss = distillation_loss(config, options.feature_weight)
+    per_frame = _seconds_per_frame(student, teachers.training, config, loss)
+    config, share = _within_budget(config, per_frame * sum(map(len, teachers.training)), options.budget)
+    training = [graph for group in teachers.training for graph in _thinned(group, share)]
+    progress(
+        0.0, f"distilling {len(training)} frames, about {per_frame * len(training) * config.epochs:.0f} s"
+    )
     potential, history = fit(
         student,
-        [graph for group in teachers.training for graph in group],
+        training,
         [graph for group in teachers.held_out for graph in group],
         config,
-        loss=distillation_loss(config, options.feature_weight),
+        loss=loss,
         optimizer=SOAP(parameter_groups(student), lr=config.learning_rate),
         patience=options.patience,
         checkpoint=checkpoint,
-        run=_run_identity(merged, specialists, options, teachers.distillation_sets),
+        run={
+            **_run_identity(merged, specialists, options, teachers.distillation_sets),
+            "plan": [config.epochs, len(training)],
+        },
         callback=callback,
+        progress=part_of(progress, 0.0, 1.0, prefix="distilling, "),
     )
     potential._modules.pop(PROJECTION, None)
     seconds = time.perf_counter() - started
@@ -129,13 +145,45 @@ def distill(
     provenance = Provenance(
         data_set="merged and distilled",
         lineage=tuple(s.fingerprint for s in specialists),
-        n_train=sum(map(len, teachers.training)),
+        n_train=len(training),
         epochs=len(history.rows),
         seed=options.seed,
         seen_frames=seen_frames((merged, *specialists), given),
         origin=merged.provenance.origin,
     )
     return replace(distilled, provenance=provenance), history
+
+
+OPTIMIZER_SHARE = 0.4
+"""Time of an optimizer's step over that of the loss and its gradient, for small networks."""
+
+
+def _seconds_per_frame(
+    student: Potential, groups: Sequence[Sequence[LabeledGraph]], config: TrainConfig, loss: Loss
+) -> float:
+    """Processor seconds (on other devices: seconds) that training takes for a frame, by a batch of everybody's frames."""
+    clock = time.process_time if student.device.type == "cpu" else time.perf_counter
+    frames = [
+        graph for group in groups for graph in _thinned(group, config.batch_size / len(groups) / len(group))
+    ]
+    batch, seconds = batch_graphs(frames).to(student.device), 0.0
+    for _ in range(2):  # the first time things are allocated
+        start = clock()
+        torch.autograd.grad(loss(student, batch), list(student.parameters()), allow_unused=True)
+        seconds = clock() - start
+    return seconds * (1 + OPTIMIZER_SHARE) / len(frames)
+
+
+def _within_budget(config: TrainConfig, epoch: float, budget: float | None) -> tuple[TrainConfig, float]:
+    """Fewer epochs, and the share of the frames where a single one of ``epoch`` seconds is too long."""
+    if budget is None or config.epochs * epoch <= budget:
+        return config, 1.0
+    return config.model_copy(update={"epochs": max(int(budget / epoch), 1)}), min(budget / epoch, 1.0)
+
+
+def _thinned(graphs: Sequence[LabeledGraph], share: float) -> list[LabeledGraph]:
+    """A share of the graphs, at least one, evenly spread."""
+    return [graphs[i] for i in evenly(len(graphs), max(round(share * len(graphs)), 1))]
 
 
 def _distilled_force_field(
@@ -326,6 +374,8 @@ def _distilled_report(
         See :class:`~ase_gffmerge.merging.report.MergeReport`.
     """
     before = MergeReport.from_dict(record.report) if record else None
+    errors = tuple(relative_error_on(potential, graphs) for graphs in held_out)
+    trials = before.trials if before else ()
     recipe = Recipe(conditioning="per-specialist" if potential.hyper.n_embeddings > 1 else "shared")
     kinds = {(teacher.potential.architecture, teacher.potential.hyper) for teacher in teachers}
     mean = mean_potential(teachers, recipe) if len(teachers) > 1 == len(kinds) else None
@@ -334,9 +384,10 @@ def _distilled_report(
         specialists=tuple(teacher.name for teacher in teachers),
         layers=before.layers if before else (),
         disagreements=disagreements,
-        held_out=max(relative_error_on(potential, graphs) for graphs in held_out),
+        held_out=max(errors),
         energy_shifts=energy_shifts,
         seconds={**(before.seconds if before else {}), "distillation": seconds},
         parity=parity,
         elements=tuple(chemical_symbols[number] for number in potential.species),
+        trials=(*trials, Trial(name="distillation", disagreements=errors, kept=True)),
     )

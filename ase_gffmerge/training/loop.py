@@ -14,9 +14,13 @@ from ase_gffmerge.errors import TrainingError
 from ase_gffmerge.graphs import batch_graphs
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import memory_errors
+from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.training.checkpoint import History, TrainingState, can_resume, stale
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.loss import LabeledGraph, loss_terms, validate
+
+PROGRESS_EVERY = 10
+"""Steps between reports of progress."""
 
 Callback = Callable[[int, dict[str, float]], None]
 Loss = Callable[[Potential, LabeledGraph], Tensor]
@@ -90,6 +94,7 @@ def fit(
     checkpoint: Path | None = None,
     run: Mapping[str, object] | None = None,
     callback: Callback | None = None,
+    progress: Progress = no_progress,
 ) -> tuple[Potential, History]:
     """Train ``potential`` and return the moving average of its weights.
 
@@ -115,6 +120,8 @@ def fit(
     callback
         Called after every epoch with its number (from 1) and a dictionary of losses; a resumed run
         begins with the epoch after its checkpoint.
+    progress
+        Called now and then with the fraction (0 to 1) of all epochs that is done, and the last validation error.
 
     Raises
     ------
@@ -143,7 +150,7 @@ def fit(
             device=potential.device,
             remedy="use a smaller batch_size",
         ):
-            row = _train_epoch(state, schedule, training, loss, config)
+            row = _train_epoch(state, schedule, training, loss, config, progress)
         if validation:
             row |= validate(state.averaged, validation, config.batch_size)
         state.add(row, config)
@@ -160,10 +167,14 @@ def _train_epoch(
     graphs: Sequence[LabeledGraph],
     loss: Loss,
     config: TrainConfig,
+    progress: Progress,
 ) -> dict[str, float]:
     potential, optimizer, epoch = state.potential, state.optimizer, len(state.history.rows)
-    losses = []
+    losses, share = list[float](), config.batch_size / len(graphs)
     for batch in _shuffled_batches(graphs, config, epoch):
+        if len(losses) % PROGRESS_EVERY == 0:
+            done = (epoch + len(losses) * share) / config.epochs
+            progress(done, _where(state.history, epoch + 1, config.epochs))
         value = loss(potential, batch.to(potential.device))
         optimizer.zero_grad()
         value.backward()
@@ -175,6 +186,12 @@ def _train_epoch(
         state.average.update_parameters(potential)
         losses.append(float(value.detach()))
     return {"loss": float(np.mean(losses))}
+
+
+def _where(history: History, epoch: int, epochs: int) -> str:
+    """The epoch, and the validation error before it where there is one."""
+    last = (history.rows or [history.start])[-1].get("force_mae")
+    return f"epoch {epoch} of {epochs}" + (f", {1000 * last:.0f} meV/Å" if last is not None else "")
 
 
 def _diverged(epoch: int, loss: float, config: TrainConfig) -> TrainingError:

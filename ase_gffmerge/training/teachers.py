@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from ase_gffmerge.data.frames import bare, displaced
+from ase_gffmerge.data.frames import bare, displaced, hold_out_tenth
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
@@ -24,9 +24,6 @@ from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import chunks
 from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames
 from ase_gffmerge.training.loss import LabeledGraph, weigh
-
-HELD_OUT = 10
-"""Every tenth frame is held out: the error on them says when to stop."""
 
 STARTS = 4
 """Frames from which a specialist samples."""
@@ -155,9 +152,7 @@ def prepare_distillation_set(
         f"{'calibration' if i < n else 'further'} frame {i if i < n else i - n}" for i in range(len(given))
     ]
     check_frames(specialist.potential, given, [f"{specialist.name!r}, {one}" for one in where])
-    every = min(HELD_OUT, len(given))
-    held_out = given[every - 1 :: every]
-    training = [atoms for i, atoms in enumerate(given) if i % every != every - 1]
+    training, held_out = hold_out_tenth(given)
     if options.sampled:
         sampling = SampleOptions(n=options.sampled, seed=options.seed)
         training += [bare(atoms) for atoms in sample_frames(specialist, given[:STARTS], sampling).frames]

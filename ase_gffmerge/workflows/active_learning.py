@@ -222,6 +222,7 @@ def closed_loop(
     recipe: str | Recipe | Mapping[str, object] = "gffmerge",
     options: ClosedLoopOptions | None = None,
     *,
+    base: ForceField | None = None,
     device: str | torch.device = "auto",
     progress: Progress = no_progress,
 ) -> ClosedLoopResult:
@@ -229,8 +230,8 @@ def closed_loop(
 
     Parameters
     ----------
-    specialists, recipe, device
-        As for :func:`ase_gffmerge.merge`.
+    specialists, recipe, base, device
+        As for :func:`ase_gffmerge.merge`; a distillation that the recipe asks for is left to that.
     options
         How many rounds, how hot, how long; default: what the recipe says of it.
     progress
@@ -248,7 +249,7 @@ def closed_loop(
     """
     recipe = load_recipe(recipe)
     options = options or recipe.closed_loop or ClosedLoopOptions()
-    recipe = recipe.model_copy(update={"closed_loop": None})
+    recipe = recipe.model_copy(update={"closed_loop": None, "refine": None})
     target = resolve_device(device)
     grown, merges, rounds = list(specialists), list[_Merge](), list[RoundReport]()
     while len(rounds) <= options.rounds and not _settled(rounds, options.tolerance):
@@ -257,7 +258,7 @@ def closed_loop(
             grown = [_with_visited(s, v, options.frames) for s, v in zip(grown, visits, strict=True)]
         index, total = len(rounds), options.rounds + 1
         part = part_of(progress, index / total, (index + 1) / total, prefix=f"round {index}: ")
-        done, report = _round(grown, recipe, options, index, device=target, progress=part)
+        done, report = _round(grown, recipe, options, index, base=base, device=target, progress=part)
         merges.append(done)
         rounds.append(report)
     chosen = min(range(len(rounds)), key=lambda k: rounds[k].rank)
@@ -294,6 +295,7 @@ def _round(
     options: ClosedLoopOptions,
     index: int,
     *,
+    base: ForceField | None,
     device: torch.device,
     progress: Progress,
 ) -> tuple[_Merge, RoundReport]:
@@ -301,7 +303,8 @@ def _round(
     clock = Clock()
     with clock("merge"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MergeWarning)
-        merge = closed_form_merge(specialists, recipe, device=device, progress=part_of(progress, 0.0, 0.6))
+        part = part_of(progress, 0.0, 0.6)
+        merge = closed_form_merge(specialists, recipe, base=base, device=device, progress=part)
         done = _Merge(*merge, caught)
     with clock("dynamics"):
         trajectories = run_rollouts(

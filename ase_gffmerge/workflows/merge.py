@@ -2,11 +2,11 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ase_gffmerge.data.frames import evenly
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.merge import closed_form_merge
@@ -14,31 +14,38 @@ from ase_gffmerge.merging.recipe import DistillOptions, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
 from ase_gffmerge.training.distill import distill
-from ase_gffmerge.training.loop import Callback
 from ase_gffmerge.workflows.active_learning import closed_loop
 
 MERGE_SHARE = 0.1
-"""Fraction of the progress bar that belongs to the merge where a distillation follows."""
+"""Fraction of the progress bar that belongs to the solves where a distillation follows."""
 
 
 def merge(
     specialists: Sequence[ForceField],
     recipe: str | Path | Recipe | Mapping[str, object] = "gffmerge",
     *,
+    base: ForceField | None = None,
+    checkpoint: Path | None = None,
     device: str | torch.device = "auto",
     progress: Progress = no_progress,
 ) -> tuple[ForceField, MergeReport]:
-    """Merge specialists into one force field by solving least-squares problems.
+    """Merge specialists into one force field: least-squares problems, then distillation where they do not suffice.
 
-    Where the recipe has ``closed_loop``, the merge is repeated with frames that the merged potential visits by itself; where
-    it has ``refine``, the result is distilled.
+    Where the recipe has ``closed_loop``, the solves are repeated with frames that the merged potential visits by itself;
+    where it has ``refine``, and held-out frames show more than its threshold, the result is distilled from the
+    specialists' own predictions.
 
     Parameters
     ----------
     specialists
         At least two, with calibration frames, fine-tuned from a common base. They are not changed.
     recipe
-        ``gffmerge`` (default), ``paper``, ``mean``, a YAML file, a mapping or a :class:`.Recipe`.
+        ``gffmerge`` (default), ``closed-form``, ``fast``, ``paper``, ``mean``, a YAML file, a mapping or a :class:`.Recipe`.
+    base
+        Their common ancestor, one of the starting points; default: the bundled model that their lineages name, if any.
+    checkpoint
+        File that a distillation rewrites after every epoch and continues from when the same call is made again; it is
+        removed at the end.
     device
         Where to compute.
     progress
@@ -58,52 +65,57 @@ def merge(
     """
     recipe = load_recipe(recipe)
     if recipe.refine is None:
-        return _merged(specialists, recipe, device=device, progress=progress)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MergeWarning)
-        given, plain = starting_point(specialists, recipe)
-        start, _ = _merged(given, plain, device=device, progress=part_of(progress, 0.0, MERGE_SHARE))
-    progress(MERGE_SHARE, "the specialists label their frames")
-    callback = _after_epoch(part_of(progress, MERGE_SHARE, 1.0), recipe.refine.epochs)
-    distilled, _ = distill(start, specialists, recipe.refine, device=device, callback=callback)
+        return _solved(specialists, recipe, base=base, device=device, progress=progress)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MergeWarning)
+        start, report = _solved(
+            specialists,
+            without_refinement(recipe),
+            base=base,
+            device=device,
+            progress=part_of(progress, 0.0, MERGE_SHARE),
+        )
+    if close_enough(report, recipe.refine):
+        for warning in caught:
+            warnings.warn(warning.message, warning.category, stacklevel=2)
+        assert start.merged is not None
+        record = replace(start.merged, recipe=recipe.model_dump(mode="json"))
+        return replace(start, merged=record), report
+    distilled, _ = distill(
+        start,
+        specialists,
+        recipe.refine,
+        checkpoint=checkpoint,
+        device=device,
+        progress=part_of(progress, MERGE_SHARE, 1.0),
+    )
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
     assert distilled.merged is not None
     return distilled, MergeReport.from_dict(distilled.merged.report)
 
 
-def _merged(
-    specialists: Sequence[ForceField], recipe: Recipe, *, device: str | torch.device, progress: Progress
+def _solved(
+    specialists: Sequence[ForceField],
+    recipe: Recipe,
+    *,
+    base: ForceField | None,
+    device: str | torch.device,
+    progress: Progress,
 ) -> tuple[ForceField, MergeReport]:
     """Merge once, or in the loop that the recipe asks for."""
     if recipe.closed_loop is None:
-        return closed_form_merge(specialists, recipe, device=device, progress=progress)
-    result = closed_loop(specialists, recipe, device=device, progress=progress)
+        return closed_form_merge(specialists, recipe, base=base, device=device, progress=progress)
+    result = closed_loop(specialists, recipe, base=base, device=device, progress=progress)
     return result.merged, result.report
 
 
-def starting_point(specialists: Sequence[ForceField], recipe: Recipe) -> tuple[list[ForceField], Recipe]:
-    """What the merge that a distillation starts from is made of.
-
-    Returns
-    -------
-    specialists : list of ForceField
-        With few of their calibration frames, or with all where the readout is to stay wide or a closed loop adds others.
-    recipe : Recipe
-        Without ``refine``, and with a plain readout unless it is to stay wide.
-    """
-    options = recipe.refine or DistillOptions()
-    plain = recipe.model_copy(update={"refine": None, "readout": recipe.readout if options.widened else None})
-    if options.widened or recipe.closed_loop is not None:
-        return list(specialists), plain
-    return [_with_few_frames(specialist, options.start_frames) for specialist in specialists], plain
+def without_refinement(recipe: Recipe) -> Recipe:
+    """The recipe of what a distillation starts from; a closed loop solves on all frames, as it adds some."""
+    frames = None if recipe.closed_loop else recipe.frames
+    return recipe.model_copy(update={"refine": None, "frames": frames})
 
 
-def _with_few_frames(specialist: ForceField, n: int) -> ForceField:
-    chosen = evenly(len(specialist.calibration), n)
-    return specialist.with_calibration([specialist.calibration[k] for k in chosen])
-
-
-def _after_epoch(progress: Progress, epochs: int) -> Callback:
-    def report(epoch: int, losses: dict[str, float]) -> None:
-        progress(epoch / epochs, f"distilling, epoch {epoch}, {1000 * losses['force_mae']:.0f} meV/Å")
-
-    return report
+def close_enough(report: MergeReport, options: DistillOptions) -> bool:
+    """Whether held-out frames show so small an error against every specialist that distillation has nothing to do."""
+    return report.held_out is not None and report.held_out < options.threshold

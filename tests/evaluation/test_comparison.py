@@ -20,7 +20,6 @@ from ase_gffmerge.evaluation.comparison import measurement as comparison_store
 from ase_gffmerge.evaluation.comparison.compare import Comparison, compare_methods
 from ase_gffmerge.evaluation.comparison.inputs import (
     LabelledSet,
-    bundled_ancestor,
     check_leaks,
     frames_seen,
     make_merge_inputs,
@@ -32,6 +31,7 @@ from ase_gffmerge.evaluation.table import Best
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.inference.errors import evaluate
+from ase_gffmerge.merging.selection import bundled_ancestor
 from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, Method, Requirement
 from ase_gffmerge.models import build_potential
 from helpers.structures import OWN_ARCHITECTURES

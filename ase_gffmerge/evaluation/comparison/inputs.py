@@ -10,12 +10,13 @@ from ase import Atoms
 from ase_gffmerge.data.frames import geometry_key, geometry_keys
 from ase_gffmerge.data.labels import require_labels
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
+from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.conditioning import without_choice
-from ase_gffmerge.forcefield.force_field import BUNDLED, ForceField, bundled_path, bundled_test_frames
+from ase_gffmerge.forcefield.force_field import ForceField, bundled_path, bundled_test_frames
 from ase_gffmerge.inference.predict import check_frames
 from ase_gffmerge.merging.average import check_compatible, working_copies
 from ase_gffmerge.merging.recipe import load_recipe
+from ase_gffmerge.merging.selection import bundled_ancestor, check_ancestor
 from ase_gffmerge.methods import MergeInputs
 from ase_gffmerge.runtime.devices import resolve_device
 
@@ -66,31 +67,6 @@ def make_merge_inputs(
         labelled=tuple(known.frames for known in labelled) if labelled else None,
         device=target,
     )
-
-
-def common_ancestors(specialists: Sequence[ForceField]) -> tuple[str, ...]:
-    """Fingerprints of the models that all descend from (or are), root first."""
-    lines = [(*s.provenance.lineage, s.fingerprint) for s in specialists]
-    return tuple(key for key in lines[0] if all(key in line for line in lines))
-
-
-def bundled_ancestor(specialists: Sequence[ForceField]) -> ForceField | None:
-    """Youngest common ancestor among the bundled models, recognised by its fingerprint."""
-    common = common_ancestors(specialists)
-    bundled = {model.fingerprint: model for model in map(ForceField.load, BUNDLED)} if common else {}
-    return next((bundled[key] for key in reversed(common) if key in bundled), None)
-
-
-def check_ancestor(base: ForceField, specialists: Sequence[ForceField]) -> None:
-    """Raise :class:`IncompatibleSpecialistsError` when ``base`` is not recorded as ancestor of every specialist."""
-    strangers = [
-        s.name for s in specialists if base.fingerprint not in (*s.provenance.lineage, s.fingerprint)
-    ]
-    if strangers:
-        raise IncompatibleSpecialistsError(
-            f"{base.name!r} is not the base of {', '.join(strangers)}: its fingerprint is not in their lineage; give the "
-            "file that they were fine-tuned from, unchanged, or leave --base out"
-        )
 
 
 def read_tests(sources: Sequence[str | Path], files: Sequence[Path] = ()) -> tuple[LabelledSet, ...]:
