@@ -18,7 +18,7 @@ from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
 
 HYPER = {"channels": 16, "n_blocks": 2, "n_radial": 8, "cutoff": 4.0}
-RECIPE = {"readout": {"width": 256, "blocks": 2}}
+RECIPE = {"preset": "closed-form", "readout": {"width": 256, "blocks": 2}}
 
 
 def labelled_frames(name: str, n: int) -> list[Atoms]:

@@ -25,7 +25,7 @@ from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.train import train
 
 CRYSTALS = {"Cu": 3.6, "Ag": 4.1}
-RECIPE = {"readout": {"width": 64, "copies": 1}, "directions": 1}
+RECIPE = {"preset": "closed-form", "readout": {"width": 64, "copies": 1}, "directions": 1}
 
 
 def labelled_frames(element: str, n: int, base: GFFMergeCalculator) -> list[Atoms]:

@@ -77,7 +77,7 @@ def merge_cache(tmp_path_factory) -> Path:
         few = [s.with_calibration(s.calibration[::20]) for s in pair]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MergeWarning)
-            return merge(few, {"readout": {"width": 256}}, device="cpu")[0]
+            return merge(few, {"preset": "closed-form", "readout": {"width": 256}}, device="cpu")[0]
 
     cache = MergeCache(shared_folder(tmp_path_factory, "merge-cache"))
     cache.get_or_build(pair, load_recipe(), build)

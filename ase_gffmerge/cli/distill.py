@@ -45,7 +45,10 @@ def distill(
     blocks: Annotated[int, typer.Option(help="Interaction blocks of the student.")] = 3,
     calibration: CalibrationOption = None,
     recipe: Annotated[
-        str, typer.Option(help="gffmerge, paper, mean, or a YAML file (its refine holds the options).")
+        str,
+        typer.Option(
+            help="gffmerge, closed-form, fast, paper, mean, or a YAML file (its refine holds the options)."
+        ),
     ] = "gffmerge",
     device: DeviceOption = "auto",
     cache_dir: CacheDirOption = None,

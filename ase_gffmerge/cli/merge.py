@@ -33,7 +33,13 @@ def merge(
         ),
     ],
     calibration: CalibrationOption = None,
-    recipe: Annotated[str, typer.Option(help="gffmerge, paper, mean, or a YAML file.")] = "gffmerge",
+    recipe: Annotated[
+        str, typer.Option(help="gffmerge, closed-form, fast, paper, mean, or a YAML file.")
+    ] = "gffmerge",
+    base: Annotated[
+        str | None,
+        typer.Option(help="Common ancestor, file or bundled name.", show_default="found if bundled"),
+    ] = None,
     conditioning: Annotated[
         Conditioning | None,
         typer.Option(help="One surface, or one per specialist.", show_default="of the recipe"),
@@ -68,12 +74,16 @@ def merge(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Merge specialists by least squares and write one potential with its report."""
+    """Merge specialists by least squares and write one potential with its report.
+
+    A killed merge continues when the same command is run again.
+    """
     from ase_gffmerge.integrations.load import is_own, load_force_field
     from ase_gffmerge.merging.recipe import ClosedLoopOptions, load_recipe
     from ase_gffmerge.merging.report_plot import save_html
     from ase_gffmerge.sampling.on_request import file_of_frames
     from ase_gffmerge.storage.documents import validated
+    from ase_gffmerge.training.checkpoint import checkpoint_path
     from ase_gffmerge.workflows.merge import merge as merge_specialists
 
     if exportable and conditioning == Conditioning.per_specialist:
@@ -90,13 +100,20 @@ def merge(
         closed_loop=validated(ClosedLoopOptions, loop, source="--closed-loop") if closed_loop else None,
     )
     frames = map(file_of_frames, calibration or ())
-    require_outputs(out, report, inputs=[*specialists, *frames], overwrite=overwrite)
+    require_outputs(out, report, inputs=[*specialists, *frames, base], overwrite=overwrite)
     given = [load_force_field(source) for source in specialists]
     if exportable or not is_own(out):
         chosen = _for_export(chosen, given[0].potential.architecture, keep_to_it=exportable)
     loaded = load_specialists(given, calibration, device=device)
     with progress_bar("merging") as progress:
-        merged, result = merge_specialists(loaded, chosen, device=device, progress=progress)
+        merged, result = merge_specialists(
+            loaded,
+            chosen,
+            base=load_force_field(base) if base else None,
+            checkpoint=checkpoint_path(out),
+            device=device,
+            progress=progress,
+        )
     _write(merged, out)
     if report:
         save_html(merged, report)

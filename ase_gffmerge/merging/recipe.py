@@ -230,13 +230,11 @@ class Recipe(BaseModel):
     @property
     def keeps_wide_readout(self) -> bool:
         """Whether the merged potential has the force-matched readout, for which other packages' formats have no place."""
-        return self.readout is not None and (self.refine is None or self.refine.widened)
+        return self.readout is not None
 
     def exportable(self) -> Self:
         """The recipe with what other packages' formats can hold: a plain readout, and one embedding for all."""
-        refine = self.refine and self.refine.model_copy(update={"widened": False})
-        readout = self.readout if refine else None
-        return self.model_copy(update={"readout": readout, "refine": refine, "conditioning": "shared"})
+        return self.model_copy(update={"readout": None, "conditioning": "shared"})
 
 
 PRESETS: dict[str, Recipe] = {

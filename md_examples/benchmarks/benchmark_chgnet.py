@@ -47,11 +47,12 @@ from ase_gffmerge.training.train import train_jointly
 
 STAGES = ("models", "table", "distill", "speed", "md")
 METHODS = ("mean", "task_arithmetic", "paper")
-MERGES: dict[str, Any] = {"gffmerge without readout": {"readout": None}, "gffmerge": "gffmerge"}
-"""Recipes: the default, and what of it CHGNet's own format can hold."""
-DISTILLATION = DistillOptions(
-    epochs=1, batch_size=2, copies=0, learning_rate=5e-4, stress_weight=20.0, start_frames=10
-)
+MERGES: dict[str, Any] = {
+    "closed form, plain readout": {"preset": "closed-form", "readout": None},
+    "closed-form": "closed-form",
+}
+"""Recipes: solves with the plain readout, which CHGNet's own format can hold, with the wide one, and the default."""
+DISTILLATION = DistillOptions(epochs=1, batch_size=2, copies=0, learning_rate=5e-4, stress_weight=20.0)
 """Short: once over the calibration frames and their displaced twins."""
 TIMED_FRAMES = 8
 """Frames per crystal of what is timed: joint training, to tell what all frames take, and statistics and solves."""

@@ -36,7 +36,7 @@ FINE_TUNING = TrainConfig(epochs=100, learning_rate=1e-3, **COMMON)
 RECIPES: dict[str, Any] = {
     "mean": "mean",
     "paper": {"preset": "paper"},
-    "default without readout": {"readout": None},
+    "closed form, plain readout": {"preset": "closed-form", "readout": None},
     "default": "gffmerge",
 }
 

@@ -80,7 +80,7 @@ def benchmark(script, monkeypatch):
         steps=10,
     )
     monkeypatch.setattr(module, "SMALL", tiny)
-    narrow = {"readout": {"width": 16, "copies": 1}}
+    narrow = {"preset": "closed-form", "readout": {"width": 16, "copies": 1}}
     monkeypatch.setattr(module, "merge", partial(merge, recipe=narrow))
     return module
 

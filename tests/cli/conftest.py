@@ -115,5 +115,7 @@ def files(tmp_path: Path) -> Path:
     (tmp_path / "tiny.yaml").write_text(
         "hyper: {channels: 8, n_blocks: 1, n_radial: 4}\nvalidation: 2\nepochs: 2\n"
     )
-    (tmp_path / "fast.yaml").write_text("readout: {width: 16, blocks: 1, directions: 8}\n")
+    (tmp_path / "fast.yaml").write_text(
+        "preset: closed-form\nreadout: {width: 16, blocks: 1, directions: 8}\n"
+    )
     return tmp_path

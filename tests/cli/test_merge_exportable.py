@@ -16,10 +16,10 @@ from ase_gffmerge.workflows import merge as workflow
 from helpers.toys import SHALLOW, family
 
 PAIR = ("s0.safetensors", "s1.safetensors")
-WIDE = "directions: 0\nmessages: false\nreadout: {width: 8, copies: 1, directions: 2}\n"
+WIDE = "preset: closed-form\ndirections: 0\nmessages: false\nreadout: {width: 8, copies: 1, directions: 2}\n"
 RECIPES = {
     "wide": WIDE,
-    "apart": "directions: 0\nmessages: false\nreadout: null\nconditioning: per-specialist\n",
+    "apart": "preset: closed-form\ndirections: 0\nmessages: false\nreadout: null\nconditioning: per-specialist\n",
     "both": f"{WIDE}conditioning: per-specialist\n",
 }
 
@@ -98,6 +98,6 @@ def test_a_recipe_that_is_exportable_stays_as_it_is() -> None:
     distilled = Recipe(refine={})
     assert not distilled.keeps_wide_readout
     assert distilled.exportable() == distilled
-    assert Recipe(refine={"widened": True}).keeps_wide_readout
-    assert not Recipe(refine={"widened": True}).exportable().keeps_wide_readout
-    assert Recipe().exportable() == Recipe(readout=None)
+    wide = Recipe(readout={}, refine={})
+    assert wide.keeps_wide_readout
+    assert wide.exportable() == distilled

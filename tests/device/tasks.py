@@ -38,7 +38,7 @@ HYPER = {
     "nequip": {"channels": 4, "n_blocks": 2, "n_radial": 5, "cutoff": 4.0, "l_max": 1, "radial_hidden": 6},
 }
 READOUT = {"width": 8, "groups": 2, "inputs": 6, "blocks": 2, "copies": 1, "directions": 2}
-DEFAULT = {"readout": READOUT, "directions": 1}
+DEFAULT = {"preset": "closed-form", "readout": READOUT, "directions": 1}
 RECIPES: dict[str, dict[str, Any]] = {
     "painn": {"paper": "paper", "default": {**DEFAULT, "conditioning": "per-specialist"}},
     "nequip": {"default": DEFAULT},

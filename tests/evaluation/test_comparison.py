@@ -369,7 +369,7 @@ def test_version_of_the_merge_counts_only_for_methods_that_merge(
 def test_methods_that_call_the_merge_say_so() -> None:
     """Methods that run the layer-wise solves are measured again when these change."""
     merging = {name for name, method in METHODS.items() if method.merges}
-    assert merging == {"mean", "paper", "gffmerge", "regmean", "regmean++", "distill"}
+    assert merging == {"mean", "paper", "gffmerge", "regmean", "regmean++", "closed-form"}
 
 
 def test_garbled_rows_are_measured_again(merge_inputs: MergeInputs, tests, calls, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from ase_gffmerge import GFFMergeCalculator
 from ase_gffmerge.errors import FileFormatError, GFFMergeError, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.merging.recipe import PRESETS, Recipe, load_recipe
+from ase_gffmerge.merging.recipe import PRESETS, ReadoutOptions, Recipe, load_recipe
 from ase_gffmerge.storage.tensor_file import SCHEMA, digest, read_file, read_metadata
 from ase_gffmerge.training.config import load_config
 from helpers.faults import HYPER, explains, tiny_specialists
@@ -257,7 +257,7 @@ def parse_or_refuse(source: object) -> None:
 
 OPTIONS = [
     *Recipe.model_fields,
-    *Recipe.model_fields["readout"].default.model_dump(),
+    *ReadoutOptions().model_dump(),
     "preset",
     "ridge_",
     "Ridge",

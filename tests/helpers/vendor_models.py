@@ -18,7 +18,7 @@ from ase_gffmerge import ForceField, GFFMergeCalculator, merge
 from ase_gffmerge.integrations.load import export, from_vendor
 from ase_gffmerge.models import Potential
 
-QUICK = {"readout": {"width": 64, "copies": 1}, "directions": 1}
+QUICK = {"preset": "closed-form", "readout": {"width": 64, "copies": 1}, "directions": 1}
 """The default recipe, with less of what takes time."""
 
 
@@ -103,7 +103,7 @@ def merged_saved_cached_and_exported(
     for k, (model, atoms) in enumerate(zip(models, frames, strict=True)):
         specialist = from_vendor(vendor, model, calibration=[atoms], name=f"relative {k}")
         sources.append(specialist.save(folder / f"{k}.safetensors"))
-    recipe = {"readout": None, "messages": False, "directions": 0}
+    recipe = {"preset": "closed-form", "readout": None, "messages": False, "directions": 0}
     calc, again = (
         GFFMergeCalculator(sources, recipe=recipe, cache_dir=folder / "cache", device="cpu") for _ in range(2)
     )

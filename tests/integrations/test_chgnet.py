@@ -220,7 +220,7 @@ def pair(small) -> list[ForceField]:
     ]
 
 
-QUICK = {"readout": {"width": 64}, "directions": 1}
+QUICK = {"preset": "closed-form", "readout": {"width": 64}, "directions": 1}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -282,7 +282,7 @@ def test_vendor_files_are_merged_served_and_exported(tmp_path, vendor_calculator
     calc = GFFMergeCalculator(
         [f"chgnet:{path}" for path in paths],
         calibration=frames,
-        recipe={"readout": None, "directions": 1},
+        recipe={"preset": "closed-form", "readout": None, "directions": 1},
         cache_dir=tmp_path / "cache",
         device="cpu",
     )

@@ -226,7 +226,7 @@ def test_vendor_files_are_merged_served_and_exported(tmp_path):
     calc = GFFMergeCalculator(
         sources,
         calibration=[[atoms] for atoms in structures()],
-        recipe={"readout": None, "messages": False, "directions": 0},
+        recipe={"preset": "closed-form", "readout": None, "messages": False, "directions": 0},
         cache_dir=tmp_path / "cache",
         device="cpu",
         dtype="float64",
@@ -287,7 +287,9 @@ def test_weights_of_an_element_are_those_of_who_knows_it(variant):
 
 def test_models_of_different_elements_merge():
     merged, report = merge(
-        of_different_elements(), {"readout": None, "messages": False, "directions": 0}, device="cpu"
+        of_different_elements(),
+        {"preset": "closed-form", "readout": None, "messages": False, "directions": 0},
+        device="cpu",
     )
     assert merged.species == (1, 6, 8)
     assert {"skip_tp[C, 0e]", "skip_tp[O, 0e]"} <= {row.name.rpartition(".")[2] for row in report.layers}

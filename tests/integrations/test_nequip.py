@@ -196,7 +196,7 @@ def test_vendor_files_are_merged_served_and_exported(tmp_path, float64_default):
     ]
     frames, recipe = (
         [[atoms] for atoms in structures()],
-        {"readout": None, "messages": False, "directions": 0},
+        {"preset": "closed-form", "readout": None, "messages": False, "directions": 0},
     )
     calc = GFFMergeCalculator(sources, calibration=frames, recipe=recipe, cache_dir=tmp_path, device="cpu")
     path = export(calc.force_field, tmp_path / "merged.ckpt")

@@ -213,7 +213,7 @@ def test_vendor_files_are_merged_served_and_exported(tmp_path):
         for k, model in enumerate(moved(build(scale=1.5), build(scale=1.5)))
     ]
     frames = [[rattled("CH3CH2OH", 1)], [rattled("CH3CHO", 2)]]
-    recipe = {"readout": None, "directions": 1, "messages": False}
+    recipe = {"preset": "closed-form", "readout": None, "directions": 1, "messages": False}
     calc = GFFMergeCalculator(
         sources, calibration=frames, recipe=recipe, cache_dir=tmp_path / "cache", device="cpu"
     )

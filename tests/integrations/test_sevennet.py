@@ -196,7 +196,7 @@ def test_vendor_files_are_merged_served_and_exported(tmp_path):
         checkpoint(tmp_path / f"{k}.pth", moved(build(**change), seed=k, size=0.1), **change)
         for k, change in enumerate(changes)
     ]
-    recipe = {"readout": None, "messages": False, "directions": 0}
+    recipe = {"preset": "closed-form", "readout": None, "messages": False, "directions": 0}
     calc = GFFMergeCalculator(
         sources,
         calibration=[[atoms] for atoms in structures()],

@@ -8,7 +8,7 @@ from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.merging.report_plot import save_html
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
-QUICK = {"readout": None, "directions": 0}
+QUICK = {"preset": "closed-form", "readout": None, "directions": 0}
 
 
 def test_averaged_parameters_are_the_mean_and_all_others_moved(family, architecture, tmp_path):

@@ -20,7 +20,7 @@ from ase_gffmerge.models.channel_groups import channel_groups, permuted, renamed
 from helpers.toys import SMALL, family, moved, rattled, toy
 
 ARCHITECTURES = ("painn", "nequip", "escaip")
-PLAIN = {"readout": None, "directions": 1}
+PLAIN = {"preset": "closed-form", "readout": None, "directions": 1}
 
 
 def forces(potential, frames) -> np.ndarray:
@@ -52,7 +52,11 @@ def test_half_the_channels_come_closer_by_every_solve(architecture):
     frames = given.calibration
     expected = forces(given.potential, frames)
     errors = []
-    for recipe in (PLAIN | {"messages": False}, PLAIN, PLAIN | {"readout": {"width": 48, "copies": 1}}):
+    for recipe in (
+        PLAIN | {"messages": False},
+        PLAIN,
+        PLAIN | {"readout": {"width": 48, "copies": 1}},
+    ):
         small, report = compress(given, channels=half, recipe=recipe)
         errors.append(np.square(forces(small.potential, frames) - expected).mean() ** 0.5)
         assert report.disagreement.force_rmse == pytest.approx(errors[-1])
@@ -103,10 +107,15 @@ def test_what_a_block_did_that_is_left_out_the_next_one_learns():
 
 def test_a_merge_with_a_wide_readout_is_compressed_on_the_frames_that_are_given():
     pair = family("painn", 2, frames=5)
-    merged, _ = merge(pair, {"readout": {"width": 24, "blocks": 2, "copies": 1}, "directions": 2})
+    merged, _ = merge(
+        pair, {"preset": "closed-form", "readout": {"width": 24, "blocks": 2, "copies": 1}, "directions": 2}
+    )
     frames = [atoms for specialist in pair for atoms in specialist.calibration]
     small, report = compress(
-        merged, channels=6, frames=frames, recipe={"readout": {"width": 32, "copies": 1}}
+        merged,
+        channels=6,
+        frames=frames,
+        recipe={"preset": "closed-form", "readout": {"width": 32, "copies": 1}},
     )
     assert small.potential.hyper.readout_width == 32
     assert report.disagreement.force_rmse < 0.5 * report.disagreement.force_rms
@@ -178,7 +187,7 @@ def test_channels_of_escaip_may_be_permuted():
 
 def test_the_command(tmp_path):
     teacher("painn").save(tmp_path / "large.safetensors")
-    (tmp_path / "plain.yaml").write_text("readout: null\ndirections: 1\n")
+    (tmp_path / "plain.yaml").write_text("preset: closed-form\nreadout: null\ndirections: 1\n")
     out = tmp_path / "small.safetensors"
     call = ["compress", str(tmp_path / "large.safetensors"), "--channels", "4", "--out", str(out), "--json"]
     result = CliRunner().invoke(app, [*call, "--recipe", str(tmp_path / "plain.yaml")])

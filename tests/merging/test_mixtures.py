@@ -114,7 +114,16 @@ def test_repeating_frames_of_one_specialist_changes_nothing(merge_inputs) -> Non
     frames = [*first.calibration, *second.calibration]
 
     def forces(specialists: list[ForceField], **options) -> np.ndarray:
-        plain = load_recipe({"readout": None, "directions": 0, "messages": False, "ridge": 1e-3, **options})
+        plain = load_recipe(
+            {
+                "preset": "closed-form",
+                "readout": None,
+                "directions": 0,
+                "messages": False,
+                "ridge": 1e-3,
+                **options,
+            }
+        )
         return np.concatenate(predict_frames(merge(specialists, plain)[0].potential, frames).forces)
 
     scale = np.abs(forces([first, second])).max()

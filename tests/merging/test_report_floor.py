@@ -32,7 +32,7 @@ from ase_gffmerge.training.loss import relative_error_on
 from ase_gffmerge.training.teachers import prepare_teachers
 from helpers.toys import family, rattled
 
-PLAIN = {"readout": None, "refine": None}
+PLAIN = {"preset": "closed-form", "readout": None, "refine": None}
 
 
 def crystals() -> tuple[Atoms, ...]:
@@ -149,7 +149,7 @@ def test_silent_frames_do_not_ruin_the_layers_of_a_normal_specialist() -> None:
 
 def test_a_readout_beside_silent_frames(pair) -> None:
     """The verdict is good, and right: of forces, and of the equation of state."""
-    recipe = {"readout": {"width": 128, "copies": 1}, "refine": None}
+    recipe = {"preset": "closed-form", "readout": {"width": 128, "copies": 1}}
     merged, report = merge(pair, recipe, device="cpu")
     assert report.verdict == "good"
     for index, specialist in enumerate(pair):

@@ -44,7 +44,9 @@ def _coarse_grids(monkeypatch) -> None:
     monkeypatch.setattr(task_vectors, "SHARES", (0.5, 1.0))
     monkeypatch.setattr(task_arithmetic, "SHARES", (0.5, 1.0, 1.5))
     monkeypatch.setattr(fisher, "FLOORS", (1e-2, 1.0))
-    small = load_recipe({"readout": {"width": 16, "blocks": 2, "copies": 1}, "directions": 1})
+    small = load_recipe(
+        {"preset": "closed-form", "readout": {"width": 16, "blocks": 2, "copies": 1}, "directions": 1}
+    )
     monkeypatch.setitem(PRESETS, "gffmerge", small)
 
 

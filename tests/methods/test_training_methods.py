@@ -3,13 +3,11 @@
 from dataclasses import replace
 
 import numpy as np
-import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.predict import predict_frames
-from ase_gffmerge.merging.recipe import DistillOptions
 from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, Requirement
 from ase_gffmerge.methods import references as training
 from ase_gffmerge.training.config import TrainConfig
@@ -42,25 +40,9 @@ def labelled(specialist: ForceField) -> list[Atoms]:
 
 
 def test_needs() -> None:
-    distill, joint = METHODS["distill"], METHODS["joint"]
-    assert distill.trains
+    joint = METHODS["joint"]
     assert joint.trains
-    assert distill.needs == {Requirement.FRAMES}
     assert joint.needs == {Requirement.BASE, Requirement.LABELS}
-
-
-@pytest.mark.slow_for("nequip")
-def test_distill(make_merge_inputs, architecture, monkeypatch) -> None:
-    training_options = {"epochs": 10, "batch_size": 3, "learning_rate": 2e-2, "patience": 10}
-    quick = DistillOptions(**training_options, copies=3, temperature=0.0, force_weight=1000.0)
-    monkeypatch.setattr(training, "DistillOptions", lambda: quick)
-    merge_inputs = make_merge_inputs(architecture, 2, frames=5)
-    merge_output = run("distill", merge_inputs)
-    assert merge_output.settings == {"epochs": 10, "learning rate": 2e-2}
-    assert merge_output.potentials[0].hyper.readout_width == 0
-    assert disagreement(merge_output, merge_inputs) < 0.8 * disagreement(
-        run("mean", merge_inputs), merge_inputs
-    )
 
 
 def test_joint(make_merge_inputs, architecture, monkeypatch) -> None:

@@ -17,7 +17,7 @@ from ase_gffmerge.workflows.active_learning import ClosedLoopResult, RolloutRepo
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 
-RECIPE = {"readout": {"width": 8, "blocks": 1, "copies": 0}, "directions": 0}
+RECIPE = {"preset": "closed-form", "readout": {"width": 8, "blocks": 1, "copies": 0}, "directions": 0}
 SHORT = {"temperature": 50.0, "replicas": 2, "time": 0.04, "max_grade": None}
 
 
@@ -190,7 +190,7 @@ def test_a_loop_comes_before_a_distillation(pair):
     recipe = {
         **RECIPE,
         "closed_loop": {**SHORT, "rounds": 1, "frames": 2},
-        "refine": {"epochs": 1, "copies": 0, "widened": True},
+        "refine": {"epochs": 1, "copies": 0, "threshold": 0.0},
     }
     merged, report = merge(pair, recipe, device="cpu")
     assert "distillation" in report.seconds

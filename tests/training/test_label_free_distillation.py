@@ -25,7 +25,7 @@ from ase_gffmerge.training.loss import labelled_graphs, weigh
 from ase_gffmerge.training.soap import SOAP
 from ase_gffmerge.training.teachers import prepare_distillation_set
 from ase_gffmerge.training.train import train_jointly
-from ase_gffmerge.workflows.merge import merge, starting_point
+from ase_gffmerge.workflows.merge import merge
 from helpers.structures import OWN_ARCHITECTURES
 from helpers.toys import SHALLOW, rattled, relative, toy
 
@@ -262,19 +262,17 @@ def test_refine_through_the_calculator_is_cached(tmp_path: Path) -> None:
     assert (fresh.cache_hit, cached.cache_hit) == (False, True)
     assert fresh.force_field.fingerprint == cached.force_field.fingerprint
     assert "distillation" in cached.report.seconds
-    plain = GFFMergeCalculator(
-        paths, recipe={"preset": "gffmerge", "readout": None}, cache_dir=tmp_path, device="cpu"
-    )
+    plain = GFFMergeCalculator(paths, recipe="fast", cache_dir=tmp_path, device="cpu")
     assert fresh.report.relative_disagreement < plain.report.relative_disagreement
 
 
-@pytest.mark.parametrize(("widened", "width"), [(False, 0), (True, 16)])
-def test_the_readout_stays_wide_only_on_request(widened: bool, width: int) -> None:
-    options = QUICK.model_copy(update={"widened": widened, "epochs": 1})
+@pytest.mark.parametrize("width", [0, 16])
+def test_the_readout_stays_as_wide_as_the_recipe_says(width: int) -> None:
+    options, readout = QUICK.model_copy(update={"epochs": 1}), ReadoutOptions(width=16, blocks=1, copies=1)
     seen: list[float] = []
     merged, report = merge(
         relatives("painn"),
-        Recipe(readout=ReadoutOptions(width=16, blocks=1, copies=1), refine=options),
+        Recipe(readout=readout if width else None, refine=options),
         device="cpu",
         progress=lambda fraction, _: seen.append(fraction),
     )
@@ -285,14 +283,49 @@ def test_the_readout_stays_wide_only_on_request(widened: bool, width: int) -> No
     assert report == MergeReport.from_dict(merged.merged.report)
 
 
-@pytest.mark.parametrize(("changes", "used"), [({}, 2), ({"widened": True}, 10)])
-def test_a_narrow_start_is_solved_on_few_frames(changes: dict[str, object], used: int) -> None:
-    specialists = relatives("painn")
-    options = QUICK.model_copy(update={"start_frames": 2, **changes})
-    given, plain = starting_point(specialists, Recipe(refine=options))
-    assert plain.refine is None
-    assert [len(s.calibration) for s in given] == [used, used]
-    assert all(s.calibration[0] == t.calibration[0] for s, t in zip(given, specialists, strict=True))
+def test_what_is_close_enough_is_not_distilled() -> None:
+    options = QUICK.model_copy(update={"threshold": 10.0})
+    merged, report = merge(relatives("painn"), Recipe(refine=options), device="cpu")
+    assert "distillation" not in report.seconds
+    assert merged.merged is not None
+    assert merged.merged.recipe["refine"]["threshold"] == 10.0
+    assert report.held_out is not None
+    assert report.held_out < options.threshold
+
+
+def test_an_interrupted_merge_is_continued(tmp_path: Path) -> None:
+    specialists, checkpoint = relatives("painn"), tmp_path / "merged.checkpoint.safetensors"
+    recipe = Recipe(refine=QUICK.model_copy(update={"epochs": 3}))
+
+    def stop(fraction: float, text: str) -> None:
+        if "epoch 3" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(specialists, recipe, checkpoint=checkpoint, device="cpu", progress=stop)
+    assert checkpoint.exists()
+    seen: list[str] = []
+    again, _ = merge(
+        specialists, recipe, checkpoint=checkpoint, device="cpu", progress=lambda _, text: seen.append(text)
+    )
+    assert not any("epoch 1 " in text for text in seen)
+    assert not checkpoint.exists()
+    assert again.fingerprint == merge(specialists, recipe, device="cpu")[0].fingerprint
+
+
+def test_a_budget_cuts_epochs_then_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ase_gffmerge.training import distill as module
+
+    specialists, options = relatives("painn"), QUICK.model_copy(update={"epochs": 6, "budget": 10.0})
+    monkeypatch.setattr(module, "_seconds_per_frame", lambda *_: 0.2)
+    start = mean_of(specialists)
+    _, history = distill(
+        start, specialists, options.model_copy(update={"budget": None, "patience": 9}), device="cpu"
+    )
+    assert len(history.rows) == 6
+    distilled, history = distill(start, specialists, options, device="cpu")
+    assert len(history.rows) < 6
+    assert distilled.provenance.n_train * len(history.rows) * 0.2 <= 10.0
 
 
 def test_verdict_is_told() -> None:
