@@ -14,7 +14,7 @@ below 30 %, else ``failed``
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -316,7 +316,7 @@ class MergeReport:
                 *_trials(self.trials),
             ]
         if self.averaged:
-            lines.append(f"  averaged, as no solve covers them: {_listed(self.averaged)}")
+            lines.append(f"  as in the starting point, as no solve covers them: {_listed(self.averaged)}")
         lines.append("  " + ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items()))
         if self.closed_loop:
             lines += ["on its own trajectories", *_rounds(self.closed_loop)]
@@ -327,7 +327,7 @@ def _trials(trials: Sequence[Trial]) -> Iterator[str]:
     """A line for each candidate."""
     for trial in trials:
         mark = " (kept)" if trial.kept else ""
-        yield f"    {trial.name}: {100 * float(np.mean(trial.disagreements)):.1f} %{mark}"
+        yield f"    {trial.name}: {100 * sum(trial.disagreements) / len(trial.disagreements):.1f} %{mark}"
 
 
 def _rounds(loop: Mapping[str, Any]) -> Iterator[str]:

@@ -254,7 +254,7 @@ def _solves(report: MergeReport) -> str:
         (r.name, r.kind, r.rows, r.size, _rank(r), f"{r.ridge:.2e}", *_residuals(r)) for r in report.layers
     ]
     names = html.escape(", ".join(report.averaged))
-    averaged = f"<p>Averaged, as no solve covers them: {names}.</p>" if names else ""
+    averaged = f"<p>As in the starting point, as no solve covers them: {names}.</p>" if names else ""
     note = (
         "<p>Residual: squared error of the layer's outputs over their mean square, of the mean of the weights and of the "
         "solution. One that stays near its start says that this layer cannot serve all specialists at once.</p>"

@@ -34,7 +34,7 @@ from ase_gffmerge.errors import IncompatibleSpecialistsError, MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField, repelling
 from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
-from ase_gffmerge.graphs import predict
+from ase_gffmerge.graphs import batch_graphs, predict
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.disagreement import diagnose
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe
@@ -142,6 +142,7 @@ def distill(
     potential._modules.pop(PROJECTION, None)
     seconds = time.perf_counter() - started
     distilled = _distilled_force_field(merged, specialists, options, teachers, potential, seconds=seconds)
+    progress(1.0, "distilled")
     provenance = Provenance(
         data_set="merged and distilled",
         lineage=tuple(s.fingerprint for s in specialists),

@@ -365,7 +365,11 @@ def test_exports_that_compute_something_else_are_not_written(small, tmp_path, mo
 def test_what_the_vendors_format_cannot_hold_is_not_exported(pair, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        merged, _ = merge(pair, {"messages": False, "readout": {"width": 8, "copies": 1}}, device="cpu")
+        merged, _ = merge(
+            pair,
+            {"preset": "closed-form", "messages": False, "readout": {"width": 8, "copies": 1}},
+            device="cpu",
+        )
     with pytest.raises(FileFormatError, match="widened readout"):
         export(merged, tmp_path / "no.pth.tar")
     with pytest.raises(FileFormatError, match="no format but"):

@@ -8,7 +8,7 @@ from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.merging.report_plot import save_html
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
-QUICK = {"preset": "closed-form", "readout": None, "directions": 0}
+QUICK = {"preset": "closed-form", "readout": None, "directions": 0, "select": False}
 
 
 def test_averaged_parameters_are_the_mean_and_all_others_moved(family, architecture, tmp_path):
@@ -18,16 +18,17 @@ def test_averaged_parameters_are_the_mean_and_all_others_moved(family, architect
     same = {name for name, value in merged.potential.named_parameters() if value.equal(mean[name])}
     assert set(report.averaged) == same
     assert "embedding" in same
-    assert "averaged, as no solve covers them: embedding" in report.summary()
+    assert "as in the starting point, as no solve covers them: embedding" in report.summary()
     assert (
-        "Averaged, as no solve covers them: embedding" in save_html(merged, tmp_path / "r.html").read_text()
+        "As in the starting point, as no solve covers them: embedding"
+        in save_html(merged, tmp_path / "r.html").read_text()
     )
 
 
 def test_the_mean_says_nothing_of_it(family, architecture):
     _, report = merge(family(architecture, 2), "mean")
     assert report.averaged == ()
-    assert "averaged" not in report.summary()
+    assert "starting point" not in report.summary()
 
 
 def test_without_messages_norms_are_averaged(family):

@@ -26,7 +26,7 @@ from ase_gffmerge.merging.report_plot import save_figure, save_html
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 
-SMALL_READOUT = {"readout": {"width": 24, "blocks": 2, "copies": 1}, "directions": 2}
+SMALL_READOUT = {"select": False, "readout": {"width": 24, "blocks": 2, "copies": 1}, "directions": 2}
 
 
 def forces(specialist: ForceField, frames, index: int = 0) -> np.ndarray:
@@ -34,11 +34,11 @@ def forces(specialist: ForceField, frames, index: int = 0) -> np.ndarray:
 
 
 def recipe(name: str, **options) -> Recipe:
-    small = SMALL_READOUT if name == "gffmerge" else {}
+    small = SMALL_READOUT if name == "closed-form" else {}
     return load_recipe({"preset": name, **small, **options})
 
 
-@pytest.mark.parametrize("name", ["gffmerge", "mean"])
+@pytest.mark.parametrize("name", ["closed-form", "mean"])
 def test_merging_copies_returns_the_specialist(family, architecture, name) -> None:
     """The paper preset is left out: its absolute ridge pulls rank-deficient layers to zero."""
     original = family(architecture, 1)[0]
@@ -67,7 +67,7 @@ def test_order_of_specialists_is_irrelevant(family, architecture, name, conditio
 
 def test_merged_potential_is_equivariant(family, architecture) -> None:
     specialists = family(architecture, 2)
-    merged, _ = merge(specialists, recipe("gffmerge"))
+    merged, _ = merge(specialists, recipe("closed-form"))
     atoms = specialists[0].calibration[0]
     rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]
     turned = atoms.copy()
@@ -81,7 +81,7 @@ def test_merged_potential_is_equivariant(family, architecture) -> None:
 def test_specialists_are_not_changed_and_merging_is_reproducible(family, architecture) -> None:
     specialists = family(architecture, 2)
     before = [deepcopy(s.potential.state_dict()) for s in specialists]
-    first, second = (merge(specialists, recipe("gffmerge"))[0] for _ in range(2))
+    first, second = (merge(specialists, recipe("closed-form"))[0] for _ in range(2))
     for specialist, state in zip(specialists, before):
         for name, value in specialist.potential.state_dict().items():
             assert torch.equal(value, state[name])
@@ -91,7 +91,7 @@ def test_specialists_are_not_changed_and_merging_is_reproducible(family, archite
 @pytest.mark.slow_for("nequip")
 def test_per_specialist_conditioning_keeps_every_table(family, architecture) -> None:
     specialists = family(architecture, 3)
-    merged, _ = merge(specialists, recipe("gffmerge", conditioning="per-specialist"))
+    merged, _ = merge(specialists, recipe("closed-form", conditioning="per-specialist"))
     assert merged.potential.hyper.n_embeddings == 3
     for k, specialist in enumerate(specialists):
         assert torch.equal(merged.potential.embedding[k], specialist.potential.embedding[0])
@@ -101,7 +101,7 @@ def test_per_specialist_conditioning_keeps_every_table(family, architecture) -> 
 def test_weights_pull_towards_the_heavier_specialist(family, architecture) -> None:
     specialists = family(architecture, 2, size=0.2)
     light, heavy = (
-        merge(specialists, recipe("gffmerge", weights=weights, readout=None))[1]
+        merge(specialists, recipe("closed-form", weights=weights, readout=None))[1]
         for weights in ((1, 1), (1000, 1))
     )
     mae = [
@@ -121,7 +121,7 @@ def test_an_element_only_one_specialist_knows_keeps_its_row(family) -> None:
     with torch.no_grad():
         wider.embedding[0, [0, 1, 3]] = second.potential.embedding[0]
     second = replace(second, potential=wider.eval().requires_grad_(False))
-    merged, _ = merge([first, second], recipe("gffmerge"))
+    merged, _ = merge([first, second], recipe("closed-form"))
     assert merged.species == (1, 6, 7, 8)
     torch.testing.assert_close(merged.potential.embedding[0, 2], wider.embedding[0, 2])
 
@@ -133,7 +133,7 @@ TABLE = torch.tensor([10.0, 1000.0, 2000.0], dtype=torch.float64)
 def test_different_zeros_of_energy_are_aligned_and_reported(family, architecture) -> None:
     specialists = family(architecture, 2)
     specialists[1].potential.references.add_(TABLE)
-    merged, report = merge(specialists, recipe("gffmerge"))
+    merged, report = merge(specialists, recipe("closed-form"))
     assert report.energy_shifts == {"s1": pytest.approx({"H": 10.0, "C": 1000.0, "O": 2000.0})}
     for specialist, shift in zip(specialists, (0.0, 2 * 1000 + 4 * 10 + 2000)):
         frames = specialist.calibration
@@ -147,12 +147,12 @@ def test_tables_that_differ_while_the_energies_agree_are_left_alone(family) -> N
     specialists = family("painn", 2)
     specialists[1].potential.references.add_(5.0)
     specialists[1].potential.readout.out.bias.add_(-5.0)
-    assert not merge(specialists, recipe("gffmerge"))[1].energy_shifts
+    assert not merge(specialists, recipe("closed-form"))[1].energy_shifts
 
 
 @pytest.mark.slow_for("nequip")
 def test_report_is_complete_round_trips_and_shows(family, architecture, tmp_path) -> None:
-    merged, report = merge(family(architecture, 2), recipe("gffmerge"))
+    merged, report = merge(family(architecture, 2), recipe("closed-form"))
     assert MergeReport.from_dict(json.loads(report.to_json())) == report
     assert {(d.specialist, d.model) for d in report.disagreements} == {
         ("s0", "mean"),
@@ -214,7 +214,7 @@ def test_a_bad_merge_warns(family) -> None:
 )
 def test_what_cannot_be_merged_is_refused_with_the_reason(family, change, error, message) -> None:
     with pytest.raises(error, match=message):
-        merge(change(family("painn", 2)), recipe("gffmerge"))
+        merge(change(family("painn", 2)), recipe("closed-form"))
 
 
 def test_different_architecture_cutoff_and_units_are_refused(family) -> None:
@@ -225,9 +225,9 @@ def test_different_architecture_cutoff_and_units_are_refused(family) -> None:
         "painn", {**second.potential.hyper.to_dict(), "cutoff": 5.0}, second.species
     ).double()
     with pytest.raises(IncompatibleSpecialistsError, match=r"cutoff 4\.0 / 5\.0"):
-        merge([first, replace(second, potential=other)], recipe("gffmerge"))
+        merge([first, replace(second, potential=other)], recipe("closed-form"))
     with pytest.raises(IncompatibleSpecialistsError, match="architectures"):
-        merge([first, family("nequip", 2)[1]], recipe("gffmerge"))
+        merge([first, family("nequip", 2)[1]], recipe("closed-form"))
 
 
 def test_unrelated_specialists_are_refused_unless_allowed(family, architecture) -> None:
@@ -241,21 +241,21 @@ def test_unrelated_specialists_are_refused_unless_allowed(family, architecture) 
         second, potential=stranger, provenance=replace(second.provenance, lineage=("another root",))
     )
     with pytest.raises(IncompatibleSpecialistsError, match="common base"):
-        merge([first, second], recipe("gffmerge"))
-    merge([first, second], recipe("gffmerge", allow_unrelated=True))
+        merge([first, second], recipe("closed-form"))
+    merge([first, second], recipe("closed-form", allow_unrelated=True))
 
 
 def test_a_merged_potential_is_not_a_specialist(family) -> None:
     specialists = family("painn", 2)
-    merged, _ = merge(specialists, recipe("gffmerge"))
+    merged, _ = merge(specialists, recipe("closed-form"))
     with pytest.raises(IncompatibleSpecialistsError, match="itself a merged potential"):
-        merge([merged, specialists[0]], recipe("gffmerge"))
+        merge([merged, specialists[0]], recipe("closed-form"))
 
 
 def test_cuda_that_is_not_there_is_refused(family, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match="cuda"):
-        merge(family("painn", 2), recipe("gffmerge"), device="cuda")
+        merge(family("painn", 2), recipe("closed-form"), device="cuda")
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_cuda_that_is_not_there_is_refused(family, monkeypatch) -> None:
         ("nonsense", "neither a recipe file nor one of the recipes"),
         ("papr", "did you mean 'paper'"),
         ({"weights": "heavy"}, "weights"),
-        ({"preset": "paper", "messages": True}, "the method 'paper' has neither messages nor a readout"),
+        ({"preset": "paper", "messages": True}, "the method 'paper' has no messages, no readout"),
         ({"method": "mean", "readout": {"width": 8}}, "take the method 'closed-form'"),
     ],
 )
@@ -279,7 +279,7 @@ def test_bad_recipes_say_what_is_wrong(source, message) -> None:
 
 def test_wrong_number_of_weights_is_refused(family) -> None:
     with pytest.raises(RecipeError, match="one per specialist"):
-        merge(family("painn", 2), recipe("gffmerge", weights=(1.0,)))
+        merge(family("painn", 2), recipe("closed-form", weights=(1.0,)))
 
 
 def test_recipe_from_yaml(tmp_path) -> None:
@@ -320,7 +320,7 @@ def test_stress_of_crystals_is_matched_with_energies_and_forces(family, architec
     errors = []
     for weight in (0.0, 1.0):
         readout = {"width": 24, "blocks": 2, "copies": 2, "stress_weight": weight}
-        merged, _ = merge(specialists, recipe("gffmerge", readout=readout, weights=(1000.0, 1.0)))
+        merged, _ = merge(specialists, recipe("closed-form", readout=readout, weights=(1000.0, 1.0)))
         found = predict(merged.potential, graphs).strain_derivative
         errors.append(float((found - target).square().mean().sqrt()))
     assert errors[1] < 0.9 * errors[0]

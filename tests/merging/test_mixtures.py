@@ -23,14 +23,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarnin
 MOLECULES = ("CH3CH2OH", "CH3CHO", "CH3OCH3", "HCOOH", "CH3OH", "H2CO")
 # made-up specialists agree on no zero of energy, so forces alone are matched closely; their dynamics tears molecules
 SMALL = {
+    "select": False,
     "readout": {"width": 96, "blocks": 2, "copies": 1, "temperature": 0, "energy_weight": 0.1},
     "directions": 1,
     "messages": False,
 }
 
 
-def recipe(name: str = "gffmerge", **options) -> Recipe:
-    return load_recipe({"preset": name, **(SMALL if name == "gffmerge" else {}), **options})
+def recipe(name: str = "closed-form", **options) -> Recipe:
+    return load_recipe({"preset": name, **(SMALL if name == "closed-form" else {}), **options})
 
 
 def disagreement(potential: Potential, specialist: ForceField, frames: Sequence[Atoms] = ()) -> float:
@@ -68,7 +69,7 @@ def test_any_number_of_specialists_merges(merge_inputs, k) -> None:
     """On average over the specialists, the merged potential is nearer to them than the mean of the weights is."""
     specialists = merge_inputs(k)
     (merged, report), (mean, _) = (
-        merge(specialists, recipe(name, messages=name != "mean")) for name in ("gffmerge", "mean")
+        merge(specialists, recipe(name, messages=name != "mean")) for name in ("closed-form", "mean")
     )
     assert merged.merged.specialists == report.specialists == tuple(f"s{i}" for i in range(k))
     assert merged.potential.hyper.n_embeddings == 1
@@ -94,7 +95,7 @@ def test_a_pair_sharing_only_some_elements(family, architecture) -> None:
         restricted(pair[0], (1, 6, 8), rattled("CH3CHO", 5, seed=0)),
         restricted(pair[1], (1, 6, 7), rattled("CH3CN", 5, seed=1)),
     ]
-    (merged, _), (mean, _) = (merge(pair, recipe(name)) for name in ("gffmerge", "mean"))
+    (merged, _), (mean, _) = (merge(pair, recipe(name)) for name in ("closed-form", "mean"))
     assert merged.species == (1, 6, 7, 8)
     for specialist in pair:
         assert disagreement(merged.potential, specialist) < 0.9 * disagreement(mean.potential, specialist)

@@ -17,7 +17,10 @@ def run(name: str, merge_inputs: MergeInputs):
 @pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 def test_a_method_is_the_merge_by_its_recipe(make_merge_inputs, preset) -> None:
     merge_inputs = make_merge_inputs("painn", 2)
-    ours, (theirs, _) = run(preset, merge_inputs).potential(0), merge(merge_inputs.specialists, preset)
+    ours, (theirs, _) = (
+        run(preset, merge_inputs).potential(0),
+        merge(merge_inputs.specialists, preset, base=merge_inputs.base),
+    )
     for key, value in theirs.potential.state_dict().items():
         assert torch.equal(ours.state_dict()[key], value)
 
