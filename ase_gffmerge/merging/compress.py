@@ -258,7 +258,7 @@ def _require(force_field: ForceField, frames: Sequence[Atoms], recipe: Recipe) -
             f"{force_field.name!r} has no calibration frames; give structures of what it is used for as frames"
         )
     if recipe.method != "closed-form":
-        raise RecipeError(f"compression has no method {recipe.method!r}; take the recipe 'gffmerge'")
+        raise RecipeError(f"compression has no method {recipe.method!r}; take the recipe 'closed-form'")
     if potential.hyper.n_embeddings > 1:
         raise RecipeError(
             f"{force_field.name!r} has a surface per specialist; compress a merge of conditioning 'shared'"

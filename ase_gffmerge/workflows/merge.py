@@ -78,10 +78,8 @@ def merge(
     if close_enough(report, recipe.refine):
         for warning in caught:
             warnings.warn(warning.message, warning.category, stacklevel=2)
-        assert start.merged is not None
-        record = replace(start.merged, recipe=recipe.model_dump(mode="json"))
-        return replace(start, merged=record), report
-    distilled, _ = distill(
+        return _by_recipe(start, recipe), report
+    merged, _ = distill(
         start,
         specialists,
         recipe.refine,
@@ -91,8 +89,14 @@ def merge(
     )
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
-    assert distilled.merged is not None
-    return distilled, MergeReport.from_dict(distilled.merged.report)
+    assert merged.merged is not None
+    return _by_recipe(merged, recipe), MergeReport.from_dict(merged.merged.report)
+
+
+def _by_recipe(merged: ForceField, recipe: Recipe) -> ForceField:
+    """The merge with the whole recipe on record, where only a part of it was solved for or had anything to do."""
+    assert merged.merged is not None
+    return replace(merged, merged=replace(merged.merged, recipe=recipe.model_dump(mode="json")))
 
 
 def _solved(

@@ -31,19 +31,19 @@ from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.inference.errors import evaluate
-from ase_gffmerge.merging.recipe import DistillOptions, Recipe
+from ase_gffmerge.merging.recipe import DistillOptions
 from ase_gffmerge.models import Potential
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.initialization import random_potential
 from ase_gffmerge.training.student import make_student
-from ase_gffmerge.workflows.merge import starting_point
+from ase_gffmerge.workflows.merge import merge
 
 MOLECULES = ("ethanol", "malonaldehyde")
 SIZES = ((64, 3), (48, 3), (32, 3), (64, 2), (32, 2))
 RECIPES: dict[str, dict[str, Any]] = {
-    "layers": {"readout": None, "messages": False},
-    "layers and stages": {"readout": None},
-    "layers, stages and readout": {"readout": {"width": 512}},
+    "layers": {"preset": "closed-form", "readout": None, "messages": False},
+    "layers and stages": {"preset": "closed-form", "readout": None},
+    "layers, stages and readout": {"preset": "closed-form", "readout": {"width": 512}},
 }
 EPOCHS = 10
 
@@ -172,7 +172,7 @@ def pair(tests: dict[str, list[Atoms]]) -> list[dict[str, Any]]:
     options = DistillOptions(epochs=EPOCHS, patience=EPOCHS, feature_weight=0.0)
 
     def start() -> ForceField:
-        merged, _ = merge(*starting_point(specialists, Recipe(refine=options)), device="cpu")
+        merged, _ = merge(specialists, "fast", device="cpu")
         return make_student(merged, specialists, architecture="painn", channels=32, blocks=3)
 
     alone = [errors(s.potential, tests, [n]) for s, n in zip(specialists, MOLECULES, strict=True)]
