@@ -77,9 +77,10 @@ class Distance:
         if not np.isfinite(gain):
             return bool(np.isfinite(self.mean) and not np.isfinite(other.mean))
         variance = 0.0
-        for a, mine, theirs, d in zip(self.weights, self.squares, other.squares, self.relative, strict=True):
-            if len(mine) > 1 and d > 0:
-                variance += (a * np.std(theirs - mine, ddof=1) / (2 * d)) ** 2 / len(mine)
+        pairs = zip(self.squares, other.squares, self.relative, other.relative, strict=True)
+        for a, (mine, theirs, d, d_other) in zip(self.weights, pairs, strict=True):
+            if len(mine) > 1 and d + d_other > 0:  # the difference of two roots is that of the squares over their sum
+                variance += (a * np.std(theirs - mine, ddof=1) / (d + d_other)) ** 2 / len(mine)
         return bool(gain > np.sqrt(variance))
 
 

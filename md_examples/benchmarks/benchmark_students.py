@@ -36,7 +36,6 @@ from ase_gffmerge.models import Potential
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.initialization import random_potential
 from ase_gffmerge.training.student import make_student
-from ase_gffmerge.workflows.merge import merge
 
 MOLECULES = ("ethanol", "malonaldehyde")
 SIZES = ((64, 3), (48, 3), (32, 3), (64, 2), (32, 2))
