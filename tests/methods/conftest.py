@@ -47,7 +47,8 @@ def _coarse_grids(monkeypatch) -> None:
     small = load_recipe(
         {"preset": "closed-form", "readout": {"width": 16, "blocks": 2, "copies": 1}, "directions": 1}
     )
-    monkeypatch.setitem(PRESETS, "gffmerge", small)
+    for preset in ("gffmerge", "closed-form"):
+        monkeypatch.setitem(PRESETS, preset, small)
 
 
 MakeMixture = Callable[..., MergeInputs]
