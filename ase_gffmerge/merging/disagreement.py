@@ -79,7 +79,9 @@ class Distance:
         variance = 0.0
         pairs = zip(self.squares, other.squares, self.relative, other.relative, strict=True)
         for a, (mine, theirs, d, d_other) in zip(self.weights, pairs, strict=True):
-            if len(mine) > 1 and d + d_other > 0:  # the difference of two roots is that of the squares over their sum
+            if (
+                len(mine) > 1 and d + d_other > 0
+            ):  # the difference of two roots is that of the squares over their sum
                 variance += (a * np.std(theirs - mine, ddof=1) / (d + d_other)) ** 2 / len(mine)
         return bool(gain > np.sqrt(variance))
 

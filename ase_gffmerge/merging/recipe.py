@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from ase_gffmerge.errors import RecipeError
 from ase_gffmerge.storage.documents import STRICT, Seed, Whole, explain, read_options, shown, with_text_keys
 
-MERGE_VERSION = 8
+MERGE_VERSION = 9
 """Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""
 
 
@@ -241,7 +241,9 @@ PRESETS: dict[str, Recipe] = {
     "gffmerge": Recipe(frames=25, refine=DistillOptions()),
     "closed-form": Recipe(readout=ReadoutOptions()),
     "fast": Recipe(frames=25),
-    "paper": Recipe(method="paper", ridge=1e-6, directions=0, messages=False, select=False, core_repulsion="none"),
+    "paper": Recipe(
+        method="paper", ridge=1e-6, directions=0, messages=False, select=False, core_repulsion="none"
+    ),
     "mean": Recipe(method="mean", messages=False, select=False),
 }
 """The default (solves on few frames, then distillation where it is needed); solves on all frames with a wide readout and

@@ -35,7 +35,7 @@ def test_merges_distils_and_reports(gffmerge, recipe: Path) -> None:
     distilled = ForceField.load("a.safetensors")
     assert distilled.merged is not None
     assert distilled.merged.recipe["refine"]["epochs"] == 3
-    assert distilled.potential.hyper.readout_width == 0
+    assert distilled.potential.hyper.readout_width == 16
     assert not checkpoint_path(Path("a.safetensors")).exists()
     merged = gffmerge("merge", *PAIR, "--out", "b.safetensors", *options, "--json").json()
     assert ForceField.load("b.safetensors").fingerprint == distilled.fingerprint

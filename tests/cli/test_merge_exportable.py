@@ -16,10 +16,11 @@ from ase_gffmerge.workflows import merge as workflow
 from helpers.toys import SHALLOW, family
 
 PAIR = ("s0.safetensors", "s1.safetensors")
-WIDE = "preset: closed-form\ndirections: 0\nmessages: false\nreadout: {width: 8, copies: 1, directions: 2}\n"
+SOLVES = "preset: closed-form\nselect: false\ndirections: 0\nmessages: false\n"
+WIDE = f"{SOLVES}readout: {{width: 8, copies: 1, directions: 2}}\n"
 RECIPES = {
     "wide": WIDE,
-    "apart": "preset: closed-form\ndirections: 0\nmessages: false\nreadout: null\nconditioning: per-specialist\n",
+    "apart": f"{SOLVES}readout: null\nconditioning: per-specialist\n",
     "both": f"{WIDE}conditioning: per-specialist\n",
 }
 
