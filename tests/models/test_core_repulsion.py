@@ -1,5 +1,6 @@
 """The core repulsion: nothing within what is known, smooth at its onset, bounded beyond it, stored in files."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -8,10 +9,11 @@ import torch
 from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.data import covalent_radii
+from ase.io import write
 
 from ase_gffmerge import ForceField, GFFMergeCalculator, load_force_field, merge
 from ase_gffmerge.errors import FileFormatError
-from ase_gffmerge.forcefield.force_field import repelling
+from ase_gffmerge.forcefield.force_field import bundled_test_frames, repelling
 from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.inference.compiled import CompiledPotential
@@ -19,6 +21,8 @@ from ase_gffmerge.inference.predict import hessian
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.core_repulsion import BONDED, MARGIN, WIDTH, zbl_energy
 from ase_gffmerge.storage.tensor_file import read_file, write_file
+from ase_gffmerge.training.config import TrainConfig
+from ase_gffmerge.training.train import train
 
 
 def known_frames() -> list[Atoms]:
@@ -244,3 +248,25 @@ def test_merges_have_it_by_default() -> None:
     energies = [float(evaluated(own.potential, atoms).energy) for own in (guarded, bare)]
     assert energies[0] > energies[1] + 100
     assert energies[0] - float(2 * guarded.potential.references[1]) == pytest.approx(400, abs=50)
+
+
+def test_training_and_distillation_end_with_it(tmp_path) -> None:
+    """Onsets cover all training frames, not only those that are stored; distillation fits the bounds anew."""
+    frames = bundled_test_frames("rmd17-ethanol")[:6]
+    data = tmp_path / "frames.extxyz"
+    write(data, frames)
+    hyper = {"cutoff": 3.0, "channels": 4, "n_blocks": 1, "n_radial": 4}
+    config = TrainConfig(epochs=1, validation=1, hyper=hyper, core_repulsion="auto")
+    base, _, _ = train([data], tmp_path / "base.safetensors", config, n_calibration=2)
+    distances = [atoms.get_all_distances()[np.triu_indices(len(atoms), 1)].min() for atoms in frames]
+    assert min(base.potential.core_repulsion.known.values()) == pytest.approx(min(distances))
+    child = TrainConfig(epochs=1, validation=1, seed=1)
+    pair = [base, train([data], tmp_path / "child.safetensors", child, init=base, n_calibration=2)[0]]
+    assert pair[1].potential.core_repulsion is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        refine = {"epochs": 1, "copies": 0}
+        merged, _ = merge(pair, {"readout": None, "refine": refine}, device="cpu")
+    core, expected = merged.potential.core_repulsion, repelling(merged.potential, pair).core_repulsion
+    assert torch.equal(core.shortest, expected.shortest)
+    torch.testing.assert_close(core.bounds, expected.bounds)
