@@ -250,6 +250,7 @@ def test_merges_have_it_by_default() -> None:
     assert energies[0] - float(2 * guarded.potential.references[1]) == pytest.approx(400, abs=50)
 
 
+@pytest.mark.slow
 def test_training_and_distillation_end_with_it(tmp_path) -> None:
     """Onsets cover all training frames, not only those that are stored; distillation fits the bounds anew."""
     frames = bundled_test_frames("rmd17-ethanol")[:6]
