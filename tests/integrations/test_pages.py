@@ -36,9 +36,10 @@ def module_of(page: str) -> ModuleType:
 
 
 def code_of(page: str) -> str:
-    """Its only block, which is to be run."""
-    ((kind, target, language, code),) = BLOCK.findall(PAGES[page])
+    """Its only block that is to be run, which is its last; the others show how to fine-tune, which takes a GPU."""
+    *shown, (kind, target, language, code) = BLOCK.findall(PAGES[page])
     assert (kind, target, language) == ("runs", "test", "python")
+    assert {kind for kind, *_ in shown} == {"shown"}
     return code
 
 
@@ -71,6 +72,12 @@ def test_two_checkpoints_become_one_calculator(page, tmp_path):
         np.testing.assert_allclose(*map(float, found.groups()), atol=1e-5)
     if written := re.search(r'export\("(\S+)"\)', code):
         assert (tmp_path / written[1]).stat().st_size > 0
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_it_begins_with_a_training_and_ends_with_dynamics(page):
+    first, *_, last = re.findall(r"^## (.*)$", PAGES[page], re.MULTILINE)
+    assert (first, last) == ("Fine-tune", "From two checkpoints to dynamics")
 
 
 def test_every_other_vendor_has_a_page():
