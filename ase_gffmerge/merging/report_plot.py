@@ -158,7 +158,7 @@ def report_html(merged: ForceField) -> str:
     return (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"
         f"</head><body><h1>{title}</h1>{_verdict(report)}{_facts(merged, record, report)}{_picture(report)}"
-        f"<h2>Disagreement on calibration frames</h2>{_disagreements(report)}"
+        f"<h2>Disagreement on calibration frames</h2>{_disagreements(report)}{_trials(report)}"
         f"{_folded('Least-squares problems', _solves(report))}"
         f"{_folded('Recipe', f'<pre>{html.escape(_yaml(record))}</pre>')}</body></html>"
     )
@@ -237,6 +237,18 @@ def _disagreements(report: MergeReport) -> str:
         "by symmetry, of energies per atom (less a shift for each element) or stresses.</p>"
     )
     return _table(header, rows) + note
+
+
+def _trials(report: MergeReport) -> str:
+    """Where the merge could have begun, and its steps, on held-out frames."""
+    if not report.trials:
+        return ""
+    rows = [
+        (trial.name, *(f"{100 * value:.2f}" for value in trial.disagreements), "kept" if trial.kept else "")
+        for trial in report.trials
+    ]
+    header = ("relative error on held-out frames (%)", *report.specialists, "")
+    return f"<h2>What was tried</h2>{_table(header, rows)}"
 
 
 def _solves(report: MergeReport) -> str:

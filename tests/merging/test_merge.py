@@ -171,6 +171,7 @@ def test_report_is_complete_round_trips_and_shows(family, architecture, tmp_path
         word in page for word in (report.version, report.date, "toy", "H, C, O", "s0 6, s1 6", architecture)
     )
     assert "<details><summary>Least-squares problems" in page
+    assert ("What was tried" in page) == bool(report.trials)
     assert f"directions: {merged.merged.recipe['directions']}" in page, "the recipe, folded"
     assert "http" not in page.replace("http-equiv", "")
     assert report.elements == tuple(chemical_symbols[number] for number in merged.species)

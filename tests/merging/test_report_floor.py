@@ -152,6 +152,8 @@ def test_a_readout_beside_silent_frames(pair) -> None:
     recipe = {"preset": "closed-form", "readout": {"width": 128, "copies": 1}}
     merged, report = merge(pair, recipe, device="cpu")
     assert report.verdict == "good"
+    assert all(len(trial.disagreements) == 2 for trial in report.trials)
+    assert "<h2>What was tried</h2>" in report_html(merged)
     for index, specialist in enumerate(pair):
         own, found = (
             predict_frames(potential, specialist.calibration, specialist=index)
