@@ -12,8 +12,9 @@ from ase_gffmerge.training.checkpoint import checkpoint_path
 PAIR = ("methanol.safetensors", "water.safetensors")
 RECIPE = """
 preset: closed-form
+select: false
 readout: {width: 16, blocks: 1, copies: 1}
-refine: {epochs: 3, copies: 0, batch_size: 4, learning_rate: 3.0e-3, force_weight: 10.0}
+refine: {threshold: 0, epochs: 3, copies: 0, batch_size: 4, learning_rate: 3.0e-3, force_weight: 10.0}
 """
 
 

@@ -50,7 +50,7 @@ def test_merging_copies_returns_the_specialist(family, architecture, name) -> No
     )
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"gffmerge"}))  # which goes on to train in some order
 @pytest.mark.parametrize("conditioning", ["shared", "per-specialist"])
 @pytest.mark.slow_for("per-specialist", "nequip")
 def test_order_of_specialists_is_irrelevant(family, architecture, name, conditioning) -> None:

@@ -14,7 +14,7 @@ from ase_gffmerge.errors import RecipeError
 from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, Requirement, method
 
-PRESETS = ("paper", "gffmerge")
+PRESETS = ("paper", "closed-form", "gffmerge")
 """Recipes of ``merge``, whose own tests pin down the same properties."""
 NAMES = [name for name, method in METHODS.items() if not method.trains and name not in PRESETS]
 
