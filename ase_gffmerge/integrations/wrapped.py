@@ -127,7 +127,6 @@ class ChainPotential(Potential):
                 self._constants[name] = buffer.detach().clone()
         self._stored = tuple(name for name in self.state_dict() if name in self._constants)
         self.register_state_dict_post_hook(_leave_out_constants)
-        self.register_load_state_dict_pre_hook(_put_in_constants)
 
     def _foreign(self) -> Iterator[tuple[nn.Module, str]]:
         """Modules of the other package, and their names."""
@@ -137,6 +136,14 @@ class ChainPotential(Potential):
         for name, module in self.readout.named_modules(prefix="readout"):
             if isinstance(module, PackageReadout):
                 yield module.module, f"{name}.module"
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *arguments: VendorObject
+    ) -> None:
+        """Let the constants be what they are; a hook would belong to one module, and not to its shallow copies."""
+        for name in self._stored:
+            state_dict[prefix + name] = self.get_buffer(name)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -204,12 +211,6 @@ def _leave_out_constants(potential: ChainPotential, state: dict[str, Tensor], pr
     """Keep the constants out of a state dictionary."""
     for name in potential._stored:
         state.pop(prefix + name)
-
-
-def _put_in_constants(potential: ChainPotential, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Let the constants be what they are when a state dictionary is loaded."""
-    for name in potential._stored:
-        state[prefix + name] = potential.get_buffer(name)
 
 
 class PackageReadout(nn.Module):
