@@ -364,8 +364,14 @@ def _recalibrate(problem: ModuleProblem, step: Step) -> None:
     variance = (second / weight - mean.square()).clamp(min=0.0)
     if norm.affine:
         originals = [problem.models[k].get_submodule(step.name) for k in step.members]
-        slopes = [o.weight.double() / (o.running_var.double() + o.eps).sqrt() for o in originals]  # type: ignore[union-attr, operator]
-        shifts = [o.bias.double() - o.running_mean.double() * a for o, a in zip(originals, slopes)]  # type: ignore[union-attr, operator]
+        slopes = [
+            o.get_parameter("weight").double() / (o.get_buffer("running_var").double() + norm.eps).sqrt()
+            for o in originals
+        ]
+        shifts = [
+            o.get_parameter("bias").double() - o.get_buffer("running_mean").double() * a
+            for o, a in zip(originals, slopes)
+        ]
         slope, shift = torch.stack(slopes).mean(0), torch.stack(shifts).mean(0)
         norm.weight.copy_(slope * (variance + norm.eps).sqrt())
         norm.bias.copy_(shift + slope * mean)
