@@ -133,11 +133,7 @@ class Adapter(ABC):
             With the options of a recipe that are at fault, and what to write instead.
         """
         faults = [
-            *(
-                ["a widened readout (in the recipe write readout: null, or refine: {})"]
-                if wide_readout
-                else []
-            ),
+            *(["a widened readout (in the recipe write readout: null)"] if wide_readout else []),
             *(["an embedding per specialist (write conditioning: shared)"] if embeddings else []),
         ]
         if faults:
