@@ -3,11 +3,13 @@ r"""How far a potential is from every specialist on frames that no fit has seen:
 .. math::
 
    D_k(f) = \sqrt{\langle \|F_f - F_k\|^2\rangle_{C_k} \,/\, \langle \|F_k\|^2\rangle_{C_k}} ,\qquad
-   D(f) = \frac{\sum_k a_k D_k(f)}{\sum_k a_k}
+   D(f) = \sqrt{\frac{\sum_k a_k D_k(f)^2}{\sum_k a_k}}
 
 where :math:`F_k` are the forces that specialist k itself predicts on frames :math:`C_k`, and :math:`a_k` its weight;
 energies and stresses where forces are silent by symmetry (:mod:`ase_gffmerge.inference.errors`).
-No labels are needed. The specialists are evaluated once, whatever the number of potentials.
+No labels are needed. Squares, as these errors add up in squares to the specialists' own; a potential that is right for one
+specialist and wrong for another is worse than one that is nearly right for both. The specialists are evaluated once, whatever
+the number of potentials.
 
 And how far a merged potential, the mean of the weights and all other specialists are, for the report.
 """
@@ -64,26 +66,23 @@ class Distance:
         return tuple(float(np.nan_to_num(np.sqrt(value), nan=np.inf)) for value in pooled)
 
     @property
-    def mean(self) -> float:
+    def overall(self) -> float:
         """D."""
-        return sum(a * d for a, d in zip(self.weights, self.relative, strict=True))
+        return float(sum(a * d * d for a, d in zip(self.weights, self.relative, strict=True)) ** 0.5)
 
     def below(self, other: "Distance") -> bool:
-        """Whether D is smaller than another potential's on the same frames by more than its standard error.
+        """Whether D² is smaller than another potential's on the same frames by more than its standard error.
 
-        The error of the difference is that of the paired frames, to first order; one frame per specialist has none.
+        The error of the difference is that of the paired frames; one frame per specialist has none.
         """
-        gain = other.mean - self.mean
-        if not np.isfinite(gain):
-            return bool(np.isfinite(self.mean) and not np.isfinite(other.mean))
-        variance = 0.0
-        pairs = zip(self.squares, other.squares, self.relative, other.relative, strict=True)
-        for a, (mine, theirs, d, d_other) in zip(self.weights, pairs, strict=True):
-            if (
-                len(mine) > 1 and d + d_other > 0
-            ):  # the difference of two roots is that of the squares over their sum
-                variance += (a * np.std(theirs - mine, ddof=1) / (d + d_other)) ** 2 / len(mine)
-        return bool(gain > np.sqrt(variance))
+        if not np.isfinite(self.overall) or not np.isfinite(other.overall):
+            return bool(np.isfinite(self.overall) and not np.isfinite(other.overall))
+        variance = sum(
+            (a * np.std(theirs - mine, ddof=1)) ** 2 / len(mine)
+            for a, mine, theirs in zip(self.weights, self.squares, other.squares, strict=True)
+            if len(mine) > 1
+        )
+        return bool(other.overall**2 - self.overall**2 > variance**0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +159,7 @@ class DisagreementMetric:
 
     def disagreement(self, potential: Potential) -> float:
         """D of a potential; infinite when its forces are not finite."""
-        return self.distance(potential).mean
+        return self.distance(potential).overall
 
 
 def _batches(potential: Potential, frames: Sequence[Atoms], specialist: int) -> tuple[AtomGraph, ...]:

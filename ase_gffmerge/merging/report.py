@@ -177,6 +177,11 @@ class Trial:
     disagreements: tuple[float, ...]
     kept: bool
 
+    @property
+    def overall(self) -> float:
+        """Root mean square over the specialists."""
+        return float((sum(d * d for d in self.disagreements) / len(self.disagreements)) ** 0.5)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
@@ -312,7 +317,7 @@ class MergeReport:
             )
         if self.trials:
             lines += [
-                "  on held-out frames (relative force error, mean over specialists)",
+                "  on held-out frames (relative force error, root mean square over specialists)",
                 *_trials(self.trials),
             ]
         if self.averaged:
@@ -327,7 +332,7 @@ def _trials(trials: Sequence[Trial]) -> Iterator[str]:
     """A line for each candidate."""
     for trial in trials:
         mark = " (kept)" if trial.kept else ""
-        yield f"    {trial.name}: {100 * sum(trial.disagreements) / len(trial.disagreements):.1f} %{mark}"
+        yield f"    {trial.name}: {100 * trial.overall:.1f} %{mark}"
 
 
 def _rounds(loop: Mapping[str, Any]) -> Iterator[str]:

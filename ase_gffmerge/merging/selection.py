@@ -65,7 +65,7 @@ class Selection:
             distance = self._metric.distance(potential)
             self.trials.append(Trial(name=name, disagreements=distance.relative, kept=False))
             measured.append((potential, distance))
-        k = min(range(len(measured)), key=lambda i: measured[i][1].mean)
+        k = min(range(len(measured)), key=lambda i: measured[i][1].overall)
         if k and not measured[k][1].below(measured[0][1]):
             k = 0
         self._keep(k - len(measured), measured[k][1])

@@ -14,13 +14,13 @@ def silent(fraction: float, text: str) -> None:
     pass
 
 
-def test_disagreement_is_the_mean_relative_force_error(make_merge_inputs, architecture) -> None:
+def test_disagreement_is_the_root_mean_square_relative_force_error(make_merge_inputs, architecture) -> None:
     merge_inputs = make_merge_inputs(architecture, 2)
     first, second = merge_inputs.specialists
     ours, theirs = (
         np.concatenate(predict_frames(s.potential, second.calibration).forces) for s in (first, second)
     )
-    expected = (0 + np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)) / 2
+    expected = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) / 2**0.5
     assert DisagreementMetric.of((first, second)).disagreement(first.potential) == pytest.approx(expected)
 
 
