@@ -8,8 +8,8 @@ r"""How far a potential is from every specialist on frames that no fit has seen:
 where :math:`F_k` are the forces that specialist k itself predicts on frames :math:`C_k`, and :math:`a_k` its weight;
 energies and stresses where forces are silent by symmetry (:mod:`ase_gffmerge.inference.errors`).
 No labels are needed. Squares, as these errors add up in squares to the specialists' own; a potential that is right for one
-specialist and wrong for another is worse than one that is nearly right for both. The specialists are evaluated once, whatever
-the number of potentials.
+specialist and wrong for another is worse than one that is nearly right for both. The specialists are evaluated once,
+whatever the number of potentials.
 
 And how far a merged potential, the mean of the weights and all other specialists are, for the report.
 """
