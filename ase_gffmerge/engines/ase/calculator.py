@@ -369,7 +369,7 @@ class GFFMergeCalculator(Calculator):
         """
         if self._specialists is None:
             raise ArgumentError(
-                f"{self.force_field.name!r} was given without what it was merged from; make the calculator from the specialists"
+                f"{self.force_field.name!r} was given without what it was merged from; make it from the specialists"
             )
         with torch.inference_mode(False), self._lock:
             return force_disagreement(self._specialists.load(), require_structure(atoms))
