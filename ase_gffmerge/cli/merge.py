@@ -51,6 +51,12 @@ def merge(
             show_default="of the recipe: auto",
         ),
     ] = None,
+    keep_base: Annotated[
+        int,
+        typer.Option(
+            help="Keep what the base knew: it joins with so many structures of different compounds of its elements."
+        ),
+    ] = 0,
     device: DeviceOption = "auto",
     allow_unrelated: Annotated[
         bool, typer.Option("--allow-unrelated", help="Merge specialists without a common base.")
@@ -96,6 +102,7 @@ def merge(
         conditioning=conditioning.value if conditioning else None,
         weights=parse_weights(weights),
         allow_unrelated=allow_unrelated or None,
+        keep_base=keep_base or None,
         core_repulsion=core_repulsion.value if core_repulsion else None,
         closed_loop=validated(ClosedLoopOptions, loop, source="--closed-loop") if closed_loop else None,
     )

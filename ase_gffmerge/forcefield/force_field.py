@@ -254,6 +254,10 @@ class ForceField:
         return replace(self, potential=self.potential.with_core_repulsion(None))
 
 
+MANY_COMPOUNDS = 10
+"""Compositions among the frames of a force field that knows more than these."""
+
+
 def repelling(potential: Potential, specialists: Sequence[ForceField]) -> Potential:
     """Potential that knows what specialists know, with a core repulsion that begins beyond it (weights are shared).
 
@@ -263,14 +267,15 @@ def repelling(potential: Potential, specialists: Sequence[ForceField]) -> Potent
         A specialist's own, or one merged from them in this order.
     specialists
         With their calibration frames and, where they were trained with a core repulsion, the distances stored in it. One of
-        another package's origin knows more than its frames show.
+        another package's origin, or with frames of many compounds, knows more than its frames show.
     """
+    compounds = {atoms.get_chemical_formula(empirical=True) for s in specialists for atoms in s.calibration}
     cores = [s.potential.core_repulsion for s in specialists]
     found = fit_core_repulsion(
         potential,
         [s.calibration for s in specialists],
         known=[core.known for core in cores if core is not None],
-        broad=any(s.provenance.origin for s in specialists),
+        broad=any(s.provenance.origin for s in specialists) or len(compounds) >= MANY_COMPOUNDS,
     )
     return potential.with_core_repulsion(found)
 

@@ -193,6 +193,9 @@ class Recipe(BaseModel):
     core_repulsion
         ``auto``: where the architecture has no repulsion of its own, one that begins below the shortest distances of the
         calibration frames (:mod:`~ase_gffmerge.models.core_repulsion`); ``none``: leave it out.
+    keep_base
+        Do not forget what the common base knew: it joins as one more specialist, with its own calibration frames and this
+        many structures of different compounds of its elements (:mod:`ase_gffmerge.sampling.generic_frames`).
     weights
         How much each specialist counts; default 1 each.
     allow_unrelated, allow_mixed_theory, allow_identical
@@ -213,6 +216,7 @@ class Recipe(BaseModel):
     refine: DistillOptions | None = None
     conditioning: Literal["shared", "per-specialist"] = "shared"
     core_repulsion: Literal["auto", "none"] = "auto"
+    keep_base: Whole = Field(default=0, ge=0)
     weights: tuple[float, ...] | None = None
     allow_unrelated: bool = False
     allow_mixed_theory: bool = False
@@ -224,6 +228,10 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"the method {self.method!r} has no messages, no readout of its own and no choice of steps; set messages "
                 "and select to false and readout to null, or take the method 'closed-form'"
+            )
+        if self.keep_base and self.conditioning == "per-specialist":
+            raise ValueError(
+                "keep_base makes one surface of specialists and base; set conditioning to shared, or keep_base to 0"
             )
         return self
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
-from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.errors import MergeWarning, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.merge import closed_form_merge
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
+from ase_gffmerge.merging.selection import bundled_ancestor
 from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
+from ase_gffmerge.sampling.generic_frames import generic_frames
 from ase_gffmerge.training.distill import distill
 from ase_gffmerge.workflows.active_learning import closed_loop
 
@@ -42,7 +44,8 @@ def merge(
     recipe
         ``gffmerge`` (default), ``closed-form``, ``fast``, ``paper``, ``mean``, a YAML file, a mapping or a :class:`.Recipe`.
     base
-        Their common ancestor, one of the starting points; default: the bundled model that their lineages name, if any.
+        Their common ancestor, one of the starting points, and what ``keep_base`` keeps; default: the bundled model that
+        their lineages name, if any.
     checkpoint
         File that a distillation rewrites after every epoch and continues from when the same call is made again; it is
         removed at the end.
@@ -64,6 +67,8 @@ def merge(
         With the reason and the remedy.
     """
     recipe = load_recipe(recipe)
+    if recipe.keep_base:
+        return _with_base(specialists, recipe, base, checkpoint=checkpoint, device=device, progress=progress)
     if recipe.refine is None:
         return _solved(specialists, recipe, base=base, device=device, progress=progress)
     with warnings.catch_warnings(record=True) as caught:
@@ -91,6 +96,45 @@ def merge(
         checkpoint.unlink(missing_ok=True)
     assert merged.merged is not None
     return _by_recipe(merged, recipe), MergeReport.from_dict(merged.merged.report)
+
+
+def _with_base(
+    specialists: Sequence[ForceField],
+    recipe: Recipe,
+    base: ForceField | None,
+    *,
+    checkpoint: Path | None,
+    device: str | torch.device,
+    progress: Progress,
+) -> tuple[ForceField, MergeReport]:
+    """Merge the specialists and their base, which has structures of many compounds for its calibration frames."""
+    base = base or bundled_ancestor(specialists)
+    if base is None:
+        raise RecipeError(
+            "keep_base keeps what the specialists' common base knew, and no bundled model is that base; give it as "
+            "base=..., with --base FILE, or set keep_base to 0"
+        )
+    own = base.calibration
+    kinds = {bool(atoms.pbc.any()) for atoms in own}
+    frames = generic_frames(base.species, recipe.keep_base, periodic=kinds.pop() if len(kinds) == 1 else None)
+    kept = replace(base.with_calibration((*own, *frames)), name=f"{base.name} (base)")
+    weights = (*recipe.weights, 1.0) if recipe.weights else None
+    merged, report = merge(
+        [*specialists, kept],
+        recipe.model_copy(update={"keep_base": 0, "weights": weights, "frames": None}),
+        base=base,
+        checkpoint=checkpoint,
+        device=device,
+        progress=progress,
+    )
+    assert merged.merged is not None
+    record = replace(
+        _by_recipe(merged, recipe).merged,
+        specialists=merged.merged.specialists[:-1],
+        fingerprints=merged.merged.fingerprints[:-1],
+    )
+    name = "+".join(record.specialists)
+    return replace(merged, name=name, merged=record), report
 
 
 def _by_recipe(merged: ForceField, recipe: Recipe) -> ForceField:

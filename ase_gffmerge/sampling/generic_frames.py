@@ -1,0 +1,146 @@
+"""Structures of what a foundation model knows, for merges that shall not forget it: crystals, molecules, surfaces.
+
+Nobody has the training set of a foundation model at hand when its descendants are merged, but what it predicts for simple
+compounds of its elements shows most of what it knows. Every structure is another compound, so that those which are held out
+of a merge are new to it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from ase import Atoms
+from ase.build import bulk, fcc111, molecule
+from ase.collections import g2
+from ase.data import chemical_symbols, covalent_radii, reference_states
+
+from ase_gffmerge.data.frames import displaced
+
+MAX_ATOMS = 32
+"""Atoms per cell."""
+
+RATTLE, STRAIN = 0.05, 0.03
+"""Standard deviation of displacements in Å, and the largest strain of a cell."""
+
+Rng = np.random.Generator
+
+
+def generic_frames(
+    species: Sequence[int], n: int, *, periodic: bool | None = None, seed: int = 0
+) -> list[Atoms]:
+    """Rattled and strained structures of different compounds, the same for the same arguments.
+
+    Of ten structures, three are elements, four binary or ternary crystals in the prototypes of rock salt, caesium chloride,
+    zinc blende, fluorite and perovskite, one is a slab and two are molecules of ASE's collection g2, as far as there are
+    some of the elements. Bonds are as long as the sum of covalent radii (Cordero et al., doi:10.1039/b801115j), elements as in
+    ASE's table of reference states.
+
+    Parameters
+    ----------
+    species
+        Atomic numbers that may occur.
+    n
+        How many structures.
+    periodic
+        Only crystals and slabs, or only molecules; default: both.
+    seed
+        Of compounds and displacements.
+    """
+    rng = np.random.default_rng(seed)
+    elements = [int(z) for z in species]
+    molecules = _molecules(elements, rng) if periodic is not True else iter(())
+    makers: dict[str, Callable[[], Atoms | None]] = {
+        "element": lambda: _element(_choice(rng, elements)),
+        "compound": lambda: _compound(elements, rng),
+        "slab": lambda: _slab(_choice(rng, elements)),
+        "molecule": lambda: next(molecules, None),
+    }
+    turns = [
+        "element",
+        "compound",
+        "molecule",
+        "compound",
+        "element",
+        "slab",
+        "compound",
+        "molecule",
+        "compound",
+        "element",
+    ]
+    if periodic is False:
+        turns = ["molecule"]
+    frames: list[Atoms] = []
+    for attempt in range(20 * n):
+        if len(frames) == n:
+            break
+        made = makers[turns[attempt % len(turns)]]()
+        if made is not None:
+            strain = STRAIN if made.pbc.all() else 0.0
+            frames.append(displaced(made, rattle=RATTLE, strain=strain, rng=rng))
+    return frames
+
+
+def _choice(rng: Rng, elements: Sequence[int]) -> int:
+    return elements[int(rng.integers(len(elements)))]
+
+
+def _repeated(atoms: Atoms) -> Atoms:
+    """As many cells as fit, about the same number along each axis."""
+    repeat = [1, 1, 1]
+    while True:
+        lengths = atoms.cell.lengths() * repeat
+        axis = int(np.argmin(lengths))
+        grown = [r + (k == axis) for k, r in enumerate(repeat)]
+        if len(atoms) * np.prod(grown) > MAX_ATOMS:
+            return atoms.repeat(repeat)
+        repeat = grown
+
+
+def _element(z: int) -> Atoms | None:
+    """An element in its reference structure where ASE builds it, else face-centred cubic."""
+    symbol = chemical_symbols[z]
+    try:
+        return _repeated(bulk(symbol))
+    except (ValueError, KeyError, RuntimeError, NotImplementedError):
+        return _repeated(bulk(symbol, "fcc", a=2.0 * 2**0.5 * float(covalent_radii[z])))
+
+
+def _compound(elements: Sequence[int], rng: Rng) -> Atoms | None:
+    """Two or three different elements in a prototype, one bond as long as the sum of its covalent radii."""
+    if len(elements) < 2:
+        return None
+    first, second, *_ = (int(z) for z in rng.permutation(elements))
+    d = float(covalent_radii[first] + covalent_radii[second])
+    name = chemical_symbols[first] + chemical_symbols[second]
+    prototype = int(rng.integers(5 if len(elements) > 2 else 4))
+    if prototype == 0:
+        return _repeated(bulk(name, "rocksalt", a=2 * d))
+    if prototype == 1:
+        return _repeated(bulk(name, "cesiumchloride", a=2 * d / 3**0.5))
+    if prototype == 2:
+        return _repeated(bulk(name, "zincblende", a=4 * d / 3**0.5))
+    if prototype == 3:
+        return _repeated(bulk(name + chemical_symbols[second], "fluorite", a=4 * d / 3**0.5))
+    third = int(rng.choice([z for z in elements if z not in (first, second)]))
+    scaled = [[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+    a = max(2 * d, 2**0.5 * float(covalent_radii[third] + covalent_radii[second]))
+    numbers = [third, first, second, second, second]
+    return _repeated(Atoms(numbers, scaled_positions=scaled, cell=[a, a, a], pbc=True))
+
+
+def _slab(z: int) -> Atoms | None:
+    """Three layers of a face-centred cubic metal with vacuum above; nothing for other elements."""
+    state = reference_states[z]
+    if state is None or state.get("symmetry") != "fcc":
+        return None
+    slab = fcc111(chemical_symbols[z], (2, 2, 3), vacuum=6.0)
+    slab.pbc = True
+    return slab
+
+
+def _molecules(elements: Sequence[int], rng: Rng) -> Iterator[Atoms]:
+    """Molecules of the collection g2 that consist of the elements, in random order, again from the first after the last."""
+    known = set(elements)
+    names = [name for name in g2.names if set(g2[name].numbers.tolist()) <= known and len(g2[name]) > 1]
+    while names:
+        for i in rng.permutation(len(names)):
+            yield molecule(names[i])
