@@ -31,8 +31,8 @@ def generic_frames(
 
     Of ten structures, three are elements, four binary or ternary crystals in the prototypes of rock salt, caesium chloride,
     zinc blende, fluorite and perovskite, one is a slab and two are molecules of ASE's collection g2, as far as there
-    are some of the elements. Bonds are as long as the sum of covalent radii (Cordero et al., doi:10.1039/b801115j), elements as in
-    ASE's table of reference states.
+    are some of the elements. Bonds are as long as the sum of covalent radii (Cordero et al., doi:10.1039/b801115j),
+    elements as in ASE's table of reference states.
 
     Parameters
     ----------
