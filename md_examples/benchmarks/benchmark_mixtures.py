@@ -64,7 +64,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     compared = {
         name: compared_mixture(name, inputs, options.out, methods=options.methods)
-        for name in options.merge_inputs_list
+        for name in options.mixtures
     }
     document = {name: comparison.to_dict() for name, comparison in compared.items()}
     document["growth"] = growth(compared)
