@@ -127,11 +127,13 @@ def _with_base(
         device=device,
         progress=progress,
     )
-    assert merged.merged is not None
+    found = merged.merged
+    assert found is not None
     record = replace(
-        _by_recipe(merged, recipe).merged,
-        specialists=merged.merged.specialists[:-1],
-        fingerprints=merged.merged.fingerprints[:-1],
+        found,
+        specialists=found.specialists[:-1],
+        fingerprints=found.fingerprints[:-1],
+        recipe=recipe.model_dump(mode="json"),
     )
     name = "+".join(record.specialists)
     return replace(merged, name=name, merged=record), report
