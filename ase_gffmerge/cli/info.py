@@ -103,7 +103,11 @@ def _recipe(recipe: dict[str, Any]) -> str:
     from ase_gffmerge.merging.recipe import PRESETS
 
     changed = {name: _differences(recipe, preset.model_dump(mode="json")) for name, preset in PRESETS.items()}
-    nearest = min(changed, key=lambda name: len(changed[name]))
+
+    def size(name: str) -> int:
+        return sum(len(value) if isinstance(value, dict) else 1 for value in changed[name].values())
+
+    nearest = min(changed, key=size)
     return f"{nearest}, but {_pairs(changed[nearest])}" if changed[nearest] else nearest
 
 

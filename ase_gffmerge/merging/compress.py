@@ -160,7 +160,8 @@ def compress(
     sizes = smaller_hyper(force_field.potential, channels, blocks, hyper or {})
     typical = (*force_field.calibration, *map(bare, frames))
     _require(force_field, typical, chosen)
-    (teacher,) = working_copies([replace(force_field, calibration=typical)], target)
+    bare_network = replace(force_field.without_core_repulsion(), calibration=typical)
+    (teacher,) = working_copies([bare_network], target)
     with memory_errors(f"compressing {force_field.name}", device=target, remedy="give fewer frames"):
         with clock("channels"), torch.no_grad():
             progress(0.0, "channels")
@@ -211,7 +212,8 @@ def compress(
         provenance=provenance,
         extrapolation_grade=grade,
     )
-    return compressed, report
+    repels = force_field.potential.core_repulsion is not None
+    return compressed.with_core_repulsion() if repels else compressed, report
 
 
 def _count(potential: Potential) -> int:

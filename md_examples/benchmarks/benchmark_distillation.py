@@ -33,13 +33,12 @@ from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.plots import save_figure
 from ase_gffmerge.inference.errors import evaluate
-from ase_gffmerge.merging.recipe import DistillOptions, Recipe
+from ase_gffmerge.merging.recipe import DistillOptions
 from ase_gffmerge.models import Potential
 from ase_gffmerge.storage.tensor_file import atomic_write, read_file
 from ase_gffmerge.training.distill import distill
 from ase_gffmerge.training.train import FINE_TUNING, train_jointly
 from ase_gffmerge.workflows.merge import merge
-from ase_gffmerge.workflows.merge import starting_point as narrow_merge
 
 MOLECULES = ("ethanol", "malonaldehyde")
 NAMES = tuple(f"rmd17-{molecule}" for molecule in MOLECULES)
@@ -200,8 +199,8 @@ def starting_point(kind: str, specialists: Sequence[ForceField], base: ForceFiel
     if kind == "base":
         return base
     if kind == "mean":
-        return merge(specialists, Recipe(method="mean", messages=False, readout=None), device="cpu")[0]
-    return merge(*narrow_merge(specialists, Recipe()), device="cpu")[0]
+        return merge(specialists, "mean", device="cpu")[0]
+    return merge(specialists, "fast", device="cpu")[0]
 
 
 def distillation(

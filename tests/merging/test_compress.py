@@ -107,9 +107,8 @@ def test_what_a_block_did_that_is_left_out_the_next_one_learns():
 
 def test_a_merge_with_a_wide_readout_is_compressed_on_the_frames_that_are_given():
     pair = family("painn", 2, frames=5)
-    merged, _ = merge(
-        pair, {"preset": "closed-form", "readout": {"width": 24, "blocks": 2, "copies": 1}, "directions": 2}
-    )
+    wide = {"preset": "closed-form", "readout": {"width": 24, "blocks": 2, "copies": 1}, "directions": 2}
+    merged, _ = merge(pair, {**wide, "select": False})
     frames = [atoms for specialist in pair for atoms in specialist.calibration]
     small, report = compress(
         merged,

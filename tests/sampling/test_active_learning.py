@@ -17,7 +17,13 @@ from ase_gffmerge.workflows.active_learning import ClosedLoopResult, RolloutRepo
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 
-RECIPE = {"preset": "closed-form", "readout": {"width": 8, "blocks": 1, "copies": 0}, "directions": 0}
+RECIPE = {
+    "preset": "closed-form",
+    "select": False,
+    "readout": {"width": 8, "blocks": 1, "copies": 0},
+    "directions": 0,
+    "core_repulsion": "none",
+}
 SHORT = {"temperature": 50.0, "replicas": 2, "time": 0.04, "max_grade": None}
 
 
