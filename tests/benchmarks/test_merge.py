@@ -23,8 +23,9 @@ def benchmark():
 
 @pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 @pytest.mark.slow
-def test_force_maes_of_the_bundled_pair_keep_their_order(benchmark) -> None:
+def test_force_maes_of_the_bundled_pair_keep_their_order(benchmark, monkeypatch) -> None:
     """On 20 calibration frames each: the default recipe is far below the paper preset and the mean."""
+    monkeypatch.setattr(benchmark, "RECIPES", ("mean", "paper", "gffmerge"))
     specialists = [ForceField.load(name) for name in benchmark.NAMES]
     tests = [bundled_test_frames(name) for name in benchmark.NAMES]
     few = [specialist.with_calibration(specialist.calibration[:20]) for specialist in specialists]
