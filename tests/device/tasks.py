@@ -41,7 +41,7 @@ READOUT = {"width": 8, "groups": 2, "inputs": 6, "blocks": 2, "copies": 1, "dire
 DEFAULT = {"preset": "closed-form", "readout": READOUT, "directions": 1}
 RECIPES: dict[str, dict[str, Any]] = {
     "painn": {"paper": "paper", "default": {**DEFAULT, "conditioning": "per-specialist"}},
-    "nequip": {"default": DEFAULT},
+    "nequip": {"default": {**DEFAULT, "select": False}},
 }
 
 

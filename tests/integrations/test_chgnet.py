@@ -220,7 +220,7 @@ def pair(small) -> list[ForceField]:
     ]
 
 
-QUICK = {"preset": "closed-form", "readout": {"width": 64}, "directions": 1}
+QUICK = {"preset": "closed-form", "select": False, "readout": {"width": 64}, "directions": 1}
 
 
 @pytest.mark.filterwarnings("ignore")

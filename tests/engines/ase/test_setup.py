@@ -31,7 +31,7 @@ from ase_gffmerge.errors import (
 from helpers.structures import cluster
 from helpers.toys import random_force_field, stranger
 
-QUICK = {"preset": "closed-form", "readout": {"width": 16}}
+QUICK = {"preset": "closed-form", "select": False, "readout": {"width": 16}}
 
 
 def energy(calc, **choice):
