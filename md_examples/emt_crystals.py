@@ -7,7 +7,7 @@ answers in milliseconds, so every number of a crystal can be checked against the
 from ase_gffmerge import GFFMergeCalculator
 
 SPECIALISTS = ("emt-copper", "emt-silver")
-RECIPE = {"preset": "closed-form", "readout": {"width": 64, "copies": 1}}
+RECIPE = {"preset": "closed-form", "select": False, "readout": {"width": 64, "copies": 1}}
 LATTICE = {"Cu": 3.59, "Ag": 4.06}
 """Lattice constants in Å, about; where searches start."""
 

@@ -95,7 +95,7 @@ class DistillOptions(AugmentationOptions):
         Decay of the moving average of the weights; largest norm of the gradient.
     """
 
-    threshold: float = Field(default=0.02, ge=0)
+    threshold: float = Field(default=0.01, ge=0)
     budget: float | None = Field(default=None, gt=0)
     epochs: Whole = Field(default=3, ge=1)
     batch_size: Whole = Field(default=10, ge=1)
