@@ -20,7 +20,13 @@ from ase_gffmerge.errors import ExtrapolationWarning, MergeWarning
 FOLDER = Path(__file__).parent
 SPECIALISTS = [FOLDER / "emt-metals.safetensors", FOLDER / "emt-molecules.safetensors"]
 LONGEST = 300  # s, of one test; 15 are usual
-RECIPE = {"preset": "closed-form", "select": False, "readout": {"width": 16}, "messages": False}
+RECIPE = {
+    "preset": "closed-form",
+    "select": False,
+    "readout": {"width": 16},
+    "messages": False,
+    "core_repulsion": "none",
+}
 
 
 def merged():
