@@ -17,7 +17,8 @@ FILES = tuple(
     for folder, names in {
         "md/": "CO2linear_Au111_langevin bussi ce_curvature ce_potentiostat langevin_asapcompat langevin_com md "
         "md_stepwise rng",
-        "optimize/": "cellawarebfgs fire2 nsteps optimize_stepwise optimizer_restart replay restart",
+        # not cellawarebfgs: it wants equal numbers of steps of two relaxations, which round-off decides here
+        "optimize/": "fire2 nsteps optimize_stepwise optimizer_restart replay restart",
         "precon/": "precon_assembly",
         "filter/": "filter strain_emt",
         "neb/": "COCu111 COCu111_2 dynamic_neb neb shared_calculator_neb",
@@ -40,7 +41,7 @@ FILES = tuple(
 """Files whose tests hold for any sensible potential; those left out compare with numbers that are EMT's alone, need programs
 that are not there (asap3, spglib), take minutes, or (``rfo``) ask two eigensolvers for one energy to 1e-6 eV after dozens of
 steps on a rough surface, which round-off alone decides: ``test_drivers`` relaxes with RFO."""
-PASSED = 185
+PASSED = 180
 """Tests of these files that pass, with evaluations (ASE 3.29)."""
 TIMEOUT = 900  # s, on a slow and busy machine; a minute is usual
 
