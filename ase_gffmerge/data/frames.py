@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from ase import Atoms
@@ -28,6 +29,14 @@ def evenly(available: int, n: int) -> list[int]:
     if not available:
         return []
     return np.unique(np.linspace(0, available - 1, min(n, available)).round().astype(int)).tolist()
+
+
+Item = TypeVar("Item")
+
+
+def spread(items: Sequence[Item], n: int | None) -> list[Item]:
+    """At most ``n`` of the items, spread evenly from the first to the last; all of them for ``None``."""
+    return [items[i] for i in evenly(len(items), len(items) if n is None else n)]
 
 
 HELD_OUT = 10

@@ -23,7 +23,7 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from ase_gffmerge.data.frames import evenly
+from ase_gffmerge.data.frames import spread
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph
@@ -136,7 +136,7 @@ class DisagreementMetric:
                     f"{specialist.name!r}, calibration frame {k}" for k in range(len(specialist.calibration))
                 ]
                 check_frames(specialist.potential, specialist.calibration, where)
-            frames = [[s.calibration[i] for i in evenly(len(s.calibration), n_frames)] for s in specialists]
+            frames = [spread(s.calibration, n_frames) for s in specialists]
         batches = tuple(
             _batches(specialist.potential, own, k)
             for k, (specialist, own) in enumerate(zip(specialists, frames, strict=True))

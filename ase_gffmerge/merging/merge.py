@@ -5,15 +5,15 @@ call :func:`ase_gffmerge.merge`, which may go on with closed-loop calibration an
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
+from ase_gffmerge.data.frames import spread
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField, repelling
 from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
@@ -112,9 +112,10 @@ def closed_form_merge(
         with torch.no_grad(), clock("mean"):
             shifts = align_references(parents)
             mean = mean_potential(parents, recipe)
-        method = METHODS[recipe.method]
-        solved = method(
-            mean, parents, recipe, base=base or bundled_ancestor(specialists), clock=clock, progress=progress
+        solved = METHODS[recipe.method](
+            MergeTask(
+                mean=mean, specialists=parents, recipe=recipe, base=base, clock=clock, progress=progress
+            )
         )
         progress(0.95, "report")
         with clock("report"):
@@ -142,54 +143,34 @@ def closed_form_merge(
     return replace(merged, extrapolation_grade=grade), report
 
 
-class MergeMethod(Protocol):
-    """From the mean of the weights to the merged potential, one per value of :attr:`.Recipe.method`."""
+@dataclass(frozen=True, kw_only=True)
+class MergeTask:
+    """What a method is given; it changes neither the mean nor the specialists.
 
-    def __call__(
-        self,
-        mean: Potential,
-        specialists: Sequence[ForceField],
-        recipe: Recipe,
-        *,
-        base: ForceField | None,
-        clock: Clock,
-        progress: Progress,
-    ) -> Solved:
-        """Merge.
+    Attributes
+    ----------
+    mean, specialists
+        On one device, with one zero of energy.
+    recipe
+        What to do.
+    base
+        The common ancestor, if one was given.
+    clock, progress
+        Time of the phases, and how far it is.
+    """
 
-        Parameters
-        ----------
-        mean, specialists
-            On one device, with one zero of energy; neither is changed.
-        recipe
-            What to do.
-        base
-            The common ancestor, if it is at hand.
-        clock, progress
-            Time of the phases, and how far it is.
-        """
-        ...
+    mean: Potential
+    specialists: Sequence[ForceField]
+    recipe: Recipe
+    base: ForceField | None
+    clock: Clock
+    progress: Progress
 
 
-def _closed_form(
-    mean: Potential,
-    specialists: Sequence[ForceField],
-    recipe: Recipe,
-    *,
-    base: ForceField | None,
-    clock: Clock,
-    progress: Progress,
-) -> Solved:
+def _closed_form(task: MergeTask) -> Solved:
     """The method of this package: a starting point, steps 1 to 4 for block after block, then step 5."""
-    start, selection = mean, None
-    if recipe.select:
-        with torch.no_grad(), clock("starting points"):
-            progress(0.02, "starting points")
-            parts = [split_frames(specialist, recipe.frames) for specialist in specialists]
-            selection = Selection(specialists, [held_out for _, held_out in parts], recipe)
-            base = base.to(device=mean.device, dtype=mean.dtype) if base else None
-            start = selection.best_start(starting_points(mean, specialists, base))
-            specialists = [s.with_calibration(own) for s, (own, _) in zip(specialists, parts, strict=True)]
+    recipe, clock, progress = task.recipe, task.clock, task.progress
+    start, specialists, selection = _start(task)
     merged, weights = deepcopy(start), recipe.weights or (1.0,) * len(specialists)
     with torch.no_grad(), clock("layers"):
         progress(0.05, "graphs")
@@ -211,35 +192,36 @@ def _closed_form(
     return Solved(potential=best, layers=layers, held_out=selection.held_out, trials=selection.trials)
 
 
-def _as_the_paper(
-    mean: Potential,
-    specialists: Sequence[ForceField],
-    recipe: Recipe,
-    *,
-    base: ForceField | None,
-    clock: Clock,
-    progress: Progress,
-) -> Solved:
-    merged = deepcopy(mean)
-    with clock("layers"):
-        progress(0.1, "layers")
-        layers = solve_paper(merged, on_all_elements(specialists), recipe)
+@torch.no_grad()
+def _start(task: MergeTask) -> tuple[Potential, list[ForceField], Selection | None]:
+    """Where the solves begin, the specialists with the frames that are fitted, and what judges the steps, if anything."""
+    recipe, mean, specialists = task.recipe, task.mean, list(task.specialists)
+    if not recipe.select:
+        return mean, [s.with_calibration(spread(s.calibration, recipe.frames)) for s in specialists], None
+    with task.clock("starting points"):
+        task.progress(0.02, "starting points")
+        parts = [split_frames(specialist, recipe.frames) for specialist in specialists]
+        selection = Selection(specialists, [held_out for _, held_out in parts], recipe)
+        base = task.base or bundled_ancestor(specialists)
+        base = base.to(device=mean.device, dtype=mean.dtype) if base else None
+        start = selection.best_start(starting_points(mean, specialists, base))
+    fitted = [s.with_calibration(own) for s, (own, _) in zip(specialists, parts, strict=True)]
+    return start, fitted, selection
+
+
+def _as_the_paper(task: MergeTask) -> Solved:
+    merged = deepcopy(task.mean)
+    with task.clock("layers"):
+        task.progress(0.1, "layers")
+        layers = solve_paper(merged, on_all_elements(task.specialists), task.recipe)
     return Solved(potential=merged, layers=layers)
 
 
-def _the_mean(
-    mean: Potential,
-    specialists: Sequence[ForceField],
-    recipe: Recipe,
-    *,
-    base: ForceField | None,
-    clock: Clock,
-    progress: Progress,
-) -> Solved:
-    return Solved(potential=deepcopy(mean))
+def _the_mean(task: MergeTask) -> Solved:
+    return Solved(potential=deepcopy(task.mean))
 
 
-METHODS: dict[str, MergeMethod] = {
+METHODS: dict[str, Callable[[MergeTask], Solved]] = {
     "closed-form": _closed_form,
     "paper": _as_the_paper,
     "mean": _the_mean,

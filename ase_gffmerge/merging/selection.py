@@ -19,7 +19,7 @@ from copy import deepcopy
 import torch
 from ase import Atoms
 
-from ase_gffmerge.data.frames import HELD_OUT, bare, evenly, hold_out_tenth
+from ase_gffmerge.data.frames import HELD_OUT, bare, hold_out_tenth, spread
 from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.force_field import BUNDLED, ForceField
 from ase_gffmerge.merging.calibration import visited, with_copies
@@ -116,8 +116,7 @@ def split_frames(specialist: ForceField, n: int | None) -> tuple[list[Atoms], li
         if not held_out:  # every trajectory broke
             still = options.model_copy(update={"temperature": 0.0})
             held_out = with_copies(specialist, frames, still, n_copies=n_copies)[len(frames) :]
-    chosen = [fitted[i] for i in evenly(len(fitted), n or len(fitted))]
-    return chosen, [held_out[i] for i in evenly(len(held_out), N_FRAMES)]
+    return spread(fitted, n), spread(held_out, N_FRAMES)
 
 
 def starting_points(
@@ -134,7 +133,12 @@ def starting_points(
     specialists
         On one device, with one zero of energy.
     base
-        Their common ancestor, if it is at hand; one of other hyper-parameters is left out.
+        Their common ancestor, if it is at hand.
+
+    Raises
+    ------
+    IncompatibleSpecialistsError
+        When the base has another architecture or other hyper-parameters than the specialists.
     """
     yield "mean", mean
     models = [*specialists, *([base] if base else [])]

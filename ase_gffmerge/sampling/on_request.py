@@ -9,7 +9,7 @@ from typing import TypeGuard
 import torch
 from ase import Atoms
 
-from ase_gffmerge.data.frames import evenly
+from ase_gffmerge.data.frames import spread
 from ase_gffmerge.errors import ArgumentError, FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.serialization import pack_frames
@@ -119,7 +119,7 @@ def _with_frames(source: Source, frames: Calibration) -> Source | SampledLater:
         return force_field.with_calibration(structures(frames))
     path = file_of_frames(frames)
     own = force_field.calibration
-    starts = structures(path) if path else tuple(own[k] for k in evenly(len(own), MOST_STARTS))
+    starts = structures(path) if path else tuple(spread(own, MOST_STARTS))
     if not starts:
         raise FramesError(
             f"{force_field.name!r} holds no structure that its dynamics could start from; name a file of structures, "

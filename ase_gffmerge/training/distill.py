@@ -29,7 +29,7 @@ import torch
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from ase_gffmerge.data.frames import evenly, geometry_keys, hash_frames
+from ase_gffmerge.data.frames import geometry_keys, hash_frames, spread
 from ase_gffmerge.errors import IncompatibleSpecialistsError, MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField, repelling
 from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
@@ -119,7 +119,9 @@ def distill(
     loss = distillation_loss(config, options.feature_weight)
     per_frame = _seconds_per_frame(student, teachers.training, config, loss)
     config, share = _within_budget(config, per_frame * sum(map(len, teachers.training)), options.budget)
-    training = [graph for group in teachers.training for graph in _thinned(group, share)]
+    training = [
+        graph for group in teachers.training for graph in spread(group, max(round(share * len(group)), 1))
+    ]
     progress(
         0.0, f"distilling {len(training)} frames, about {per_frame * len(training) * config.epochs:.0f} s"
     )
@@ -164,9 +166,7 @@ def _seconds_per_frame(
 ) -> float:
     """Processor seconds (on other devices: seconds) that training takes for a frame, by a batch of everybody's frames."""
     clock = time.process_time if student.device.type == "cpu" else time.perf_counter
-    frames = [
-        graph for group in groups for graph in _thinned(group, config.batch_size / len(groups) / len(group))
-    ]
+    frames = [graph for group in groups for graph in spread(group, max(config.batch_size // len(groups), 1))]
     batch, seconds = batch_graphs(frames).to(student.device), 0.0
     for _ in range(2):  # the first time things are allocated
         start = clock()
@@ -180,11 +180,6 @@ def _within_budget(config: TrainConfig, epoch: float, budget: float | None) -> t
     if budget is None or config.epochs * epoch <= budget:
         return config, 1.0
     return config.model_copy(update={"epochs": max(int(budget / epoch), 1)}), min(budget / epoch, 1.0)
-
-
-def _thinned(graphs: Sequence[LabeledGraph], share: float) -> list[LabeledGraph]:
-    """A share of the graphs, at least one, evenly spread."""
-    return [graphs[i] for i in evenly(len(graphs), max(round(share * len(graphs)), 1))]
 
 
 def _distilled_force_field(
@@ -216,6 +211,7 @@ def _distilled_force_field(
         teachers.held_out,
         seconds=seconds,
         energy_shifts=teachers.energy_shifts,
+        improved=_differ(potential, merged.potential),
     )
     if report.verdict != "good":
         warnings.warn(
@@ -348,6 +344,11 @@ def seen_frames(models: Sequence[ForceField], frames: Sequence[Sequence[Atoms]])
     return tuple(sorted({*inherited, *geometry_keys([atoms for group in frames for atoms in group])}))
 
 
+def _differ(one: Potential, other: Potential) -> bool:
+    """Whether two potentials of one architecture have different weights."""
+    return any(not a.cpu().equal(b.cpu()) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
 def _distilled_report(
     record: MergeRecord | None,
     potential: Potential,
@@ -356,6 +357,7 @@ def _distilled_report(
     *,
     seconds: float,
     energy_shifts: Mapping[str, Mapping[str, float]],
+    improved: bool,
 ) -> MergeReport:
     """Report of ``potential``; layers and seconds of the merge that it started from are kept.
 
@@ -373,6 +375,8 @@ def _distilled_report(
         Wall time of the distillation.
     energy_shifts
         See :class:`~ase_gffmerge.merging.report.MergeReport`.
+    improved
+        Whether an epoch was better on held-out frames than the start.
     """
     before = MergeReport.from_dict(record.report) if record else None
     errors = tuple(relative_error_on(potential, graphs) for graphs in held_out)
@@ -390,5 +394,5 @@ def _distilled_report(
         seconds={**(before.seconds if before else {}), "distillation": seconds},
         parity=parity,
         elements=tuple(chemical_symbols[number] for number in potential.species),
-        trials=(*trials, Trial(name="distillation", disagreements=errors, kept=True)),
+        trials=(*trials, Trial(name="distillation", disagreements=errors, kept=improved)),
     )

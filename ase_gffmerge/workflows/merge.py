@@ -12,7 +12,7 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.merge import closed_form_merge
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
-from ase_gffmerge.merging.selection import bundled_ancestor
+from ase_gffmerge.merging.selection import bundled_ancestor, check_ancestor
 from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
 from ase_gffmerge.sampling.generic_frames import generic_frames
 from ase_gffmerge.training.distill import distill
@@ -67,6 +67,8 @@ def merge(
         With the reason and the remedy.
     """
     recipe = load_recipe(recipe)
+    if base is not None:  # vendors' files do not say what they descend from
+        check_ancestor(base, [s for s in specialists if s.provenance.lineage])
     if recipe.keep_base:
         return _with_base(specialists, recipe, base, checkpoint=checkpoint, device=device, progress=progress)
     if recipe.refine is None:

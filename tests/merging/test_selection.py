@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ase_gffmerge import merge
+from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.merging import merge as module
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.disagreement import DisagreementMetric, Distance
@@ -142,3 +143,16 @@ def test_the_base_is_found_by_name_or_given(family) -> None:
     _, told = merge(pair, FAST, base=base, device="cpu")
     assert not any("base" in trial.name for trial in without.trials)
     assert any("base" in trial.name for trial in told.trials)
+    with pytest.raises(IncompatibleSpecialistsError, match="is not the base of s0, s1"):
+        merge(pair, FAST, base=toy("painn", {"n_radial": 5}, (1, 6, 8)), device="cpu")
+
+
+def test_few_frames_are_fitted_without_a_choice_too(family) -> None:
+    pair = family("painn", 2, frames=12)
+    fewer = [s.with_calibration([s.calibration[i] for i in (0, 6, 11)]) for s in pair]
+    options = {"preset": "fast", "directions": 1, "select": False}
+    few, told = (
+        merge(specialists, {**options, "frames": n}, device="cpu")[1]
+        for specialists, n in ((fewer, 3), (pair, 3))
+    )
+    assert [row.rows for row in told.layers] == [row.rows for row in few.layers]

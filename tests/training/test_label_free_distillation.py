@@ -283,6 +283,14 @@ def test_the_readout_stays_as_wide_as_the_recipe_says(width: int) -> None:
     assert report == MergeReport.from_dict(merged.merged.report)
 
 
+@pytest.mark.parametrize(("rate", "kept"), [(2e-3, True), (1e-30, False)])
+def test_a_distillation_that_gains_nothing_is_not_said_to_be_kept(rate: float, kept: bool) -> None:
+    options = QUICK.model_copy(update={"threshold": 0.0, "epochs": 2, "learning_rate": rate})
+    _, report = merge(relatives("painn"), Recipe(refine=options), device="cpu")
+    assert report.trials[-1].name == "distillation"
+    assert report.trials[-1].kept is kept
+
+
 def test_what_is_close_enough_is_not_distilled() -> None:
     options = QUICK.model_copy(update={"threshold": 10.0})
     merged, report = merge(relatives("painn"), Recipe(refine=options), device="cpu")
