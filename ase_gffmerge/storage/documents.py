@@ -106,9 +106,12 @@ def explain(error: ValidationError, model: type[BaseModel], *, source: str) -> s
         Where the document comes from: the beginning of the message.
     """
     finding = error.errors()[0]
-    where = ".".join(str(part) for part in finding["loc"]) or "the document"
+    where = ".".join(str(part) for part in finding["loc"])
+    said = finding["msg"].removeprefix("Value error, ")
+    if not where and finding["type"] == "value_error":  # of several keys together, which it names itself
+        return f"{source}: {said}"
     if finding["type"] != "extra_forbidden":
-        return f"{source}: {where}: {finding['msg']} (got {shown(finding.get('input'))})"
+        return f"{source}: {where or 'the document'}: {said} (got {shown(finding.get('input'))})"
     known = _fields_at(model, finding["loc"][:-1])
     close = get_close_matches(str(finding["loc"][-1]), known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
