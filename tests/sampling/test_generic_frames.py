@@ -62,5 +62,5 @@ def test_what_the_base_knew_is_kept() -> None:
 def test_a_base_that_is_not_at_hand() -> None:
     with pytest.raises(RecipeError, match="--base FILE"):
         merge(family("painn", 2), {"preset": "fast", "keep_base": 4}, device="cpu")
-    with pytest.raises(RecipeError, match="^recipe: keep_base makes one surface .* or keep_base to 0$"):
+    with pytest.raises(RecipeError, match=r"^recipe: keep_base makes one surface .* or keep_base to 0$"):
         load_recipe({"keep_base": 4, "conditioning": "per-specialist"})
