@@ -20,7 +20,7 @@ from ase_gffmerge.models.channel_groups import channel_groups, permuted, renamed
 from helpers.toys import SMALL, family, moved, rattled, toy
 
 ARCHITECTURES = ("painn", "nequip", "escaip")
-PLAIN = {"preset": "closed-form", "readout": None, "directions": 1}
+PLAIN = {"preset": "closed-form", "readout": None, "directions": 2}
 
 
 def forces(potential, frames) -> np.ndarray:
