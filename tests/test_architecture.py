@@ -15,7 +15,7 @@ ROOMS = (
     *("methods", "engines", "__init__", "evaluation", "cli", "__main__"),
 )
 """From the ground up: a room imports only rooms named before it."""
-LONGEST_MODULE, MOST_FILES, MOST_ANY = 400, 195, 120
+LONGEST_MODULE, MOST_FILES, MOST_ANY = 400, 225, 130
 
 
 @dataclass(frozen=True)
