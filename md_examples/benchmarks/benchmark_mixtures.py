@@ -1,4 +1,4 @@
-"""Every method on mixtures of 2, 4 and 6 specialists of rMD17, and on a second pair.
+"""Every method on mixtures of 2, 4 and 6 specialists of rMD17, on a second pair, and on two that hardly differ.
 
     python md_examples/benchmarks/benchmark_mixtures.py DATA SPECIALISTS --out FOLDER [--json] [--methods M ...]
 
@@ -10,11 +10,13 @@ Rows are kept in FOLDER, so that a killed run goes on; FOLDER gets one table and
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from training_plan import say
 
@@ -32,8 +34,12 @@ MIXTURES: Mapping[str, tuple[str, ...]] = {
     "K=4": ("ethanol", "malonaldehyde", "aspirin", "toluene"),
     "K=6": ("ethanol", "malonaldehyde", "aspirin", "toluene", "uracil", "salicylic"),
     "second pair": ("aspirin", "uracil"),
+    "near-identical": ("ethanol", "ethanol~"),
 }
+"""Molecules of the specialists; one that ends with ``~`` is the same specialist with perturbed weights."""
 DEFAULT = "gffmerge"
+PERTURBATION = 1e-3
+"""Of every weight of a perturbed specialist: standard deviation over the root mean square of its tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +51,27 @@ class Inputs:
     test_frames: int
 
     def specialist(self, molecule: str) -> ForceField:
-        """The bundled specialist of a molecule, or the one in the folder."""
-        name = f"rmd17-{molecule}"
-        return load_force_field(name if name in BUNDLED else self.specialists / f"{name}.safetensors")
+        """The bundled specialist of a molecule, or the one in the folder; perturbed where the name ends with ``~``."""
+        name = f"rmd17-{molecule.removesuffix('~')}"
+        found = load_force_field(name if name in BUNDLED else self.specialists / f"{name}.safetensors")
+        return perturbed(found) if molecule.endswith("~") else found
 
     def tests(self, molecule: str) -> LabelledSet:
         """Evenly spaced test frames of a molecule."""
-        path = self.data / f"rmd17_{molecule}_test_01.npz"
+        path = self.data / f"rmd17_{molecule.removesuffix('~')}_test_01.npz"
         frames = read_frames(path)
         chosen = np.linspace(0, len(frames) - 1, min(self.test_frames, len(frames))).round().astype(int)
         return LabelledSet(source=str(path), frames=tuple(frames[i] for i in chosen))
+
+
+def perturbed(specialist: ForceField) -> ForceField:
+    """A specialist with noise on all weights."""
+    potential, generator = deepcopy(specialist.potential), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weights in potential.parameters():
+            noise = torch.randn(weights.shape, generator=generator, dtype=weights.dtype)
+            weights += PERTURBATION * weights.square().mean().sqrt() * noise
+    return replace(specialist, name=f"{specialist.name}~", potential=potential)
 
 
 def main() -> None:
@@ -69,7 +86,8 @@ def main() -> None:
     document = {name: comparison.to_dict() for name, comparison in compared.items()}
     document["growth"] = growth(compared)
     (options.out / "mixtures.json").write_text(json.dumps(document, indent=1))
-    plot_growth(compared, options.out / "growth.png")
+    if any(name.startswith("K=") for name in compared):
+        plot_growth(compared, options.out / "growth.png")
     print(json.dumps(document, indent=1) if options.json else summary(compared))
 
 
@@ -132,7 +150,7 @@ def plot_growth(compared: Mapping[str, Comparison], path: Path) -> None:
     sizes = {name: comparison for name, comparison in compared.items() if name.startswith("K=")}
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
-    methods = [m for m in next(iter(sizes.values())).rows if m != SPECIALIST] if sizes else []
+    methods = [m for m in next(iter(sizes.values())).rows if m != SPECIALIST]
     for method in methods:
         points = [
             (len(comparison.names), float(np.mean(list(ratios(comparison, method).values()))))
