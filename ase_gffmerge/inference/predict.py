@@ -34,7 +34,7 @@ from ase_gffmerge.forcefield.conditioning import with_indices
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.derivatives import EdgeFunction, assemble, differentiate
-from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
+from ase_gffmerge.graphs.graph import AtomGraph, Graph, edge_vectors
 from ase_gffmerge.inference.compiled import Compile, CompiledPotential
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import chunks, in_parts
@@ -192,9 +192,26 @@ def predict_batches(
     max_edges
         Size of a batch, at least one structure each; default: :data:`MAX_EDGES` of the device.
     """
-    budget = max_edges or MAX_EDGES.get(device.type, MAX_EDGES["cuda"])
-    for group in chunks(graphs, budget, size=lambda graph: graph.n_edges):
+    for group in edge_batches(graphs, device=device, max_edges=max_edges):
         yield from predict_together(predictor, group, device=device)
+
+
+def edge_batches(
+    graphs: Iterable[Graph], *, device: torch.device, max_edges: int | None = None
+) -> Iterator[list[Graph]]:
+    """Group graphs into batches of as many edges as are evaluated at once, at least one graph each.
+
+    Parameters
+    ----------
+    graphs
+        Taken as they are needed.
+    device
+        Where they are evaluated.
+    max_edges
+        See :func:`predict_batches`.
+    """
+    budget = max_edges or MAX_EDGES.get(device.type, MAX_EDGES["cuda"])
+    return chunks(graphs, budget, size=lambda graph: graph.n_edges)
 
 
 def predict_together(

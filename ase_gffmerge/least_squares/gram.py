@@ -68,6 +68,13 @@ class Gram:
             self.xx + other.xx, self.xy + other.xy, self.yy + other.yy, self.n_rows + other.n_rows
         )
 
+    def add_rows(self, rows: Tensor, targets: Tensor) -> Self:
+        """Statistics with further rows (n, d) and targets (n, m), in the memory of these, which are lost."""
+        x, y = rows.double(), targets.double()
+        add_symmetric_product(self.xx, x)
+        self.xy.addmm_(x.T, y)
+        return type(self)(self.xx, self.xy, self.yy + float(y.square().sum()), self.n_rows + len(x))
+
     def __mul__(self, weight: float) -> Self:
         """Statistics of rows that count ``weight`` times; ``n_rows`` keeps the true number."""
         return type(self)(self.xx * weight, self.xy * weight, self.yy * weight, self.n_rows)
@@ -102,12 +109,16 @@ def symmetric_product(x: Tensor, *, block: int = 1024) -> Tensor:
     d = x.shape[1]
     if d <= block:
         return x.T @ x
-    product = x.new_empty(d, d)
-    for start in range(0, d, block):
+    return add_symmetric_product(x.new_zeros(d, d), x, block=block)
+
+
+def add_symmetric_product(total: Tensor, x: Tensor, *, block: int = 1024) -> Tensor:
+    """Add :func:`symmetric_product` of x (n, d) to a symmetric matrix (d, d), in place."""
+    for start in range(0, x.shape[1], block):
         rows = slice(start, start + block)
-        product[rows, start:] = x[:, rows].T @ x[:, start:]
-        product[start:, rows] = product[rows, start:].T.clone()
-    return product
+        total[rows, start:].addmm_(x[:, rows].T, x[:, start:])
+        total[start:, rows] = total[rows, start:].T.clone()
+    return total
 
 
 def normalized_sum(grams: Sequence[Gram], weights: Sequence[float]) -> Gram:

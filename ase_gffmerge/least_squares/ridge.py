@@ -104,12 +104,13 @@ def regularized_factor(gram: Gram, *, ridge: float, relative: bool = True) -> tu
         As for :func:`ridge_solve`.
     """
     matrix = gram.xx
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     scale = float(matrix.diagonal().mean()) or 1.0
     mu = ridge * scale if relative else ridge
     floor = torch.finfo(matrix.dtype).eps * max(scale, torch.finfo(matrix.dtype).tiny) * len(matrix)
     for attempt in (mu, max(mu, floor), max(mu, 30 * floor), max(mu, 1000 * floor)):
-        factor, failed = torch.linalg.cholesky_ex(matrix + attempt * identity)
+        shifted = matrix.clone()
+        shifted.diagonal().add_(attempt)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
             return factor, attempt
     raise ValueError("the Gram matrix is not positive definite; are the features finite?")

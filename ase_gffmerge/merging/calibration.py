@@ -360,17 +360,24 @@ def visited(
     starts = [atoms.copy() for atoms in frames]
     for atoms in starts:
         atoms.set_masses(np.full(len(atoms), MASS))
-    runs = run_replicas(
-        specialist.potential,
-        starts,
-        ensemble="nvt",
-        temperature=options.temperature,
-        timestep=TIMESTEP,
-        steps=every * n_copies,
-        every=every,
-        friction=FRICTION,
-        seed=options.seed,
-    )
+    seeds = [(options.seed, k) for k in range(len(starts))]  # of a replica, whatever the group
+    sizes = _edge_counts(specialist, starts)
+    groups = chunks(zip(starts, seeds, sizes, strict=True), MAX_EDGES, size=lambda one: one[2])
+    runs = [
+        run
+        for group in groups
+        for run in run_replicas(
+            specialist.potential,
+            [atoms for atoms, _, _ in group],
+            ensemble="nvt",
+            temperature=options.temperature,
+            timestep=TIMESTEP,
+            steps=every * n_copies,
+            every=every,
+            friction=FRICTION,
+            seed=[seed for _, seed, _ in group],
+        )
+    ]
     return [bare(atoms) for run in runs for atoms in run.frames[1:]]
 
 
@@ -388,5 +395,9 @@ def copies_per_frame(specialist: ForceField, frames: Sequence[Atoms], options: A
     """
     if options.copies <= 1:
         return options.copies
-    n_edges = sum(build_graph(atoms, specialist.cutoff).edge_index.shape[1] for atoms in frames)
+    n_edges = sum(_edge_counts(specialist, frames))
     return min(options.copies, max(options.max_copied_edges // max(n_edges, 1), 1))
+
+
+def _edge_counts(specialist: ForceField, frames: Sequence[Atoms]) -> list[int]:
+    return [build_graph(atoms, specialist.cutoff).n_edges for atoms in frames]

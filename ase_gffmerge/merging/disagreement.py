@@ -28,16 +28,12 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.inference.errors import Scales, compare, difference, relative_squares, without_shifts
-from ase_gffmerge.inference.predict import FramePredictions, check_frames, predict_frames
+from ase_gffmerge.inference.predict import FramePredictions, check_frames, edge_batches, predict_frames
 from ase_gffmerge.merging.report import Disagreement, Parity
 from ase_gffmerge.models import Potential
-from ase_gffmerge.runtime.devices import chunks
 
 N_FRAMES = 20
 """Calibration frames per specialist that potentials are compared on."""
-
-MAX_ATOMS = 2000
-"""Atoms per batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,11 +160,9 @@ class DisagreementMetric:
 
 def _batches(potential: Potential, frames: Sequence[Atoms], specialist: int) -> tuple[AtomGraph, ...]:
     cutoff, dtype = potential.hyper.cutoff, potential.dtype
-    groups = [
-        [build_graph(atoms, cutoff, dtype=dtype, specialist=specialist) for atoms in group]
-        for group in chunks(frames, MAX_ATOMS)
-    ]
-    return tuple(batch_graphs(graphs).to(potential.device) for graphs in groups)
+    graphs = [build_graph(atoms, cutoff, dtype=dtype, specialist=specialist) for atoms in frames]
+    groups = edge_batches(graphs, device=potential.device)
+    return tuple(batch_graphs(group).to(potential.device) for group in groups)
 
 
 def _predictions(potential: Potential, batches: Sequence[AtomGraph]) -> FramePredictions:

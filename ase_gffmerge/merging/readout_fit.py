@@ -226,8 +226,8 @@ def _statistics(
         for held_out, group in enumerate(_split(specialist.calibration)):
             labelled = with_copies(specialist, group, options, n_copies=n_copies)
             share = len(group) / len(specialist.calibration)
-            grams[held_out] += _calibration_gram(
-                merged, calibration_set, labelled, options, elements, share=share
+            grams[held_out] = _with_frames(
+                grams[held_out], merged, calibration_set, labelled, options, elements, share=share
             )
             progress((2 * k + held_out + 1) / (2 * len(calibration_sets)), "readout")
     return grams[0], grams[1]
@@ -244,7 +244,8 @@ def _split(frames: Sequence[Atoms]) -> tuple[list[Atoms], list[Atoms]]:
     return [atoms for i, atoms in enumerate(frames) if i % HELD_OUT != HELD_OUT - 1], held_out
 
 
-def _calibration_gram(
+def _with_frames(
+    total: Gram,
     merged: Potential,
     calibration_set: CalibrationSet,
     frames: Sequence[Atoms],
@@ -253,9 +254,7 @@ def _calibration_gram(
     *,
     share: float,
 ) -> Gram:
-    """Statistics of frames that make up ``share`` of a specialist's; it weighs a_k / (N_k s_k) per force component."""
-    size = len(elements) * (random_feature_readout(merged).lift.out_features + 1)
-    total = Gram.zero(size, 1, device=merged.device)
+    """Add frames that make up ``share`` of a specialist's; it weighs a_k / (N_k s_k) per force component."""
     rows: list[Tensor] = []
     targets: list[Tensor] = []
     batches = list(chunks(frames, MAX_ATOMS))
@@ -272,7 +271,7 @@ def _calibration_gram(
         rows.append(row)
         targets.append(target)
         if sum(map(len, rows)) >= MAX_ROWS or i == len(batches) - 1:
-            total += Gram.of(torch.cat(rows), torch.cat(targets))
+            total = total.add_rows(torch.cat(rows), torch.cat(targets))
             rows, targets = [], []
     return total
 

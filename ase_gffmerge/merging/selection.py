@@ -60,16 +60,23 @@ class Selection:
 
     def best_start(self, candidates: Iterator[tuple[str, Potential]]) -> Potential:
         """The candidate of least disagreement; the first one, unless another is better by more than its error."""
-        measured = []
-        for name, potential in candidates:
-            distance = self._metric.distance(potential)
-            self.trials.append(Trial(name=name, disagreements=distance.relative, kept=False))
-            measured.append((potential, distance))
-        k = min(range(len(measured)), key=lambda i: measured[i][1].overall)
-        if k and not measured[k][1].below(measured[0][1]):
-            k = 0
-        self._keep(k - len(measured), measured[k][1])
-        return measured[k][0]
+        name, first = next(candidates)
+        reference = self._measured(name, first)
+        start = index = len(self.trials) - 1
+        chosen, best = first, reference
+        for name, potential in candidates:  # only the best is kept in memory
+            distance = self._measured(name, potential)
+            if distance.overall < best.overall:
+                chosen, best, index = potential, distance, len(self.trials) - 1
+        if index != start and not best.below(reference):
+            chosen, best, index = first, reference, start
+        self._keep(index, best)
+        return chosen
+
+    def _measured(self, name: str, potential: Potential) -> Distance:
+        distance = self._metric.distance(potential)
+        self.trials.append(Trial(name=name, disagreements=distance.relative, kept=False))
+        return distance
 
     def better(self, name: str, candidate: Potential, present: Potential) -> Potential:
         """The candidate if it is closer to the specialists than what is there at present, which is returned otherwise.
@@ -82,8 +89,7 @@ class Selection:
             After the step, and the best one before it.
         """
         assert self._best is not None
-        distance = self._metric.distance(candidate)
-        self.trials.append(Trial(name=name, disagreements=distance.relative, kept=False))
+        distance = self._measured(name, candidate)
         if not distance.below(self._best):
             return present
         self._keep(-1, distance)
@@ -146,19 +152,13 @@ def starting_points(
         return
     space = WeightSpace.of(specialists, base)
     unknown = weighted_mean(space.vectors, space.known)
-    vectors = {
-        s.name: torch.where(known, vector, unknown)
-        for s, vector, known in zip(specialists, space.vectors, space.known, strict=True)
-    }
     if base is not None:
-        scales = [share / len(specialists) for share in SHARES]
-        vectors = {
-            **{f"task arithmetic, λ {scale:.3g}": space.task_arithmetic(scale) for scale in scales},
-            f"base {base.name}": space.origin,
-            **vectors,
-        }
-    for name, vector in vectors.items():
-        yield name, _with_tables(mean, space.potential(vector))
+        for scale in (share / len(specialists) for share in SHARES):
+            arithmetic = space.potential(space.task_arithmetic(scale))
+            yield f"task arithmetic, λ {scale:.3g}", _with_tables(mean, arithmetic)
+        yield f"base {base.name}", _with_tables(mean, space.potential(space.origin))
+    for s, vector, known in zip(specialists, space.vectors, space.known, strict=True):
+        yield s.name, _with_tables(mean, space.potential(torch.where(known, vector, unknown)))
 
 
 def _with_tables(mean: Potential, start: Potential) -> Potential:

@@ -6,6 +6,7 @@ sampled by their own dynamics, and displaced copies of all these.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -16,20 +17,16 @@ from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.inference.errors import FORCE_FLOOR
-from ase_gffmerge.inference.predict import check_frames
+from ase_gffmerge.inference.predict import check_frames, edge_batches
 from ase_gffmerge.merging.average import align_references, working_copies
 from ase_gffmerge.merging.calibration import copies_per_frame, with_copies
 from ase_gffmerge.merging.recipe import DistillOptions
 from ase_gffmerge.models import Potential
-from ase_gffmerge.runtime.devices import chunks
 from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames
 from ase_gffmerge.training.loss import LabeledGraph, weigh
 
 STARTS = 4
 """Frames from which a specialist samples."""
-
-MAX_ATOMS = 500
-"""Atoms per batch of labels."""
 
 
 @dataclass(frozen=True)
@@ -193,13 +190,16 @@ def _graphs_with_targets(
     """
     labelled: list[LabeledGraph] = []
     unknown = torch.full((1, 3, 3), torch.nan, dtype=student.dtype)
-    for group in chunks(frames, MAX_ATOMS):
-        own, graphs = (
-            [build_graph(atoms, cutoff, dtype=student.dtype, specialist=index) for atoms in group]
-            for cutoff in (teacher.cutoff, student.hyper.cutoff)
-        )
+    served = teacher.potential.for_inference()
+    prepared = [build_graph(atoms, teacher.cutoff, dtype=student.dtype, specialist=index) for atoms in frames]
+    left = iter(frames)
+    for own in edge_batches(prepared, device=student.device):
+        group, graphs = list(islice(left, len(own))), own
+        if student.hyper.cutoff != teacher.cutoff:
+            cutoff = student.hyper.cutoff
+            graphs = [build_graph(atoms, cutoff, dtype=student.dtype, specialist=index) for atoms in group]
         batch = batch_graphs(own).to(student.device)
-        prediction = predict(teacher.potential, batch)
+        prediction = predict(served, batch)
         rows = student.species_row[batch.atomic_numbers]
         reduced = prediction.energy.index_add(0, batch.structure_index, -student.references[rows]).to(
             student.dtype

@@ -94,6 +94,19 @@ def test_symmetric_product_is_the_product(d: int) -> None:
     torch.testing.assert_close(symmetric_product(x, block=4), x.T @ x, rtol=1e-12, atol=1e-12)
 
 
+def test_rows_are_added_in_place() -> None:
+    x, y = torch.randn(20, 13, dtype=torch.float64), torch.randn(20, 2, dtype=torch.float64)
+    total = Gram.zero(13, 2)
+    memory = total.xx.data_ptr()
+    for rows in (slice(0, 7), slice(7, 20)):
+        total = total.add_rows(x[rows], y[rows])
+    expected = Gram.of(x, y)
+    assert total.xx.data_ptr() == memory
+    torch.testing.assert_close(total.xx, expected.xx)
+    torch.testing.assert_close(total.xy, expected.xy)
+    assert (total.yy, total.n_rows) == (pytest.approx(expected.yy), 20)
+
+
 def test_effective_rank_of_large_problems_is_estimated(monkeypatch) -> None:
     generator = torch.Generator().manual_seed(0)
     scales = torch.logspace(0, -4, 300, dtype=torch.float64)

@@ -61,6 +61,15 @@ def test_broken_structures_are_not_copied(ethanol: ForceField) -> None:
     assert 1 <= len(hot) < 6
 
 
+def test_groups_of_frames_visit_what_all_together_visit(ethanol: ForceField, monkeypatch) -> None:
+    together = with_copies(ethanol, ethanol.calibration[:3], ReadoutOptions(interval=4), n_copies=1)
+    monkeypatch.setattr("ase_gffmerge.merging.calibration.MAX_EDGES", 150)  # two molecules
+    apart = with_copies(ethanol, ethanol.calibration[:3], ReadoutOptions(interval=4), n_copies=1)
+    assert len(apart) == 6
+    for one, other in zip(together, apart, strict=True):
+        np.testing.assert_allclose(one.positions, other.positions, rtol=0, atol=1e-4)
+
+
 def test_large_structures_get_fewer_copies(ethanol: ForceField) -> None:
     frames = ethanol.calibration[:10]
     n_edges = sum(len(atoms) * (len(atoms) - 1) for atoms in frames)  # all atoms are within the cutoff
