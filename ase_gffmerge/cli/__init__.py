@@ -31,7 +31,9 @@ class Verbs(TyperGroup):
     """Turns every error that input can cause into one line on stderr and an exit code."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Import the sub-commands of ``data`` only when they are called."""
+        """Import the sub-commands of ``data`` only when they are called; ``benchmark gnn`` is a verb of two words."""
+        if args[:2] == ["benchmark", "gnn"]:
+            args = ["benchmark gnn", *args[2:]]
         if args and args[0] == "data":
             from ase_gffmerge.cli.data import app as data
 
@@ -81,6 +83,7 @@ EXAMPLES = {
     "evaluate": "gffmerge evaluate rmd17-ethanol merged.safetensors ethanol.extxyz --plot parity.png",
     "info": "gffmerge info rmd17-ethanol",
     "benchmark": "gffmerge benchmark rmd17-ethanol rmd17-malonaldehyde --only step scaling",
+    "benchmark gnn": "gffmerge benchmark gnn graphs --out results --kinds GCN --seeds 5",
     "md": "gffmerge md rmd17-ethanol ethanol.xyz --ensemble nvt --temperature 300 --steps 1000 --out run.traj",
     "relax": "gffmerge relax rmd17-ethanol ethanol.xyz --out relaxed.xyz --fmax 0.01",
     "sample": "gffmerge sample rmd17-ethanol ethanol.xyz --out frames.extxyz --frames 100",
@@ -97,6 +100,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate.evaluate,
     "info": info.info,
     "benchmark": benchmark.benchmark,
+    "benchmark gnn": benchmark.benchmark_gnn,
     "md": md.md,
     "relax": relax.relax,
     "sample": sample.sample,

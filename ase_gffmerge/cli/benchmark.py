@@ -1,4 +1,4 @@
-"""``gffmerge benchmark``: what a force field costs on this machine, against targets and other packages."""
+"""``gffmerge benchmark``: what a force field costs on this machine; ``gffmerge benchmark gnn``: merges of graph networks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ase_gffmerge.cli.options import CacheDirOption, DeviceOption, DType, JsonOption, OverwriteOption
-from ase_gffmerge.cli.output import print_json, print_table, require_outputs
+from ase_gffmerge.cli.output import note, print_json, print_table, require_outputs
 from ase_gffmerge.runtime.progress import Progress, no_progress, progress_bar
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def benchmark(
     """Measure merging, MD steps, scaling and memory on this machine, as ratios to what they are compared with.
 
     Everything that is compared is measured in turn within one run. Other packages take part by a file of --with.
+    `gffmerge benchmark gnn` measures merges of graph networks for other tasks.
     """
     from ase_gffmerge.errors import BenchmarkError
     from ase_gffmerge.evaluation.benchmark.harness import (
@@ -107,6 +108,46 @@ def benchmark(
     else:
         print_table(benchmark_table(rows))
         typer.echo(", ".join(f"{key}: {value}" for key, value in machine.items() if value))
+
+
+def benchmark_gnn(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder with cora.npz and citeseer.npz of shchur/gnn-benchmark.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder of rows (a run goes on), table and plot.", show_default=False)
+    ],
+    tables: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What is merged, such as 'Cora in two halves'; several values.", show_default="all"
+        ),
+    ] = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Convolutions: GCN, SAGE, GAT, GIN, Transformer; several values.", show_default="all"
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Splits and initialisations.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Of every training.")] = 80,
+    as_json: JsonOption = False,
+) -> None:
+    """Train graph networks for different tasks, merge them by every method, and compare; a killed run goes on."""
+    from ase_gffmerge.evaluation.graph_networks.benchmark import GraphBenchmark, markdown
+
+    chosen = {name: tuple(values) for name, values in {"tables": tables, "kinds": kinds}.items() if values}
+    bench = GraphBenchmark(data=data, out=out, seeds=seeds, epochs=epochs, **chosen)
+    with progress_bar("graph networks") as progress:
+        document = bench.run(progress)
+    if as_json:
+        print_json(document)
+    else:
+        typer.echo(markdown(document))
+        note(f"written: {out} (gnnmerge.json, gnnmerge.md, gnnmerge.png)")
 
 
 def _make_bench(

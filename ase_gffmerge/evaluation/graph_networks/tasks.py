@@ -1,4 +1,4 @@
-"""Graph data sets, tasks on them, and the networks that are trained for a task: what benchmark_gnnmerge.py merges."""
+"""Graph data sets, tasks on them, and the networks that are trained for a task and then merged."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -12,6 +12,8 @@ import torch.nn.functional as functional
 import torch_geometric.nn as geometric
 from torch import Tensor, nn
 from torch_geometric.data import Data
+
+from ase_gffmerge.errors import FramesError
 
 WIDTH, HIDDEN, EMBEDDING = 256, 128, 64
 """Features after the singular-value decomposition, channels of a layer, and those of a node in link prediction."""
@@ -45,40 +47,69 @@ class Network(nn.Module):
 
 
 @dataclass(frozen=True)
-class Task:
-    """A graph with masks of training, validation and test nodes, or links (``pairs`` and ``linked``) in their place.
+class Links:
+    """Pairs of nodes (2, n_pairs), and whether they are linked (n_pairs,): 1 or 0."""
 
-    Labels are counted within the task; nodes of other tasks have -1. ``classes`` are the labels that they had.
+    pairs: Tensor
+    linked: Tensor
+
+    def scores(self, embeddings: Tensor) -> Tensor:
+        """Logits of the pairs (n_pairs,): scalar products of the nodes' embeddings."""
+        return (embeddings[self.pairs[0]] * embeddings[self.pairs[1]]).sum(1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A graph with masks of training, validation and test nodes, or links in their place.
+
+    Attributes
+    ----------
+    data
+        Labels are counted within the task; nodes of other tasks have -1.
+    n_out
+        Number of classes, or of channels of an embedding.
+    classes
+        The labels that the classes had.
+    links
+        What is predicted instead of classes; the masks are theirs.
     """
 
     data: Data
     n_out: int
     classes: tuple[int, ...] = ()
-    pairs: Tensor | None = None
-    linked: Tensor | None = None
+    links: Links | None = None
 
     def loss(self, output: Tensor, mask: Tensor) -> Tensor:
         """Cross-entropy of some nodes or pairs."""
-        if self.pairs is None:
+        if self.links is None:
             return functional.cross_entropy(output[mask], self.data.y[mask])
-        return functional.binary_cross_entropy_with_logits(self._scores(output)[mask], self.linked[mask])
+        logits, truth = self.links.scores(output)[mask], self.links.linked[mask]
+        return functional.binary_cross_entropy_with_logits(logits, truth)
 
     def score(self, output: Tensor, mask: Tensor) -> float:
         """Accuracy of some nodes, or area under the receiver operating characteristic of some pairs, in percent."""
-        if self.pairs is None:
+        if self.links is None:
             return 100 * float((output.argmax(1) == self.data.y)[mask].double().mean())
-        ranks = self._scores(output)[mask].argsort().argsort().double() + 1
-        positive = self.linked[mask] > 0
+        ranks = self.links.scores(output)[mask].argsort().argsort().double() + 1
+        positive = self.links.linked[mask] > 0
         n, m = int(positive.sum()), int((~positive).sum())
         return 100 * float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m))
 
-    def _scores(self, output: Tensor) -> Tensor:
-        return (output[self.pairs[0]] * output[self.pairs[1]]).sum(1)
-
 
 def read_graph(path: Path, *, width: int | None = WIDTH) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (rows of length 1; their leading singular vectors), undirected edges and labels of a file."""
-    held = np.load(path)
+    """Features (rows of length 1; their leading singular vectors), undirected edges and labels of a file.
+
+    Raises
+    ------
+    FramesError
+        When the file is not there or is no graph of shchur/gnn-benchmark.
+    """
+    try:
+        held = np.load(path)
+    except (OSError, ValueError) as error:
+        raise FramesError(
+            f"{path}: no graph could be read ({error}); put {path.name} of shchur/gnn-benchmark there"
+        ) from error
     if "node_features" in held:
         features, labels = sparse.csr_matrix(held["node_features"]), held["node_labels"]
         pairs, n = held["edges"].T, len(held["node_labels"])
@@ -92,7 +123,8 @@ def read_graph(path: Path, *, width: int | None = WIDTH) -> tuple[Tensor, Tensor
         )
         labels, pairs, n = held["labels"], np.stack(adjacency.nonzero()), adjacency.shape[0]
     pairs = np.unique(np.sort(pairs[:, pairs[0] != pairs[1]], axis=0), axis=1)
-    assert pairs.max() < n
+    if pairs.max() >= n:
+        raise FramesError(f"{path}: links name {pairs.max() + 1} nodes where features are given for {n}")
     lengths = np.sqrt(np.asarray(features.multiply(features).sum(1))).clip(1e-9)
     x = sparse.csr_matrix(features.multiply(1 / lengths), dtype=np.float64)
     if width and min(x.shape) > width:
@@ -119,7 +151,19 @@ def parts(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def split_classes(path: Path, n_tasks: int, *, seed: int, width: int | None = WIDTH) -> list[Task]:
-    """One graph, its classes dealt out at random to several tasks."""
+    """One graph, its classes dealt out at random to several tasks.
+
+    Parameters
+    ----------
+    path
+        See :func:`read_graph`.
+    n_tasks
+        Number of tasks.
+    seed
+        Of masks and of the classes' order.
+    width
+        Features after the singular-value decomposition; ``None``: as they are.
+    """
     x, edges, y = read_graph(path, width=width)
     masks = parts(len(y), seed)
     n_classes = int(y.max()) + 1
@@ -137,8 +181,16 @@ def _nodes(x: Tensor, edges: Tensor, y: Tensor, masks: Sequence[Tensor], classes
     return Task(data, len(classes), tuple(classes))
 
 
-def links(path: Path, *, seed: int, width: int | None = WIDTH) -> Task:
-    """Link prediction: messages along 60 % of the links, tests on others and on as many pairs without a link."""
+def predict_links(path: Path, *, seed: int, width: int | None = WIDTH) -> Task:
+    """Link prediction: messages along 60 % of the links, tests on others and on as many pairs without a link.
+
+    Parameters
+    ----------
+    path, width
+        As in :func:`split_classes`.
+    seed
+        Of masks and of the pairs without a link.
+    """
     x, edges, y = read_graph(path, width=width)
     undirected = edges[:, edges[0] < edges[1]]
     generator = torch.Generator().manual_seed(seed)
@@ -152,11 +204,19 @@ def links(path: Path, *, seed: int, width: int | None = WIDTH) -> Task:
         for name, mask in (("train_mask", train), ("val_mask", validation), ("test_mask", test))
     }
     data = Data(x=x, edge_index=torch.cat([kept, kept.flip(0)], dim=1), y=y, **masks)
-    return Task(data, EMBEDDING, (), pairs, linked)
+    return Task(data, EMBEDDING, links=Links(pairs, linked))
 
 
 def train(views: Sequence[nn.Module], tasks: Sequence[Task], *, epochs: int) -> None:
-    """Train modules, one per task, which may share parameters; what was best on validation is kept."""
+    """Train modules, one per task, which may share parameters; what was best on validation is kept.
+
+    Parameters
+    ----------
+    views, tasks
+        Modules and their tasks.
+    epochs
+        Steps of the optimizer.
+    """
     parameters = list(dict.fromkeys(p for view in views for p in view.parameters()))
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, weight_decay=DECAY)
     best, kept = -1.0, deepcopy([view.state_dict() for view in views])
@@ -176,7 +236,15 @@ def train(views: Sequence[nn.Module], tasks: Sequence[Task], *, epochs: int) -> 
 
 @torch.no_grad()
 def scores(views: Sequence[nn.Module], tasks: Sequence[Task], mask: str = "test_mask") -> list[float]:
-    """Score of every module on its own task."""
+    """Score of every module on its own task.
+
+    Parameters
+    ----------
+    views, tasks
+        Modules and their tasks.
+    mask
+        Which nodes or pairs: train_mask, val_mask or test_mask.
+    """
     return [
         task.score(view.eval()(task.data.x, task.data.edge_index), task.data[mask])
         for view, task in zip(views, tasks, strict=True)

@@ -1,0 +1,1 @@
+"""Merges of graph neural networks for node classification and link prediction, method beside method."""

@@ -1,0 +1,299 @@
+"""Graph neural networks of different tasks, merged by every method: scores with and without task identity, and seconds.
+
+Specialists start from initialisations of their own or (:data:`SHARED`) all from one, which gives task arithmetic and TIES
+their base. What GNNMerge (arXiv 2503.03384) measures: classes of one graph dealt out to several models, two graphs, node
+classification beside link prediction.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from ase_gffmerge.errors import BenchmarkError
+from ase_gffmerge.evaluation.graph_networks.tasks import (
+    CONVOLUTIONS,
+    Network,
+    Task,
+    predict_links,
+    score_without_task,
+    scores,
+    split_classes,
+    train,
+)
+from ase_gffmerge.merging.module_views import shared_views
+from ase_gffmerge.methods import Requirement
+from ase_gffmerge.methods.modules import MODULE_METHODS, ModuleInputs
+from ase_gffmerge.runtime.progress import Progress, no_progress
+from ase_gffmerge.storage.tensor_file import atomic_write, require_writable
+
+EPOCHS, SEEDS = 80, 3
+
+TABLES: dict[str, Callable[[Path, int], list[Task]]] = {
+    "Cora in two halves": lambda data, seed: split_classes(data / "cora.npz", 2, seed=seed),
+    "Cora in three parts": lambda data, seed: split_classes(data / "cora.npz", 3, seed=seed),
+    "Cora + Citeseer": lambda data, seed: [
+        *split_classes(data / "cora.npz", 1, seed=seed),
+        *split_classes(data / "citeseer.npz", 1, seed=seed),
+    ],
+    "classes + links of Cora": lambda data, seed: [
+        *split_classes(data / "cora.npz", 1, seed=seed),
+        predict_links(data / "cora.npz", seed=seed),
+    ],
+    "Cora in two halves, raw features": lambda data, seed: split_classes(
+        data / "cora.npz", 2, seed=seed, width=None
+    ),
+    "Cora in two halves, shared initialisation": lambda data, seed: split_classes(
+        data / "cora.npz", 2, seed=seed
+    ),
+}
+SHARED = "Cora in two halves, shared initialisation"
+
+ROWS: dict[str, tuple[str, str | None]] = {
+    **{name: (name, None) for name, method in MODULE_METHODS.items() if name != "joint"},
+    "gnnmerge++": ("gnnmerge++", "train_mask"),
+    "gffmerge, labelled nodes": ("gffmerge", "train_mask"),
+}
+"""Method and rows of every line of a table; GNNMerge++ takes the training nodes, as published, the others all nodes."""
+
+KINDS_OF = {"git_rebasin": ("GCN", "SAGE", "GIN"), "gnnmerge": ("GCN", "SAGE")}
+"""Channels of attention layers are tied to their heads; Adam takes minutes, so only what was published with it is run,"""
+
+ADAM = "Cora in two halves"
+"""and only in this table."""
+
+Row = dict[str, Any]
+"""Scores of the tasks, score without task identity, processor seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphBenchmark:
+    """What is measured, and where its rows are kept.
+
+    Attributes
+    ----------
+    data
+        Folder with cora.npz and citeseer.npz of shchur/gnn-benchmark.
+    out
+        Folder of the results; finished rows in it are not measured again.
+    tables, kinds
+        Names in :data:`TABLES` and :data:`~.tasks.CONVOLUTIONS`.
+    seeds
+        Number of splits and initialisations.
+    epochs
+        Of every training.
+    """
+
+    data: Path
+    out: Path
+    tables: tuple[str, ...] = tuple(TABLES)
+    kinds: tuple[str, ...] = tuple(CONVOLUTIONS)
+    seeds: int = SEEDS
+    epochs: int = EPOCHS
+
+    def __post_init__(self) -> None:
+        for what, names, known in (("table", self.tables, TABLES), ("kind", self.kinds, CONVOLUTIONS)):
+            if unknown := [name for name in names if name not in known]:
+                raise BenchmarkError(f"there is no {what} {unknown[0]!r}; choose from: {', '.join(known)}")
+
+    def run(self, progress: Progress = no_progress) -> dict[str, Any]:
+        """Measure what is missing; write gnnmerge.json, gnnmerge.md and gnnmerge.png.
+
+        Returns
+        -------
+        dict
+            By table, kind of convolution and method: mean and standard deviation over the seeds of ``score`` and
+            ``all classes`` (without task identity), in percent, and mean ``seconds``.
+
+        Raises
+        ------
+        FramesError
+            When a graph cannot be read.
+        """
+        require_writable(self.out / "rows" / "row.json")
+        wanted = [(t, k, s) for t in self.tables for k in self.kinds for s in range(self.seeds)]
+        rows = {}
+        for i, (table, kind, seed) in enumerate(wanted):
+            progress(i / len(wanted), f"{table}, {kind}, seed {seed}")
+            rows[table, kind, seed] = self._rows(table, kind, seed)
+        document = summarize(rows)
+        atomic_write(self.out / "gnnmerge.json", json.dumps(document, indent=1))
+        atomic_write(self.out / "gnnmerge.md", markdown(document))
+        plot(document, self.out / "gnnmerge.png")
+        return document
+
+    def _rows(self, table: str, kind: str, seed: int) -> dict[str, Row]:
+        """Lines of one column of a table for one seed, those of earlier runs with the same number of epochs included."""
+        names = rows_of(table, kind)
+        path = self.out / "rows" / f"{table}, {kind}, {seed}, {self.epochs}.json".replace(" ", "_")
+        found: dict[str, Row] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if missing := [name for name in names if name not in found]:
+            found |= measure(table, kind, seed, missing, data=self.data, epochs=self.epochs)
+            found = {name: found[name] for name in names}
+            atomic_write(path, json.dumps(found))
+        return found
+
+
+def rows_of(table: str, kind: str) -> list[str]:
+    """Names of the lines of one column of a table."""
+    names = ["joint", "specialists"]
+    for name, (method, _) in ROWS.items():
+        no_base = Requirement.BASE in MODULE_METHODS[method].needs and table != SHARED
+        too_long = method == "gnnmerge" and table != ADAM
+        if kind in KINDS_OF.get(method, CONVOLUTIONS) and not no_base and not too_long:
+            names.append(name)
+    return names
+
+
+def measure(
+    table: str, kind: str, seed: int, names: Sequence[str], *, data: Path, epochs: int
+) -> dict[str, Row]:
+    """Train specialists and a joint model, and merge the specialists.
+
+    Parameters
+    ----------
+    table, kind
+        Names in :data:`TABLES` and :data:`~.tasks.CONVOLUTIONS`.
+    seed
+        Of the split and of all initialisations.
+    names
+        Lines of the table that are wanted beside those of joint training and the specialists.
+    data
+        Folder of the graphs.
+    epochs
+        Of every training.
+    """
+    tasks = TABLES[table](data, seed)
+    models, base = _initial_models(tasks, kind, seed, shared=table == SHARED)
+    joint = shared_views(models, ("head",))
+    for view, model in zip(joint, models, strict=True):
+        view.load_state_dict(models[0].state_dict() | dict(model.head.state_dict(prefix="head.")))
+    start = time.process_time()
+    train(joint, tasks, epochs=epochs)
+    found = {"joint": _row(joint, tasks, time.process_time() - start)}
+    start = time.process_time()
+    for model, task in zip(models, tasks, strict=True):
+        train([model], [task], epochs=epochs)
+    found["specialists"] = _row(models, tasks, time.process_time() - start)
+    links_only = any(task.links is not None for task in tasks)
+    for name in (name for name in names if name in ROWS):
+        method, rows = ROWS[name]
+        inputs = ModuleInputs(
+            models=models,
+            examples=[task.data for task in tasks],
+            rows=None if links_only else rows,
+            base=base,
+        )
+        start = time.process_time()
+        views = MODULE_METHODS[method].run(inputs)
+        found[name] = _row(views, tasks, time.process_time() - start)
+    return found
+
+
+def _initial_models(
+    tasks: Sequence[Task], kind: str, seed: int, *, shared: bool
+) -> tuple[list[Network], Network | None]:
+    """One network per task, each with an initialisation of its own or all with that of a base, and the base."""
+    width, base = tasks[0].data.num_features, None
+    if shared:
+        torch.manual_seed(1000 * seed)
+        base = Network(kind, width, 1)
+    models = []
+    for k, task in enumerate(tasks):
+        torch.manual_seed(1000 * seed + k + 1)
+        model = Network(kind, width, task.n_out)
+        if base:
+            model.load_state_dict(base.state_dict() | dict(model.head.state_dict(prefix="head.")))
+        models.append(model)
+    return models, base
+
+
+def _row(views: Sequence[nn.Module], tasks: Sequence[Task], seconds: float) -> Row:
+    return {
+        "tasks": scores(views, tasks),
+        "all classes": score_without_task(deepcopy(list(views)), tasks),
+        "seconds": seconds,
+    }
+
+
+def summarize(rows: Mapping[tuple[str, str, int], dict[str, Row]]) -> dict[str, Any]:
+    """Means and standard deviations over the seeds, by table, kind and method."""
+    document: dict[str, Any] = {}
+    for table, kind in dict.fromkeys((table, kind) for table, kind, _ in rows):
+        seeds = [found for (t, k, _), found in rows.items() if (t, k) == (table, kind)]
+        document.setdefault(table, {})[kind] = {
+            name: {
+                "score": _spread([float(np.mean(seed[name]["tasks"])) for seed in seeds]),
+                "all classes": None
+                if seeds[0][name]["all classes"] is None
+                else _spread([seed[name]["all classes"] for seed in seeds]),
+                "seconds": float(np.mean([seed[name]["seconds"] for seed in seeds])),
+            }
+            for name in seeds[0]
+        }
+    return document
+
+
+def _spread(values: Sequence[float]) -> list[float]:
+    return [float(np.mean(values)), float(np.std(values))]
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """One table per setting: score ± deviation over the seeds, and without task identity in brackets."""
+    lines: list[str] = []
+    for table, kinds in document.items():
+        lines += [f"## {table}", "", "| |" + "|".join(f" {kind} " for kind in kinds) + "|"]
+        lines.append("|---|" + "---|" * len(kinds))
+        for name in dict.fromkeys(name for own in kinds.values() for name in own):
+            cells = [_cell(own.get(name)) for own in kinds.values()]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+        lines += ["seconds: " + "; ".join(f"{kind} {_timing(own)}" for kind, own in kinds.items()), ""]
+    return "\n".join(lines)
+
+
+def _cell(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    mean, deviation = found["score"]
+    without = f" ({found['all classes'][0]:.1f})" if found["all classes"] else ""
+    return f"{mean:.1f} ± {deviation:.1f}{without}"
+
+
+def _timing(own: Mapping[str, Any]) -> str:
+    merge, joint = own["gffmerge"]["seconds"], own["joint"]["seconds"]
+    return f"{merge:.2f} against {joint:.1f} of joint training ({joint / merge:.0f} times)"
+
+
+def plot(document: Mapping[str, Any], path: Path) -> None:
+    """Draw scores of the main methods, one panel per table.
+
+    Parameters
+    ----------
+    document
+        As :meth:`GraphBenchmark.run` returns it.
+    path
+        Of the picture.
+    """
+    shown = ("specialists", "joint", "mean", "mean+heads", "gnnmerge++", "gffmerge, joint", "gffmerge")
+    figure = Figure(figsize=(9, 2.6 * len(document)), layout="constrained")
+    panels = figure.subplots(len(document), 1, squeeze=False)[:, 0]
+    for axes, (table, kinds) in zip(panels, document.items(), strict=True):
+        for i, name in enumerate(shown):
+            found = [own.get(name, {"score": [np.nan, 0]})["score"] for own in kinds.values()]
+            places = np.arange(len(kinds)) + (i - 3) * 0.11
+            axes.bar(places, [f[0] for f in found], 0.11, yerr=[f[1] for f in found], label=name)
+        axes.set_xticks(range(len(kinds)), list(kinds))
+        axes.set_title(table)
+        axes.set_ylabel("score in %")
+        axes.set_ylim(bottom=max(0, min(own["mean"]["score"][0] for own in kinds.values()) - 5))
+    panels[0].legend(ncols=4, fontsize="small")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,58 @@
+"""``gffmerge benchmark gnn`` on tiny graphs: it runs through, goes on, and says what it measured."""
+
+import numpy as np
+import pytest
+
+from ase_gffmerge.evaluation.graph_networks import benchmark
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two files as shchur/gnn-benchmark has them: 80 nodes, four classes that links and features follow."""
+    rng = np.random.default_rng(0)
+    for name in ("cora", "citeseer"):
+        labels = np.arange(80) % 4
+        near = rng.random((80, 80)) < np.where(labels[:, None] == labels, 0.2, 0.02)
+        words = rng.random((80, 12)) < np.where(labels[:, None] == np.arange(12) % 4, 0.7, 0.1)
+        words[:, 0] = True
+        held = {"labels": labels.astype(np.int8)}
+        for key, matrix in (("adj", near), ("attr", words)):
+            rows, columns = matrix.nonzero()
+            held |= {
+                f"{key}_data": np.ones(len(columns), np.float32),
+                f"{key}_indices": columns.astype(np.int32),
+                f"{key}_indptr": np.searchsorted(rows, np.arange(81)).astype(np.int32),
+                f"{key}_shape": np.array(matrix.shape),
+            }
+        np.savez(tmp_path / f"{name}.npz", **held)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_table_of_the_benchmark(folder, gffmerge, monkeypatch):
+    monkeypatch.setattr("ase_gffmerge.methods.modules_layerwise.STEPS", 2)
+    command = ["benchmark", "gnn", folder, "--out", folder / "out", "--seeds", 1, "--epochs", 3]
+    document = gffmerge(*command, "--kinds", "GCN", "--json").json()
+    assert list(document) == list(benchmark.TABLES)
+    for table, kinds in document.items():
+        rows = kinds["GCN"]
+        assert ("ties" in rows) == (table == benchmark.SHARED)
+        assert {"specialists", "joint", "gnnmerge++", "gffmerge", "mean+heads"} <= set(rows)
+        assert ("gnnmerge" in rows) == (table == benchmark.ADAM)
+        assert all(0 <= row["score"][0] <= 100 for row in rows.values())
+        assert (rows["gffmerge"]["all classes"] is None) == ("+" in table)
+    monkeypatch.setattr(benchmark, "measure", None)  # everything is there: nothing is measured again
+    assert "| gffmerge |" in gffmerge(*command, "--kinds", "GCN").out
+    assert (folder / "out" / "gnnmerge.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--kinds", "LSTM"), "there is no kind 'LSTM'; choose from: GCN, SAGE"),
+        (("--tables", "Cora"), "there is no table 'Cora'; choose from: Cora in two halves"),
+        (("--kinds", "GCN"), "put cora.npz of shchur/gnn-benchmark there"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(tmp_path, gffmerge, options, said):
+    assert said in gffmerge("benchmark", "gnn", tmp_path, "--out", "out", *options).error()
