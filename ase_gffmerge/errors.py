@@ -101,6 +101,10 @@ class MergeWarning(UserWarning):
     """The merge finished, but its report's verdict is not `good`."""
 
 
+class ExportWarning(UserWarning):
+    """A file of another package's format lacks something that the force field has."""
+
+
 class LabelWarning(UserWarning):
     """Labels of frames were converted, or look like labels in other units."""
 

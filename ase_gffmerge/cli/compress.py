@@ -36,7 +36,7 @@ def compress(
 ) -> None:
     """Leave out channels and blocks of a force field and solve what remains; nothing is trained, no labels are read."""
     from ase_gffmerge.data.readers import read_frames
-    from ase_gffmerge.integrations.load import load_force_field
+    from ase_gffmerge.integrations.load import format_of, load_force_field, write_force_field
     from ase_gffmerge.merging.compress import RECIPE
     from ase_gffmerge.merging.compress import compress as compress_force_field
     from ase_gffmerge.merging.recipe import load_recipe
@@ -44,6 +44,8 @@ def compress(
     chosen = load_recipe(recipe) if recipe else RECIPE
     require_outputs(out, inputs=[source, *(calibration or ())], overwrite=overwrite)
     loaded = load_force_field(source)
+    if adapter := format_of(out, loaded.potential.architecture):
+        adapter.require_exportable(loaded.potential)
     frames = [atoms for path in calibration or () for atoms in read_frames(Path(path))]
     with progress_bar("compressing") as progress:
         compressed, report = compress_force_field(
@@ -55,7 +57,7 @@ def compress(
             device=device,
             progress=progress,
         )
-    compressed.to(device="cpu").save(out)
+    write_force_field(compressed.to(device="cpu"), out)
     if as_json:
         print_json({"out": str(out), **report.to_dict()})
         return

@@ -45,20 +45,19 @@ def convert(
 ) -> None:
     """Make a specialist of another package's force field, or write that package's format."""
     from ase_gffmerge.data.frames import bare, calibration_frames
-    from ase_gffmerge.integrations import adapter_for
-    from ase_gffmerge.integrations.load import export, is_own, load_force_field
+    from ase_gffmerge.integrations.load import export, format_of, load_force_field
     from ase_gffmerge.sampling.on_request import file_of_frames
 
     frames_file = None if calibration is None else file_of_frames(calibration)
     require_outputs(out, inputs=[source, frames_file], overwrite=overwrite)
     specialist = load_force_field(source, trust=trust, name=name, level_of_theory=level_of_theory)
-    if not is_own(out):
-        adapter_for(specialist.potential.architecture).require_exportable(specialist.potential)
+    if adapter := format_of(out, specialist.potential.architecture):
+        adapter.require_exportable(specialist.potential)
     if calibration is not None:
         found = load_specialists([specialist], [calibration], device=device)[0].calibration
         chosen = calibration_frames(found, min(frames, len(found)), seed=0)
         specialist = specialist.with_calibration([bare(atoms) for atoms in chosen])
-    specialist.save(out) if is_own(out) else export(specialist, out)
+    export(specialist, out) if adapter else specialist.save(out)
     if as_json:
         facts = {"out": str(out), "name": specialist.name, "architecture": specialist.potential.architecture}
         print_json({**facts, "origin": specialist.provenance.origin, "frames": len(specialist.calibration)})

@@ -16,7 +16,7 @@ from ase_gffmerge.cli.options import (
     SpecialistsArgument,
     load_specialists,
 )
-from ase_gffmerge.cli.output import EpochWatch, note, print_json, require_outputs
+from ase_gffmerge.cli.output import EpochWatch, note, print_json, recipe_for, require_outputs
 from ase_gffmerge.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 
 def distill(
     specialists: SpecialistsArgument,
-    out: Annotated[Path, typer.Option(help="Distilled file to write (.safetensors).", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Distilled file to write (.safetensors); with any other ending, the format of the specialists' package.",
+            show_default=False,
+        ),
+    ],
     init: Annotated[
         str | None,
         typer.Option(help="Start from this merge of the specialists.", show_default="merge them now"),
@@ -61,7 +67,7 @@ def distill(
     A killed distillation continues when the same command is run again.
     """
     from ase_gffmerge.evaluation.plots import plot_history
-    from ase_gffmerge.integrations.load import load_force_field
+    from ase_gffmerge.integrations.load import format_of, load_force_field, write_force_field
     from ase_gffmerge.merging.recipe import DistillOptions, load_recipe
     from ase_gffmerge.sampling.on_request import file_of_frames
     from ase_gffmerge.training.checkpoint import checkpoint_path
@@ -76,10 +82,13 @@ def distill(
     frames = map(file_of_frames, calibration or ())
     require_outputs(out, curve, inputs=[*specialists, *frames, init], overwrite=overwrite)
     own = [load_force_field(source) for source in specialists]
+    begun = load_force_field(init) if init else None
+    if adapter := format_of(out, student or (begun or own[0]).potential.architecture):
+        adapter.require_exportable(begun.potential) if begun else recipe_for(out, own, chosen)
     given = load_specialists(own, calibration, device=device)
     loaded = [held if held.calibration else named for held, named in zip(own, given, strict=True)]
     extra = [() if named is kept else named.calibration for kept, named in zip(loaded, given, strict=True)]
-    start = _start(loaded, chosen, init=init, student=student, device=device, cache_dir=cache_dir)
+    start = begun or _start(loaded, chosen, student=student, device=device, cache_dir=cache_dir)
     if student:
         start = make_student(
             start,
@@ -106,7 +115,7 @@ def distill(
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(watch.farewell()) from None
-    distilled.to(device="cpu").save(out)
+    write_force_field(distilled.to(device="cpu"), out)
     checkpoint_path(out).unlink(missing_ok=True)
     plot_history(history, curve)
     run = {"out": str(out), "loss_curve": str(curve), "epochs": len(history.rows)}
@@ -117,16 +126,11 @@ def _start(
     specialists: "Sequence[ForceField]",
     recipe: "Recipe",
     *,
-    init: str | None,
     student: str | None,
     device: str,
     cache_dir: Path | None,
 ) -> "ForceField":
     """What is distilled, or what a student is made of: the first specialist where there is nothing to merge."""
-    from ase_gffmerge.integrations.load import load_force_field
-
-    if init:
-        return load_force_field(init)
     if student and (len(specialists) == 1 or {s.potential.architecture for s in specialists} != {student}):
         return specialists[0]
     return _merged_start(specialists, recipe, device=device, cache_dir=cache_dir)

@@ -1,7 +1,7 @@
 """``gffmerge merge``: several specialists become one potential."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,12 +15,8 @@ from ase_gffmerge.cli.options import (
     SpecialistsArgument,
     load_specialists,
 )
-from ase_gffmerge.cli.output import note, print_json, require_outputs
+from ase_gffmerge.cli.output import note, print_json, recipe_for, require_outputs
 from ase_gffmerge.runtime.progress import progress_bar
-
-if TYPE_CHECKING:
-    from ase_gffmerge.forcefield.force_field import ForceField
-    from ase_gffmerge.merging.recipe import Recipe
 
 
 def merge(
@@ -84,7 +80,7 @@ def merge(
 
     A killed merge continues when the same command is run again.
     """
-    from ase_gffmerge.integrations.load import is_own, load_force_field
+    from ase_gffmerge.integrations.load import load_force_field, write_force_field
     from ase_gffmerge.merging.recipe import ClosedLoopOptions, load_recipe
     from ase_gffmerge.merging.report_plot import save_html
     from ase_gffmerge.sampling.on_request import file_of_frames
@@ -109,8 +105,7 @@ def merge(
     frames = map(file_of_frames, calibration or ())
     require_outputs(out, report, inputs=[*specialists, *frames, base], overwrite=overwrite)
     given = [load_force_field(source) for source in specialists]
-    if exportable or not is_own(out):
-        chosen = _for_export(chosen, given[0].potential.architecture, keep_to_it=exportable)
+    chosen = recipe_for(out, given, chosen, exportable=exportable)
     loaded = load_specialists(given, calibration, device=device)
     with progress_bar("merging") as progress:
         merged, result = merge_specialists(
@@ -121,7 +116,7 @@ def merge(
             device=device,
             progress=progress,
         )
-    _write(merged, out)
+    write_force_field(merged, out)
     if report:
         save_html(merged, report)
     if as_json:
@@ -129,38 +124,6 @@ def merge(
         return
     typer.echo(result.summary())
     note(f"written: {', '.join(str(path) for path in (out, report) if path)}")
-
-
-def _for_export(recipe: "Recipe", architecture: str, *, keep_to_it: bool) -> "Recipe":
-    """The recipe, changed if that is wanted, of a merge that another package's format can hold; refused otherwise."""
-    from ase_gffmerge.integrations import adapter_for
-
-    adapter = adapter_for(architecture)
-    if keep_to_it:
-        return recipe.exportable()
-    adapter.require_held(
-        wide_readout=recipe.keeps_wide_readout, embeddings=recipe.conditioning == "per-specialist"
-    )
-    return recipe
-
-
-def _write(merged: "ForceField", out: Path) -> None:
-    """Write our format or that of the specialists' package; what that cannot hold after all is kept in ours."""
-    from ase_gffmerge.errors import FileFormatError
-    from ase_gffmerge.integrations.load import export, is_own
-
-    if is_own(out):
-        merged.save(out)
-        return
-    if merged.potential.core_repulsion is not None:
-        note(
-            "without its core repulsion, which only .safetensors holds: atoms that come too close may collapse"
-        )
-    try:
-        export(merged, out)
-    except FileFormatError as error:
-        kept = merged.save(out.with_name(f"{out.name}.safetensors"))
-        raise FileFormatError(f"{error}; the merge is in {kept}") from None
 
 
 def parse_weights(text: str | None) -> tuple[float, ...] | None:

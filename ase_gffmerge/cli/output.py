@@ -13,6 +13,8 @@ from ase_gffmerge.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from ase_gffmerge.evaluation.table import Table
+    from ase_gffmerge.forcefield.force_field import ForceField
+    from ase_gffmerge.merging.recipe import Recipe
 
 
 def print_json(document: object) -> None:
@@ -97,6 +99,43 @@ def require_outputs(
         if path.is_file() and not overwrite:
             raise FileFormatError(f"{path} exists; choose another name, or replace it with --overwrite")
         require_writable(path)
+
+
+def recipe_for(
+    out: Path, specialists: "Sequence[ForceField]", recipe: "Recipe", *, exportable: bool = False
+) -> "Recipe":
+    """The recipe of a merge into a file of that name: what another package's format cannot hold is refused beforehand.
+
+    Parameters
+    ----------
+    out
+        The file; an ending but ``.safetensors`` means the format of the specialists' package.
+    specialists
+        All of one architecture, as far as a merge will not refuse them.
+    recipe
+        What is wanted.
+    exportable
+        Keep to what the format of the package can hold, whatever the file.
+
+    Raises
+    ------
+    FileFormatError
+        With what the format cannot hold, or where the specialists are no package's.
+    """
+    from ase_gffmerge.integrations import adapter_for
+    from ase_gffmerge.integrations.load import format_of
+
+    architecture = specialists[0].potential.architecture
+    adapter = adapter_for(architecture) if exportable else format_of(out, architecture)
+    if adapter is None:
+        return recipe
+    chosen = recipe.exportable() if exportable else recipe
+    adapter.require_merge_exportable(
+        [s.potential for s in specialists if s.potential.architecture == architecture],
+        wide_readout=chosen.keeps_wide_readout,
+        embeddings=chosen.conditioning == "per-specialist",
+    )
+    return chosen
 
 
 def note(message: str) -> None:

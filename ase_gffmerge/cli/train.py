@@ -28,7 +28,13 @@ FRAMES_HELP = "Labelled frames: extxyz or another file ASE reads, rMD17 or MD17 
 
 def train(
     frames: Annotated[list[Path], typer.Argument(help=FRAMES_HELP, show_default=False)],
-    out: Annotated[Path, typer.Option(help="Force-field file to write (.safetensors).", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Force-field file to write (.safetensors); with any other ending, the format of --init's package.",
+            show_default=False,
+        ),
+    ],
     model: Annotated[
         str | None, typer.Option(help="painn, nequip or escaip.", show_default="of --init, else painn")
     ] = None,

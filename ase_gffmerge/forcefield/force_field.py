@@ -5,6 +5,7 @@ The specialists that come with the package, and labelled frames that they were n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -16,7 +17,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.errors import FramesError, StructureError
+from ase_gffmerge.errors import FileFormatError, FramesError, StructureError
 from ase_gffmerge.forcefield.conditioning import KEY, with_indices, without_choice
 from ase_gffmerge.forcefield.leverage import ExtrapolationGrade, fit_extrapolation_grade
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
@@ -33,13 +34,16 @@ from ase_gffmerge.models.core_repulsion import fit_core_repulsion
 from ase_gffmerge.storage.tensor_file import content_digest, write_file
 
 BUNDLED = ("rmd17-base", "rmd17-ethanol", "rmd17-malonaldehyde", "emt-copper", "emt-silver")
+SUFFIX = ".safetensors"
+"""Of every file of a force field."""
+
 _FOLDER = Path(str(files("ase_gffmerge") / "bundled"))
 
 
 def bundled_path(source: str | Path) -> Path:
     """Path of a bundled specialist, or the path itself."""
     if str(source) in BUNDLED and not Path(source).exists():
-        return _FOLDER / f"{source}.safetensors"
+        return _FOLDER / f"{source}{SUFFIX}"
     return Path(source)
 
 
@@ -175,9 +179,14 @@ class ForceField:
         Raises
         ------
         FileFormatError, FramesError
-            When a weight or a calibration frame is not finite, which no file may hold, or the file cannot be written or not
-            be read back; one that was there stays as it was.
+            When the name does not end in ``.safetensors``, a weight or a calibration frame is not finite, which no file may
+            hold, or the file cannot be written or not be read back; one that was there stays as it was.
         """
+        if Path(path).suffix != SUFFIX and not os.path.isdir(path):
+            raise FileFormatError(
+                f"{path} is no name for a file of this package: end it in {SUFFIX}; what another package reads is written "
+                "by export of ase_gffmerge.integrations.load, and by gffmerge convert"
+            )
         require_finite(self.potential, f"{self.name!r} is not written to {path}")
         require_sound(self.calibration, self.name)
         write_file(Path(path), *pack(self._contents()), read_back=require_same_again)

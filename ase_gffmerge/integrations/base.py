@@ -122,16 +122,28 @@ class Adapter(ABC):
     def require_exportable(self, potential: Potential) -> None:
         """Raise the error of :meth:`write` for a potential with more than the format holds, without writing anything."""
         hyper = potential.hyper
-        self.require_held(wide_readout=hyper.readout_width > 0, embeddings=hyper.n_embeddings > 1)
+        self._require_options(wide_readout=hyper.readout_width > 0, embeddings=hyper.n_embeddings > 1)
 
-    def require_held(self, *, wide_readout: bool, embeddings: bool) -> None:
-        """Refuse potentials with a wide readout or an embedding per specialist: a merge may ask before it begins.
+    def require_merge_exportable(
+        self, specialists: Sequence[Potential], *, wide_readout: bool, embeddings: bool
+    ) -> None:
+        """Refuse a merge, before it begins, whose result the format could not hold.
+
+        Parameters
+        ----------
+        specialists
+            Potentials of :attr:`architecture`.
+        wide_readout, embeddings
+            Whether the merge has a readout of random features, and an embedding per specialist.
 
         Raises
         ------
         FileFormatError
-            With the options of a recipe that are at fault, and what to write instead.
+            With the options of a recipe that are at fault or what else is, and what to write instead.
         """
+        self._require_options(wide_readout=wide_readout, embeddings=embeddings)
+
+    def _require_options(self, *, wide_readout: bool, embeddings: bool) -> None:
         faults = [
             *(["a widened readout (in the recipe write readout: null)"] if wide_readout else []),
             *(["an embedding per specialist (write conditioning: shared)"] if embeddings else []),
@@ -281,7 +293,7 @@ def adapter_for(architecture: str) -> Adapter:
     if found := adapters_by_architecture().get(architecture):
         return found
     raise FileFormatError(
-        f"a {architecture} potential is not another package's and has no format but .safetensors; save it instead"
+        f"a {architecture} potential is no other package's and has no format but .safetensors; give a name with that ending"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -12,11 +13,11 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.errors import ArgumentError, FileFormatError
-from ase_gffmerge.forcefield.force_field import BUNDLED, ForceField, bundled_path
+from ase_gffmerge.errors import ArgumentError, ExportWarning, FileFormatError
+from ase_gffmerge.forcefield.force_field import BUNDLED, SUFFIX, ForceField, bundled_path
 from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.forcefield.serialization import require_finite
-from ase_gffmerge.integrations.base import ADAPTERS, adapter_for, vendor_source
+from ase_gffmerge.integrations.base import ADAPTERS, Adapter, adapter_for, vendor_source
 
 Source = str | Path | ForceField
 """A bundled name, the path of a ``.safetensors`` file, ``vendor:what``, or a force field in memory."""
@@ -113,7 +114,7 @@ def from_vendor(
 
 
 def export(force_field: ForceField, path: str | Path) -> Path:
-    """Write another package's format, for force fields that came from it; a core repulsion is left out.
+    """Write another package's format, for force fields that came from it; a core repulsion is left out, with a warning.
 
     Raises
     ------
@@ -121,12 +122,43 @@ def export(force_field: ForceField, path: str | Path) -> Path:
         When the architecture is no other package's, or holds what its format cannot.
     """
     bare = force_field.potential.with_core_repulsion(None)
-    return adapter_for(bare.architecture).write(bare, Path(path))
+    written = adapter_for(bare.architecture).write(bare, Path(path))
+    if force_field.potential.core_repulsion is not None:
+        warnings.warn(
+            f"{path} is without the core repulsion, which only .safetensors holds: atoms that come too close may collapse",
+            ExportWarning,
+            stacklevel=2,
+        )
+    return written
 
 
-def is_own(path: Path) -> bool:
-    """Whether a file of this name is to be one of ours; all others are of other packages."""
-    return path.suffix == ".safetensors"
+def write_force_field(force_field: ForceField, path: str | Path) -> Path:
+    """Write the format that a name's ending says; what another package's cannot hold after all is kept in ours, beside it.
+
+    Raises
+    ------
+    FileFormatError
+        See :meth:`.ForceField.save` and :func:`export`.
+    """
+    path = Path(path)
+    if (adapter := format_of(path, force_field.potential.architecture)) is None:
+        return force_field.save(path)
+    try:
+        return export(force_field, path)
+    except FileFormatError as error:
+        kept = force_field.save(path.with_name(f"{path.name}{SUFFIX}"))
+        raise FileFormatError(f"{error}; what {adapter.models}'s format cannot hold is in {kept}") from None
+
+
+def format_of(path: Path, architecture: str) -> Adapter | None:
+    """What writes a file of this name: nothing but ourselves, ``None``, if it ends in ``.safetensors``, else an adapter.
+
+    Raises
+    ------
+    FileFormatError
+        When no package but this one has potentials of that architecture.
+    """
+    return None if path.suffix == SUFFIX else adapter_for(architecture)
 
 
 def _own(path: Path, *, device: str | torch.device, dtype: torch.dtype | None) -> ForceField:
@@ -134,7 +166,7 @@ def _own(path: Path, *, device: str | torch.device, dtype: torch.dtype | None) -
     try:
         return ForceField.load(path, device=device, dtype=dtype)
     except FileFormatError as error:
-        if path.suffix == ".safetensors" or not path.is_file():
+        if path.suffix == SUFFIX or not path.is_file():
             raise
         first, *rest = ADAPTERS
         raise FileFormatError(

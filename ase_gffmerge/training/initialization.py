@@ -20,6 +20,9 @@ from ase_gffmerge.training.config import TrainConfig
 OFFSET_TOLERANCE = 1.0
 """eV per atom between energies and inherited reference energies that a training may have to learn."""
 
+DEFAULT_MODEL = "painn"
+"""Architecture of a new model where none is named."""
+
 NEW_MODELS: Mapping[str, Mapping[str, float]] = {"painn": {"norm_offset": 1e-3}}
 """Hyper-parameters of new models where they are not the defaults, which are those of old files. Forces of PaiNN are then
 smooth around inversion centres on the scale of displacements for phonons (0.01 Å), not only of 1e-4 Å."""
@@ -79,7 +82,7 @@ def random_potential(config: TrainConfig, species: tuple[int, ...]) -> Potential
     """Weights drawn with ``config.seed``; the global random state of torch is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        name = config.model or "painn"
+        name = config.model or DEFAULT_MODEL
         return build_potential(name, {**NEW_MODELS.get(name, {}), **config.hyper}, species)
 
 

@@ -25,12 +25,13 @@ from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField, repelling
 from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.inference.errors import Errors, evaluate
+from ase_gffmerge.integrations.load import format_of, write_force_field
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.storage.tensor_file import require_writable
 from ase_gffmerge.training.checkpoint import History, checkpoint_path
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.initialization import check_parent, initial_specialist
+from ase_gffmerge.training.initialization import DEFAULT_MODEL, check_parent, initial_specialist
 from ase_gffmerge.training.loop import Callback, fit
 from ase_gffmerge.training.loss import labelled_graphs, weigh
 
@@ -56,7 +57,8 @@ def train(
     sources
         Files of labelled frames; ``config.validation`` frames of each are held out.
     out
-        The specialist file; the checkpoint lies beside it until the end.
+        The specialist's file, ``.safetensors`` or, with any other ending, of the package whose force field ``init`` is; the
+        checkpoint lies beside it until the end.
     config
         Options.
     name
@@ -90,6 +92,9 @@ def train(
     TrainingError
         When the loss is no longer finite.
     """
+    architecture = init.potential.architecture if init else config.model or DEFAULT_MODEL
+    if (adapter := format_of(out, architecture)) and init:
+        adapter.require_exportable(init.potential)
     target = resolve_device(device)
     training, validation, isolated = split_frames(sources, config, keys)
     test_frames = [atoms for path in test for atoms in labelled_frames(path, keys)[0]]
@@ -130,7 +135,7 @@ def train(
     if config.core_repulsion == "auto" or start.potential.core_repulsion is not None:
         seen = specialist.with_calibration([*training, *validation])
         specialist = replace(specialist, potential=repelling(specialist.potential, [seen]))
-    specialist.save(out)
+    write_force_field(specialist, out)
     checkpoint.unlink(missing_ok=True)
     return specialist, history, errors
 

@@ -66,8 +66,8 @@ def test_the_golden_file_is_read() -> None:
 
 
 def test_the_golden_file_is_written(tmp_path: Path) -> None:
-    assert ForceField.load(GOLDEN).save(tmp_path / "again").read_bytes() == GOLDEN.read_bytes()
-    assert make().save(tmp_path / "new").read_bytes() == GOLDEN.read_bytes()
+    assert ForceField.load(GOLDEN).save(tmp_path / "again.safetensors").read_bytes() == GOLDEN.read_bytes()
+    assert make().save(tmp_path / "new.safetensors").read_bytes() == GOLDEN.read_bytes()
 
 
 def test_digest_of_the_content_is_in_the_file() -> None:

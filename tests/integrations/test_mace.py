@@ -218,10 +218,10 @@ def test_exports_are_the_vendors_models(variant, tmp_path):
 
 
 def test_vendor_files_are_merged_served_and_exported(tmp_path):
-    """The folded scale and number of neighbours differ, which is no reason to refuse."""
+    """The scale, folded but for that of the repulsion, and number of neighbours differ, which is no reason to refuse."""
     changes = ({}, {"avg_num_neighbors": 6.0, "atomic_inter_scale": 1.2})
     sources = [
-        checkpoint(tmp_path / f"{k}.pt", build(**SCALARS, **change)) for k, change in enumerate(changes)
+        checkpoint(tmp_path / f"{k}.pt", build_repulsive(**change)) for k, change in enumerate(changes)
     ]
     calc = GFFMergeCalculator(
         sources,
@@ -238,8 +238,8 @@ def test_vendor_files_are_merged_served_and_exported(tmp_path):
         assert_same(calc, theirs, atoms, tolerance=1e-11)
 
 
-def build_repulsive():
-    return build(**VARIANTS["repulsion"])
+def build_repulsive(**changes):
+    return build(**VARIANTS["repulsion"], **changes)
 
 
 def build_small():

@@ -215,6 +215,10 @@ def test_self_connections_that_the_format_cannot_hold_are_refused(tmp_path):
     merged, _ = merge(pair, "mean", device="cpu")
     with pytest.raises(FileFormatError, match="3 elements, which NequIP makes of the 2 features"):
         export(merged, tmp_path / "merged.ckpt")
+    plain, adapter = {"wide_readout": False, "embeddings": False}, ADAPTERS["nequip"]
+    with pytest.raises(FileFormatError, match="3 elements, which NequIP makes of the 2 features"):
+        adapter.require_merge_exportable([specialist.potential for specialist in pair], **plain)
+    adapter.require_merge_exportable([from_vendor("nequip", build()).potential] * 2, **plain)
 
 
 def build_double():

@@ -19,7 +19,6 @@ from e3nn.o3 import FullyConnectedTensorProduct, Irreps
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.integrations.base import VendorObject, per_element, rows_of_elements
 from ase_gffmerge.integrations.wrapped import (
@@ -179,7 +178,7 @@ class Layer(nn.Module):
 
 
 class Repulsion(nn.Module):
-    """The package's short-range repulsion of Ziegler, Biersack and Littmark, times a factor per element.
+    """The package's short-range repulsion of Ziegler, Biersack and Littmark, times the scale of the energies.
 
     Parameters
     ----------
@@ -192,16 +191,15 @@ class Repulsion(nn.Module):
     def __init__(self, species: tuple[int, ...], *, power: int):
         super().__init__()
         self.module = ZBLBasis(p=power)
-        self.scale = nn.Parameter(torch.ones(len(species)))
+        self.scale = nn.Parameter(torch.ones(1))
         self.elements = OneHot(species)
 
     def forward(self, vectors: Tensor, graph: Topology) -> Tensor:
         """Energies (n_atoms,) in eV."""
-        numbers = graph.atomic_numbers
         lengths = vectors.square().sum(dim=1, keepdim=True).sqrt()
-        elements = self.elements(numbers, vectors)
-        energies = self.module(lengths, elements, graph.edge_index, self.elements.atomic_numbers)
-        return energies * self.scale[self.elements.species_row[numbers]]
+        elements = self.elements(graph.atomic_numbers, vectors)
+        energies: Tensor = self.module(lengths, elements, graph.edge_index, self.elements.atomic_numbers)
+        return energies * self.scale
 
 
 class MACEPackage(ChainPotential):
@@ -248,9 +246,8 @@ class MACEPackage(ChainPotential):
         return SummedReadout(parts)
 
     def element_parameters(self) -> tuple[str, ...]:
-        """Self-connections, embeddings, factors of the repulsion and the weights of symmetric contractions."""
-        own = [] if self.repulsion is None else ["repulsion.scale"]
-        own += [f"{name}.weight" for name, module in self.named_modules() if isinstance(module, ElementTable)]
+        """Self-connections, embeddings and the weights of symmetric contractions."""
+        own = [f"{name}.weight" for name, module in self.named_modules() if isinstance(module, ElementTable)]
         if not self.hyper.arguments["use_agnostic_product"]:
             own += [name for name, _ in self.named_parameters() if ".symmetric_contractions." in name]
         return (*super().element_parameters(), *own)
@@ -264,7 +261,7 @@ class MACEPackage(ChainPotential):
         return vectors, self.harmonics(vectors)
 
     def repulsion_energies(self, vectors: Tensor, graph: Topology) -> Tensor | None:
-        """The package's, times a factor per element."""
+        """The package's, times the scale of the energies."""
         return None if self.repulsion is None else self.repulsion(vectors, graph)
 
 
@@ -320,19 +317,9 @@ def _scale_and_shift(network: VendorObject) -> tuple[float, float]:
 
 @torch.no_grad()
 def vendor_network(potential: MACEPackage) -> nn.Module:
-    """The package's model with the potential's weights, in their type.
-
-    Raises
-    ------
-    FileFormatError
-        When the repulsion counts differently for different elements.
-    """
+    """The package's model with the potential's weights, in their type."""
     species, repulsion = potential.species, potential.repulsion
-    scale = 1.0 if repulsion is None else float(repulsion.scale[0])
-    if repulsion is not None and not torch.allclose(repulsion.scale, repulsion.scale[0]):
-        raise FileFormatError(
-            "the potential scales the repulsion per element, which a MACE cannot; merge models of one energy scale to export"
-        )
+    scale = 1.0 if repulsion is None else float(repulsion.scale)
     before = torch.get_default_dtype()
     torch.set_default_dtype(potential.dtype)
     try:

@@ -5,6 +5,7 @@ code of its own (packages, checkpoints that were fine-tuned from a package) is l
 """
 
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,6 +64,20 @@ class NequIPAdapter(Adapter):
         from ase_gffmerge.integrations.nequip.model import vendor_checkpoint
 
         return vendor_checkpoint(potential)  # type: ignore[arg-type]
+
+    def require_merge_exportable(
+        self, specialists: Sequence[Potential], *, wide_readout: bool, embeddings: bool
+    ) -> None:
+        """See :meth:`.Adapter.require_merge_exportable`; the embedding, which is averaged, has to tell elements apart."""
+        from ase_gffmerge.integrations.nequip.model import features_of
+
+        super().require_merge_exportable(specialists, wide_readout=wide_readout, embeddings=embeddings)
+        species = sorted({z for potential in specialists for z in potential.species})
+        rows = {
+            z: [p.embedding[0, p.species.index(z)] for p in specialists if z in p.species] for z in species
+        }
+        table = torch.stack([torch.stack(found).mean(dim=0) for found in rows.values()]).cpu()
+        features_of(torch.eye(len(table), dtype=torch.float64), table.double(), dtype=specialists[0].dtype)
 
 
 ADAPTER = NequIPAdapter()

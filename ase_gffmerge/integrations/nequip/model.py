@@ -241,12 +241,27 @@ def vendor_model(potential: NequIPPackage) -> VendorObject:
         if product is None:
             value.copy_(own[name])
         else:
-            write_product(product, _of_features(own[name], table, dtype=potential.dtype))
+            write_product(product, features_of(own[name], table, dtype=potential.dtype))
     return model
 
 
-def _of_features(weights: Tensor, table: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """Weights (n_features, size) that give, times the embedding (n_species, n_features), the ``weights`` of the elements."""
+def features_of(weights: Tensor, table: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Weights (n_features, size) that give, times the embedding, those of the elements.
+
+    Parameters
+    ----------
+    weights : (n_species, size)
+        Of the elements.
+    table : (n_species, n_features)
+        The embedding, in the same type.
+    dtype
+        Of the weights in a file.
+
+    Raises
+    ------
+    FileFormatError
+        When there are none.
+    """
     found = torch.linalg.pinv(table) @ weights
     difference = (table @ found.to(dtype).double() - weights).abs().max()
     if not difference <= TOLERANCE * weights.abs().max():
