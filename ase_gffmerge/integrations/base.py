@@ -127,7 +127,7 @@ class Adapter(ABC):
     def require_merge_exportable(
         self, specialists: Sequence[Potential], *, wide_readout: bool, embeddings: bool
     ) -> None:
-        """Refuse a merge, before it begins, whose result the format could not hold.
+        """Raise the error of :meth:`write` for a merge whose result the format could not hold, before it begins.
 
         Parameters
         ----------
@@ -135,11 +135,6 @@ class Adapter(ABC):
             Potentials of :attr:`architecture`.
         wide_readout, embeddings
             Whether the merge has a readout of random features, and an embedding per specialist.
-
-        Raises
-        ------
-        FileFormatError
-            With the options of a recipe that are at fault or what else is, and what to write instead.
         """
         self._require_options(wide_readout=wide_readout, embeddings=embeddings)
 
@@ -263,11 +258,6 @@ ADAPTERS: Registry[Adapter] = Registry(
     error=FileFormatError,
 )
 """A new vendor is one folder and one line here; other packages add theirs as entry points ``ase_gffmerge.integrations``."""
-
-
-def vendors() -> tuple[str, ...]:
-    """Names of the vendors whose files can be read."""
-    return tuple(ADAPTERS)
 
 
 def adapters_by_architecture() -> dict[str, Adapter]:
