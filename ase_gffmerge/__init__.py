@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ase_gffmerge.dynamics.batched_md import run_replicas as run_replicas
     from ase_gffmerge.dynamics.extrapolation_monitor import ExtrapolationMonitor as ExtrapolationMonitor
     from ase_gffmerge.engines.ase.calculator import GFFMergeCalculator as GFFMergeCalculator
+    from ase_gffmerge.engines.ase.many_structures import evaluate_many as evaluate_many
     from ase_gffmerge.forcefield.force_field import ForceField as ForceField
     from ase_gffmerge.integrations.load import load_force_field as load_force_field
     from ase_gffmerge.merging.compress import compress as compress
@@ -28,6 +29,7 @@ _HOMES = {
     "ForceField": "ase_gffmerge.forcefield.force_field",
     "load_force_field": "ase_gffmerge.integrations.load",
     "compress": "ase_gffmerge.merging.compress",
+    "evaluate_many": "ase_gffmerge.engines.ase.many_structures",
     "distill": "ase_gffmerge.training.distill",
     "merge_calculators": "ase_gffmerge.merging.external_calculators",
     "merge_modules": "ase_gffmerge.merging.modules",
@@ -42,6 +44,7 @@ __all__ = [
     "__version__",
     "compress",
     "distill",
+    "evaluate_many",
     "load_force_field",
     "merge",
     "merge_calculators",

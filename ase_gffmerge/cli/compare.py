@@ -8,15 +8,20 @@ import typer
 from ase_gffmerge.cli.options import (
     CalibrationOption,
     DeviceOption,
+    ExecutorOption,
     JsonOption,
     OverwriteOption,
     SpecialistsArgument,
+    WorkersOption,
     load_specialists,
+    opened_workers,
 )
 from ase_gffmerge.cli.output import note, print_json, print_table, require_outputs
 from ase_gffmerge.runtime.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from ase_gffmerge.evaluation.comparison.compare import Comparison
     from ase_gffmerge.evaluation.comparison.inputs import LabelledSet
     from ase_gffmerge.evaluation.comparison.measurement import RowStore
@@ -52,6 +57,8 @@ def compare(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is already finished.")] = False,
     device: DeviceOption = "auto",
+    workers: WorkersOption = None,
+    executor: ExecutorOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -72,8 +79,8 @@ def compare(
         device=device,
     )
     store = RowStore(resume or default_folder(), merge_inputs, tests, fresh=fresh)
-    with progress_bar("comparing") as progress:
-        comparison = _watched(merge_inputs, tests, split_names(methods), labelled, store, progress)
+    with opened_workers(workers, executor) as opened, progress_bar("comparing") as progress:
+        comparison = _watched(merge_inputs, tests, split_names(methods), labelled, store, opened, progress)
     _write_files(comparison, markdown, plot)
     if as_json:
         print_json(comparison.to_dict())
@@ -95,6 +102,7 @@ def _watched(
     methods: list[str] | None,
     labelled: "tuple[LabelledSet, ...]",
     store: "RowStore",
+    executor: "Executor | None",
     progress: Progress,
 ) -> "Comparison":
     """Compare; after Ctrl-C say how to go on."""
@@ -107,6 +115,7 @@ def _watched(
             methods,
             labelled=labelled,
             store=store,
+            executor=executor,
             progress=progress,
         )
     except KeyboardInterrupt:

@@ -12,16 +12,21 @@ from ase_gffmerge.cli.options import (
     DeviceOption,
     DType,
     EnergyKey,
+    ExecutorOption,
     ForcesKey,
     JsonOption,
     OverwriteOption,
     SpecialistOption,
     StressKey,
+    WorkersOption,
+    opened_workers,
 )
 from ase_gffmerge.cli.output import note, plain, print_json, print_table, require_outputs
-from ase_gffmerge.runtime.progress import progress_bar
+from ase_gffmerge.runtime.progress import part_of, progress_bar
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from ase import Atoms
 
     from ase_gffmerge.evaluation.md.evaluate import MDEvaluation
@@ -79,6 +84,8 @@ def evaluate(
     md_out: Annotated[
         Path, typer.Option(help="Folder for plot, table and finished runs.", rich_help_panel=MD)
     ] = Path("gffmerge-md"),
+    workers: WorkersOption = None,
+    executor: ExecutorOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print errors against labels: forces, also by element, energies per atom, and stresses where frames have them.
@@ -99,12 +106,17 @@ def evaluate(
     for contestant in contestants:
         contestant.force_field.to(device=target)
     found = read_frames(frames, energy_key=energy_key, forces_key=forces_key, stress_key=stress_key)
+
+    def measured() -> "dict[str, Errors]":
+        with opened_workers(workers, executor) as opened:
+            return errors_by_model(contestants, found, frames, out=out, plot=plot, executor=opened)
+
     if md:
         from ase_gffmerge.evaluation.md.runs import Protocol
 
         protocol = Protocol(temperature=temperature, picoseconds=time, timestep=timestep, seeds=seeds)
         wanted = bool(out or plot) or _have_labels(found)
-        errors = errors_by_model(contestants, found, frames, out=out, plot=plot) if wanted else {}
+        errors = measured() if wanted else {}
         _evaluate_md(
             contestants,
             found,
@@ -116,8 +128,7 @@ def evaluate(
             as_json=as_json,
         )
     else:
-        errors = errors_by_model(contestants, found, frames, out=out, plot=plot)
-        print_errors(errors, as_json=as_json)
+        print_errors(measured(), as_json=as_json)
     if out or plot:
         note(f"written: {', '.join(str(path) for path in (out, plot) if path)}")
 
@@ -129,6 +140,7 @@ def errors_by_model(
     *,
     out: Path | None = None,
     plot: Path | None = None,
+    executor: "Executor | None" = None,
 ) -> "dict[str, Errors]":
     """Errors by label of the model.
 
@@ -142,6 +154,8 @@ def errors_by_model(
         Their file, for messages.
     out, plot
         Files to be written, see the options.
+    executor
+        Workers among which frames are shared out.
     """
     from ase_gffmerge.data.labels import is_isolated_atom, require_labels
     from ase_gffmerge.evaluation.plots import plot_errors_of_frames
@@ -153,16 +167,19 @@ def errors_by_model(
     labelled = [frames[k] for k in kept]
     require_labels(labelled, source, numbers=kept)
     reference = labels(labelled)
-    predicted = {
-        model.label: predict_frames(
-            model.force_field.potential,
-            labelled,
-            specialist=model.specialist,
-            names=model.force_field.specialist_names,
-            where=[f"{source}, frame {k}" for k in kept],
-        )
-        for model in models
-    }
+    with progress_bar("evaluating") as progress:
+        predicted = {
+            model.label: predict_frames(
+                model.force_field.potential,
+                labelled,
+                specialist=model.specialist,
+                names=model.force_field.specialist_names,
+                where=[f"{source}, frame {k}" for k in kept],
+                executor=executor,
+                progress=part_of(progress, i / len(models), (i + 1) / len(models)),
+            )
+            for i, model in enumerate(models)
+        }
     if out:
         atomic_write(out, extended_xyz(with_predictions(labelled, predicted)))
     if plot:

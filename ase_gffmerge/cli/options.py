@@ -1,7 +1,8 @@
 """Options that several verbs share, how they are parsed, and the structures they stand for."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,8 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from ase import Atoms
 
     from ase_gffmerge.forcefield.force_field import ForceField
@@ -34,6 +37,14 @@ class CoreRepulsionChoice(StrEnum):
 
     auto = "auto"
     none = "none"
+
+
+class ExecutorKind(StrEnum):
+    """Where workers run."""
+
+    local = "local"
+    dask = "dask"
+    slurm = "slurm"
 
 
 def positive(value: float) -> float:
@@ -81,6 +92,39 @@ ForcesKey = Annotated[str | None, typer.Option("--forces-key", help="The same fo
 StressKey = Annotated[
     str | None, typer.Option("--stress-key", help="The same for stresses (eV/Å³), or virials (eV).")
 ]
+
+
+WORKERS = "Workers"
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Share the work out among so many processes.",
+        min=1,
+        show_default="this process alone",
+        rich_help_panel=WORKERS,
+    ),
+]
+ExecutorOption = Annotated[
+    ExecutorKind | None,
+    typer.Option(
+        help="Where they run: on this machine, under Dask (on the cluster that $DASK_SCHEDULER_ADDRESS names, else on this "
+        "machine), or one in each Slurm job (options of a job: dask-jobqueue's configuration file).",
+        show_default="local",
+        rich_help_panel=WORKERS,
+    ),
+]
+
+
+@contextmanager
+def opened_workers(workers: int | None, executor: ExecutorKind | None) -> "Iterator[Executor | None]":
+    """Executor that the options ask for; ``None`` for this process alone."""
+    if workers is None and executor is None:
+        yield None
+        return
+    from ase_gffmerge.runtime.executors import n_cores, open_executor
+
+    with open_executor((executor or ExecutorKind.local).value, workers or n_cores()) as opened:
+        yield opened
 
 
 CalibrationOption = Annotated[

@@ -1,5 +1,6 @@
 """``gffmerge relax``: geometry optimisation, with or without the cell."""
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,26 +8,35 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ase_gffmerge.cli.options import (
+    WORKERS,
     DeviceOption,
     DType,
+    ExecutorOption,
     FixOption,
     JsonOption,
     ModelArgument,
     OverwriteOption,
     SpecialistOption,
     StructureArgument,
+    WorkersOption,
     fix_atoms,
+    opened_workers,
     positive,
     prepared_frames,
 )
 from ase_gffmerge.cli.output import note, print_json, print_values, require_outputs
-from ase_gffmerge.runtime.progress import part_of, progress_bar
+from ase_gffmerge.runtime.progress import no_progress, progress_bar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Executor
+
     from ase import Atoms
 
     from ase_gffmerge.dynamics.ase_md import CellFreedom
+    from ase_gffmerge.engines.ase.calculator import GFFMergeCalculator
     from ase_gffmerge.runtime.progress import Progress
+    from ase_gffmerge.storage.results import Record
 
 
 class Optimizer(StrEnum):
@@ -66,6 +76,16 @@ def relax(
     dtype: Annotated[DType, typer.Option(help="Of the network.")] = DType.float64,
     device: DeviceOption = "auto",
     specialist: SpecialistOption = None,
+    workers: WorkersOption = None,
+    executor: ExecutorOption = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps relaxed structures, so that the same command goes on after an interruption.",
+            show_default="none",
+            rich_help_panel=WORKERS,
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -90,21 +110,19 @@ def relax(
             freedom.filter(atoms)
         fix_atoms(atoms, fix)
     try_format(structures, file_format)
-    results = []
-    with progress_bar("relaxing") as progress:
-        for k, atoms in enumerate(structures):
-            results.append(
-                _relaxed(
-                    atoms,
-                    fmax=fmax,
-                    steps=steps,
-                    optimizer=optimizer,
-                    cell=freedom if cell else None,
-                    fix_symmetry=fix_symmetry,
-                    trajectory=trajectory,
-                    progress=part_of(progress, k / len(structures), (k + 1) / len(structures)),
-                )
-            )
+    calculator: GFFMergeCalculator = structures[0].calc
+    options = RelaxOptions(
+        fmax=fmax,
+        steps=steps,
+        optimizer=optimizer.value,
+        cell=freedom if cell else None,
+        fix_symmetry=fix_symmetry,
+        trajectory=trajectory,
+    )
+    with opened_workers(workers, executor) as opened, progress_bar("relaxing") as progress:
+        results = relax_all(
+            structures, calculator, options, executor=opened, folder=resume, progress=progress
+        )
     _write_structures(structures, out, file_format)
     converged = all(result["converged"] for result in results)
     if every_frame:
@@ -134,39 +152,117 @@ LABELS = {
 }
 
 
-def _relaxed(
-    atoms: "Atoms",
-    *,
-    fmax: float,
-    steps: int,
-    optimizer: Optimizer,
-    cell: "CellFreedom | None",
-    fix_symmetry: bool,
-    trajectory: Path | None,
-    progress: "Progress",
-) -> dict[str, object]:
-    """Relax one structure in place and say how it went."""
-    from ase_gffmerge.dynamics.ase_md import relax as relax_atoms
+@dataclass(frozen=True, kw_only=True)
+class RelaxOptions:
+    """What :func:`~ase_gffmerge.dynamics.ase_md.relax` is asked for."""
 
-    before = energy(atoms)
-    taken, converged = relax_atoms(
-        atoms,
-        fmax=fmax,
-        steps=steps,
-        optimizer=optimizer.value,
-        cell=cell,
-        fix_symmetry=fix_symmetry,
-        trajectory=trajectory,
-        on_step=lambda n: progress(n / steps, f"step {n}  E {energy(atoms):.5f} eV"),
+    fmax: float
+    steps: int
+    optimizer: str
+    cell: "CellFreedom | None"
+    fix_symmetry: bool
+    trajectory: Path | None
+
+
+def relax_all(
+    structures: "Sequence[Atoms]",
+    calculator: "GFFMergeCalculator",
+    options: RelaxOptions,
+    *,
+    executor: "Executor | None",
+    folder: Path | None,
+    progress: "Progress",
+) -> "list[Record]":
+    """Relax structures in place, each with a calculator of its results in the end, and say how it went.
+
+    Parameters
+    ----------
+    structures
+        With their constraints.
+    calculator
+        What forces come from.
+    options
+        How.
+    executor
+        Workers among which structures are shared out; default: this process.
+    folder
+        Where finished ones are kept, and found again.
+    progress
+        Called with a fraction (0 to 1) and a description.
+    """
+    from ase.calculators.singlepoint import SinglePointCalculator
+
+    from ase_gffmerge.engines.ase.many_structures import identity_of, structure_key
+    from ase_gffmerge.runtime.executors import OncePerWorker, run_chunks
+    from ase_gffmerge.storage.results import ResultStore
+
+    items = [atoms.copy() for atoms in structures]
+    asked = [identity_of(calculator, [repr(options), [c.todict() for c in a.constraints]]) for a in items]
+    alone = executor is None
+    watched = progress if alone and len(items) == 1 else None
+    make = (lambda: calculator) if alone else OncePerWorker.of(calculator.spawn())
+    found = run_chunks(
+        Relaxation(make, options, watched),
+        items,
+        keys=[structure_key(identity, atoms) for identity, atoms in zip(asked, items, strict=True)],
+        executor=executor,
+        chunk=1,
+        store=ResultStore(folder) if folder else None,
+        progress=no_progress if watched else progress,
     )
-    return {
-        "converged": converged,
-        "steps": taken,
-        "energy": energy(atoms),
-        "energy_gain": before - energy(atoms),
-        "max_force": float((atoms.get_forces() ** 2).sum(axis=1).max() ** 0.5),
-        "volume": float(atoms.cell.volume) if cell else None,
-    }
+    for atoms, record in zip(structures, found, strict=True):
+        atoms.set_cell(record["cell"])
+        atoms.set_positions(record["positions"], apply_constraint=False)
+        names = [name for name in record if name.startswith(RESULT)]
+        atoms.calc = SinglePointCalculator(
+            atoms, **{name.removeprefix(RESULT): record[name] for name in names}
+        )
+    return [{key: record[key] for key in SAID} for record in found]
+
+
+RESULT, SAID = "result_", ("converged", "steps", "energy", "energy_gain", "max_force", "volume")
+"""Beginning of the names of a calculator's results, and what is said of each structure."""
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """What a worker does with some structures: relax them."""
+
+    calculator: "Callable[[], GFFMergeCalculator]"
+    options: RelaxOptions
+    progress: "Progress | None"
+
+    def __call__(self, structures: "Sequence[Atoms]") -> "list[Record]":
+        """Relaxed positions and cells, the calculator's results, and how it went."""
+        return [self._relaxed(atoms.copy()) for atoms in structures]
+
+    def _relaxed(self, atoms: "Atoms") -> "Record":
+        from ase_gffmerge.dynamics.ase_md import relax as relax_atoms
+
+        options, told = self.options, self.progress or no_progress
+        atoms.calc = self.calculator()
+        before = energy(atoms)
+        taken, converged = relax_atoms(
+            atoms,
+            fmax=options.fmax,
+            steps=options.steps,
+            optimizer=options.optimizer,
+            cell=options.cell,
+            fix_symmetry=options.fix_symmetry,
+            trajectory=options.trajectory,
+            on_step=lambda n: told(n / options.steps, f"step {n}  E {energy(atoms):.5f} eV"),
+        )
+        return {
+            "converged": converged,
+            "steps": taken,
+            "energy": energy(atoms),
+            "energy_gain": before - energy(atoms),
+            "max_force": float((atoms.get_forces() ** 2).sum(axis=1).max() ** 0.5),
+            "volume": float(atoms.cell.volume) if options.cell else None,
+            "positions": atoms.positions.copy(),
+            "cell": atoms.cell.array.copy(),
+            **{f"{RESULT}{name}": value for name, value in atoms.calc.results.items()},
+        }
 
 
 def energy(atoms: "Atoms") -> float:

@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ase_gffmerge.cli.options import DeviceOption, JsonOption, OverwriteOption
+from ase_gffmerge.cli.options import (
+    DeviceOption,
+    ExecutorOption,
+    JsonOption,
+    OverwriteOption,
+    WorkersOption,
+    opened_workers,
+)
 from ase_gffmerge.cli.output import note, print_json, print_values, require_outputs
 from ase_gffmerge.runtime.progress import progress_bar
 
@@ -35,6 +42,8 @@ def sample(
     ] = True,
     seed: Annotated[int, typer.Option(help="Of velocities, thermostat and displacements.")] = 0,
     device: DeviceOption = "auto",
+    workers: WorkersOption = None,
+    executor: ExecutorOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -56,9 +65,9 @@ def sample(
     require_outputs(out, attach, inputs=[*structures, specialist], overwrite=overwrite)
     force_field = load_force_field(specialist).to(device=resolve_device(device))
     starts = [atoms for path in structures for atoms in read_frames(path)]
-    with progress_bar("sampling") as progress:
+    with opened_workers(workers, executor) as opened, progress_bar("sampling") as progress:
         try:
-            result = sample_frames(force_field, starts, options, progress=progress)
+            result = sample_frames(force_field, starts, options, executor=opened, progress=progress)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 "interrupted; nothing was written; the same command begins again"

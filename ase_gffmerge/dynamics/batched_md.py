@@ -1,7 +1,9 @@
 """Molecular dynamics of many structures at once with one potential."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
@@ -17,6 +19,8 @@ from ase_gffmerge.errors import DynamicsError, StructureError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.predict import check_frames
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.devices import chunks
+from ase_gffmerge.runtime.executors import OncePerWorker, run_chunks
 from ase_gffmerge.runtime.progress import Progress, no_progress
 
 Ensemble = Literal["nve", "nvt"]
@@ -47,6 +51,7 @@ def run_replicas(
     names: Sequence[str] | None = None,
     skin: float = 1.0,
     criteria: StoppingCriteria | None = None,
+    executor: Executor | None = None,
     progress: Progress = no_progress,
 ) -> list[Trajectory]:
     """Run every structure as a replica of its own, all of them in one batch.
@@ -86,6 +91,9 @@ def run_replicas(
         Of the neighbour lists, Å; it changes the speed, not the result.
     criteria
         What stops a replica; default: broken bonds, atoms too close, runaway temperature.
+    executor
+        Workers among which replicas are shared out, in batches of at most :data:`SHARED_ATOMS` atoms, however many workers
+        there are; default: one batch in this process.
     progress
         Called with a fraction (0 to 1) and a description.
 
@@ -118,24 +126,44 @@ def run_replicas(
     if not all(0 <= t < np.inf for t in temperatures):
         raise DynamicsError(f"temperatures {temperatures[:5]} K: all must be finite and not negative")
     seeds = [(seed, k) for k in range(n)] if isinstance(seed, int) else _each(seed, n, "seeds")
+    chosen = _each(
+        [specialist] * n if specialist is None or isinstance(specialist, str | int) else specialist,
+        n,
+        "specialists",
+    )
+    if executor is not None:
+        run = partial(
+            run_replicas,
+            ensemble=ensemble,
+            timestep=timestep,
+            steps=steps,
+            every=every,
+            friction=friction,
+            thermalize=thermalize,
+            names=names,
+            skin=skin,
+            criteria=criteria,
+        )
+        intact = [None] * n if references is None else _each(references, n, "references")
+        replicas_apart = list(zip(structures, temperatures, seeds, intact, chosen, strict=True))
+        return _by_workers(_Share(OncePerWorker.of(potential), run), replicas_apart, executor, progress)
     generators = [np.random.default_rng(s) for s in seeds]
     starts = [
         _start(s, t, g, thermalize) for s, t, g in zip(structures, temperatures, generators, strict=True)
     ]
-    chosen = [specialist] * n if specialist is None or isinstance(specialist, str | int) else specialist
     replicas = BatchedLangevin(
         potential,
         starts,
         temperatures=temperatures,
         generators=generators,
-        specialist=_each(chosen, n, "specialists"),
+        specialist=chosen,
         names=names,
         skin=skin,
     )
     at_rest = thermalize and ensemble == "nve"
     freedom = [degrees_of_freedom(atoms, at_rest=at_rest) for atoms in starts]
-    intact = starts if references is None else _each(references, n, "references")
-    tracker = StoppingTracker(criteria or StoppingCriteria(), replicas, intact, freedom=freedom)
+    unbroken = starts if references is None else _each(references, n, "references")
+    tracker = StoppingTracker(criteria or StoppingCriteria(), replicas, unbroken, freedom=freedom)
     records = [_Record(atoms, t) for atoms, t in zip(starts, temperatures, strict=True)]
     began = perf_counter()
     moving = list(records)
@@ -154,6 +182,46 @@ def run_replicas(
         record.trajectory(ensemble=ensemble, timestep=timestep, steps=steps, seconds=seconds)
         for record in records
     ]
+
+
+SHARED_ATOMS = 100
+"""Atoms of the replicas that a worker runs in one batch."""
+
+Replica = tuple[Atoms, float, int | Sequence[int], Atoms | None, str | int | None]
+"""Structure, temperature, seed, intact structure and specialist."""
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a worker does: run batches of replicas."""
+
+    potential: OncePerWorker[Potential]
+    run: Callable[..., list[Trajectory]]
+
+    def __call__(self, batches: Sequence[Sequence[Replica]]) -> list[list[Trajectory]]:
+        return [self._run(batch) for batch in batches]
+
+    def _run(self, batch: Sequence[Replica]) -> list[Trajectory]:
+        structures, temperatures, seeds, intact, chosen = zip(*batch, strict=True)
+        return self.run(
+            self.potential(),
+            structures,
+            temperature=temperatures,
+            seed=seeds,
+            references=None if intact[0] is None else intact,
+            specialist=chosen,
+        )
+
+
+def _by_workers(
+    share: _Share, replicas: Sequence[Replica], executor: Executor, progress: Progress
+) -> list[Trajectory]:
+    batches = list(chunks(replicas, SHARED_ATOMS, size=lambda replica: len(replica[0])))
+    keys = [str(k) for k in range(len(batches))]
+    found = run_chunks(
+        share, batches, keys=keys, executor=executor, chunk=1, progress=progress, what="batches of replicas"
+    )
+    return [run for runs in found for run in runs]
 
 
 Choice = str | int | Sequence[str | int | None] | None

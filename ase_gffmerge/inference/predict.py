@@ -1,4 +1,4 @@
-r"""Predictions of a force field that does not change: one structure or batches, Hessians, extrapolation grades.
+r"""Predictions of a force field that does not change: single or many structures, Hessians, extrapolation grades.
 
 The grade comes from the features of the same forward pass (:mod:`ase_gffmerge.forcefield.leverage`). Disagreement is the
 standard deviation of the forces of K specialists on an atom,
@@ -15,11 +15,10 @@ Second derivatives of the energy, row by row, so that memory does not grow with 
 
 One reverse pass gives the gradient together with the graph of its computation; every row of the Hessian is a further reverse
 pass through that graph (a Hessian-vector product with a unit vector).
-
-Predictions for many structures, in batches of a size that memory allows.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import repeat, starmap
 
@@ -38,6 +37,7 @@ from ase_gffmerge.graphs.graph import AtomGraph, Graph, edge_vectors
 from ase_gffmerge.inference.compiled import Compile, CompiledPotential
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import chunks, in_parts
+from ase_gffmerge.runtime.executors import OncePerWorker, run_chunks
 from ase_gffmerge.runtime.progress import Progress, no_progress
 
 
@@ -288,6 +288,8 @@ def predict_frames(
     names: Sequence[str] | None = None,
     where: Sequence[str] | None = None,
     max_edges: int | None = None,
+    executor: Executor | None = None,
+    progress: Progress = no_progress,
 ) -> FramePredictions:
     """Evaluate frames in batches (:func:`.predict_batches`), smaller ones if memory is short.
 
@@ -299,6 +301,12 @@ def predict_frames(
         Names of the specialists in the order of their indices, for frames that name theirs.
     where
         What each frame is called in messages, for example ``water.xyz, frame 3``; default: its number.
+    max_edges
+        Size of a batch.
+    executor
+        Workers among which frames are shared out; default: this process.
+    progress
+        Of the workers, called with a fraction (0 to 1) and a description.
 
     Raises
     ------
@@ -310,33 +318,72 @@ def predict_frames(
         When a single frame does not fit into the device's memory.
     """
     check_frames(potential, frames, where)
-    served, hyper = potential.for_inference(), potential.hyper
-
-    def graph(index: int, atoms: Atoms) -> AtomGraph:
-        try:
-            prepared = with_indices(atoms, hyper.n_embeddings, names=names, default=specialist)
-            return build_graph(prepared, hyper.cutoff, dtype=potential.dtype)
-        except StructureError as error:
-            raise StructureError(f"{_called(where, index)}: {error}") from None
-
-    predictions = predict_batches(
-        lambda batch: (predict(served, batch), None),
-        starmap(graph, enumerate(frames)),
-        device=potential.device,
-        max_edges=max_edges,
-    )
-    found = [prediction for prediction, _ in predictions]
+    graphs = _Graphs(potential.hyper.cutoff, potential.dtype, potential.hyper.n_embeddings, specialist, names)
+    items = [(_called(where, k), atoms) for k, atoms in enumerate(frames)]
+    if executor is None:
+        found = list(_predicted(potential, starmap(graphs, items), max_edges))
+    else:
+        share, keys = (
+            _Share(OncePerWorker.of(potential), graphs, max_edges),
+            [str(k) for k in range(len(items))],
+        )
+        found = run_chunks(share, items, keys=keys, executor=executor, what="frames", progress=progress)
     return FramePredictions(
         numbers=[atoms.numbers for atoms in frames],
-        energies=np.array([prediction.energy.item() for prediction in found]),
-        forces=[prediction.forces.double().numpy() for prediction in found],
+        energies=np.array([one["energy"] for one in found]),
+        forces=[one["forces"] for one in found],
         stresses=[
-            prediction.strain_derivative[0].double().numpy() / atoms.get_volume()
-            if atoms.cell.rank == 3
-            else None
-            for prediction, atoms in zip(found, frames, strict=True)
+            one["virial"] / atoms.get_volume() if atoms.cell.rank == 3 else None
+            for one, atoms in zip(found, frames, strict=True)
         ],
     )
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """Graphs of frames for one potential."""
+
+    cutoff: float
+    dtype: torch.dtype
+    n_embeddings: int
+    specialist: str | int | None
+    names: Sequence[str] | None
+
+    def __call__(self, called: str, atoms: Atoms) -> AtomGraph:
+        try:
+            prepared = with_indices(atoms, self.n_embeddings, names=self.names, default=self.specialist)
+            return build_graph(prepared, self.cutoff, dtype=self.dtype)
+        except StructureError as error:
+            raise StructureError(f"{called}: {error}") from None
+
+
+def _predicted(
+    potential: Potential, graphs: Iterable[AtomGraph], max_edges: int | None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Energy (eV), forces and virial (eV) of one frame after the other."""
+    served = potential.for_inference()
+    predictions = predict_batches(
+        lambda batch: (predict(served, batch), None), graphs, device=potential.device, max_edges=max_edges
+    )
+    for found, _ in predictions:
+        virial = found.strain_derivative[0].double().numpy()
+        yield {
+            "energy": found.energy.double().numpy()[0],
+            "forces": found.forces.double().numpy(),
+            "virial": virial,
+        }
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a worker does with some frames and their names."""
+
+    potential: OncePerWorker[Potential]
+    graphs: _Graphs
+    max_edges: int | None
+
+    def __call__(self, items: Sequence[tuple[str, Atoms]]) -> list[dict[str, np.ndarray]]:
+        return list(_predicted(self.potential(), starmap(self.graphs, items), self.max_edges))
 
 
 def check_frames(potential: Potential, frames: Sequence[Atoms], where: Sequence[str] | None = None) -> None:

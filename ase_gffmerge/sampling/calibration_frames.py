@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,7 @@ def sample_frames(
     options: SampleOptions | None = None,
     *,
     criteria: StoppingCriteria | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> SampleResult:
     """Sample calibration frames by short molecular dynamics with the specialist itself.
@@ -110,6 +112,8 @@ def sample_frames(
     criteria
         What is refused; default: broken bonds, overlaps, runaway temperature and, when the specialist has an extrapolation
         grade, atoms beyond twice the edge of its calibration frames.
+    executor
+        Workers among which the dynamics are shared out (:func:`.run_replicas`); default: this process.
     progress
         Called with a fraction (0 to 1) and a description.
 
@@ -121,7 +125,7 @@ def sample_frames(
     began = time.perf_counter()
     options, criteria = options or SampleOptions(), criteria or standard_criteria(specialist)
     _check(specialist)
-    starts, rejected = _relaxed(specialist.potential, structures, options, criteria)
+    starts, rejected = _relaxed(specialist.potential, structures, options, criteria, executor)
     n_displaced = round(options.rattled * options.n)
     ladder = run_ladder(
         specialist.potential,
@@ -129,6 +133,7 @@ def sample_frames(
         options,
         criteria=criteria,
         n=options.n - n_displaced,
+        executor=executor,
         progress=progress or no_progress,
     )
     rejected += ladder.stopped
@@ -163,7 +168,11 @@ def _counts(rejected: Mapping[str, int]) -> str:
 
 
 def _relaxed(
-    potential: Potential, structures: Sequence[Atoms], options: SampleOptions, criteria: StoppingCriteria
+    potential: Potential,
+    structures: Sequence[Atoms],
+    options: SampleOptions,
+    criteria: StoppingCriteria,
+    executor: Executor | None,
 ) -> tuple[list[Atoms], Counter[str]]:
     """Structures cooled to rest, and why some were lost on the way."""
     if not options.relax:
@@ -179,6 +188,7 @@ def _relaxed(
         every=steps,
         friction=DAMPING,
         criteria=criteria,
+        executor=executor,
     )
     whole = [run.frames[-1] for run in runs if run.stopped is None]
     return whole, Counter(run.stopped for run in runs if run.stopped is not None)

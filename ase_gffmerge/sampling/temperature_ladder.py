@@ -12,6 +12,7 @@ where C is the autocorrelation of interatomic distances, averaged over pairs of 
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Annotated
@@ -172,6 +173,7 @@ def run_ladder(
     *,
     n: int,
     criteria: StoppingCriteria,
+    executor: Executor | None = None,
     progress: Callable[[float, str], None],
 ) -> Ladder:
     """Run every structure at every temperature until there are ``n`` decorrelated frames, or time is over.
@@ -186,6 +188,8 @@ def run_ladder(
         Frames wanted; when there are more they are thinned out evenly.
     criteria
         What stops a replica; bonds are compared with those of its structure.
+    executor
+        Workers among which replicas are shared out; default: this process.
     progress
         Called with a fraction (0 to 1) and a description.
     """
@@ -198,7 +202,15 @@ def run_ladder(
         moving = [replica for replica in replicas if replica.stopped is None]
         if not moving:
             break
-        _segment(potential, moving, options, segment=segment, criteria=criteria, progress=progress)
+        _segment(
+            potential,
+            moving,
+            options,
+            segment=segment,
+            criteria=criteria,
+            executor=executor,
+            progress=progress,
+        )
         decorrelation = decorrelation_time([replica.candidates for replica in replicas], INTERVAL)
         stride = math.ceil(decorrelation / INTERVAL)
         chosen = [(replica, atoms) for replica in replicas for atoms in replica.candidates[::stride]]
@@ -221,6 +233,7 @@ def _segment(
     *,
     segment: int,
     criteria: StoppingCriteria,
+    executor: Executor | None,
     progress: Callable[[float, str], None],
 ) -> None:
     every = max(1, round(INTERVAL / options.timestep))
@@ -239,6 +252,7 @@ def _segment(
         thermalize=segment == 0,
         references=[replica.start for replica in moving],
         criteria=criteria,
+        executor=executor,
         progress=lambda fraction, text: progress(done + fraction * length / options.longest, text),
     )
     for replica, run in zip(moving, runs, strict=True):

@@ -34,6 +34,7 @@ from ase_gffmerge.inference.errors import evaluate
 from ase_gffmerge.merging.selection import bundled_ancestor
 from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, Method, Requirement
 from ase_gffmerge.models import build_potential
+from ase_gffmerge.storage.results import ResultStore
 from helpers.structures import OWN_ARCHITECTURES
 from helpers.toys import SHALLOW, labelled, rattled, relative, toy
 
@@ -375,8 +376,13 @@ def test_methods_that_call_the_merge_say_so() -> None:
 def test_garbled_rows_are_measured_again(merge_inputs: MergeInputs, tests, calls, tmp_path: Path) -> None:
     store = RowStore(tmp_path, merge_inputs, tests)
     compare_methods(merge_inputs, tests, ["first"], store=store)
-    for text in ("{", '{"errors": []}'):
-        store.path("first").write_text(text)
+    key = store.key("first", METHODS["first"])
+    for spoil in (
+        lambda path: path.write_text("{"),
+        lambda path: ResultStore(tmp_path).keep({key: {"errors": []}}),
+    ):
+        for path in tmp_path.glob("*.safetensors"):
+            spoil(path)
         assert list(compare_methods(merge_inputs, tests, ["first"], store=store).rows) == [
             "specialist",
             "first",

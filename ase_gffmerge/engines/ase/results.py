@@ -176,7 +176,7 @@ def evaluate_structures(
     GFFMergeError, PropertyNotImplementedError
         As the calculator does for a single structure, with the index of the structure.
     """
-    originals = _listed(structures)
+    originals = listed(structures)
     wanted = _wanted(properties, (*served, GRADE) if force_field.extrapolation_grade is not None else served)
     prepared = []
     for k, atoms in enumerate(originals):
@@ -225,11 +225,10 @@ def _checked(force_field: ForceField, atoms: Atoms, specialist: str | int | None
     return prepared
 
 
-def _listed(structures: Iterable[Atoms]) -> list[Atoms]:
+def listed(structures: Iterable[Atoms]) -> list[Atoms]:
+    """A list of structures; a single one, or something else in it, is refused."""
     if isinstance(structures, Atoms):
-        raise ArgumentError(
-            "evaluate() takes a list of structures and was given a single Atoms object; put it into a list"
-        )
+        raise ArgumentError("a list of structures is needed, not a single Atoms object; put it into a list")
     listed = list(structures)
     for k, atoms in enumerate(listed):
         if not isinstance(atoms, Atoms):

@@ -1,6 +1,7 @@
 """All methods side by side on the same specialists and the same test frames."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -16,7 +17,9 @@ from ase_gffmerge.evaluation.comparison.measurement import Measurement, RowStore
 from ase_gffmerge.inference.errors import Errors
 from ase_gffmerge.merging.average import related
 from ase_gffmerge.methods import METHODS, MergeInputs, Method, Requirement
+from ase_gffmerge.runtime.executors import Failure, OncePerWorker, run_chunks
 from ase_gffmerge.runtime.progress import Progress, no_progress
+from ase_gffmerge.storage.results import Record
 
 SPECIALIST = "specialist"
 UNITS = {
@@ -117,13 +120,14 @@ def compare_methods(
     *,
     labelled: Sequence[LabelledSet] = (),
     store: RowStore | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Run methods and measure them on test frames that nobody has seen.
 
     Parameters
     ----------
-    mixture
+    merge_inputs
         The specialists, see :func:`~ase_gffmerge.evaluation.comparison.inputs.make_merge_inputs`.
     tests
         Labelled frames, one set per specialist, in order.
@@ -133,6 +137,8 @@ def compare_methods(
         Where the labelled frames of the mixture come from, so that leaks from them are named.
     store
         Finished rows are taken from here, and kept here as soon as they are measured.
+    executor
+        Workers, each of which runs one method at a time; default: this process.
     progress
         Called with a fraction (0 to 1) and a description.
 
@@ -146,15 +152,33 @@ def compare_methods(
     chosen, skipped = choose(merge_inputs, methods)
     check_elements(merge_inputs, tests)
     check_leaks(tests, frames_seen(merge_inputs, labelled))
-    tell = progress or no_progress
-    rows = {SPECIALIST: _specialist_row(merge_inputs, tests, store)}
-    for done, method in enumerate(chosen):
-        try:
-            rows[method.name] = _row(
-                method, merge_inputs, tests, store, _section(tell, done, len(chosen), method.name)
-            )
-        except GFFMergeError as error:
-            skipped[method.name] = " ".join(str(error).split())
+    models = [SPECIALIST, *(method.name for method in chosen)]
+    keys = (
+        [store.key(model, method) for model, method in zip(models, [None, *chosen], strict=True)]
+        if store
+        else models
+    )
+    tell, given = progress or no_progress, (merge_inputs, tuple(tests))
+    if executor is None:
+        sections = {model: _section(tell, k, len(chosen), model) for k, model in enumerate(models[1:])}
+        found = run_chunks(_Rows(lambda: given, sections), models, keys=keys, chunk=1, store=store)
+    else:
+        found = run_chunks(
+            _Rows(OncePerWorker.of(given), {}),
+            models,
+            keys=keys,
+            executor=executor,
+            chunk=1,
+            store=store,
+            progress=tell,
+            what="methods",
+        )
+    rows = {}
+    for model, row in zip(models, found, strict=True):
+        if isinstance(row, Failure):
+            skipped[model] = row.message
+        else:
+            rows[model] = Measurement.from_dict(row)
     names = tuple(specialist.name for specialist in merge_inputs.specialists)
     return Comparison(
         names=names,
@@ -181,32 +205,26 @@ def choose(merge_inputs: MergeInputs, names: Sequence[str] | None) -> tuple[list
     return chosen, skipped
 
 
-def _specialist_row(
-    merge_inputs: MergeInputs, tests: Sequence[LabelledSet], store: RowStore | None
-) -> Measurement:
-    row = store.find(SPECIALIST) if store else None
-    if row is None:
-        row = measure_specialists(merge_inputs, tests)
-        if store:
-            store.keep(row, SPECIALIST)
-    return row
+@dataclass(frozen=True)
+class _Rows:
+    """What a worker does with names of methods: measure them."""
 
+    given: Callable[[], tuple[MergeInputs, tuple[LabelledSet, ...]]]
+    sections: Mapping[str, Progress]
 
-def _row(
-    method: Method,
-    merge_inputs: MergeInputs,
-    tests: Sequence[LabelledSet],
-    store: RowStore | None,
-    progress: Progress,
-) -> Measurement:
-    """A finished row, or a new one, kept at once."""
-    row = store.find(method.name, method) if store else None
-    if row is None:
+    def __call__(self, models: Sequence[str]) -> list[Record | Failure]:
+        return [self._row(model) for model in models]
+
+    def _row(self, model: str) -> Record | Failure:
+        merge_inputs, tests = self.given()
+        if model == SPECIALIST:
+            return measure_specialists(merge_inputs, tests).to_dict()
+        progress = self.sections.get(model, no_progress)
         progress(0.0, "")
-        row = measure(method, merge_inputs, tests, progress)
-        if store:
-            store.keep(row, method.name, method)
-    return row
+        try:
+            return measure(METHODS[model], merge_inputs, tests, progress).to_dict()
+        except GFFMergeError as error:
+            return Failure(" ".join(str(error).split()))
 
 
 def _section(progress: Progress, done: int, total: int, name: str) -> Progress:

@@ -1,7 +1,4 @@
-"""What is measured of one method (errors, seconds, size, cost), kept on disk so that a comparison can be resumed.
-
-Finished rows of comparisons on disk, one small JSON file each, so that an interrupted comparison goes on.
-"""
+"""What is measured of one method (errors, seconds, size, cost), kept on disk so that a comparison can be resumed."""
 
 import hashlib
 import json
@@ -28,7 +25,7 @@ from ase_gffmerge.merging.recipe import MERGE_VERSION
 from ase_gffmerge.methods import MergeInputs, MergeOutput, Method, Requirement
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress, no_progress
-from ase_gffmerge.storage.tensor_file import atomic_write, require_writable
+from ase_gffmerge.storage.results import Record, ResultStore
 from ase_gffmerge.workflows.cache import MergeCache
 
 WARM_UP, REPEATS = 3, 21
@@ -218,7 +215,7 @@ class RowStore:
     ----------
     folder
         Made when it does not exist.
-    mixture, tests
+    merge_inputs, tests
         What is compared: a row of other weights, frames, device or version is not found.
     fresh
         Find nothing: every row is measured again and replaces the old one.
@@ -232,43 +229,34 @@ class RowStore:
     def __init__(
         self, folder: Path, merge_inputs: MergeInputs, tests: Sequence[LabelledSet], *, fresh: bool = False
     ):
-        self.folder, self.fresh = folder.expanduser(), fresh
+        self._results = ResultStore(folder, fresh)
         self._parts, self._needed = _parts(merge_inputs, tests), _needed(merge_inputs)
-        require_writable(self.folder / "row.json")
 
-    def path(self, model: str, method: Method | None = None) -> Path:
-        """File of a row, of the specialists themselves without a method.
+    def key(self, model: str, method: Method | None = None) -> str:
+        """Name of a row, of the specialists themselves without a method.
 
         Base, labels and the version of the merge count only for methods that declare to need or to use them.
         """
         needs = sorted(method.needs) if method else []
         always = {**self._parts, "merge": MERGE_VERSION if method and method.merges else None}
         parts = [always, *(self._needed[need] for need in needs), model]
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        return self.folder / f"{model}-{key[:24]}.json"
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def find(self, model: str, method: Method | None = None) -> Measurement | None:
-        """A finished row; ``None`` when there is none, or it cannot be read."""
-        path = self.path(model, method)
-        if self.fresh or not path.is_file():
-            return None
-        try:
-            return Measurement.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+    def find(self, keys: Sequence[str]) -> dict[str, Record]:
+        """Finished rows of these keys, those that this version understands."""
+        return {key: row for key, row in self._results.find(keys).items() if _is_row(row)}
 
-    def keep(self, row: Measurement, model: str, method: Method | None = None) -> None:
-        """Write a finished row at once and atomically.
+    def keep(self, records: Mapping[str, Record]) -> None:
+        """Write finished rows at once and atomically."""
+        self._results.keep(records, name="row")
 
-        Parameters
-        ----------
-        row
-            What was measured.
-        model, method
-            As in :meth:`path`.
-        """
-        text = json.dumps(row.to_dict(), indent=1)
-        atomic_write(self.path(model, method), text)
+
+def _is_row(record: Record) -> bool:
+    try:
+        Measurement.from_dict(record)
+    except (LookupError, TypeError):
+        return False
+    return True
 
 
 def _parts(merge_inputs: MergeInputs, tests: Sequence[LabelledSet]) -> dict[str, object]:
