@@ -1,6 +1,6 @@
 """Structures as graphs: neighbor lists, batches, and derivatives of the energy."""
 
-from ase_gffmerge.graphs.derivatives import EdgeFunction, Prediction, predict
+from ase_gffmerge.graphs.derivatives import EdgeFunction, Prediction, hessian, predict
 from ase_gffmerge.graphs.graph import AtomGraph, Topology, batch_graphs, build_graph, edge_vectors
 from ase_gffmerge.graphs.neighbor_list import find_neighbors
 
@@ -13,5 +13,6 @@ __all__ = [
     "build_graph",
     "edge_vectors",
     "find_neighbors",
+    "hessian",
     "predict",
 ]

@@ -1,4 +1,4 @@
-r"""Energies, forces and stress of a batch from one reverse pass.
+r"""Energies, forces and stress of a batch from one reverse pass; Hessians.
 
 Geometry enters a potential only through the edge vectors
 :math:`\mathbf d_e = \mathbf r_j - \mathbf r_i + S\,h`, so the one gradient
@@ -11,16 +11,25 @@ Geometry enters a potential only through the edge vectors
    \sigma = \frac1V \frac{\partial E}{\partial\varepsilon},
 
 where the strain acts on row vectors, :math:`h \to h(1+\varepsilon)`.
+
+Second derivatives of the energy, row by row, so that memory does not grow with their number.
+
+.. math:: H_{ia,jb} = \frac{\partial^2 E}{\partial r_{ia}\,\partial r_{jb}}
+
+One reverse pass gives the gradient together with the graph of its computation; every row of the Hessian is a further reverse
+pass through that graph (a Hessian-vector product with a unit vector).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ase_gffmerge.graphs.graph import AtomGraph, Topology, edge_vectors
+from ase_gffmerge.runtime.progress import Progress, no_progress
 
 
 class EdgeFunction(Protocol):
@@ -142,3 +151,40 @@ def assemble(graph: AtomGraph, vectors: Tensor, derivatives: EdgeDerivatives) ->
         )
         energy = energies.new_zeros(n).index_add(0, structure, energies)
     return Prediction(energies, energy, forces, strain_derivative, tuple(scalars))
+
+
+def hessian(
+    function: EdgeFunction,
+    graph: AtomGraph,
+    *,
+    indices: Sequence[int] | None = None,
+    progress: Progress = no_progress,
+) -> np.ndarray:
+    """Hessian (3 n_atoms, 3 n_atoms) of a structure's energy in eV/Å^2, symmetric; or the rows of some atoms alone.
+
+    Parameters
+    ----------
+    function
+        A potential that can be differentiated twice; the ones prepared for inference cannot.
+    graph
+        The structure, on the potential's device; its positions decide the precision of the geometry.
+    indices
+        Atoms whose rows (3 n_indices, 3 n_atoms) are wanted.
+    progress
+        Called with a fraction (0 to 1) and a description.
+    """
+    positions = graph.positions.detach().clone().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        energies, _ = function(edge_vectors(graph, positions), graph)
+        chosen = range(len(positions)) if indices is None else indices
+        size = 3 * len(chosen)
+        if not energies.requires_grad or graph.n_edges == 0:
+            return np.zeros((size, positions.numel()))
+        (gradient,) = torch.autograd.grad(energies.sum(), positions, create_graph=True)
+        rows = torch.empty(size, positions.numel(), dtype=gradient.dtype)
+        for i, component in enumerate(gradient[list(chosen)].flatten()):
+            (row,) = torch.autograd.grad(component, positions, retain_graph=True)
+            rows[i] = row.flatten().cpu()
+            progress((i + 1) / size, f"Hessian, row {i + 1} of {size}")
+    matrix = rows.double().numpy()
+    return matrix if indices is not None else 0.5 * (matrix + matrix.T)

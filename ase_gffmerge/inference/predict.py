@@ -1,4 +1,4 @@
-r"""Predictions of a force field that does not change: single or many structures, Hessians, extrapolation grades.
+r"""Predictions of a force field that does not change: single or many structures, extrapolation grades.
 
 The grade comes from the features of the same forward pass (:mod:`ase_gffmerge.forcefield.leverage`). Disagreement is the
 standard deviation of the forces of K specialists on an atom,
@@ -8,13 +8,6 @@ standard deviation of the forces of K specialists on an atom,
 Specialists that know different systems are no ensemble: inside the domain of only one of them they disagree although the
 merged potential is good, and far from all of them they may err together. Their disagreement says whose domain an atom is
 in rather than how good the merged potential is; for that there is the extrapolation grade.
-
-Second derivatives of the energy, row by row, so that memory does not grow with their number.
-
-.. math:: H_{ia,jb} = \frac{\partial^2 E}{\partial r_{ia}\,\partial r_{jb}}
-
-One reverse pass gives the gradient together with the graph of its computation; every row of the Hessian is a further reverse
-pass through that graph (a Hessian-vector product with a unit vector).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +25,7 @@ from ase_gffmerge.errors import FramesError, StructureError
 from ase_gffmerge.forcefield.conditioning import with_indices
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
-from ase_gffmerge.graphs.derivatives import EdgeFunction, assemble, differentiate
+from ase_gffmerge.graphs.derivatives import assemble, differentiate
 from ase_gffmerge.graphs.graph import AtomGraph, Graph, edge_vectors
 from ase_gffmerge.inference.compiled import Compile, CompiledPotential
 from ase_gffmerge.models import Potential
@@ -126,43 +119,6 @@ def _forces(specialist: ForceField, atoms: Atoms) -> torch.Tensor:
     bare = Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
     graph = build_graph(bare, specialist.cutoff).to(specialist.potential.device)
     return predict_graded(specialist, graph)[0].forces.double().cpu()
-
-
-def hessian(
-    function: EdgeFunction,
-    graph: AtomGraph,
-    *,
-    indices: Sequence[int] | None = None,
-    progress: Progress = no_progress,
-) -> np.ndarray:
-    """Hessian (3 n_atoms, 3 n_atoms) of a structure's energy in eV/Å^2, symmetric; or the rows of some atoms alone.
-
-    Parameters
-    ----------
-    function
-        A potential that can be differentiated twice; the ones prepared for inference cannot.
-    graph
-        The structure, on the potential's device; its positions decide the precision of the geometry.
-    indices
-        Atoms whose rows (3 n_indices, 3 n_atoms) are wanted.
-    progress
-        Called with a fraction (0 to 1) and a description.
-    """
-    positions = graph.positions.detach().clone().requires_grad_()
-    with torch.inference_mode(False), torch.enable_grad():
-        energies, _ = function(edge_vectors(graph, positions), graph)
-        chosen = range(len(positions)) if indices is None else indices
-        size = 3 * len(chosen)
-        if not energies.requires_grad or graph.n_edges == 0:
-            return np.zeros((size, positions.numel()))
-        (gradient,) = torch.autograd.grad(energies.sum(), positions, create_graph=True)
-        rows = torch.empty(size, positions.numel(), dtype=gradient.dtype)
-        for i, component in enumerate(gradient[list(chosen)].flatten()):
-            (row,) = torch.autograd.grad(component, positions, retain_graph=True)
-            rows[i] = row.flatten().cpu()
-            progress((i + 1) / size, f"Hessian, row {i + 1} of {size}")
-    matrix = rows.double().numpy()
-    return matrix if indices is not None else 0.5 * (matrix + matrix.T)
 
 
 BatchPredictor = Callable[[AtomGraph], tuple[Prediction, Tensor | None]]

@@ -6,7 +6,7 @@ import torch
 from ase import Atoms
 
 from ase_gffmerge.graphs import build_graph, predict
-from ase_gffmerge.inference.predict import hessian
+from ase_gffmerge.graphs.derivatives import hessian
 from ase_gffmerge.models import Potential
 
 

@@ -16,8 +16,8 @@ from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.forcefield.force_field import bundled_test_frames, repelling
 from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.graphs import build_graph, predict
+from ase_gffmerge.graphs.derivatives import hessian
 from ase_gffmerge.inference.compiled import CompiledPotential
-from ase_gffmerge.inference.predict import hessian
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.core_repulsion import BONDED, MARGIN, WIDTH, zbl_energy
 from ase_gffmerge.storage.tensor_file import read_file, write_file

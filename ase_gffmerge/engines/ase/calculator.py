@@ -37,10 +37,10 @@ from ase_gffmerge.engines.ase.results import (
 from ase_gffmerge.errors import ArgumentError
 from ase_gffmerge.forcefield.conditioning import KEY, same_choice
 from ase_gffmerge.forcefield.force_field import symbols
-from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.graphs import AtomGraph, hessian
 from ase_gffmerge.graphs.verlet import VerletCache
 from ase_gffmerge.inference.compiled import Compile
-from ase_gffmerge.inference.predict import Predictor, force_disagreement, hessian
+from ase_gffmerge.inference.predict import Predictor, force_disagreement
 from ase_gffmerge.integrations.load import Source
 from ase_gffmerge.runtime.devices import ForkSafeLock, resolve_device
 from ase_gffmerge.runtime.progress import Progress, no_progress
