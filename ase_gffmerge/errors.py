@@ -77,6 +77,10 @@ class MissingExtrapolationGradeError(GFFMergeError):
     """A force field was saved without an extrapolation grade, so that nothing can say where it extrapolates."""
 
 
+class MissingUncertaintyError(GFFMergeError):
+    """A force field was saved without calibrated standard deviations of energies and forces."""
+
+
 class ExtrapolationError(GFFMergeError):
     """A structure is beyond what the force field was calibrated on.
 

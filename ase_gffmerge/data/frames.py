@@ -43,10 +43,10 @@ HELD_OUT = 10
 """Every tenth frame is held out of fits."""
 
 
-def hold_out_tenth(frames: Sequence[Atoms]) -> tuple[list[Atoms], list[Atoms]]:
+def hold_out_tenth(frames: Sequence[Item]) -> tuple[list[Item], list[Item]]:
     """Split frames into those that a fit sees and every tenth one (the last one, where there are fewer) that it does not."""
     every = min(HELD_OUT, len(frames))
-    fitted = [atoms for i, atoms in enumerate(frames) if i % every != every - 1]
+    fitted = [frame for i, frame in enumerate(frames) if i % every != every - 1]
     return fitted, list(frames[every - 1 :: every])
 
 

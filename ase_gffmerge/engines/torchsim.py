@@ -46,10 +46,22 @@ class TorchSimModel(ModelInterface):
         With per-specialist conditioning, name or index of the specialist that all atoms belong to.
     skin
         Of the neighbor lists, Å; it changes the speed, not the result.
+    forces_std
+        Whether standard deviations of the forces are wanted, too, at the cost of about eight evaluations.
     """
 
-    def __init__(self, force_field: ForceField, *, specialist: str | int | None = None, skin: float = 1.0):
+    def __init__(
+        self,
+        force_field: ForceField,
+        *,
+        specialist: str | int | None = None,
+        skin: float = 1.0,
+        forces_std: bool = False,
+    ):
         super().__init__()
+        if forces_std:
+            force_field.require_uncertainty()
+        self.forces_std = forces_std
         self.force_field, self.specialist, self.skin = force_field, specialist, skin
         self._predictor = Predictor(force_field, compile=False)
         self._device, self._dtype = force_field.potential.device, torch.float64
@@ -64,7 +76,8 @@ class TorchSimModel(ModelInterface):
         -------
         dict
             ``energy`` (n_systems,) eV, ``forces`` (n_atoms, 3) eV/Å, ``stress`` (n_systems, 3, 3) eV/Å^3, positive under
-            tension, and, if the force field has extrapolation grades, ``extrapolation`` (n_atoms,).
+            tension, and, if the force field has them, ``extrapolation`` (n_atoms,), ``energy_std`` (n_systems,) and, if
+            they were asked for, ``forces_std`` (n_atoms, 3).
 
         Raises
         ------
@@ -75,12 +88,15 @@ class TorchSimModel(ModelInterface):
             state = SimState(**state, masses=torch.ones_like(state["positions"][:, 0]))
         with torch.inference_mode(False):
             graph = self._graph(state)
-            prediction, grades = self._predictor(graph)
+            prediction, grades = self._predictor(graph, forces_std=self.forces_std)
         volume = torch.linalg.det(graph.cell).abs()[:, None, None]
         stress = torch.where(volume > 0, prediction.strain_derivative / volume, torch.nan)
         results = {"energy": prediction.energy, "forces": prediction.forces, "stress": stress}
         if grades is not None:
             results["extrapolation"] = grades
+        for name in ("energy_std", "forces_std"):
+            if (deviations := getattr(prediction, name)) is not None:
+                results[name] = deviations
         return {name: values.to(state.positions.dtype) for name, values in results.items()}
 
     def _graph(self, state: SimState) -> AtomGraph:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +18,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from ase_gffmerge.data.readers import read_frames
-from ase_gffmerge.errors import FileFormatError, FramesError, StructureError
+from ase_gffmerge.errors import FileFormatError, FramesError, MissingUncertaintyError, StructureError
 from ase_gffmerge.forcefield.conditioning import KEY, with_indices, without_choice
 from ase_gffmerge.forcefield.leverage import ExtrapolationGrade, fit_extrapolation_grade
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
@@ -29,6 +30,7 @@ from ase_gffmerge.forcefield.serialization import (
     require_same_again,
     require_sound,
 )
+from ase_gffmerge.forcefield.uncertainty import calibrated_deviations, labelled
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.core_repulsion import fit_core_repulsion
 from ase_gffmerge.storage.tensor_file import content_digest, write_file
@@ -89,7 +91,8 @@ class ForceField:
     merged
         How it was merged; ``None`` for a specialist.
     extrapolation_grade
-        Measures how far atoms are from the calibration frames; it belongs to these weights.
+        Measures how far atoms are from the calibration frames; with ``deviations``, also standard deviations of energies
+        and forces. It belongs to these weights.
     """
 
     name: str
@@ -140,6 +143,16 @@ class ForceField:
     def specialist_names(self) -> tuple[str, ...]:
         """Names of the specialists it was merged from, in the order of their indices; its own if it was not merged."""
         return self.merged.specialists if self.merged else (self.name,)
+
+    def require_uncertainty(self) -> ExtrapolationGrade:
+        """Give the extrapolation grade, or raise :class:`MissingUncertaintyError` unless it is calibrated."""
+        grade = self.extrapolation_grade
+        if grade is None or grade.deviations is None:
+            raise MissingUncertaintyError(
+                f"{self.name!r} has no calibrated uncertainty: it is a single specialist, or a merge by an older version or "
+                "of too few frames; merge again, or give the calculator ForceField.load(...).with_uncertainty(labelled)"
+            )
+        return grade
 
     def check_species(self, atoms: Atoms) -> None:
         """Raise :class:`StructureError` when ``atoms`` holds elements that the potential does not know."""
@@ -242,6 +255,39 @@ class ForceField:
         Use it for a specialist, and again after anything that changes a potential's weights: the old grade no longer fits.
         """
         return replace(self, extrapolation_grade=fit_extrapolation_grade(self.potential, [self.calibration]))
+
+    def with_uncertainty(self, frames: Sequence[Atoms]) -> Self:
+        """Return a copy with standard deviations of energies and forces that labels calibrate (weights are shared).
+
+        Parameters
+        ----------
+        frames
+            Labelled frames that nothing was fitted to; twenty are enough. Those of several specialists count by their
+            number.
+
+        Raises
+        ------
+        FramesError
+            Without calibration frames of its own, which say what is well known, or where the labels determine nothing.
+        """
+        own = self if self.extrapolation_grade is not None else self.with_extrapolation_grade()
+        if own.extrapolation_grade is None:
+            raise FramesError(
+                f"{self.name!r} carries no calibration frames, which say what it knows well; add some with "
+                "ForceField.with_calibration(frames)"
+            )
+        grade = deepcopy(own.extrapolation_grade)
+        grade.deviations = None
+        prepared = [self.prepared(atoms) for atoms in frames]
+        for one, atoms in zip(prepared, frames, strict=True):
+            one.calc = atoms.calc
+        grade.deviations = calibrated_deviations(grade, self.potential, [prepared], [labelled])
+        if grade.deviations is None:
+            raise FramesError(
+                f"the {len(frames)} frames calibrate no uncertainty of {self.name!r}; give labelled frames of elements "
+                "that its calibration frames contain"
+            )
+        return replace(self, extrapolation_grade=grade)
 
     def with_core_repulsion(self) -> Self:
         """Return a copy with a core repulsion that begins beyond its own calibration frames (weights are shared).

@@ -55,16 +55,21 @@ class ExtrapolationGrade(nn.Module):
         Atomic numbers among the calibration atoms. Atoms of any other element have an infinite grade.
     whitening
         One matrix W per element (n_species, d, d): :math:`W W^T = (G + \mu)^{-1} / s^2`.
+    deviations
+        :math:`\alpha_E` and :math:`\alpha_F` (2,), which make standard deviations of leverages (:mod:`.uncertainty`);
+        ``None`` where nothing calibrated them.
     """
 
     species: Tensor
     whitening: Tensor
+    deviations: Tensor | None
     row: Tensor
 
-    def __init__(self, species: Tensor, whitening: Tensor):
+    def __init__(self, species: Tensor, whitening: Tensor, deviations: Tensor | None = None):
         super().__init__()
         self.register_buffer("species", species)
         self.register_buffer("whitening", whitening)
+        self.register_buffer("deviations", deviations)
         row = torch.full((119,), len(species), device=species.device)
         row[species] = torch.arange(len(species), device=species.device)
         self.register_buffer("row", row, persistent=False)
@@ -73,12 +78,16 @@ class ExtrapolationGrade(nn.Module):
         """Features z (n_atoms, d): the last d of all blocks' scalars, each (n_atoms, channels)."""
         return torch.cat(list(scalars), dim=-1)[:, -self.whitening.shape[1] :].to(self.whitening.dtype)
 
+    def whitened(self, scalars: Sequence[Tensor], atomic_numbers: Tensor) -> Tensor:
+        """Whitened features :math:`y_i = z_i W_{Z_i}` (n_atoms, d), infinite for elements without a matrix."""
+        z, row = self.inputs(scalars), self.row[atomic_numbers]
+        y = torch.matmul(z, self.whitening)
+        own = row.clamp(max=len(self.species) - 1)[None, :, None].expand(1, *z.shape)
+        return torch.where((row < len(self.species))[:, None], y.gather(0, own).squeeze(0), torch.inf)
+
     def forward(self, scalars: Sequence[Tensor], atomic_numbers: Tensor) -> Tensor:
         """Grades (n_atoms,); 1 is the edge of the calibration set."""
-        z = self.inputs(scalars)
-        lengths = torch.matmul(z, self.whitening).norm(dim=-1)
-        lengths = torch.cat([lengths, lengths.new_full((1, len(z)), torch.inf)])
-        return lengths.gather(0, self.row[atomic_numbers][None]).squeeze(0)
+        return self.whitened(scalars, atomic_numbers).norm(dim=-1)
 
 
 def fit_extrapolation_grade(
@@ -100,7 +109,17 @@ def fit_extrapolation_grade(
     """
     if not any(calibration):
         return None
-    z, numbers, frame = calibration_features(potential, calibration)
+    return grade_of_features(*calibration_features(potential, calibration))
+
+
+def grade_of_features(z: Tensor, numbers: Tensor, frame: Tensor) -> ExtrapolationGrade:
+    """Extrapolation grade with respect to atoms, see :func:`calibration_features`.
+
+    Parameters
+    ----------
+    z, numbers, frame
+        Features (n_atoms, d), atomic numbers and frame indices (n_atoms,), the latter ascending.
+    """
     species = torch.unique(numbers)
     whitening = [_whitening(z[numbers == number], frame[numbers == number]) for number in species]
     return ExtrapolationGrade(species, torch.stack(whitening).float()).eval()

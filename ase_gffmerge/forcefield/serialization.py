@@ -237,8 +237,13 @@ def _unpack_extrapolation_grade(
         fits and 0 < size <= potential.hyper.channels * potential.hyper.n_blocks and _is_finite(whitening)
     ):
         raise ValueError("the extrapolation grade (its matrices do not fit its elements or are not finite)")
+    deviations = tensors.get(f"{_GRADE}deviations")
+    if deviations is not None and not (
+        deviations.shape == (2,) and deviations.dtype == whitening.dtype and _is_finite(deviations)
+    ):
+        raise ValueError("the extrapolation grade (its factors of standard deviations are no two numbers)")
     aligned = whitening.clone()  # as torch allocates: sums in BLAS may depend on it
-    return ExtrapolationGrade(species, aligned).eval().to(device=potential.device)
+    return ExtrapolationGrade(species, aligned, deviations).eval().to(device=potential.device)
 
 
 # -- calibration frames --

@@ -65,6 +65,8 @@ class Prediction:
         dE/d(strain), symmetric; divide by the volume for the stress (positive under tension).
     readout_inputs : (n_atoms, channels) each
         What the readout read: scalars after the blocks. Extrapolation grades and distillation use them.
+    energy_std, forces_std : (n_structures,) eV, (n_atoms, 3) eV/Å
+        Standard deviations, where they were asked for.
     """
 
     energies: Tensor
@@ -72,6 +74,8 @@ class Prediction:
     forces: Tensor
     strain_derivative: Tensor
     readout_inputs: tuple[Tensor, ...] = ()
+    energy_std: Tensor | None = None
+    forces_std: Tensor | None = None
 
     def stress(self, cell: Tensor) -> Tensor:
         """Stress (n_structures, 3, 3) in eV/Å^3 for cells (n_structures, 3, 3) in Å."""

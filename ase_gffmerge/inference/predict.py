@@ -1,7 +1,8 @@
 r"""Predictions of a force field that does not change: single or many structures, extrapolation grades.
 
-The grade comes from the features of the same forward pass (:mod:`ase_gffmerge.forcefield.leverage`). Disagreement is the
-standard deviation of the forces of K specialists on an atom,
+Grade and standard deviation of the energy come from the features of the same forward pass
+(:mod:`ase_gffmerge.forcefield.leverage`, :mod:`ase_gffmerge.forcefield.uncertainty`). Disagreement is the standard deviation
+of the forces of K specialists on an atom,
 
 .. math:: \sigma_i = \sqrt{\frac1K \sum_k \lVert\mathbf F_{k,i} - \bar{\mathbf F}_i\rVert^2} .
 
@@ -12,7 +13,7 @@ in rather than how good the merged potential is; for that there is the extrapola
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat, starmap
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor
 from ase_gffmerge.errors import FramesError, StructureError
 from ase_gffmerge.forcefield.conditioning import with_indices
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.forcefield.uncertainty import energy_deviations, force_deviations
 from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.derivatives import assemble, differentiate
 from ase_gffmerge.graphs.graph import AtomGraph, Graph, edge_vectors
@@ -79,10 +81,19 @@ class Predictor:
         self._eager = force_field.potential.for_inference()
         self._grade = force_field.extrapolation_grade
 
-    def __call__(self, graph: AtomGraph, *, graded: bool = True) -> tuple[Prediction, Tensor | None]:
-        """Prediction and grades (n_atoms,) as :func:`predict_graded` gives them.
+    def __call__(
+        self, graph: AtomGraph, *, graded: bool = True, forces_std: bool = False
+    ) -> tuple[Prediction, Tensor | None]:
+        """Prediction and grades (n_atoms,), with the standard deviation of the energy where grades are calibrated.
 
-        Grades are ``None`` when they are not wanted (``graded``), or the force field has none.
+        Parameters
+        ----------
+        graph
+            One graph or a batch.
+        graded
+            Whether grades and the standard deviation of the energy are wanted; the force field may have none.
+        forces_std
+            Whether those of the forces are wanted, too, which cost :data:`.PROBES` reverse passes.
         """
         vectors = edge_vectors(graph)
         if self._compiled is None:
@@ -92,7 +103,14 @@ class Predictor:
         prediction = assemble(graph, vectors, derivatives)
         if self._grade is None or not graded:
             return prediction, None
-        return prediction, self._grade(prediction.readout_inputs, graph.atomic_numbers)
+        y = self._grade.whitened(prediction.readout_inputs, graph.atomic_numbers)
+        if self._grade.deviations is not None:
+            prediction = replace(
+                prediction,
+                energy_std=energy_deviations(self._grade, y, graph),
+                forces_std=force_deviations(self._grade, self._eager, graph) if forces_std else None,
+            )
+        return prediction, y.norm(dim=-1)
 
 
 def force_disagreement(specialists: Sequence[ForceField], atoms: Atoms) -> np.ndarray:
@@ -210,7 +228,14 @@ def _apart(
     n = len(counts)
     energies, forces = (x.cpu().split(counts) for x in (prediction.energies, prediction.forces))
     energy, virial = (x.cpu().split(1) for x in (prediction.energy, prediction.strain_derivative))
-    single = [Prediction(*fields) for fields in zip(energies, energy, forces, virial, strict=True)]
+    energy_std, forces_std = (
+        [None] * n if x is None else x.cpu().split(size)
+        for x, size in ((prediction.energy_std, 1), (prediction.forces_std, counts))
+    )
+    single = [
+        Prediction(energies[k], energy[k], forces[k], virial[k], (), energy_std[k], forces_std[k])
+        for k in range(n)
+    ]
     return list(zip(single, repeat(None, n) if grades is None else grades.cpu().split(counts), strict=True))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ase_gffmerge.data.frames import bare
 from ase_gffmerge.errors import FramesError, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
+from ase_gffmerge.forcefield.uncertainty import fit_uncertainty
 from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.merging.average import working_copies
 from ase_gffmerge.merging.blockwise import align_block
@@ -183,7 +183,7 @@ def compress(
                 predict_frames(student, typical),
                 predict_frames(teacher.potential, typical),
             )
-            grade = fit_extrapolation_grade(student, [typical])
+            grade = fit_uncertainty(student, [typical], [teacher.potential])
     progress(1.0, "done")
     report = CompressionReport(
         teacher=force_field.name,

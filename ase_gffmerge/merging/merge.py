@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ase_gffmerge.data.frames import spread
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField, repelling
-from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
+from ase_gffmerge.forcefield.uncertainty import fit_uncertainty
 from ase_gffmerge.merging.average import (
     align_references,
     averaged_parameters,
@@ -121,7 +121,8 @@ def closed_form_merge(
         with clock("report"):
             disagreements, parity = diagnose(parents, mean, solved.potential)
         with clock("extrapolation"):
-            grade = fit_extrapolation_grade(solved.potential, [s.calibration for s in parents])
+            networks = [s.potential for s in parents]
+            grade = fit_uncertainty(solved.potential, [s.calibration for s in parents], networks)
             repels = recipe.core_repulsion == "auto"
             potential = repelling(solved.potential, parents) if repels else solved.potential
     report = MergeReport(

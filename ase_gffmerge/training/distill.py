@@ -32,8 +32,8 @@ from ase.data import chemical_symbols
 from ase_gffmerge.data.frames import geometry_keys, hash_frames, spread
 from ase_gffmerge.errors import IncompatibleSpecialistsError, MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField, repelling
-from ase_gffmerge.forcefield.leverage import fit_extrapolation_grade
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
+from ase_gffmerge.forcefield.uncertainty import fit_uncertainty
 from ase_gffmerge.graphs import batch_graphs, predict
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.disagreement import diagnose
@@ -226,7 +226,8 @@ def _distilled_force_field(
         recipe={**recipe, "refine": options.model_dump(mode="json")},
         report=report.to_dict(),
     )
-    extrapolation_grade = fit_extrapolation_grade(potential, [s.calibration for s in teachers.teachers])
+    networks = [s.potential for s in teachers.teachers]
+    extrapolation_grade = fit_uncertainty(potential, [s.calibration for s in teachers.teachers], networks)
     if merged.potential.core_repulsion is not None:
         potential = repelling(potential, teachers.teachers)
     return replace(merged, potential=potential, merged=record, extrapolation_grade=extrapolation_grade)

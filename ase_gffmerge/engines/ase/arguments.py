@@ -84,7 +84,9 @@ def dispersion_choice(dispersion: str | None, force_field: ForceField) -> Disper
     return Dispersion.parse(dispersion)
 
 
-def served_force_field(resolved: Resolved, device: torch.device, dtype: torch.dtype) -> ForceField:
+def served_force_field(
+    resolved: Resolved, device: torch.device, dtype: torch.dtype, forces_std: bool = False
+) -> ForceField:
     """Bring the force field to the device, frozen; the caller's object stays as it is.
 
     Parameters
@@ -93,7 +95,16 @@ def served_force_field(resolved: Resolved, device: torch.device, dtype: torch.dt
         What the caller's arguments led to.
     device, dtype
         Where, and in which type, the weights are wanted.
+    forces_std
+        Whether it has to know the uncertainty of its forces.
+
+    Raises
+    ------
+    MissingUncertaintyError
+        When it does not.
     """
+    if forces_std:
+        resolved.force_field.require_uncertainty()
     own = replace(resolved.force_field, calibration=())
     if resolved.borrowed:
         own = replace(

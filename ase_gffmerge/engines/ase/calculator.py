@@ -26,13 +26,13 @@ from ase_gffmerge.engines.ase.arguments import (
 from ase_gffmerge.engines.ase.dispersion import Results
 from ase_gffmerge.engines.ase.results import (
     ExtrapolationNotice,
-    as_array,
     ase_results,
     computing,
     evaluate_structures,
     require_finite,
     require_structure,
     require_volume,
+    trust,
 )
 from ase_gffmerge.errors import ArgumentError
 from ase_gffmerge.forcefield.conditioning import KEY, same_choice
@@ -98,6 +98,8 @@ class GFFMergeCalculator(Calculator):
     dispersion
         Grimme's D3 correction to add to force fields whose labels lack it, as ``damping:functional``, for example
         ``d3bj:pbe`` (needs the package dftd3). There are no energies per atom then.
+    forces_std
+        Whether ``extras`` hold standard deviations of the forces, too, at the cost of about eight evaluations.
     progress
         Called during a merge with a fraction (0 to 1) and a description; default: a bar.
 
@@ -108,8 +110,8 @@ class GFFMergeCalculator(Calculator):
     cache_hit : bool or None
         Whether the merge was found in the cache; ``None`` when there was nothing to merge.
     extras : dict
-        About the last calculation: ``n_edges``, ``seconds``, and where calibration frames were known ``extrapolation``, a
-        grade per atom: at most 1 within them, infinite for elements they lack.
+        About the last calculation: ``n_edges``, ``seconds``; where calibration frames were known ``extrapolation``, a grade
+        per atom (at most 1 within them, infinite for elements they lack), ``energy_std`` (eV), on request ``forces_std``.
 
     Raises
     ------
@@ -139,14 +141,14 @@ class GFFMergeCalculator(Calculator):
         specialist: str | int | None = None,
         compile: Compile = "auto",
         dispersion: str | None = None,
+        forces_std: bool = False,
         progress: Progress | None = None,
     ):
         super().__init__()
         vars(self).pop("get_spin_polarized", None)  # a reference cycle that would keep the weights alive
         self.extras: dict[str, Any] = {}
         self._lock = ForkSafeLock()
-        precision, skin = dtype_name(dtype), skin_width(skin)
-        compile = compile_choice(compile)
+        precision, skin, compile = dtype_name(dtype), skin_width(skin), compile_choice(compile)
         options = MergeOptions(
             recipe=recipe,
             conditioning=conditioning,
@@ -160,7 +162,7 @@ class GFFMergeCalculator(Calculator):
             resolved = resolve(
                 specialists, options, device=target, calibration=calibration, progress=progress
             )
-            self.force_field = served_force_field(resolved, target, DTYPES[precision])
+            self.force_field = served_force_field(resolved, target, DTYPES[precision], forces_std)
             self._dispersion = dispersion_choice(dispersion, self.force_field)
             self._predictor = Predictor(self.force_field, compile=compile)
             self._specialists = resolved.specialists
@@ -180,6 +182,7 @@ class GFFMergeCalculator(Calculator):
             specialist=specialist_choice(specialist, self.force_field),
             compile=compile,
             dispersion=dispersion,
+            forces_std=bool(forces_std),
         )
 
     def _list_properties(self) -> None:
@@ -281,14 +284,14 @@ class GFFMergeCalculator(Calculator):
             structure.info[KEY] = copy.deepcopy(structure.info[KEY])
         with torch.inference_mode(False), computing(structure, self.force_field.potential.device):
             graph = self._graph(structure)
-            prediction, grades = self._predictor(graph)
+            prediction, grades = self._predictor(graph, forces_std=self.parameters["forces_std"])
         results = ase_results(prediction, structure)
         require_finite(results, structure)
         self.results = results if self._dispersion is None else self._dispersion.added(results, structure)
+        self.extras |= trust(prediction, grades) | {"n_edges": graph.n_edges}
         if grades is not None:
-            self.extras["extrapolation"] = as_array(grades)
             self._notice(structure, self.extras["extrapolation"])
-        self.extras |= {"n_edges": graph.n_edges, "seconds": time.perf_counter() - started}
+        self.extras["seconds"] = time.perf_counter() - started
 
     def _graph(self, atoms: Atoms) -> AtomGraph:
         """Graph in float64 on the device, with specialist indices if the potential reads them."""
@@ -309,11 +312,10 @@ class GFFMergeCalculator(Calculator):
         structures
             Of any sizes and boundary conditions; neither they nor what this calculator remembers is changed.
         properties
-            Default: everything, the stress where there is a volume. On request also ``extrapolation``, the grade
-            of :attr:`extras`.
+            Default: everything, the stress where there is a volume. On request also what :attr:`extras` hold:
+            ``extrapolation``, ``energy_std``, ``forces_std``.
         max_edges
-            Size of a batch in edges (pairs of neighbors), each of which takes 13 to 42 kB; default: 2,000 on a CPU (near its
-            caches), 200,000 on a GPU. Where memory is short, batches are halved.
+            Edges (pairs of neighbors) of a batch, 13 to 42 kB each; default: 2,000 on a CPU, 200,000 on a GPU.
 
         Returns
         -------
@@ -325,7 +327,7 @@ class GFFMergeCalculator(Calculator):
         PropertyNotImplementedError
             For what is not served, and for a stress asked of a structure without volume.
         ase.calculators.calculator.CalculatorSetupError, ase.calculators.calculator.CalculationFailed
-            As for a single structure, with the structure's index; setup is checked before anything is evaluated.
+            As for a single structure, with its index; setup is checked before anything is evaluated.
         """
         return evaluate_structures(
             self.force_field,
@@ -368,9 +370,7 @@ class GFFMergeCalculator(Calculator):
             When the calculator was not made from several specialists, or fewer than two know all elements.
         """
         if self._specialists is None:
-            raise ArgumentError(
-                f"{self.force_field.name!r} was given without what it was merged from; make it from the specialists"
-            )
+            raise ArgumentError(f"{self.force_field.name!r} was given alone; make it from the specialists")
         with torch.inference_mode(False), self._lock:
             return force_disagreement(self._specialists.load(), require_structure(atoms))
 

@@ -137,7 +137,8 @@ class ExtrapolationNotice:
         )
 
 
-GRADE = "extrapolation"
+GRADE, ENERGY_STD, FORCES_STD = "extrapolation", "energy_std", "forces_std"
+DEVIATIONS = (ENERGY_STD, FORCES_STD)
 
 
 def evaluate_structures(
@@ -162,8 +163,8 @@ def evaluate_structures(
     predictor
         What evaluates the same force field.
     served, properties
-        What there is, and what of it is wanted; default: everything that a structure has. ``extrapolation`` is given on
-        request, when the force field has an extrapolation grade.
+        What there is, and what of it is wanted; default: everything that a structure has. ``extrapolation``, ``energy_std``
+        and ``forces_std`` are given on request, when the force field has them.
     specialist
         For structures that do not say which specialist they belong to.
     max_edges
@@ -177,7 +178,7 @@ def evaluate_structures(
         As the calculator does for a single structure, with the index of the structure.
     """
     originals = listed(structures)
-    wanted = _wanted(properties, (*served, GRADE) if force_field.extrapolation_grade is not None else served)
+    wanted = _wanted(properties, served, force_field)
     prepared = []
     for k, atoms in enumerate(originals):
         with _named(k):
@@ -188,7 +189,9 @@ def evaluate_structures(
     with torch.inference_mode(False):
         graphs = (build_graph(atoms, force_field.cutoff) for atoms in prepared)
         predictions = predict_batches(
-            partial(predictor, graded=GRADE in wanted),
+            partial(
+                predictor, graded=not {GRADE, *DEVIATIONS}.isdisjoint(wanted), forces_std=FORCES_STD in wanted
+            ),
             graphs,
             device=force_field.potential.device,
             max_edges=max_edges,
@@ -212,8 +215,7 @@ def _results(
         require_finite(found, atoms)
         if dispersion is not None:
             found = dispersion.added(found, atoms)
-    if grades is not None:
-        found[GRADE] = as_array(grades)
+    found |= trust(prediction, grades)
     return {name: found[name] for name in wanted if name in found}
 
 
@@ -236,13 +238,29 @@ def listed(structures: Iterable[Atoms]) -> list[Atoms]:
     return listed
 
 
-def _wanted(properties: Sequence[str] | None, served: Sequence[str]) -> tuple[str, ...]:
-    """Names of what is wanted; by default without the grade, so that results hold what ASE knows."""
+def trust(prediction: Prediction, grades: Tensor | None) -> Results:
+    """Grades (n_atoms,) and standard deviations of the energy (eV) and forces (n_atoms, 3; eV/Å), those that there are."""
+    found: Results = {} if grades is None else {GRADE: as_array(grades)}
+    if prediction.energy_std is not None:
+        found[ENERGY_STD] = prediction.energy_std.item()
+    if prediction.forces_std is not None:
+        found[FORCES_STD] = as_array(prediction.forces_std)
+    return found
+
+
+def _wanted(
+    properties: Sequence[str] | None, served: Sequence[str], force_field: ForceField
+) -> tuple[str, ...]:
+    """Names of what is wanted; by default without grades and deviations, so that results hold what ASE knows."""
     if properties is None:
-        return tuple(name for name in served if name != GRADE)
+        return tuple(served)
+    if force_field.extrapolation_grade is not None:
+        served = (*served, GRADE)
     names = (properties,) if isinstance(properties, str) else tuple(properties)
     for name in names:
-        if name not in served:
+        if name in DEVIATIONS:
+            force_field.require_uncertainty()
+        elif name not in served:
             raise PropertyNotImplementedError(f"{name!r} is not served; there are {', '.join(served)}")
     return names
 
