@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from ase_gffmerge.errors import RecipeError
 from ase_gffmerge.storage.documents import STRICT, Seed, Whole, explain, read_options, shown, with_text_keys
 
-MERGE_VERSION = 9
+MERGE_VERSION = 10
 """Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""
 
 
