@@ -75,7 +75,7 @@ class ModuleStage(Stage):
         Maps a dictionary to a dictionary.
     reads, writes
         Entries that form the state before and after it.
-    emits_scalars
+    emits_scalars, gathers
         See :class:`.Stage`.
     """
 
@@ -86,9 +86,11 @@ class ModuleStage(Stage):
         reads: tuple[str, ...],
         writes: tuple[str, ...],
         emits_scalars: bool = True,
+        gathers: bool = True,
     ):
         super().__init__()
-        self.module, self.reads, self.writes, self.emits_scalars = module, reads, writes, emits_scalars
+        self.module, self.reads, self.writes = module, reads, writes
+        self.emits_scalars, self.gathers = emits_scalars, gathers
 
     def forward(self, state: State, geometry: ChainGeometry) -> State:
         """Evaluate the module on the state and the geometry."""

@@ -5,10 +5,7 @@ A potential is a chain of *stages*, which map the node features of all atoms to 
 .. math:: X^{(0)} = \mathrm{embed}(z),\qquad X^{(t)} = \mathrm{stage}_t(X^{(t-1)}),\qquad
           e_i = \mathrm{readout}(x_{1,i},\dots,x_{L,i}) + e^{\rm ref}_{z_i}
 
-where :math:`x_l` are the invariant scalars after interaction block l. The merge needs nothing else from a
-model.
-
-Architectures by name.
+where :math:`x_l` are the invariant scalars after interaction block l. The merge needs nothing else from a model.
 """
 
 import math
@@ -18,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from importlib import import_module
 from numbers import Integral, Real
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -113,11 +110,9 @@ class Geometry(Protocol):
     @property
     def parts(self) -> State:
         """See the attributes."""
-        ...
 
     def with_parts(self, parts: State) -> Self:
         """Give the same edges with other values of :attr:`parts`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -164,9 +159,12 @@ class Stage(nn.Module):
     ----------
     emits_scalars
         Whether the readout sees the scalars after this stage.
+    gathers
+        Whether an atom's features depend on those of its neighbours.
     """
 
     emits_scalars: bool = True
+    gathers: bool = True
 
 
 class Potential(ExactBuffers):
@@ -186,6 +184,11 @@ class Potential(ExactBuffers):
     Hyper: ClassVar[type[HyperParameters]]
     compilable: ClassVar[bool] = True
     """Whether it can be traced with the numbers of atoms and edges as symbols, which lists of angles cannot."""
+    decomposition: ClassVar[Literal["stages", "halo", "none"]] = "stages"
+    """How to cut a structure into domains: exchange atoms' features between ``stages``, which read just the edges to an atom;
+    give a domain all atoms within cutoff times blocks (``halo``); or not at all, as energies are no sum (``none``)."""
+    node_entries: ClassVar[int] = 1
+    """Leading entries of a state that have a row per atom; others have one per edge."""
     species_row: Tensor
     references: Tensor
 
@@ -333,6 +336,7 @@ def _name_of(found: object) -> str | None:
     return found.architecture if isinstance(found, type) and issubclass(found, Potential) else None
 
 
+_ABOVE = "ase_gffmerge.integrations.base"  # knows wrapped networks; no import, as it is in a room above
 ARCHITECTURES: Registry[type[Potential]] = Registry(
     "architecture",
     group="ase_gffmerge.models",
@@ -346,9 +350,6 @@ ARCHITECTURES: Registry[type[Potential]] = Registry(
     error=FileFormatError,
 )
 """A new architecture is one file and one line here; other packages add theirs as entry points ``ase_gffmerge.models``."""
-
-INTEGRATIONS = "ase_gffmerge.integrations.base"
-"""What knows the architectures of wrapped networks; a name and no import, as it stands above this room."""
 
 
 def architectures() -> tuple[str, ...]:
@@ -390,11 +391,10 @@ def _architecture(name: str) -> type[Potential]:
     """Class of an architecture: one of the table, or of the integrations."""
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
-    adapters = import_module(INTEGRATIONS).adapters_by_architecture()
+    adapters = import_module(_ABOVE).adapters_by_architecture()
     if name not in adapters:
         raise FileFormatError(
             f"unknown architecture {name!r}; this version knows {', '.join(dict.fromkeys((*ARCHITECTURES, *adapters)))}. "
             "A newer file may need a newer ase-gffmerge, or the package that adds the architecture to it."
         )
-    found: type[Potential] = adapters[name].potential_class()
-    return found
+    return adapters[name].potential_class()

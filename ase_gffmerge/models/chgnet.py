@@ -284,6 +284,7 @@ class CHGNet(Potential):
 
     architecture: ClassVar[str] = "chgnet"
     compilable: ClassVar[bool] = False
+    decomposition = "halo"
     Hyper: ClassVar[type[HyperParameters]] = CHGNetHyper
     hyper: CHGNetHyper
 

@@ -218,6 +218,8 @@ class Message(Stage):
 class Update(Stage):
     """Mixing of scalars and vectors on one atom."""
 
+    gathers = False
+
     def __init__(self, channels: int, norm_offset: float):
         super().__init__()
         self.norm_offset = norm_offset
@@ -248,6 +250,7 @@ class PaiNN(Potential):
     """
 
     architecture: ClassVar[str] = "painn"
+    node_entries: ClassVar[int] = 2
     Hyper: ClassVar[type[HyperParameters]] = PaiNNHyper
 
     def __init__(self, hyper: PaiNNHyper, species: tuple[int, ...]):

@@ -152,6 +152,7 @@ class OrbPackage(ChainPotential):
     """
 
     architecture: ClassVar[str] = "orb-package"
+    decomposition = "none"  # the mean over a structure is read
     Hyper: ClassVar[type[HyperParameters]] = OrbPackageHyper
     hyper: OrbPackageHyper
     edge_entries = ("edge_features", "cutoff")

@@ -105,7 +105,9 @@ class SevenNetPackage(ChainPotential):
         self.harmonics = embedding.spherical
         radial = RadialFunctions(embedding.basis_function, embedding.cutoff_function)
         state = ("x", "edge_embedding")
-        self.stages.append(ModuleStage(radial, reads=("x",), writes=state, emits_scalars=False))
+        self.stages.append(
+            ModuleStage(radial, reads=("x",), writes=state, emits_scalars=False, gathers=False)
+        )
         for block in range(hyper.n_blocks):
             parts = OrderedDict((name, network.get_submodule(f"{block}_{name}")) for name in BLOCK)
             intro: VendorObject = parts["self_connection_intro"]
