@@ -185,8 +185,8 @@ class Potential(ExactBuffers):
     compilable: ClassVar[bool] = True
     """Whether it can be traced with the numbers of atoms and edges as symbols, which lists of angles cannot."""
     decomposition: ClassVar[Literal["stages", "halo", "none"]] = "stages"
-    """How to cut a structure into domains: exchange atoms' features between ``stages``, which read just the edges to an atom;
-    give a domain all atoms within cutoff times blocks (``halo``); or not at all, as energies are no sum (``none``)."""
+    """How to cut a structure into domains: by exchanging atoms' features between ``stages``, which read edges to an atom;
+    by a ``halo`` of all atoms within cutoff times blocks; or not at all, as energies are no sum (``none``)."""
     node_entries: ClassVar[int] = 1
     """Leading entries of a state that have a row per atom; others have one per edge."""
     species_row: Tensor
