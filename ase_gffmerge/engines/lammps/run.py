@@ -7,14 +7,14 @@ As soon as the script's box exists, ``pair_style zero``, which makes LAMMPS keep
 """
 
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mpi4py import MPI
-
+from ase_gffmerge.engines.lammps.external import MPI as MPI
 from ase_gffmerge.engines.lammps.external import ExternalForceField, Lammps
 from ase_gffmerge.engines.lammps.mliap import MLIAPModel
 from ase_gffmerge.engines.lammps.snapshot import Costs
@@ -172,7 +172,7 @@ def _guarded(execute: Callable[[str], object], argument: str, comm: MPI.Intracom
         execute(argument)
     except Exception as error:  # all that LAMMPS raises is of this class
         if type(error).__name__ == "MPIAbortException" and comm.size > 1:  # other processes do not know
-            print(f"gffmerge: error: LAMMPS, rank {comm.rank}: {error}", flush=True)  # noqa: T201
+            print(f"gffmerge: error: LAMMPS, rank {comm.rank}: {error}", file=sys.stderr, flush=True)  # noqa: T201
             comm.Abort(1)
         text = " ".join(str(error).split())
         raise DynamicsError(f"LAMMPS stopped: {text}; correct the script") from None
