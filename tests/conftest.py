@@ -31,6 +31,15 @@ HYPER = {
         "readout_layers": 1,
     },
     "escaip": {"cutoff": 4.0, "channels": 8, "n_blocks": 2, "n_radial": 6, "atten_num_heads": 2},
+    "m3gnet": {
+        "cutoff": 4.0,
+        "channels": 8,
+        "n_blocks": 2,
+        "edge_channels": 6,
+        "width": 7,
+        "three_body_cutoff": 3.0,
+    },
+    "tensornet": {"cutoff": 4.0, "channels": 8, "n_blocks": 2, "n_radial": 6},
 }
 
 CACHE = os.environ.get("GFFMERGE_CACHE")

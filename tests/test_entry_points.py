@@ -21,7 +21,7 @@ class Tiny(PaiNN):
 
 class TinyAdapter(Adapter):
     vendor, models, package = "tinyvendor", "Tiny", ""
-    architecture, model = "tiny", "tiny_plugin:Tiny"
+    architectures = {"tiny": "tiny_plugin:Tiny"}
 
     def read(self, source, *, trust=False):
         state = torch.load(source, weights_only=True)

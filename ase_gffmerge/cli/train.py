@@ -36,7 +36,10 @@ def train(
         ),
     ],
     model: Annotated[
-        str | None, typer.Option(help="painn, nequip or escaip.", show_default="of --init, else painn")
+        str | None,
+        typer.Option(
+            help="painn, nequip, escaip, m3gnet or tensornet.", show_default="of --init, else painn"
+        ),
     ] = None,
     init: Annotated[
         str | None, typer.Option(help="Start from this specialist (file or bundled name).")

@@ -7,7 +7,7 @@ the potential and does not know where it comes from. What all adapters do alike 
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -68,16 +68,15 @@ class Adapter(ABC):
         What its models are called.
     package, distribution
         Its name in Python (empty when nothing of it is needed), and for pip where that is another.
-    architecture, model
-        Of the potentials that it reads and writes: name, and ``module:class``, which may need the package.
+    architectures
+        Of the potentials that it reads and writes: ``module:class`` by name; the modules may need the package.
     """
 
     vendor: ClassVar[str]
     models: ClassVar[str]
     package: ClassVar[str]
     distribution: ClassVar[str] = ""
-    architecture: ClassVar[str]
-    model: ClassVar[str]
+    architectures: ClassVar[Mapping[str, str]]
 
     @abstractmethod
     def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
@@ -115,7 +114,7 @@ class Adapter(ABC):
         atomic_write(
             path,
             lambda temporary: torch.save(content, temporary),
-            read_back=lambda temporary: _require_energies(self.read_back(temporary, potential), potential),
+            read_back=lambda temporary: require_energies(self.read_back(temporary, potential), potential),
         )
         return path
 
@@ -161,8 +160,8 @@ class Adapter(ABC):
         """
         return self.read(path).potential
 
-    def potential_class(self) -> type[Potential]:
-        """Class of :attr:`architecture`.
+    def potential_class(self, architecture: str) -> type[Potential]:
+        """Class of one of :attr:`architectures`.
 
         Raises
         ------
@@ -170,7 +169,7 @@ class Adapter(ABC):
             When the package is not installed.
         """
         self.require_package()
-        module, _, name = self.model.partition(":")
+        module, _, name = self.architectures[architecture].partition(":")
         found: type[Potential] = getattr(import_module(module), name)
         return found
 
@@ -179,7 +178,7 @@ class Adapter(ABC):
         if self.package and find_spec(self.package) is None:
             name = self.distribution or self.package
             raise FileFormatError(
-                f"{self.models} models ({self.architecture}) need the package {name}, which is not installed; "
+                f"{self.models} models ({', '.join(self.architectures)}) need the package {name}, which is not installed; "
                 f"pip install {name}"
             )
 
@@ -253,6 +252,7 @@ ADAPTERS: Registry[Adapter] = Registry(
         "sevenn": "ase_gffmerge.integrations.sevennet.convert:ADAPTER",
         "orb": "ase_gffmerge.integrations.orb.convert:ADAPTER",
         "mace": "ase_gffmerge.integrations.mace.convert:ADAPTER",
+        "matgl": "ase_gffmerge.integrations.matgl:ADAPTER",
     },
     name_of=lambda found: found.vendor if isinstance(found, Adapter) else None,
     error=FileFormatError,
@@ -268,7 +268,8 @@ def adapters_by_architecture() -> dict[str, Adapter]:
             adapter = ADAPTERS[vendor]
         except FileFormatError:  # said when that vendor is asked for
             continue
-        found.setdefault(adapter.architecture, adapter)
+        for architecture in adapter.architectures:
+            found.setdefault(architecture, adapter)
     return found
 
 
@@ -374,7 +375,7 @@ def _require_same(
         )
 
 
-def _require_energies(again: Potential, potential: Potential) -> None:
+def require_energies(again: Potential, potential: Potential) -> None:
     """Raise :class:`FileFormatError` when a potential that was read does not have the energies of the one written."""
     again.to(device=potential.device, dtype=potential.dtype)
     if difference := _energy_difference(potential, lambda graph: again(edge_vectors(graph), graph)[0]):

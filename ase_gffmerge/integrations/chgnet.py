@@ -6,6 +6,7 @@ The package ``chgnet`` is needed for its pretrained weights alone; a checkpoint 
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class CHGNetAdapter(Adapter):
     """Reads and writes checkpoints of CHGNet."""
 
     vendor, models, package = "chgnet", "CHGNet", ""
-    architecture, model = CHGNet.architecture, "ase_gffmerge.models.chgnet:CHGNet"
+    architectures: ClassVar[dict[str, str]] = {CHGNet.architecture: "ase_gffmerge.models.chgnet:CHGNet"}
 
     def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
         """Convert a ``CHGNet``, a checkpoint of its trainer, or a name in :data:`PRETRAINED`.

@@ -345,6 +345,8 @@ ARCHITECTURES: Registry[type[Potential]] = Registry(
         "nequip": "ase_gffmerge.models.nequip:NequIP",
         "chgnet": "ase_gffmerge.models.chgnet:CHGNet",
         "escaip": "ase_gffmerge.models.escaip:EScAIP",
+        "m3gnet": "ase_gffmerge.models.m3gnet:M3GNet",
+        "tensornet": "ase_gffmerge.models.tensornet:TensorNet",
     },
     name_of=_name_of,
     error=FileFormatError,
@@ -397,4 +399,4 @@ def _architecture(name: str) -> type[Potential]:
             f"unknown architecture {name!r}; this version knows {', '.join(dict.fromkeys((*ARCHITECTURES, *adapters)))}. "
             "A newer file may need a newer ase-gffmerge, or the package that adds the architecture to it."
         )
-    return adapters[name].potential_class()
+    return adapters[name].potential_class(name)

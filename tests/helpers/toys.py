@@ -36,6 +36,15 @@ SMALL = {
         "atten_num_heads": 2,
         "frequency_list": (2, 2, 1),
     },
+    "m3gnet": {
+        "channels": 8,
+        "n_blocks": 2,
+        "cutoff": 4.0,
+        "three_body_cutoff": 3.0,
+        "edge_channels": 8,
+        "width": 8,
+    },
+    "tensornet": {"channels": 8, "n_blocks": 2, "n_radial": 6, "cutoff": 4.0},
 }
 """Hyperparameters of networks that are evaluated in milliseconds and merged in a second."""
 SHALLOW = {name: {**hyper, "n_blocks": 1} for name, hyper in SMALL.items()}

@@ -11,7 +11,7 @@ import json
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,9 @@ class MACEAdapter(Adapter):
     """Reads and writes models of the package ``mace-torch``."""
 
     vendor, models, package, distribution = "mace", "MACE", "mace", "mace-torch"
-    architecture, model = "mace-package", "ase_gffmerge.integrations.mace.model:MACEPackage"
+    architectures: ClassVar[dict[str, str]] = {
+        "mace-package": "ase_gffmerge.integrations.mace.model:MACEPackage"
+    }
 
     def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
         """Convert a file, a ``MACECalculator`` or a model in memory.

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from ase.data import atomic_numbers as NUMBERS
@@ -34,7 +34,9 @@ class NequIPAdapter(Adapter):
     """Reads and writes models of the package ``nequip``."""
 
     vendor, models, package = "nequip", "NequIP", "nequip"
-    architecture, model = "nequip-package", "ase_gffmerge.integrations.nequip.model:NequIPPackage"
+    architectures: ClassVar[dict[str, str]] = {
+        "nequip-package": "ase_gffmerge.integrations.nequip.model:NequIPPackage"
+    }
 
     def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
         """Convert a checkpoint (``.ckpt``), a package (``.nequip.zip``) or a model in memory.

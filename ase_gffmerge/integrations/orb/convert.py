@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from ase import Atoms
@@ -49,7 +49,9 @@ class OrbAdapter(Adapter):
     """Reads and writes conservative models of the package ``orb_models``."""
 
     vendor, models, package, distribution = "orb", "Orb", "orb_models", "orb-models"
-    architecture, model = "orb-package", "ase_gffmerge.integrations.orb.model:OrbPackage"
+    architectures: ClassVar[dict[str, str]] = {
+        "orb-package": "ase_gffmerge.integrations.orb.model:OrbPackage"
+    }
 
     def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
         """Convert a state dictionary, a published model by name, or a model in memory.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from e3nn.o3 import Irreps
@@ -36,7 +36,9 @@ class SevenNetAdapter(Adapter):
     """Reads and writes models of the package ``sevenn``."""
 
     vendor, models, package = "sevenn", "SevenNet", "sevenn"
-    architecture, model = "sevennet-package", "ase_gffmerge.integrations.sevennet.model:SevenNetPackage"
+    architectures: ClassVar[dict[str, str]] = {
+        "sevennet-package": "ase_gffmerge.integrations.sevennet.model:SevenNetPackage"
+    }
 
     def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
         """Convert a checkpoint (``.pth``), a name in :data:`PRETRAINED` or a model in memory.
