@@ -275,9 +275,9 @@ class TensorNet(Potential):
     def geometry(self, vectors: Tensor, graph: Topology) -> BondGeometry:
         """Edges, and the bonds of both directions."""
         sender, receiver = graph.edge_index
-        return BondGeometry(
-            sender, receiver, *self.edge_functions(vectors), *undirected(graph.edge_index, graph.shifts)
-        )
+        bond, edge = undirected(graph.edge_index, graph.shifts)
+        radial, envelope, angular = self.edge_functions(vectors)
+        return BondGeometry(sender, receiver, radial, envelope, angular, bond, edge)
 
     def angular(self, directions: Tensor) -> Tensor:
         """Coefficients (n_edges, 9) of the unit matrix, of the cross product with the direction, and of its square."""
