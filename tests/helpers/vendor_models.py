@@ -58,12 +58,14 @@ def moved(model: torch.nn.Module, *, seed: int, size: float) -> torch.nn.Module:
     return model
 
 
-def relatives(vendor: str, build: Callable[[], torch.nn.Module], *, size: float) -> list[ForceField]:
+def relatives(
+    vendor: str, build: Callable[[], torch.nn.Module], *, size: float, n_frames: int = 5
+) -> list[ForceField]:
     """Two models moved away from one in float64, each with frames of its own molecule."""
     found = []
     for k, name in enumerate(("rmd17-ethanol", "rmd17-malonaldehyde")):
         model = moved(build(), seed=k, size=size)
-        frames = ForceField.load(name).calibration[:5]
+        frames = ForceField.load(name).calibration[:n_frames]
         found.append(from_vendor(vendor, model, calibration=frames, name=name))
     return found
 
