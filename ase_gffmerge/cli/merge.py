@@ -34,7 +34,10 @@ def merge(
     ] = "gffmerge",
     base: Annotated[
         str | None,
-        typer.Option(help="Common ancestor, file or bundled name.", show_default="found if bundled"),
+        typer.Option(
+            help="Common ancestor: file, bundled name, or vendor:name.",
+            show_default="found by its fingerprint, if bundled or in an installed package",
+        ),
     ] = None,
     conditioning: Annotated[
         Conditioning | None,
@@ -48,11 +51,12 @@ def merge(
         ),
     ] = None,
     keep_base: Annotated[
-        int,
+        bool,
         typer.Option(
-            help="Keep what the base knew: it joins with so many structures of different compounds of its elements."
+            "--keep-base",
+            help="Keep what the base knew: it joins with structures of many compounds (keep_base: N in a recipe: how many).",
         ),
-    ] = 0,
+    ] = False,
     device: DeviceOption = "auto",
     allow_unrelated: Annotated[
         bool, typer.Option("--allow-unrelated", help="Merge specialists without a common base.")
@@ -98,7 +102,6 @@ def merge(
         conditioning=conditioning.value if conditioning else None,
         weights=parse_weights(weights),
         allow_unrelated=allow_unrelated or None,
-        keep_base=keep_base or None,
         core_repulsion=core_repulsion.value if core_repulsion else None,
         closed_loop=validated(ClosedLoopOptions, loop, source="--closed-loop") if closed_loop else None,
     )
@@ -112,6 +115,7 @@ def merge(
             loaded,
             chosen,
             base=load_force_field(base) if base else None,
+            keep_base=(chosen.keep_base or True) if keep_base else None,
             checkpoint=checkpoint_path(out),
             device=device,
             progress=progress,

@@ -70,12 +70,15 @@ class Adapter(ABC):
         Its name in Python (empty when nothing of it is needed), and for pip where that is another.
     architectures
         Of the potentials that it reads and writes: ``module:class`` by name; the modules may need the package.
+    shipped
+        Names of weights that come with the package.
     """
 
     vendor: ClassVar[str]
     models: ClassVar[str]
     package: ClassVar[str]
     distribution: ClassVar[str] = ""
+    shipped: ClassVar[tuple[str, ...]] = ()
     architectures: ClassVar[Mapping[str, str]]
 
     @abstractmethod

@@ -43,6 +43,7 @@ class CHGNetAdapter(Adapter):
     """Reads and writes checkpoints of CHGNet."""
 
     vendor, models, package = "chgnet", "CHGNet", ""
+    shipped = tuple(PRETRAINED)
     architectures: ClassVar[dict[str, str]] = {CHGNet.architecture: "ase_gffmerge.models.chgnet:CHGNet"}
 
     def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
@@ -89,7 +90,11 @@ def pretrained(name: str) -> Path:
             f"chgnet:{name} names weights that come with the package chgnet, which is not installed; pip install chgnet"
         )
     folder = Path(spec.submodule_search_locations[0]) / "pretrained" / name
-    return next(folder.glob("*.pth.tar"))
+    if not (files := sorted(folder.glob("*.pth.tar"))):
+        raise FileFormatError(
+            f"the installed package chgnet has no weights {name!r}; pip install --upgrade chgnet"
+        )
+    return files[0]
 
 
 def _convert(content: Mapping[str, VendorObject], origin: str, theory: str) -> ConvertedModel:

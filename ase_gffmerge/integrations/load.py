@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +18,13 @@ from ase_gffmerge.errors import ArgumentError, ExportWarning, FileFormatError
 from ase_gffmerge.forcefield.force_field import BUNDLED, SUFFIX, ForceField, bundled_path
 from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.forcefield.serialization import require_finite
-from ase_gffmerge.integrations.base import ADAPTERS, Adapter, adapter_for, vendor_source
+from ase_gffmerge.integrations.base import (
+    ADAPTERS,
+    Adapter,
+    adapter_for,
+    adapters_by_architecture,
+    vendor_source,
+)
 
 Source = str | Path | ForceField
 """A bundled name, the path of a ``.safetensors`` file, ``vendor:what``, or a force field in memory."""
@@ -111,6 +118,17 @@ def from_vendor(
         level_of_theory=level_of_theory or converted.level_of_theory,
         provenance=Provenance(origin=f"{converted.vendor} {converted.version}".strip()),
     )
+
+
+def shipped(architecture: str) -> list[ForceField]:
+    """Force fields of an architecture whose weights come with an installed package."""
+    adapter = adapters_by_architecture().get(architecture)
+    vendor, names = (adapter.vendor, adapter.shipped) if adapter else ("", ())
+    found: list[ForceField] = []
+    for name in names:
+        with suppress(FileFormatError):  # not installed, or of a version without these weights
+            found.append(from_vendor(vendor, name))
+    return found
 
 
 def export(force_field: ForceField, path: str | Path) -> Path:

@@ -14,7 +14,7 @@ whatever the number of potentials.
 And how far a merged potential, the mean of the weights and all other specialists are, for the report.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -29,7 +29,7 @@ from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.inference.errors import Scales, compare, difference, relative_squares, without_shifts
 from ase_gffmerge.inference.predict import FramePredictions, check_frames, edge_batches, predict_frames
-from ase_gffmerge.merging.report import Disagreement, Parity
+from ase_gffmerge.merging.report import Disagreement, Forgetting, Parity
 from ase_gffmerge.models import Potential
 
 N_FRAMES = 20
@@ -185,6 +185,47 @@ def _predictions(potential: Potential, batches: Sequence[AtomGraph]) -> FramePre
 
 def _apart(values: Tensor, counts: list[int]) -> list[np.ndarray]:
     return [part.cpu().numpy() for part in values.split(counts)]
+
+
+def forgetting(
+    base: ForceField, models: Mapping[str, Potential], frames: Sequence[Atoms]
+) -> tuple[Forgetting, ...]:
+    """How far models are from their common base on frames of different compounds; none without frames.
+
+    Parameters
+    ----------
+    base
+        What they descend from.
+    models
+        By name.
+    frames
+        One of each compound, of elements that all models know.
+    """
+    frames = [f for f in frames if all(set(f.numbers.tolist()) <= set(m.species) for m in models.values())]
+    if not frames:
+        return ()
+    reference = predict_frames(base.potential, frames)
+    rows = []
+    for name, model in models.items():
+        predicted = predict_frames(model, frames)
+        errors = [
+            float(np.abs(ours - theirs).mean())
+            for ours, theirs in zip(predicted.forces, reference.forces, strict=True)
+        ]
+        worst = int(np.argmax(errors))
+        rows.append(
+            Forgetting(
+                model=name,
+                base=base.name,
+                n_compounds=len(frames),
+                mean=float(np.mean(errors)),
+                median=float(np.median(errors)),
+                worst=errors[worst],
+                worst_compound=frames[worst].get_chemical_formula(empirical=True),
+                relative=Scales.of(difference(predicted, reference)).force / Scales.of(reference).force,
+            )
+        )
+    return tuple(rows)
 
 
 PARITY_SAMPLE = 600

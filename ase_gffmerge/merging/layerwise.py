@@ -54,6 +54,7 @@ def align_layers(
     run: Run,
     inputs: Inputs,
     outputs: Mapping[str, Tensor] | None = None,
+    prior: nn.Module | None = None,
 ) -> list[LayerReport]:
     """Solve every affine layer of a block in execution order.
 
@@ -73,11 +74,14 @@ def align_layers(
         How to evaluate the block on a batch of frames.
     outputs
         For maps of a block with fewer channels, by name, which outputs of the originals are theirs.
+    prior
+        The block whose weights the ridge pulls to; default: ``merged`` as it is before.
     """
     reports, chosen = [], outputs or {}
     first = calibration_sets[0].batches[0]
     for name in affine_layers(merged, lambda: run(merged, first, inputs(first, True).value)):
         maps = layer_maps(name, merged.get_submodule(name))
+        anchors = layer_maps(name, (prior or merged).get_submodule(name))
         statistics = [
             layer_statistics(
                 maps,
@@ -98,7 +102,7 @@ def align_layers(
             gram = normalized_sum(
                 [grams[i] for grams in statistics], [one.weight for one in calibration_sets]
             )
-            solution = ridge_solve(gram, affine_map.read().double(), ridge=recipe.ridge)
+            solution = ridge_solve(gram, anchors[i].read().double(), ridge=recipe.ridge)
             affine_map.write(solution.theta.to(affine_map.read().dtype))
             reports.append(LayerReport.of(f"{prefix}.{affine_map.name}", "layer", solution))
     return reports

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from ase.data import chemical_symbols
@@ -41,7 +42,7 @@ from ase_gffmerge.merging.paper import solve_paper
 from ase_gffmerge.merging.readout_fit import match_forces
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport, MergeReport, Trial
-from ase_gffmerge.merging.selection import Selection, bundled_ancestor, split_frames, starting_points
+from ase_gffmerge.merging.selection import Selection, known_ancestor, split_frames, starting_points
 from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import adjustable_maps
@@ -197,13 +198,17 @@ def _closed_form(task: MergeTask) -> Solved:
 def _start(task: MergeTask) -> tuple[Potential, list[ForceField], Selection | None]:
     """Where the solves begin, the specialists with the frames that are fitted, and what judges the steps, if anything."""
     recipe, mean, specialists = task.recipe, task.mean, list(task.specialists)
+    limits: list[int | None] = [recipe.frames] * len(specialists)
+    if recipe.keep_base:  # the base, whose frames are a compound each, keeps them all
+        limits[-1] = None
     if not recipe.select:
-        return mean, [s.with_calibration(spread(s.calibration, recipe.frames)) for s in specialists], None
+        chosen = [spread(s.calibration, n) for s, n in zip(specialists, limits, strict=True)]
+        return mean, [s.with_calibration(own) for s, own in zip(specialists, chosen, strict=True)], None
     with task.clock("starting points"):
         task.progress(0.02, "starting points")
-        parts = [split_frames(specialist, recipe.frames) for specialist in specialists]
+        parts = [split_frames(s, n) for s, n in zip(specialists, limits, strict=True)]
         selection = Selection(specialists, [held_out for _, held_out in parts], recipe)
-        base = task.base or bundled_ancestor(specialists)
+        base = task.base or known_ancestor(specialists)
         base = base.to(device=mean.device, dtype=mean.dtype) if base else None
         start = selection.best_start(starting_points(mean, specialists, base))
     fitted = [s.with_calibration(own) for s, (own, _) in zip(specialists, parts, strict=True)]
@@ -221,6 +226,8 @@ def _as_the_paper(task: MergeTask) -> Solved:
 def _the_mean(task: MergeTask) -> Solved:
     return Solved(potential=deepcopy(task.mean))
 
+
+Block = TypeVar("Block", bound=nn.Module)
 
 METHODS: dict[str, Callable[[MergeTask], Solved]] = {
     "closed-form": _closed_form,
@@ -243,7 +250,14 @@ def _align_stages(
         progress(i / len(merged.stages), name)
         originals: list[Stage] = [s.potential.get_submodule(name) for s in specialists]  # type: ignore[misc]
         reports += align_layers(
-            name, stage, originals, calibration_sets, recipe, run=run_stage, inputs=stage_inputs
+            name,
+            stage,
+            originals,
+            calibration_sets,
+            recipe,
+            run=run_stage,
+            inputs=stage_inputs,
+            prior=_prior(originals, recipe),
         )
         if recipe.messages and adjustable_maps(stage):
             reports.append(align_block(name, stage, originals, calibration_sets, recipe))
@@ -274,8 +288,20 @@ def _align_readout(
 
     originals = [specialist.potential.readout for specialist in specialists]
     return align_layers(
-        "readout", merged.readout, originals, calibration_sets, recipe, run=run, inputs=inputs
+        "readout",
+        merged.readout,
+        originals,
+        calibration_sets,
+        recipe,
+        run=run,
+        inputs=inputs,
+        prior=_prior(originals, recipe),
     )
+
+
+def _prior(originals: Sequence[Block], recipe: Recipe) -> Block | None:
+    """The base's block, if the base has joined as the last specialist; its weights stay where no frame says otherwise."""
+    return originals[-1] if recipe.keep_base else None
 
 
 def _merged_force_field(

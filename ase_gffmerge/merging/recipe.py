@@ -6,13 +6,17 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ase_gffmerge.errors import RecipeError
 from ase_gffmerge.storage.documents import STRICT, Seed, Whole, explain, read_options, shown, with_text_keys
 
 MERGE_VERSION = 10
 """Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""
+
+
+BASE_FRAMES = 40
+"""Structures of different compounds that the base joins with where ``keep_base`` is ``true``."""
 
 
 class AugmentationOptions(BaseModel):
@@ -171,8 +175,8 @@ class Recipe(BaseModel):
         ``closed-form``: this package's solves, block by block (:mod:`.layerwise`, :mod:`.blockwise`, :mod:`.readout_fit`);
         ``paper``: the reference method (:mod:`.paper`); ``mean``: the mean of the weights (:mod:`.average`).
     ridge
-        Strength λ of the pull to the mean, in units of the mean eigenvalue of the Gram matrix; of the pull to zero, as it
-        is, in the method ``paper``.
+        Strength λ of the pull to the start (under ``keep_base``, to the base), in units of the mean eigenvalue of the Gram
+        matrix; of the pull to zero, as it is, in the method ``paper``.
     directions, derivative_weight
         Random displacements along which the layers' derivatives are matched too, and how much these weigh against values.
     messages
@@ -195,7 +199,8 @@ class Recipe(BaseModel):
         calibration frames (:mod:`~ase_gffmerge.models.core_repulsion`); ``none``: leave it out.
     keep_base
         Do not forget what the common base knew: it joins as one more specialist, with its own calibration frames and this
-        many structures of different compounds of its elements (:mod:`ase_gffmerge.sampling.generic_frames`).
+        many structures of different compounds of its elements (:mod:`ase_gffmerge.sampling.generic_frames`), and the ridge
+        pulls to its weights. ``true`` stands for 40 structures, ``false`` for none: the base does not join.
     weights
         How much each specialist counts; default 1 each.
     allow_unrelated, allow_mixed_theory, allow_identical
@@ -221,6 +226,11 @@ class Recipe(BaseModel):
     allow_unrelated: bool = False
     allow_mixed_theory: bool = False
     allow_identical: bool = False
+
+    @field_validator("keep_base", mode="before")
+    @classmethod
+    def _number_of_structures(cls, value: object) -> object:
+        return BASE_FRAMES * value if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _only_what_the_method_does(self) -> Self:

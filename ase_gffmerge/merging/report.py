@@ -1,16 +1,13 @@
 r"""What a merge did, layer by layer, how far it is from every specialist, and how far it can be trusted.
 
-How far the merged model is from every specialist, beside the mean of the weights and the other specialists.
-
 On the calibration frames of specialist k, with its own forces :math:`F^{(k)}`, the relative disagreement of a model is
 
 .. math:: d_k = \sqrt{\langle |F - F^{(k)}|^2 \rangle \,/\, \langle |F^{(k)}|^2 \rangle} .
 
 Where a specialist's frames have no forces by symmetry (equations of state, perfect crystals), energies per atom and stresses
-speak in their place (:mod:`ase_gffmerge.inference.errors`). The verdict goes by the largest :math:`d_k` of the merged model,
-or by the error of a fitted readout on held-out frames if that is larger: ``good`` below 12 %, ``usable after distillation``
-below 30 %, else ``failed``
-(:attr:`.MergeReport.relative_disagreement`, :attr:`.MergeReport.verdict`). No labels are needed for it.
+speak in their place (:mod:`ase_gffmerge.inference.errors`). The verdict goes by the largest of these :math:`d_k`, of the
+error on held-out frames, and of what was forgotten of the base (:class:`Forgetting`): ``good`` below 12 %, ``usable after
+distillation`` below 30 %, else ``failed`` (:attr:`.MergeReport.verdict`). No labels are needed for it.
 """
 
 import json
@@ -184,6 +181,34 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Forgetting:
+    """How a potential differs from the specialists' common base on compounds that were not in the merge.
+
+    Attributes
+    ----------
+    model, base
+        ``merged``, or the name of a specialist, which forgot by its fine-tuning; name of the base.
+    n_compounds
+        How many.
+    mean, median, worst
+        Of the mean absolute differences of force components on every compound, eV/Å.
+    worst_compound
+        Its composition.
+    relative
+        Root mean square difference of forces over the root mean square of the base's.
+    """
+
+    model: str
+    base: str
+    n_compounds: int
+    mean: float
+    median: float
+    worst: float
+    worst_compound: str
+    relative: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeReport:
     """Diagnosis of a merge.
 
@@ -211,6 +236,8 @@ class MergeReport:
         Symbols of what the merged model knows; empty in files that older versions wrote.
     trials
         Where the merge could have begun, and its steps, as they fared on held-out frames.
+    forgetting
+        Of the merged potential and of the specialists, where their base is a foundation model at hand, or is kept.
     version, date
         Of this package, and when the merge was made (UTC, ISO 8601); empty in files that older versions wrote.
     """
@@ -226,6 +253,7 @@ class MergeReport:
     closed_loop: Mapping[str, Any] | None = None
     elements: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
+    forgetting: tuple[Forgetting, ...] = ()
     version: str = field(default_factory=lambda: version("ase-gffmerge"))
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -234,15 +262,20 @@ class MergeReport:
         """Largest error of the merged model against a specialist, relative to the specialist's own forces.
 
         Energies and stresses speak where forces are silent by symmetry. A readout fitted on the same frames is judged by its
-        error on held-out frames, if that is larger.
+        error on held-out frames, if that is larger, and what was forgotten of the base counts like another specialist.
         """
         return max(self._worst[0], self.held_out or 0.0)
 
     @property
     def _worst(self) -> tuple[float, str, str]:
         """Largest relative error of the merged model, of what, and of whom."""
-        merged = [(*d.relative, d.specialist) for d in self.disagreements if d.model == "merged"]
-        return max(merged, default=(0.0, "forces", "a specialist"))
+        merged = [(*d.relative, "a specialist's") for d in self.disagreements if d.model == "merged"]
+        merged += [
+            (f.relative, "forces", "on new compounds its base's")
+            for f in self.forgetting
+            if f.model == "merged"
+        ]
+        return max(merged, default=(0.0, "forces", "a specialist's"))
 
     @property
     def verdict(self) -> Verdict:
@@ -257,8 +290,9 @@ class MergeReport:
 
     @property
     def missed(self) -> str:
-        """By how much the worst specialist is missed, in words."""
-        return f"it misses a specialist's {self._worst[1]} by {100 * self.relative_disagreement:.0f} %"
+        """By how much the worst specialist, or the base, is missed, in words."""
+        _, quantity, whose = self._worst
+        return f"it misses {whose} {quantity} by {100 * self.relative_disagreement:.0f} %"
 
     @property
     def advice(self) -> str:
@@ -315,6 +349,14 @@ class MergeReport:
                 f"  {row.specialist}: {row.model} differs by {1000 * row.force_mae:.1f} meV/Å, "
                 f"{1000 * row.energy_mae:.2f} meV/atom"
             )
+        if self.forgetting:
+            first = self.forgetting[0]
+            lines.append(f"  from {first.base}, on {first.n_compounds} compounds that were not in the merge")
+            lines += [
+                f"    {row.model} differs by {1000 * row.mean:.1f} meV/Å (median {1000 * row.median:.1f}, worst "
+                f"{1000 * row.worst:.0f}: {row.worst_compound})"
+                for row in self.forgetting
+            ]
         if self.trials:
             lines += [
                 "  on held-out frames (relative force error, root mean square over specialists)",

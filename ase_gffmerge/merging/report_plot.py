@@ -158,7 +158,7 @@ def report_html(merged: ForceField) -> str:
     return (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"
         f"</head><body><h1>{title}</h1>{_verdict(report)}{_facts(merged, record, report)}{_picture(report)}"
-        f"<h2>Disagreement on calibration frames</h2>{_disagreements(report)}{_trials(report)}"
+        f"<h2>Disagreement on calibration frames</h2>{_disagreements(report)}{_forgetting(report)}{_trials(report)}"
         f"{_folded('Least-squares problems', _solves(report))}"
         f"{_folded('Recipe', f'<pre>{html.escape(_yaml(record))}</pre>')}</body></html>"
     )
@@ -174,7 +174,7 @@ def report_card(report: MergeReport) -> str:
 def _verdict(report: MergeReport) -> str:
     return (
         f"<p class='verdict' style='background:{BANDS[report.verdict]}'>{report.verdict}: "
-        f"{html.escape(report.advice)}</p><p>On calibration frames {html.escape(report.missed)} (good below "
+        f"{html.escape(report.advice)}</p><p>In the worst case {html.escape(report.missed)} (good below "
         f"{100 * GOOD:.0f} %, usable after distillation below {100 * USABLE:.0f} %).</p>"
     )
 
@@ -237,6 +237,25 @@ def _disagreements(report: MergeReport) -> str:
         "by symmetry, of energies per atom (less a shift for each element) or stresses.</p>"
     )
     return _table(header, rows) + note
+
+
+def _forgetting(report: MergeReport) -> str:
+    """How far merged potential and specialists are from their base on compounds that were not in the merge."""
+    if not report.forgetting:
+        return ""
+    header = ("force differences (meV/Å)", "mean", "median", "worst", "of", "relative (%)")
+    rows = [
+        (
+            row.model,
+            *(f"{1000 * value:.1f}" for value in (row.mean, row.median, row.worst)),
+            row.worst_compound,
+            f"{100 * row.relative:.2f}",
+        )
+        for row in report.forgetting
+    ]
+    first = report.forgetting[0]
+    title = html.escape(f"From {first.base}, on {first.n_compounds} compounds that were not in the merge")
+    return f"<h2>{title}</h2>{_table(header, rows)}"
 
 
 def _trials(report: MergeReport) -> str:

@@ -22,6 +22,7 @@ from ase import Atoms
 from ase_gffmerge.data.frames import HELD_OUT, bare, hold_out_tenth, spread
 from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.force_field import BUNDLED, ForceField
+from ase_gffmerge.integrations.load import shipped
 from ase_gffmerge.merging.calibration import visited, with_copies
 from ase_gffmerge.merging.disagreement import N_FRAMES, DisagreementMetric, Distance
 from ase_gffmerge.merging.recipe import AugmentationOptions, Recipe
@@ -179,11 +180,14 @@ def common_ancestors(specialists: Sequence[ForceField]) -> tuple[str, ...]:
     return tuple(key for key in lines[0] if all(key in line for line in lines))
 
 
-def bundled_ancestor(specialists: Sequence[ForceField]) -> ForceField | None:
-    """Youngest common ancestor among the bundled models, recognised by its fingerprint."""
-    common = common_ancestors(specialists)
-    bundled = {model.fingerprint: model for model in map(ForceField.load, BUNDLED)} if common else {}
-    return next((bundled[key] for key in reversed(common) if key in bundled), None)
+def known_ancestor(specialists: Sequence[ForceField]) -> ForceField | None:
+    """Youngest common ancestor among models at hand, recognised by its fingerprint: bundled ones and packages' weights."""
+    if not (common := common_ancestors(specialists)):
+        return None
+    first = specialists[0]
+    held = shipped(first.potential.architecture) if first.provenance.origin else map(ForceField.load, BUNDLED)
+    models = {model.fingerprint: model for model in held}
+    return next((models[key] for key in reversed(common) if key in models), None)
 
 
 def check_ancestor(base: ForceField, specialists: Sequence[ForceField]) -> None:

@@ -79,6 +79,11 @@ def generic_frames(
     return frames
 
 
+def compound(atoms: Atoms) -> str:
+    """Composition of a structure, whatever its size."""
+    return str(atoms.get_chemical_formula("hill", empirical=True))
+
+
 def _choice(rng: Rng, elements: Sequence[int]) -> int:
     return elements[int(rng.integers(len(elements)))]
 

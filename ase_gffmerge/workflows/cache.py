@@ -95,8 +95,8 @@ def cache_key(digests: Sequence[str], recipe: Recipe) -> str:
     Parameters
     ----------
     digests
-        Of everything that the specialists' files hold, in the order given: :attr:`.ForceField.content_digest`, which is what
-        :func:`.read_digest` finds in a file's header.
+        Of everything that the files of the specialists, and of a base that was given, hold, in this order:
+        :attr:`.ForceField.content_digest`, which is what :func:`.read_digest` finds in a file's header.
     recipe
         The complete recipe; the version of the merge's numbers is added, but neither devices nor folders.
     """
@@ -130,7 +130,12 @@ class MergeCache:
         return self.directory / f"{key}{SUFFIX}"
 
     def get_or_build(
-        self, specialists: Sequence[Mergeable], recipe: Recipe, build: Callable[[], ForceField]
+        self,
+        specialists: Sequence[Mergeable],
+        recipe: Recipe,
+        build: Callable[[], ForceField],
+        *,
+        base: Mergeable | None = None,
     ) -> tuple[ForceField, bool]:
         """Load the merge of ``specialists`` by ``recipe``, or build and store it while other processes wait.
 
@@ -145,6 +150,8 @@ class MergeCache:
             How.
         build
             Makes the merged force field; called at most once, and only after the folder proved writable.
+        base
+            The common base, where it was given.
 
         Returns
         -------
@@ -158,7 +165,7 @@ class MergeCache:
         CacheError
             When the folder cannot be written, or the lock in it not opened.
         """
-        key = cache_key([specialist.content_digest for specialist in specialists], recipe)
+        key = cache_key([one.content_digest for one in (*specialists, *([base] if base else []))], recipe)
         path, fingerprints = self.path(key), [specialist.fingerprint for specialist in specialists]
         if found := _load(path, fingerprints, warn=False):
             return found, True

@@ -30,6 +30,7 @@ class MergeOptions:
     weights: tuple[float, ...] | None = None
     allow_unrelated: bool = False
     core_repulsion: str | None = None
+    keep_base: bool | int | Source | None = None
     cache_dir: str | Path | None = None
 
     def load_recipe(self) -> Recipe:
@@ -40,7 +41,13 @@ class MergeOptions:
             weights=self.weights,
             allow_unrelated=self.allow_unrelated or None,
             core_repulsion=self.core_repulsion,
+            keep_base=self.keep_base if isinstance(self.keep_base, int | None) else True,
         )
+
+    @property
+    def base(self) -> Source | None:
+        """The base to keep, where it was given."""
+        return None if isinstance(self.keep_base, int | None) else self.keep_base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +99,12 @@ def resolve(
         force_field = force_field.with_core_repulsion() if with_it else force_field.without_core_repulsion()
     return Resolved(
         force_field=force_field,
-        arguments={"specialists": [describe(items[0])], "recipe": "gffmerge", "weights": None},
+        arguments={
+            "specialists": [describe(items[0])],
+            "recipe": "gffmerge",
+            "weights": None,
+            "keep_base": None,
+        },
         borrowed=isinstance(items[0], ForceField),
     )
 
@@ -111,6 +123,10 @@ def check_single(force_field: ForceField, options: MergeOptions) -> None:
         raise ArgumentError(
             "weights say how much each of several specialists counts, but only one force field was given; "
             "leave them out"
+        )
+    if options.keep_base:
+        raise ArgumentError(
+            "keep_base keeps what the base of several specialists knew, but only one force field was given; leave it out"
         )
     if options.core_repulsion not in (None, "auto", "none"):
         raise ArgumentError(f"core_repulsion={options.core_repulsion!r} is not known; use 'auto' or 'none'")
@@ -152,20 +168,27 @@ def _merged(
     cache = MergeCache(options.cache_dir)
     inputs = [_input(item) for item in items]
     digests = [_digest(item) for item in inputs]
-    key = cache_key(digests, recipe)
+    base = as_force_field(options.base) if options.base is not None else None
+    kept = [base.content_digest] if base else []
+    key = cache_key([*digests, *kept], recipe)
     force_field, hit = cache.find(key), True
     specialists = Specialists(inputs, digests)
     if force_field is None:
         loaded = [as_force_field(item) if isinstance(item, Path) else item for item in inputs]
-        key = cache_key([specialist.content_digest for specialist in loaded], recipe)
+        key = cache_key([*(one.content_digest for one in loaded), *kept], recipe)
         specialists = Specialists(loaded)
         force_field, hit = cache.get_or_build(
-            loaded, recipe, lambda: _merge(loaded, recipe, device=device, progress=progress)
+            loaded,
+            recipe,
+            lambda: _merge(loaded, recipe, base=base, device=device, progress=progress),
+            base=base,
         )
     if hit:
         _warn_again(force_field, recipe)
     paths = [item for item in items if isinstance(item, str | Path)]
-    if len(paths) < len(items):  # an object has no path, but its merge has one
+    if len(paths) < len(items) or isinstance(
+        options.base, ForceField
+    ):  # an object has no path, but its merge has one
         paths, options = [cache.path(key)], MergeOptions()
     return Resolved(
         force_field=force_field,
@@ -179,6 +202,7 @@ def _merge(
     specialists: "Sequence[ForceField | SampledLater]",
     recipe: Recipe,
     *,
+    base: ForceField | None,
     device: torch.device,
     progress: Progress | None,
 ) -> ForceField:
@@ -187,12 +211,13 @@ def _merge(
     from ase_gffmerge.workflows.merge import merge
 
     if progress is not None:
-        return merge(sampled(specialists, device, progress), recipe, device=device, progress=progress)[0]
+        found = sampled(specialists, device, progress)
+        return merge(found, recipe, base=base, device=device, progress=progress)[0]
     names = " + ".join(item.name for item in specialists)
     title = f"merging {names} (once; the result is cached)"
     with progress_bar(title) as bar:
         told = part_of(bar, 0, 1, prefix=f"{title}: ")
-        return merge(sampled(specialists, device, told), recipe, device=device, progress=told)[0]
+        return merge(sampled(specialists, device, told), recipe, base=base, device=device, progress=told)[0]
 
 
 def _input(source: "Source | SampledLater") -> "ForceField | SampledLater | Path":
@@ -255,4 +280,5 @@ def _arguments(items: Sequence[Source], recipe: Recipe, options: MergeOptions) -
         "specialists": [describe(item) for item in items],
         "recipe": named or recipe.model_dump(mode="json"),
         "weights": list(options.weights) if options.weights is not None else None,
+        "keep_base": describe(options.base) if options.base is not None else options.keep_base,
     }

@@ -9,17 +9,21 @@ import torch
 
 from ase_gffmerge.errors import MergeWarning, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.merging.disagreement import forgetting
 from ase_gffmerge.merging.merge import closed_form_merge
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
-from ase_gffmerge.merging.selection import bundled_ancestor, check_ancestor
+from ase_gffmerge.merging.selection import check_ancestor, known_ancestor
 from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
-from ase_gffmerge.sampling.generic_frames import generic_frames
+from ase_gffmerge.sampling.generic_frames import compound, generic_frames
 from ase_gffmerge.training.distill import distill
 from ase_gffmerge.workflows.active_learning import closed_loop
 
 MERGE_SHARE = 0.1
 """Fraction of the progress bar that belongs to the solves where a distillation follows."""
+
+NEW_COMPOUNDS, NEW_SEED = 24, 1
+"""Structures that show what was forgotten, less those of compounds that were merged, and the seed of their choice."""
 
 
 def merge(
@@ -27,6 +31,7 @@ def merge(
     recipe: str | Path | Recipe | Mapping[str, object] = "gffmerge",
     *,
     base: ForceField | None = None,
+    keep_base: bool | int | None = None,
     checkpoint: Path | None = None,
     device: str | torch.device = "auto",
     progress: Progress = no_progress,
@@ -44,8 +49,10 @@ def merge(
     recipe
         ``gffmerge`` (default), ``closed-form``, ``fast``, ``paper``, ``mean``, a YAML file, a mapping or a :class:`.Recipe`.
     base
-        Their common ancestor, one of the starting points, and what ``keep_base`` keeps; default: the bundled model that
-        their lineages name, if any.
+        Their common ancestor, one of the starting points, and what ``keep_base`` keeps; default: the bundled model, or the
+        weights in an installed package, that their lineages name, if any.
+    keep_base
+        Keep what the base knew, with how many structures of different compounds (``True``: 40); default: of the recipe.
     checkpoint
         File that a distillation rewrites after every epoch and continues from when the same call is made again; it is
         removed at the end.
@@ -66,11 +73,69 @@ def merge(
     IncompatibleSpecialistsError, FramesError, RecipeError, DeviceError, DeviceMemoryError, TrainingError
         With the reason and the remedy.
     """
-    recipe = load_recipe(recipe)
+    recipe = load_recipe(recipe, keep_base=keep_base)
     if base is not None:  # vendors' files do not say what they descend from
         check_ancestor(base, [s for s in specialists if s.provenance.lineage])
+    base = base or known_ancestor(specialists)
+    joined, inner = list(specialists), recipe
     if recipe.keep_base:
-        return _with_base(specialists, recipe, base, checkpoint=checkpoint, device=device, progress=progress)
+        joined.append(_with_structures(base, recipe, level_of_theory=specialists[0].level_of_theory))
+        weights = (*recipe.weights, 1.0) if recipe.weights else None
+        inner = recipe.model_copy(update={"weights": weights})
+    merged, report = _refined(
+        joined, inner, base=base, checkpoint=checkpoint, device=device, progress=progress
+    )
+    merged = _on_record(merged, recipe, len(specialists))
+    if base is None or not (recipe.keep_base or base.provenance.origin) or recipe.conditioning != "shared":
+        return merged, report
+    return _with_forgetting(merged, report, joined, base)
+
+
+def _with_structures(base: ForceField | None, recipe: Recipe, *, level_of_theory: str) -> ForceField:
+    """The base as one more specialist, with structures of many compounds among its calibration frames."""
+    if base is None:
+        raise RecipeError(
+            "keep_base keeps what the specialists' common base knew, and neither a bundled model nor an installed package's "
+            "weights are on record as that base; give it as base=..., with --base FILE, or leave keep_base out"
+        )
+    frames = generic_frames(base.species, recipe.keep_base, periodic=_periodic(base))
+    kept = base.with_calibration((*base.calibration, *frames))
+    return replace(kept, name=f"{base.name} (base)", level_of_theory=level_of_theory)
+
+
+def _periodic(base: ForceField) -> bool | None:
+    """Whether the base's own frames are crystals or molecules; ``None`` where it has both or none."""
+    kinds = {bool(atoms.pbc.any()) for atoms in base.calibration}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _with_forgetting(
+    merged: ForceField, report: MergeReport, joined: Sequence[ForceField], base: ForceField
+) -> tuple[ForceField, MergeReport]:
+    """Add to the report how far merged potential and specialists are from the base on compounds that were not merged."""
+    shown = {compound(atoms) for specialist in joined for atoms in specialist.calibration}
+    frames = generic_frames(base.species, NEW_COMPOUNDS, periodic=_periodic(base), seed=NEW_SEED)
+    frames = [atoms for atoms in frames if compound(atoms) not in shown]
+    specialists = [s for s in joined if s.fingerprint != base.fingerprint]
+    models = {"merged": merged, **{s.name: s for s in specialists}}
+    found = forgetting(base, {name: model.potential for name, model in models.items()}, frames)
+    new = replace(report, forgetting=found)
+    if new.verdict != report.verdict:
+        warnings.warn(new.warning, MergeWarning, stacklevel=3)
+    assert merged.merged is not None
+    return replace(merged, merged=replace(merged.merged, report=new.to_dict())), new
+
+
+def _refined(
+    specialists: Sequence[ForceField],
+    recipe: Recipe,
+    *,
+    base: ForceField | None,
+    checkpoint: Path | None,
+    device: str | torch.device,
+    progress: Progress,
+) -> tuple[ForceField, MergeReport]:
+    """Merge, and distil the result where held-out frames show more than the recipe's threshold."""
     if recipe.refine is None:
         return _solved(specialists, recipe, base=base, device=device, progress=progress)
     with warnings.catch_warnings(record=True) as caught:
@@ -84,8 +149,8 @@ def merge(
         )
     if close_enough(report, recipe.refine):
         for warning in caught:
-            warnings.warn(warning.message, warning.category, stacklevel=2)
-        return _by_recipe(start, recipe), report
+            warnings.warn(warning.message, warning.category, stacklevel=3)
+        return start, report
     merged, _ = distill(
         start,
         specialists,
@@ -97,54 +162,20 @@ def merge(
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     assert merged.merged is not None
-    return _by_recipe(merged, recipe), MergeReport.from_dict(merged.merged.report)
+    return merged, MergeReport.from_dict(merged.merged.report)
 
 
-def _with_base(
-    specialists: Sequence[ForceField],
-    recipe: Recipe,
-    base: ForceField | None,
-    *,
-    checkpoint: Path | None,
-    device: str | torch.device,
-    progress: Progress,
-) -> tuple[ForceField, MergeReport]:
-    """Merge the specialists and their base, which has structures of many compounds for its calibration frames."""
-    base = base or bundled_ancestor(specialists)
-    if base is None:
-        raise RecipeError(
-            "keep_base keeps what the specialists' common base knew, and no bundled model is that base; give it as "
-            "base=..., with --base FILE, or set keep_base to 0"
-        )
-    own = base.calibration
-    kinds = {bool(atoms.pbc.any()) for atoms in own}
-    frames = generic_frames(base.species, recipe.keep_base, periodic=kinds.pop() if len(kinds) == 1 else None)
-    kept = replace(base.with_calibration((*own, *frames)), name=f"{base.name} (base)")
-    weights = (*recipe.weights, 1.0) if recipe.weights else None
-    merged, report = merge(
-        [*specialists, kept],
-        recipe.model_copy(update={"keep_base": 0, "weights": weights, "frames": None}),
-        base=base,
-        checkpoint=checkpoint,
-        device=device,
-        progress=progress,
-    )
+def _on_record(merged: ForceField, recipe: Recipe, n: int) -> ForceField:
+    """The merge with the whole recipe on record and the ``n`` specialists that were given, without a base that joined."""
     found = merged.merged
     assert found is not None
     record = replace(
         found,
-        specialists=found.specialists[:-1],
-        fingerprints=found.fingerprints[:-1],
+        specialists=found.specialists[:n],
+        fingerprints=found.fingerprints[:n],
         recipe=recipe.model_dump(mode="json"),
     )
-    name = "+".join(record.specialists)
-    return replace(merged, name=name, merged=record), report
-
-
-def _by_recipe(merged: ForceField, recipe: Recipe) -> ForceField:
-    """The merge with the whole recipe on record, where only a part of it was solved for or had anything to do."""
-    assert merged.merged is not None
-    return replace(merged, merged=replace(merged.merged, recipe=recipe.model_dump(mode="json")))
+    return replace(merged, name="+".join(record.specialists), merged=record)
 
 
 def _solved(

@@ -59,24 +59,24 @@ SIZES = {
         weights="0.3.0",
         train=(40, 120),
         test=(20, 100),
-        calibration=(10, 25),
+        calibration=(4, 12),
         epochs=(6, 12),
         batch_size=(2, 5),
         learning_rate=5e-4,
-        base_frames=40,
-        steps=(100, 400),
+        base_frames=30,
+        steps=(40, 150),
     ),
     "7net-0": Size(
         vendor="sevenn",
         weights="7net-0",
         train=(12, 60),
         test=(8, 40),
-        calibration=(3, 12),
+        calibration=(2, 10),
         epochs=(4, 8),
         batch_size=(1, 5),
         learning_rate=5e-4,
-        base_frames=30,
-        steps=(20, 100),
+        base_frames=20,
+        steps=(8, 50),
     ),
 }
 
@@ -147,11 +147,12 @@ def plan(name: str, out: Path, size: Size) -> TrainingPlan:
             validation=4,
         ),
         parent="base",
-        n_calibration=size.calibration[k],
     )
 
 
 def specialist(name: str, out: Path, size: Size) -> ForceField:
     """A specialist, or the joint reference, fine-tuned if it is not there."""
     base_model(out, size)
-    return trained(plan(name, out, size), out, device="cpu")
+    found = trained(plan(name, out, size), out, device="cpu")
+    n = size.calibration[0 if name == JOINT else SYSTEMS.index(name)]
+    return found.with_calibration(spread(found.calibration, n))

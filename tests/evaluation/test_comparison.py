@@ -31,7 +31,7 @@ from ase_gffmerge.evaluation.table import Best
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.inference.errors import evaluate
-from ase_gffmerge.merging.selection import bundled_ancestor
+from ase_gffmerge.merging.selection import known_ancestor
 from ase_gffmerge.methods import METHODS, MergeInputs, MergeOutput, Method, Requirement
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.storage.results import ResultStore
@@ -178,10 +178,10 @@ def test_base_and_labels_when_they_are_at_hand(tests, calls) -> None:
 
 def test_bundled_base_is_found_by_its_fingerprint() -> None:
     pair = [ForceField.load(name) for name in ("rmd17-ethanol", "rmd17-malonaldehyde")]
-    found = bundled_ancestor(pair)
+    found = known_ancestor(pair)
     assert found is not None
     assert found.name == "rmd17-base"
-    assert bundled_ancestor(family()[1]) is None
+    assert known_ancestor(family()[1]) is None
 
 
 def test_mixtures_that_no_method_can_use() -> None:

@@ -7,12 +7,18 @@ import pytest
 from ase.data import covalent_radii
 from ase.neighborlist import neighbor_list
 
-from ase_gffmerge import merge
-from ase_gffmerge.errors import RecipeError
+from ase_gffmerge import GFFMergeCalculator, merge
+from ase_gffmerge.errors import ArgumentError, RecipeError
+from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.inference.predict import predict_frames
-from ase_gffmerge.merging.recipe import load_recipe
-from ase_gffmerge.sampling.generic_frames import MAX_ATOMS, generic_frames
-from helpers.toys import family, toy
+from ase_gffmerge.merging import selection
+from ase_gffmerge.merging.recipe import BASE_FRAMES, load_recipe
+from ase_gffmerge.merging.report import MergeReport
+from ase_gffmerge.merging.report_plot import report_html
+from ase_gffmerge.merging.selection import known_ancestor
+from ase_gffmerge.models.affine_maps import affine_maps
+from ase_gffmerge.sampling.generic_frames import MAX_ATOMS, compound, generic_frames
+from helpers.toys import SHALLOW, family, toy
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 MANY = (1, 3, 6, 7, 8, 9, 13, 14, 16, 29, 47, 78)
@@ -64,3 +70,83 @@ def test_a_base_that_is_not_at_hand() -> None:
         merge(family("painn", 2), {"preset": "fast", "keep_base": 4}, device="cpu")
     with pytest.raises(RecipeError, match=r"^recipe: keep_base makes one surface .* or keep_base to 0$"):
         load_recipe({"keep_base": 4, "conditioning": "per-specialist"})
+
+
+def test_the_switch() -> None:
+    assert load_recipe({"keep_base": True}).keep_base == load_recipe(keep_base=True).keep_base == BASE_FRAMES
+    assert (
+        load_recipe({"keep_base": False}).keep_base
+        == load_recipe({"keep_base": 9}, keep_base=False).keep_base
+        == 0
+    )
+    assert load_recipe({"keep_base": 9}).keep_base == 9
+    with pytest.raises(RecipeError, match="keep_base"):
+        load_recipe({"keep_base": "yes"})
+
+
+def test_where_frames_say_nothing_the_base_stays() -> None:
+    """No atom has the first feature, so that nothing is known of the weights that it meets in the first layer."""
+    base = toy("painn", SHALLOW["painn"])
+    specialists = [
+        replace(s, provenance=Provenance()) for s in family("painn", 2, hyper=SHALLOW["painn"], frames=2)
+    ]
+    for model in (base, *specialists):
+        model.potential.embedding[..., 0] = 0.0
+    recipe = {"preset": "fast", "select": False, "core_repulsion": "none"}
+    kept, _ = merge(specialists, recipe, base=base, keep_base=2, device="cpu")
+    plain, _ = merge(specialists, recipe, device="cpu")
+
+    def weights(model) -> np.ndarray:
+        return affine_maps(model.potential.stages[0])["hidden"].read().numpy()
+
+    np.testing.assert_allclose(weights(kept)[0], weights(base)[0], rtol=1e-12)
+    assert np.abs(weights(plain)[0] - weights(base)[0]).max() > 1e-3
+    assert (np.abs(weights(kept)[1:] - weights(base)[1:]).max(axis=1) > 1e-4).all()
+
+
+def test_the_report_tells_what_was_forgotten() -> None:
+    base, pair = replace(toy("painn"), name="old"), family("painn", 2, frames=2)
+    merged, report = merge(
+        pair, {"preset": "fast", "select": False, "messages": False}, base=base, keep_base=6, device="cpu"
+    )
+    assert [row.model for row in report.forgetting] == ["merged", "s0", "s1"]
+    first = report.forgetting[0]
+    assert first.base == "old"
+    assert first.median <= first.worst
+    assert f"from old, on {first.n_compounds} compounds that were not in the merge" in report.summary()
+    assert merged.merged is not None
+    assert MergeReport.from_dict(merged.merged.report) == report
+    assert "compounds that were not in the merge" in report_html(merged)
+    worse = replace(report, forgetting=(replace(first, relative=5.0),))
+    assert worse.verdict == "failed"
+    assert "misses on new compounds its base's forces by 500 %" in worse.warning
+    shown = {compound(atoms) for atoms in generic_frames(base.species, 6)}
+    assert first.worst_compound not in shown
+
+
+def test_a_base_is_found_by_its_fingerprint(monkeypatch) -> None:
+    base, pair = toy("painn"), family("painn", 2)
+    vendors = [replace(s, provenance=replace(s.provenance, origin="Package 1.0")) for s in pair]
+    assert known_ancestor(vendors) is None
+    monkeypatch.setattr(selection, "shipped", lambda architecture: [toy("painn", seed=1), base])
+    assert known_ancestor(pair) is None
+    assert known_ancestor(vendors) is base
+    assert merge(vendors, "mean", device="cpu")[1].forgetting
+
+
+def test_the_calculator_keeps_a_base_that_it_is_given(tmp_path) -> None:
+    files = [s.save(tmp_path / f"{s.name}.safetensors") for s in family("painn", 2, frames=2)]
+    base = toy("painn").save(tmp_path / "old.safetensors")
+    recipe = {"preset": "fast", "select": False, "messages": False, "keep_base": 4}
+    options = {"recipe": recipe, "cache_dir": tmp_path / "cache", "device": "cpu"}
+    with pytest.raises(RecipeError, match="--base FILE"):
+        GFFMergeCalculator(files, **options)
+    calc = GFFMergeCalculator(files, keep_base=base, **options)
+    assert not calc.cache_hit
+    assert calc.report is not None
+    assert calc.report.specialists[-1] == "base (base)"
+    again = GFFMergeCalculator(**calc.todict())
+    assert again.cache_hit
+    assert again.force_field.fingerprint == calc.force_field.fingerprint
+    with pytest.raises(ArgumentError, match="only one force field"):
+        GFFMergeCalculator(files[0], keep_base=True)

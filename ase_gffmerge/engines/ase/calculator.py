@@ -88,6 +88,9 @@ class GFFMergeCalculator(Calculator):
         Folder of merged force fields; default: ``GFFMERGE_CACHE``, else the user's cache folder.
     weights, allow_unrelated
         Relative weight of each specialist in the merge; merge also those without a common base, with bad forces.
+    keep_base
+        Do not forget what the specialists' common base knew: ``True`` where it is found by its fingerprint (bundled or in an
+        installed package), else the base itself, a source like theirs; a number says with how many structures (40).
     core_repulsion
         ``auto``: atoms closer than in all calibration frames repel each other; ``none``: not. Default: of recipe or file.
     specialist
@@ -137,6 +140,7 @@ class GFFMergeCalculator(Calculator):
         cache_dir: str | Path | None = None,
         weights: Sequence[float] | None = None,
         allow_unrelated: bool = False,
+        keep_base: bool | int | Source | None = None,
         core_repulsion: Literal["auto", "none"] | None = None,
         specialist: str | int | None = None,
         compile: Compile = "auto",
@@ -154,6 +158,7 @@ class GFFMergeCalculator(Calculator):
             conditioning=conditioning,
             weights=weight_tuple(weights),
             allow_unrelated=allow_unrelated,
+            keep_base=keep_base,
             core_repulsion=core_repulsion,
             cache_dir=cache_dir,
         )
@@ -249,13 +254,7 @@ class GFFMergeCalculator(Calculator):
         return changes
 
     def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
-        """Return a property; safe to call from several threads.
-
-        Raises
-        ------
-        PropertyNotImplementedError
-            For what the calculator does not serve, and for the stress without three cell vectors.
-        """
+        """Return a property, to any thread; what is not served, or has no volume, is a PropertyNotImplementedError."""
         if name == "stress" and (structure := self.atoms if atoms is None else atoms) is not None:
             require_volume(structure)
         with self._lock:

@@ -16,7 +16,7 @@ from ase_gffmerge.forcefield.force_field import ForceField, bundled_path, bundle
 from ase_gffmerge.inference.predict import check_frames
 from ase_gffmerge.merging.average import check_compatible, working_copies
 from ase_gffmerge.merging.recipe import load_recipe
-from ase_gffmerge.merging.selection import bundled_ancestor, check_ancestor
+from ase_gffmerge.merging.selection import check_ancestor, known_ancestor
 from ase_gffmerge.methods import MergeInputs
 from ase_gffmerge.runtime.devices import resolve_device
 
@@ -56,7 +56,7 @@ def make_merge_inputs(
     """
     check_compatible(specialists, load_recipe("mean", allow_unrelated=True))
     if base is None:
-        base = bundled_ancestor(specialists)
+        base = known_ancestor(specialists)
     else:
         check_ancestor(base, specialists)
     target = resolve_device(device)

@@ -36,6 +36,7 @@ class SevenNetAdapter(Adapter):
     """Reads and writes models of the package ``sevenn``."""
 
     vendor, models, package = "sevenn", "SevenNet", "sevenn"
+    shipped = PRETRAINED
     architectures: ClassVar[dict[str, str]] = {
         "sevennet-package": "ase_gffmerge.integrations.sevennet.model:SevenNetPackage"
     }
