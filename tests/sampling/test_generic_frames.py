@@ -125,7 +125,7 @@ def test_the_report_tells_what_was_forgotten() -> None:
 
 
 def test_a_base_is_found_by_its_fingerprint(monkeypatch) -> None:
-    base, pair = toy("painn"), family("painn", 2)
+    base, pair = replace(toy("painn"), provenance=Provenance(origin="Package 1.0")), family("painn", 2)
     vendors = [replace(s, provenance=replace(s.provenance, origin="Package 1.0")) for s in pair]
     assert known_ancestor(vendors) is None
     monkeypatch.setattr(selection, "shipped", lambda architecture: [toy("painn", seed=1), base])
