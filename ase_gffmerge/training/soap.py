@@ -101,8 +101,16 @@ def _initial_state(gradient: Tensor) -> dict[str, Tensor]:
         return state
     for side, product in _outer_products(gradient).items():
         state[side] = product
-        state[f"{side}_basis"] = torch.linalg.eigh(product).eigenvectors.flip(1).contiguous()
+        state[f"{side}_basis"] = _eigenvectors(product).flip(1).contiguous()
     return state
+
+
+def _eigenvectors(product: Tensor) -> Tensor:
+    """Of a symmetric matrix, by ascending eigenvalues; in float64 where units without gradients make float32 too narrow."""
+    try:
+        return torch.linalg.eigh(product).eigenvectors
+    except torch.linalg.LinAlgError:
+        return torch.linalg.eigh(product.double()).eigenvectors.to(product.dtype)
 
 
 def _outer_products(gradient: Tensor) -> dict[str, Tensor]:
