@@ -108,7 +108,11 @@ class Selection:
         return max(self._best.relative)
 
 
-def split_frames(specialist: ForceField, n: int | None) -> tuple[list[Atoms], list[Atoms]]:
+HELD_OUT_SEED = 2**31 - 1
+"""Of dynamics that visits frames to choose by, which no fit repeats."""
+
+
+def split_frames(specialist: ForceField, n: int | None = None) -> tuple[list[Atoms], list[Atoms]]:
     """Calibration frames to fit, at most ``n`` evenly spread ones, and others to choose by.
 
     Every tenth frame is held out; a specialist with fewer frames keeps them all, and others are visited by its own
@@ -118,7 +122,7 @@ def split_frames(specialist: ForceField, n: int | None) -> tuple[list[Atoms], li
     if len(frames) >= HELD_OUT:
         fitted, held_out = hold_out_tenth(frames)
     else:
-        options, n_copies = AugmentationOptions(), -(-HELD_OUT // len(frames))
+        options, n_copies = AugmentationOptions(seed=HELD_OUT_SEED), -(-HELD_OUT // len(frames))
         fitted, held_out = frames, visited(specialist, frames, options, n_copies=n_copies)
         if not held_out:  # every trajectory broke
             still = options.model_copy(update={"temperature": 0.0})

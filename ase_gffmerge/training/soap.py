@@ -106,11 +106,8 @@ def _initial_state(gradient: Tensor) -> dict[str, Tensor]:
 
 
 def _eigenvectors(product: Tensor) -> Tensor:
-    """Of a symmetric matrix, by ascending eigenvalues; in float64 where units without gradients make float32 too narrow."""
-    try:
-        return torch.linalg.eigh(product).eigenvectors
-    except torch.linalg.LinAlgError:
-        return torch.linalg.eigh(product.double()).eigenvectors.to(product.dtype)
+    """Of a symmetric matrix, by ascending eigenvalues; products of gradients of dead units span more than float32 does."""
+    return torch.linalg.eigh(product.double()).eigenvectors.to(product.dtype)
 
 
 def _outer_products(gradient: Tensor) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from ase_gffmerge.data.frames import bare, displaced, hold_out_tenth
+from ase_gffmerge.data.frames import bare, displaced
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
@@ -21,6 +21,7 @@ from ase_gffmerge.inference.predict import check_frames, edge_batches
 from ase_gffmerge.merging.average import align_references, working_copies
 from ase_gffmerge.merging.calibration import copies_per_frame, with_copies
 from ase_gffmerge.merging.recipe import DistillOptions
+from ase_gffmerge.merging.selection import split_frames
 from ase_gffmerge.models import Potential
 from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames
 from ase_gffmerge.training.loss import LabeledGraph, weigh
@@ -122,7 +123,7 @@ def _mean_force(graphs: Sequence[LabeledGraph]) -> float:
 def prepare_distillation_set(
     specialist: ForceField, options: DistillOptions, *, extra: Sequence[Atoms] = ()
 ) -> DistillationSet:
-    """Split a specialist's calibration frames, then add sampled frames and displaced copies to the training part.
+    """Split a specialist's frames as a merge does, then add sampled frames and displaced copies to the training part.
 
     Parameters
     ----------
@@ -136,20 +137,19 @@ def prepare_distillation_set(
     Raises
     ------
     FramesError
-        For fewer than two frames, or elements that the specialist does not know.
+        For no frame at all, or elements that the specialist does not know.
     """
     given = [bare(atoms) for atoms in (*specialist.calibration, *extra)]
-    if len(given) < 2:
+    if not given:
         raise FramesError(
-            f"{specialist.name!r} has {len(given)} frames to distil from, and at least two are needed (one is held out); "
-            "give frames, or make some with `gffmerge sample`"
+            f"{specialist.name!r} has no frames to distil from; give some, or make some with `gffmerge sample`"
         )
     n = len(specialist.calibration)
     where = [
         f"{'calibration' if i < n else 'further'} frame {i if i < n else i - n}" for i in range(len(given))
     ]
     check_frames(specialist.potential, given, [f"{specialist.name!r}, {one}" for one in where])
-    training, held_out = hold_out_tenth(given)
+    training, held_out = split_frames(specialist.with_calibration(given))
     if options.sampled:
         sampling = SampleOptions(n=options.sampled, seed=options.seed)
         training += [bare(atoms) for atoms in sample_frames(specialist, given[:STARTS], sampling).frames]

@@ -229,6 +229,22 @@ def test_every_frame_has_visited_copies_and_displaced_twins() -> None:
     assert len(few.training) == 9 * 2 * 2
 
 
+def test_few_frames_are_all_learned_from_and_others_judge() -> None:
+    """A merge has solved on them all: one of them would find its start better than anything that is learned."""
+    specialist = relatives("painn")[0]
+    few = specialist.with_calibration(specialist.calibration[:3])
+    options = QUICK.model_copy(update={"copies": 4, "interval": 20.0, "temperature": 500.0})
+    chosen = prepare_distillation_set(few, options)
+    seen = np.stack([atoms.positions for atoms in chosen.training])
+
+    def nearest(atoms: Atoms) -> float:
+        return float(np.abs(seen - atoms.positions).max(axis=(1, 2)).min())
+
+    assert max(nearest(atoms) for atoms in few.calibration) < 1e-12
+    assert chosen.held_out
+    assert min(nearest(atoms) for atoms in chosen.held_out) > 1e-3
+
+
 # -- refusals --
 
 
@@ -241,8 +257,8 @@ def test_refusals() -> None:
         distill(start, specialists[:2], QUICK, frames=[[]])
     with pytest.raises(IncompatibleSpecialistsError, match="other elements"):
         distill(relatives("painn", ("Cu", "Al"))[0], specialists[:2], QUICK)
-    with pytest.raises(FramesError, match="at least two are needed"):
-        distill(start, [s.with_calibration(s.calibration[:1]) for s in specialists[:2]], QUICK)
+    with pytest.raises(FramesError, match="has no frames to distil from"):
+        distill(start, [s.with_calibration(()) for s in specialists[:2]], QUICK)
     matching = QUICK.model_copy(update={"feature_weight": 1.0})
     with pytest.raises(IncompatibleSpecialistsError, match="feature_weight"):
         distill(specialists[0], [specialists[0], relatives("nequip")[1]], matching)
@@ -450,3 +466,17 @@ def test_wide_readouts_learn_slowly() -> None:
     }
     assert len(plain["params"]) + len(slow["params"]) == len(list(wide.parameters()))
     assert len(parameter_groups(build_potential("painn", SHALLOW["painn"], (1, 6)))) == 1
+
+
+def test_eigenbases_of_gradients_with_dead_units_are_found() -> None:
+    """Their products span more than float32 does, on which its eigenvalue solver may give up."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        rows = torch.randn(64, 64, generator=generator) * torch.logspace(0, -44, 64)[:, None]
+        weight = torch.nn.Parameter(torch.zeros(64, 64))
+        optimizer = SOAP([weight], lr=0.1)
+        weight.grad = rows
+        optimizer.step()
+        basis = optimizer.state[weight]["left_basis"]
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(64), atol=1e-5, rtol=0)
+        assert weight.isfinite().all()
