@@ -185,8 +185,7 @@ class Potential(ExactBuffers):
     compilable: ClassVar[bool] = True
     """Whether it can be traced with the numbers of atoms and edges as symbols, which lists of angles cannot."""
     decomposition: ClassVar[Literal["stages", "halo", "none"]] = "stages"
-    """How to cut a structure into domains: by exchanging atoms' features between ``stages``, which read edges to an atom;
-    by a ``halo`` of all atoms within cutoff times blocks; or not at all, as energies are no sum (``none``)."""
+    """How to cut a structure: exchange features between ``stages``, a ``halo`` of cutoff times blocks, or not at all."""
     node_entries: ClassVar[int] = 1
     """Leading entries of a state that have a row per atom; others have one per edge."""
     species_row: Tensor
@@ -336,7 +335,6 @@ def _name_of(found: object) -> str | None:
     return found.architecture if isinstance(found, type) and issubclass(found, Potential) else None
 
 
-_ABOVE = "ase_gffmerge.integrations.base"  # knows wrapped networks; no import, as it is in a room above
 ARCHITECTURES: Registry[type[Potential]] = Registry(
     "architecture",
     group="ase_gffmerge.models",
@@ -393,7 +391,7 @@ def _architecture(name: str) -> type[Potential]:
     """Class of an architecture: one of the table, or of the integrations."""
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
-    adapters = import_module(_ABOVE).adapters_by_architecture()
+    adapters = import_module("ase_gffmerge.integrations.base").adapters_by_architecture()
     if name not in adapters:
         raise FileFormatError(
             f"unknown architecture {name!r}; this version knows {', '.join(dict.fromkeys((*ARCHITECTURES, *adapters)))}. "

@@ -89,6 +89,7 @@ class EdgeEmbedding(Stage):
     """First features of the edges."""
 
     emits_scalars = False
+    gathers = False
 
     def __init__(self, hyper: M3GNetHyper):
         super().__init__()

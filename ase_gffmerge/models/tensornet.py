@@ -222,6 +222,8 @@ class Interaction(Stage):
 class Invariants(Stage):
     """Norms of the three kinds of matrices, mixed into one scalar per channel."""
 
+    gathers = False
+
     def __init__(self, channels: int):
         super().__init__()
         self.norm = nn.LayerNorm(3 * channels)

@@ -228,6 +228,35 @@ def stages_chain_up_to_the_energy(subject: PotentialSubject) -> str:
         return subject.compare(walked, potential(vectors, graph)[0], "walking along the stages")
 
 
+@check(0)
+def stages_read_the_edges_to_an_atom(subject: PotentialSubject) -> str:
+    """Features of some atoms need their own edges and the features of their neighbours alone: domains rely on it."""
+    potential, graph = subject.potential, subject.graph
+    if potential.decomposition != "stages":
+        raise NotApplicable(f"its decomposition is {potential.decomposition!r}")
+    n, nodes = (len(graph) + 1) // 2, potential.node_entries
+    kept = (graph.edge_index[1] < n).nonzero()[:, 0]
+    part = replace(graph, edge_index=graph.edge_index[:, kept], shifts=graph.shifts[kept])
+    with torch.no_grad():
+        geometry = potential.geometry(edge_vectors(part).to(potential.dtype), part)
+        gaps = [0.0]
+        for stage, before, after in _walk(subject):
+            atoms = before[:nodes] if stage.gathers else tuple(x[:n] for x in before[:nodes])
+            found = stage((*atoms, *(x[kept] for x in before[nodes:])), geometry)
+            expected = (*(x[:n] for x in after[:nodes]), *(x[kept] for x in after[nodes:]))
+            own = (*(x[:n] for x in found[:nodes]), *found[nodes:])
+            gaps += [
+                float((x - y).abs().max() / (1 + y.abs().max()))
+                for x, y in zip(own, expected, strict=True)
+                if y.numel()
+            ]
+    require(
+        max(gaps) <= subject.tolerance,
+        f"features differ by {max(gaps):.3g} where half of the atoms are left out",
+    )
+    return f"to {max(gaps):.1e} of the largest feature"
+
+
 def _walk(subject: PotentialSubject) -> list[tuple[Stage, State, State]]:
     """Stages with the states before and after them."""
     potential, graph = subject.potential, subject.graph
@@ -244,6 +273,7 @@ def _walk(subject: PotentialSubject) -> list[tuple[Stage, State, State]]:
 
 CHECKS = (
     stages_chain_up_to_the_energy,
+    stages_read_the_edges_to_an_atom,
     energies_per_atom_in_float64,
     atoms_without_neighbours,
     geometry_enters_through_edge_vectors,

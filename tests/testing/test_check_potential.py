@@ -6,7 +6,7 @@ from ase.build import molecule
 
 from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.models.painn import PaiNN
+from ase_gffmerge.models.painn import Message, PaiNN
 from ase_gffmerge.testing import check_potential
 from ase_gffmerge.testing.potential import small_cluster
 
@@ -90,7 +90,30 @@ class SlightlyWrongForces(PaiNN):
         return energies.detach() + (1 + 1e-4) * (energies - energies.detach())
 
 
+class TwoHops(Message):
+    def forward(self, state, geometry):
+        return super().forward(super().forward(state, geometry), geometry)
+
+
+class FarSighted(PaiNN):
+    """A stage reads the neighbours' neighbours."""
+
+    def __init__(self, hyper, species):
+        super().__init__(hyper, species)
+        self.stages[0] = TwoHops(hyper.channels, hyper.n_radial)
+
+
+class Reticent(PaiNN):
+    """The stage that reads neighbours denies it."""
+
+    def __init__(self, hyper, species):
+        super().__init__(hyper, species)
+        self.stages[0].gathers = False
+
+
 BROKEN = [
+    (FarSighted, "stages_read_the_edges_to_an_atom"),
+    (Reticent, "stages_read_the_edges_to_an_atom"),
     (SlightlyWrongForces, "forces_are_the_gradient"),
     (ReadsPositions, "geometry_enters_through_edge_vectors"),
     (SingleEnergies, "energies_per_atom_in_float64"),

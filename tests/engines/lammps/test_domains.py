@@ -165,6 +165,7 @@ def assert_same(model: MLIAPModel, atoms: Atoms, parts: list[FakeData], toleranc
 
 
 BOX = (11.0, 4.5, 5.0)
+OF_ONE_CUTOFF = ("painn", "nequip", "escaip", "m3gnet", "tensornet")
 FOUR = [0, 3, 6, 8, 11]
 CASES = [
     ("painn", [0, 11]),
@@ -186,7 +187,7 @@ def test_domains_give_what_the_structure_gives(architecture, bounds):
             np.testing.assert_allclose(found, expected[data.atoms[: data.nlocal]], rtol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["painn", "nequip", "escaip"])
+@pytest.mark.parametrize("architecture", OF_ONE_CUTOFF)
 def test_domains_without_atoms_or_edges_take_part(architecture):
     """All domains have to meet at every exchange, in both passes."""
     atoms = crowd((5.0, 5.0, 5.0), 8)
