@@ -75,6 +75,12 @@ def merge(
         int,
         typer.Option(help="Rounds of merging again with frames from the merged potential's own dynamics."),
     ] = 0,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Most memory to take, such as 4GB.", show_default="$GFFMERGE_MAX_MEMORY, else no bound"
+        ),
+    ] = None,
     loop_temperature: Annotated[float, typer.Option(help="Of that dynamics, K.")] = 500.0,
     report: Annotated[Path | None, typer.Option(help="Also write the report as a web page (HTML).")] = None,
     overwrite: OverwriteOption = False,
@@ -87,9 +93,11 @@ def merge(
     from ase_gffmerge.integrations.load import load_force_field, write_force_field
     from ase_gffmerge.merging.recipe import ClosedLoopOptions, load_recipe
     from ase_gffmerge.merging.report_plot import save_html
+    from ase_gffmerge.runtime.memory import memory_bound
     from ase_gffmerge.sampling.on_request import file_of_frames
     from ase_gffmerge.storage.documents import validated
     from ase_gffmerge.training.checkpoint import checkpoint_path
+    from ase_gffmerge.workflows.memory import estimate_memory
     from ase_gffmerge.workflows.merge import merge as merge_specialists
 
     if exportable and conditioning == Conditioning.per_specialist:
@@ -110,6 +118,7 @@ def merge(
     given = [load_force_field(source) for source in specialists]
     chosen = recipe_for(out, given, chosen, exportable=exportable)
     loaded = load_specialists(given, calibration, device=device)
+    note(str(estimate_memory(loaded, chosen, device=device, bound=memory_bound(max_memory))))
     with progress_bar("merging") as progress:
         merged, result = merge_specialists(
             loaded,
@@ -118,6 +127,7 @@ def merge(
             keep_base=(chosen.keep_base or True) if keep_base else None,
             checkpoint=checkpoint_path(out),
             device=device,
+            max_memory=max_memory,
             progress=progress,
         )
     write_force_field(merged, out)

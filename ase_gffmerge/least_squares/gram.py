@@ -113,7 +113,17 @@ def symmetric_product(x: Tensor, *, block: int = 1024) -> Tensor:
 
 
 def add_symmetric_product(total: Tensor, x: Tensor, *, block: int = 1024) -> Tensor:
-    """Add :func:`symmetric_product` of x (n, d) to a symmetric matrix (d, d), in place."""
+    """Add :func:`symmetric_product` to a symmetric matrix, in place.
+
+    Parameters
+    ----------
+    total : (d, d)
+        Symmetric; added to.
+    x : (n, d)
+        Rows.
+    block
+        Columns that are multiplied at once.
+    """
     for start in range(0, x.shape[1], block):
         rows = slice(start, start + block)
         total[rows, start:].addmm_(x[:, rows].T, x[:, start:])

@@ -15,7 +15,7 @@ and for the whole:
 
 5. **a force-matched readout** (:mod:`.readout_fit`): energies, forces and stresses are linear in the last layer, and in
    many more random features of the same network (:mod:`.random_features`); on frames and copies that each specialist
-   visits (:mod:`.calibration`), along displacements and strains (:mod:`.tangents`);
+   visits (:mod:`.augmentation`), along displacements and strains (:mod:`.tangents`);
 6. **energy references** (:mod:`.average`): one zero of energy for all.
 
 :mod:`.report` compares the result with every specialist and gives the verdict. :mod:`.paper` is the

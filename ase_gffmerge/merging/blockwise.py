@@ -18,8 +18,11 @@ One batch of frames per specialist is fitted. Where there are more, the second o
 iteration to stop: specialists that are nearly the same leave a mismatch that is soon noise.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +31,6 @@ from torch.func import functional_call
 from ase_gffmerge.least_squares.gauss_newton import Thetas, gauss_newton_steps, squared
 from ase_gffmerge.least_squares.gram import NOISE
 from ase_gffmerge.merging.calibration import (
-    CalibrationBatch,
     CalibrationSet,
     advance,
     layer_inputs,
@@ -37,7 +39,7 @@ from ase_gffmerge.merging.calibration import (
 )
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
-from ase_gffmerge.merging.tangents import differentiable_pushforward
+from ase_gffmerge.merging.tangents import Dual, differentiable_pushforward
 from ase_gffmerge.models.affine_maps import adjustable_maps, is_adjustable
 from ase_gffmerge.models.base import Stage, State
 
@@ -56,6 +58,7 @@ def align_block(
     recipe: Recipe,
     *,
     iterations: int = ITERATIONS,
+    keep_graphs: bool = True,
 ) -> LayerReport:
     """Take one Gauss-Newton step on all maps of a block.
 
@@ -73,11 +76,13 @@ def align_block(
         Weight of derivatives.
     iterations
         Of conjugate gradients.
+    keep_graphs
+        See :class:`LinearizedBlock`.
     """
-    linear = LinearizedBlock(merged, originals, calibration_sets, recipe)
+    linear = LinearizedBlock(merged, originals, calibration_sets, recipe, keep_graphs=keep_graphs)
     steps = gauss_newton_steps(linear, iterations=iterations, damping=DAMPING)
     before = squared(linear.residual)
-    if all(len(calibration_set.batches) > 1 for calibration_set in calibration_sets):
+    if all(calibration_set.batches[-1].number > 0 for calibration_set in calibration_sets):
         held_out = BlockMismatch(merged, originals, calibration_sets, recipe, batch=1)
         found = _best(linear.thetas, steps, held_out)
         after = linear.mismatch(found)
@@ -157,12 +162,17 @@ class BlockMismatch:
         self._block, self._maps = block, adjustable_maps(block)
         names = {module: name for name, module in block.named_modules()}
         self._layers = {name: names[affine_map.module] for name, affine_map in self._maps.items()}
-        self._batches = [calibration_set.batches[batch] for calibration_set in calibration_sets]
-        weights = [calibration_set.weight for calibration_set in calibration_sets]
-        states = [
-            advance(original, frames.target, frames)
-            for original, frames in zip(originals, self._batches, strict=True)
+        self._parts = [
+            [part for part in calibration_set.batches if part.number == batch]
+            for calibration_set in calibration_sets
         ]
+        weights = [calibration_set.weight for calibration_set in calibration_sets]
+        parts = [
+            [advance(original, part.target, part) for part in own]
+            for original, own in zip(originals, self._parts, strict=True)
+        ]
+        self._shapes = [[_shapes(state) for state in own] for own in parts]
+        states = [_joined(own) for own in parts]
         self._factors = [
             _factors(state.value, weight) + _factors(state.tangent, weight * recipe.derivative_weight)
             for state, weight in zip(states, weights, strict=True)
@@ -175,7 +185,11 @@ class BlockMismatch:
 
     def output(self, k: int, thetas: Thetas) -> Tensor:
         """f_k(Θ), weighted and flat."""
-        frames, parameters = self._batches[k], self._parameters(thetas)
+        return self._together(k, [self._output(k, p, thetas) for p in range(len(self._parts[k]))])
+
+    def _output(self, k: int, p: int, thetas: Thetas) -> Tensor:
+        """Weighted and flat output of one part of the frames."""
+        frames, parameters = self._parts[k][p], self._parameters(thetas)
 
         def block(*x: Tensor) -> State:
             return tuple(functional_call(self._block, parameters, frames.split(x)))
@@ -192,6 +206,35 @@ class BlockMismatch:
                 found[full] = found.get(full, known) + value - known
         return found
 
+    def _together(self, k: int, vectors: Sequence[Tensor]) -> Tensor:
+        """One vector of all parts, in the order of a batch that is not split, from those of the parts."""
+        if len(vectors) == 1:
+            return vectors[0]
+        parts = [_unflattened(v, shapes) for v, shapes in zip(vectors, self._shapes[k], strict=True)]
+        tensors = [torch.cat(own, dim=axis) for own, axis in zip(zip(*parts), self._axes(k), strict=True)]
+        return torch.cat([tensor.flatten() for tensor in tensors])
+
+    def _apart(self, k: int, vector: Tensor) -> list[Tensor]:
+        """Inverse of :meth:`_together`."""
+        shapes, axes = self._shapes[k], self._axes(k)
+        if len(shapes) == 1:
+            return [vector]
+        sizes = [[own[j][axis] for own in shapes] for j, axis in enumerate(axes)]
+        whole = [
+            (*shape[:axis], sum(n), *shape[axis + 1 :])
+            for shape, axis, n in zip(shapes[0], axes, sizes, strict=True)
+        ]
+        split = [
+            tensor.split(n, dim=axis)
+            for tensor, n, axis in zip(_unflattened(vector, whole), sizes, axes, strict=True)
+        ]
+        return [torch.cat([tensor.flatten() for tensor in own]) for own in zip(*split)]
+
+    def _axes(self, k: int) -> list[int]:
+        """Axis of the atoms of every tensor of a state: the first of values, the second of derivatives."""
+        n = len(self._shapes[k][0])
+        return [0] * n if self._parts[k][0].geometry.tangent == () else [0] * (n // 2) + [1] * (n // 2)
+
     @torch.no_grad()
     def mismatch(self, thetas: Thetas) -> float:
         """Squared mismatch of some maps."""
@@ -205,6 +248,9 @@ class LinearizedBlock(BlockMismatch):
     ----------
     block, originals, calibration_sets, recipe
         See :class:`BlockMismatch`.
+    keep_graphs
+        Keep what automatic differentiation needs for all products with J; otherwise the block is evaluated again for each
+        of them, part by part: the same result in a longer time and less memory.
 
     Attributes
     ----------
@@ -218,53 +264,104 @@ class LinearizedBlock(BlockMismatch):
         originals: Sequence[Stage],
         calibration_sets: Sequence[CalibrationSet],
         recipe: Recipe,
+        *,
+        keep_graphs: bool = True,
     ):
         super().__init__(block, originals, calibration_sets, recipe)
         self.thetas = {name: affine_map.read().detach().clone() for name, affine_map in self._maps.items()}
-        self.grams = {name: torch.zeros(()).to(theta) for name, theta in self.thetas.items()}
-        self._outputs: list[Tensor] = []
-        self._linear: list[tuple[Tensor, tuple[Tensor, ...]]] = []
         self._leaves = {name: theta.clone().requires_grad_() for name, theta in self.thetas.items()}
-        for k in range(len(self._batches)):
-            self._linearize(k)
-        self.residual = [y - f.detach() for y, f in zip(self._targets, self._outputs, strict=True)]
+        self._kept: dict[tuple[int, int], _Graphs] | None = {} if keep_graphs else None
+        own = [self._grams(k) for k in range(len(self._parts))]
+        self.grams = {name: sum((one[name] for one in own[1:]), start=own[0][name]) for name in self.thetas}
+        self.residual = [y - self._value(k) for k, y in enumerate(self._targets)]
 
-    def _linearize(self, k: int) -> None:
-        for name, gram in self._grams(self._batches[k]).items():
-            self.grams[name] = self.grams[name] + gram
+    def _value(self, k: int) -> Tensor:
+        """f_k at the present maps."""
+        if self._kept is None:
+            with torch.no_grad():
+                return self.output(k, self.thetas)
+        return self._together(k, [self._graphs(k, p).output.detach() for p in range(len(self._parts[k]))])
+
+    def _graphs(self, k: int, p: int) -> "_Graphs":
+        if self._kept is not None and (k, p) in self._kept:
+            return self._kept[k, p]
         with torch.enable_grad():
-            nothing = sum(leaf.sum() for leaf in self._leaves.values()) * 0  # links maps that no row enters
-            output = self.output(k, self._leaves) + nothing
+            output = self._linked_output(k, p)
             u = torch.zeros_like(output, requires_grad=True)
             pulled = torch.autograd.grad(output, list(self._leaves.values()), u, create_graph=True)
-        self._outputs.append(output)
-        self._linear.append((u, pulled))
+        graphs = _Graphs(output, u, pulled)
+        if self._kept is not None:
+            self._kept[k, p] = graphs
+        return graphs
 
-    def _grams(self, batch: CalibrationBatch) -> Thetas:
-        """Gram matrix of the rows that enter every map, of mean eigenvalue 1."""
-        values = stage_inputs(batch, True).value
-        with torch.no_grad():
-            entering = layer_inputs(
-                self._block, lambda: run_stage(self._block, batch, values), wanted=is_adjustable
-            )
-            rows = {name: one.design(entering[self._layers[name]]) for name, one in self._maps.items()}
-        return {name: x.T @ x / x.square().sum().clamp(min=1e-30) * x.shape[1] for name, x in rows.items()}
+    def _linked_output(self, k: int, p: int) -> Tensor:
+        with torch.enable_grad():
+            nothing = sum(leaf.sum() for leaf in self._leaves.values()) * 0  # links maps that no row enters
+            return self._output(k, p, self._leaves) + nothing
+
+    @torch.no_grad()
+    def _grams(self, k: int) -> Thetas:
+        """Gram matrix of the rows that enter every map on specialist k's frames, of mean eigenvalue 1."""
+        products: Thetas = {}
+        for part in self._parts[k]:
+            run = partial(run_stage, self._block, part, stage_inputs(part, True).value)
+            entering = layer_inputs(self._block, run, wanted=is_adjustable)
+            for name, one in self._maps.items():
+                x = one.design(entering[self._layers[name]])
+                products[name] = products[name] + x.T @ x if name in products else x.T @ x
+        return {name: g / g.trace().clamp(min=1e-30) * len(g) for name, g in products.items()}
 
     def forward(self, direction: Thetas) -> list[Tensor]:
         """J v."""
         along = [direction[name] for name in self._leaves]
-        return [torch.autograd.grad(p, u, along, retain_graph=True)[0] for u, p in self._linear]
+        return [
+            self._together(k, [self._graphs(k, p).along(along) for p in range(len(parts))])
+            for k, parts in enumerate(self._parts)
+        ]
 
     def vjp(self, k: int, vector: Tensor) -> Thetas:
         """Specialist k's part of Jᵀ u."""
-        leaves = list(self._leaves.values())
-        gradients = torch.autograd.grad(self._outputs[k], leaves, vector, retain_graph=True)
-        return dict(zip(self._leaves, gradients, strict=True))
+        leaves, total = list(self._leaves.values()), list[Tensor]()
+        for p, part in enumerate(self._apart(k, vector)):
+            output = self._linked_output(k, p) if self._kept is None else self._graphs(k, p).output
+            gradients = torch.autograd.grad(output, leaves, part, retain_graph=self._kept is not None)
+            total = [a + b for a, b in zip(total, gradients, strict=True)] if total else list(gradients)
+        return dict(zip(self._leaves, total, strict=True))
 
     def write(self, thetas: Thetas) -> None:
         """Set the block's maps."""
         for name, affine_map in self._maps.items():
             affine_map.write(thetas[name])
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """Output f of one part of the frames, and Jᵀ u as a function of u, ready to be differentiated."""
+
+    output: Tensor
+    u: Tensor
+    pulled: tuple[Tensor, ...]
+
+    def along(self, direction: Sequence[Tensor]) -> Tensor:
+        """J v."""
+        return torch.autograd.grad(self.pulled, self.u, direction, retain_graph=True)[0]
+
+
+def _shapes(state: Dual) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in state.value + state.tangent]
+
+
+def _unflattened(vector: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    sizes = [math.prod(shape) for shape in shapes]
+    return [part.view(shape) for part, shape in zip(vector.split(sizes), shapes, strict=True)]
+
+
+def _joined(states: Sequence[Dual]) -> Dual:
+    """State of all atoms from those of the parts."""
+    return Dual(
+        tuple(torch.cat(own) for own in zip(*(state.value for state in states))),
+        tuple(torch.cat(own, dim=1) for own in zip(*(state.tangent for state in states))),
+    )
 
 
 def _factors(parts: State, weight: float) -> tuple[float, ...]:

@@ -1,13 +1,6 @@
-r"""Calibration frames in batches, copies of them, and what enters the layers of specialists and merged model on them.
+"""Calibration frames in batches, and what enters the layers of specialists and merged model on them.
 
 What enters the layers of a block: activations of a specialist or of the merged model on calibration frames.
-
-Copies of a specialist's calibration frames, which the specialist labels for free.
-
-Around every frame the merged potential must follow the specialist's surface, so each frame brings a few neighbours. They
-are visited by short Langevin dynamics of the specialist itself, started at the frame: stiff bonds move little, soft
-torsions far, as in any dynamics to come. The distribution of positions does not depend on the masses, so all atoms
-weigh the same 12 u and light ones do not limit the time step. Copies displaced at random are the alternative.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +13,11 @@ import torch
 from ase import Atoms
 from torch import Tensor, nn
 
-from ase_gffmerge.data.frames import bare, displaced
-from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.inference.errors import FORCE_FLOOR, without_shifts
-from ase_gffmerge.merging.recipe import AugmentationOptions, ReadoutOptions
+from ase_gffmerge.merging.recipe import ReadoutOptions
 from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models.affine_maps import is_affine, rows_entering
 from ase_gffmerge.models.base import Geometry, Potential, Stage
@@ -35,12 +26,14 @@ from ase_gffmerge.runtime.devices import chunks
 
 @dataclass
 class CalibrationBatch:
-    """One batch of one specialist's frames, walked stage by stage.
+    """One batch of one specialist's frames, or a part of one, walked stage by stage.
 
     Attributes
     ----------
     graph
         The batch.
+    number
+        Which batch of the specialist it is, or belongs to.
     edges
         Edge indices; its parts that depend on the positions are replaced by those in ``geometry``.
     geometry
@@ -52,6 +45,7 @@ class CalibrationBatch:
     """
 
     graph: AtomGraph
+    number: int
     edges: Geometry
     geometry: Dual
     merged: Dual
@@ -120,7 +114,12 @@ MAX_BATCHES = 4
 
 
 def build_calibration(
-    specialists: Sequence[ForceField], merged: Potential, weights: Sequence[float], *, directions: int
+    specialists: Sequence[ForceField],
+    merged: Potential,
+    weights: Sequence[float],
+    *,
+    directions: int,
+    max_edges: int | None = None,
 ) -> list[CalibrationSet]:
     """Embed the calibration frames of all specialists in their own models and in the merged one.
 
@@ -132,20 +131,27 @@ def build_calibration(
         The merged model before its first stage is aligned.
     directions
         Random displacements of all atoms along which derivatives are taken.
+    max_edges
+        Edges that are evaluated at once: a batch with more is walked in parts of whole frames, with the same result.
     """
     return [
-        CalibrationSet(specialist, k, weight, [_embedded(specialist, merged, g, directions) for g in graphs])
+        CalibrationSet(
+            specialist, k, weight, list(_embedded_parts(specialist, merged, k, directions, max_edges))
+        )
         for k, (specialist, weight) in enumerate(zip(specialists, weights, strict=True))
-        for graphs in [calibration_graphs(specialist, index=k)]
     ]
 
 
 def calibration_graphs(specialist: ForceField, *, index: int = 0) -> Iterator[AtomGraph]:
     """Graphs of a specialist's calibration frames in shuffled batches, up to :data:`MAX_BATCHES`, on its device."""
+    for group in _shuffled(specialist, index):
+        yield batch_graphs(group).to(specialist.potential.device)
+
+
+def _shuffled(specialist: ForceField, index: int) -> Iterator[list[AtomGraph]]:
     order = np.random.default_rng(0).permutation(len(specialist.calibration))
     graphs = [_graph(specialist, index, specialist.calibration[i]) for i in order]
-    for group in islice(chunks(graphs, MAX_EDGES, size=_size), MAX_BATCHES):
-        yield batch_graphs(group).to(specialist.potential.device)
+    return islice(chunks(graphs, MAX_EDGES, size=_size), MAX_BATCHES)
 
 
 def _graph(specialist: ForceField, index: int, atoms: Atoms) -> AtomGraph:
@@ -157,20 +163,32 @@ def _size(graph: AtomGraph) -> int:
     return max(graph.n_edges, EDGES_PER_ATOM * len(graph))
 
 
+def _embedded_parts(
+    specialist: ForceField, merged: Potential, index: int, directions: int, max_edges: int | None
+) -> Iterator[CalibrationBatch]:
+    for number, group in enumerate(_shuffled(specialist, index)):
+        displacements = _displacements(sum(map(len, group)), directions)
+        for part in chunks(group, max_edges or sum(map(_size, group)), size=lambda graph: graph.n_edges):
+            graph = batch_graphs(part).to(specialist.potential.device)
+            own, displacements = displacements[:, : len(graph)], displacements[:, len(graph) :]
+            yield _embedded(specialist, merged, graph, number, own.to(graph.positions))
+
+
 def _embedded(
-    specialist: ForceField, merged: Potential, graph: AtomGraph, directions: int
+    specialist: ForceField, merged: Potential, graph: AtomGraph, number: int, displacements: Tensor
 ) -> CalibrationBatch:
-    potential = specialist.potential
-    positions = Dual((graph.positions,), (_displacements(graph.positions, directions),) if directions else ())
+    potential, directions = specialist.potential, len(displacements)
+    positions = Dual((graph.positions,), (displacements,) if directions else ())
     geometry = pushforward(lambda r: potential.edge_functions(edge_vectors(graph, r)), positions)
     ours, theirs = (_constant(model.embed(graph), directions) for model in (merged, potential))
-    return CalibrationBatch(graph, potential.geometry(edge_vectors(graph), graph), geometry, ours, theirs)
+    edges = potential.geometry(edge_vectors(graph), graph)
+    return CalibrationBatch(graph, number, edges, geometry, ours, theirs)
 
 
-def _displacements(positions: Tensor, n: int) -> Tensor:
+def _displacements(n_atoms: int, n: int) -> Tensor:
     """Random displacements of all atoms (n, n_atoms, 3), unit normal, the same whatever the order of specialists."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, *positions.shape, generator=generator, dtype=torch.float64).to(positions)
+    return torch.randn(n, n_atoms, 3, generator=generator, dtype=torch.float64)
 
 
 def _constant(state: Tensors, directions: int) -> Dual:
@@ -306,98 +324,3 @@ def layer_inputs(
 def affine_layers(root: nn.Module, run: Callable[[], object]) -> list[str]:
     """Names of the affine layers of ``root`` in the order in which ``run`` executes them."""
     return list(layer_inputs(root, run))
-
-
-MASS, TIMESTEP, FRICTION = 12.0, 2.0, 0.05
-"""Of every atom in u; fs; 1/fs."""
-
-
-def with_copies(
-    specialist: ForceField, frames: Sequence[Atoms], options: AugmentationOptions, *, n_copies: int
-) -> list[Atoms]:
-    """Frames followed by copies of each, fewer where dynamics broke a structure.
-
-    Parameters
-    ----------
-    specialist
-        Whose dynamics visits the copies.
-    frames
-        Where they start.
-    options
-        Temperature and interval, or random displacements at temperature 0.
-    n_copies
-        Of every frame.
-    """
-    originals = [bare(atoms) for atoms in frames]
-    if not n_copies or not frames:
-        return originals
-    if options.temperature:
-        return [*originals, *visited(specialist, originals, options, n_copies=n_copies)]
-    rng = np.random.default_rng(options.seed)
-    return [
-        *originals,
-        *(
-            displaced(a, rattle=options.displacement, strain=0.0, rng=rng)
-            for _ in range(n_copies)
-            for a in originals
-        ),
-    ]
-
-
-def visited(
-    specialist: ForceField, frames: Sequence[Atoms], options: AugmentationOptions, *, n_copies: int
-) -> list[Atoms]:
-    """What the specialist's dynamics visits from every frame.
-
-    Parameters
-    ----------
-    specialist, frames, n_copies
-        As for :func:`with_copies`.
-    options
-        Temperature, and the interval between visited structures.
-    """
-    every = max(round(options.interval / TIMESTEP), 1)
-    starts = [atoms.copy() for atoms in frames]
-    for atoms in starts:
-        atoms.set_masses(np.full(len(atoms), MASS))
-    seeds = [(options.seed, k) for k in range(len(starts))]  # of a replica, whatever the group
-    sizes = _edge_counts(specialist, starts)
-    groups = chunks(zip(starts, seeds, sizes, strict=True), MAX_EDGES, size=lambda one: one[2])
-    runs = [
-        run
-        for group in groups
-        for run in run_replicas(
-            specialist.potential,
-            [atoms for atoms, _, _ in group],
-            ensemble="nvt",
-            temperature=options.temperature,
-            timestep=TIMESTEP,
-            steps=every * n_copies,
-            every=every,
-            friction=FRICTION,
-            seed=[seed for _, seed, _ in group],
-        )
-    ]
-    return [bare(atoms) for run in runs for atoms in run.frames[1:]]
-
-
-def copies_per_frame(specialist: ForceField, frames: Sequence[Atoms], options: AugmentationOptions) -> int:
-    """How many copies of every frame stay within a number of edges, at least one where any are wanted.
-
-    Parameters
-    ----------
-    specialist
-        Whose cutoff counts the edges.
-    frames
-        All frames that will be copied.
-    options
-        ``copies`` and ``max_copied_edges``.
-    """
-    if options.copies <= 1:
-        return options.copies
-    n_edges = sum(_edge_counts(specialist, frames))
-    return min(options.copies, max(options.max_copied_edges // max(n_edges, 1), 1))
-
-
-def _edge_counts(specialist: ForceField, frames: Sequence[Atoms]) -> list[int]:
-    return [build_graph(atoms, specialist.cutoff).n_edges for atoms in frames]

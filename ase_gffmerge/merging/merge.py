@@ -48,6 +48,7 @@ from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import adjustable_maps
 from ase_gffmerge.models.base import Stage
 from ase_gffmerge.runtime.devices import memory_errors, resolve_device
+from ase_gffmerge.runtime.memory import Portions
 from ase_gffmerge.runtime.progress import Clock, Progress, no_progress, part_of
 
 
@@ -79,6 +80,7 @@ def closed_form_merge(
     *,
     base: ForceField | None = None,
     device: str | torch.device = "auto",
+    portions: Portions | None = None,
     progress: Progress = no_progress,
 ) -> tuple[ForceField, MergeReport]:
     """Merge specialists once, by the recipe's method, without its ``closed_loop`` and ``refine``.
@@ -93,6 +95,8 @@ def closed_form_merge(
         Their common ancestor; default: the bundled model that their lineages name, if there is one.
     device
         Where statistics and solves run.
+    portions
+        How much is computed at once; default: whole batches.
     progress
         Called with a fraction (0 to 1) and a description.
 
@@ -115,7 +119,13 @@ def closed_form_merge(
             mean = mean_potential(parents, recipe)
         solved = METHODS[recipe.method](
             MergeTask(
-                mean=mean, specialists=parents, recipe=recipe, base=base, clock=clock, progress=progress
+                mean=mean,
+                specialists=parents,
+                recipe=recipe,
+                base=base,
+                portions=portions or Portions(),
+                clock=clock,
+                progress=progress,
             )
         )
         progress(0.95, "report")
@@ -157,6 +167,8 @@ class MergeTask:
         What to do.
     base
         The common ancestor, if one was given.
+    portions
+        How much is computed at once.
     clock, progress
         Time of the phases, and how far it is.
     """
@@ -165,27 +177,41 @@ class MergeTask:
     specialists: Sequence[ForceField]
     recipe: Recipe
     base: ForceField | None
+    portions: Portions
     clock: Clock
     progress: Progress
 
 
 def _closed_form(task: MergeTask) -> Solved:
     """The method of this package: a starting point, steps 1 to 4 for block after block, then step 5."""
-    recipe, clock, progress = task.recipe, task.clock, task.progress
+    recipe, portions, clock, progress = task.recipe, task.portions, task.clock, task.progress
     start, specialists, selection = _start(task)
     merged, weights = deepcopy(start), recipe.weights or (1.0,) * len(specialists)
     with torch.no_grad(), clock("layers"):
         progress(0.05, "graphs")
         specialists = on_all_elements(specialists)
-        sets = build_calibration(specialists, merged, weights, directions=recipe.directions)
-        layers = _align_stages(merged, specialists, sets, recipe, part_of(progress, 0.1, 0.6))
+        sets = build_calibration(
+            specialists, merged, weights, directions=recipe.directions, max_edges=portions.edges
+        )
+        layers = _align_stages(
+            merged,
+            specialists,
+            sets,
+            recipe,
+            keep_graphs=portions.keep_graphs,
+            progress=part_of(progress, 0.1, 0.6),
+        )
         layers += _align_readout(merged, specialists, sets, recipe)
         best = selection.better("closed form", merged, start) if selection else merged
     fitted: float | None = None
     if recipe.readout is not None:
         with clock("readout"):
             merged, row, fitted = match_forces(
-                merged, sets, recipe.readout, progress=part_of(progress, 0.6, 0.95)
+                merged,
+                sets,
+                recipe.readout,
+                at_once=portions.directions,
+                progress=part_of(progress, 0.6, 0.95),
             )
             layers.append(row)
             best = selection.better("wide readout", merged, best) if selection else merged
@@ -242,6 +268,8 @@ def _align_stages(
     specialists: Sequence[ForceField],
     calibration_sets: Sequence[CalibrationSet],
     recipe: Recipe,
+    *,
+    keep_graphs: bool,
     progress: Progress,
 ) -> list[LayerReport]:
     """Align every stage, then advance the states of the merged model and of the specialists through it."""
@@ -260,7 +288,9 @@ def _align_stages(
             prior=_prior(originals, recipe),
         )
         if recipe.messages and adjustable_maps(stage):
-            reports.append(align_block(name, stage, originals, calibration_sets, recipe))
+            reports.append(
+                align_block(name, stage, originals, calibration_sets, recipe, keep_graphs=keep_graphs)
+            )
         for original, calibration_set in zip(originals, calibration_sets, strict=True):
             for batch in calibration_set.batches:
                 batch.target = advance(original, batch.target, batch)

@@ -31,6 +31,12 @@ def random_feature_readout(potential: Potential) -> RandomFeatureReadout:
     return potential.readout
 
 
+def readout_width(options: ReadoutOptions, n_elements: int) -> int:
+    """Features of a readout that is solved for so many elements: those asked for, or fewer, in whole groups."""
+    width = min(options.width, max(MAX_UNKNOWNS // n_elements, 1))
+    return width - (width % options.groups if width > options.groups else 0)
+
+
 def with_random_feature_readout(
     potential: Potential, options: ReadoutOptions, *, n_elements: int = 1
 ) -> Potential:
@@ -45,8 +51,7 @@ def with_random_feature_readout(
     n_elements
         Elements to solve for; with many of them the readout is narrower than ``options.width``.
     """
-    width = min(options.width, max(MAX_UNKNOWNS // n_elements, 1))
-    width -= width % options.groups if width > options.groups else 0
+    width = readout_width(options, n_elements)
     blocks = min(options.blocks, potential.hyper.n_blocks)
     sparse = options.inputs < blocks * potential.hyper.channels
     hyper = replace(
@@ -96,7 +101,7 @@ def draw_random_features(
 
 
 def random_feature_derivatives(
-    potential: Potential, graph: AtomGraph, directions: Directions
+    potential: Potential, graph: AtomGraph, directions: Directions, *, at_once: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Readout inputs z (n_atoms, d) and their derivatives (n_directions, n_atoms, d).
 
@@ -108,6 +113,8 @@ def random_feature_derivatives(
         Batch of frames.
     directions
         Displacements and strains.
+    at_once
+        How many of them are differentiated along in one pass, which takes memory; default: all.
     """
     readout = random_feature_readout(potential)
 
@@ -115,8 +122,11 @@ def random_feature_derivatives(
         return readout.random_features(potential.features(vectors, graph))
 
     vectors = edge_vectors(graph)
-    z = pushforward(inputs, Dual((vectors,), (directions.tangents(graph, vectors),)))
-    return z.value[0], z.tangent[0]
+    tangents = directions.tangents(graph, vectors)
+    found = [
+        pushforward(inputs, Dual((vectors,), (part,))) for part in tangents.split(at_once or len(tangents))
+    ]
+    return found[0].value[0], torch.cat([z.tangent[0] for z in found])
 
 
 def derivative_rows(

@@ -9,7 +9,7 @@ With the node features fixed, energy and forces are linear in the readout's last
    \phi(z)=\mathrm{silu}(A z+b),\quad z=[x_B;\dots;x_L] ,
 
 where E⁰, F⁰ are the merged model's energy and forces at θ = c = 0, A and b are random and :math:`x_l` are the scalars after
-block l. Over the :math:`N_k` frames f of specialist k (calibration frames and copies, :mod:`.calibration`), of
+block l. Over the :math:`N_k` frames f of specialist k (calibration frames and copies, :mod:`.augmentation`), of
 :math:`n_f` atoms each, θ and c are
 
 .. math::
@@ -41,7 +41,8 @@ from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.least_squares.gram import Gram
 from ase_gffmerge.least_squares.ridge import Solution, regularized_factor, ridge_solve
-from ase_gffmerge.merging.calibration import CalibrationSet, copies_per_frame, with_copies
+from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
+from ase_gffmerge.merging.calibration import CalibrationSet
 from ase_gffmerge.merging.random_features import (
     derivative_rows,
     draw_random_features,
@@ -75,6 +76,7 @@ def match_forces(
     calibration_sets: Sequence[CalibrationSet],
     options: ReadoutOptions,
     *,
+    at_once: int | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Potential, LayerReport, float]:
     """Widen the readout and solve it on energies and forces of all specialists.
@@ -87,6 +89,8 @@ def match_forces(
         Specialists with the scalars that the merged potential has on their frames.
     options
         Size of the readout, copies, weights.
+    at_once
+        Directions along which a batch is differentiated in one pass, which takes memory; default: all.
     progress
         Called with a fraction (0 to 1) and a description.
 
@@ -108,7 +112,7 @@ def match_forces(
     rows = [readout.random_features([x.value[0] for x in batch.merged_scalars]) for batch in batches]
     draw_random_features(readout, torch.cat(rows), seed=options.seed)
     elements = merged.species_row[torch.as_tensor(numbers, device=merged.device)]
-    fitting, held_out = _statistics(merged, calibration_sets, options, elements, progress)
+    fitting, held_out = _statistics(merged, calibration_sets, options, elements, at_once, progress)
     fit = fit_readout(fitting, held_out)
     width = len(elements) * readout.lift.out_features
     theta, constants = fit.solution.theta[:, 0].split([width, len(elements)])
@@ -130,6 +134,7 @@ def readout_rows(
     elements: Tensor,
     frame_weights: Tensor,
     energy_weight: float,
+    at_once: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rows (n_rows, n_unknowns) and targets (n_rows, 1) of one batch, for the unknowns [θ of the first element; ...; c].
 
@@ -149,9 +154,11 @@ def readout_rows(
         Weight of each frame (n_frames,).
     energy_weight
         See :class:`~ase_gffmerge.merging.recipe.ReadoutOptions`.
+    at_once
+        See :func:`match_forces`.
     """
     readout, base = random_feature_readout(potential), predict(potential, graph)
-    z, dz = random_feature_derivatives(potential, graph, directions)
+    z, dz = random_feature_derivatives(potential, graph, directions, at_once=at_once)
     element = torch.searchsorted(elements, potential.species_row[graph.atomic_numbers])
     n_frames, n_elements = len(frame_weights), len(elements)
     cell = graph.structure_index * n_elements + element
@@ -215,6 +222,7 @@ def _statistics(
     calibration_sets: Sequence[CalibrationSet],
     options: ReadoutOptions,
     elements: Tensor,
+    at_once: int | None,
     progress: Progress,
 ) -> tuple[Gram, Gram]:
     """Statistics of all specialists: of the frames to fit, and of the held-out ones."""
@@ -227,7 +235,14 @@ def _statistics(
             labelled = with_copies(specialist, group, options, n_copies=n_copies)
             share = len(group) / len(specialist.calibration)
             grams[held_out] = _with_frames(
-                grams[held_out], merged, calibration_set, labelled, options, elements, share=share
+                grams[held_out],
+                merged,
+                calibration_set,
+                labelled,
+                options,
+                elements,
+                share=share,
+                at_once=at_once,
             )
             progress((2 * k + held_out + 1) / (2 * len(calibration_sets)), "readout")
     return grams[0], grams[1]
@@ -253,6 +268,7 @@ def _with_frames(
     elements: Tensor,
     *,
     share: float,
+    at_once: int | None,
 ) -> Gram:
     """Add frames that make up ``share`` of a specialist's; it weighs a_k / (N_k s_k) per force component."""
     rows: list[Tensor] = []
@@ -267,6 +283,7 @@ def _with_frames(
             elements,
             weight=share / len(frames),
             seed=options.seed + i,
+            at_once=at_once,
         )
         rows.append(row)
         targets.append(target)
@@ -285,6 +302,7 @@ def _batch_rows(
     *,
     weight: float,
     seed: int,
+    at_once: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Rows and targets of one batch, labelled by the specialist; every frame has the given weight."""
     specialist = calibration_set.specialist
@@ -304,4 +322,5 @@ def _batch_rows(
         * weight
         / (n_atoms * calibration_set.mean_square_target(options)),
         energy_weight=options.energy_weight,
+        at_once=at_once,
     )

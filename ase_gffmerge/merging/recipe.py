@@ -20,7 +20,7 @@ BASE_FRAMES = 40
 
 
 class AugmentationOptions(BaseModel):
-    """Copies of calibration frames that the specialist visits and labels by itself (:mod:`.calibration`).
+    """Copies of calibration frames that the specialist visits and labels by itself (:mod:`.augmentation`).
 
     Attributes
     ----------

@@ -23,7 +23,7 @@ from ase_gffmerge.data.frames import HELD_OUT, bare, hold_out_tenth, spread
 from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.force_field import BUNDLED, ForceField
 from ase_gffmerge.integrations.load import shipped
-from ase_gffmerge.merging.calibration import visited, with_copies
+from ase_gffmerge.merging.augmentation import visited, with_copies
 from ase_gffmerge.merging.disagreement import N_FRAMES, DisagreementMetric, Distance
 from ase_gffmerge.merging.recipe import AugmentationOptions, Recipe
 from ase_gffmerge.merging.report import Trial

@@ -62,6 +62,7 @@ def distill(
     checkpoint: Path | None = None,
     device: str | torch.device = "auto",
     callback: Callback | None = None,
+    max_edges: int | None = None,
     progress: Progress = no_progress,
 ) -> tuple[ForceField, History]:
     """Fine-tune a merged potential on its specialists' predictions; no labels are read.
@@ -83,8 +84,9 @@ def distill(
         Where to compute.
     callback
         Called after every epoch with its number and losses.
-    progress
-        Called with a fraction (0 to 1) and a description, which says beforehand about how long it will take.
+    max_edges, progress
+        See :func:`~ase_gffmerge.training.loop.fit`; called with a fraction (0 to 1) and a description, which says beforehand
+        about how long it will take.
 
     Returns
     -------
@@ -101,13 +103,8 @@ def distill(
     """
     options, started = options or DistillOptions(), time.perf_counter()
     _check_student(merged, specialists, options, frames)
-    student = (
-        deepcopy(merged.potential)
-        .with_core_repulsion(None)
-        .to(device=resolve_device(device))
-        .train()
-        .requires_grad_(True)
-    )
+    student = deepcopy(merged.potential).with_core_repulsion(None).to(device=resolve_device(device))
+    student.train().requires_grad_(True)
     given = frames if frames is not None else [()] * len(specialists)
     progress(0.0, "the specialists label their frames")
     teachers = prepare_teachers(
@@ -122,9 +119,8 @@ def distill(
     training = [
         graph for group in teachers.training for graph in spread(group, max(round(share * len(group)), 1))
     ]
-    progress(
-        0.0, f"distilling {len(training)} frames, about {per_frame * len(training) * config.epochs:.0f} s"
-    )
+    seconds = per_frame * len(training) * config.epochs
+    progress(0.0, f"distilling {len(training)} frames, about {seconds:.0f} s")
     potential, history = fit(
         student,
         training,
@@ -139,6 +135,7 @@ def distill(
             "plan": [config.epochs, len(training)],
         },
         callback=callback,
+        max_edges=max_edges,
         progress=part_of(progress, 0.0, 1.0, prefix="distilling, "),
     )
     potential._modules.pop(PROJECTION, None)
@@ -170,7 +167,7 @@ def _seconds_per_frame(
     batch, seconds = batch_graphs(frames).to(student.device), 0.0
     for _ in range(2):  # the first time things are allocated
         start = clock()
-        torch.autograd.grad(loss(student, batch), list(student.parameters()), allow_unused=True)
+        torch.autograd.grad(loss(student, batch, batch), list(student.parameters()), allow_unused=True)
         seconds = clock() - start
     return seconds * (1 + OPTIMIZER_SHARE) / len(frames)
 
@@ -236,9 +233,9 @@ def _distilled_force_field(
 def distillation_loss(config: TrainConfig, feature_weight: float) -> Loss:
     """Errors of energies, forces and stresses, and of node features relative to their size."""
 
-    def loss(potential: Potential, batch: LabeledGraph) -> torch.Tensor:
+    def loss(potential: Potential, batch: LabeledGraph, whole: LabeledGraph) -> torch.Tensor:
         prediction = predict(potential, batch, differentiable=True)
-        terms = loss_terms(potential, batch, config, prediction=prediction)
+        terms = loss_terms(potential, batch, config, whole=whole, prediction=prediction)
         if not feature_weight:
             return terms
         weight, features = (
@@ -247,7 +244,7 @@ def distillation_loss(config: TrainConfig, feature_weight: float) -> Loss:
         )
         if PROJECTION in potential._modules:
             features = potential.get_submodule(PROJECTION)(features)
-        mismatch = (weight * (features - batch.features).abs()).mean() / batch.features.abs().mean()
+        mismatch = (weight * (features - batch.features).abs()).sum() / float(whole.features.abs().sum())
         return terms + feature_weight * mismatch
 
     return loss

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from ase_gffmerge.errors import TrainingError
 from ase_gffmerge.graphs import batch_graphs
 from ase_gffmerge.models import Potential
-from ase_gffmerge.runtime.devices import memory_errors
+from ase_gffmerge.runtime.devices import chunks, memory_errors
 from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.training.checkpoint import History, TrainingState, can_resume, stale
 from ase_gffmerge.training.config import TrainConfig
@@ -23,13 +23,15 @@ PROGRESS_EVERY = 10
 """Steps between reports of progress."""
 
 Callback = Callable[[int, dict[str, float]], None]
-Loss = Callable[[Potential, LabeledGraph], Tensor]
+Loss = Callable[[Potential, LabeledGraph, LabeledGraph], Tensor]
+"""``loss(potential, part, whole)``: what a part of a batch adds to the loss of the whole batch."""
+
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def _shuffled_batches(
     graphs: Sequence[LabeledGraph], config: TrainConfig, epoch: int
-) -> Iterator[LabeledGraph]:
+) -> Iterator[list[LabeledGraph]]:
     """Batches with every specialist's share of graphs, in an order that depends on seed and epoch alone."""
     rng = np.random.default_rng([config.seed, epoch])
     owner = np.array([int(graph.specialist[0]) for graph in graphs])
@@ -39,7 +41,7 @@ def _shuffled_batches(
         place[own[rng.permutation(len(own))]] = (np.arange(len(own)) + 0.5) / len(own)
     order = np.argsort(place, kind="stable")
     for start in range(0, len(order), config.batch_size):
-        yield batch_graphs([graphs[i] for i in order[start : start + config.batch_size]])
+        yield [graphs[i] for i in order[start : start + config.batch_size]]
 
 
 def _averaged(potential: Potential, decay: float) -> AveragedModel:
@@ -94,6 +96,7 @@ def fit(
     checkpoint: Path | None = None,
     run: Mapping[str, object] | None = None,
     callback: Callback | None = None,
+    max_edges: int | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Potential, History]:
     """Train ``potential`` and return the moving average of its weights.
@@ -120,6 +123,9 @@ def fit(
     callback
         Called after every epoch with its number (from 1) and a dictionary of losses; a resumed run
         begins with the epoch after its checkpoint.
+    max_edges
+        Edges that are evaluated at once: the gradient of a batch with more is added up over parts of whole structures, the
+        same up to round-off. Default: every batch at once.
     progress
         Called now and then with the fraction (0 to 1) of all epochs that is done, and the last validation error.
 
@@ -130,7 +136,7 @@ def fit(
     DeviceMemoryError
         When a batch does not fit into the device's memory.
     """
-    loss = loss or (lambda model, batch: loss_terms(model, batch, config))
+    loss = loss or (lambda model, batch, whole: loss_terms(model, batch, config, whole=whole))
     optimizer = optimizer or torch.optim.Adam(potential.parameters(), lr=config.learning_rate)
     average = _averaged(potential, config.ema_decay)
     best = deepcopy(potential) if patience is not None else None
@@ -150,7 +156,7 @@ def fit(
             device=potential.device,
             remedy="use a smaller batch_size",
         ):
-            row = _train_epoch(state, schedule, training, loss, config, progress)
+            row = _train_epoch(state, schedule, training, loss, config, max_edges, progress)
         if validation:
             row |= validate(state.averaged, validation, config.batch_size)
         state.add(row, config)
@@ -167,6 +173,7 @@ def _train_epoch(
     graphs: Sequence[LabeledGraph],
     loss: Loss,
     config: TrainConfig,
+    max_edges: int | None,
     progress: Progress,
 ) -> dict[str, float]:
     potential, optimizer, epoch = state.potential, state.optimizer, len(state.history.rows)
@@ -175,17 +182,33 @@ def _train_epoch(
         if len(losses) % PROGRESS_EVERY == 0:
             done = (epoch + len(losses) * share) / config.epochs
             progress(done, _where(state.history, epoch + 1, config.epochs))
-        value = loss(potential, batch.to(potential.device))
         optimizer.zero_grad()
-        value.backward()
+        value = _gradient(potential, batch, loss, max_edges)
         norm = torch.nn.utils.clip_grad_norm_(potential.parameters(), config.gradient_clip)
-        if not torch.isfinite(value.detach() + norm):
-            raise _diverged(epoch + 1, float(value.detach()), config)
+        if not torch.isfinite(norm + value):
+            raise _diverged(epoch + 1, value, config)
         optimizer.step()
         schedule.step()
         state.average.update_parameters(potential)
-        losses.append(float(value.detach()))
+        losses.append(value)
     return {"loss": float(np.mean(losses))}
+
+
+def _gradient(
+    potential: Potential, graphs: Sequence[LabeledGraph], loss: Loss, max_edges: int | None
+) -> float:
+    """Add the gradient of the loss of a batch to those of the parameters; the loss."""
+    whole, value = batch_graphs(graphs), 0.0
+    if max_edges is None or whole.n_edges <= max_edges:
+        parts = [whole]
+    else:
+        groups = chunks(graphs, max_edges, size=lambda graph: graph.n_edges)
+        parts = [batch_graphs(group) for group in groups]
+    for part in parts:
+        term = loss(potential, part.to(potential.device), whole)
+        term.backward()
+        value += float(term.detach())
+    return value
 
 
 def _where(history: History, epoch: int, epochs: int) -> str:

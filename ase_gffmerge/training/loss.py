@@ -140,7 +140,12 @@ def _reduced_energy(potential: Potential, batch: LabeledGraph, prediction: Predi
 
 
 def loss_terms(
-    potential: Potential, batch: LabeledGraph, config: TrainConfig, *, prediction: Prediction | None = None
+    potential: Potential,
+    batch: LabeledGraph,
+    config: TrainConfig,
+    *,
+    whole: LabeledGraph | None = None,
+    prediction: Prediction | None = None,
 ) -> Tensor:
     """Weighted mean absolute errors of energy per atom, force vectors (2-norm) and stress components.
 
@@ -152,20 +157,27 @@ def loss_terms(
         Structures with targets.
     config
         The weights of the terms.
+    whole
+        The batch that ``batch`` is a part of: means are over its structures and atoms, so that the parts' losses add up to
+        that of the whole. Default: ``batch`` itself.
     prediction
         Of the potential for the batch, differentiable; default: it is evaluated here.
     """
+    whole = whole or batch
     prediction = prediction or predict(potential, batch, differentiable=True)
     n_atoms = torch.bincount(batch.structure_index, minlength=len(batch.energy))
     energy = (_reduced_energy(potential, batch, prediction) - batch.energy).abs() / n_atoms
     forces = (prediction.forces - batch.forces).square().sum(dim=-1).add(1e-12).sqrt()
-    loss = config.energy_weight * (batch.weight * energy).mean()
-    loss = loss + config.force_weight * (batch.weight[batch.structure_index] * forces).mean()
+    loss = config.energy_weight * (batch.weight * energy).sum() / whole.n_structures
+    loss = loss + config.force_weight * (batch.weight[batch.structure_index] * forces).sum() / len(whole)
     labelled = torch.isfinite(batch.stress).all(dim=(1, 2))
     if config.stress_weight and labelled.any():
         volume = torch.linalg.det(batch.cell[labelled]).abs()[:, None, None]
         stress = (prediction.strain_derivative[labelled] / volume - batch.stress[labelled]).abs()
-        loss = loss + config.stress_weight * (batch.weight[labelled, None, None] * stress).mean()
+        n_components = 9 * int(torch.isfinite(whole.stress).all(dim=(1, 2)).sum())
+        loss = (
+            loss + config.stress_weight * (batch.weight[labelled, None, None] * stress).sum() / n_components
+        )
     return loss
 
 

@@ -18,8 +18,8 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.inference.errors import FORCE_FLOOR
 from ase_gffmerge.inference.predict import check_frames, edge_batches
+from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
 from ase_gffmerge.merging.average import align_references, working_copies
-from ase_gffmerge.merging.calibration import copies_per_frame, with_copies
 from ase_gffmerge.merging.recipe import DistillOptions
 from ase_gffmerge.merging.selection import split_frames
 from ase_gffmerge.models import Potential
@@ -160,7 +160,7 @@ def prepare_distillation_set(
 def _with_visited_copies(
     specialist: ForceField, frames: Sequence[Atoms], options: DistillOptions
 ) -> list[Atoms]:
-    """Frames, and structures that the specialist's dynamics visits from them (:mod:`ase_gffmerge.merging.calibration`)."""
+    """Frames, and structures that the specialist's dynamics visits from them (:mod:`ase_gffmerge.merging.augmentation`)."""
     return with_copies(specialist, frames, options, n_copies=copies_per_frame(specialist, frames, options))
 
 

@@ -29,6 +29,7 @@ from ase_gffmerge.merging.merge import closed_form_merge
 from ase_gffmerge.merging.recipe import ClosedLoopOptions, Recipe, TrajectoryOptions, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.runtime.devices import resolve_device
+from ase_gffmerge.runtime.memory import Portions
 from ase_gffmerge.runtime.progress import Clock, Progress, no_progress, part_of
 
 SPACING = 20.0
@@ -224,6 +225,7 @@ def closed_loop(
     *,
     base: ForceField | None = None,
     device: str | torch.device = "auto",
+    portions: Portions | None = None,
     progress: Progress = no_progress,
 ) -> ClosedLoopResult:
     """Merge, let the merged potential move, let the specialists label where it went, and merge again.
@@ -234,6 +236,8 @@ def closed_loop(
         As for :func:`ase_gffmerge.merge`; a distillation that the recipe asks for is left to that.
     options
         How many rounds, how hot, how long; default: what the recipe says of it.
+    portions
+        See :func:`.closed_form_merge`.
     progress
         Called with a fraction (0 to 1) and a description.
 
@@ -258,7 +262,9 @@ def closed_loop(
             grown = [_with_visited(s, v, options.frames) for s, v in zip(grown, visits, strict=True)]
         index, total = len(rounds), options.rounds + 1
         part = part_of(progress, index / total, (index + 1) / total, prefix=f"round {index}: ")
-        done, report = _round(grown, recipe, options, index, base=base, device=target, progress=part)
+        done, report = _round(
+            grown, recipe, options, index, base=base, device=target, portions=portions, progress=part
+        )
         merges.append(done)
         rounds.append(report)
     chosen = min(range(len(rounds)), key=lambda k: rounds[k].rank)
@@ -297,6 +303,7 @@ def _round(
     *,
     base: ForceField | None,
     device: torch.device,
+    portions: Portions | None,
     progress: Progress,
 ) -> tuple[_Merge, RoundReport]:
     """Merge, and follow the merged potential."""
@@ -304,7 +311,9 @@ def _round(
     with clock("merge"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MergeWarning)
         part = part_of(progress, 0.0, 0.6)
-        merge = closed_form_merge(specialists, recipe, base=base, device=device, progress=part)
+        merge = closed_form_merge(
+            specialists, recipe, base=base, device=device, portions=portions, progress=part
+        )
         done = _Merge(*merge, caught)
     with clock("dynamics"):
         trajectories = run_rollouts(

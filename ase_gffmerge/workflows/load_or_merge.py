@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """How several specialists become one; see :class:`~ase_gffmerge.engines.ase.calculator.GFFMergeCalculator`."""
+    """How several specialists become one; see :class:`~ase_gffmerge.engines.ase.calculator.GFFMergeCalculator`.
+
+    The bound of the memory changes nothing in the result, so that neither recipe nor cache know of it.
+    """
 
     recipe: str | Path | Mapping[str, Any] | Recipe = "gffmerge"
     conditioning: str | None = None
@@ -32,6 +35,7 @@ class MergeOptions:
     core_repulsion: str | None = None
     keep_base: bool | int | Source | None = None
     cache_dir: str | Path | None = None
+    max_memory: str | float | None = None
 
     def load_recipe(self) -> Recipe:
         """Load the recipe and work the other options in."""
@@ -180,7 +184,9 @@ def _merged(
         force_field, hit = cache.get_or_build(
             loaded,
             recipe,
-            lambda: _merge(loaded, recipe, base=base, device=device, progress=progress),
+            lambda: _merge(
+                loaded, recipe, base=base, device=device, max_memory=options.max_memory, progress=progress
+            ),
             base=base,
         )
     if hit:
@@ -204,20 +210,23 @@ def _merge(
     *,
     base: ForceField | None,
     device: torch.device,
+    max_memory: str | float | None,
     progress: Progress | None,
 ) -> ForceField:
     """Sample what is to be sampled, and merge, under a bar that says so if the caller does not watch."""
     from ase_gffmerge.sampling.on_request import sampled
     from ase_gffmerge.workflows.merge import merge
 
+    def merged(told: Progress) -> ForceField:
+        given = sampled(specialists, device, told)
+        return merge(given, recipe, base=base, device=device, max_memory=max_memory, progress=told)[0]
+
     if progress is not None:
-        found = sampled(specialists, device, progress)
-        return merge(found, recipe, base=base, device=device, progress=progress)[0]
+        return merged(progress)
     names = " + ".join(item.name for item in specialists)
     title = f"merging {names} (once; the result is cached)"
     with progress_bar(title) as bar:
-        told = part_of(bar, 0, 1, prefix=f"{title}: ")
-        return merge(sampled(specialists, device, told), recipe, base=base, device=device, progress=told)[0]
+        return merged(part_of(bar, 0, 1, prefix=f"{title}: "))
 
 
 def _input(source: "Source | SampledLater") -> "ForceField | SampledLater | Path":

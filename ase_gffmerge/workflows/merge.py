@@ -14,10 +14,12 @@ from ase_gffmerge.merging.merge import closed_form_merge
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.merging.selection import check_ancestor, known_ancestor
+from ase_gffmerge.runtime.memory import Portions, memory_bound
 from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
 from ase_gffmerge.sampling.generic_frames import compound, generic_frames
 from ase_gffmerge.training.distill import distill
 from ase_gffmerge.workflows.active_learning import closed_loop
+from ase_gffmerge.workflows.memory import estimate_memory
 
 MERGE_SHARE = 0.1
 """Fraction of the progress bar that belongs to the solves where a distillation follows."""
@@ -34,6 +36,7 @@ def merge(
     keep_base: bool | int | None = None,
     checkpoint: Path | None = None,
     device: str | torch.device = "auto",
+    max_memory: str | float | None = None,
     progress: Progress = no_progress,
 ) -> tuple[ForceField, MergeReport]:
     """Merge specialists into one force field: least-squares problems, then distillation where they do not suffice.
@@ -58,6 +61,9 @@ def merge(
         removed at the end.
     device
         Where to compute.
+    max_memory
+        Most that the process may hold, as ``"4GB"`` or in bytes (on a GPU, of its memory): as much is computed at once as
+        fits (:mod:`.memory`), with the same result. Default: what the variable ``GFFMERGE_MAX_MEMORY`` says, else no bound.
     progress
         Called with a fraction (0 to 1) and a description.
 
@@ -83,7 +89,13 @@ def merge(
         weights = (*recipe.weights, 1.0) if recipe.weights else None
         inner = recipe.model_copy(update={"weights": weights})
     merged, report = _refined(
-        joined, inner, base=base, checkpoint=checkpoint, device=device, progress=progress
+        joined,
+        inner,
+        base=base,
+        checkpoint=checkpoint,
+        device=device,
+        bound=memory_bound(max_memory),
+        progress=progress,
     )
     merged = _on_record(merged, recipe, len(specialists))
     if base is None or not (recipe.keep_base or base.provenance.origin) or recipe.conditioning != "shared":
@@ -133,11 +145,15 @@ def _refined(
     base: ForceField | None,
     checkpoint: Path | None,
     device: str | torch.device,
+    bound: int | None,
     progress: Progress,
 ) -> tuple[ForceField, MergeReport]:
     """Merge, and distil the result where held-out frames show more than the recipe's threshold."""
+    portions = Portions()
+    if bound is not None:
+        portions = estimate_memory(specialists, recipe, device=device, bound=bound).portions
     if recipe.refine is None:
-        return _solved(specialists, recipe, base=base, device=device, progress=progress)
+        return _solved(specialists, recipe, base=base, device=device, portions=portions, progress=progress)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MergeWarning)
         start, report = _solved(
@@ -145,6 +161,7 @@ def _refined(
             without_refinement(recipe),
             base=base,
             device=device,
+            portions=portions,
             progress=part_of(progress, 0.0, MERGE_SHARE),
         )
     if close_enough(report, recipe.refine):
@@ -157,6 +174,7 @@ def _refined(
         recipe.refine,
         checkpoint=checkpoint,
         device=device,
+        max_edges=portions.edges,
         progress=part_of(progress, MERGE_SHARE, 1.0),
     )
     if checkpoint:
@@ -184,12 +202,15 @@ def _solved(
     *,
     base: ForceField | None,
     device: str | torch.device,
+    portions: Portions,
     progress: Progress,
 ) -> tuple[ForceField, MergeReport]:
     """Merge once, or in the loop that the recipe asks for."""
     if recipe.closed_loop is None:
-        return closed_form_merge(specialists, recipe, base=base, device=device, progress=progress)
-    result = closed_loop(specialists, recipe, base=base, device=device, progress=progress)
+        return closed_form_merge(
+            specialists, recipe, base=base, device=device, portions=portions, progress=progress
+        )
+    result = closed_loop(specialists, recipe, base=base, device=device, portions=portions, progress=progress)
     return result.merged, result.report
 
 

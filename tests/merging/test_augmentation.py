@@ -5,7 +5,7 @@ import pytest
 
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.integrations.load import load_force_field
-from ase_gffmerge.merging.calibration import copies_per_frame, with_copies
+from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
 from ase_gffmerge.merging.recipe import ReadoutOptions
 
 
@@ -63,7 +63,7 @@ def test_broken_structures_are_not_copied(ethanol: ForceField) -> None:
 
 def test_groups_of_frames_visit_what_all_together_visit(ethanol: ForceField, monkeypatch) -> None:
     together = with_copies(ethanol, ethanol.calibration[:3], ReadoutOptions(interval=4), n_copies=1)
-    monkeypatch.setattr("ase_gffmerge.merging.calibration.MAX_EDGES", 150)  # two molecules
+    monkeypatch.setattr("ase_gffmerge.merging.augmentation.MAX_EDGES", 150)  # two molecules
     apart = with_copies(ethanol, ethanol.calibration[:3], ReadoutOptions(interval=4), n_copies=1)
     assert len(apart) == 6
     for one, other in zip(together, apart, strict=True):

@@ -52,6 +52,22 @@ def test_products_are_those_of_the_jacobian(scene_of_merge) -> None:
     )
 
 
+@pytest.mark.parametrize("keep_graphs", [True, False])
+def test_parts_of_a_batch_give_the_same_correction(scene_of_merge, keep_graphs: bool) -> None:
+    mean, parents, calibration_sets = scene_of_merge
+    parts = build_calibration(parents, mean, (1.0, 1.0), directions=2, max_edges=1)
+    assert all(len(one.batches) == len(one.specialist.calibration) > 1 for one in parts)
+    name, stage = next(mean.named_stages())
+    originals = [p.potential.get_submodule(name) for p in parents]
+    recipe, other = Recipe(directions=2), deepcopy(stage)
+    expected = align_block(name, stage, originals, calibration_sets, recipe)
+    found = align_block(name, other, originals, parts, recipe, keep_graphs=keep_graphs)
+    assert found.residual_after == pytest.approx(expected.residual_after, rel=1e-8)
+    assert found.rows == expected.rows
+    for ours, theirs in zip(other.parameters(), stage.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
 def test_the_mismatch_falls_and_is_what_the_report_says(scene_of_merge) -> None:
     mean, parents, calibration_sets = scene_of_merge
     name, stage = next(mean.named_stages())

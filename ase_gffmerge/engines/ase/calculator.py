@@ -76,8 +76,7 @@ class GFFMergeCalculator(Calculator):
     recipe
         How to merge: ``gffmerge``, ``paper``, ``mean``, a YAML file, a mapping, or a :class:`~ase_gffmerge.Recipe`.
     conditioning
-        ``shared``: one potential energy surface; ``per-specialist``: every specialist's element embeddings are kept, and
-        each atom says whose it uses. Default: what the recipe or the file says.
+        ``shared``: one energy surface; ``per-specialist``: each atom says whose embeddings it uses. Default: recipe or file.
     device
         ``cpu``, ``cuda``, ``cuda:N``, or ``auto``: a GPU if there is one.
     dtype
@@ -96,15 +95,14 @@ class GFFMergeCalculator(Calculator):
     specialist
         With per-specialist conditioning, name or index for structures without ``specialist`` in arrays or info.
     compile
-        Fuse the network by ``torch.compile``; results agree to round-off. ``auto``: on a GPU after 200 evaluations, never
-        on a CPU. Unless ``False``, a GPU also replays small structures as CUDA graphs.
+        Fuse the network (``torch.compile``); ``auto``: on a GPU after 200 evaluations, never on a CPU. Unless ``False``, a
+        GPU also replays small structures as CUDA graphs.
     dispersion
-        Grimme's D3 correction to add to force fields whose labels lack it, as ``damping:functional``, for example
-        ``d3bj:pbe`` (needs the package dftd3). There are no energies per atom then.
+        Grimme's D3 correction for force fields whose labels lack it, as ``d3bj:pbe`` (needs dftd3); no energies per atom.
     forces_std
         Whether ``extras`` hold standard deviations of the forces, too, at the cost of about eight evaluations.
-    progress
-        Called during a merge with a fraction (0 to 1) and a description; default: a bar.
+    max_memory, progress
+        Most memory of a merge, such as ``"4GB"``; called during one with a fraction (0 to 1) and a description.
 
     Attributes
     ----------
@@ -146,6 +144,7 @@ class GFFMergeCalculator(Calculator):
         compile: Compile = "auto",
         dispersion: str | None = None,
         forces_std: bool = False,
+        max_memory: str | float | None = None,
         progress: Progress | None = None,
     ):
         super().__init__()
@@ -161,6 +160,7 @@ class GFFMergeCalculator(Calculator):
             keep_base=keep_base,
             core_repulsion=core_repulsion,
             cache_dir=cache_dir,
+            max_memory=max_memory,
         )
         with isolated_torch():
             target = resolve_device(device)

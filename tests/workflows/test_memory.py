@@ -1,0 +1,188 @@
+"""Memory of merges: counted, estimated beforehand, and kept within a bound without changing the result."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase.build import bulk
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ase_gffmerge.errors import ArgumentError, DeviceMemoryError
+from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.inference.predict import predict_frames
+from ase_gffmerge.merging.merge import closed_form_merge
+from ase_gffmerge.merging.recipe import Recipe, load_recipe
+from ase_gffmerge.runtime.memory import VARIABLE, PeakMemory, Portions, memory_bound, n_bytes, written
+from ase_gffmerge.training.config import TrainConfig
+from ase_gffmerge.training.loop import _gradient
+from ase_gffmerge.training.loss import loss_terms
+from ase_gffmerge.training.teachers import _graphs_with_targets
+from ase_gffmerge.workflows.memory import estimate_memory
+from ase_gffmerge.workflows.merge import merge
+from helpers.toys import family
+
+TESTS = Path(__file__).parents[1]
+SMALLEST = Portions(edges=1, keep_graphs=False, directions=1)
+HYPER: dict[str, dict[str, object]] = {
+    "painn": {"cutoff": 3.0, "channels": 8, "n_radial": 6},
+    "chgnet": {"cutoff": 3.0, "channels": 8, "n_radial": 6, "n_angular": 5, "readout_layers": 1},
+}
+RECIPE = Recipe(select=False, directions=2, readout={"width": 32, "copies": 1, "interval": 4.0})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("4GB", 4 * 10**9),
+        ("500 MiB", 500 * 2**20),
+        ("1.5g", 1.5e9),
+        (2e9, 2e9),
+        ("123", 123),
+        ("2e3 kB", 2e6),
+    ],
+)
+def test_sizes(text, size: float) -> None:
+    assert n_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "0", "-1GB", "4XB", "1e400", "nan", True])
+def test_what_is_no_size(text) -> None:
+    with pytest.raises(ArgumentError, match="is no size; give one such as '4GB'"):
+        n_bytes(text)
+
+
+@given(st.integers(10**7, 10**12))
+def test_a_written_size_is_read_again(size: int) -> None:
+    assert n_bytes(written(size)) == pytest.approx(size, rel=0.06)
+
+
+def test_the_environment_bounds_what_is_given_no_bound(monkeypatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert memory_bound(None) is None
+    monkeypatch.setenv(VARIABLE, "3GB")
+    assert memory_bound(None) == 3 * 10**9
+    assert memory_bound("2GB") == 2 * 10**9
+
+
+def test_live_and_peak_bytes_are_counted() -> None:
+    before = torch.ones(100, dtype=torch.float64)
+    with PeakMemory() as memory:
+        a = torch.zeros(1000, dtype=torch.float64)
+        b = a[:10].mul_(2)  # a view, and in place
+        c = torch.outer(before, before)
+        assert memory.live == 8000 + 80_000
+        del c
+        d = before.view(10, 10)
+        assert (memory.live, memory.peak) == (8000, 88_000)
+        del a, b, d
+        assert memory.live == 0
+
+
+def test_gradients_are_counted_through_vmap_and_jvp() -> None:
+    """As many bytes for twice the rows, within a tenth: what estimates rely on."""
+    peaks = []
+    for n in (1000, 2000):
+        x, layer = torch.randn(n, 8), torch.nn.Linear(8, 8)
+        with PeakMemory() as memory:
+            _, slope = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+            slope.square().sum().backward()
+        peaks.append(memory.peak)
+    assert peaks[1] == pytest.approx(2 * peaks[0], rel=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["painn", pytest.param("chgnet", marks=pytest.mark.slow)])
+def test_portions_do_not_change_a_merge(architecture: str) -> None:
+    pair = family(architecture, 2, frames=2, hyper={**HYPER[architecture], "n_blocks": 1})
+    specialists = [replace(s, potential=s.potential.double()) for s in pair]
+    whole, report = closed_form_merge(specialists, RECIPE, device="cpu")
+    small, other = closed_form_merge(specialists, RECIPE, device="cpu", portions=SMALLEST)
+    for s in specialists:
+        one, two = (predict_frames(m.potential, s.calibration) for m in (whole, small))
+        np.testing.assert_allclose(one.energies, two.energies, rtol=1e-10, atol=1e-9)
+        np.testing.assert_allclose(np.concatenate(one.forces), np.concatenate(two.forces), rtol=0, atol=1e-8)
+    assert report.relative_disagreement == pytest.approx(other.relative_disagreement, rel=1e-8)
+
+
+def test_the_gradient_of_a_batch_is_the_sum_over_its_parts() -> None:
+    """Also where structures have different sizes, and only some have a stress."""
+    first = family("painn", 1, species=(1, 6, 8, 13))[0]
+    teacher = replace(first, potential=first.potential.double())
+    crystal = bulk("Al", cubic=True)
+    crystal.rattle(0.1, seed=0)
+    frames = [*teacher.calibration[:3], crystal]
+    student = family("painn", 2, species=(1, 6, 8, 13))[1].potential.double().requires_grad_(True)
+    graphs = _graphs_with_targets(teacher, student, frames, index=0, features=False)
+    config = TrainConfig(stress_weight=10.0)
+    found = []
+    for max_edges in (None, 1):
+        student.zero_grad()
+        value = _gradient(
+            student, graphs, lambda m, part, whole: loss_terms(m, part, config, whole=whole), max_edges
+        )
+        found.append((value, [p.grad.clone() for p in student.parameters() if p.grad is not None]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+    assert len(found[0][1]) > 10
+    for one, two in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+
+
+def test_what_does_not_fit_says_what_to_lower() -> None:
+    specialists = family("painn", 2)
+    with pytest.raises(DeviceMemoryError) as caught:
+        merge(specialists, RECIPE, device="cpu", max_memory="10MB")
+    (line,) = str(caught.value).splitlines()
+    assert "more than max_memory=10 MB" in line
+    assert line.endswith("or raise max_memory")
+
+
+def test_a_bound_makes_portions_smaller_and_is_met_by_the_estimate() -> None:
+    specialists = [ForceField.load(name) for name in ("rmd17-ethanol", "rmd17-malonaldehyde")]
+    recipe = load_recipe("fast")
+    free = estimate_memory(specialists, recipe, device="cpu")
+    assert free.portions == Portions()
+    assert max(free.phases, key=free.phases.get) == "the corrections of whole stages"
+    bound = int(free.peak - 20e6)
+    bounded = estimate_memory(specialists, recipe, device="cpu", bound=bound)
+    assert bounded.peak <= bound
+    assert not bounded.portions.keep_graphs
+    assert "of memory, most of it for" in str(bounded)
+
+
+CHILD = """
+import json, resource, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+torch.set_num_threads(1)
+from ase_gffmerge.merging.recipe import load_recipe
+from ase_gffmerge.workflows.memory import estimate_memory
+from ase_gffmerge.workflows.merge import merge
+from helpers.toys import family
+hyper = {"cutoff": 4.0, "channels": 128, "n_blocks": 1, "n_radial": 20}
+pair = family("painn", 2, frames=70, hyper=hyper)
+recipe = load_recipe({"preset": "fast", "select": False, "frames": 70, "allow_unrelated": True})
+free = estimate_memory(pair, recipe, device="cpu")
+bound = int(free.resident + 0.75 * (free.peak - free.resident)) if sys.argv[1] == "bounded" else None
+merge(pair, recipe, device="cpu", max_memory=bound)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"bound": bound, "estimate": free.peak, "resident": free.resident, "peak": peak}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+def test_the_estimate_and_the_bound_hold() -> None:
+    found = []
+    for kind in ("free", "bounded"):
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, kind], capture_output=True, text=True, check=True, cwd=TESTS
+        )
+        found.append(json.loads(done.stdout))
+    free, bounded = found
+    assert free["estimate"] / 1.5 < free["peak"] < 1.5 * free["estimate"]
+    assert bounded["peak"] <= bounded["bound"] < free["peak"]
