@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ase_gffmerge.evaluation.md.evaluate import MDEvaluation
     from ase_gffmerge.evaluation.md.runs import Contestant, Protocol
-    from ase_gffmerge.evaluation.table import Table
+    from ase_gffmerge.evaluation.table import Reliabilities
     from ase_gffmerge.forcefield.force_field import ForceField
     from ase_gffmerge.inference.errors import Errors
 
@@ -66,6 +66,14 @@ def evaluate(
         Path | None,
         typer.Option(help="Draw predictions against labels, a row per model (.png, .svg, .pdf)."),
     ] = None,
+    uncertainty: Annotated[
+        bool,
+        typer.Option(
+            "--uncertainty",
+            help="Hold standard deviations of merged force fields against the errors; --out has MODEL_energy_std (eV) and "
+            "MODEL_forces_std (eV/Å), --plot a reliability diagram.",
+        ),
+    ] = False,
     overwrite: OverwriteOption = False,
     md: Annotated[
         bool, typer.Option("--md", help="Run dynamics with every model and compare.", rich_help_panel=MD)
@@ -106,17 +114,20 @@ def evaluate(
     for contestant in contestants:
         contestant.force_field.to(device=target)
     found = read_frames(frames, energy_key=energy_key, forces_key=forces_key, stress_key=stress_key)
+    uncertain = with_uncertainty(contestants) if uncertainty else []
 
-    def measured() -> "dict[str, Errors]":
+    def measured() -> "tuple[dict[str, Errors], Reliabilities]":
         with opened_workers(workers, executor) as opened:
-            return errors_by_model(contestants, found, frames, out=out, plot=plot, executor=opened)
+            return errors_by_model(
+                contestants, found, frames, out=out, plot=plot, uncertain=uncertain, executor=opened
+            )
 
     if md:
         from ase_gffmerge.evaluation.md.runs import Protocol
 
         protocol = Protocol(temperature=temperature, picoseconds=time, timestep=timestep, seeds=seeds)
-        wanted = bool(out or plot) or _have_labels(found)
-        errors = measured() if wanted else {}
+        wanted = bool(out or plot or uncertainty) or _have_labels(found)
+        errors = measured()[0] if wanted else {}
         _evaluate_md(
             contestants,
             found,
@@ -128,7 +139,7 @@ def evaluate(
             as_json=as_json,
         )
     else:
-        print_errors(measured(), as_json=as_json)
+        print_errors(*measured(), as_json=as_json)
     if out or plot:
         note(f"written: {', '.join(str(path) for path in (out, plot) if path)}")
 
@@ -140,9 +151,10 @@ def errors_by_model(
     *,
     out: Path | None = None,
     plot: Path | None = None,
+    uncertain: "Sequence[Contestant]" = (),
     executor: "Executor | None" = None,
-) -> "dict[str, Errors]":
-    """Errors by label of the model.
+) -> "tuple[dict[str, Errors], Reliabilities]":
+    """Errors by label of the model, and how reliable its standard deviations are.
 
     Parameters
     ----------
@@ -154,13 +166,16 @@ def errors_by_model(
         Their file, for messages.
     out, plot
         Files to be written, see the options.
+    uncertain
+        Those of the models whose standard deviations are wanted.
     executor
         Workers among which frames are shared out.
     """
     from ase_gffmerge.data.labels import is_isolated_atom, require_labels
     from ase_gffmerge.evaluation.plots import plot_errors_of_frames
-    from ase_gffmerge.inference.errors import compare, labels, with_predictions
+    from ase_gffmerge.inference.errors import compare, difference, labels, with_predictions
     from ase_gffmerge.inference.predict import predict_frames
+    from ase_gffmerge.inference.reliability import predict_deviations, reliability
     from ase_gffmerge.storage.tensor_file import atomic_write
 
     kept = [k for k, atoms in enumerate(frames) if not is_isolated_atom(atoms)] or list(range(len(frames)))
@@ -180,11 +195,37 @@ def errors_by_model(
             )
             for i, model in enumerate(models)
         }
+    deviations = {
+        model.label: predict_deviations(model.force_field, labelled, specialist=model.specialist)
+        for model in uncertain
+    }
+    reliabilities = {
+        label: reliability(difference(predicted[label], reference), found)
+        for label, found in deviations.items()
+    }
     if out:
-        atomic_write(out, extended_xyz(with_predictions(labelled, predicted)))
+        atomic_write(out, extended_xyz(with_predictions(labelled, predicted, deviations)))
     if plot:
-        plot_errors_of_frames(reference, predicted, [group_of(atoms) for atoms in labelled], plot)
-    return {label: compare(found, reference) for label, found in predicted.items()}
+        groups = [group_of(atoms) for atoms in labelled]
+        plot_errors_of_frames(reference, predicted, groups, plot, reliabilities=reliabilities)
+    return {label: compare(found, reference) for label, found in predicted.items()}, reliabilities
+
+
+def with_uncertainty(models: "Sequence[Contestant]") -> "list[Contestant]":
+    """Those of the models that know their uncertainty; the first one says why there is none at all."""
+    from ase_gffmerge.errors import MissingUncertaintyError
+
+    found, reasons = [], []
+    for model in models:
+        try:
+            model.force_field.require_uncertainty()
+        except MissingUncertaintyError as error:
+            reasons.append(error)
+        else:
+            found.append(model)
+    if not found:
+        raise reasons[0]
+    return found
 
 
 def extended_xyz(frames: "Sequence[Atoms]") -> str:
@@ -202,38 +243,25 @@ def group_of(atoms: "Atoms") -> str:
     return atoms.get_chemical_formula(empirical=True) if specialist is None else str(specialist)
 
 
-def print_errors(errors: "Mapping[str, Errors]", *, as_json: bool) -> None:
-    """Errors of one model as they are, of several by model."""
+def print_errors(errors: "Mapping[str, Errors]", reliabilities: "Reliabilities", *, as_json: bool) -> None:
+    """Errors of one model as they are, of several by model.
+
+    Parameters
+    ----------
+    errors, reliabilities
+        By label of the model; the second may be empty.
+    as_json
+        Instead of a table.
+    """
     if not as_json:
-        print_table(error_table(errors))
+        from ase_gffmerge.evaluation.table import error_table
+
+        print_table(error_table(errors, reliabilities))
         return
-    documents = {label: found.to_dict() for label, found in errors.items()}
+    documents: dict[str, dict[str, object]] = {label: {**found.to_dict()} for label, found in errors.items()}
+    for label, known in reliabilities.items():
+        documents[label]["uncertainty"] = {name: found.to_dict() for name, found in known.items()}
     print_json(next(iter(documents.values())) if len(errors) == 1 else {"models": documents})
-
-
-def error_table(errors: "Mapping[str, Errors]") -> "Table":
-    """A row per quantity with its unit, and a column per model."""
-    from ase_gffmerge.evaluation.table import Column, Table
-
-    found = list(errors.values())
-    rows = [
-        ("force MAE (meV/Å)", *(f"{1000 * e.force_mae:.2f}" for e in found)),
-        ("force RMSE (meV/Å)", *(f"{1000 * e.force_rmse:.2f}" for e in found)),
-        *(
-            (
-                f"force MAE of {symbol} (meV/Å)",
-                *(f"{1000 * e.force_mae_by_element[symbol]:.2f}" for e in found),
-            )
-            for symbol in found[0].force_mae_by_element
-        ),
-        ("energy MAE (meV/atom)", *(f"{1000 * e.energy_mae:.2f}" for e in found)),
-        (
-            "stress MAE (GPa)",
-            *("no labels" if e.stress_mae is None else f"{e.stress_mae:.4f}" for e in found),
-        ),
-        ("frames", *(str(e.n_frames) for e in found)),
-    ]
-    return Table(columns=(Column("model", words=True), *map(Column, errors)), rows=tuple(rows))
 
 
 def _have_labels(frames: "Sequence[Atoms]") -> bool:

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.inference.errors import stress_components
 from ase_gffmerge.inference.predict import FramePredictions
+from ase_gffmerge.inference.reliability import LEVELS, Reliability
 from ase_gffmerge.storage.tensor_file import atomic_write
 
 if TYPE_CHECKING:
@@ -159,6 +160,8 @@ def plot_errors_of_frames(
     predicted: Mapping[str, FramePredictions],
     groups: Sequence[str],
     path: Path,
+    *,
+    reliabilities: Mapping[str, Mapping[str, Reliability]] | None = None,
 ) -> Path:
     """Draw predictions against labels: a row per model; energies per atom, force components, stresses.
 
@@ -175,6 +178,8 @@ def plot_errors_of_frames(
         One name per frame; every group has a color, the ones after the fifth share one.
     path
         PNG, SVG or PDF, written atomically.
+    reliabilities
+        By model: a reliability diagram stands last in its row.
 
     Raises
     ------
@@ -183,7 +188,7 @@ def plot_errors_of_frames(
     """
     colors = {name: PALETTE[min(k, len(PALETTE) - 1)] for k, name in enumerate(dict.fromkeys(groups))}
     series = {name: _frame_series(found, reference, groups) for name, found in predicted.items()}
-    width = max(len(panels) for panels in series.values())
+    width = max(len(panels) for panels in series.values()) + bool(reliabilities)
     figure = Figure(figsize=(3.3 * width + 0.3, 3.2 * len(series) + 0.5), layout="constrained")
     grid = figure.subplots(len(series), width, squeeze=False)
     for row, (model, panels) in zip(grid, series.items()):
@@ -194,8 +199,12 @@ def plot_errors_of_frames(
                 axes.scatter(x, y, s=6, linewidth=0, alpha=0.6, color=colors[name], rasterized=True)
             _equal_axes(axes, panel)
             axes.set_title(f"{model}: {panel.name}", fontsize="small")
-        for axes in row[len(panels) :]:
+        known = (reliabilities or {}).get(model)
+        for axes in row[len(panels) : width - bool(known)]:
             axes.remove()
+        if known:
+            draw_reliability(row[-1], known)
+            row[-1].set_title(f"{model}: reliability", fontsize="small")
     if len(colors) > 1:
         shown = [
             Line2D([], [], marker="o", linestyle="", color=color, label=name)
@@ -205,6 +214,48 @@ def plot_errors_of_frames(
             shown[-1].set_label(f"{len(colors) - len(PALETTE) + 1} others")
         figure.legend(handles=shown, loc="outside upper center", ncols=len(shown), frameon=False)
     return save_figure(figure, path)
+
+
+def plot_reliability(panels: Mapping[str, Mapping[str, Reliability]], path: Path) -> Path:
+    """Draw reliability diagrams side by side: the share of errors within an interval over the expected share.
+
+    Parameters
+    ----------
+    panels
+        By title of the panel and name of the curve.
+    path
+        PNG, SVG or PDF, written atomically.
+    """
+    figure = Figure(figsize=(3.3 * len(panels) + 0.3, 3.5), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        draw_reliability(axes, curves)
+        axes.set_title(title, fontsize="small")
+    return save_figure(figure, path)
+
+
+def draw_reliability(axes: Axes, curves: Mapping[str, Reliability]) -> None:
+    """Draw one reliability diagram; above the diagonal deviations are too large, below it too small.
+
+    Parameters
+    ----------
+    axes
+        To draw on.
+    curves
+        By name.
+    """
+    axes.axline((0.0, 0.0), slope=1.0, color="black", linewidth=0.8)
+    for (name, found), color in zip(curves.items(), PALETTE):
+        label = f"{name} ({found.calibration_error:.2f})"
+        axes.plot((0.0, *LEVELS, 1.0), (0.0, *found.observed, 1.0), color=color, linewidth=1.5, label=label)
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="expected share", ylabel="share of errors")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(
+        frameon=False,
+        fontsize="x-small",
+        loc="upper left",
+        title="calibration error",
+        title_fontsize="x-small",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,18 @@
 """Tables of results: text, Markdown, JSON, and a terminal's."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
+
+    from ase_gffmerge.inference.errors import Errors
+    from ase_gffmerge.inference.reliability import Reliability
+
+    Reliabilities = Mapping[str, Mapping[str, Reliability]]
+    """Of energies and forces, by label of the model."""
 
 
 Value = str | float | int | None
@@ -146,3 +152,51 @@ class Table:
 
 def _plain(cell: Value | Best) -> tuple[Value, bool]:
     return (cell.value, True) if isinstance(cell, Best) else (cell, False)
+
+
+def error_table(errors: "Mapping[str, Errors]", reliabilities: "Reliabilities") -> Table:
+    """A row per quantity with its unit, and a column per model.
+
+    Parameters
+    ----------
+    errors, reliabilities
+        By label of the model; the second may be empty.
+    """
+    found = list(errors.values())
+    rows = [
+        ("force MAE (meV/Å)", *(f"{1000 * e.force_mae:.2f}" for e in found)),
+        ("force RMSE (meV/Å)", *(f"{1000 * e.force_rmse:.2f}" for e in found)),
+        *(
+            (
+                f"force MAE of {symbol} (meV/Å)",
+                *(f"{1000 * e.force_mae_by_element[symbol]:.2f}" for e in found),
+            )
+            for symbol in found[0].force_mae_by_element
+        ),
+        ("energy MAE (meV/atom)", *(f"{1000 * e.energy_mae:.2f}" for e in found)),
+        (
+            "stress MAE (GPa)",
+            *("no labels" if e.stress_mae is None else f"{e.stress_mae:.4f}" for e in found),
+        ),
+        ("frames", *(str(e.n_frames) for e in found)),
+        *_reliability_rows(list(errors), reliabilities),
+    ]
+    return Table(columns=(Column("model", words=True), *map(Column, errors)), rows=tuple(rows))
+
+
+def _reliability_rows(labels: Sequence[str], reliabilities: "Reliabilities") -> list[tuple[str, ...]]:
+    titles = {
+        "ratio": "{} error / standard deviation (RMS)",
+        "rank_correlation": "{} error and standard deviation: rank correlation",
+        "calibration_error": "{} calibration error of the standard deviation",
+    }
+    columns = [reliabilities.get(label) for label in labels]
+    return [
+        (
+            title.format(what),
+            *("none" if c is None else f"{getattr(c[name], key):.2f}" for c in columns),
+        )
+        for what, name in (("force", "forces"), ("energy", "energies"))
+        for key, title in titles.items()
+        if reliabilities
+    ]

@@ -81,9 +81,9 @@ class ExtrapolationGrade(nn.Module):
     def whitened(self, scalars: Sequence[Tensor], atomic_numbers: Tensor) -> Tensor:
         """Whitened features :math:`y_i = z_i W_{Z_i}` (n_atoms, d), infinite for elements without a matrix."""
         z, row = self.inputs(scalars), self.row[atomic_numbers]
-        y = torch.matmul(z, self.whitening)
-        own = row.clamp(max=len(self.species) - 1)[None, :, None].expand(1, *z.shape)
-        return torch.where((row < len(self.species))[:, None], y.gather(0, own).squeeze(0), torch.inf)
+        last = len(self.species) - 1
+        y = torch.matmul(z, self.whitening)[row.clamp(max=last), torch.arange(len(z), device=z.device)]
+        return y.masked_fill((row > last)[:, None], torch.inf)
 
     def forward(self, scalars: Sequence[Tensor], atomic_numbers: Tensor) -> Tensor:
         """Grades (n_atoms,); 1 is the edge of the calibration set."""

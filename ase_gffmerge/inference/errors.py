@@ -24,6 +24,7 @@ from ase.data import chemical_symbols
 
 from ase_gffmerge.data.labels import energy_label, force_labels, stress_label
 from ase_gffmerge.inference.predict import FramePredictions, predict_frames
+from ase_gffmerge.inference.reliability import Deviations
 from ase_gffmerge.models import Potential
 
 FORCE_FLOOR = 0.01
@@ -224,7 +225,11 @@ def evaluate(
     return compare(predict_frames(potential, frames, specialist=specialist, names=names), labels(frames))
 
 
-def with_predictions(frames: Sequence[Atoms], predicted: Mapping[str, FramePredictions]) -> list[Atoms]:
+def with_predictions(
+    frames: Sequence[Atoms],
+    predicted: Mapping[str, FramePredictions],
+    deviations: Mapping[str, Deviations] | None = None,
+) -> list[Atoms]:
     """Copies of labelled frames that hold predictions beside the labels, as ASE writes them to extxyz.
 
     Parameters
@@ -235,9 +240,11 @@ def with_predictions(frames: Sequence[Atoms], predicted: Mapping[str, FramePredi
         By model. Those of ``NAME`` become ``atoms.info["NAME_energy"]`` (eV), ``atoms.arrays["NAME_forces"]`` (eV/Å)
         and ``atoms.info["NAME_stress"]`` (nine components in eV/Å^3, of frames with a volume), with every character of the
         name that is no letter, digit or underscore replaced by an underscore.
+    deviations
+        Of those models that have some: ``atoms.info["NAME_energy_std"]`` and ``atoms.arrays["NAME_forces_std"]``.
     """
     copies = [_labelled_copy(atoms) for atoms in frames]
-    for name, found in zip(keys_of_models(predicted), predicted.values(), strict=True):
+    for name, (model, found) in zip(keys_of_models(predicted), predicted.items(), strict=True):
         for copy, energy, forces, stress in zip(
             copies, found.energies, found.forces, found.stresses, strict=True
         ):
@@ -245,6 +252,11 @@ def with_predictions(frames: Sequence[Atoms], predicted: Mapping[str, FramePredi
             copy.arrays[f"{name}_forces"] = forces
             if stress is not None:
                 copy.info[f"{name}_stress"] = stress.ravel()  # what a file keeps without JSON
+        if deviations and model in deviations:
+            spread = deviations[model]
+            for copy, energy, forces in zip(copies, spread.energies, spread.forces, strict=True):
+                copy.info[f"{name}_energy_std"] = float(energy)
+                copy.arrays[f"{name}_forces_std"] = forces
     return copies
 
 

@@ -314,6 +314,24 @@ def test_evaluate(gffmerge, merged: Path) -> None:
     assert "no effect" in gffmerge("evaluate", merged, "water.xyz", "--specialist", "water").error()
 
 
+def test_evaluate_uncertainty(gffmerge, merged: Path) -> None:
+    models = ["merged.safetensors", "methanol.safetensors", "methanol.xyz"]
+    written = ["--out", "std.extxyz", "--plot", "std.png"]
+    document = gffmerge("evaluate", *models, "--uncertainty", *written, "--json").json()["models"]
+    found = [one["uncertainty"] for one in document.values() if "uncertainty" in one]
+    assert len(found) == 1
+    assert {"rank_correlation", "calibration_error", "ratio", "observed", "n"} == set(found[0]["forces"])
+    assert found[0]["energies"]["n"] == 6
+    frame = read("std.extxyz")
+    (name,) = (key for key in frame.arrays if key.endswith("_forces_std"))
+    assert frame.arrays[name].shape == (len(frame), 3)
+    assert frame.info[name.replace("forces", "energy")] > 0
+    assert Path("std.png").stat().st_size > 10_000
+    assert "calibration error" in gffmerge("evaluate", *models, "--uncertainty").out
+    refused = gffmerge("evaluate", "methanol.safetensors", "methanol.xyz", "--uncertainty").error()
+    assert "no calibrated uncertainty" in refused
+
+
 def test_info(gffmerge, merged: Path) -> None:
     document = gffmerge("info", "methanol.safetensors", "--json").json()
     model = ForceField.load("methanol.safetensors")
