@@ -15,8 +15,8 @@ merge
 steps
     Milliseconds per step of molecular dynamics as ASE's integrators ask for it (moved atoms in, forces out, neighbour list
     included), of boxes of ethanol with the density of a liquid: our PaiNN of 128 channels (three blocks, 20 radial
-    functions, 5 Å, half a million parameters), the bundled one of 64, and our EScAIP of 128; evaluated step by step, recorded
-    as CUDA graph where it is small enough for that, and compiled.
+    functions, 5 Å, half a million parameters), the bundled one of 64, and our EScAIP of 128; evaluated step by step,
+    recorded as CUDA graph where it is small enough for that, and compiled.
 peers
     The rows of peer_nequip.py and peer_torchmdnet.py, where these packages are installed: models of the same size through
     their own calculators, eager and compiled.
