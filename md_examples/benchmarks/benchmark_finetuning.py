@@ -4,11 +4,11 @@
 
 DATA holds the rMD17 files ``rmd17_<molecule>_test_01.npz``. Labels and test frames are taken from these, apart, so that no
 start has seen either. From every start the same short training (``train(..., init=start)``, what ``gffmerge train --init``
-does) runs on 5, 20 and 100 labelled frames of each molecule together, with two learning rates; a start is credited with the
-better one on the test frames, for every number of frames by itself. Starts: the default merge, the mean of the specialists'
-weights, the paper's merge, their base, and the first specialist (naive fine-tuning). Errors are measured along the way;
-seconds are those of the processor, the making of the start included. Two longer trainings show what the cheap starts reach
-in the time that the merge takes.
+does) runs on 5, 20 and 100 labelled frames of each molecule together, at learning rates of a ladder until the error on the
+test frames rises; a start is credited with the best one, for every number of frames by itself. Starts: the default merge,
+the mean of the specialists' weights, the paper's merge, their base, and the first specialist (naive fine-tuning). Errors are
+measured along the way; seconds are those of the processor, the making of the start included. Two longer trainings show what
+the cheap starts reach in the time that the merge takes.
 
 A run takes about ten processor minutes; one that was interrupted continues. FOLDER gets the runs (``*.json``), the
 table (``table.md``) and the curves (``curves.png``).
@@ -54,9 +54,9 @@ class Size:
     frames
         Labelled frames per molecule.
     rates
-        Peak learning rates that are tried.
+        Peak learning rates, ascending: the second and third are tried, and then the others on the side of the better one.
     steps, long_steps
-        Optimizer steps of a training, and of the two long ones, which have the most frames and the higher rate.
+        Optimizer steps of a training, and of the two long ones, which have the most frames and the third rate.
     batch_size
         Frames per step.
     tests
@@ -66,7 +66,7 @@ class Size:
     """
 
     frames: tuple[int, ...] = (5, 20, 100)
-    rates: tuple[float, ...] = (2e-4, 1e-3)
+    rates: tuple[float, ...] = (4e-5, 2e-4, 1e-3, 5e-3)
     steps: int = 200
     long_steps: int = 1600
     batch_size: int = 10
@@ -193,23 +193,30 @@ def mean_error(row: dict[str, Any]) -> float:
     return float(np.mean(list(row["force_mae"].values())))
 
 
+def at_best_rate(bench: Bench, kind: str, n: int, seeds: Sequence[int]) -> dict[str, Any]:
+    """Runs of a start over the seeds at the learning rate of the ladder that serves it best, and that rate."""
+    rates, tried = bench.size.rates, dict[int, list[dict[str, Any]]]()
+
+    def error(i: int) -> float:
+        tried[i] = [
+            fine_tuned(bench, kind, n=n, rate=rates[i], steps=bench.size.steps, seed=seed) for seed in seeds
+        ]
+        return float(np.mean([mean_error(run["curve"][-1]) for run in tried[i]]))
+
+    lower, upper = error(1), error(2)
+    best, least, step = (1, lower, -1) if lower < upper else (2, upper, 1)
+    while 0 <= best + step < len(rates) and (found := error(best + step)) < least:
+        best, least = best + step, found
+    return {"rate": rates[best], "runs": tried[best]}
+
+
 def measure(bench: Bench, seeds: Sequence[int]) -> dict[str, Any]:
-    """The better learning rate of every start and number of frames, its runs over the seeds, and the long trainings."""
-    size, chosen = bench.size, dict[str, dict[str, Any]]()
-    for kind in STARTS:
-        chosen[kind] = {}
-        for n in size.frames:
-            by_rate = {
-                rate: [fine_tuned(bench, kind, n=n, rate=rate, steps=size.steps, seed=seed) for seed in seeds]
-                for rate in size.rates
-            }
-            best = min(
-                by_rate, key=lambda rate: float(np.mean([mean_error(r["curve"][-1]) for r in by_rate[rate]]))
-            )
-            chosen[kind][str(n)] = {"rate": best, "runs": by_rate[best]}
+    """Every start and number of frames at its best learning rate, the long trainings, and the references."""
+    size = bench.size
+    chosen = {kind: {str(n): at_best_rate(bench, kind, n, seeds) for n in size.frames} for kind in STARTS}
     long = {
         kind: fine_tuned(
-            bench, kind, n=max(size.frames), rate=max(size.rates), steps=size.long_steps, seed=seeds[0]
+            bench, kind, n=max(size.frames), rate=size.rates[2], steps=size.long_steps, seed=seeds[0]
         )
         for kind in LONG_STARTS
     }

@@ -13,7 +13,9 @@ from ase_gffmerge.forcefield.force_field import bundled_test_frames
 @pytest.fixture
 def benchmark(script, monkeypatch):
     module = script("benchmark_finetuning")
-    size = module.Size(frames=(2, 4), rates=(2e-4, 1e-3), steps=2, long_steps=4, batch_size=4, tests=3)
+    size = module.Size(
+        frames=(2, 4), rates=(1e-4, 2e-4, 1e-3, 2e-3), steps=2, long_steps=4, batch_size=4, tests=3
+    )
     monkeypatch.setattr(module, "FULL", size)
     monkeypatch.setattr(module, "MERGES", {"mean": "mean"})
     monkeypatch.setattr(module, "STARTS", ("mean", "base"))
@@ -56,7 +58,8 @@ def test_table_and_curves(benchmark, monkeypatch, capsys, tmp_path) -> None:
             assert one["curve"][0] == {"steps": 0, **start}
             assert [row["steps"] for row in one["curve"]] == sorted({row["steps"] for row in one["curve"]})
             others = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob(f"{kind}-{n}-*-2-0.json")]
-            assert len(others) == 2
+            assert len(others) == 3
+            assert {2e-4, 1e-3, found["rate"]} <= {run["rate"] for run in others}
             last = [benchmark.mean_error(run["curve"][-1]) for run in others]
             assert benchmark.mean_error(one["curve"][-1]) == min(last)
     assert document["long"]["base"]["curve"][-1]["steps"] == 4
