@@ -30,6 +30,9 @@ def tests_of(vendor: str) -> list[str]:
     return [own, *(shared if page.exists() else [])]
 
 
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GFFMERGE_VENDOR_ENVIRONMENT": "1"}
+"""One thread, and merges of published networks by the default recipe."""
+
 VENDORS = [extra for extra in EXTRAS if (ROOT / tests_of(extra)[0]).exists()]
 """A vendor is an optional extra of the package that has tests of its own."""
 
@@ -57,7 +60,7 @@ def versions(python: Path, vendor: str) -> str:
 def run_tests(python: Path, vendor: str) -> int:
     """Run the tests with one thread; 0 when all of them pass."""
     command = [str(python), "-m", "pytest", "-q", "-rs", *tests_of(vendor)]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}).returncode
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """What the tests of several packages do with their models."""
 
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,22 @@ from ase_gffmerge.models import Potential
 
 QUICK = {"preset": "closed-form", "readout": {"width": 64, "copies": 1}, "directions": 1}
 """The default recipe, with less of what takes time."""
+
+
+STRIPPED_AND_DEFAULT = [
+    pytest.param(
+        {"preset": "closed-form", "readout": None, "messages": False, "directions": 0}, id="stripped"
+    ),
+    pytest.param(
+        {"preset": "gffmerge"},
+        id="default",
+        marks=pytest.mark.skipif(
+            "GFFMERGE_VENDOR_ENVIRONMENT" not in os.environ,
+            reason="takes a minute of published networks: md_examples/vendor_environments.py runs it",
+        ),
+    ),
+]
+"""Recipes for networks of full size."""
 
 
 class Trap:
@@ -95,7 +112,11 @@ def assert_copies_have_the_constants_of(potential: Potential) -> None:
 
 
 def merged_saved_cached_and_exported(
-    vendor: str, models: Sequence[torch.nn.Module], frames: Sequence[Atoms], folder: Path
+    vendor: str,
+    models: Sequence[torch.nn.Module],
+    frames: Sequence[Atoms],
+    recipe: Mapping[str, Any],
+    folder: Path,
 ) -> tuple[Calculator, Path]:
     """Merge networks, each with a frame of its own; the force field's own file and the cache hold the same weights.
 
@@ -105,7 +126,6 @@ def merged_saved_cached_and_exported(
     for k, (model, atoms) in enumerate(zip(models, frames, strict=True)):
         specialist = from_vendor(vendor, model, calibration=[atoms], name=f"relative {k}")
         sources.append(specialist.save(folder / f"{k}.safetensors"))
-    recipe = {"preset": "closed-form", "readout": None, "messages": False, "directions": 0}
     calc, again = (
         GFFMergeCalculator(sources, recipe=recipe, cache_dir=folder / "cache", device="cpu") for _ in range(2)
     )

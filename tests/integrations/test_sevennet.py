@@ -8,6 +8,7 @@ import torch
 from ase.build import bulk
 
 from helpers.vendor_models import (
+    STRIPPED_AND_DEFAULT,
     Trap,
     assert_copies_have_the_constants_of,
     assert_copies_merge_into,
@@ -130,7 +131,8 @@ def test_copies_have_the_constants_of_the_original():
     assert_copies_have_the_constants_of(from_vendor("sevenn", build(**WITH_FUSED_PRODUCTS)).potential)
 
 
-def test_relatives_of_the_published_network_are_merged_saved_cached_and_exported(tmp_path):
+@pytest.mark.parametrize("recipe", STRIPPED_AND_DEFAULT)
+def test_relatives_of_the_published_network_are_merged_saved_cached_and_exported(recipe, tmp_path):
     from sevenn.calculator import SevenNetCalculator
 
     published = SevenNetCalculator("7net-0", device="cpu").model
@@ -138,7 +140,7 @@ def test_relatives_of_the_published_network_are_merged_saved_cached_and_exported
     crystals = [bulk("NaCl", "rocksalt", a=5.6), bulk("MgO", "rocksalt", a=4.2)]
     for crystal in crystals:
         crystal.rattle(0.1, seed=2)
-    calc, path = merged_saved_cached_and_exported("sevenn", relatives_of_it, crystals, tmp_path)
+    calc, path = merged_saved_cached_and_exported("sevenn", relatives_of_it, crystals, recipe, tmp_path)
     for crystal in crystals:
         assert_same(calc, SevenNetCalculator(path, device="cpu"), crystal, tolerance=3e-6)
 
