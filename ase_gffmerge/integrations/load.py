@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
@@ -120,15 +120,12 @@ def from_vendor(
     )
 
 
-def shipped(architecture: str) -> list[ForceField]:
+def shipped(architecture: str) -> Iterator[ForceField]:
     """Force fields of an architecture whose weights come with an installed package."""
-    adapter = adapters_by_architecture().get(architecture)
-    vendor, names = (adapter.vendor, adapter.shipped) if adapter else ("", ())
-    found: list[ForceField] = []
-    for name in names:
-        with suppress(FileFormatError):  # not installed, or of a version without these weights
-            found.append(from_vendor(vendor, name))
-    return found
+    if adapter := adapters_by_architecture().get(architecture):
+        for name in adapter.shipped:
+            with suppress(FileFormatError):  # not installed, or of a version without these weights
+                yield from_vendor(adapter.vendor, name)
 
 
 def export(force_field: ForceField, path: str | Path) -> Path:

@@ -189,9 +189,11 @@ def known_ancestor(specialists: Sequence[ForceField]) -> ForceField | None:
     if not (common := common_ancestors(specialists)):
         return None
     first = specialists[0]
-    held = shipped(first.potential.architecture) if first.provenance.origin else map(ForceField.load, BUNDLED)
-    models = {model.fingerprint: model for model in held}
-    return next((models[key] for key in reversed(common) if key in models), None)
+    if first.provenance.origin:
+        published = shipped(first.potential.architecture)
+        return next((model for model in published if model.fingerprint in common), None)
+    bundled = {model.fingerprint: model for model in map(ForceField.load, BUNDLED)}
+    return next((bundled[key] for key in reversed(common) if key in bundled), None)
 
 
 def check_ancestor(base: ForceField, specialists: Sequence[ForceField]) -> None:

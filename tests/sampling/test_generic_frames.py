@@ -128,7 +128,7 @@ def test_a_base_is_found_by_its_fingerprint(monkeypatch) -> None:
     base, pair = replace(toy("painn"), provenance=Provenance(origin="Package 1.0")), family("painn", 2)
     vendors = [replace(s, provenance=replace(s.provenance, origin="Package 1.0")) for s in pair]
     assert known_ancestor(vendors) is None
-    monkeypatch.setattr(selection, "shipped", lambda architecture: [toy("painn", seed=1), base])
+    monkeypatch.setattr(selection, "shipped", lambda architecture: iter([toy("painn", seed=1), base]))
     assert known_ancestor(pair) is None
     assert known_ancestor(vendors) is base
     assert merge(vendors, "mean", device="cpu")[1].forgetting
