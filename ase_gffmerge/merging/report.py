@@ -264,18 +264,16 @@ class MergeReport:
         Energies and stresses speak where forces are silent by symmetry. A readout fitted on the same frames is judged by its
         error on held-out frames, if that is larger, and what was forgotten of the base counts like another specialist.
         """
-        return max(self._worst[0], self.held_out or 0.0)
+        return self._worst[0]
 
     @property
     def _worst(self) -> tuple[float, str, str]:
         """Largest relative error of the merged model, of what, and of whom."""
-        merged = [(*d.relative, "a specialist's") for d in self.disagreements if d.model == "merged"]
-        merged += [
-            (f.relative, "forces", "on new compounds its base's")
-            for f in self.forgetting
-            if f.model == "merged"
-        ]
-        return max(merged, default=(0.0, "forces", "a specialist's"))
+        rows = [d.relative for d in self.disagreements if d.model == "merged"]
+        value, quantity = max(rows, default=(0.0, "forces"))
+        own = (max(value, self.held_out or 0.0), quantity, "a specialist's")
+        lost = [f.relative for f in self.forgetting if f.model == "merged"]
+        return max([own, *((value, "forces", "on new compounds its base's") for value in lost)])
 
     @property
     def verdict(self) -> Verdict:
@@ -297,7 +295,10 @@ class MergeReport:
     @property
     def advice(self) -> str:
         """What to do with a potential of this verdict."""
-        return ADVICE[self.verdict]
+        forgetful = self.verdict != "good" and "base" in self._worst[2]
+        return (
+            "merge with keep_base, or stay with what it was merged for" if forgetful else ADVICE[self.verdict]
+        )
 
     def __repr__(self) -> str:
         """One line; :meth:`summary` is longer."""

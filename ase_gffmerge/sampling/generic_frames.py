@@ -15,8 +15,11 @@ from ase.data import chemical_symbols, covalent_radii, reference_states
 
 from ase_gffmerge.data.frames import displaced
 
-MAX_ATOMS = 32
-"""Atoms per cell."""
+MAX_ATOMS = 10
+"""Atoms per crystal: another compound tells more than another cell of the same."""
+
+ANIONS = (7, 8, 9, 16, 17, 35)
+"""What every other compound has for its second element."""
 
 RATTLE, STRAIN = 0.05, 0.03
 """Standard deviation of displacements in Å, and the largest strain of a cell."""
@@ -31,8 +34,9 @@ def generic_frames(
 
     Of ten structures, three are elements, four binary or ternary crystals in the prototypes of rock salt, caesium chloride,
     zinc blende, fluorite and perovskite, one is a slab and two are molecules of ASE's collection g2, as far as there
-    are some of the elements. Bonds are as long as the sum of covalent radii (Cordero et al., doi:10.1039/b801115j),
-    elements as in ASE's table of reference states.
+    are some of the elements. Every element has its turn before one comes again; every other compound is one with a common
+    anion. Bonds are as long as the sum of covalent radii (Cordero et al., doi:10.1039/b801115j), elements as in ASE's table
+    of reference states.
 
     Parameters
     ----------
@@ -47,11 +51,12 @@ def generic_frames(
     """
     rng = np.random.default_rng(seed)
     elements = [int(z) for z in species]
+    turn = _in_turn(elements, rng)
     molecules = _molecules(elements, rng) if periodic is not True else iter(())
     makers: dict[str, Callable[[], Atoms | None]] = {
-        "element": lambda: _element(_choice(rng, elements)),
-        "compound": lambda: _compound(elements, rng),
-        "slab": lambda: _slab(_choice(rng, elements)),
+        "element": lambda: _element(next(turn)),
+        "compound": lambda: _compound(next(turn), elements, rng),
+        "slab": lambda: _slab(int(rng.choice(elements))),
         "molecule": lambda: next(molecules, None),
     }
     turns = [
@@ -84,8 +89,11 @@ def compound(atoms: Atoms) -> str:
     return str(atoms.get_chemical_formula("hill", empirical=True))
 
 
-def _choice(rng: Rng, elements: Sequence[int]) -> int:
-    return elements[int(rng.integers(len(elements)))]
+def _in_turn(elements: Sequence[int], rng: Rng) -> Iterator[int]:
+    """All elements in random order, again from the first after the last."""
+    order = [int(z) for z in rng.permutation(elements)]
+    while True:
+        yield from order
 
 
 def _repeated(atoms: Atoms) -> Atoms:
@@ -109,11 +117,13 @@ def _element(z: int) -> Atoms | None:
         return _repeated(bulk(symbol, "fcc", a=2.0 * 2**0.5 * float(covalent_radii[z])))
 
 
-def _compound(elements: Sequence[int], rng: Rng) -> Atoms | None:
-    """Two or three different elements in a prototype, one bond as long as the sum of its covalent radii."""
+def _compound(first: int, elements: Sequence[int], rng: Rng) -> Atoms | None:
+    """An element with one or two others in a prototype, one bond as long as the sum of its covalent radii."""
     if len(elements) < 2:
         return None
-    first, second, *_ = (int(z) for z in rng.permutation(elements))
+    others = [z for z in elements if z != first]
+    anions = [z for z in others if z in ANIONS]
+    second = int(rng.choice(anions if anions and rng.integers(2) else others))
     d = float(covalent_radii[first] + covalent_radii[second])
     name = chemical_symbols[first] + chemical_symbols[second]
     prototype = int(rng.integers(5 if len(elements) > 2 else 4))
@@ -133,11 +143,11 @@ def _compound(elements: Sequence[int], rng: Rng) -> Atoms | None:
 
 
 def _slab(z: int) -> Atoms | None:
-    """Three layers of a face-centred cubic metal with vacuum above; nothing for other elements."""
+    """Four layers of a face-centred cubic metal with vacuum above; nothing for other elements."""
     state = reference_states[z]
     if state is None or state.get("symmetry") != "fcc":
         return None
-    slab = fcc111(chemical_symbols[z], (2, 2, 3), vacuum=6.0)
+    slab = fcc111(chemical_symbols[z], (2, 1, 4), vacuum=6.0)
     slab.pbc = True
     return slab
 

@@ -17,7 +17,7 @@ import multiprocessing
 import resource
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,13 @@ from foundation_probes import contacts, dynamics, forgetting, probe_frames
 from method_table import Column, table
 from training_plan import model_path, say
 
-from ase_gffmerge import merge
+from ase_gffmerge import ForceField, merge
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs
 from ase_gffmerge.inference.errors import evaluate
 from ase_gffmerge.inference.predict import predict_frames
-from ase_gffmerge.merging.recipe import MERGE_VERSION
+from ase_gffmerge.merging.recipe import MERGE_VERSION, load_recipe
 from ase_gffmerge.methods import METHODS
 from ase_gffmerge.models import Potential
 
@@ -85,22 +85,43 @@ def made(row: str, model: str, out: Path) -> Potential:
     if row == ARITHMETIC:
         inputs = make_merge_inputs(specialists, base=base, device="cpu")
         return METHODS["task_arithmetic"].run(inputs, lambda *_: None).potentials[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MergeWarning)
-        recipe = MERGES[row]
-        if isinstance(recipe, Mapping) and "keep_base" in recipe:
-            recipe = {**recipe, "keep_base": size.base_frames}
-        merged, report = merge(
-            specialists,
-            recipe,
-            base=base,
-            device="cpu",
-            progress=lambda x, what: say(f"{row} {x:4.0%} {what}"),
-        )
-    path = model_path(out, row.replace(", ", "-").replace(" ", "-"))
-    merged.save(path)
-    path.with_suffix(".json").write_text(report.to_json())
-    return merged.potential
+    recipe = MERGES[row]
+    if isinstance(recipe, Mapping) and "keep_base" in recipe:
+        recipe = {**recipe, "keep_base": size.base_frames}
+    path = model_path(out, file_name(row))
+    if not path.exists() or not is_merge(ForceField.load(path), recipe, specialists):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MergeWarning)
+            merged, _ = merge(
+                specialists,
+                recipe,
+                base=base,
+                device="cpu",
+                progress=lambda x, what: say(f"{row} {x:4.0%} {what}"),
+            )
+        merged.save(path)
+        cost_file(row, out).unlink(missing_ok=True)
+    return ForceField.load(path).potential
+
+
+def is_merge(found: ForceField, recipe: Any, specialists: Sequence[ForceField]) -> bool:
+    """Whether a file holds the merge of these specialists by this recipe."""
+    record = found.merged
+    return (
+        record is not None
+        and record.recipe == load_recipe(recipe).model_dump(mode="json")
+        and record.fingerprints == tuple(s.fingerprint for s in specialists)
+    )
+
+
+def file_name(row: str) -> str:
+    """A row's name without commas and blanks."""
+    return row.replace(", ", "-").replace(" ", "-")
+
+
+def cost_file(row: str, out: Path) -> Path:
+    """File that keeps processor time and memory of making a row's potential, which is not made again."""
+    return out / "costs" / f"{file_name(row)}.json"
 
 
 def measured(row: str, model: str, out: Path) -> dict[str, Any]:
@@ -108,10 +129,12 @@ def measured(row: str, model: str, out: Path) -> dict[str, Any]:
     size = SIZES[model]
     started = time.process_time()
     potential = made(row, model, out)
-    result: dict[str, Any] = {
-        "seconds": time.process_time() - started,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    }
+    cost = cost_file(row, out)
+    if not cost.exists():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        cost.parent.mkdir(parents=True, exist_ok=True)
+        cost.write_text(json.dumps({"seconds": time.process_time() - started, "peak_gb": peak}))
+    result: dict[str, Any] = json.loads(cost.read_text())
     tests = [read_frames(frame_file(out, system, "test")) for system in SYSTEMS]
     for system, frames in zip(SYSTEMS, tests, strict=True):
         result[system] = evaluate(potential, frames).to_dict()
@@ -128,7 +151,7 @@ def rows(names: list[str], model: str, out: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     spawned = multiprocessing.get_context("spawn")
     for name in names:
-        path = out / "rows" / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+        path = out / "rows" / f"{file_name(name)}.json"
         identity = {"merge_version": MERGE_VERSION if name in MERGES else None, "size": repr(SIZES[model])}
         if not path.exists() or json.loads(path.read_text())["identity"] != identity:
             say(f"{name} ...")

@@ -63,8 +63,8 @@ SIZES = {
         epochs=(6, 12),
         batch_size=(2, 5),
         learning_rate=5e-4,
-        base_frames=30,
-        steps=(40, 150),
+        base_frames=60,
+        steps=(20, 100),
     ),
     "7net-0": Size(
         vendor="sevenn",
@@ -75,7 +75,7 @@ SIZES = {
         epochs=(4, 8),
         batch_size=(1, 5),
         learning_rate=5e-4,
-        base_frames=20,
+        base_frames=60,
         steps=(8, 50),
     ),
 }

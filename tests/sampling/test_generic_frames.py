@@ -33,7 +33,7 @@ def test_structures_of_many_compounds(periodic) -> None:
     assert len({atoms.get_chemical_formula("reduce") for atoms in frames}) > 12
     for atoms in frames:
         assert set(atoms.numbers.tolist()) <= set(MANY)
-        assert len(atoms) <= MAX_ATOMS
+        assert len(atoms) <= MAX_ATOMS or not atoms.pbc.any()
         first, second, distance = neighbor_list("ijd", atoms, 3.0)
         bonds = covalent_radii[atoms.numbers[first]] + covalent_radii[atoms.numbers[second]]
         assert (distance > 0.6 * bonds).all()
