@@ -285,6 +285,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     right.set(xlabel="labelled frames per molecule", xscale="log")
     right.set_xticks([1, *sizes], ["none", *map(str, sizes)])
     right.minorticks_off()
+    left.set_yticks([25, 50, 100, 200, 400], ["25", "50", "100", "200", "400"])
+    left.minorticks_off()
     figure.legend(loc="outside upper center", ncols=len(STARTS), frameon=False, fontsize="small")
     save_figure(figure, path)
 
