@@ -109,6 +109,10 @@ class ExportWarning(UserWarning):
     """A file of another package's format lacks something that the force field has."""
 
 
+class ReadoutWarning(UserWarning):
+    """The wide readout could not be solved, and the merge has the plain one of its layers."""
+
+
 class LabelWarning(UserWarning):
     """Labels of frames were converted, or look like labels in other units."""
 

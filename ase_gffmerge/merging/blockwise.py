@@ -42,6 +42,7 @@ from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.tangents import Dual, differentiable_pushforward
 from ase_gffmerge.models.affine_maps import adjustable_maps, is_adjustable
 from ase_gffmerge.models.base import Stage, State
+from ase_gffmerge.runtime.progress import Progress, no_progress
 
 ITERATIONS, DAMPING = 15, 1e-3
 """Conjugate-gradient iterations, and the damping μ of the step."""
@@ -59,6 +60,7 @@ def align_block(
     *,
     iterations: int = ITERATIONS,
     keep_graphs: bool = True,
+    progress: Progress = no_progress,
 ) -> LayerReport:
     """Take one Gauss-Newton step on all maps of a block.
 
@@ -78,9 +80,13 @@ def align_block(
         Of conjugate gradients.
     keep_graphs
         See :class:`LinearizedBlock`.
+    progress
+        Called with a fraction (0 to 1) and a description.
     """
     linear = LinearizedBlock(merged, originals, calibration_sets, recipe, keep_graphs=keep_graphs)
-    steps = gauss_newton_steps(linear, iterations=iterations, damping=DAMPING)
+    steps = _told(
+        name, gauss_newton_steps(linear, iterations=iterations, damping=DAMPING), iterations, progress
+    )
     before = squared(linear.residual)
     if all(calibration_set.batches[-1].number > 0 for calibration_set in calibration_sets):
         held_out = BlockMismatch(merged, originals, calibration_sets, recipe, batch=1)
@@ -100,6 +106,14 @@ def align_block(
         effective_rank=None,
         ridge=DAMPING,
     )
+
+
+def _told(name: str, steps: Iterator[Thetas], n: int, progress: Progress) -> Iterator[Thetas]:
+    """The same steps, of ``n`` at most; progress is told of each."""
+    progress(0.0, f"{name}, correction")
+    for i, step in enumerate(steps, start=1):
+        progress(i / n, f"{name}, correction {i} of {n}")
+        yield step
 
 
 def _best(start: Thetas, steps: Iterator[Thetas], held_out: "BlockMismatch") -> Thetas:

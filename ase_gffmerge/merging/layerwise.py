@@ -42,6 +42,7 @@ from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.tangents import Dual
 from ase_gffmerge.models.affine_maps import AffineMap, layer_maps
+from ase_gffmerge.runtime.progress import Progress, no_progress
 
 
 def align_layers(
@@ -55,6 +56,7 @@ def align_layers(
     inputs: Inputs,
     outputs: Mapping[str, Tensor] | None = None,
     prior: nn.Module | None = None,
+    progress: Progress = no_progress,
 ) -> list[LayerReport]:
     """Solve every affine layer of a block in execution order.
 
@@ -76,10 +78,14 @@ def align_layers(
         For maps of a block with fewer channels, by name, which outputs of the originals are theirs.
     prior
         The block whose weights the ridge pulls to; default: ``merged`` as it is before.
+    progress
+        Called with a fraction (0 to 1) and a description.
     """
     reports, chosen = [], outputs or {}
     first = calibration_sets[0].batches[0]
-    for name in affine_layers(merged, lambda: run(merged, first, inputs(first, True).value)):
+    names = affine_layers(merged, lambda: run(merged, first, inputs(first, True).value))
+    for n_done, name in enumerate(names):
+        progress(n_done / len(names), f"{prefix}.{name}")
         maps = layer_maps(name, merged.get_submodule(name))
         anchors = layer_maps(name, (prior or merged).get_submodule(name))
         statistics = [

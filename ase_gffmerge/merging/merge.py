@@ -15,7 +15,7 @@ from ase.data import chemical_symbols
 from torch import Tensor, nn
 
 from ase_gffmerge.data.frames import spread
-from ase_gffmerge.errors import MergeWarning
+from ase_gffmerge.errors import MergeWarning, ReadoutWarning, first_line
 from ase_gffmerge.forcefield.force_field import ForceField, repelling
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
 from ase_gffmerge.forcefield.uncertainty import fit_uncertainty
@@ -206,18 +206,29 @@ def _closed_form(task: MergeTask) -> Solved:
     fitted: float | None = None
     if recipe.readout is not None:
         with clock("readout"):
-            merged, row, fitted = match_forces(
-                merged,
-                sets,
-                recipe.readout,
-                at_once=portions.directions,
-                progress=part_of(progress, 0.6, 0.95),
-            )
-            layers.append(row)
-            best = selection.better("wide readout", merged, best) if selection else merged
+            try:
+                merged, row, fitted = match_forces(
+                    merged,
+                    sets,
+                    recipe.readout,
+                    at_once=portions.directions,
+                    progress=part_of(progress, 0.6, 0.95),
+                )
+            except (RuntimeError, ValueError, MemoryError) as error:
+                warnings.warn(_without_readout(error), ReadoutWarning, stacklevel=4)
+            else:
+                layers.append(row)
+                best = selection.better("wide readout", merged, best) if selection else merged
     if selection is None:
         return Solved(potential=best, layers=layers, held_out=fitted)
     return Solved(potential=best, layers=layers, held_out=selection.held_out, trials=selection.trials)
+
+
+def _without_readout(error: Exception) -> str:
+    return (
+        f"the wide readout could not be solved ({first_line(error)}); the merge keeps its layers with their plain "
+        "readout: lower the width or the copies of the readout, or give other frames"
+    )
 
 
 @torch.no_grad()
@@ -275,7 +286,7 @@ def _align_stages(
     """Align every stage, then advance the states of the merged model and of the specialists through it."""
     reports: list[LayerReport] = []
     for i, (name, stage) in enumerate(merged.named_stages()):
-        progress(i / len(merged.stages), name)
+        own = part_of(progress, i / len(merged.stages), (i + 1) / len(merged.stages))
         originals: list[Stage] = [s.potential.get_submodule(name) for s in specialists]  # type: ignore[misc]
         reports += align_layers(
             name,
@@ -286,10 +297,19 @@ def _align_stages(
             run=run_stage,
             inputs=stage_inputs,
             prior=_prior(originals, recipe),
+            progress=part_of(own, 0.0, 0.3),
         )
         if recipe.messages and adjustable_maps(stage):
             reports.append(
-                align_block(name, stage, originals, calibration_sets, recipe, keep_graphs=keep_graphs)
+                align_block(
+                    name,
+                    stage,
+                    originals,
+                    calibration_sets,
+                    recipe,
+                    keep_graphs=keep_graphs,
+                    progress=part_of(own, 0.3, 1.0),
+                )
             )
         for original, calibration_set in zip(originals, calibration_sets, strict=True):
             for batch in calibration_set.batches:

@@ -55,7 +55,7 @@ from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.tangents import Directions
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import chunks
-from ase_gffmerge.runtime.progress import Progress, no_progress
+from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
 
 RIDGES = tuple(10.0**-exponent for exponent in range(3, 9))
 """Values of λ that are tried."""
@@ -122,7 +122,9 @@ def match_forces(
         calibration_set.weight * _held_out_share(calibration_set) for calibration_set in calibration_sets
     )
     relative_square = fit.held_out * held_out.yy / (3 * share) if share else fit.held_out
-    return merged, LayerReport.of("readout.theta", "readout", fit.solution), relative_square**0.5
+    cut = readout.lift.out_features < options.width
+    name = f"readout.theta, {described(readout.lift.out_features, options)}" if cut else "readout.theta"
+    return merged, LayerReport.of(name, "readout", fit.solution), relative_square**0.5
 
 
 def readout_rows(
@@ -228,12 +230,16 @@ def _statistics(
     """Statistics of all specialists: of the frames to fit, and of the held-out ones."""
     size = len(elements) * (random_feature_readout(merged).lift.out_features + 1)
     grams = [Gram.zero(size, 1, device=merged.device) for _ in range(2)]
+    n, title = len(calibration_sets), described(random_feature_readout(merged).lift.out_features, options)
     for k, calibration_set in enumerate(calibration_sets):
         specialist = calibration_set.specialist
         n_copies = copies_per_frame(specialist, specialist.calibration, options)
         for held_out, group in enumerate(_split(specialist.calibration)):
-            labelled = with_copies(specialist, group, options, n_copies=n_copies)
             share = len(group) / len(specialist.calibration)
+            begin = k + held_out * (1 - share)
+            part = part_of(progress, begin / n, (begin + share) / n, prefix=f"{title}, {specialist.name}: ")
+            part(0.0, "copies of frames")
+            labelled = with_copies(specialist, group, options, n_copies=n_copies)
             grams[held_out] = _with_frames(
                 grams[held_out],
                 merged,
@@ -243,9 +249,14 @@ def _statistics(
                 elements,
                 share=share,
                 at_once=at_once,
+                progress=part,
             )
-            progress((2 * k + held_out + 1) / (2 * len(calibration_sets)), "readout")
     return grams[0], grams[1]
+
+
+def described(width: int, options: ReadoutOptions) -> str:
+    """Name of a readout, with its width and, where many elements leave less than was asked for, that."""
+    return f"readout of {width}" + (f" (not {options.width})" if width < options.width else "") + " features"
 
 
 def _held_out_share(calibration_set: CalibrationSet) -> float:
@@ -269,12 +280,14 @@ def _with_frames(
     *,
     share: float,
     at_once: int | None,
+    progress: Progress,
 ) -> Gram:
     """Add frames that make up ``share`` of a specialist's; it weighs a_k / (N_k s_k) per force component."""
     rows: list[Tensor] = []
     targets: list[Tensor] = []
     batches = list(chunks(frames, MAX_ATOMS))
     for i, chunk in enumerate(batches):
+        progress((i + 1) / (len(batches) + 1), f"batch {i + 1} of {len(batches)}")
         row, target = _batch_rows(
             merged,
             calibration_set,

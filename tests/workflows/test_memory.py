@@ -164,8 +164,8 @@ from ase_gffmerge.workflows.memory import estimate_memory
 from ase_gffmerge.workflows.merge import merge
 from helpers.toys import family
 hyper = {"cutoff": 4.0, "channels": 128, "n_blocks": 1, "n_radial": 20}
-pair = family("painn", 2, frames=70, hyper=hyper)
-recipe = load_recipe({"preset": "fast", "select": False, "frames": 70, "allow_unrelated": True})
+pair = family("painn", 2, frames=14, hyper=hyper)
+recipe = load_recipe({"preset": "fast", "select": False, "frames": 14, "allow_unrelated": True})
 free = estimate_memory(pair, recipe, device="cpu")
 bound = int(free.resident + 0.75 * (free.peak - free.resident)) if sys.argv[1] == "bounded" else None
 merge(pair, recipe, device="cpu", max_memory=bound)
