@@ -307,10 +307,8 @@ class Potential(ExactBuffers):
 
         Parameters
         ----------
-        scalars
-            What :meth:`features` gives.
-        vectors, graph
-            See :meth:`forward`; most readouts do not look at the edge vectors.
+        scalars, vectors, graph
+            What :meth:`features` gives, and what it takes; most readouts do not look at the edge vectors.
         """
         species = self.species_row[graph.atomic_numbers]
         return self.readout(scalars, species).double() + self.references[species]

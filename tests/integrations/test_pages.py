@@ -20,7 +20,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 FOLDER = Path(__file__).parents[2] / "docs" / "how_to" / "vendors"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.md"))}
-CHANGES = {"mace": {"num_interactions": 1, "correlation": 2, "max_ell": 1}, "chgnet": {"scale": 300.0}}
+CHANGES = {
+    "mace": {"num_interactions": 1, "correlation": 2, "max_ell": 1},
+    "matgl": {"variant": "tensornet smooth"},
+    "chgnet": {"scale": 300.0},
+}
 """Arguments of the networks: a page takes a few seconds less, or random weights make forces above round-off."""
 
 BUNDLED = {"ethanol": "rmd17", "malonaldehyde": "rmd17", "copper": "emt", "silver": "emt"}
