@@ -17,7 +17,7 @@ from ase_gffmerge.errors import ArgumentError, CompileWarning, FileFormatError, 
 from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.integrations import ADAPTERS, chgnet
 from ase_gffmerge.integrations.load import export, from_vendor, load_force_field
-from ase_gffmerge.testing import check_calculator
+from ase_gffmerge.testing import check_calculator, check_integration
 from helpers.vendor_models import STRIPPED_AND_DEFAULT, assert_same, merged_saved_cached_and_exported, moved
 
 pytest.importorskip("chgnet", reason="needs the package chgnet: pip install chgnet")
@@ -93,6 +93,26 @@ def test_relatives_of_the_published_network_are_merged_saved_cached_and_exported
     for crystal in crystals:
         theirs = CHGNetCalculator.from_file(str(path), use_device="cpu")
         assert_same(calc, theirs, crystal, tolerance=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_adapter_does_what_its_users_rely_on(tmp_path):
+    from chgnet.model import CHGNetCalculator
+
+    path, _ = checkpoint(tmp_path / "small.pth.tar", small=True)
+
+    def served(path):
+        return CHGNetCalculator.from_file(str(path), use_device="cpu")
+
+    check_integration(
+        ADAPTERS["chgnet"],
+        path,
+        [rocksalt(1), rocksalt(2, symbols="LiF", a=4.0)],
+        calculator=served(path),
+        served_by=served,
+        suffix=".pth.tar",
+        tolerance=1e-4,
+    ).raise_if_failed()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -32,7 +32,7 @@ from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.integrations import ADAPTERS  # noqa: E402
 from ase_gffmerge.integrations.load import export, from_vendor, load_force_field  # noqa: E402
 from ase_gffmerge.models.layers import package_mode  # noqa: E402
-from ase_gffmerge.testing import check_calculator  # noqa: E402
+from ase_gffmerge.testing import check_calculator, check_integration  # noqa: E402
 
 TYPES = (8, 1, 6)
 
@@ -148,6 +148,18 @@ def test_casts_change_weights_alone():
     for name, buffer in copy.named_buffers():
         assert torch.equal(buffer, exact[name]), name
     assert not any("U_matrix" in name for name in copy.state_dict())
+
+
+def test_the_adapter_does_what_its_users_rely_on():
+    theirs = calculator(build())
+    check_integration(
+        ADAPTERS["mace"],
+        theirs,
+        structures(),
+        calculator=theirs,
+        served_by=lambda path: MACECalculator(model_paths=str(path), device="cpu", default_dtype="float64"),
+        suffix=".model",
+    ).raise_if_failed()
 
 
 def test_the_contract_holds(tmp_path):

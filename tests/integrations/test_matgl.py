@@ -10,9 +10,10 @@ from ase.build import bulk
 
 from ase_gffmerge import ForceField, GFFMergeCalculator
 from ase_gffmerge.errors import FileFormatError
+from ase_gffmerge.integrations import ADAPTERS
 from ase_gffmerge.integrations.load import export, from_vendor, load_force_field
 from ase_gffmerge.models import build_potential
-from ase_gffmerge.testing import check_calculator
+from ase_gffmerge.testing import check_calculator, check_integration
 from helpers.vendor_models import (
     Trap,
     assert_copies_merge_into,
@@ -115,6 +116,20 @@ def test_atoms_in_line_are_the_vendors_to_its_clamp(double):
     line = Atoms("COC", [[0, 0, -1.2], [0, 0, 0], [0, 0, 1.3]])
     ours = GFFMergeCalculator(from_vendor("matgl", model), dtype="float64", device="cpu")
     assert_same(ours, calculator(model), line, tolerance=1e-7)
+
+
+@pytest.mark.parametrize("variant", SMOOTH)
+def test_the_adapter_does_what_its_users_rely_on(variant):
+    import_matgl = pytest.importorskip("matgl")
+    model = build(variant)
+    check_integration(
+        ADAPTERS["matgl"],
+        model,
+        structures(),
+        calculator=calculator(model),
+        served_by=lambda path: calculator(import_matgl.load_model(path)),
+        suffix="",
+    ).raise_if_failed()
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from ase_gffmerge import GFFMergeCalculator, merge  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.integrations import ADAPTERS  # noqa: E402
 from ase_gffmerge.integrations.load import export, from_vendor, load_force_field  # noqa: E402
-from ase_gffmerge.testing import check_calculator  # noqa: E402
+from ase_gffmerge.testing import check_calculator, check_integration  # noqa: E402
 
 TYPES = ["C", "H", "O"]
 ZBL = {"_target_": "nequip.nn.pair_potential.ZBL", "units": "metal", "chemical_species": TYPES}
@@ -87,6 +87,23 @@ def test_results_are_the_vendors(variant, dtype, tolerance, float64_default):
     theirs = NequIPCalculator(model, "cpu", transforms=transforms)
     for atoms in structures():
         assert_same(ours, theirs, atoms, tolerance=tolerance)
+
+
+def test_the_adapter_does_what_its_users_rely_on(float64_default):
+    from nequip.data.transforms import ChemicalSpeciesToAtomTypeMapper, NeighborListTransform
+    from nequip.integrations.ase import NequIPCalculator
+
+    model = build(model_dtype="float64")
+    torch.set_default_dtype(torch.float64)
+    transforms = [ChemicalSpeciesToAtomTypeMapper(TYPES), NeighborListTransform(r_max=4.0)]
+    check_integration(
+        ADAPTERS["nequip"],
+        model,
+        structures(),
+        calculator=NequIPCalculator(model, "cpu", transforms=transforms),
+        served_by=NequIPCalculator._from_saved_model,
+        suffix=".ckpt",
+    ).raise_if_failed()
 
 
 def test_the_contract_holds(tmp_path):

@@ -27,7 +27,7 @@ from ase_gffmerge.cli import app  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.integrations import ADAPTERS  # noqa: E402
 from ase_gffmerge.integrations.load import export, from_vendor, load_force_field  # noqa: E402
-from ase_gffmerge.testing import check_calculator  # noqa: E402
+from ase_gffmerge.testing import check_calculator, check_integration  # noqa: E402
 
 NAME = "orb-v3-conservative-20-omat"
 SMALL = {
@@ -84,6 +84,25 @@ def test_all_that_is_kept_decides():
         energies.append(GFFMergeCalculator(specialist, device="cpu").get_potential_energy(atoms))
     assert energies[1] == pytest.approx(limited.get_potential_energy(atoms), abs=3e-5)
     assert min(np.abs(np.diff(energies))) > 1e-3
+
+
+def test_the_adapter_does_what_its_users_rely_on():
+    model = build(scale=1.5)
+
+    def served(path):
+        other = build(seed=1)
+        other.load_state_dict(torch.load(path, weights_only=True))
+        return vendor_calculator(other)
+
+    check_integration(
+        ADAPTERS["orb"],
+        model,
+        structures(),
+        calculator=vendor_calculator(model),
+        served_by=served,
+        suffix=".ckpt",
+        tolerance=5e-6,
+    ).raise_if_failed()
 
 
 def test_the_contract_holds_but_for_rotations(tmp_path):

@@ -27,7 +27,7 @@ from ase_gffmerge import GFFMergeCalculator  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.integrations import ADAPTERS  # noqa: E402
 from ase_gffmerge.integrations.load import export, from_vendor, load_force_field  # noqa: E402
-from ase_gffmerge.testing import check_calculator  # noqa: E402
+from ase_gffmerge.testing import check_calculator, check_integration  # noqa: E402
 
 TYPES = (6, 1, 8)
 CONFIG = {
@@ -101,6 +101,20 @@ def test_pretrained_weights_are_the_vendors():
     assert specialist.level_of_theory.startswith("PBE")
     ours, theirs = GFFMergeCalculator(specialist, device="cpu"), SevenNetCalculator("7net-0", device="cpu")
     assert_same(ours, theirs, salt, tolerance=3e-6)
+
+
+def test_the_adapter_does_what_its_users_rely_on():
+    from sevenn.calculator import SevenNetCalculator
+
+    model = build()
+    check_integration(
+        ADAPTERS["sevenn"],
+        model,
+        structures(),
+        calculator=SevenNetCalculator(model, file_type="model_instance", device="cpu"),
+        served_by=lambda path: SevenNetCalculator(path, device="cpu"),
+        suffix=".pth",
+    ).raise_if_failed()
 
 
 def test_the_contract_holds(tmp_path):

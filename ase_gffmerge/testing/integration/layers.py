@@ -1,6 +1,5 @@
 """Checks of the layers that a merge solves, and of merges of a model with itself and with relatives."""
 
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -147,9 +146,7 @@ def relatives_merge_into_what_can_be_written(subject: IntegrationSubject) -> str
                 value.add_(0.01 * value.abs().mean() * noise)
         pair.append(ForceField(name=f"relative {seed}", potential=moved, calibration=subject.structures))
     merged = _merged(pair)
-    with tempfile.TemporaryDirectory() as folder:
-        again = subject.adapter.read(subject.written(merged, folder)).potential
-        return subject.compare(again.double(), merged, "the merge", 1e-5)
+    return subject.compare(subject.again(merged).double(), merged, "the merge", 1e-5)
 
 
 def _merged(specialists: Sequence[ForceField]) -> Potential:

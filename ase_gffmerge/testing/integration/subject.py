@@ -1,5 +1,6 @@
 """The adapter under test, and how results are compared."""
 
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ class ReadsAndWrites(Protocol):
 
     def write(self, potential: Potential, path: Path) -> Path:
         """Write the package's format."""
+
+    def read_back(self, path: Path, potential: Potential) -> Potential:
+        """Read a file that was just written, of a potential that may tell what the file does not."""
 
     def potential_class(self, architecture: str) -> type[Potential]:
         """Class of an architecture."""
@@ -116,6 +120,11 @@ class IntegrationSubject:
                 )
                 worst = max(worst, gap)
         return f"to {worst:.1e}"
+
+    def again(self, potential: Potential) -> Potential:
+        """What is read of a file that was written."""
+        with tempfile.TemporaryDirectory() as folder:
+            return self.adapter.read_back(self.written(potential, folder), potential)
 
     def written(self, potential: Potential, folder: str) -> Path:
         """File of a potential in a temporary folder."""
