@@ -111,6 +111,37 @@ def test_everything_is_measured(benchmark, data, monkeypatch, capsys, tmp_path) 
     assert f"{1000 * errors['mean']['gamma-Li3PS4']['force_mae']:.4g}" in table
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
+def test_the_papers_table_has_a_row_for_every_start_and_method(script, data, monkeypatch, capsys, tmp_path):
+    module = script("paper_table")
+    hyper = {"channels": 4, "edge_channels": 4, "width": 4, "n_blocks": 1, "cutoff": 3.5}
+    tiny = {
+        "frames": 8,
+        "base_epochs": 1,
+        "epochs": 1,
+        "n_blocks": 4,
+        "gap": 1,
+        "n_test": 2,
+        "n_calibration": 4,
+    }
+    size = replace(module.SMALL, hyper={**hyper, "three_body_cutoff": 3.0}, **tiny)
+    monkeypatch.setattr(module, "SMALL", size)
+    arguments = [data, "--out", tmp_path, "--methods", "mean", "paper"]
+    for _ in range(2):  # the second time from what is kept
+        monkeypatch.setattr(sys, "argv", ["paper_table", *map(str, arguments), "--json"])
+        module.main()
+        result = json.loads(capsys.readouterr().out)
+    starts = ["base", "paper, switched", "specialist", "beta-Li3PS4 alone", "gamma-Li3PS4 alone"]
+    assert list(result["methods"]) == [*starts, "mean", "paper"]
+    assert result["methods"]["paper"] != result["methods"]["paper, switched"]
+    assert 0 < result["distances"]["gamma-Li3PS4"]["stages.1"] < 1
+    monkeypatch.setattr(sys, "argv", ["paper_table", *map(str, arguments)])
+    module.main()
+    error = 1000 * result["methods"]["mean"]["gamma-Li3PS4"]["force_mae"]
+    assert f"{error:.4g}" in capsys.readouterr().out
+
+
 def test_test_frames_are_far_from_training_frames_in_time(benchmark, data, tmp_path) -> None:
     benchmark.make_frames(data, tmp_path, benchmark.SMALL)
     everything = read_frames(data / "beta-Li3PS4.npz")

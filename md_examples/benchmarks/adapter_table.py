@@ -1,0 +1,269 @@
+"""A table of the adapters: package, version, speed against the vendor's calculator, seconds of a merge, what is averaged.
+
+    python md_examples/benchmarks/adapter_table.py FOLDER             # measure the packages of this environment
+    python md_examples/benchmarks/adapter_table.py FOLDER --show      # all rows of all environments, as Markdown
+    python md_examples/benchmarks/adapter_table.py FOLDER --json      # the same as JSON
+
+One JSON file per model stands in FOLDER; run it once in every environment that ``vendor_environments.py`` makes. Models are
+the published weights that a package ships, else random ones of a usual size. A step is energy, forces and stress of 64 atoms
+of rattled rock salt in single precision on one core, the best of several, atoms moved in between. A merge is of two
+relatives, whose weights were changed by a hundredth, by the preset ``fast`` on five frames each. Times are processor
+seconds, so that other work on the machine matters little.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.calculator import BaseCalculator
+
+from ase_gffmerge import GFFMergeCalculator, merge
+from ase_gffmerge.integrations import ADAPTERS
+from ase_gffmerge.integrations.load import from_vendor
+
+ELEMENTS = ("Na", "Cl")
+STEPS, FRAMES, SIZE = 6, 5, 0.01
+Model = Any
+"""A network of another package."""
+
+
+def sevennet() -> tuple[Model, Callable[[Model], BaseCalculator]]:
+    """The published 7net-0."""
+    from sevenn.calculator import SevenNetCalculator
+
+    model = SevenNetCalculator("7net-0", device="cpu").model
+    return model, lambda network: SevenNetCalculator(network, file_type="model_instance", device="cpu")
+
+
+def chgnet() -> tuple[Model, Callable[[Model], BaseCalculator]]:
+    """The published version 0.3.0."""
+    from chgnet.model import CHGNet, CHGNetCalculator
+
+    return CHGNet.load(verbose=False), lambda network: CHGNetCalculator(network, use_device="cpu")
+
+
+def orb() -> tuple[Model, Callable[[Model], BaseCalculator]]:
+    """A conservative Orb v3 with 20 neighbours."""
+    from orb_models.forcefield.atomic_system import SystemConfig
+    from orb_models.forcefield.calculator import ORBCalculator
+    from orb_models.forcefield.pretrained import orb_v3_conservative_architecture
+
+    model = orb_v3_conservative_architecture(device="cpu", system_config=SystemConfig(6.0, 20)).eval()
+    return model, lambda network: ORBCalculator(network, device="cpu")
+
+
+def nequip() -> tuple[Model, Callable[[Model], BaseCalculator]]:
+    """Three layers of 32 features up to l = 2, 5 Å."""
+    from nequip.data.transforms import ChemicalSpeciesToAtomTypeMapper, NeighborListTransform
+    from nequip.integrations.ase import NequIPCalculator
+    from nequip.model import NequIPGNNModel
+    from nequip.utils.global_state import set_global_state
+
+    set_global_state()
+    torch.set_default_dtype(torch.float32)
+    model = NequIPGNNModel(
+        seed=1,
+        model_dtype="float32",
+        r_max=5.0,
+        type_names=list(ELEMENTS),
+        num_layers=3,
+        l_max=2,
+        num_features=32,
+        avg_num_neighbors=20.0,
+    ).eval()
+
+    def calculator(network: Model) -> BaseCalculator:
+        torch.set_default_dtype(torch.float64)
+        transforms = [
+            ChemicalSpeciesToAtomTypeMapper(list(ELEMENTS)),
+            NeighborListTransform(r_max=5.0),
+        ]
+        return NequIPCalculator(network, "cpu", transforms=transforms)
+
+    return model, calculator
+
+
+def mace() -> tuple[Model, Callable[[Model], BaseCalculator]]:
+    """Two layers of 64 scalars and vectors, correlation 3, 5 Å."""
+    import numpy as np
+    from e3nn.o3 import Irreps
+    from mace import modules
+    from mace.calculators import MACECalculator
+
+    blocks = modules.interaction_classes
+    model = modules.ScaleShiftMACE(
+        r_max=5.0,
+        num_bessel=8,
+        num_polynomial_cutoff=5,
+        max_ell=3,
+        interaction_cls_first=blocks["RealAgnosticInteractionBlock"],
+        interaction_cls=blocks["RealAgnosticResidualInteractionBlock"],
+        num_interactions=2,
+        num_elements=2,
+        hidden_irreps=Irreps("64x0e+64x1o"),
+        MLP_irreps=Irreps("16x0e"),
+        gate=torch.nn.functional.silu,
+        atomic_energies=np.zeros(2),
+        avg_num_neighbors=20.0,
+        atomic_numbers=[11, 17],
+        correlation=3,
+        radial_MLP=[64, 64, 64],
+        atomic_inter_scale=1.0,
+        atomic_inter_shift=0.0,
+    ).float()
+    return model, lambda network: MACECalculator(models=network, device="cpu", default_dtype="float32")
+
+
+def matgl(kind: str) -> tuple[Model, Callable[[Model], BaseCalculator]]:
+    """A network of the default size with smooth radial functions."""
+    import matgl.models
+    from matgl.apps.pes import Potential
+    from matgl.ext.ase import PESCalculator
+
+    network = getattr(matgl.models, kind)(
+        element_types=ELEMENTS, is_intensive=False, rbf_type="SphericalBessel", use_smooth=True
+    )
+    return Potential(network).eval(), lambda model: PESCalculator(model, stress_unit="eV/A3", use_voigt=True)
+
+
+MODELS: dict[str, tuple[str, str, str, Callable[[], tuple[Model, Callable[[Model], BaseCalculator]]]]] = {
+    "CHGNet 0.3.0": ("chgnet", "chgnet", "chgnet", chgnet),
+    "MACE, 64 channels": ("mace", "mace", "mace-torch", mace),
+    "M3GNet": ("matgl", "matgl", "matgl", lambda: matgl("M3GNet")),
+    "TensorNet": ("matgl", "matgl", "matgl", lambda: matgl("TensorNet")),
+    "NequIP, 32 features": ("nequip", "nequip", "nequip", nequip),
+    "Orb v3, 20 neighbours": ("orb", "orb_models", "orb-models", orb),
+    "SevenNet 7net-0": ("sevenn", "sevenn", "sevenn", sevennet),
+}
+"""Vendor, package in Python and for pip, and what makes the model and its calculator, by the name of the row."""
+
+
+def crystal(seed: int = 0) -> Atoms:
+    """64 atoms of rattled rock salt."""
+    atoms = bulk("NaCl", "rocksalt", 5.6, cubic=True).repeat(2)
+    atoms.rattle(0.1, seed=seed)
+    return atoms
+
+
+def moved(model: Model, seed: int) -> Model:
+    """A copy whose weights were changed by a small random part of their mean size."""
+    copy, generator = deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in copy.parameters():
+            noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+            value.add_(SIZE * value.abs().mean() * noise)
+    return copy
+
+
+def step_seconds(calculator: BaseCalculator) -> float:
+    """Processor seconds of energy, forces and stress, the best of several."""
+    atoms, found = crystal(), []
+    atoms.calc = calculator
+    for seed in range(STEPS):
+        atoms.rattle(0.002, seed=seed)
+        started = time.process_time()
+        atoms.get_forces(), atoms.get_stress()
+        found.append(time.process_time() - started)
+    return min(found[1:])
+
+
+def measured(name: str) -> dict[str, Any]:
+    """One row of the table."""
+    vendor, _, distribution, make = MODELS[name]
+    model, calculator = make()
+    pair = [
+        from_vendor(
+            vendor,
+            moved(model, seed),
+            calibration=[crystal(10 * seed + i) for i in range(FRAMES)],
+            name=f"relative {seed}",
+        )
+        for seed in (1, 2)
+    ]
+    ours = step_seconds(GFFMergeCalculator(from_vendor(vendor, model), device="cpu", dtype="float32"))
+    theirs = step_seconds(calculator(model))
+    torch.set_default_dtype(torch.float32)
+    started = time.process_time()
+    _, report = merge(pair, "fast", device="cpu")
+    return {
+        "vendor": vendor,
+        "package": distribution,
+        "version": version(distribution),
+        "ms": [1000 * ours, 1000 * theirs],
+        "speed": theirs / ours,
+        "merge seconds": time.process_time() - started,
+        "weights": sum(value.numel() for value in pair[0].potential.parameters()),
+        "averaged": list(report.averaged),
+    }
+
+
+def rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows that were measured, in any environment."""
+    for name in MODELS:
+        path = folder / f"{name.replace(' ', '-').replace(',', '')}.json"
+        if path.exists():
+            yield name, json.loads(path.read_text())
+
+
+def measure(folder: Path, chosen: list[str]) -> None:
+    """Measure the models whose packages are installed here and that have no row yet."""
+    torch.set_num_threads(1)
+    done = dict(rows(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (_, package, *_) in MODELS.items():
+        if name in done or (chosen and name not in chosen) or find_spec(package) is None:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            row = measured(name)
+        path = folder / f"{name.replace(' ', '-').replace(',', '')}.json"
+        path.write_text(json.dumps(row, indent=1))
+        print(f"{name}: {row['speed']:.2f}", flush=True)
+
+
+def shown(found: dict[str, dict[str, Any]]) -> str:
+    """The table in Markdown."""
+    lines = [
+        "| model | package | weights | step, ms | vendor's, ms | speed | merge, s | averaged |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for name, row in found.items():
+        ours, theirs = row["ms"]
+        names = list(dict.fromkeys(part.split(".")[-1] for part in row["averaged"]))
+        lines.append(
+            f"| {name} | `{row['package']}` {row['version']} | {row['weights']} | {ours:.0f} | {theirs:.0f} | "
+            f"{row['speed']:.2f} | {row['merge seconds']:.1f} | {', '.join(names) or '–'} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, or show what was measured."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="folder of one JSON file per model")
+    parser.add_argument("--models", nargs="+", default=[], choices=MODELS, metavar="NAME")
+    parser.add_argument("--show", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    assert {vendor for vendor, *_ in MODELS.values()} == set(ADAPTERS)
+    if not (arguments.show or arguments.json):
+        measure(arguments.folder, arguments.models)
+        return
+    found = dict(rows(arguments.folder))
+    print(json.dumps(found, indent=1) if arguments.json else shown(found))
+
+
+if __name__ == "__main__":
+    main()
