@@ -99,7 +99,7 @@ def test_relatives_of_the_published_network_are_merged_saved_cached_and_exported
 def test_the_adapter_does_what_its_users_rely_on(tmp_path):
     from chgnet.model import CHGNetCalculator
 
-    path, _ = checkpoint(tmp_path / "small.pth.tar", small=True)
+    path = checkpoint(tmp_path / "small.pth.tar", build())
 
     def served(path):
         return CHGNetCalculator.from_file(str(path), use_device="cpu")
