@@ -102,7 +102,8 @@ def _convert(content: Mapping[str, VendorObject], origin: str, theory: str) -> C
     try:
         state, arguments = dict(content["state_dict"]), dict(content["model_args"])
         hyper = _hyper(arguments, state)
-        potential = CHGNet(hyper, tuple(range(1, N_ELEMENTS + 1)))
+        with torch.random.fork_rng(devices=[]):
+            potential = CHGNet(hyper, tuple(range(1, N_ELEMENTS + 1)))
         if "composition_model.fc.weight" in state:
             potential.references.copy_(state["composition_model.fc.weight"].flatten())
         own = {ours: state[theirs] for ours, theirs in _names(hyper)}

@@ -75,7 +75,7 @@ def results_are_the_vendors(subject: IntegrationSubject) -> str:
 
 @check(4)
 def the_potential_does_what_merging_relies_on(subject: IntegrationSubject) -> str:
-    """:func:`check_potential` of it in double precision, but for what only its authors can decide: invariance, cutoff, domains."""
+    """:func:`check_potential` of it in double precision, but for what its authors decide: invariance, cutoff, domains."""
     authors = (
         "rotations_and_reflections",
         "nothing_happens_at_the_cutoff",
