@@ -226,7 +226,7 @@ def plot_reliability(panels: Mapping[str, Mapping[str, Reliability]], path: Path
     path
         PNG, SVG or PDF, written atomically.
     """
-    figure = Figure(figsize=(3.3 * len(panels) + 0.3, 3.5), layout="constrained")
+    figure = Figure(figsize=(3.0 * len(panels) + 0.3, 4.2), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         draw_reliability(axes, curves)
         axes.set_title(title, fontsize="small")
@@ -252,9 +252,10 @@ def draw_reliability(axes: Axes, curves: Mapping[str, Reliability]) -> None:
     axes.legend(
         frameon=False,
         fontsize="x-small",
-        loc="upper left",
         title="calibration error",
         title_fontsize="x-small",
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
     )
 
 
