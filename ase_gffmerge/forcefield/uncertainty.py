@@ -104,7 +104,9 @@ def force_deviations(grade: ExtrapolationGrade, function: EdgeFunction, graph: A
     row, (sender, receiver) = grade.row[graph.atomic_numbers], graph.edge_index
     if graph.n_edges and z.requires_grad:
         for probe in _probes(grade):
-            (gradient,) = torch.autograd.grad(z, vectors, probe[row], retain_graph=True)
+            (gradient,) = torch.autograd.grad(
+                z, vectors, probe[row], retain_graph=True, materialize_grads=True
+            )
             forces = torch.zeros_like(squares).index_add(0, receiver, gradient)
             squares += forces.index_add(0, sender, -gradient).square()
     known = graph.structure_index.new_ones(graph.n_structures)
