@@ -26,6 +26,11 @@ distributions with these deviations: :math:`\alpha^2 = \langle \Delta^2 / \sigma
 counting the same. No labels are needed: the errors are those against the specialist that owns the frame. So deviations are
 those of a merge from its specialists; what specialists themselves are wrong by comes on top, unless labels calibrate them
 (:meth:`.ForceField.with_uncertainty`).
+
+What was tried, on test frames of the bundled pair and the default merge, by Spearman's rank correlation of deviations and force
+errors per atom: these matrices 0.59; matrices of force rows (derivatives of summed features) per element 0.61, for all elements
+together 0.63, one without elements 0.61. The gain is not worth second matrices. The leverages of force derivatives have a flat
+spectrum (half of the trace in 40 of 576 directions), so leading directions foretell worse than as many random ones.
 """
 
 from collections.abc import Callable, Sequence
