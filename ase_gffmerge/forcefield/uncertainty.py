@@ -27,10 +27,11 @@ counting the same. No labels are needed: the errors are those against the specia
 those of a merge from its specialists; what specialists themselves are wrong by comes on top, unless labels calibrate them
 (:meth:`.ForceField.with_uncertainty`).
 
-What was tried, on test frames of the bundled pair and the default merge, by Spearman's rank correlation of deviations and force
-errors per atom: these matrices 0.59; matrices of force rows (derivatives of summed features) per element 0.61, for all elements
-together 0.63, one without elements 0.61. The gain is not worth second matrices. The leverages of force derivatives have a flat
-spectrum (half of the trace in 40 of 576 directions), so leading directions foretell worse than as many random ones.
+What was tried, on test frames of the bundled pair and the default merge, by Spearman's rank correlation of deviations and
+force errors per atom: these matrices 0.59; matrices of force rows (derivatives of summed features) per element 0.61, for all
+elements together 0.63, one without elements 0.61. The gain is not worth second matrices. The spectrum of the whitened
+derivatives is flat (32 of 576 directions hold 45 % of the trace), so leading directions foretell worse than as many random
+ones.
 """
 
 from collections.abc import Callable, Sequence
