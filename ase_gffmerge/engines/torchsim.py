@@ -47,7 +47,7 @@ class TorchSimModel(ModelInterface):
     skin
         Of the neighbor lists, Å; it changes the speed, not the result.
     forces_std
-        Whether standard deviations of the forces are wanted, too, at the cost of about eight evaluations.
+        Whether standard deviations of the forces are wanted, too, at the cost of 6 to 10 evaluations.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ cache, or given), and errors are held against standard deviations on
   frames) and against DFT labels; there also with deviations that 20 labelled frames of each molecule calibrate instead,
 - dynamics of the specialists at 1000 and 1500 K and atoms displaced by 0.1 Å, against the specialist,
 - test frames of toluene and aspirin, which nobody was calibrated on, against DFT labels,
-- pairs of both molecules 4 Å apart, for which nothing is right: there are only deviations.
+- pairs of both molecules 2.5 Å apart, for which nothing is right: there are only deviations.
 
 The baseline of the rank correlation is the disagreement of the two specialists. Energies of other molecules are off by a
 constant that no deviation knows of. It takes about three minutes on one core, and a merge.

@@ -100,7 +100,7 @@ class GFFMergeCalculator(Calculator):
     dispersion
         Grimme's D3 correction for force fields whose labels lack it, as ``d3bj:pbe`` (needs dftd3); no energies per atom.
     forces_std
-        Whether ``extras`` hold standard deviations of the forces, too, at the cost of about eight evaluations.
+        Whether ``extras`` hold standard deviations of the forces, too, at the cost of 6 to 10 evaluations.
     max_memory, progress
         Most memory of a merge, such as ``"4GB"``; called during one with a fraction (0 to 1) and a description.
 
