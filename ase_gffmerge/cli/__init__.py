@@ -27,6 +27,7 @@ from ase_gffmerge.cli import (
     train,
 )
 from ase_gffmerge.cli.options import VariadicCommand
+from ase_gffmerge.runtime.progress import is_first
 
 
 class Verbs(TyperGroup):
@@ -163,4 +164,5 @@ def _say(kind: str, message: str) -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    _say("warning: ", " ".join(str(message).split()))
+    if is_first():
+        _say("warning: ", " ".join(str(message).split()))

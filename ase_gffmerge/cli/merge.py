@@ -16,7 +16,7 @@ from ase_gffmerge.cli.options import (
     load_specialists,
 )
 from ase_gffmerge.cli.output import note, print_json, recipe_for, require_outputs
-from ase_gffmerge.runtime.progress import progress_bar
+from ase_gffmerge.runtime.progress import is_first, progress_bar
 
 
 def merge(
@@ -88,11 +88,13 @@ def merge(
 ) -> None:
     """Merge specialists by least squares and write one potential with its report.
 
-    A killed merge continues when the same command is run again.
+    A killed merge continues when the same command is run again. Several processes share one merge when torchrun starts them:
+    torchrun --nproc-per-node 2 -m ase_gffmerge merge A B --out C.
     """
     from ase_gffmerge.integrations.load import load_force_field, write_force_field
     from ase_gffmerge.merging.recipe import ClosedLoopOptions, load_recipe
     from ase_gffmerge.merging.report_plot import save_html
+    from ase_gffmerge.runtime.distributed import sharing
     from ase_gffmerge.runtime.memory import memory_bound
     from ase_gffmerge.sampling.on_request import file_of_frames
     from ase_gffmerge.storage.documents import validated
@@ -117,19 +119,21 @@ def merge(
     require_outputs(out, report, inputs=[*specialists, *frames, base], overwrite=overwrite)
     given = [load_force_field(source) for source in specialists]
     chosen = recipe_for(out, given, chosen, exportable=exportable)
-    loaded = load_specialists(given, calibration, device=device)
-    note(str(estimate_memory(loaded, chosen, device=device, bound=memory_bound(max_memory))))
-    with progress_bar("merging") as progress:
+    with sharing(), progress_bar("merging") as progress:
+        loaded = load_specialists(given, calibration, device=device)
+        note(str(estimate_memory(loaded, chosen, device=device, bound=memory_bound(max_memory))))
         merged, result = merge_specialists(
             loaded,
             chosen,
             base=load_force_field(base) if base else None,
             keep_base=(chosen.keep_base or True) if keep_base else None,
-            checkpoint=checkpoint_path(out),
+            checkpoint=checkpoint_path(out) if is_first() else None,
             device=device,
             max_memory=max_memory,
             progress=progress,
         )
+    if not is_first():
+        return
     write_force_field(merged, out)
     if report:
         save_html(merged, report)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ase_gffmerge.runtime.progress import Progress
+from ase_gffmerge.runtime.progress import Progress, is_first
 
 if TYPE_CHECKING:
     from ase_gffmerge.evaluation.table import Table
@@ -140,7 +140,8 @@ def recipe_for(
 
 def note(message: str) -> None:
     """Tell the user something that is not the result."""
-    typer.echo(message, err=True)
+    if is_first():
+        typer.echo(message, err=True)
 
 
 UNITS = {"force": "eV/Å", "energy": "eV/atom", "stress": "GPa"}

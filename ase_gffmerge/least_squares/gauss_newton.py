@@ -78,6 +78,10 @@ class LinearizedResiduals(Protocol):
         """Batch k's part of Jᵀ u."""
         ...
 
+    def summed(self, parts: Thetas) -> Thetas:
+        """Sums over the batches of all processes, from those over the batches of this one."""
+        ...
+
 
 def gauss_newton_steps(
     residuals: LinearizedResiduals, *, iterations: int, damping: float
@@ -168,7 +172,7 @@ def _diagonal(residuals: LinearizedResiduals) -> Thetas:
             signs = random_signs(tuple(residual.shape), like=residual, generator=generator)
             for name, value in residuals.vjp(k, signs).items():
                 total[name] += value.square() / SIGNS
-    return total
+    return residuals.summed(total)
 
 
 def _transpose(residuals: LinearizedResiduals, vectors: Sequence[Tensor]) -> Thetas:
@@ -176,7 +180,7 @@ def _transpose(residuals: LinearizedResiduals, vectors: Sequence[Tensor]) -> The
     total = {name: torch.zeros_like(theta) for name, theta in residuals.thetas.items()}
     for k, vector in enumerate(vectors):
         total = _add(total, residuals.vjp(k, vector), factor=1.0)
-    return total
+    return residuals.summed(total)
 
 
 def squared(vectors: Sequence[Tensor]) -> float:

@@ -17,9 +17,11 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.merging.recipe import AugmentationOptions
 from ase_gffmerge.runtime.devices import chunks
+from ase_gffmerge.runtime.distributed import gathered, mine
 
-MAX_EDGES = 12_000
-"""Edges of the structures that move together."""
+MAX_EDGES = 3_000
+"""Edges of the replicas that move in one batch: few enough for several processes to have some, and always the same replicas,
+so that they visit the same structures to the last bit."""
 
 MASS, TIMESTEP, FRICTION = 12.0, 2.0, 0.05
 """Of every atom in u; fs; 1/fs."""
@@ -76,10 +78,9 @@ def visited(
     seeds = [(options.seed, k) for k in range(len(starts))]  # of a replica, whatever the group
     sizes = _edge_counts(specialist, starts)
     groups = chunks(zip(starts, seeds, sizes, strict=True), MAX_EDGES, size=lambda one: one[2])
-    runs = [
-        run
-        for group in groups
-        for run in run_replicas(
+    visits: dict[int, list[Atoms]] = {}
+    for k, group in mine(groups):
+        runs = run_replicas(
             specialist.potential,
             [atoms for atoms, _, _ in group],
             ensemble="nvt",
@@ -90,8 +91,8 @@ def visited(
             friction=FRICTION,
             seed=[seed for _, seed, _ in group],
         )
-    ]
-    return [bare(atoms) for run in runs for atoms in run.frames[1:]]
+        visits[k] = [bare(atoms) for run in runs for atoms in run.frames[1:]]
+    return [atoms for visit in gathered(visits) for atoms in visit]
 
 
 def copies_per_frame(specialist: ForceField, frames: Sequence[Atoms], options: AugmentationOptions) -> int:

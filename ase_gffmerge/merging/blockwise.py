@@ -42,6 +42,7 @@ from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.tangents import Dual, differentiable_pushforward
 from ase_gffmerge.models.affine_maps import adjustable_maps, is_adjustable
 from ase_gffmerge.models.base import Stage, State
+from ase_gffmerge.runtime.distributed import add_up, total
 from ase_gffmerge.runtime.progress import Progress, no_progress
 
 ITERATIONS, DAMPING = 15, 1e-3
@@ -87,8 +88,8 @@ def align_block(
     steps = _told(
         name, gauss_newton_steps(linear, iterations=iterations, damping=DAMPING), iterations, progress
     )
-    before = squared(linear.residual)
-    if all(calibration_set.batches[-1].number > 0 for calibration_set in calibration_sets):
+    before = total(squared(linear.residual))
+    if all(calibration_set.n_batches > 1 for calibration_set in calibration_sets):
         held_out = BlockMismatch(merged, originals, calibration_sets, recipe, batch=1)
         found = _best(linear.thetas, steps, held_out)
         after = linear.mismatch(found)
@@ -99,7 +100,7 @@ def align_block(
     return LayerReport(
         name=name,
         kind="message",
-        rows=sum(len(part) for part in linear.residual),
+        rows=round(total(sum(len(part) for part in linear.residual))),
         size=sum(theta.numel() for theta in linear.thetas.values()),
         residual_before=before / linear.target_norm,
         residual_after=after / linear.target_norm,
@@ -176,15 +177,13 @@ class BlockMismatch:
         self._block, self._maps = block, adjustable_maps(block)
         names = {module: name for name, module in block.named_modules()}
         self._layers = {name: names[affine_map.module] for name, affine_map in self._maps.items()}
-        self._parts = [
-            [part for part in calibration_set.batches if part.number == batch]
-            for calibration_set in calibration_sets
+        found = [
+            (original, one.weight, [part for part in one.batches if part.number == batch])
+            for original, one in zip(originals, calibration_sets, strict=True)
         ]
-        weights = [calibration_set.weight for calibration_set in calibration_sets]
-        parts = [
-            [advance(original, part.target, part) for part in own]
-            for original, own in zip(originals, self._parts, strict=True)
-        ]
+        own = [one for one in found if one[2]]  # where processes share the work, what is for this one
+        weights, self._parts = [weight for _, weight, _ in own], [parts for _, _, parts in own]
+        parts = [[advance(original, part.target, part) for part in parts] for original, _, parts in own]
         self._shapes = [[_shapes(state) for state in own] for own in parts]
         states = [_joined(own) for own in parts]
         self._factors = [
@@ -195,7 +194,7 @@ class BlockMismatch:
             _weighted(state.value + state.tangent, factors)
             for state, factors in zip(states, self._factors, strict=True)
         ]
-        self.target_norm = squared(self._targets)
+        self.target_norm = total(squared(self._targets))
 
     def output(self, k: int, thetas: Thetas) -> Tensor:
         """f_k(Θ), weighted and flat."""
@@ -252,7 +251,7 @@ class BlockMismatch:
     @torch.no_grad()
     def mismatch(self, thetas: Thetas) -> float:
         """Squared mismatch of some maps."""
-        return squared([y - self.output(k, thetas) for k, y in enumerate(self._targets)])
+        return total(squared([y - self.output(k, thetas) for k, y in enumerate(self._targets)]))
 
 
 class LinearizedBlock(BlockMismatch):
@@ -286,7 +285,10 @@ class LinearizedBlock(BlockMismatch):
         self._leaves = {name: theta.clone().requires_grad_() for name, theta in self.thetas.items()}
         self._kept: dict[tuple[int, int], _Graphs] | None = {} if keep_graphs else None
         own = [self._grams(k) for k in range(len(self._parts))]
-        self.grams = {name: sum((one[name] for one in own[1:]), start=own[0][name]) for name in self.thetas}
+        nothing = {name: theta.new_zeros(len(theta), len(theta)) for name, theta in self.thetas.items()}
+        self.grams = self.summed(
+            {name: sum((one[name] for one in own), start=nothing[name]) for name in nothing}
+        )
         self.residual = [y - self._value(k) for k, y in enumerate(self._targets)]
 
     def _value(self, k: int) -> Tensor:
@@ -335,12 +337,17 @@ class LinearizedBlock(BlockMismatch):
 
     def vjp(self, k: int, vector: Tensor) -> Thetas:
         """Specialist k's part of Jᵀ u."""
-        leaves, total = list(self._leaves.values()), list[Tensor]()
+        leaves, found = list(self._leaves.values()), list[Tensor]()
         for p, part in enumerate(self._apart(k, vector)):
             output = self._linked_output(k, p) if self._kept is None else self._graphs(k, p).output
             gradients = torch.autograd.grad(output, leaves, part, retain_graph=self._kept is not None)
-            total = [a + b for a, b in zip(total, gradients, strict=True)] if total else list(gradients)
-        return dict(zip(self._leaves, total, strict=True))
+            found = [a + b for a, b in zip(found, gradients, strict=True)] if found else list(gradients)
+        return dict(zip(self._leaves, found, strict=True))
+
+    def summed(self, parts: Thetas) -> Thetas:
+        """Sums over the batches of all processes, from those over the batches of this one, in their memory."""
+        add_up(*parts.values())
+        return parts
 
     def write(self, thetas: Thetas) -> None:
         """Set the block's maps."""

@@ -14,7 +14,7 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
+from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.inference.errors import FORCE_FLOOR, without_shifts
 from ase_gffmerge.merging.recipe import ReadoutOptions
@@ -22,6 +22,7 @@ from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models.affine_maps import is_affine, rows_entering
 from ase_gffmerge.models.base import Geometry, Potential, Stage
 from ase_gffmerge.runtime.devices import chunks
+from ase_gffmerge.runtime.distributed import gathered, is_mine
 
 
 @dataclass
@@ -68,19 +69,23 @@ class CalibrationSet:
     specialist, index, weight
         Whose frames, its specialist index, and how much it counts.
     batches
-        Its calibration frames, or as many of them as the layers need.
+        Its calibration frames, or as many of them as the layers need; where several processes share the work
+        (:mod:`~ase_gffmerge.runtime.distributed`), those of this one.
+    n_batches
+        How many different numbers batches have in all.
     """
 
     specialist: ForceField
     index: int
     weight: float
     batches: list[CalibrationBatch]
+    n_batches: int
 
     @cached_property
     def mean_square_force(self) -> float:
         """Mean square of the specialist's force components on its frames, (eV/Å)^2, at least that of the floor."""
-        forces = [prediction.forces for prediction in self._predictions]
-        return max(float(torch.cat(forces).double().square().mean()), FORCE_FLOOR**2)
+        forces = [label[0] for label in self._labels]
+        return max(float(torch.cat(forces).square().mean()), FORCE_FLOOR**2)
 
     def mean_square_target(self, options: ReadoutOptions) -> float:
         """Mean square per coordinate of what a readout is fitted to on the specialist's frames, (eV/Å)^2.
@@ -88,22 +93,33 @@ class CalibrationSet:
         That is of the force components, or, where these are silent by symmetry, of strain derivatives or energies (less
         shifts of the elements) with their weights, if those are larger.
         """
-        strains, energies, numbers = [], [], []
-        for prediction, batch in zip(self._predictions, self.batches, strict=True):
-            counts = torch.bincount(batch.graph.structure_index)
-            solid = torch.linalg.matrix_rank(batch.graph.cell.double()) == 3
-            square = prediction.strain_derivative.double().square().sum(dim=(1, 2)) * solid
-            strains.append(square / (3 * counts))
-            energies.append((prediction.energy.double() / counts).cpu().numpy())
-            numbers += [part.cpu().numpy() for part in batch.graph.atomic_numbers.split(counts.tolist())]
-        strain = options.stress_weight**2 * float(torch.cat(strains).mean())
-        spread = without_shifts(np.concatenate(energies), numbers)
+        _, strains, energies, counts, elements = (torch.cat(p) for p in zip(*self._labels, strict=True))
+        strain = options.stress_weight**2 * float(strains.mean())
+        numbers = [part.numpy() for part in elements.split(counts.tolist())]
+        spread = without_shifts(energies.numpy(), numbers)
         energy = options.energy_weight**2 * float(np.square(spread).mean()) / 3
         return max(self.mean_square_force, strain, energy)
 
     @cached_property
-    def _predictions(self) -> list[Prediction]:
-        return [predict(self.specialist.potential, batch.graph) for batch in self.batches]
+    def _labels(self) -> list[tuple[Tensor, ...]]:
+        """Of all batches: forces; strain derivatives (mean squares), energies per atom, sizes of frames; elements."""
+        own: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
+        for place, batch in enumerate(self.batches):
+            graph, found = batch.graph, predict(self.specialist.potential, batch.graph)
+            counts, solid = (
+                torch.bincount(graph.structure_index),
+                torch.linalg.matrix_rank(graph.cell.double()) == 3,
+            )
+            strains = found.strain_derivative.double().square().sum(dim=(1, 2)) * solid / (3 * counts)
+            label = (
+                found.forces.double(),
+                strains,
+                found.energy.double() / counts,
+                counts,
+                graph.atomic_numbers,
+            )
+            own[batch.number, place] = tuple(part.cpu() for part in label)
+        return gathered(own)
 
 
 MAX_EDGES, EDGES_PER_ATOM = 12_000, 24
@@ -134,12 +150,15 @@ def build_calibration(
     max_edges
         Edges that are evaluated at once: a batch with more is walked in parts of whole frames, with the same result.
     """
-    return [
-        CalibrationSet(
-            specialist, k, weight, list(_embedded_parts(specialist, merged, k, directions, max_edges))
-        )
-        for k, (specialist, weight) in enumerate(zip(specialists, weights, strict=True))
-    ]
+    sets = []
+    for k, (specialist, weight) in enumerate(zip(specialists, weights, strict=True)):
+        one = CalibrationSet(specialist, k, weight, [], 0)
+        for number, group in enumerate(_shuffled(specialist, k)):
+            one.n_batches += 1
+            if is_mine(number * len(specialists) + k):
+                one.batches += _embedded_parts(specialist, merged, group, number, directions, max_edges)
+        sets.append(one)
+    return sets
 
 
 def calibration_graphs(specialist: ForceField, *, index: int = 0) -> Iterator[AtomGraph]:
@@ -150,7 +169,7 @@ def calibration_graphs(specialist: ForceField, *, index: int = 0) -> Iterator[At
 
 def _shuffled(specialist: ForceField, index: int) -> Iterator[list[AtomGraph]]:
     order = np.random.default_rng(0).permutation(len(specialist.calibration))
-    graphs = [_graph(specialist, index, specialist.calibration[i]) for i in order]
+    graphs = (_graph(specialist, index, specialist.calibration[i]) for i in order)
     return islice(chunks(graphs, MAX_EDGES, size=_size), MAX_BATCHES)
 
 
@@ -164,14 +183,18 @@ def _size(graph: AtomGraph) -> int:
 
 
 def _embedded_parts(
-    specialist: ForceField, merged: Potential, index: int, directions: int, max_edges: int | None
+    specialist: ForceField,
+    merged: Potential,
+    group: list[AtomGraph],
+    number: int,
+    directions: int,
+    max_edges: int | None,
 ) -> Iterator[CalibrationBatch]:
-    for number, group in enumerate(_shuffled(specialist, index)):
-        displacements = _displacements(sum(map(len, group)), directions)
-        for part in chunks(group, max_edges or sum(map(_size, group)), size=lambda graph: graph.n_edges):
-            graph = batch_graphs(part).to(specialist.potential.device)
-            own, displacements = displacements[:, : len(graph)], displacements[:, len(graph) :]
-            yield _embedded(specialist, merged, graph, number, own.to(graph.positions))
+    displacements = _displacements(sum(map(len, group)), directions)
+    for part in chunks(group, max_edges or sum(map(_size, group)), size=lambda graph: graph.n_edges):
+        graph = batch_graphs(part).to(specialist.potential.device)
+        own, displacements = displacements[:, : len(graph)], displacements[:, len(graph) :]
+        yield _embedded(specialist, merged, graph, number, own.to(graph.positions))
 
 
 def _embedded(

@@ -42,6 +42,7 @@ from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.tangents import Dual
 from ase_gffmerge.models.affine_maps import AffineMap, layer_maps
+from ase_gffmerge.runtime.distributed import agreed, pooled
 from ase_gffmerge.runtime.progress import Progress, no_progress
 
 
@@ -82,8 +83,7 @@ def align_layers(
         Called with a fraction (0 to 1) and a description.
     """
     reports, chosen = [], outputs or {}
-    first = calibration_sets[0].batches[0]
-    names = affine_layers(merged, lambda: run(merged, first, inputs(first, True).value))
+    names = _order(merged, calibration_sets, run=run, inputs=inputs)
     for n_done, name in enumerate(names):
         progress(n_done / len(names), f"{prefix}.{name}")
         maps = layer_maps(name, merged.get_submodule(name))
@@ -139,10 +139,10 @@ def layer_statistics(
         original.read() if columns is None else original.read()[:, columns]
         for original, columns in zip(originals, outputs or [None] * len(originals), strict=True)
     ]
-    values = [
-        Gram.zero(*affine_map.read().shape, device=theta.device) for affine_map, theta in zip(maps, thetas)
-    ]
-    derivatives = list(values)
+    values, derivatives = (
+        [Gram.zero(*one.read().shape, device=theta.device) for one, theta in zip(maps, thetas)]
+        for _ in range(2)
+    )
     for ours, own in batches:
         for i, (affine_map, original, theta) in enumerate(zip(maps, originals, thetas, strict=True)):
             targets = original.design(own.value[0]) @ theta
@@ -152,4 +152,15 @@ def layer_statistics(
                 no_ones = rows.new_zeros(len(rows), int(affine_map.has_bias))
                 targets = own_rows @ theta[: own_rows.shape[1]]
                 derivatives[i] += Gram.of(torch.cat([rows, no_ones], dim=1), targets)
-    return [value.balanced(own, derivative_weight) for value, own in zip(values, derivatives, strict=True)]
+    pairs = zip(map(pooled, values), map(pooled, derivatives), strict=True)
+    return [value.balanced(own, derivative_weight) for value, own in pairs]
+
+
+def _order(
+    block: nn.Module, calibration_sets: Sequence[CalibrationSet], *, run: Run, inputs: Inputs
+) -> list[str]:
+    """Names of the affine layers in the order of execution."""
+    batches = (batch for one in calibration_sets for batch in one.batches)
+    first = next(batches, None)  # of several processes the first one has some
+    known = affine_layers(block, lambda: run(block, first, inputs(first, True).value)) if first else []
+    return agreed(known)

@@ -55,6 +55,7 @@ from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.merging.tangents import Directions
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import chunks
+from ase_gffmerge.runtime.distributed import gathered, mine, n_ranks, pooled
 from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
 
 RIDGES = tuple(10.0**-exponent for exponent in range(3, 9))
@@ -108,9 +109,14 @@ def match_forces(
     numbers = np.unique(np.concatenate([atoms.numbers for atoms in frames]))
     merged = with_random_feature_readout(potential, options, n_elements=len(numbers))
     readout = random_feature_readout(merged)
-    batches = [batch for calibration_set in calibration_sets for batch in calibration_set.batches]
-    rows = [readout.random_features([x.value[0] for x in batch.merged_scalars]) for batch in batches]
-    draw_random_features(readout, torch.cat(rows), seed=options.seed)
+    rows: dict[tuple[int, ...], Tensor] = {
+        (one.index, batch.number, place): readout.random_features(
+            [x.value[0] for x in batch.merged_scalars]
+        ).cpu()
+        for one in calibration_sets
+        for place, batch in enumerate(one.batches)
+    }
+    draw_random_features(readout, torch.cat(gathered(rows)).to(merged.device), seed=options.seed)
     elements = merged.species_row[torch.as_tensor(numbers, device=merged.device)]
     fitting, held_out = _statistics(merged, calibration_sets, options, elements, at_once, progress)
     fit = fit_readout(fitting, held_out)
@@ -210,13 +216,25 @@ def fit_readout(fitting: Gram, held_out: Gram) -> ReadoutFit:
         solution = ridge_solve(fitting, prior, ridge=1e-6)
         return ReadoutFit(solution, 1e-6, solution.residual_after)
     trials: list[tuple[float, float]] = []
-    for ridge in RIDGES:
-        factor, _ = regularized_factor(fitting, ridge=ridge)
-        trials.append((held_out.residual(torch.cholesky_solve(fitting.xy, factor)), ridge))
-        if len(trials) - trials.index(min(trials)) > 2:
+    for start in range(0, len(RIDGES), n_ranks()):  # as many at once as processes share the work
+        if _settled(trials):
             break
+        wave = RIDGES[start : start + n_ranks()]
+        tried = gathered({k: _held_out_residual(fitting, held_out, ridge) for k, ridge in mine(wave)})
+        for trial in zip(tried, wave, strict=True):
+            trials += [] if _settled(trials) else [trial]
     best, ridge = min(trials)
     return ReadoutFit(ridge_solve(fitting + held_out, prior, ridge=ridge), ridge, best)
+
+
+def _settled(trials: Sequence[tuple[float, float]]) -> bool:
+    """Whether two in turn gained nothing."""
+    return bool(trials) and len(trials) - trials.index(min(trials)) > 2
+
+
+def _held_out_residual(fitting: Gram, held_out: Gram, ridge: float) -> float:
+    factor, _ = regularized_factor(fitting, ridge=ridge)
+    return held_out.residual(torch.cholesky_solve(fitting.xy, factor))
 
 
 def _statistics(
@@ -234,6 +252,7 @@ def _statistics(
     for k, calibration_set in enumerate(calibration_sets):
         specialist = calibration_set.specialist
         n_copies = copies_per_frame(specialist, specialist.calibration, options)
+        scale = calibration_set.weight / calibration_set.mean_square_target(options)
         for held_out, group in enumerate(_split(specialist.calibration)):
             share = len(group) / len(specialist.calibration)
             begin = k + held_out * (1 - share)
@@ -247,11 +266,11 @@ def _statistics(
                 labelled,
                 options,
                 elements,
-                share=share,
+                weight=scale * share / max(len(labelled), 1),
                 at_once=at_once,
                 progress=part,
             )
-    return grams[0], grams[1]
+    return pooled(grams[0]), pooled(grams[1])
 
 
 def described(width: int, options: ReadoutOptions) -> str:
@@ -278,29 +297,29 @@ def _with_frames(
     options: ReadoutOptions,
     elements: Tensor,
     *,
-    share: float,
+    weight: float,
     at_once: int | None,
     progress: Progress,
 ) -> Gram:
-    """Add frames that make up ``share`` of a specialist's; it weighs a_k / (N_k s_k) per force component."""
+    """Add frames, or the part of them that is for this process, which weigh ``weight`` per force component each."""
     rows: list[Tensor] = []
     targets: list[Tensor] = []
-    batches = list(chunks(frames, MAX_ATOMS))
-    for i, chunk in enumerate(batches):
-        progress((i + 1) / (len(batches) + 1), f"batch {i + 1} of {len(batches)}")
+    own = list(mine(chunks(frames, MAX_ATOMS)))
+    for i, chunk in own:
+        progress((i + 1) / (own[-1][0] + 2), f"batch {i + 1} of {own[-1][0] + 1}")
         row, target = _batch_rows(
             merged,
             calibration_set,
             chunk,
             options,
             elements,
-            weight=share / len(frames),
+            weight=weight,
             seed=options.seed + i,
             at_once=at_once,
         )
         rows.append(row)
         targets.append(target)
-        if sum(map(len, rows)) >= MAX_ROWS or i == len(batches) - 1:
+        if sum(map(len, rows)) >= MAX_ROWS or i == own[-1][0]:
             total = total.add_rows(torch.cat(rows), torch.cat(targets))
             rows, targets = [], []
     return total
@@ -331,9 +350,7 @@ def _batch_rows(
         target,
         Directions.draw(batch, options.directions, stress_weight=options.stress_weight, seed=seed),
         elements=elements,
-        frame_weights=calibration_set.weight
-        * weight
-        / (n_atoms * calibration_set.mean_square_target(options)),
+        frame_weights=weight / n_atoms,
         energy_weight=options.energy_weight,
         at_once=at_once,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,11 +32,16 @@ def part_of(progress: Progress, start: float, end: float, *, prefix: str = "") -
     return lambda fraction, text: progress(start + (end - start) * fraction, prefix + text)
 
 
+def is_first() -> bool:
+    """Whether this process talks and writes: it is alone, or the first of those that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
+
+
 @contextmanager
 def progress_bar(description: str) -> Iterator[Progress]:
     """Show a bar on stderr if that is a terminal, or in a notebook; ``progress(fraction, text)`` moves it."""
     terminal = sys.stderr is not None and sys.stderr.isatty()  # a windowed program may have none
-    if not (terminal or in_notebook()):
+    if not (terminal or in_notebook()) or not is_first():
         yield no_progress
         return
     from rich.console import Console

@@ -29,6 +29,9 @@ class Dense:
             for name, blocks in self.jacobians.items()
         }
 
+    def summed(self, parts):
+        return parts
+
 
 def random_problem(shapes: dict[str, tuple[int, int]]) -> Dense:
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,106 @@
+"""Work shared out among the processes that torchrun started: which part is mine, sums over all, one answer for all.
+
+Outside of :func:`sharing`, and in a process that runs alone, every part is mine and a sum is what it was. All processes do
+the same in the same order; what they do not share they repeat, so that all have the same in the end.
+"""
+
+import atexit
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ase_gffmerge.least_squares.gram import Gram
+
+Item = TypeVar("Item")
+Key = TypeVar("Key", int, tuple[int, ...])
+
+_ranks: ContextVar[tuple[int, int]] = ContextVar("ranks", default=(0, 1))
+"""Which of how many processes this one is, while work is shared."""
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """Share work, for as long as the context lasts, with the processes that torchrun started, or a group joined before.
+
+    A process that is alone does all of it.
+    """
+    if not dist.is_initialized() and "TORCHELASTIC_RUN_ID" in os.environ:
+        _join()
+    token = _ranks.set((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1))
+    try:
+        yield
+    finally:
+        _ranks.reset(token)
+
+
+def _join() -> None:
+    """Join the group, until the process ends."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    atexit.register(dist.destroy_process_group)
+
+
+def n_ranks() -> int:
+    """Processes that share the work."""
+    return _ranks.get()[1]
+
+
+def is_mine(index: int) -> bool:
+    """Whether part ``index`` of some work is for this process."""
+    rank, size = _ranks.get()
+    return index % size == rank
+
+
+def mine(items: Iterable[Item]) -> Iterator[tuple[int, Item]]:
+    """The parts for this process, with their indices."""
+    return ((index, item) for index, item in enumerate(items) if is_mine(index))
+
+
+def add_up(*tensors: Tensor) -> None:
+    """Replace tensors by their sums over all processes."""
+    if n_ranks() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def total(value: float) -> float:
+    """Sum of a number over all processes."""
+    both = torch.tensor([value], dtype=torch.float64)
+    add_up(both)
+    return float(both)
+
+
+def pooled(gram: Gram) -> Gram:
+    """Statistics of the rows of all processes, in the memory of these."""
+    if n_ranks() == 1:
+        return gram
+    numbers = torch.tensor([gram.yy, gram.n_rows], dtype=torch.float64)
+    add_up(gram.xx, gram.xy, numbers)
+    return Gram(gram.xx, gram.xy, *numbers.tolist())
+
+
+def gathered(own: Mapping[Key, Item]) -> list[Item]:
+    """What all processes have, in the order of the keys."""
+    if n_ranks() == 1:
+        return [own[key] for key in sorted(own)]
+    everyone: list[Mapping[Key, Item]] = [{}] * n_ranks()
+    dist.all_gather_object(everyone, dict(own))
+    found = {key: item for part in everyone for key, item in part.items()}
+    return [found[key] for key in sorted(found)]
+
+
+def agreed(value: Item) -> Item:
+    """What the first process has."""
+    if n_ranks() == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
