@@ -39,6 +39,16 @@ def sharing() -> Iterator[None]:
         _ranks.reset(token)
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Do all of some work in every process, for as long as the context lasts."""
+    token = _ranks.set((0, 1))
+    try:
+        yield
+    finally:
+        _ranks.reset(token)
+
+
 def _join() -> None:
     """Join the group, until the process ends."""
     cuda = torch.cuda.is_available()

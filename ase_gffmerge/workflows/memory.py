@@ -38,6 +38,7 @@ from ase_gffmerge.merging.random_features import readout_width
 from ase_gffmerge.merging.readout_fit import MAX_ATOMS, MAX_ROWS
 from ase_gffmerge.merging.recipe import DistillOptions, ReadoutOptions, Recipe
 from ase_gffmerge.runtime.devices import resolve_device
+from ase_gffmerge.runtime.distributed import alone
 from ase_gffmerge.runtime.memory import Portions, resident, written
 from ase_gffmerge.training.soap import LARGEST
 from ase_gffmerge.workflows.memory_per_edge import PerEdge, measured
@@ -177,7 +178,8 @@ class MemoryModel:
         self._elements = len({int(z) for s in specialists for atoms in s.calibration for z in atoms.numbers})
         self._periodic = any(atoms.cell.rank == 3 for s in specialists for atoms in spread(s.calibration, 8))
         densest = max(range(len(specialists)), key=lambda k: self._frames[k].edges)
-        self._unit: PerEdge = measured(specialists[densest], recipe, device)
+        with alone():
+            self._unit: PerEdge = measured(specialists[densest], recipe, device)
 
     def estimate(self, portions: Portions | None = None) -> MemoryEstimate:
         """Estimate all phases of the recipe."""
