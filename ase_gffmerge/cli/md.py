@@ -9,6 +9,7 @@ import typer
 
 from ase_gffmerge.cli.options import (
     DeviceOption,
+    DispersionOption,
     DType,
     FixOption,
     JsonOption,
@@ -17,7 +18,7 @@ from ase_gffmerge.cli.options import (
     SpecialistOption,
     StructureArgument,
     fix_atoms,
-    prepared,
+    prepared_frames,
 )
 from ase_gffmerge.cli.output import note, print_json, print_values, require_outputs
 from ase_gffmerge.runtime.progress import progress_bar
@@ -89,6 +90,7 @@ def md(
     dtype: Annotated[DType, typer.Option(help="Of the network.")] = DType.float32,
     device: DeviceOption = "auto",
     specialist: SpecialistOption = None,
+    dispersion: DispersionOption = None,
     extrapolation: Annotated[
         Extrapolation | None,
         typer.Option(
@@ -124,7 +126,15 @@ def md(
         None if goes_on else out, None if restart else log, inputs=[structure, model], overwrite=overwrite
     )
     require_outputs(out, inputs=[structure, model], overwrite=True)
-    atoms = prepared(model, structure, device=device, dtype=dtype.value, specialist=specialist)
+    (atoms,) = prepared_frames(
+        model,
+        structure,
+        device=device,
+        dtype=dtype.value,
+        specialist=specialist,
+        dispersion=dispersion,
+        first=True,
+    )
     # --extrapolation decides what is said about structures beyond the calibration frames, not the calculator
     warnings.filterwarnings("ignore", message=".*This is said once", category=ExtrapolationWarning)
     fix_atoms(atoms, fix)

@@ -82,6 +82,10 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 SpecialistOption = Annotated[
     str | None, typer.Option(help="Which specialist the structure belongs to (per-specialist conditioning).")
 ]
+DispersionOption = Annotated[
+    str | None,
+    typer.Option(help="Add a D3 correction, damping:functional, for example d3bj:pbe.", show_default="none"),
+]
 EnergyKey = Annotated[
     str | None,
     typer.Option(
@@ -208,7 +212,14 @@ def read_structures(path: Path, *, first: bool = True) -> "list[Atoms]":
 
 
 def prepared_frames(
-    model: str, structure: Path, *, device: str, dtype: str, specialist: str | None, first: bool
+    model: str,
+    structure: Path,
+    *,
+    device: str,
+    dtype: str,
+    specialist: str | None,
+    dispersion: str | None,
+    first: bool,
 ) -> "list[Atoms]":
     """Read structures and attach the model as their calculators; elements that it does not know are refused.
 
@@ -222,27 +233,24 @@ def prepared_frames(
         Of the network.
     specialist
         Which specialist the structures belong to, if that must be said.
+    dispersion
+        As in :class:`.GFFMergeCalculator`.
     first
         Whether only the first one is wanted.
     """
     from ase_gffmerge.engines.ase.calculator import GFFMergeCalculator
 
     frames = read_structures(structure, first=first)
-    calculator = GFFMergeCalculator([model], device=device, dtype=dtype, specialist=specialist)  # type: ignore[arg-type]
+    calculator = GFFMergeCalculator(
+        [model],
+        device=device,
+        dtype=dtype,  # type: ignore[arg-type]
+        specialist=specialist,
+        dispersion=dispersion,
+    )
     for k, atoms in enumerate(frames):
         atoms.calc = calculator if k == 0 else calculator.spawn()
     return frames
-
-
-def prepared(model: str, structure: Path, *, device: str, dtype: str, specialist: str | None) -> "Atoms":
-    """Read the first structure of a file as :func:`prepared_frames` does.
-
-    Parameters
-    ----------
-    model, structure, device, dtype, specialist
-        As there.
-    """
-    return prepared_frames(model, structure, device=device, dtype=dtype, specialist=specialist, first=True)[0]
 
 
 def fix_atoms(atoms: "Atoms", which: str | None) -> None:

@@ -10,6 +10,7 @@ import typer
 from ase_gffmerge.cli.options import (
     WORKERS,
     DeviceOption,
+    DispersionOption,
     DType,
     ExecutorOption,
     FixOption,
@@ -76,6 +77,7 @@ def relax(
     dtype: Annotated[DType, typer.Option(help="Of the network.")] = DType.float64,
     device: DeviceOption = "auto",
     specialist: SpecialistOption = None,
+    dispersion: DispersionOption = None,
     workers: WorkersOption = None,
     executor: ExecutorOption = None,
     resume: Annotated[
@@ -103,7 +105,13 @@ def relax(
     if every_frame and trajectory is not None:
         raise ArgumentError("--trajectory holds the steps of one structure; leave it or --all out")
     structures = prepared_frames(
-        model, structure, device=device, dtype=dtype.value, specialist=specialist, first=not every_frame
+        model,
+        structure,
+        device=device,
+        dtype=dtype.value,
+        specialist=specialist,
+        dispersion=dispersion,
+        first=not every_frame,
     )
     for atoms in structures:
         if cell:

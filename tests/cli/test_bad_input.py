@@ -131,3 +131,10 @@ def test_rows_that_a_single_force_field_cannot_have_say_so(files: Path, row: str
     )
     assert found.ratio is None
     assert found.note == "a single force field: nothing was merged"
+
+
+@pytest.mark.parametrize(
+    "verb", [("md", *WATER, *NVT, "--temperature", 300), ("relax", *WATER, "--out", "out.xyz")]
+)
+def test_dispersion_that_is_not_understood(gffmerge, files, verb: tuple[str, ...]) -> None:
+    assert "dispersion='pbe' is not understood" in gffmerge(*verb, "--dispersion", "pbe").error()

@@ -17,6 +17,7 @@ from ase.io import read, write
 
 from ase_gffmerge import __version__
 from ase_gffmerge.cli import EXAMPLES, VERBS, app
+from ase_gffmerge.engines.ase.dispersion import Dispersion
 from ase_gffmerge.forcefield.force_field import ForceField
 
 
@@ -610,3 +611,25 @@ def test_md_interrupted(gffmerge, files: Path, monkeypatch) -> None:
         == "gffmerge: interrupted; out.traj holds 2 of 5 steps; the same command with --restart continues"
     )
     assert len(read("out.traj", ":")) == 3
+
+
+def test_dispersion_is_added(gffmerge, files) -> None:
+    pytest.importorskip("dftd3")
+    energies = []
+    for k, more in enumerate([(), ("--dispersion", "d3bj:pbe")]):
+        command = (
+            "md",
+            "water.safetensors",
+            "water.xyz",
+            "--ensemble",
+            "nve",
+            "--temperature",
+            300,
+            "--steps",
+            1,
+        )
+        done = gffmerge(*command, "--out", f"{k}.traj", *more)
+        assert done.code == 0, done.err
+        energies.append(read(f"{k}.traj", 0).get_potential_energy())
+    expected = Dispersion.parse("d3bj:pbe").results(read("water.xyz", 0))["energy"]
+    assert energies[1] - energies[0] == pytest.approx(expected, abs=1e-6)
