@@ -125,14 +125,12 @@ def mace() -> tuple[Model, Callable[[Model], BaseCalculator]]:
 
 
 def matgl(kind: str) -> tuple[Model, Callable[[Model], BaseCalculator]]:
-    """A network of the default size with smooth radial functions."""
+    """A network of the default size, with MatGL's default radial functions."""
     import matgl.models
     from matgl.apps.pes import Potential
     from matgl.ext.ase import PESCalculator
 
-    network = getattr(matgl.models, kind)(
-        element_types=ELEMENTS, is_intensive=False, rbf_type="SphericalBessel", use_smooth=True
-    )
+    network = getattr(matgl.models, kind)(element_types=ELEMENTS, is_intensive=False)
     return Potential(network).eval(), lambda model: PESCalculator(model, stress_unit="eV/A3", use_voigt=True)
 
 
