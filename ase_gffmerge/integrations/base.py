@@ -134,33 +134,25 @@ class Adapter(ABC):
         Parameters
         ----------
         specialists
-            Potentials of :attr:`architecture`.
+            Potentials of one of :attr:`architectures`.
         wide_readout, embeddings
             Whether the merge has a readout of random features, and an embedding per specialist.
         """
         self._require_options(wide_readout=wide_readout, embeddings=embeddings)
 
     def _require_options(self, *, wide_readout: bool, embeddings: bool) -> None:
-        faults = [
-            *(["a widened readout (in the recipe write readout: null)"] if wide_readout else []),
-            *(["an embedding per specialist (write conditioning: shared)"] if embeddings else []),
-        ]
-        if faults:
+        causes = {
+            "a widened readout (in the recipe write readout: null)": wide_readout,
+            "an embedding per specialist (write conditioning: shared)": embeddings,
+        }
+        if faults := [cause for cause, there in causes.items() if there]:
             raise FileFormatError(
                 f"{self.models}'s format cannot hold {' and '.join(faults)}; merge with these options, or by gffmerge merge "
                 "--exportable, or write .safetensors"
             )
 
     def read_back(self, path: Path, potential: Potential) -> Potential:
-        """Read a file that was just written.
-
-        Parameters
-        ----------
-        path
-            The file.
-        potential
-            What was written, which may tell what the file does not.
-        """
+        """Read a file that was just written; ``potential`` is what was, which may tell what the file does not."""
         return self.read(path).potential
 
     def potential_class(self, architecture: str) -> type[Potential]:
