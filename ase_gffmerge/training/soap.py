@@ -8,13 +8,13 @@ eigenvectors Q_L, Q_R,
    G' = Q_L^T G Q_R,\qquad M' = Q_L^T M Q_R,\qquad
    W \leftarrow W - \eta\, Q_L \frac{\hat M'}{\sqrt{\hat V'} + \epsilon} Q_R^T ,
 
-where M is the moving average of G, V' that of :math:`G'^2`, and a hat removes the bias of a young average. The
+where M is the moving average of G, kept as M', V' that of :math:`G'^2`, and a hat removes the bias of a young average. The
 eigenvectors follow L and R by one step of orthogonal iteration every ``refresh`` steps.
 
 ========================  =======================================
 equation                  key of ``state``
 ========================  =======================================
-M, V'                     ``first``, ``second``
+M', V'                    ``first``, ``second``
 L, R                      ``left``, ``right``
 Q_L, Q_R                  ``left_basis``, ``right_basis``
 ========================  =======================================
@@ -121,11 +121,11 @@ def _direction(state: dict[str, Tensor], gradient: Tensor, options: Mapping[str,
     beta1, beta2 = options["betas"]
     state["step"] += 1
     n = int(state["step"])
-    state["first"].lerp_(gradient, 1 - beta1)
     rotated = _rotate(gradient, state)
+    state["first"].lerp_(rotated, 1 - beta1)
     state["second"].mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
     scale = (state["second"] / (1 - beta2**n)).sqrt_().add_(options["eps"])
-    direction = _rotate_back(_rotate(state["first"], state) / scale, state) / (1 - beta1**n)
+    direction = _rotate_back(state["first"] / scale, state) / (1 - beta1**n)
     if "left" in state or "right" in state:
         _update_bases(state, gradient, options["shampoo_beta"], refresh=n % options["refresh"] == 0)
     return direction
@@ -154,4 +154,7 @@ def _update_bases(state: dict[str, Tensor], gradient: Tensor, decay: float, *, r
             image = covariance @ basis
             order = (basis * image).sum(0).argsort(descending=True)
             state["second"] = state["second"].index_select(0 if side == "left" else 1, order)
-            state[f"{side}_basis"] = torch.linalg.qr(image[:, order]).Q.contiguous()
+            new = torch.linalg.qr(image[:, order]).Q.contiguous()
+            turn = new.mT @ basis
+            state["first"] = turn @ state["first"] if side == "left" else state["first"] @ turn.mT
+            state[f"{side}_basis"] = new
