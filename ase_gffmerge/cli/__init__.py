@@ -89,7 +89,7 @@ EXAMPLES = {
     "benchmark": "gffmerge benchmark rmd17-ethanol rmd17-malonaldehyde --only step scaling",
     "benchmark gnn": "gffmerge benchmark gnn graphs --out results --kinds GCN --seeds 5",
     "md": "gffmerge md rmd17-ethanol ethanol.xyz --ensemble nvt --temperature 300 --steps 1000 --out run.traj",
-    "lammps": "mpirun -n 2 gffmerge lammps in.ethanol --model rmd17-ethanol --dtype float32",
+    "lammps": "gffmerge lammps in.ethanol --model rmd17-ethanol --dtype float32",
     "relax": "gffmerge relax rmd17-ethanol ethanol.xyz --out relaxed.xyz --fmax 0.01",
     "sample": "gffmerge sample rmd17-ethanol ethanol.xyz --out frames.extxyz --frames 100",
 }
