@@ -100,6 +100,7 @@ def results(comm: MPI.Intracomm, folder: Path) -> dict:
         ("painn", "small"),
         ("nequip", "crowd"),
         ("chgnet", "crowd"),
+        ("tensornet", "small"),
         ("single", "crowd"),
     ):
         name = f"{model}-{structure}"

@@ -81,6 +81,7 @@ class ExternalForceField:
         self.elements, self.stop_at_grade = elements, stop_at_grade
         self.stopped, self.largest_grade, self.costs = "", None, Costs()
         self.error: BaseException | None = None
+        self._began: float | None = None
         wide = model.halo > model.force_field.cutoff
         self._neighbors = Neighbors(model.force_field.cutoff, ghosts_receive=wide)
         self._halo: Halo | None = None
@@ -109,6 +110,11 @@ class ExternalForceField:
         try:
             if self.error is None:
                 self._evaluate(step, forces)
+                if (
+                    self._began is None
+                ):  # what it had to build for its first evaluation is not what a step costs
+                    self.costs, self._began = Costs(), time.process_time()
+                self.costs.total = time.process_time() - self._began
         except GFFMergeError as error:  # on all processes alike
             self.error = error
             self.lmp.force_timeout()
@@ -123,7 +129,7 @@ class ExternalForceField:
         """Energies, forces and virial of one step."""
         data = self._snapshot()
         before, start = self.costs.exchange, time.process_time()
-        found = self.model.predict(data)
+        found = self.model.predict(data, torch.as_tensor(data.shifts))
         grades = self.model.grades(data, found)
         self.costs.network += time.process_time() - start - (self.costs.exchange - before)
         forces[:] = self._forces(data, found.gradient)
@@ -162,10 +168,16 @@ class ExternalForceField:
                 self._elems = self._elements_of_types()
             halo = self._current_halo(np.array(extract("id", nelem=n)).reshape(n), nlocal)
             types = np.array(extract("type", nelem=n)).reshape(n)
-            i, j, vectors = self._neighbors(x, nlocal, self.costs)
+            i, j, vectors, shifts = self._neighbors(x, self._cell(), halo, self.costs)
         self.costs.evaluations += 1
-        self.costs.atoms, self.costs.ghosts, self.costs.pairs = nlocal, n - nlocal, len(i)
-        return Snapshot(halo, self.costs, self._elems[types], i, j, vectors)
+        self.costs.atoms, self.costs.ghosts, self.costs.pairs = nlocal, halo.ntotal - nlocal, len(i)
+        return Snapshot(halo, self.costs, self._elems[types[halo.source]], i, j, vectors, shifts)
+
+    def _cell(self) -> np.ndarray:
+        """Vectors of LAMMPS's box as rows, Å."""
+        low, high, xy, yz, xz, *_ = self.lmp.extract_box()
+        x, y, z = np.subtract(high, low)
+        return np.array([[x, 0, 0], [xy, y, 0], [xz, yz, z]])
 
     def _current_halo(self, ids: np.ndarray, nlocal: int) -> Halo:
         """The exchange of the last step, or, if any process has other atoms now, a new one."""
@@ -173,7 +185,7 @@ class ExternalForceField:
         if self.comm.allreduce(not same, MPI.LOR):
             if self._halo is not None:
                 self._halo.free()
-            self._halo, self._ids = Halo(self.comm, ids, nlocal), ids
+            self._halo, self._ids = Halo(self.comm, ids, nlocal, fold=not self._neighbors.ghosts_receive), ids
             self._neighbors.forget()
         assert self._halo is not None
         return self._halo

@@ -25,19 +25,43 @@ class _Rows:
 class Halo:
     """Who owns the ghosts of a domain, and who has ghosts of its own atoms; all processes make it together.
 
+    Periodic images are folded: an image of an own atom is that atom, and all images of another domain's atom are one ghost.
+
     Parameters
     ----------
     comm
         Of all processes.
     ids
-        Of own atoms and ghosts (n_total,), own ones first.
+        Of LAMMPS's own atoms and ghosts (n_all,), own ones first.
     nlocal
         Number of own atoms.
+    fold
+        Whether images are folded.
+
+    Attributes
+    ----------
+    nlocal, ntotal
+        Own atoms, and these with the ghosts that are left.
+    place : (n_all,)
+        Row here of each of LAMMPS's atoms and ghosts.
+    source : (n_total,)
+        The other way round; of several images the first.
     """
 
-    def __init__(self, comm: MPI.Intracomm, ids: np.ndarray, nlocal: int):
-        self.nlocal, self.ntotal = nlocal, len(ids)
+    def __init__(self, comm: MPI.Intracomm, ids: np.ndarray, nlocal: int, *, fold: bool):
         owner, row = _owners(comm, ids[:nlocal].astype(np.int64), ids[nlocal:].astype(np.int64))
+        self.nlocal, self.place = nlocal, np.arange(len(ids))
+        self.source = self.place
+        if fold:
+            away = np.flatnonzero(owner != comm.rank)
+            self.place[nlocal:] = row
+            _, first, rank = np.unique(
+                np.stack([owner[away], row[away]]), axis=1, return_index=True, return_inverse=True
+            )
+            self.place[nlocal + away] = nlocal + rank.reshape(-1)
+            self.source = np.concatenate([np.arange(nlocal), nlocal + away[first]])
+            owner, row = owner[away[first]], row[away[first]]
+        self.ntotal = len(self.source)
         ghosts = [np.flatnonzero(owner == rank) for rank in range(comm.size)]
         copied: list[np.ndarray] = comm.alltoall([row[held] for held in ghosts])
         peers = [r for r in range(comm.size) if r != comm.rank and (len(ghosts[r]) or len(copied[r]))]

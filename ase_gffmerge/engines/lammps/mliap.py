@@ -109,8 +109,11 @@ class MLIAPModel:
         """Distance in Å up to which a domain needs atoms of others."""
         return halo_width(self.force_field.potential)
 
-    def predict(self, data: DomainData) -> DomainPrediction:
-        """Energies and gradients of a domain, on the device of its arrays; all domains do it together."""
+    def predict(self, data: DomainData, shifts: Tensor | None = None) -> DomainPrediction:
+        """Energies and gradients of a domain, on the device of its arrays; all domains do it together.
+
+        ``shifts`` (n_pairs, 3) tell images of an atom apart where these have no rows of their own.
+        """
         vectors = torch.as_tensor(data.rij)
         edges = torch.stack([torch.as_tensor(pair).long() for pair in (data.pair_j, data.pair_i)])
         self._move(vectors.device)
@@ -120,7 +123,7 @@ class MLIAPModel:
             atomic_numbers=numbers,
             specialist=zeros + self._specialist,
             edge_index=edges,
-            shifts=vectors.new_zeros(len(vectors), 3),
+            shifts=vectors.new_zeros(len(vectors), 3) if shifts is None else shifts,
             structure_index=zeros,
         )
         return predict_domain(self._potential, vectors, graph, data)

@@ -8,7 +8,6 @@ As soon as the script's box exists, ``pair_style zero``, which makes LAMMPS keep
 
 import re
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +100,6 @@ def run_script(
     lines = commands(text)
     check(lines, script)
     given = [part for name, value in (variables or {}).items() for part in ("-var", name, value)]
-    start = time.process_time()
     lmp = Lammps(cmdargs=[*given, *arguments], comm=comm)
     try:
         done = _until_box(lmp, lines, script)
@@ -115,7 +113,6 @@ def run_script(
         lmp.close()
     if external.error is not None:
         raise external.error
-    external.costs.total = time.process_time() - start
     return LammpsRun(stopped=external.stopped, largest_grade=external.largest_grade, costs=external.costs)
 
 

@@ -18,15 +18,16 @@ SKIN = 1.0
 
 @dataclass
 class Costs:
-    """What a run took on one process, in seconds of its processor, and numbers of its last step.
+    """What a run took on one process after its first evaluation, in seconds of its processor; numbers of its last step.
 
     Attributes
     ----------
-    network, exchange, neighbors, total
-        Of evaluating the force field; of exchanging features, with waiting for other processes; of finding neighbors; of
-        the whole script.
+    network, exchange, neighbors
+        Of evaluating the force field; of exchanging features, with waiting for other processes; of finding neighbors.
+    total
+        Of all, LAMMPS's own part included, up to the last evaluation.
     evaluations, searches
-        How often.
+        How often, the first evaluation left out.
     atoms, ghosts, pairs
         Of the last step.
     """
@@ -53,7 +54,13 @@ class Costs:
 
 @dataclass
 class Snapshot:
-    """Atoms and pairs of one domain at one step, as :class:`.DomainData` has them."""
+    """Atoms and pairs of one domain at one step, as :class:`.DomainData` has them.
+
+    Attributes
+    ----------
+    shifts : (n_pairs, 3)
+        Whole numbers that tell the images of an atom apart, see :class:`.Topology`.
+    """
 
     halo: Halo
     costs: Costs
@@ -61,6 +68,7 @@ class Snapshot:
     pair_i: Array
     pair_j: Array
     rij: Array
+    shifts: Array
 
     @property
     def nlocal(self) -> int:
@@ -109,38 +117,41 @@ class Neighbors:
 
     cutoff: float
     ghosts_receive: bool
-    _i: np.ndarray = field(init=False)
-    _j: np.ndarray = field(init=False)
+    _pairs: tuple[np.ndarray, ...] = field(init=False, default=())
     _places: np.ndarray | None = field(init=False, default=None)
 
     def forget(self) -> None:
         """Search again next time."""
         self._places = None
 
-    def __call__(self, x: np.ndarray, nlocal: int, costs: Costs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Receivers, senders and vectors (n_pairs, 3) from the one to the other.
+    def __call__(self, x: np.ndarray, cell: np.ndarray, halo: Halo, costs: Costs) -> tuple[np.ndarray, ...]:
+        """Rows of receivers and senders in the halo, vectors (n_pairs, 3) between them, and shifts (n_pairs, 3).
 
         Parameters
         ----------
         x
-            Positions of own atoms and ghosts (n_total, 3), Å.
-        nlocal
-            Number of own atoms.
+            Positions of LAMMPS's own atoms and ghosts (n_all, 3), Å.
+        cell
+            Vectors of the box as rows, Å.
+        halo
+            Of the same atoms.
         costs
             Counts searches.
         """
         if self._places is None or ((x - self._places) ** 2).sum(axis=1).max(initial=0) > (SKIN / 2) ** 2:
-            self._search(x, nlocal)
+            self._places = x.copy()
+            self._pairs = self._search(x, cell, halo)
             costs.searches += 1
-        vectors = x[self._j] - x[self._i]
+        i, j, sender, shifts = self._pairs
+        vectors = x[j] - x[i]
         near = np.flatnonzero(np.einsum("ij,ij->i", vectors, vectors) < self.cutoff**2)
-        return self._i[near], self._j[near], vectors[near]
+        return i[near], sender[near], vectors[near], shifts[near]
 
-    def _search(self, x: np.ndarray, nlocal: int) -> None:
-        self._places = x.copy()
+    def _search(self, x: np.ndarray, cell: np.ndarray, halo: Halo) -> tuple[np.ndarray, ...]:
+        """Candidates: i and j among LAMMPS's atoms, rows of j in the halo, and shifts."""
         if len(x) == 0:
-            self._i = self._j = np.zeros(0, dtype=np.int64)
-            return
+            none = np.zeros(0, dtype=np.int64)
+            return none, none, none, np.zeros((0, 3))
         low, high = x.min(axis=0) - 1, x.max(axis=0) + 1
         i, j = neighbour_list(
             "ij",
@@ -151,5 +162,7 @@ class Neighbors:
             cell_origin=low,
         )
         if not self.ghosts_receive:
-            i, j = i[i < nlocal], j[i < nlocal]
-        self._i, self._j = i.astype(np.int64), j.astype(np.int64)
+            i, j = i[i < halo.nlocal], j[i < halo.nlocal]
+        i, j = i.astype(np.int64), j.astype(np.int64)
+        shifts = np.round((x - x[halo.source[halo.place]]) @ np.linalg.inv(cell))
+        return i, j, halo.place[j], shifts[j]

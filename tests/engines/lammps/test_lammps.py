@@ -26,6 +26,7 @@ MODELS = {
     "painn": force_field("painn", n_blocks=2),
     "nequip": force_field("nequip", n_blocks=2),
     "chgnet": force_field("chgnet"),
+    "tensornet": force_field("tensornet", n_blocks=2),
     "single": force_field("painn", n_blocks=2).to(dtype=torch.float32),
 }
 
@@ -62,7 +63,7 @@ def results(tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
-    "name", ["painn-crowd", "painn-small", "nequip-crowd", "chgnet-crowd", "single-crowd"]
+    "name", ["painn-crowd", "painn-small", "nequip-crowd", "chgnet-crowd", "tensornet-small", "single-crowd"]
 )
 def test_forces_energies_and_stress_are_ours(results, name, size):
     """``small`` is a box smaller than the cutoff."""
