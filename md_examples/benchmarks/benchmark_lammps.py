@@ -36,7 +36,7 @@ fix 1 all nve
 timestep {timestep}
 run {steps}
 """
-LIMITS = {"ASE": 9000, "steps": 8}
+LIMITS = {"ASE": 9000, "steps": 6}
 """Largest number of atoms that ASE moves; the fewest steps that are timed."""
 
 

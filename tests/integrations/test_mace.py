@@ -7,6 +7,7 @@ import pytest
 import torch
 from ase.build import bulk, molecule
 
+from helpers.lammps_domains import assert_cut_into_domains
 from helpers.vendor_models import (
     Trap,
     assert_copies_have_the_constants_of,
@@ -305,3 +306,8 @@ def test_models_of_different_elements_merge():
     )
     assert merged.species == (1, 6, 8)
     assert {"skip_tp[C, 0e]", "skip_tp[O, 0e]"} <= {row.name.rpartition(".")[2] for row in report.layers}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_domains_of_lammps_give_what_the_structure_gives(variant):
+    assert_cut_into_domains(from_vendor("mace", build(**VARIANTS[variant])).to(dtype=torch.float64))

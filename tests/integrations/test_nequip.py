@@ -7,6 +7,7 @@ import pytest
 import torch
 from ase.build import bulk
 
+from helpers.lammps_domains import assert_cut_into_domains
 from helpers.vendor_models import (
     Trap,
     assert_copies_have_the_constants_of,
@@ -257,3 +258,8 @@ def test_the_default_beats_paper_and_mean(tmp_path):
     assert load_force_field(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint
     with pytest.raises(FileFormatError, match="widened readout"):
         export(merged, tmp_path / "merged.ckpt")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_domains_of_lammps_give_what_the_structure_gives(variant, float64_default):
+    assert_cut_into_domains(from_vendor("nequip", build(**VARIANTS[variant])).to(dtype=torch.float64))

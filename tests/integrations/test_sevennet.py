@@ -7,6 +7,7 @@ import pytest
 import torch
 from ase.build import bulk
 
+from helpers.lammps_domains import assert_cut_into_domains
 from helpers.vendor_models import (
     STRIPPED_AND_DEFAULT,
     Trap,
@@ -239,3 +240,8 @@ def test_the_default_beats_paper_and_mean(tmp_path):
     assert any("fc_tensor_product[O, 0e]" in row.name for row in report.layers)
     with pytest.raises(FileFormatError, match="widened readout"):
         export(merged, tmp_path / "merged.pth")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_domains_of_lammps_give_what_the_structure_gives(variant):
+    assert_cut_into_domains(from_vendor("sevenn", build(**VARIANTS[variant])).to(dtype=torch.float64))

@@ -253,12 +253,12 @@ class MACEPackage(ChainPotential):
         return (*super().element_parameters(), *own)
 
     def indices(self, vectors: Tensor, graph: Topology) -> Entries:
-        """Elements; the package's edges run from the receiving atom."""
-        return {"edge_index": graph.edge_index.flip(0), "atomic_numbers": graph.atomic_numbers}
+        """Elements and edges, from sender to receiver as in the package."""
+        return {"edge_index": graph.edge_index, "atomic_numbers": graph.atomic_numbers}
 
     def edge_functions(self, vectors: Tensor) -> State:
-        """Edge vectors and their spherical harmonics."""
-        return vectors, self.harmonics(vectors)
+        """Edge vectors and their spherical harmonics; the package's vectors point from sender to receiver."""
+        return vectors, self.harmonics(-vectors)
 
     def repulsion_energies(self, vectors: Tensor, graph: Topology) -> Tensor | None:
         """The package's, times the scale of the energies."""

