@@ -39,6 +39,8 @@ from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.initialization import fit_references
 
 BASE = "m3gnet-base"
+OF_CHANNELS = ("git_rebasin", "procrustes")
+"""Methods that permute or turn channels, which nobody has declared for M3GNet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +153,8 @@ def results(data: Path, out: Path, size: PaperSize, methods: Sequence[str] | Non
     merge_inputs = make_merge_inputs(specialists, base=base, device="cpu")
     measure = partial(measured, tests=[read_frames(frame_file(out, name, "test")) for name in SYSTEMS])
     rows: Results = {name: measure(output) for name, output in more_rows(base, specialists)}
-    rows |= method_results(
-        merge_inputs, measure, out / "methods", methods=methods or default_methods(merge_inputs)
-    )
+    methods = methods or [name for name in default_methods(merge_inputs) if name not in OF_CHANNELS]
+    rows |= method_results(merge_inputs, measure, out / "methods", methods=methods)
     size_said = {
         "hyper": base.potential.hyper.to_dict(),
         "frames": size.frames,
