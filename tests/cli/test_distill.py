@@ -65,7 +65,7 @@ def test_specialists_without_frames_learn_from_those_that_are_named(gffmerge, re
     assert "--calibration A B" in gffmerge(*command).error()
     frames = ("--calibration", "methanol.xyz", "water.xyz", "--epochs", 1)
     assert gffmerge(*command, *frames).code == 0
-    assert ForceField.load("a.safetensors").provenance.n_train == 2 * 5 * 2
+    assert ForceField.load("a.safetensors").provenance.n_train == 2 * 6 * 2
 
 
 def test_interrupted_run_says_how_to_go_on_and_does(
