@@ -114,7 +114,7 @@ def test_fresh(gffmerge, unseen: Path, quick: list[str]) -> None:
     for options, runs in (((), 1), ((), 1), (("--fresh",), 2), (("--resume", "elsewhere"), 3)):
         gffmerge(*command, *options).json()
         assert quick == ["mean"] * runs
-    assert list((unseen / "cache" / "comparisons").glob("mean-*.json"))
+    assert list((unseen / "cache" / "comparisons").glob("*.safetensors"))
 
 
 def test_moved_training_frame_is_refused(gffmerge, unseen: Path, quick: list[str]) -> None:
