@@ -18,7 +18,7 @@ Where a bound is given, as much is evaluated at once as fits (:class:`Portions`)
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -49,6 +49,9 @@ OVERHEAD = 1.25
 LIBRARIES = 130e6
 """Bytes that libraries take when they first compute."""
 
+NOTHING = dict.fromkeys((field.name for field in fields(PerEdge)), 0.0)
+"""Bytes per edge where there are no frames."""
+
 STRAINS = 6
 """Directions of strain of a crystal."""
 
@@ -74,8 +77,10 @@ class Frames:
 
     @classmethod
     def of(cls, specialist: ForceField, n: int | None) -> "Frames":
-        """Count edges on eight frames, evenly spread, and the frame of most atoms."""
+        """Count edges on eight frames, evenly spread, and the frame of most atoms; a mean of weights needs none."""
         frames = specialist.calibration
+        if not frames:
+            return cls(n=0, edges=0.0, atoms=0.0, largest=0.0)
         seen = [*spread(frames, 8), max(frames, key=len)]
         edges = [build_graph(bare(atoms), specialist.cutoff).n_edges for atoms in seen]
         return cls(
@@ -179,7 +184,8 @@ class MemoryModel:
         self._periodic = any(atoms.cell.rank == 3 for s in specialists for atoms in spread(s.calibration, 8))
         densest = max(range(len(specialists)), key=lambda k: self._frames[k].edges)
         with alone():
-            self._unit: PerEdge = measured(specialists[densest], recipe, device)
+            some = specialists[densest]
+            self._unit = measured(some, recipe, device) if some.calibration else PerEdge(**NOTHING)
 
     def estimate(self, portions: Portions | None = None) -> MemoryEstimate:
         """Estimate all phases of the recipe."""
