@@ -22,7 +22,7 @@ ETHANOL_ENTROPY = 282.0
 
 def frequencies(atoms: Atoms, folder: Path) -> np.ndarray:
     """Frequencies in cm^-1, ascending; imaginary ones as negative numbers."""
-    vibrations = Vibrations(atoms, name=str(folder), delta=0.005)
+    vibrations = Vibrations(atoms, name=str(folder), delta=0.002)
     vibrations.run()
     values = vibrations.get_frequencies()
     return np.sort(values.real - values.imag)

@@ -42,7 +42,11 @@ def test_what_a_script_imports_from_the_package_exists(path: Path) -> None:
     """Every script, also those that take hours and those that need packages that are not installed."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ase_gffmerge":
-            module = importlib.import_module(node.module)
+            try:
+                module = importlib.import_module(node.module)
+            except ImportError as error:
+                assert "is not installed" in str(error)  # noqa: PT017
+                continue
             for alias in node.names:
                 if not hasattr(module, alias.name):
                     importlib.import_module(f"{node.module}.{alias.name}")

@@ -92,7 +92,7 @@ def pretrained(name: str) -> Path:
     folder = Path(spec.submodule_search_locations[0]) / "pretrained" / name
     if not (files := sorted(folder.glob("*.pth.tar"))):
         raise FileFormatError(
-            f"the installed package chgnet has no weights {name!r}; pip install --upgrade chgnet"
+            f"the installed package chgnet has no weights {name!r}; install a newer one (pip install -U chgnet)"
         )
     return files[0]
 

@@ -214,8 +214,8 @@ def _network(kind: str, arguments: dict[str, VendorObject], state: dict[str, Ten
             raise FileFormatError("it has a nuclear repulsion (calc_repuls), which is not read; leave it out")
         if abs(float(state["data_mean"])) > 0:
             raise FileFormatError(
-                f"it adds data_mean={float(state['data_mean']):.3g} eV to every structure, whatever its size, which is no "
-                "sum over atoms; train with element_refs and data_mean=0"
+                f"it adds {float(state['data_mean']):.3g} eV (data_mean) to every structure, whatever its size: that is no "
+                "sum over atoms; train with element_refs and without data_mean"
             )
         scale, references = state["data_std"], state.get("element_refs.property_offset")
         if references is not None and references.dim() > 1:

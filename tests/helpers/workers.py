@@ -223,10 +223,10 @@ def fork_while_a_thread_evaluates(calc: GFFMergeCalculator, answers) -> None:
     evaluating, done = threading.Event(), threading.Event()
     busy, serve = molecule("CH3OH"), calc._predictor
 
-    def slow(graph):
+    def slow(graph, **options):
         evaluating.set()
         done.wait(60)
-        return serve(graph)
+        return serve(graph, **options)
 
     calc._predictor, busy.calc = slow, calc
     thread = threading.Thread(target=busy.get_forces)

@@ -162,7 +162,12 @@ def test_scales_of_the_norms_are_corrected_with_a_block(escaip):
     assert {"norm", "ffn_node.norm", "ffn_edge.norm", "qkv", "hidden", "out_node", "out_edge"} <= set(maps)
 
 
-SMALL_RECIPE = {"preset": "closed-form", "readout": {"width": 24, "blocks": 1, "copies": 1}, "directions": 1}
+SMALL_RECIPE = {
+    "preset": "closed-form",
+    "select": False,
+    "readout": {"width": 24, "blocks": 1, "copies": 1},
+    "directions": 1,
+}
 
 
 def forces(potential, frames) -> np.ndarray:
