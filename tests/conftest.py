@@ -50,12 +50,13 @@ LONGEST = ("test_readme.py", "test_docs.py", "test_demo.py")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``slow_for("nequip")`` makes a test slow where one of its parameters has this value."""
+    """``slow_for("nequip")`` makes a test slow where one of its parameters has this value; so does ``nightly_for``."""
     for item in items:
         values = getattr(item, "callspec", None) and item.callspec.params.values()
-        for mark in item.iter_markers("slow_for"):
-            if any(value in mark.args for value in values or () if isinstance(value, str)):
-                item.add_marker(pytest.mark.slow)
+        for name in ("slow", "nightly"):
+            for mark in item.iter_markers(f"{name}_for"):
+                if any(value in mark.args for value in values or () if isinstance(value, str)):
+                    item.add_marker(name)
     items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
 
 

@@ -6,6 +6,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_every_section_is_measured(script, capsys) -> None:
     module = script("gpu")
     options = (

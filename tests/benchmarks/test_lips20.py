@@ -112,6 +112,7 @@ def test_everything_is_measured(benchmark, data, monkeypatch, capsys, tmp_path) 
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 def test_the_papers_table_has_a_row_for_every_start_and_method(script, data, monkeypatch, capsys, tmp_path):
     module = script("paper_table")

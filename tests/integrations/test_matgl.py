@@ -133,6 +133,7 @@ def test_the_adapter_does_what_its_users_rely_on(variant):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("architecture", ["m3gnet", "tensornet"])
 def test_the_contract_holds(architecture, tmp_path):
     path = own(architecture).save(tmp_path / "s.safetensors")

@@ -180,6 +180,7 @@ def test_hessian_is_the_derivative_of_forces(guarded) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly_for("m3gnet", "tensornet")
 def test_compiled_equals_eager(guarded) -> None:
     if not guarded.potential.compilable:
         pytest.skip("not compilable")

@@ -96,7 +96,9 @@ def test_gradients_are_counted_through_vmap_and_jvp() -> None:
     assert peaks[1] == pytest.approx(2 * peaks[0], rel=0.1)
 
 
-@pytest.mark.parametrize("architecture", ["painn", pytest.param("chgnet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "architecture", ["painn", pytest.param("chgnet", marks=[pytest.mark.slow, pytest.mark.nightly])]
+)
 def test_portions_do_not_change_a_merge(architecture: str) -> None:
     pair = family(architecture, 2, frames=2, hyper={**HYPER[architecture], "n_blocks": 1})
     specialists = [replace(s, potential=s.potential.double()) for s in pair]
