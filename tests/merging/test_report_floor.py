@@ -198,6 +198,7 @@ def test_ratios_of_errors_have_a_floor() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 def test_distillation_beside_silent_frames(pair) -> None:
     start = merge(pair, {"preset": "mean"}, device="cpu")[0]
     options = DistillOptions(epochs=2, copies=1)
