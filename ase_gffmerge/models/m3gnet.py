@@ -117,7 +117,7 @@ class ThreeBody(Stage):
         """Change the edges' features."""
         atoms, edges = state
         size = (-1, self.hyper.l_max + 1, self.hyper.n_radial)
-        weights = geometry.enveloped[:, : self.hyper.n_functions]
+        weights = (geometry.radial * geometry.envelope)[:, : self.hyper.n_functions]
         messages = (weights * take_rows(torch.sigmoid(self.atoms(atoms)), geometry.sender)).view(size)
         harmonics, order = geometry.angular[:, :, None], self.constants.order
         summed = atoms.new_zeros(len(atoms), len(order), self.hyper.n_radial).index_add(

@@ -118,7 +118,7 @@ def test_the_papers_table_has_a_row_for_every_start_and_method(script, data, mon
     module = script("paper_table")
     hyper = {"channels": 4, "edge_channels": 4, "width": 4, "n_blocks": 1, "cutoff": 3.5}
     tiny = {
-        "frames": 8,
+        "frames": 14,
         "base_epochs": 1,
         "epochs": 1,
         "n_blocks": 4,
