@@ -17,10 +17,18 @@ RUN = [page for page in PAGES if any(block[:2] == ("runs", "test") for block in 
 HERE = [page for page in RUN if "/vendors/" not in page.name and not page.name.endswith("/workflows.md")]
 """Pages of other packages run in environments of these: ``integrations/test_pages.py`` and ``test_workflows.py``."""
 
+NIGHTLY = ("docs/how_to/choose_a_method.md",)
+"""Too long for ``.ci/run``."""
+
+
+def marks(page: Page) -> list[pytest.MarkDecorator]:
+    """What a page says of itself."""
+    return [pytest.mark.slow] * page.slow + [pytest.mark.nightly] * (page.name in NIGHTLY)
+
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=[pytest.mark.slow] * page.slow, id=page.name) for page in HERE],
+    [pytest.param(page, marks=marks(page), id=page.name) for page in HERE],
 )
 def test_blocks_run_in_order(page: Page, tmp_path_factory: pytest.TempPathFactory, merge_cache) -> None:
     for package in page.needs:

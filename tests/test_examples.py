@@ -13,10 +13,18 @@ FOLDER = Path(__file__).parents[1] / "md_examples"
 EXAMPLES = sorted(FOLDER.glob("[0-9]*.py"))
 QUICK = ("04_",)
 """Those that run by default, on a quick merge; ``pytest -m slow`` runs the others, on the default one."""
-PARAMETERS = [
-    pytest.param(path, id=path.stem, marks=() if path.name.startswith(QUICK) else pytest.mark.slow)
-    for path in EXAMPLES
-]
+NIGHTLY = ("13",)
+"""What a page of the documentation does, too."""
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    """Slow unless quick, nightly if that is too long for ``.ci/run``."""
+    return [pytest.mark.slow] * (not name.startswith(QUICK)) + [pytest.mark.nightly] * name.startswith(
+        NIGHTLY
+    )
+
+
+PARAMETERS = [pytest.param(path, id=path.stem, marks=marks(path.name)) for path in EXAMPLES]
 
 
 @pytest.mark.parametrize("path", PARAMETERS)

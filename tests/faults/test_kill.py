@@ -32,7 +32,7 @@ def moments(context, target, *arguments, folder: Path) -> int:
     return count
 
 
-@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.nightly])])
 def test_merge_and_cache_writing(processes, files, specialists, tmp_path, stride):
     healthy = tmp_path / "healthy"
     healthy.mkdir()
