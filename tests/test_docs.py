@@ -17,7 +17,10 @@ RUN = [page for page in PAGES if any(block[:2] == ("runs", "test") for block in 
 HERE = [page for page in RUN if "/vendors/" not in page.name and not page.name.endswith("/workflows.md")]
 """Pages of other packages run in environments of these: ``integrations/test_pages.py`` and ``test_workflows.py``."""
 
-NIGHTLY = ("docs/how_to/choose_a_method.md",)
+NIGHTLY = (
+    *("docs/how_to/choose_a_method.md", "docs/how_to/trust.md", "docs/how_to/small_and_fast.md"),
+    *("docs/how_to/calibration_frames.md", "docs/tutorials/md_two_molecules.md"),
+)
 """Too long for ``.ci/run``."""
 
 

@@ -13,8 +13,8 @@ FOLDER = Path(__file__).parents[1] / "md_examples"
 EXAMPLES = sorted(FOLDER.glob("[0-9]*.py"))
 QUICK = ("04_",)
 """Those that run by default, on a quick merge; ``pytest -m slow`` runs the others, on the default one."""
-NIGHTLY = ("13",)
-"""What a page of the documentation does, too."""
+NIGHTLY = ("03", "06", "11", "13")
+"""Too long for ``.ci/run``."""
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:

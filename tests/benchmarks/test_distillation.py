@@ -39,6 +39,7 @@ def run(module, monkeypatch, capsys, *arguments) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_table_and_curves(benchmark, monkeypatch, capsys, tmp_path) -> None:
     document = json.loads(run(benchmark, monkeypatch, capsys, "--out", tmp_path, "--json"))
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}

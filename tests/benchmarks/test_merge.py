@@ -23,6 +23,7 @@ def benchmark():
 
 @pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_force_maes_of_the_bundled_pair_keep_their_order(benchmark, monkeypatch) -> None:
     """On 20 calibration frames each: the default recipe is far below the paper preset and the mean."""
     monkeypatch.setattr(benchmark, "RECIPES", ("mean", "paper", "gffmerge"))

@@ -29,6 +29,8 @@ TOLERANCES = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_task_gives_on_a_second_device_what_it_gives_on_the_cpu() -> None:
     """In a process of its own: a device cannot be taken back."""
     tasks = HERE / "tasks.py"
