@@ -182,6 +182,7 @@ def errors_by_model(
     labelled = [frames[k] for k in kept]
     require_labels(labelled, source, numbers=kept)
     reference = labels(labelled)
+    share = len(models) / (len(models) + len(uncertain))
     with progress_bar("evaluating") as progress:
         predicted = {
             model.label: predict_frames(
@@ -191,14 +192,20 @@ def errors_by_model(
                 names=model.force_field.specialist_names,
                 where=[f"{source}, frame {k}" for k in kept],
                 executor=executor,
-                progress=part_of(progress, i / len(models), (i + 1) / len(models)),
+                progress=part_of(progress, share * i / len(models), share * (i + 1) / len(models)),
             )
             for i, model in enumerate(models)
         }
-    deviations = {
-        model.label: predict_deviations(model.force_field, labelled, specialist=model.specialist)
-        for model in uncertain
-    }
+        step = (1 - share) / max(len(uncertain), 1)
+        deviations = {
+            model.label: predict_deviations(
+                model.force_field,
+                labelled,
+                specialist=model.specialist,
+                progress=part_of(progress, share + step * i, share + step * (i + 1)),
+            )
+            for i, model in enumerate(uncertain)
+        }
     reliabilities = {
         label: reliability(difference(predicted[label], reference), found)
         for label, found in deviations.items()

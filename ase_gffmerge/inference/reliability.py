@@ -24,6 +24,7 @@ from scipy.stats import rankdata
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import build_graph
 from ase_gffmerge.inference.predict import FramePredictions, Predictor, predict_batches
+from ase_gffmerge.runtime.progress import Progress, no_progress
 
 LEVELS = np.linspace(0.05, 0.95, 19)
 """Expected shares P."""
@@ -46,7 +47,11 @@ class Deviations:
 
 
 def predict_deviations(
-    force_field: ForceField, frames: Sequence[Atoms], *, specialist: str | int | None = None
+    force_field: ForceField,
+    frames: Sequence[Atoms],
+    *,
+    specialist: str | int | None = None,
+    progress: Progress = no_progress,
 ) -> Deviations:
     """Standard deviations of energies and forces of frames.
 
@@ -58,6 +63,8 @@ def predict_deviations(
         Structures.
     specialist
         For frames that do not say which specialist they belong to.
+    progress
+        Called with a fraction (0 to 1) and a description.
 
     Raises
     ------
@@ -77,6 +84,7 @@ def predict_deviations(
         assert found.forces_std is not None
         energies.append(found.energy_std.item())
         forces.append(found.forces_std.double().numpy())
+        progress(len(forces) / len(frames), f"standard deviations of {len(forces)} of {len(frames)} frames")
     return Deviations(np.array(energies), forces)
 
 

@@ -296,15 +296,13 @@ class MergeReport:
     def advice(self) -> str:
         """What to do with a potential of this verdict."""
         forgetful = self.verdict != "good" and "base" in self._worst[2]
-        return (
-            "merge with keep_base, or stay with what it was merged for" if forgetful else ADVICE[self.verdict]
-        )
+        return "merge with keep_base, or keep to its own systems" if forgetful else ADVICE[self.verdict]
 
     def __repr__(self) -> str:
         """One line; :meth:`summary` is longer."""
-        names, worst = " + ".join(self.specialists), 100 * self.relative_disagreement
+        names, (value, quantity, _) = " + ".join(self.specialists), self._worst
         return (
-            f"<MergeReport {names}: {self.verdict}, relative disagreement in {self._worst[1]} {worst:.1f} %>"
+            f"<MergeReport {names}: {self.verdict}, relative disagreement in {quantity} {100 * value:.1f} %>"
         )
 
     def _repr_html_(self) -> str:
@@ -343,8 +341,10 @@ class MergeReport:
 
     def summary(self) -> str:
         """A few lines for a terminal."""
-        lines = [f"merge of {', '.join(self.specialists)}: {self.verdict}"]
-        lines.append(f"  relative disagreement in {self._worst[1]} {100 * self.relative_disagreement:.1f} %")
+        value, quantity, whose = self._worst
+        of = " from its base on new compounds" if "base" in whose else ""
+        error = f"  relative disagreement in {quantity} {100 * value:.1f} %{of}"
+        lines = [f"merge of {', '.join(self.specialists)}: {self.verdict}", error]
         for row in self.disagreements:
             lines.append(
                 f"  {row.specialist}: {row.model} differs by {1000 * row.force_mae:.1f} meV/Å, "

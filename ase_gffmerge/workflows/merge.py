@@ -82,7 +82,8 @@ def merge(
     recipe = load_recipe(recipe, keep_base=keep_base)
     if base is not None:  # vendors' files do not say what they descend from
         check_ancestor(base, [s for s in specialists if s.provenance.lineage])
-    base = base or known_ancestor(specialists)
+    if base is None and _asks_for_base(recipe, specialists[0]):
+        base = known_ancestor(specialists)
     joined, inner = list(specialists), recipe
     if recipe.keep_base:
         joined.append(_with_structures(base, recipe, level_of_theory=specialists[0].level_of_theory))
@@ -101,6 +102,12 @@ def merge(
     if base is None or not (recipe.keep_base or base.provenance.origin) or recipe.conditioning != "shared":
         return merged, report
     return _with_forgetting(merged, report, joined, base)
+
+
+def _asks_for_base(recipe: Recipe, first: ForceField) -> bool:
+    """Whether a base at hand would be used: to be kept, to begin with, or to tell what another package's model forgot."""
+    begins = recipe.method == "closed-form" and recipe.select
+    return bool(recipe.keep_base or begins or first.provenance.origin)
 
 
 def _with_structures(base: ForceField | None, recipe: Recipe, *, level_of_theory: str) -> ForceField:

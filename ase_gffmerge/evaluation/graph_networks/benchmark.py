@@ -33,7 +33,8 @@ from ase_gffmerge.merging.module_views import shared_views
 from ase_gffmerge.methods import Requirement
 from ase_gffmerge.methods.modules import MODULE_METHODS, ModuleInputs
 from ase_gffmerge.runtime.progress import Progress, no_progress
-from ase_gffmerge.storage.tensor_file import atomic_write, require_writable
+from ase_gffmerge.storage.results import ResultStore
+from ase_gffmerge.storage.tensor_file import atomic_write
 
 EPOCHS, SEEDS = 80, 3
 
@@ -118,28 +119,27 @@ class GraphBenchmark:
         FramesError
             When a graph cannot be read.
         """
-        require_writable(self.out / "rows" / "row.json")
+        store = ResultStore(self.out / "rows")
         wanted = [(t, k, s) for t in self.tables for k in self.kinds for s in range(self.seeds)]
         rows = {}
         for i, (table, kind, seed) in enumerate(wanted):
             progress(i / len(wanted), f"{table}, {kind}, seed {seed}")
-            rows[table, kind, seed] = self._rows(table, kind, seed)
+            rows[table, kind, seed] = self._rows(store, table, kind, seed)
         document = summarize(rows)
         atomic_write(self.out / "gnnmerge.json", json.dumps(document, indent=1))
         atomic_write(self.out / "gnnmerge.md", markdown(document))
         plot(document, self.out / "gnnmerge.png")
         return document
 
-    def _rows(self, table: str, kind: str, seed: int) -> dict[str, Row]:
+    def _rows(self, store: ResultStore, table: str, kind: str, seed: int) -> dict[str, Row]:
         """Lines of one column of a table for one seed, those of earlier runs with the same number of epochs included."""
-        names = rows_of(table, kind)
-        path = self.out / "rows" / f"{table}, {kind}, {seed}, {self.epochs}.json".replace(" ", "_")
-        found: dict[str, Row] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if missing := [name for name in names if name not in found]:
-            found |= measure(table, kind, seed, missing, data=self.data, epochs=self.epochs)
-            found = {name: found[name] for name in names}
-            atomic_write(path, json.dumps(found))
-        return found
+        keys = {name: json.dumps([table, kind, seed, self.epochs, name]) for name in rows_of(table, kind)}
+        found = store.find(list(keys.values()))
+        if missing := [name for name, key in keys.items() if key not in found]:
+            new = measure(table, kind, seed, missing, data=self.data, epochs=self.epochs)
+            store.keep({keys[name]: row for name, row in new.items()}, name=f"{kind}-{seed}")
+            found |= {keys[name]: row for name, row in new.items()}
+        return {name: dict(found[key]) for name, key in keys.items()}
 
 
 def rows_of(table: str, kind: str) -> list[str]:
