@@ -14,8 +14,9 @@ PAGES = [
     if not {"_build", "generated"} & set(path.parts)
 ]
 RUN = [page for page in PAGES if any(block[:2] == ("runs", "test") for block in page.blocks)]
-HERE = [page for page in RUN if "/vendors/" not in page.name and not page.name.endswith("/workflows.md")]
-"""Pages of other packages run in environments of these: ``integrations/test_pages.py`` and ``test_workflows.py``."""
+ELSEWHERE = ("/workflows.md", "/openmm.md")
+HERE = [page for page in RUN if "/vendors/" not in page.name and not page.name.endswith(ELSEWHERE)]
+"""Pages of other packages run in environments of these: ``integrations/test_pages.py`` and tests named like the page."""
 
 NIGHTLY = (
     *("docs/how_to/choose_a_method.md", "docs/how_to/trust.md", "docs/how_to/small_and_fast.md"),
