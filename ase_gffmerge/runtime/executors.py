@@ -17,7 +17,7 @@ from functools import partial
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
-from typing import Generic, Literal, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, cast
 
 from ase_gffmerge.errors import ArgumentError, EvaluationFailed
 from ase_gffmerge.runtime.progress import Progress, no_progress
@@ -315,13 +315,13 @@ def open_executor(kind: Kind, workers: int) -> Iterator[Executor]:
         import distributed
 
         if kind == "slurm":
-            from dask_jobqueue import SLURMCluster
+            from dask_jobqueue.slurm import SLURMCluster
     except ImportError as error:
         raise ArgumentError(
             f"the executor {kind!r} needs the package {error.name}; install it: pip install 'ase-gffmerge[cluster]'"
         ) from None
     with dask.config.set({"distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": TRIM_THRESHOLD}):
-        cluster = None
+        cluster: Any = None
         if kind == "slurm":
             cluster = SLURMCluster(
                 cores=dask.config.get("jobqueue.slurm.cores") or 1,
@@ -329,10 +329,31 @@ def open_executor(kind: Kind, workers: int) -> Iterator[Executor]:
                 processes=dask.config.get("jobqueue.slurm.processes") or 1,
                 job_script_prologue=[f"export MALLOC_TRIM_THRESHOLD_={TRIM_THRESHOLD}"],
             )
-            cluster.scale(jobs=workers)
         elif not dask.config.get("scheduler-address", None):
             cluster = distributed.LocalCluster(
-                n_workers=workers, threads_per_worker=1, dashboard_address=None
+                n_workers=workers, threads_per_worker=1, dashboard_address=":0"
             )
-        with cluster or nullcontext(), distributed.Client(cluster) as client:
+        jobs = _kept_at(cluster, workers) if kind == "slurm" else nullcontext()
+        with cluster or nullcontext(), distributed.Client(cluster) as client, jobs:
             yield client.get_executor()
+
+
+SECONDS_BETWEEN_LOOKS = 5.0
+"""After Dask has noticed that a job has ended (its ``distributed.deploy.lost-worker-timeout``), it takes so long at most."""
+
+
+@contextmanager
+def _kept_at(cluster: Any, jobs: int) -> Iterator[None]:
+    """Submit so many jobs, and again those that were killed or came to the end of their time."""
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(SECONDS_BETWEEN_LOOKS):
+            cluster.scale(jobs=jobs)
+
+    cluster.scale(jobs=jobs)
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()

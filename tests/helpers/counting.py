@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -29,13 +30,15 @@ class Counting(Calculator):
         Where it tells what it does.
     fatal
         At this structure the process is killed: once, or every time.
+    pause
+        Seconds that every evaluation takes.
     """
 
     implemented_properties = ("energy", "forces")
 
-    def __init__(self, folder: Path, *, fatal: int | None = None, always: bool = False):
+    def __init__(self, folder: Path, *, fatal: int | None = None, always: bool = False, pause: float = 0.0):
         super().__init__(folder=str(folder), fatal=fatal)
-        self.folder, self.fatal, self.always = Path(folder), fatal, always
+        self.folder, self.fatal, self.always, self.pause = Path(folder), fatal, always, pause
         tell(self.folder / MADE, str(os.getpid()))
 
     def calculate(self, atoms=None, properties=("energy",), system_changes=tuple(all_changes)):
@@ -46,6 +49,7 @@ class Counting(Calculator):
             os.kill(os.getpid(), signal.SIGKILL)
         if atoms.info.get("refused"):
             raise ValueError("refused")
+        time.sleep(self.pause)
         vectors = atoms.positions[:, None] - atoms.positions
         self.results = {"energy": float((vectors**2).sum() / 4), "forces": -vectors.sum(axis=1)}
         tell(self.folder / SEEN, f"{index} {os.getpid()}")

@@ -257,11 +257,23 @@ def test_a_killed_driver_loses_nothing_that_was_finished(tmp_path, kind):
     assert sorted(set(seen(tmp_path))) == list(range(2000))
 
 
+@pytest.fixture
+def tests_for_workers(monkeypatch):
+    """Processes that import nothing of this one find what the tests share."""
+    tests = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent)]))
+
+
 @pytest.mark.slow
-def test_dask_replaces_a_killed_worker(tmp_path):
-    pytest.importorskip("distributed")
+@pytest.mark.parametrize("package", ["distributed", "executorlib"])
+def test_other_executors_replace_a_killed_worker(tmp_path, tests_for_workers, package):
+    other = pytest.importorskip(package)
     structures = molecules(60)
-    with open_executor("dask", 2) as workers:
+    with (
+        open_executor("dask", 2)
+        if package == "distributed"
+        else other.SingleNodeExecutor(max_workers=2, block_allocation=True)
+    ) as workers:
         found = evaluate_many(
             structures, maker(tmp_path, fatal=31), executor=workers, chunk=5, store=tmp_path / "store"
         )
