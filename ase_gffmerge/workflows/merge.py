@@ -9,6 +9,7 @@ import torch
 
 from ase_gffmerge.errors import MergeWarning, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.inference.errors import FORCE_FLOOR
 from ase_gffmerge.merging.disagreement import forgetting
 from ase_gffmerge.merging.merge import closed_form_merge
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe, load_recipe
@@ -171,7 +172,7 @@ def _refined(
             portions=portions,
             progress=part_of(progress, 0.0, MERGE_SHARE),
         )
-    if close_enough(report, recipe.refine):
+    if close_enough(report, recipe.refine, specialists):
         for warning in caught:
             warnings.warn(warning.message, warning.category, stacklevel=3)
         return start, report
@@ -227,6 +228,37 @@ def without_refinement(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"refine": None, "frames": frames})
 
 
-def close_enough(report: MergeReport, options: DistillOptions) -> bool:
-    """Whether held-out frames show so small an error against every specialist that distillation has nothing to do."""
-    return report.held_out is not None and report.held_out < options.threshold
+ADDED, UNKNOWN = 1 / 4, 0.003
+"""Error against a specialist that is small enough: as a fraction of its own error, of its forces where none is recorded."""
+
+
+def close_enough(report: MergeReport, options: DistillOptions, specialists: Sequence[ForceField]) -> bool:
+    """Whether held-out frames show so small an error against every specialist that distillation has nothing to do.
+
+    Parameters
+    ----------
+    report
+        Of the merge so far.
+    options
+        Whose threshold counts, if there is one.
+    specialists
+        With the errors that their files record.
+    """
+    kept = [trial.disagreements for trial in report.trials if trial.kept]
+    if not kept and report.held_out is None:
+        return False
+    found = kept[-1] if kept else (report.held_out or 0.0,) * len(specialists)
+    for error, specialist in zip(found, specialists, strict=True):
+        limit = _limit(specialist, report) if options.threshold is None else options.threshold
+        if not error < limit:
+            return False
+    return True
+
+
+def _limit(specialist: ForceField, report: MergeReport) -> float:
+    """Relative error against a specialist that is small beside its own on labelled test frames."""
+    own = specialist.provenance.errors.get("force_rmse")
+    rms = max(
+        (row.force_rms for row in report.disagreements if row.specialist == specialist.name), default=0.0
+    )
+    return ADDED * own / rms if own and rms > FORCE_FLOOR else UNKNOWN

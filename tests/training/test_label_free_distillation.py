@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from ase_gffmerge.training.loss import labelled_graphs, weigh
 from ase_gffmerge.training.soap import SOAP
 from ase_gffmerge.training.teachers import prepare_distillation_set
 from ase_gffmerge.training.train import train_jointly
-from ase_gffmerge.workflows.merge import merge
+from ase_gffmerge.workflows.merge import close_enough, merge
 from helpers.structures import OWN_ARCHITECTURES
 from helpers.toys import SHALLOW, rattled, relative, toy
 
@@ -314,7 +315,31 @@ def test_what_is_close_enough_is_not_distilled() -> None:
     assert merged.merged is not None
     assert merged.merged.recipe["refine"]["threshold"] == 10.0
     assert report.held_out is not None
+    assert options.threshold is not None
     assert report.held_out < options.threshold
+
+
+def test_what_is_close_enough_depends_on_the_specialists_own_errors() -> None:
+    specialists = relatives("painn")
+    _, report = merge(specialists, "fast", device="cpu")
+    (errors,) = [trial.disagreements for trial in report.trials if trial.kept][-1:]
+    sizes = {row.specialist: row.force_rms for row in report.disagreements}
+
+    def close(share: float, options: DistillOptions = QUICK) -> bool:
+        known = [
+            replace(s, provenance=replace(s.provenance, errors={"force_rmse": error * sizes[s.name] / share}))
+            for s, error in zip(specialists, errors, strict=True)
+        ]
+        return close_enough(report, options, known)
+
+    assert close(0.24)
+    assert not close(0.26)
+    assert not close_enough(report, QUICK, specialists)  # no errors on record, and more than 0.3 % away
+    assert close(0.26, QUICK.model_copy(update={"threshold": 1.01 * max(errors)}))
+    assert not close(0.24, QUICK.model_copy(update={"threshold": 0.99 * max(errors)}))
+    mean = replace(report, trials=(), held_out=0.0029)
+    assert close_enough(mean, QUICK, specialists)
+    assert not close_enough(replace(mean, held_out=None), QUICK, specialists)
 
 
 def test_an_interrupted_merge_is_continued(tmp_path: Path) -> None:
