@@ -61,7 +61,7 @@ class Verbs(TyperGroup):
                 if isinstance(error, GFFMergeError):
                     message = _line(error)
                 elif _is_usage_error(error):
-                    message = f"{_line(error)} Try `{_path(error, ctx)} --help`."
+                    message = f"{_line(error).rstrip('.')}. Try `{_path(error, ctx)} --help`."
                 else:
                     raise
         _say("error: ", message)

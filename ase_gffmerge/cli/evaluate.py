@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from ase_gffmerge.cli.options import (
     DeviceOption,
+    DispersionOption,
     DType,
     EnergyKey,
     ExecutorOption,
@@ -21,7 +21,15 @@ from ase_gffmerge.cli.options import (
     WorkersOption,
     opened_workers,
 )
-from ase_gffmerge.cli.output import note, plain, print_json, print_table, require_outputs
+from ase_gffmerge.cli.output import (
+    duration,
+    extended_xyz,
+    note,
+    plain,
+    print_json,
+    print_table,
+    require_outputs,
+)
 from ase_gffmerge.runtime.progress import part_of, progress_bar
 
 if TYPE_CHECKING:
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
 
     from ase import Atoms
 
+    from ase_gffmerge.engines.ase.dispersion import Dispersion
     from ase_gffmerge.evaluation.md.evaluate import MDEvaluation
     from ase_gffmerge.evaluation.md.runs import Contestant, Protocol
     from ase_gffmerge.evaluation.table import Reliabilities
@@ -55,6 +64,7 @@ def evaluate(
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
     stress_key: StressKey = None,
+    dispersion: DispersionOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -103,24 +113,29 @@ def evaluate(
     With --md: run dynamics with every model, compare stability, distances of atoms, vibrations, energy conservation.
     """
     from ase_gffmerge.data.readers import read_frames
-    from ase_gffmerge.errors import FileFormatError
+    from ase_gffmerge.engines.ase.arguments import dispersion_choice
+    from ase_gffmerge.errors import ArgumentError, FileFormatError
     from ase_gffmerge.runtime.devices import resolve_device
 
     target = resolve_device(device)
     if out and out.suffix not in (".extxyz", ".xyz"):
         raise FileFormatError(f"cannot write {out}: predictions are extended XYZ; end the name with .extxyz")
     require_outputs(out, plot=plot, inputs=[*models, frames], overwrite=overwrite)
+    if md and dispersion:
+        raise ArgumentError(
+            "--md runs many structures in one batch, without --dispersion; leave one of them out"
+        )
     contestants = load_models(models, specialist)
     for contestant in contestants:
+        added = dispersion_choice(dispersion, contestant.force_field)
         contestant.force_field.to(device=target)
     found = read_frames(frames, energy_key=energy_key, forces_key=forces_key, stress_key=stress_key)
     uncertain = with_uncertainty(contestants) if uncertainty else []
 
     def measured() -> "tuple[dict[str, Errors], Reliabilities]":
         with opened_workers(workers, executor) as opened:
-            return errors_by_model(
-                contestants, found, frames, out=out, plot=plot, uncertain=uncertain, executor=opened
-            )
+            options = {"dispersion": added, "out": out, "plot": plot, "uncertain": uncertain}
+            return errors_by_model(contestants, found, frames, executor=opened, **options)
 
     if md:
         from ase_gffmerge.evaluation.md.runs import Protocol
@@ -149,6 +164,7 @@ def errors_by_model(
     frames: "Sequence[Atoms]",
     source: Path,
     *,
+    dispersion: "Dispersion | None" = None,
     out: Path | None = None,
     plot: Path | None = None,
     uncertain: "Sequence[Contestant]" = (),
@@ -164,6 +180,8 @@ def errors_by_model(
         Labelled; isolated atoms count only where there is nothing else.
     source
         Their file, for messages.
+    dispersion
+        Added to what every model predicts.
     out, plot
         Files to be written, see the options.
     uncertain
@@ -173,7 +191,7 @@ def errors_by_model(
     """
     from ase_gffmerge.data.labels import is_isolated_atom, require_labels
     from ase_gffmerge.evaluation.plots import plot_errors_of_frames
-    from ase_gffmerge.inference.errors import compare, difference, labels, with_predictions
+    from ase_gffmerge.inference.errors import compare, difference, labels, total, with_predictions
     from ase_gffmerge.inference.predict import predict_frames
     from ase_gffmerge.inference.reliability import predict_deviations, reliability
     from ase_gffmerge.storage.tensor_file import atomic_write
@@ -206,6 +224,9 @@ def errors_by_model(
             )
             for i, model in enumerate(uncertain)
         }
+    if dispersion:
+        d3 = dispersion.of_frames(labelled)
+        predicted = {label: total(found, d3) for label, found in predicted.items()}
     reliabilities = {
         label: reliability(difference(predicted[label], reference), found)
         for label, found in deviations.items()
@@ -233,15 +254,6 @@ def with_uncertainty(models: "Sequence[Contestant]") -> "list[Contestant]":
     if not found:
         raise reasons[0]
     return found
-
-
-def extended_xyz(frames: "Sequence[Atoms]") -> str:
-    """Text of an extended XYZ file."""
-    from ase.io import write
-
-    text = StringIO()
-    write(text, frames, format="extxyz")
-    return text.getvalue()
 
 
 def group_of(atoms: "Atoms") -> str:
@@ -376,11 +388,6 @@ def describe(protocol: "Protocol", n_models: int) -> str:
         f"{n_models} model(s) x {protocol.seeds} seed(s) x ({protocol.length('nvt'):g} ps NVT + "
         f"{protocol.length('nve'):g} ps NVE) at {protocol.temperature:g} K"
     )
-
-
-def duration(seconds: float) -> str:
-    """Seconds or minutes, rounded."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def write_results(evaluation: "MDEvaluation", out: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ import typer
 from ase_gffmerge.runtime.progress import Progress, is_first
 
 if TYPE_CHECKING:
+    from ase import Atoms
+
     from ase_gffmerge.evaluation.table import Table
     from ase_gffmerge.forcefield.force_field import ForceField
     from ase_gffmerge.merging.recipe import Recipe
@@ -46,6 +49,20 @@ def print_table(table: "Table") -> None:
     console.print(table.to_rich())
     for line in table.footnotes:
         console.print(line, highlight=False, markup=False)
+
+
+def duration(seconds: float) -> str:
+    """Seconds or minutes, rounded."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def extended_xyz(frames: "Sequence[Atoms]") -> str:
+    """Text of an extended XYZ file."""
+    from ase.io import write
+
+    text = StringIO()
+    write(text, frames, format="extxyz")
+    return text.getvalue()
 
 
 def print_values(values: Mapping[str, object]) -> None:

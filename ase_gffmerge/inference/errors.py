@@ -14,7 +14,7 @@ No size is smaller than a floor of what labels resolve: :data:`FORCE_FLOOR`, :da
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -108,6 +108,17 @@ def difference(predicted: FramePredictions, reference: FramePredictions) -> Fram
             for a, b in zip(predicted.stresses, reference.stresses, strict=True)
         ],
     )
+
+
+def total(predicted: FramePredictions, contribution: FramePredictions) -> FramePredictions:
+    """Predictions with a contribution of something else, such as dispersion, added to them."""
+    negative = replace(
+        contribution,
+        energies=-contribution.energies,
+        forces=[-forces for forces in contribution.forces],
+        stresses=[None if stress is None else -stress for stress in contribution.stresses],
+    )
+    return difference(predicted, negative)
 
 
 def stress_components(predictions: FramePredictions) -> list[np.ndarray]:

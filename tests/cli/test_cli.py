@@ -13,12 +13,14 @@ import pytest
 import torch
 import typer
 from ase import Atoms
+from ase.build import bulk
 from ase.io import read, write
 
 from ase_gffmerge import __version__
 from ase_gffmerge.cli import EXAMPLES, VERBS, app
 from ase_gffmerge.engines.ase.dispersion import Dispersion
 from ase_gffmerge.forcefield.force_field import ForceField
+from helpers.toys import labelled
 
 
 def entries(folder: Path) -> set[str]:
@@ -315,6 +317,26 @@ def test_evaluate(gffmerge, merged: Path) -> None:
     assert "no effect" in gffmerge("evaluate", merged, "water.xyz", "--specialist", "water").error()
 
 
+def test_evaluate_with_dispersion(gffmerge, files: Path) -> None:
+    pytest.importorskip("dftd3")
+    from ase_gffmerge import GFFMergeCalculator
+
+    frames = [labelled(bulk("C", "diamond", a=a, cubic=True), stress=True) for a in (3.5, 3.6)]
+    write("crystals.extxyz", frames)
+    calculator = GFFMergeCalculator("water.safetensors", dispersion="d3bj:pbe", dtype="float32")
+    command = ["evaluate", "water.safetensors", "crystals.extxyz", "--dispersion", "d3bj:pbe"]
+    errors = gffmerge(*command, "--out", "d3.extxyz", "--json").json()
+    expected = [calculator.get_property("forces", atoms) - atoms.get_forces() for atoms in frames]
+    assert errors["force_mae"] == pytest.approx(np.abs(np.concatenate(expected)).mean(), abs=1e-5)
+    predicted = read("d3.extxyz", 0)
+    calculator.calculate(frames[0], ["energy", "stress"])
+    assert predicted.info["water_energy"] == pytest.approx(calculator.results["energy"], abs=1e-4)
+    stress = np.reshape(predicted.info["water_stress"], (3, 3))
+    assert stress[[0, 1, 2], [0, 1, 2]] == pytest.approx(calculator.results["stress"][:3], abs=1e-6)
+    assert "without --dispersion" in gffmerge(*command, "--md").error()
+    assert "damping:functional" in gffmerge(*command[:-1], "pbe").error()
+
+
 def test_evaluate_uncertainty(gffmerge, merged: Path) -> None:
     models = ["merged.safetensors", "methanol.safetensors", "methanol.xyz"]
     written = ["--out", "std.extxyz", "--plot", "std.png"]
@@ -534,7 +556,7 @@ BAD = [
     (["md", "water.safetensors", "water.xyz", *MD, "--specialist", "water"], "no effect"),
     (["md", "water.safetensors", "water.xyz", "--ensemble", "npt", *MD[2:]], "not periodic"),
     (["md", "water.safetensors", "water.xyz", "--ensemble", "nph", *MD[2:]], "nph"),
-    (["md", "water.safetensors", "water.xyz"], "Missing option"),
+    (["md", "water.safetensors", "water.xyz"], "npt. Try `gffmerge md --help`."),
     (["relax", "water.safetensors", "water.xyz", "--out", "out.banana"], "cannot write"),
     (["relax", "water.safetensors", "water.xyz", "--out", "file/out.xyz"], "cannot write"),
     (

@@ -10,7 +10,7 @@ from ase.build import bulk
 from ase.io import read, write
 from ase.units import GPa
 
-from ase_gffmerge.cli import evaluate
+from ase_gffmerge.cli.output import duration
 from helpers.toys import labelled
 
 VOIGT = ([0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1])
@@ -156,4 +156,4 @@ def test_bad_input(gffmerge, files: Path, arguments: list[object], said: str) ->
 
 
 def test_duration() -> None:
-    assert [evaluate.duration(seconds) for seconds in (0.4, 90, 600)] == ["0 s", "90 s", "10 min"]
+    assert [duration(seconds) for seconds in (0.4, 90, 600)] == ["0 s", "90 s", "10 min"]

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from ase import Atoms
-from ase.stress import full_3x3_to_voigt_6_stress
+from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from ase.units import Bohr, Hartree
 
 from ase_gffmerge.errors import ArgumentError, StructureError
+from ase_gffmerge.inference.predict import FramePredictions
 
 if TYPE_CHECKING:
     from dftd3.interface import DampingParam, DispersionModel
@@ -109,6 +110,18 @@ class Dispersion:
                 found[name] = found[name] + own[name]
         found["free_energy"] = found["energy"]
         return found
+
+    def of_frames(self, frames: Sequence[Atoms]) -> FramePredictions:
+        """Contributions to energies, forces and stresses of many structures, to be added to predictions."""
+        found = [self.results(atoms) for atoms in frames]
+        return FramePredictions(
+            numbers=[atoms.numbers for atoms in frames],
+            energies=np.array([one["energy"] for one in found]),
+            forces=[np.asarray(one["forces"]) for one in found],
+            stresses=[
+                voigt_6_to_full_3x3_stress(one["stress"]) if "stress" in one else None for one in found
+            ],
+        )
 
     def hessian(self, atoms: Atoms, indices: Sequence[int] | None = None) -> np.ndarray:
         """Second derivatives (3 n_atoms, 3 n_atoms) in eV/Å^2, or the rows of some atoms."""
