@@ -112,6 +112,7 @@ def evaluate(
 
     With --md: run dynamics with every model, compare stability, distances of atoms, vibrations, energy conservation.
     """
+    from ase_gffmerge.data.labels import have_labels
     from ase_gffmerge.data.readers import read_frames
     from ase_gffmerge.engines.ase.arguments import dispersion_choice
     from ase_gffmerge.errors import ArgumentError, FileFormatError
@@ -134,14 +135,22 @@ def evaluate(
 
     def measured() -> "tuple[dict[str, Errors], Reliabilities]":
         with opened_workers(workers, executor) as opened:
-            options = {"dispersion": added, "out": out, "plot": plot, "uncertain": uncertain}
-            return errors_by_model(contestants, found, frames, executor=opened, **options)
+            return errors_by_model(
+                contestants,
+                found,
+                frames,
+                dispersion=added,
+                out=out,
+                plot=plot,
+                uncertain=uncertain,
+                executor=opened,
+            )
 
     if md:
         from ase_gffmerge.evaluation.md.runs import Protocol
 
         protocol = Protocol(temperature=temperature, picoseconds=time, timestep=timestep, seeds=seeds)
-        wanted = bool(out or plot or uncertainty) or _have_labels(found)
+        wanted = bool(out or plot or uncertainty) or have_labels(found)
         errors = measured()[0] if wanted else {}
         _evaluate_md(
             contestants,
@@ -281,17 +290,6 @@ def print_errors(errors: "Mapping[str, Errors]", reliabilities: "Reliabilities",
     for label, known in reliabilities.items():
         documents[label]["uncertainty"] = {name: found.to_dict() for name, found in known.items()}
     print_json(next(iter(documents.values())) if len(errors) == 1 else {"models": documents})
-
-
-def _have_labels(frames: "Sequence[Atoms]") -> bool:
-    from ase_gffmerge.data.labels import require_labels
-    from ase_gffmerge.errors import FramesError
-
-    try:
-        require_labels(frames, "the frames")
-    except FramesError:
-        return False
-    return True
 
 
 def load_models(sources: Sequence[str], specialist: str | None) -> "list[Contestant]":

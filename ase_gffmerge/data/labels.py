@@ -246,6 +246,15 @@ def require_labels(
         warnings.warn(f"{source}: {problem}", LabelWarning, stacklevel=2)
 
 
+def have_labels(frames: Sequence[Atoms]) -> bool:
+    """Whether :func:`require_labels` finds energies and forces."""
+    try:
+        require_labels(frames, "the frames")
+    except FramesError:
+        return False
+    return True
+
+
 def _has_label(atoms: Atoms, name: str) -> bool:
     return atoms.calc is not None and getattr(atoms.calc, "results", {}).get(name) is not None
 

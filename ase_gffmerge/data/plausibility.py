@@ -8,6 +8,16 @@ Between two frames of the same atoms that are close, the energy must change by t
 
 with means over the two frames. Factors of the two terms are fitted to pairs of consecutive frames: labels in one system of
 units have factors of 1.
+
+Frames that are far apart are held against a bound instead. Near a minimum, with a Hessian of largest eigenvalue λ,
+
+.. math::
+
+   \sum_i |\mathbf F_i|^2 \le 2\lambda\,(E - E_0) ,
+
+where λ is about 290 eV/Å² for the stiffest bonds (N≡N). Energies that rise with the squared forces more slowly than any bond
+allows are in a larger unit than the forces. E₀ is fitted: a number for every composition, or, where most occur once or
+twice, for every element.
 """
 
 from collections.abc import Sequence
@@ -19,7 +29,15 @@ from ase.stress import voigt_6_to_full_3x3_stress
 MAX_PAIRS, MIN_PAIRS = 500, 5
 MAX_STEP, MAX_STRAIN = 1.0, 0.1  # Å and 1: frames further apart are not compared
 AGREEMENT = (0.6, 1.6)  # what anharmonicity between the frames may do
-LARGEST_STRESS = 10.0  # eV/Å³, or 1600 GPa
+LARGEST_STRESS_WORK = 30.0  # eV per atom, volume times stress: about 500 GPa
+LARGEST_CURVATURE = 1000.0  # eV/Å², more than three times that of the stiffest bonds
+HARMONIC_FORCE = 30.0  # eV/Å: beyond, atoms are too close for the bound on curvatures
+MAX_FRAMES, MIN_SPARE = 500, 8  # frames for that bound, and how many more than fitted numbers
+ALL_ELECTRONS = (
+    0.99,
+    1.05,
+)  # of atoms' energies; pseudopotentials in eV come near by chance (0.976 for Li3PS4)
+SURE = 3.0  # standard errors
 
 FORCE_FACTORS = {
     1 / units.Hartree: "energies in Hartree",
@@ -63,16 +81,54 @@ def implausible_units(frames: Sequence[Atoms]) -> list[str]:
             f"energies change by {stress_factor:.3g} times the work of the stresses{_name(stress_factor, STRESS_FACTORS)}; "
             "convert them to eV/Å³, positive under tension"
         )
-    stresses = [abs(s).max() for a in frames if (s := _stress(a)) is not None]
-    if stress_factor is None and stresses and np.median(stresses) > LARGEST_STRESS:
-        typical = float(np.median(stresses))
+    stresses = [(a, abs(s).max()) for a in frames if a.cell.rank == 3 and (s := _stress(a)) is not None]
+    works = [stress * a.get_volume() / len(a) for a, stress in stresses]
+    if stress_factor is None and works and np.median(works) > LARGEST_STRESS_WORK:
+        typical = float(np.median([stress for _, stress in stresses]))
         found.append(
             f"stresses of {typical:.3g} eV/Å³ ({typical / units.GPa:.3g} GPa) are implausible; if they are in kbar, "
             f"multiply them by {0.1 * units.GPa:.4g}, if in GPa by {units.GPa:.4g}"
         )
     if not found and _in_hartree(frames):
         found.append(f"energies look like total energies in Hartree; multiply them by {units.Hartree:.4f}")
+    curvature = None if found or force_factor is not None else least_curvature(frames)
+    if curvature is not None and curvature > LARGEST_CURVATURE:
+        found.append(
+            f"energies rise so little with the forces that bonds would have curvatures of {curvature:.0f} eV/Å² (the "
+            f"stiffest have about 300); if energies are in Hartree, multiply them by {units.Hartree:.4f}, if in Rydberg by "
+            f"{units.Rydberg:.4f}"
+        )
     return found
+
+
+def least_curvature(frames: Sequence[Atoms]) -> float | None:
+    """Lower bound (eV/Å²) of the curvature that squared forces and energies of frames need; ``None`` if they say nothing."""
+    kept = [
+        atoms
+        for atoms in frames
+        if len(atoms) > 1
+        and _energy(atoms) is not None
+        and (forces := _forces(atoms)) is not None
+        and np.abs(forces).max() < HARMONIC_FORCE
+    ]
+    kept = kept[:: max(1, -(-len(kept) // MAX_FRAMES))]
+    if len(kept) <= MIN_SPARE:
+        return None
+    weights = np.array([len(atoms) ** -0.5 for atoms in kept])
+    elements = np.array([np.bincount(atoms.numbers, minlength=119) for atoms in kept], dtype=float)
+    _, kind = np.unique(elements, axis=0, return_inverse=True)
+    kind = kind.reshape(-1)
+    columns = np.eye(kind.max() + 1)[kind] if 3 * (kind.max() + 1) <= len(kept) else elements
+    columns = columns * weights[:, None]
+    labels = [[_energy(atoms), np.square(_forces(atoms)).sum()] for atoms in kept]  # type: ignore[arg-type]
+    fitted, _, rank, _ = np.linalg.lstsq(columns, np.array(labels) * weights[:, None], rcond=None)
+    energy, squares = (np.array(labels) * weights[:, None] - columns @ fitted).T
+    spare = len(kept) - int(rank) - 1
+    if spare < MIN_SPARE or squares @ squares < 1e-9:
+        return None
+    slope = energy @ squares / (squares @ squares)
+    error = np.sqrt(np.square(energy - slope * squares).sum() / spare / (squares @ squares))
+    return float(0.5 / (slope + SURE * error)) if slope > SURE * error else None
 
 
 def work_factors(frames: Sequence[Atoms]) -> tuple[float | None, float | None]:
@@ -140,7 +196,7 @@ def _in_hartree(frames: Sequence[Atoms]) -> bool:
         for atoms in frames
         if (energy := _energy(atoms)) is not None and set(atoms.numbers.tolist()) <= ATOMS.keys()
     ]
-    return bool(ratios) and 0.95 < float(np.median(ratios)) < 1.05
+    return bool(ratios) and ALL_ELECTRONS[0] < float(np.median(ratios)) < ALL_ELECTRONS[1]
 
 
 def _name(factor: float, names: dict[float, str]) -> str:

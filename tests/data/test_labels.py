@@ -21,7 +21,7 @@ from ase_gffmerge.data.labels import (
     require_labels,
     stress_label,
 )
-from ase_gffmerge.data.plausibility import implausible_units, work_factors
+from ase_gffmerge.data.plausibility import ATOMS, implausible_units, least_curvature, work_factors
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import FramesError, LabelWarning
 from ase_gffmerge.inference.errors import labels
@@ -322,12 +322,70 @@ def test_right_units_and_noise_say_nothing() -> None:
     assert work_factors(crystals) == (None, None)
 
 
+UNRELATED = [
+    "CH3OH",
+    "H2O",
+    "C2H6",
+    "C2H2",
+    "HCN",
+    "N2",
+    "CO2",
+    "H2CO",
+    "CH4",
+    "C6H6",
+    "CH3CN",
+    "N2O",
+    "C2H4",
+    "CO",
+]
+
+
+def springs(scale: float, n: int = 2) -> list[Atoms]:
+    """Molecules of different compositions whose bonds are springs of 30 eV/Å², and whose energies are of that scale."""
+    rng, frames = np.random.default_rng(0), []
+    for name in UNRELATED * n:
+        atoms = molecule(name)
+        distances = atoms.get_all_distances()
+        pairs = np.argwhere(np.triu((distances > 0) & (distances < 1.6)))
+        atoms.rattle(rng.choice([0.02, 0.05, 0.1]), rng=rng)
+        energy, forces = -5.0 * len(atoms) + rng.normal(scale=0.05), np.zeros((len(atoms), 3))
+        for i, j in pairs:
+            bond = atoms.positions[j] - atoms.positions[i]
+            stretch = np.linalg.norm(bond) - distances[i, j]
+            energy += 15 * stretch**2
+            forces[i] += (pull := 30 * stretch * bond / np.linalg.norm(bond))
+            forces[j] -= pull
+        atoms.positions += rng.uniform(
+            5, 50, 3
+        )  # too far from frames of the same atoms for the work of forces
+        atoms.calc = SinglePointCalculator(atoms, energy=energy * scale, forces=forces)
+        frames.append(atoms)
+    return frames
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_unrelated_frames_in_hartree(n: int) -> None:
+    """Compositions that occur once, twice or eight times: bonds that no molecule has tell the unit."""
+    assert least_curvature(springs(1, n)) < 300
+    assert implausible_units(springs(1, n)) == []
+    (said,) = implausible_units(springs(1 / units.Hartree, n))
+    assert "if energies are in Hartree, multiply them by 27.2114, if in Rydberg by 13.6057" in said
+    assert least_curvature(springs(0.0, n)) is None
+    assert least_curvature(springs(1, n)[:8]) is None
+
+
 def test_total_energies_in_hartree_and_stresses_out_of_this_world() -> None:
     water = molecule("H2O")
     water.calc = SinglePointCalculator(water, energy=-76.4, forces=np.zeros((3, 3)))
     (said,) = implausible_units([water])
     assert said == "energies look like total energies in Hartree; multiply them by 27.2114"
+    atoms = sum(ATOMS[z] for z in water.numbers)
+    water.calc = SinglePointCalculator(water, energy=-0.976 * atoms, forces=np.zeros((3, 3)))
+    assert implausible_units([water]) == []  # pseudopotentials in eV may come as near
     cell = bulk("Cu")
     cell.calc = SinglePointCalculator(cell, energy=0.0, forces=np.zeros((1, 3)), stress=np.full(6, 45.0))
     (said,) = implausible_units([cell])
     assert "if they are in kbar, multiply them by 0.0006242" in said
+    cell.set_cell([30, 30, 30])
+    cell.calc = SinglePointCalculator(cell, energy=0.0, forces=np.zeros((1, 3)), stress=np.full(6, 0.2))
+    assert "0.2 eV/Å³" in implausible_units([cell])[0]  # a molecule in a box
