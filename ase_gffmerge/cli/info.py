@@ -82,7 +82,7 @@ def readable(document: dict[str, Any]) -> dict[str, Any]:
         size = f"{training['n_train']} frames, {training['epochs']} epochs"
         rows["trained on"] = f"{training['data_set']} ({size})"
         rows["frames seen"] = training["seen_frames"] or "not recorded"
-        rows["test errors"] = _pairs(training["errors"]) or "not measured"
+        rows["test errors"] = _errors(training["errors"]) or "not measured"
         rows["ancestors"] = ", ".join(key[:12] for key in training["lineage"]) or "none"
     rows["fingerprint"] = document["fingerprint"]
     return rows
@@ -120,6 +120,25 @@ def _differences(options: dict[str, Any], usual: dict[str, Any]) -> dict[str, An
         elif key not in usual or usual[key] != value:
             found[key] = value
     return found
+
+
+def _errors(errors: dict[str, Any]) -> str:
+    """Errors in the names and units of ``gffmerge evaluate``."""
+    found = [
+        f"{key.replace('_', ' ').replace('mae', 'MAE').replace('rmse', 'RMSE')} {scale * errors[key]:.4g} {unit}"
+        for key, (scale, unit) in UNITS_OF_ERRORS.items()
+        if errors.get(key) is not None
+    ]
+    others = {key: value for key, value in errors.items() if key not in UNITS_OF_ERRORS}
+    return ", ".join([*found, *([_pairs(others)] if others else [])])
+
+
+UNITS_OF_ERRORS = {
+    "force_mae": (1000, "meV/Å"),
+    "force_rmse": (1000, "meV/Å"),
+    "energy_mae": (1000, "meV/atom"),
+    "stress_mae": (1, "GPa"),
+}
 
 
 def _pairs(mapping: Any) -> str:

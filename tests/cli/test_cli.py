@@ -379,7 +379,10 @@ def test_info(gffmerge, merged: Path) -> None:
     assert re.search(r"recipe +[\w-]+, but .*readout\.width 16", text)
     assert "ridge" not in text  # as in the preset
     assert "verdict" in text
-    assert "test errors" in gffmerge("info", "methanol.safetensors").out
+    (errors,) = (
+        line for line in gffmerge("info", "methanol.safetensors").out.splitlines() if "test errors" in line
+    )
+    assert errors.split(maxsplit=2)[2] == "force MAE 100 meV/Å"
 
 
 def test_md(gffmerge, files: Path) -> None:
