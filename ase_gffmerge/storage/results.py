@@ -27,7 +27,9 @@ from ase_gffmerge.storage.tensor_file import (
 Record = Mapping[str, object]
 """One result: JSON-able values and arrays of numbers by name."""
 
-KIND = "results"
+KIND = "results, second version"
+NUMBER = "number"
+"""In the place of an array's type: a float of Python."""
 
 
 @dataclass(frozen=True)
@@ -104,31 +106,54 @@ def _keys(metadata: Mapping[str, object]) -> Sequence[str]:
 def _packed(
     keys: Sequence[str], records: Sequence[Record]
 ) -> tuple[dict[str, object], dict[str, np.ndarray]]:
-    """Everything but arrays, and the entries of all arrays of one name and type, one after the other."""
+    """Arrays and numbers of one name and type in one row, and a list of the forms that records have.
+
+    A form is a list of names, labels of rows, and shapes; most results of a task share one.
+    """
+    forms: dict[tuple[tuple[str, str, tuple[int, ...]], ...], int] = {}
+    of: list[int] = []
     plain: list[dict[str, object]] = []
-    shapes: list[dict[str, tuple[str, tuple[int, ...]]]] = []
     parts: dict[str, list[np.ndarray]] = {}
+    numbers: dict[str, list[float]] = {}
     for record in records:
-        plain.append({name: value for name, value in record.items() if not isinstance(value, np.ndarray)})
-        shapes.append({})
+        form, rest = [], {}
         for name, value in record.items():
             if isinstance(value, np.ndarray):
-                label = f"{name}:{value.dtype.str}"
-                shapes[-1][name] = (label, value.shape)
+                label, shape = f"{name}:{value.dtype.str}", value.shape
                 parts.setdefault(label, []).append(value.ravel())
-    joined = {label: np.concatenate(values) for label, values in parts.items()}
-    arrays = {label: array for label, array in joined.items() if array.size}
-    return {"kind": KIND, "keys": list(keys), "plain": plain, "shapes": shapes}, arrays
+            elif type(value) is float:
+                label, shape = f"{name}:{NUMBER}", ()
+                numbers.setdefault(label, []).append(value)
+            else:
+                rest[name] = value
+                continue
+            form.append((name, label, shape))
+        of.append(forms.setdefault(tuple(form), len(forms)))
+        plain.append(rest)
+    rows = {label: np.concatenate(values) for label, values in parts.items()}
+    rows |= {label: np.array(values) for label, values in numbers.items()}
+    metadata: dict[str, object] = {
+        "kind": KIND,
+        "keys": list(keys),
+        "forms": list(forms),
+        "of": of,
+        "plain": plain if any(plain) else [],
+    }
+    return metadata, {label: row for label, row in rows.items() if row.size}
 
 
 def _unpacked(metadata: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Iterator[Record]:
     """Inverse of :func:`_packed`."""
     taken: dict[str, int] = {}
-    for plain, shapes in zip(metadata["plain"], metadata["shapes"], strict=True):
-        record = dict(plain)
-        for name, (label, shape) in shapes.items():
-            start = taken.get(label, 0)
+    of = metadata["of"]
+    for index, rest in zip(of, metadata["plain"] or [{}] * len(of), strict=True):
+        record = dict(rest)
+        for name, label, shape in metadata["forms"][index]:
+            start, kind = taken.get(label, 0), label.rpartition(":")[2]
             taken[label] = end = start + math.prod(shape)
-            array = arrays[label] if label in arrays else np.empty(0, dtype=label.rpartition(":")[2])
-            record[name] = array[start:end].reshape(shape).copy()
+            if kind == NUMBER:
+                record[name] = float(arrays[label][start])
+            else:
+                array = arrays[label] if label in arrays else np.empty(0, dtype=kind)
+                record[name] = array[start:end].reshape(shape).copy()
         yield record

