@@ -18,7 +18,7 @@ ARGUMENT, FIELD = (
     re.compile(r"(?<![{\w])([a-z_]{3,})="),
     re.compile(r"\b([a-z_]+): (?:null|true|\{\}|shared)"),
 )
-OF_OTHERS = {"axis", "biases", "head", "pbc"}
+OF_OTHERS = {"axis", "head", "modal", "pbc"}
 """Arguments of ASE, numpy and the vendors' packages."""
 
 

@@ -72,6 +72,8 @@ class Adapter(ABC):
         Of the potentials that it reads and writes: ``module:class`` by name; the modules may need the package.
     shipped
         Names of weights that come with the package.
+    choice
+        What one of several force fields in a file is chosen by, in ``FILE#choice=NAME``; empty where a file holds one.
     """
 
     vendor: ClassVar[str]
@@ -79,6 +81,7 @@ class Adapter(ABC):
     package: ClassVar[str]
     distribution: ClassVar[str] = ""
     shipped: ClassVar[tuple[str, ...]] = ()
+    choice: ClassVar[str] = ""
     architectures: ClassVar[Mapping[str, str]]
 
     @abstractmethod
@@ -95,9 +98,23 @@ class Adapter(ABC):
         Raises
         ------
         FileFormatError
-            When the package is not installed, there is no such file, it holds code and is not trusted, or a model with parts
-            that are not known here.
+            When the package is not installed, there is no such file, it holds code and is not trusted, a model with parts
+            that are not known here, or several force fields of which none is chosen.
         """
+
+    def read_chosen(self, source: VendorObject, name: str, *, trust: bool = False) -> ConvertedModel:
+        """Convert one of the force fields that a file holds, by its name; see :attr:`choice` and :meth:`read`.
+
+        Parameters
+        ----------
+        source
+            Path or object of the vendor's class, as for :meth:`read`.
+        name
+            Of the chosen one, after ``#choice=``.
+        trust
+            Execute code that the file may contain.
+        """
+        raise FileFormatError(f"{self.models} files hold one force field each; give {source} without #")
 
     @abstractmethod
     def vendor_content(self, potential: Potential) -> VendorObject:
@@ -293,22 +310,6 @@ P = TypeVar("P", bound=Potential)
 
 SAME = 1e-3
 """Of energies per atom, relative to their spread and size: far above round-off, far below a missing part."""
-
-
-def one_number_of_scalars(numbers: Collection[int], *, of: str) -> int:
-    """The number of scalars after every block.
-
-    Raises
-    ------
-    FileFormatError
-        When blocks differ.
-    """
-    different = sorted(set(numbers))
-    if len(different) > 1:
-        raise FileFormatError(
-            f"the model's {of} have different numbers of scalars {different}, which is not read"
-        )
-    return different[0]
 
 
 def converted(

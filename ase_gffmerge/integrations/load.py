@@ -49,7 +49,8 @@ def load_force_field(
     ----------
     source
         A bundled name, the path of a ``.safetensors`` file, or ``vendor:what``: the path of the vendor's file or a name
-        of its pretrained weights (``chgnet:0.3.0``).
+        of its pretrained weights (``chgnet:0.3.0``). Where a file holds several force fields, ``#head=NAME`` or
+        ``#modality=NAME`` behind it says which one.
     calibration
         Unlabelled frames typical of what the force field knows, or a file of them; a merge needs some. Default: those in
         the file.
@@ -91,7 +92,8 @@ def from_vendor(
     vendor
         One of :data:`~ase_gffmerge.integrations.base.ADAPTERS`.
     source
-        Path of the vendor's file, a name of its pretrained weights, or its model in memory.
+        Path of the vendor's file, a name of its pretrained weights (both perhaps with ``#head=NAME``, as for
+        :func:`load_force_field`), or its model in memory.
     calibration
         Unlabelled frames typical of what it was fine-tuned on; a merge needs some.
     name
@@ -106,11 +108,15 @@ def from_vendor(
     FileFormatError
         When there is no such file, it holds code and is not trusted, or a model that the adapter cannot read.
     """
-    converted = ADAPTERS[vendor].read(source, trust=trust)
+    adapter = ADAPTERS[vendor]
+    path, kind, chosen = split_choice(source) if isinstance(source, str | Path) else (source, "", "")
+    if kind and adapter.choice and kind != adapter.choice:
+        raise FileFormatError(f"{adapter.models} files have no {kind}; write #{adapter.choice}={chosen}")
+    converted = adapter.read_chosen(path, chosen, trust=trust) if kind else adapter.read(path, trust=trust)
     require_finite(converted.potential, f"{vendor}:{source}")
-    in_file = isinstance(source, str | Path) and Path(source).exists()
-    stem = Path(str(source)).name.split(".")[0] if in_file else ""
-    label = source if isinstance(source, str) else "model"
+    in_file = isinstance(path, str | Path) and Path(path).exists()
+    stem = "-".join(filter(None, (Path(str(path)).name.split(".")[0], chosen))) if in_file else ""
+    label = "-".join(filter(None, (str(path), chosen))) if isinstance(source, str) else "model"
     return ForceField(
         name=name or converted.name or stem or f"{vendor}-{label}",
         potential=converted.potential,
@@ -118,6 +124,14 @@ def from_vendor(
         level_of_theory=level_of_theory or converted.level_of_theory,
         provenance=Provenance(origin=f"{converted.vendor} {converted.version}".strip()),
     )
+
+
+def split_choice(source: str | Path) -> tuple[str, str, str]:
+    """Split ``FILE#head=NAME`` into file, kind and name of the choice, which are empty where nothing is chosen."""
+    text = str(source)
+    path, _, choice = text.rpartition("#")
+    kind, equals, name = choice.partition("=")
+    return (path, kind, name) if path and equals and not Path(text).exists() else (text, "", "")
 
 
 def shipped(architecture: str) -> Iterator[ForceField]:
@@ -261,18 +275,20 @@ def file_of(source: str | Path) -> Path | None:
     return _located(source)[1]
 
 
-def _located(source: str | Path) -> tuple[str, Path | None]:
-    """What stands before the path in a source, and the path."""
+def _located(source: str | Path) -> tuple[str, Path | None, str]:
+    """What stands before the path in a source, the path, and what stands behind it."""
     if parts := vendor_source(source):
         vendor, rest = parts
-        name, at, path = ("", "", rest) if Path(rest).exists() else rest.rpartition("@")
-        return f"{vendor}:{name}{at}", Path(path) if Path(path).exists() else None
-    return "", None if bundled_path(source) != Path(source) else Path(source)
+        file, kind, chosen = split_choice(rest)
+        name, at, path = ("", "", file) if Path(file).exists() else file.rpartition("@")
+        behind = f"#{kind}={chosen}" if kind else ""
+        return f"{vendor}:{name}{at}", Path(path) if Path(path).exists() else None, behind
+    return "", None if bundled_path(source) != Path(source) else Path(source), ""
 
 
 def describe(source: Source) -> str | dict[str, str]:
     """Describe a source as JSON: its bundled name, its absolute path, or what the object in memory is."""
     if isinstance(source, ForceField):
         return {"name": source.name, "fingerprint": source.fingerprint}
-    before, path = _located(source)
-    return str(source) if path is None else f"{before}{path.absolute()}"
+    before, path, behind = _located(source)
+    return str(source) if path is None else f"{before}{path.absolute()}{behind}"

@@ -6,13 +6,14 @@ of the package together with the names of the entries that it reads and writes.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.integrations.base import VendorObject
 from ase_gffmerge.models.base import HyperParameters, Potential, Stage, State
@@ -272,3 +273,19 @@ class SummedReadout(PackageReadout):
         last = scalars[-len(self.module) :]
         energies = [part(x).squeeze(-1) for part, x in zip(self.module, last, strict=True)]
         return torch.stack(energies).sum(dim=0)
+
+
+def one_number_of_scalars(numbers: Collection[int], *, of: str) -> int:
+    """The number of scalars after every block.
+
+    Raises
+    ------
+    FileFormatError
+        When blocks differ.
+    """
+    different = sorted(set(numbers))
+    if len(different) > 1:
+        raise FileFormatError(
+            f"the model's {of} have different numbers of scalars {different}, which is not read"
+        )
+    return different[0]

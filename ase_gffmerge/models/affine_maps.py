@@ -6,7 +6,7 @@ Every supported layer maps rows linearly, :math:`y = [x\ 1]\,\Theta`, once its i
 * ``nn.Linear`` (and torch_geometric's ``Linear``): rows are all leading dimensions, so the Cartesian components of a
   vector feature (n_atoms, 3, channels) are extra rows; a bias adds a column of ones.
 * ``e3nn.o3.Linear``: one map per output irrep from all inputs of that irrep; the 2l+1 components are extra rows, and
-  Θ includes e3nn's path weight, Θ = path_weight · W. Equivariance holds by construction.
+  Θ includes e3nn's path weight, Θ = path_weight · W. Equivariance holds by construction. Invariant outputs may have a bias.
 * the layers of ``e3nn.nn.FullyConnectedNet``: bias-free, Θ = factor · W; the target is the value before the activation.
 * :class:`.ElementLinear`: one map per element and output irrep; the rows of atoms of other elements are zero.
 
@@ -305,15 +305,14 @@ def _element_map(name: str, layer: ElementLinear, row: int, i_out: int) -> Affin
 @register_layer(lambda module: isinstance(module, EquivariantLinear))
 def _equivariant_maps(name: str, layer: EquivariantLinear) -> Iterator[AffineMap]:
     """One map per output irrep; e3nn stores the weights of its instructions one after the other."""
-    if any(instruction.i_in < 0 for instruction in layer.instructions):
-        raise NotImplementedError(
-            f"{name}: an o3.Linear with biases cannot be aligned; build it with biases=False"
-        )
-    labels = _labels(layer.irreps_out)
-    for i_out, (_, irrep) in enumerate(layer.irreps_out):
-        paths = [i for i, instruction in enumerate(layer.instructions) if instruction.i_out == i_out]
+    labels, start = _labels(layer.irreps_out), 0
+    for i_out, (channels, irrep) in enumerate(layer.irreps_out):
+        own = [(i, entry.i_in) for i, entry in enumerate(layer.instructions) if entry.i_out == i_out]
+        paths = [i for i, i_in in own if i_in >= 0]
+        bias = slice(start, start + channels) if len(paths) < len(own) else None
+        start += channels if bias else 0
         if paths:
-            yield _equivariant_map(f"{name}[{labels[i_out]}]", layer, paths, irrep.dim)
+            yield _equivariant_map(f"{name}[{labels[i_out]}]", layer, paths, irrep.dim, bias=bias)
 
 
 def _labels(irreps: Iterable[tuple[int, object]]) -> list[str]:
@@ -325,7 +324,10 @@ def _labels(irreps: Iterable[tuple[int, object]]) -> list[str]:
     ]
 
 
-def _equivariant_map(name: str, layer: EquivariantLinear, paths: list[int], dim: int) -> AffineMap:
+def _equivariant_map(
+    name: str, layer: EquivariantLinear, paths: list[int], dim: int, *, bias: slice | None
+) -> AffineMap:
+    """Map of the paths to one output irrep of ``dim`` components, whose offsets are a part of the layer's bias."""
     inputs = [layer.instructions[i].i_in for i in paths]
     slices = layer.irreps_in.slices()
 
@@ -337,16 +339,23 @@ def _equivariant_map(name: str, layer: EquivariantLinear, paths: list[int], dim:
         views = [
             layer.weight_view_for_instruction(i).detach() * layer.instructions[i].path_weight for i in paths
         ]
-        return torch.cat(views)
+        return torch.cat([*views, layer.bias.detach()[None, bias]] if bias else views)
 
     def parameters(theta: Tensor) -> dict[str, Tensor]:
         pieces, start = [], 0
         for i, instruction in enumerate(layer.instructions):
+            if instruction.i_in < 0:
+                continue
             piece = layer.weight_view_for_instruction(i).detach()
             if i in paths:
                 piece = theta[start : start + len(piece)] / instruction.path_weight
                 start += len(piece)
             pieces.append(piece.flatten())
-        return {"weight": torch.cat(pieces)}
+        weight = {"weight": torch.cat(pieces)}
+        if bias is None:
+            return weight
+        offsets = layer.bias.detach().clone()
+        offsets[bias] = theta[-1]
+        return {**weight, "bias": offsets}
 
-    return AffineMap(name, layer, False, rows, read, parameters)
+    return AffineMap(name, layer, bias is not None, rows, read, parameters)

@@ -131,6 +131,46 @@ def test_a_head_is_chosen(head, reference):
     assert potential.references[0] == pytest.approx(reference)
 
 
+def test_a_head_of_a_file_is_chosen(tmp_path):
+    """By its name, never silently, also where one is called Default; its results are the vendor's."""
+    model = build(**SCALARS, **TWO_HEADS)
+    source = checkpoint(tmp_path / "two.pt", model)
+    torch.save(model, tmp_path / "two.model")
+    for words, wrong in {
+        "heads mp, Default; choose one.*#head=Default": source,
+        "and no dft; choose one": f"{source}#head=dft",
+        "have no modality; write #head=mp": f"{source}#modality=mp",
+    }.items():
+        with pytest.raises(FileFormatError, match=words):
+            load_force_field(wrong)
+    chosen = load_force_field(f"{source}#head=mp")
+    assert chosen.name == "two-mp"
+    trusted = from_vendor("mace", f"{tmp_path / 'two.model'}#head=mp", trust=True)
+    assert trusted.fingerprint == chosen.fingerprint
+    ours = GFFMergeCalculator(chosen, dtype="float64", device="cpu")
+    for atoms in structures():
+        assert_same(ours, calculator(model, head="mp"), atoms, tolerance=1e-11)
+
+
+def test_low_rank_changes_are_read_as_the_weights_that_they_stand_for():
+    from mace.modules.lora import inject_LoRAs, merge_lora_weights
+
+    plain = build()
+    with package_mode():
+        changed = inject_LoRAs(deepcopy(plain), rank=2, alpha=4)
+    with torch.no_grad():
+        for name, value in changed.named_parameters():
+            if "lora_" in name:
+                value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(3)))
+    read = from_vendor("mace", changed)
+    assert any("lora" in name for name, _ in changed.named_parameters())
+    assert read.fingerprint == from_vendor("mace", merge_lora_weights(changed, inplace=False)).fingerprint
+    assert read.fingerprint != from_vendor("mace", plain).fingerprint
+    ours = GFFMergeCalculator(read, dtype="float64", device="cpu")
+    for atoms in structures():
+        assert_same(ours, calculator(changed), atoms, tolerance=1e-10)
+
+
 def test_reading_leaves_the_process_alone():
     torch.manual_seed(3)
     before = torch.get_default_dtype(), torch.get_rng_state()

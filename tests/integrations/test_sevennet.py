@@ -24,10 +24,17 @@ from helpers.vendor_models import (
 sevenn = pytest.importorskip("sevenn", reason="needs the package sevenn: pip install sevenn")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-from ase_gffmerge import GFFMergeCalculator  # noqa: E402
+from ase_gffmerge import ForceField, GFFMergeCalculator  # noqa: E402
 from ase_gffmerge.errors import FileFormatError  # noqa: E402
 from ase_gffmerge.integrations import ADAPTERS  # noqa: E402
-from ase_gffmerge.integrations.load import export, from_vendor, load_force_field  # noqa: E402
+from ase_gffmerge.integrations.load import (  # noqa: E402
+    describe,
+    export,
+    file_of,
+    from_vendor,
+    load_force_field,
+)
+from ase_gffmerge.models.affine_maps import affine_maps  # noqa: E402
 from ase_gffmerge.testing import check_calculator, check_integration  # noqa: E402
 
 TYPES = (6, 1, 8)
@@ -68,6 +75,28 @@ VARIANTS = {
 }
 
 
+TWO_MODALITIES = {
+    "use_modality": True,
+    "_number_of_modalities": 2,
+    "_modal_map": {"R2SCAN": 0, "PBE": 1},
+    "use_modal_node_embedding": False,
+    "use_modal_self_inter_intro": True,
+    "use_modal_self_inter_outro": True,
+    "use_modal_output_block": True,
+    "use_modal_wise_shift": True,
+    "use_modal_wise_scale": True,
+    "shift": [[-2.0, -1.0, -3.0], [-4.0, -2.0, -6.0]],
+    "scale": [[2.0, 1.5, 1.0], [1.0, 1.2, 1.4]],
+}
+"""What a multi-fidelity model is configured with."""
+EVERYWHERE = {
+    "use_modal_node_embedding": True,
+    "use_modal_wise_scale": False,
+    "scale": [2.0, 1.5, 1.0],
+    "self_connection_type": "linear",
+}
+
+
 def complete(config: dict) -> dict:
     elements = {"_number_of_species": len(TYPES), "_type_map": {z: i for i, z in enumerate(TYPES)}}
     return {**CONFIG, "shift": [-2.0, -1.0, -3.0], "scale": [2.0, 1.5, 1.0], **elements, **config}
@@ -102,6 +131,64 @@ def test_pretrained_weights_are_the_vendors():
     assert specialist.level_of_theory.startswith("PBE")
     ours, theirs = GFFMergeCalculator(specialist, device="cpu"), SevenNetCalculator("7net-0", device="cpu")
     assert_same(ours, theirs, salt, tolerance=3e-6)
+
+
+@pytest.mark.parametrize(("modality", "variant"), [("PBE", {}), ("R2SCAN", EVERYWHERE)])
+def test_a_modality_is_chosen(modality, variant, tmp_path):
+    """Its results are the vendor's, from a file, from a calculator, and of the checkpoint with it alone that is written."""
+    from sevenn.calculator import SevenNetCalculator
+
+    changes = TWO_MODALITIES | variant
+    model = build(**changes)
+    source = checkpoint(tmp_path / "both.pth", model, **changes)
+    theirs = SevenNetCalculator(model, file_type="model_instance", modal=modality, device="cpu")
+    chosen = load_force_field(f"{source}#modality={modality}")
+    assert (chosen.name, chosen.level_of_theory) == (f"both-{modality}", modality)
+    assert from_vendor("sevenn", theirs).fingerprint == chosen.fingerprint
+    ours = GFFMergeCalculator(chosen, device="cpu")
+    alone = SevenNetCalculator(export(chosen, tmp_path / "one.pth"), device="cpu")
+    for atoms in structures():
+        assert_same(ours, theirs, atoms, tolerance=3e-6)
+        assert_same(alone, theirs, atoms, tolerance=3e-6)
+    assert any(
+        one.has_bias for name, one in affine_maps(chosen.potential).items() if "self_interaction" in name
+    )
+
+
+def test_no_modality_is_chosen_silently(tmp_path):
+    source = checkpoint(tmp_path / "both.pth", build(**TWO_MODALITIES), **TWO_MODALITIES)
+    one = checkpoint(tmp_path / "one.pth", build())
+    for words, wrong in {
+        r"R2SCAN, PBE; choose one.*#modality=R2SCAN": source,
+        "and no SCAN; choose one": f"{source}#modality=SCAN",
+        "have no head; write #modality=PBE": f"{source}#head=PBE",
+        "no modalities to choose PBE from": f"{one}#modality=PBE",
+    }.items():
+        with pytest.raises(FileFormatError, match=words):
+            load_force_field(wrong)
+    chosen = describe(f"{source}#modality=PBE")
+    assert chosen == f"{source}#modality=PBE"
+    assert file_of(chosen) == tmp_path / "both.pth"
+
+
+def test_published_modalities_are_the_vendors():
+    from sevenn.calculator import SevenNetCalculator
+
+    salt = bulk("NaCl", "rocksalt", a=5.6)
+    salt.rattle(0.1, seed=2)
+    specialist = load_force_field("sevenn:7net-mf-0#modality=R2SCAN")
+    assert specialist.name == "sevenn-7net-mf-0-R2SCAN"
+    ours = GFFMergeCalculator(specialist, device="cpu")
+    assert_same(ours, SevenNetCalculator("7net-mf-0", modal="R2SCAN", device="cpu"), salt, tolerance=3e-6)
+
+
+def test_copies_of_a_modality_merge_into_the_original():
+    from sevenn.calculator import SevenNetCalculator
+
+    model = build(**TWO_MODALITIES).double()
+    both = SevenNetCalculator(model, file_type="model_instance", modal="PBE", device="cpu")
+    frames = ForceField.load("rmd17-ethanol").calibration[:5]
+    assert_copies_merge_into(from_vendor("sevenn", both, calibration=frames))
 
 
 def test_the_adapter_does_what_its_users_rely_on():
@@ -185,8 +272,6 @@ def test_checkpoints_are_read_without_code(tmp_path, capsys):
         with pytest.raises(FileFormatError, match=words):
             load_force_field(source)
     assert "executed" not in capsys.readouterr().out
-    with pytest.raises(FileFormatError, match="biases"):
-        ADAPTERS["sevenn"].read(build(use_bias_in_linear=True))
     with pytest.raises(FileFormatError, match="no SevenNet model"):
         ADAPTERS["sevenn"].read(torch.nn.Linear(2, 2))
 

@@ -88,10 +88,23 @@ def test_layers_are_found_in_execution_order_and_unused_ones_left_out() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_equivariant_linear_with_bias_is_refused() -> None:
-    layer = o3.Linear("2x0e", "2x0e", biases=True)
-    with pytest.raises(NotImplementedError, match="biases=False"):
-        layer_maps("layer", layer)
+def test_an_equivariant_linear_layer_with_biases_is_a_map_with_offsets() -> None:
+    layer = o3.Linear("2x0e+1x0e+2x1o", "3x0e+2x1o+1x0e", biases=True)
+    with torch.no_grad():
+        layer.bias.copy_(torch.arange(1.0, 5.0))
+    x = torch.randn(7, 9)
+    y = layer(x)
+    maps = layer_maps("layer", layer)
+    assert [one.has_bias for one in maps] == [True, False, True]
+    outputs = [one.design(x) @ one.read() for one in maps]
+    torch.testing.assert_close(outputs[0], y[:, :3])
+    torch.testing.assert_close(outputs[1].unflatten(0, (7, 3)).transpose(1, 2).flatten(1), y[:, 3:9])
+    torch.testing.assert_close(outputs[2], y[:, 9:])
+    before = {name: value.clone() for name, value in layer.named_parameters()}
+    for one in maps:
+        one.write(2 * one.read())
+    for name, value in layer.named_parameters():
+        torch.testing.assert_close(value, 2 * before[name])
 
 
 def test_a_linear_layer_whose_weights_are_a_vector_is_no_problem() -> None:

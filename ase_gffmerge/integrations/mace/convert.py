@@ -29,6 +29,7 @@ class MACEAdapter(Adapter):
     """Reads and writes models of the package ``mace-torch``."""
 
     vendor, models, package, distribution = "mace", "MACE", "mace", "mace-torch"
+    choice = "head"
     architectures: ClassVar[dict[str, str]] = {
         "mace-package": "ase_gffmerge.integrations.mace.model:MACEPackage"
     }
@@ -39,17 +40,34 @@ class MACEAdapter(Adapter):
         Raises
         ------
         FileFormatError
-            When the package is not installed, there is no such file, it holds code and is not trusted, or a model with parts
-            that are not known here.
+            When the package is not installed, there is no such file, it holds code and is not trusted, a model with parts
+            that are not known here, or several heads of which none is chosen.
         """
+        return self._read(source, None, trust=trust)
+
+    def read_chosen(self, source: VendorObject, name: str, *, trust: bool = False) -> ConvertedModel:
+        """Convert a model with one of its heads; see :meth:`read`.
+
+        Parameters
+        ----------
+        source
+            Path or object of the vendor's class, as for :meth:`read`.
+        name
+            Of the head.
+        trust
+            Execute code that the file may contain.
+        """
+        return self._read(source, name, trust=trust)
+
+    def _read(self, source: VendorObject, head: str | None, *, trust: bool) -> ConvertedModel:
         self.require_package()
         from ase_gffmerge.integrations.mace.io import find_network, load_network
 
         if isinstance(source, str | Path):
             source = load_network(Path(source), trust=trust)
-        network, head = find_network(source)
+        network, row = find_network(source, head)
         return ConvertedModel(
-            potential=_convert(network, head), vendor="mace-torch", version=version("mace-torch")
+            potential=_convert(network, row), vendor="mace-torch", version=version("mace-torch")
         )
 
     def vendor_content(self, potential: Potential) -> VendorObject:

@@ -75,15 +75,15 @@ def _build(content: Mapping[str, VendorObject], path: Path) -> nn.Module:
     return network
 
 
-def find_network(source: VendorObject) -> tuple[VendorObject, int]:
-    """Model and number of its head, of a calculator or a model.
+def find_network(source: VendorObject, head: str | None = None) -> tuple[VendorObject, int]:
+    """Model and number of its head; low-rank changes (LoRA) are added to the weights that they change.
 
     Raises
     ------
     FileFormatError
-        When there is no model of a known class, several of them, or several heads and none is chosen.
+        When there is no model of a known class, several of them, or several heads and none of that name.
     """
-    network, head = source, None
+    network = source
     if hasattr(source, "models") and hasattr(source, "energy_units_to_eV"):
         if len(source.models) > 1:
             raise FileFormatError(
@@ -92,19 +92,29 @@ def find_network(source: VendorObject) -> tuple[VendorObject, int]:
         if (source.energy_units_to_eV, source.length_units_to_A) != (1.0, 1.0):
             raise FileFormatError("the MACECalculator converts units; a model in eV and Å is needed")
         network, head = source.models[0], getattr(source, "head", None)
+    network = _without_adapters(network)
     _require_known(network)
     heads = list(getattr(network, "heads", None) or ["Default"])
-    if len(heads) == 1:
+    if head is None and len(heads) == 1:
         return network, 0
-    chosen = [
-        i for i, name in enumerate(heads) if name == head or (head is None and name.lower() == "default")
-    ]
-    if len(chosen) != 1:
+    if head not in heads:
         raise FileFormatError(
-            f"the MACE has the heads {', '.join(heads)}; choose one in Python: from_vendor('mace', MACECalculator(FILE, "
-            f"head={heads[-1]!r})), of ase_gffmerge.integrations.load"
+            f"the MACE has the heads {', '.join(heads)}{f' and no {head}' if head else ''}; choose one, for example "
+            f"mace:FILE#head={heads[-1]}, or MACECalculator(FILE, head={heads[-1]!r})"
         )
-    return network, chosen[0]
+    return network, heads.index(head)
+
+
+def _without_adapters(network: VendorObject) -> VendorObject:
+    """The model with low-rank changes of its weights (LoRA) added to the weights."""
+    try:
+        from mace.modules import lora
+    except ImportError:  # of versions that have none
+        return network
+    kinds = (lora.LoRADenseLinear, lora.LoRAFCLayer, lora.LoRAO3Linear)
+    if not isinstance(network, nn.Module) or not any(isinstance(part, kinds) for part in network.modules()):
+        return network
+    return lora.merge_lora_weights(network, inplace=False)
 
 
 def _require_known(network: VendorObject) -> None:

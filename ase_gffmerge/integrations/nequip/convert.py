@@ -21,9 +21,9 @@ from ase_gffmerge.integrations.base import (
     ConvertedModel,
     VendorObject,
     converted,
-    one_number_of_scalars,
 )
 from ase_gffmerge.integrations.nequip.io import find_network, layers_of, load_network
+from ase_gffmerge.integrations.wrapped import one_number_of_scalars
 from ase_gffmerge.models import Potential
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from e3nn.o3 import Irreps
+from e3nn.o3 import Irreps, Linear
 from torch import Tensor, nn
 
 from ase_gffmerge.errors import FileFormatError, first_line
@@ -19,15 +19,18 @@ from ase_gffmerge.integrations.base import (
     VendorObject,
     converted,
     load_checkpoint,
-    one_number_of_scalars,
 )
+from ase_gffmerge.integrations.wrapped import one_number_of_scalars
 from ase_gffmerge.models import Potential
 
 if TYPE_CHECKING:
     from ase_gffmerge.integrations.sevennet.model import SevenNetPackage
 
 PRETRAINED = ("7net-0", "7net-0_22may2024", "7net-l3i5")
-"""Names of weights that come with the package and are read; all were trained on the Materials Project."""
+"""Names of weights that come with the package and hold one force field; all were trained on the Materials Project."""
+
+SEVERAL = ("7net-mf-0",)
+"""Names of weights that come with the package and hold one force field per modality."""
 
 MATERIALS_PROJECT = "PBE and PBE+U of the Materials Project"
 
@@ -36,33 +39,53 @@ class SevenNetAdapter(Adapter):
     """Reads and writes models of the package ``sevenn``."""
 
     vendor, models, package = "sevenn", "SevenNet", "sevenn"
-    shipped = PRETRAINED
+    shipped, choice = PRETRAINED, "modality"
     architectures: ClassVar[dict[str, str]] = {
         "sevennet-package": "ase_gffmerge.integrations.sevennet.model:SevenNetPackage"
     }
 
     def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
-        """Convert a checkpoint (``.pth``), a name in :data:`PRETRAINED` or a model in memory.
+        """Convert a checkpoint (``.pth``), a name of weights in the package, or a calculator or model in memory.
 
         Raises
         ------
         FileFormatError
-            When the package is not installed, there is no such file, it holds code and is not trusted, or a model with parts
-            that are not known here.
+            When the package is not installed, there is no such file, it holds code and is not trusted, a model with parts
+            that are not known here, or several modalities of which none is chosen.
         """
+        return self._read(source, getattr(source, "modal", None), trust=trust)
+
+    def read_chosen(self, source: VendorObject, name: str, *, trust: bool = False) -> ConvertedModel:
+        """Convert one modality; see :meth:`read`.
+
+        Parameters
+        ----------
+        source
+            Path or object of the vendor's class, as for :meth:`read`.
+        name
+            Of the modality.
+        trust
+            Execute code that the file may contain.
+        """
+        return self._read(source, name, trust=trust)
+
+    def _read(self, source: VendorObject, modality: str | None, *, trust: bool) -> ConvertedModel:
         self.require_package()
-        theory = "unknown"
+        theory = modality or "unknown"
         if not isinstance(source, str | Path):
             network = getattr(source, "model", source)
         else:
-            path = Path(source)
-            if str(source) in PRETRAINED and not path.exists():
-                path, theory = _pretrained(str(source)), MATERIALS_PROJECT
-            content = load_checkpoint(path, trust=trust, source=f"sevenn:{source}", names=PRETRAINED)
+            path, names = Path(source), (*PRETRAINED, *SEVERAL)
+            if str(source) in names and not path.exists():
+                path = _pretrained(str(source))
+                theory = modality or MATERIALS_PROJECT
+            content = load_checkpoint(path, trust=trust, source=f"sevenn:{source}", names=names)
             network = _build(content, path) if isinstance(content, dict) else content
-        potential = _convert(network)
         return ConvertedModel(
-            potential=potential, vendor=self.vendor, version=version("sevenn"), level_of_theory=theory
+            potential=_convert(network, modality),
+            vendor=self.vendor,
+            version=version("sevenn"),
+            level_of_theory=theory,
         )
 
     def vendor_content(self, potential: Potential) -> dict[str, VendorObject]:
@@ -99,20 +122,33 @@ def _build(content: Mapping[str, VendorObject], path: Path) -> nn.Module:
     return network
 
 
-def _convert(network: VendorObject) -> "SevenNetPackage":
-    """A potential with the network's weights that was seen to compute the same."""
-    from ase_gffmerge.integrations.sevennet.model import SevenNetPackage, SevenNetPackageHyper, copy_weights
+def _convert(network: VendorObject, modality: str | None) -> "SevenNetPackage":
+    """A potential with the weights of the network, for one of its modalities if it has any, that computes the same."""
+    from ase_gffmerge.integrations.sevennet.model import (
+        SevenNetPackage,
+        SevenNetPackageHyper,
+        copy_weights,
+        one_modality,
+    )
 
     if not hasattr(network, "edge_embedding") or not getattr(network, "type_map", None):
         raise FileFormatError(
             f"a {type(network).__name__} is no SevenNet model; give a checkpoint, a SevenNetCalculator or its model"
         )
-    if getattr(network, "modal_map", None):
+    known = getattr(network, "modal_map", None) or {}
+    if known and modality not in known:
+        first, unknown = next(iter(known)), f" and no {modality}" if modality else ""
         raise FileFormatError(
-            f"this SevenNet model has several modalities ({', '.join(network.modal_map)}), which are not supported; use "
-            f"{', '.join(PRETRAINED)} or models fine-tuned from them"
+            f"this SevenNet model has the modalities {', '.join(known)}{unknown}; choose one, for example "
+            f"sevenn:FILE#modality={first}, or SevenNetCalculator(FILE, modal={first!r})"
         )
-    arguments = _arguments(network)
+    if modality and not known:
+        raise FileFormatError(
+            f"this SevenNet model has no modalities to choose {modality} from; leave it out"
+        )
+    row = known[modality] if known else None
+    single = network if row is None else one_modality(network, row)
+    arguments = _arguments(single)
     species = tuple(sorted(network.type_map, key=network.type_map.__getitem__))
     scalars = [Irreps(irreps).count("0e") for irreps in arguments["irreps_manual"][1:]]
     hyper = SevenNetPackageHyper(
@@ -124,9 +160,9 @@ def _convert(network: VendorObject) -> "SevenNetPackage":
     )
     return converted(
         lambda: SevenNetPackage(hyper, species),
-        lambda potential: copy_weights(potential, network, species),
+        lambda potential: copy_weights(potential, single, species),
         dtype=network.onehot_to_feature_x.linear.weight.dtype,
-        vendor_energies=lambda graph: _vendor_energies(network, graph),
+        vendor_energies=lambda graph: _vendor_energies(network, graph, row),
         vendor="SevenNet",
     )
 
@@ -146,10 +182,7 @@ def _arguments(network: VendorObject) -> dict[str, VendorObject]:
     readout = getattr(network, "readout_FCN", None)
     names = {function: name for name, function in ACTIVATION.items()}
     power = getattr(edges.cutoff_function, "p", None)
-    if linear.bias.numel():
-        raise FileFormatError(
-            "this SevenNet model has linear layers with biases, which are not supported; leave it out"
-        )
+    biases = [bool(module.bias.numel()) for module in network.modules() if isinstance(module, Linear)]
     return {
         "cutoff": float(network.cutoff),
         "channel": Irreps(linear.irreps_out).dim,
@@ -179,7 +212,7 @@ def _arguments(network: VendorObject) -> dict[str, VendorObject]:
         "conv_denominator": 1.0,
         "train_denominator": False,
         "train_shift_scale": False,
-        "use_bias_in_linear": False,
+        "use_bias_in_linear": any(biases),
         "_normalize_sph": bool(edges.spherical.sph.normalize),
         "readout_as_fcn": readout is not None,
         "readout_fcn_hidden_neurons": [int(width) for width in readout.fcn.hs[1:-1]]
@@ -189,8 +222,8 @@ def _arguments(network: VendorObject) -> dict[str, VendorObject]:
     }
 
 
-def _vendor_energies(network: VendorObject, graph: AtomGraph) -> Tensor:
-    """Energies per atom by the network itself, which works in float32 only."""
+def _vendor_energies(network: VendorObject, graph: AtomGraph, modality: int | None) -> Tensor:
+    """Energies per atom by the network itself, for one of its modalities if it has any; it works in float32 only."""
     network = deepcopy(network).float()
     types = torch.full((119,), -1)
     for number, row in network.type_map.items():
@@ -200,6 +233,12 @@ def _vendor_energies(network: VendorObject, graph: AtomGraph) -> Tensor:
         "edge_vec": edge_vectors(graph).float(),
         "x": types[graph.atomic_numbers],
     }
+    if modality is not None:
+        network.set_is_batch_data(True)
+        data |= {
+            "modal_type": torch.tensor([modality]),
+            "batch": torch.zeros(len(graph), dtype=torch.int64),
+        }
     for name, module in network.named_children():
         if name not in ("reduce_total_enegy", "force_output"):
             data = module(data)

@@ -8,6 +8,7 @@ Weights of a SevenNet of the package ``sevenn``: into a potential, and back into
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from copy import deepcopy
 from importlib.metadata import version
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ from sevenn._const import ACTIVATION
 from sevenn.model_build import build_E3_equivariant_model
 from torch import Tensor, nn
 
+from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.integrations.base import VendorObject, per_element, rows_of_elements
 from ase_gffmerge.integrations.wrapped import (
@@ -127,8 +129,10 @@ class SevenNetPackage(ChainPotential):
                     widths, ACTIVATION[arguments["readout_fcn_activation"]]
                 )
             else:
-                hidden = f"{channels // 2}x0e"
-                network = nn.Sequential(Linear(f"{channels}x0e", hidden), Linear(hidden, "1x0e"))
+                hidden, biases = f"{channels // 2}x0e", arguments["use_bias_in_linear"]
+                network = nn.Sequential(
+                    Linear(f"{channels}x0e", hidden, biases=biases), Linear(hidden, "1x0e", biases=biases)
+                )
         return ScaledReadout(network, len(self.species))
 
     def indices(self, vectors: Tensor, graph: Topology) -> Entries:
@@ -138,6 +142,45 @@ class SevenNetPackage(ChainPotential):
     def edge_functions(self, vectors: Tensor) -> State:
         """Edge vectors and their spherical harmonics."""
         return vectors, self.harmonics(vectors)
+
+
+@torch.no_grad()
+def one_modality(network: VendorObject, row: int) -> VendorObject:
+    """The network for one of its modalities: features that say which one it is become biases of the layers they enter."""
+    single = deepcopy(network)
+    for module in single.modules():
+        if getattr(module, "num_modalities", 0) > 1:
+            module.linear = _with_bias(module.linear, row)
+            module.num_modalities = 0
+    del single.one_hot_modality
+    rescale, own = network.rescale_atomic_energy, single.rescale_atomic_energy
+    if rescale.use_modal_wise_shift:
+        own.shift = nn.Parameter(rescale.shift[row].clone())
+    if rescale.use_modal_wise_scale:
+        own.scale = nn.Parameter(rescale.scale[row].clone())
+    return single
+
+
+def _with_bias(linear: Linear, row: int) -> Linear:
+    """A layer without its last inputs, of which one is 1 and the others are 0, but with the bias that it amounts to."""
+    *irreps, _ = linear.irreps_in
+    with package_mode(linear.weight.dtype):
+        made = Linear(irreps, linear.irreps_out, biases=True)
+    last, offsets = len(irreps), linear.weight.new_zeros(linear.irreps_out.dim)
+    slices = linear.irreps_out.slices()
+    for i, path in enumerate(linear.instructions):
+        if path.i_in == last:
+            offsets[slices[path.i_out]] += linear.weight_view_for_instruction(i)[row] * path.path_weight
+        elif path.i_in < 0:
+            raise FileFormatError(
+                "this SevenNet model has modalities and biases, which is not read; leave it out"
+            )
+        else:
+            same = [(new.i_in, new.i_out) for new in made.instructions].index((path.i_in, path.i_out))
+            view = linear.weight_view_for_instruction(i) * path.path_weight
+            made.weight_view_for_instruction(same).copy_(view / made.instructions[same].path_weight)
+    made.bias.copy_(torch.cat([offsets[slices[p.i_out]] for p in made.instructions if p.i_in < 0]))
+    return made
 
 
 @torch.no_grad()
