@@ -27,7 +27,7 @@ from ase_gffmerge.cli import (
     train,
 )
 from ase_gffmerge.cli.options import VariadicCommand
-from ase_gffmerge.runtime.progress import is_first
+from ase_gffmerge.runtime.progress import is_first, n_started
 
 
 class Verbs(TyperGroup):
@@ -37,6 +37,8 @@ class Verbs(TyperGroup):
         """Import the sub-commands of ``data`` only when they are called; ``benchmark gnn`` is a verb of two words."""
         if args[:2] == ["benchmark", "gnn"]:
             args = ["benchmark gnn", *args[2:]]
+        if args and n_started() > 1:
+            _refuse_to_repeat(args)
         if args and args[0] == "data":
             from ase_gffmerge.cli.data import app as data
 
@@ -112,6 +114,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "relax": relax.relax,
     "sample": sample.sample,
 }
+SHARED = ("merge", "train", "distill", "compare")
+"""Verbs whose work the processes that torchrun starts share."""
 for _name, _verb in VERBS.items():
     app.command(_name, cls=VariadicCommand, epilog=f"Example: {EXAMPLES[_name]}")(_verb)
 app.add_typer(cache.app, name="cache", epilog="Example: gffmerge cache list")
@@ -143,6 +147,24 @@ def _root(
 def main() -> None:
     """Entry point of the command ``gffmerge``."""
     app(prog_name="gffmerge")
+
+
+def _refuse_to_repeat(args: list[str]) -> None:
+    """Raise for what each of the processes that torchrun started would do once more."""
+    from ase_gffmerge.errors import ArgumentError
+
+    verb, n = args[0], n_started()
+    if verb not in SHARED:
+        shared = f"{', '.join(SHARED[:-1])} and {SHARED[-1]}"
+        raise ArgumentError(
+            f"gffmerge {verb} would run {n} times: only {shared} are shared by the processes that torchrun starts; start it "
+            "without torchrun"
+        )
+    if {option.partition("=")[0] for option in args} & {"--workers", "--executor"}:
+        raise ArgumentError(
+            f"gffmerge {verb} is shared by the {n} processes that torchrun started; leave --workers and --executor out, or "
+            "start it without torchrun"
+        )
 
 
 def _is_usage_error(error: Exception) -> bool:

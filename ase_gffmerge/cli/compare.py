@@ -17,7 +17,7 @@ from ase_gffmerge.cli.options import (
     opened_workers,
 )
 from ase_gffmerge.cli.output import note, print_json, print_table, require_outputs
-from ase_gffmerge.runtime.progress import Progress, progress_bar
+from ase_gffmerge.runtime.progress import Progress, is_first, progress_bar
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -62,25 +62,34 @@ def compare(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare all ways to use specialists together on frames that none of them has seen."""
+    """Compare all ways to use specialists together on frames that none of them has seen.
+
+    Several processes share merges and trainings when torchrun starts them, as for merge; other methods they repeat.
+    """
     from ase_gffmerge.evaluation.comparison.inputs import make_merge_inputs, read_labelled, read_tests
     from ase_gffmerge.evaluation.comparison.measurement import RowStore, default_folder
     from ase_gffmerge.integrations.load import load_force_field
+    from ase_gffmerge.runtime.distributed import sharing
     from ase_gffmerge.sampling.on_request import file_of_frames
 
     frames = map(file_of_frames, calibration or ())
     require_outputs(markdown, plot=plot, inputs=[*specialists, *frames, *(test or ())], overwrite=overwrite)
     tests = read_tests(specialists, test or ())
     labelled = read_labelled(labels, specialists, option="--labels") if labels else ()
-    merge_inputs = make_merge_inputs(
-        load_specialists(specialists, calibration, device=device),
-        base=load_force_field(base) if base else None,
-        labelled=labelled,
-        device=device,
-    )
-    store = RowStore(resume or default_folder(), merge_inputs, tests, fresh=fresh)
-    with opened_workers(workers, executor) as opened, progress_bar("comparing") as progress:
-        comparison = _watched(merge_inputs, tests, split_names(methods), labelled, store, opened, progress)
+    with sharing():
+        merge_inputs = make_merge_inputs(
+            load_specialists(specialists, calibration, device=device),
+            base=load_force_field(base) if base else None,
+            labelled=labelled,
+            device=device,
+        )
+        store = RowStore(resume or default_folder(), merge_inputs, tests, fresh=fresh)
+        with opened_workers(workers, executor) as opened, progress_bar("comparing") as progress:
+            comparison = _watched(
+                merge_inputs, tests, split_names(methods), labelled, store, opened, progress
+            )
+    if not is_first():
+        return
     _write_files(comparison, markdown, plot)
     if as_json:
         print_json(comparison.to_dict())

@@ -17,7 +17,7 @@ from ase_gffmerge.cli.options import (
     load_specialists,
 )
 from ase_gffmerge.cli.output import EpochWatch, note, print_json, recipe_for, require_outputs
-from ase_gffmerge.runtime.progress import progress_bar
+from ase_gffmerge.runtime.progress import is_first, progress_bar
 
 if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField
@@ -64,11 +64,13 @@ def distill(
     """Fine-tune a merge, or teach a student, on specialists' own energies and forces; no labels are needed.
 
     Frames that --calibration names are added to those that a specialist's file holds.
-    A killed distillation continues when the same command is run again.
+    A killed distillation continues when the same command is run again. Several processes share the work when torchrun starts
+    them, as for merge.
     """
     from ase_gffmerge.evaluation.plots import plot_history
     from ase_gffmerge.integrations.load import format_of, load_force_field, write_force_field
     from ase_gffmerge.merging.recipe import DistillOptions, load_recipe
+    from ase_gffmerge.runtime.distributed import sharing
     from ase_gffmerge.sampling.on_request import file_of_frames
     from ase_gffmerge.training.checkpoint import checkpoint_path
     from ase_gffmerge.training.distill import distill
@@ -81,40 +83,45 @@ def distill(
     curve = out.with_name(f"{out.name.removesuffix('.safetensors')}.png")
     frames = map(file_of_frames, calibration or ())
     require_outputs(out, curve, inputs=[*specialists, *frames, init], overwrite=overwrite)
-    own = [load_force_field(source) for source in specialists]
-    begun = load_force_field(init) if init else None
-    if adapter := format_of(out, student or (begun or own[0]).potential.architecture):
-        adapter.require_exportable(begun.potential) if begun else recipe_for(out, own, chosen)
-    given = load_specialists(own, calibration, device=device)
-    loaded = [held if held.calibration else named for held, named in zip(own, given, strict=True)]
-    extra = [() if named is kept else named.calibration for kept, named in zip(loaded, given, strict=True)]
-    start = begun or _start(loaded, chosen, student=student, device=device, cache_dir=cache_dir)
-    if student:
-        start = make_student(
-            start,
-            loaded,
-            architecture=student,
-            channels=channels,
-            blocks=blocks,
-            frames=extra,
-            seed=options.seed,
-            device=device,
-        )
-    with progress_bar("distilling") as progress:
-        progress(0.0, "the specialists label their frames")
-        watch = EpochWatch(options.epochs, progress)
-        try:
-            distilled, history = distill(
+    with sharing():
+        own = [load_force_field(source) for source in specialists]
+        begun = load_force_field(init) if init else None
+        if adapter := format_of(out, student or (begun or own[0]).potential.architecture):
+            adapter.require_exportable(begun.potential) if begun else recipe_for(out, own, chosen)
+        given = load_specialists(own, calibration, device=device)
+        loaded = [held if held.calibration else named for held, named in zip(own, given, strict=True)]
+        extra = [
+            () if named is kept else named.calibration for kept, named in zip(loaded, given, strict=True)
+        ]
+        start = begun or _start(loaded, chosen, student=student, device=device, cache_dir=cache_dir)
+        if student:
+            start = make_student(
                 start,
                 loaded,
-                options,
-                frames=extra if calibration else None,
-                checkpoint=checkpoint_path(out),
+                architecture=student,
+                channels=channels,
+                blocks=blocks,
+                frames=extra,
+                seed=options.seed,
                 device=device,
-                callback=watch,
             )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(watch.farewell()) from None
+        with progress_bar("distilling") as progress:
+            progress(0.0, "the specialists label their frames")
+            watch = EpochWatch(options.epochs, progress)
+            try:
+                distilled, history = distill(
+                    start,
+                    loaded,
+                    options,
+                    frames=extra if calibration else None,
+                    checkpoint=checkpoint_path(out),
+                    device=device,
+                    callback=watch,
+                )
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(watch.farewell()) from None
+    if not is_first():
+        return
     write_force_field(distilled.to(device="cpu"), out)
     checkpoint_path(out).unlink(missing_ok=True)
     plot_history(history, curve)

@@ -127,7 +127,7 @@ def merge(
             chosen,
             base=load_force_field(base) if base else None,
             keep_base=(chosen.keep_base or True) if keep_base else None,
-            checkpoint=checkpoint_path(out) if is_first() else None,
+            checkpoint=checkpoint_path(out),
             device=device,
             max_memory=max_memory,
             progress=progress,

@@ -16,7 +16,7 @@ from ase_gffmerge.cli.options import (
     StressKey,
 )
 from ase_gffmerge.cli.output import EpochWatch, print_json, print_values, require_outputs, with_unit
-from ase_gffmerge.runtime.progress import progress_bar
+from ase_gffmerge.runtime.progress import is_first, progress_bar
 
 if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField
@@ -76,9 +76,13 @@ def train(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a specialist; a killed training continues when the same command is run again."""
+    """Train a specialist; a killed training continues when the same command is run again.
+
+    Several processes share the batches when torchrun starts them, as for merge.
+    """
     from ase_gffmerge.evaluation.plots import plot_history
     from ase_gffmerge.integrations.load import load_force_field
+    from ase_gffmerge.runtime.distributed import sharing
     from ase_gffmerge.training import train as training
     from ase_gffmerge.training.config import load_config
     from ase_gffmerge.training.initialization import load_references
@@ -88,7 +92,7 @@ def train(
     curve = out.with_name(f"{out.name.removesuffix('.safetensors')}.png")
     require_outputs(out, curve, inputs=[*frames, *(test or ()), init], overwrite=overwrite)
     started = perf_counter()
-    with progress_bar("training") as progress:
+    with sharing(), progress_bar("training") as progress:
         watch = EpochWatch(options.epochs, progress)
         try:
             trained = training.train(
@@ -106,6 +110,8 @@ def train(
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(watch.farewell()) from None
+    if not is_first():
+        return
     plot_history(trained[1], curve)
     report(_summary(trained, out, curve, perf_counter() - started), as_json)
 

@@ -155,7 +155,7 @@ def build_calibration(
         one = CalibrationSet(specialist, k, weight, [], 0)
         for number, group in enumerate(_shuffled(specialist, k)):
             one.n_batches += 1
-            if is_mine(number * len(specialists) + k):
+            if is_mine(number + k):
                 one.batches += _embedded_parts(specialist, merged, group, number, directions, max_edges)
         sets.append(one)
     return sets

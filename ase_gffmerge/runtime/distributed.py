@@ -6,10 +6,10 @@ the same in the same order; what they do not share they repeat, so that all have
 
 import atexit
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -74,6 +74,18 @@ def mine(items: Iterable[Item]) -> Iterator[tuple[int, Item]]:
     return ((index, item) for index, item in enumerate(items) if is_mine(index))
 
 
+def dealt(items: Sequence[Item], size: Callable[[Item], float]) -> list[Item]:
+    """The items for this process, in their order, dealt out by size so that all processes have about as much to do."""
+    rank, n = _ranks.get()
+    loads, own = [0.0] * n, list[int]()
+    for index in sorted(range(len(items)), key=lambda i: -size(items[i])):
+        least = loads.index(min(loads))
+        loads[least] += size(items[index])
+        if least == rank:
+            own.append(index)
+    return [items[index] for index in sorted(own)]
+
+
 def add_up(*tensors: Tensor) -> None:
     """Replace tensors by their sums over all processes."""
     if n_ranks() > 1:
@@ -86,6 +98,22 @@ def total(value: float) -> float:
     both = torch.tensor([value], dtype=torch.float64)
     add_up(both)
     return float(both)
+
+
+def add_up_gradients(parameters: Iterable[Tensor], value: float) -> float:
+    """Replace the gradients of parameters by their sums over all processes, in one message with a number; its sum."""
+    if n_ranks() == 1:
+        return value
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in trained]
+    numbers = parts[0].new_tensor([*(one.grad is not None for one in trained), value])
+    flat = torch.cat([*(part.flatten() for part in parts), numbers])
+    dist.all_reduce(flat)
+    *sums, numbers = flat.split([*(part.numel() for part in parts), len(numbers)])
+    *known, total_value = numbers.tolist()
+    for parameter, gradient, count in zip(trained, sums, known, strict=True):
+        parameter.grad = gradient.view_as(parameter) if count else None
+    return total_value
 
 
 def pooled(gram: Gram) -> Gram:
@@ -114,3 +142,8 @@ def agreed(value: Item) -> Item:
     held = [value]
     dist.broadcast_object_list(held, src=0)
     return held[0]
+
+
+def by_first(action: Callable[[], Item]) -> Item:
+    """Let the first process alone do something, such as read or write a file; what it got, which the others wait for."""
+    return agreed(cast("Item", action() if is_mine(0) else None))

@@ -37,6 +37,11 @@ def is_first() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
 
 
+def n_started() -> int:
+    """Processes that torchrun started to do the same, this one among them."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
 @contextmanager
 def progress_bar(description: str) -> Iterator[Progress]:
     """Show a bar on stderr if that is a terminal, or in a notebook; ``progress(fraction, text)`` moves it."""

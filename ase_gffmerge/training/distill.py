@@ -41,6 +41,7 @@ from ase_gffmerge.merging.recipe import DistillOptions, Recipe
 from ase_gffmerge.merging.report import MergeReport, Trial
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import resolve_device
+from ase_gffmerge.runtime.distributed import agreed, n_ranks
 from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
 from ase_gffmerge.training.checkpoint import History
 from ase_gffmerge.training.config import TrainConfig
@@ -115,11 +116,13 @@ def distill(
         _map_features(student, teachers)
     loss = distillation_loss(config, options.feature_weight)
     per_frame = _seconds_per_frame(student, teachers.training, config, loss)
-    config, share = _within_budget(config, per_frame * sum(map(len, teachers.training)), options.budget)
+    config, share = agreed(
+        _within_budget(config, per_frame * sum(map(len, teachers.training)), options.budget)
+    )
     training = [
         graph for group in teachers.training for graph in spread(group, max(round(share * len(group)), 1))
     ]
-    seconds = per_frame * len(training) * config.epochs
+    seconds = per_frame * len(training) * config.epochs / n_ranks()
     progress(0.0, f"distilling {len(training)} frames, about {seconds:.0f} s")
     potential, history = fit(
         student,

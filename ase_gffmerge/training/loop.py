@@ -1,7 +1,12 @@
-"""The loop of every training: one-cycle Adam, moving average, checkpoints, early stop."""
+"""The loop of every training: one-cycle Adam, moving average, checkpoints, early stop.
+
+Processes that share the work (:mod:`ase_gffmerge.runtime.distributed`) all have the same batches, and each takes a part of
+every one: the parts' gradients add up to that of the batch.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +19,7 @@ from ase_gffmerge.errors import TrainingError
 from ase_gffmerge.graphs import batch_graphs
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import chunks, memory_errors
+from ase_gffmerge.runtime.distributed import add_up_gradients, by_first, dealt
 from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.training.checkpoint import History, TrainingState, can_resume, stale
 from ase_gffmerge.training.config import TrainConfig
@@ -117,7 +123,8 @@ def fit(
         Return the average with the least validation error, the start included, and stop when that many epochs in a
         row did not lower it; default: all epochs, and the last average.
     checkpoint
-        File rewritten after every epoch; an existing one of the same ``run`` is continued.
+        File rewritten after every epoch; an existing one of the same ``run`` is continued. Where processes share the work,
+        the first writes it and all read it.
     run
         JSON-able identity of this training.
     callback
@@ -142,7 +149,7 @@ def fit(
     best = deepcopy(potential) if patience is not None else None
     state = TrainingState(potential, average, best, optimizer)
     history = state.history
-    if checkpoint and can_resume(checkpoint, run or {}):
+    if checkpoint and by_first(partial(can_resume, checkpoint, run or {})):
         state.load(checkpoint)
     elif patience is not None:
         history.start.update(validate(potential, validation, config.batch_size))
@@ -161,7 +168,7 @@ def fit(
             row |= validate(state.averaged, validation, config.batch_size)
         state.add(row, config)
         if checkpoint:
-            state.save(checkpoint, run or {})
+            by_first(partial(state.save, checkpoint, run or {}))
         if callback:
             callback(len(history.rows), row)
     return state.result, history
@@ -197,18 +204,22 @@ def _train_epoch(
 def _gradient(
     potential: Potential, graphs: Sequence[LabeledGraph], loss: Loss, max_edges: int | None
 ) -> float:
-    """Add the gradient of the loss of a batch to those of the parameters; the loss."""
+    """Give the parameters the gradient of the loss of a batch; the loss."""
     whole, value = batch_graphs(graphs), 0.0
-    if max_edges is None or whole.n_edges <= max_edges:
-        parts = [whole]
-    else:
-        groups = chunks(graphs, max_edges, size=lambda graph: graph.n_edges)
-        parts = [batch_graphs(group) for group in groups]
-    for part in parts:
+    own = dealt(graphs, size=_n_edges)
+    groups = [own] if own else []
+    if max_edges is not None and sum(map(_n_edges, own)) > max_edges:
+        groups = list(chunks(own, max_edges, size=_n_edges))
+    for group in groups:
+        part = whole if len(group) == len(graphs) else batch_graphs(group)
         term = loss(potential, part.to(potential.device), whole)
         term.backward()
         value += float(term.detach())
-    return value
+    return add_up_gradients(potential.parameters(), value)
+
+
+def _n_edges(graph: LabeledGraph) -> int:
+    return graph.n_edges
 
 
 def _where(history: History, epoch: int, epochs: int) -> str:

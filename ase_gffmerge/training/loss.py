@@ -16,6 +16,7 @@ from ase_gffmerge.graphs.graph import AtomGraph
 from ase_gffmerge.inference.errors import relative_error
 from ase_gffmerge.inference.predict import FramePredictions, predict_batches
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.distributed import add_up, dealt
 from ase_gffmerge.training.config import TrainConfig
 
 
@@ -193,15 +194,19 @@ def validate(potential: Potential, graphs: Sequence[LabeledGraph], batch_size: i
     batch_size
         Graphs per batch.
     """
-    forces, energies = [], []
-    for start in range(0, len(graphs), batch_size):
-        batch = batch_graphs(graphs[start : start + batch_size]).to(potential.device)
+    sums = torch.zeros(4, dtype=torch.float64)
+    own = dealt(graphs, size=lambda graph: graph.n_edges)
+    for start in range(0, len(own), batch_size):
+        batch = batch_graphs(own[start : start + batch_size]).to(potential.device)
         prediction = predict(potential, batch)
         n_atoms = torch.bincount(batch.structure_index)
         error = (_reduced_energy(potential, batch, prediction) - batch.energy).abs() / n_atoms
-        energies.append(batch.weight * error)
-        forces.append(batch.weight[batch.structure_index, None] * (prediction.forces - batch.forces).abs())
-    return {"force_mae": float(torch.cat(forces).mean()), "energy_mae": float(torch.cat(energies).mean())}
+        forces = batch.weight[batch.structure_index, None] * (prediction.forces - batch.forces).abs()
+        found = (batch.weight * error).double().sum(), forces.double().sum()
+        sums += torch.tensor([*map(float, found), len(error), forces.numel()], dtype=torch.float64)
+    add_up(sums)
+    energy, force, n_energies, n_forces = sums.tolist()
+    return {"force_mae": force / n_forces, "energy_mae": energy / n_energies}
 
 
 def relative_error_on(potential: Potential, graphs: Sequence[LabeledGraph]) -> float:

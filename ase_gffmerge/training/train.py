@@ -6,6 +6,7 @@ Joint training: one potential for all specialists' labelled frames, the referenc
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from ase_gffmerge.inference.errors import Errors, evaluate
 from ase_gffmerge.integrations.load import format_of, write_force_field
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import resolve_device
+from ase_gffmerge.runtime.distributed import by_first
 from ase_gffmerge.storage.tensor_file import require_writable
 from ase_gffmerge.training.checkpoint import History, checkpoint_path
 from ase_gffmerge.training.config import TrainConfig
@@ -135,8 +137,8 @@ def train(
     if config.core_repulsion == "auto" or start.potential.core_repulsion is not None:
         seen = specialist.with_calibration([*training, *validation])
         specialist = replace(specialist, potential=repelling(specialist.potential, [seen]))
-    write_force_field(specialist, out)
-    checkpoint.unlink(missing_ok=True)
+    by_first(partial(write_force_field, specialist, out))
+    by_first(partial(checkpoint.unlink, missing_ok=True))
     return specialist, history, errors
 
 

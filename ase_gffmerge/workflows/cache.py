@@ -9,9 +9,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from ase_gffmerge.errors import CacheError, CacheWarning, FileFormatError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging import recipe as recipe_module
 from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.runtime.distributed import agreed, by_first, is_mine
 from ase_gffmerge.storage.tensor_file import read_metadata, remove_leftovers
 
 try:
@@ -140,7 +142,8 @@ class MergeCache:
         """Load the merge of ``specialists`` by ``recipe``, or build and store it while other processes wait.
 
         A full disk, or a file system without locks, costs the entry (with a :class:`CacheWarning`), not the merge. In a
-        folder that others may write to, everybody can read the entries and take the locks, whatever the umask.
+        folder that others may write to, everybody can read the entries and take the locks, whatever the umask. Processes
+        that share the work build together, and the first reads and writes.
 
         Parameters
         ----------
@@ -167,19 +170,20 @@ class MergeCache:
         """
         key = cache_key([one.content_digest for one in (*specialists, *([base] if base else []))], recipe)
         path, fingerprints = self.path(key), [specialist.fingerprint for specialist in specialists]
-        if found := _load(path, fingerprints, warn=False):
+        if found := by_first(partial(_load, path, fingerprints, warn=False)):
             return found, True
-        with self._locked(key) as usable:
-            if not usable:
+        with self._locked(key) if is_mine(0) else nullcontext(True) as locked:
+            if not agreed(locked):
                 return build(), False
-            if found := _load(path, fingerprints, warn=True):
+            if found := by_first(partial(_load, path, fingerprints, warn=True)):
                 return found, True
-            remove_leftovers(path)  # whoever wrote them held the lock, and was killed
-            return _store(build(), path), False
+            by_first(partial(remove_leftovers, path))  # whoever wrote them held the lock, and was killed
+            merged = build()
+            return by_first(partial(_store, merged, path)), False
 
     def find(self, key: str) -> ForceField | None:
         """Load an entry and verify that it is the merge of this key; ``None`` where there is none."""
-        return _load(self.path(key), None, warn=False)
+        return by_first(partial(_load, self.path(key), None, warn=False))
 
     @contextmanager
     def _locked(self, key: str) -> Iterator[bool]:
@@ -329,7 +333,7 @@ def _load(path: Path, fingerprints: Sequence[str] | None, *, warn: bool) -> Forc
             raise FileFormatError(f"{path} is a merge of other specialists than its name stands for")
     except FileFormatError as error:
         if warn:
-            warnings.warn(f"cache entry is unusable and is built again: {error}", CacheWarning, stacklevel=4)
+            warnings.warn(f"cache entry is unusable and is built again: {error}", CacheWarning, stacklevel=5)
         return None
     return merged
 
@@ -344,7 +348,7 @@ def _store(merged: ForceField, path: Path) -> ForceField:
                 path.chmod(path.stat().st_mode | stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
         return _read_entry(path)
     except FileFormatError as error:
-        warnings.warn(f"the merge is done but could not be cached: {error}", CacheWarning, stacklevel=4)
+        warnings.warn(f"the merge is done but could not be cached: {error}", CacheWarning, stacklevel=5)
         return merged
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from ase_gffmerge.merging.merge import closed_form_merge
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.merging.selection import check_ancestor, known_ancestor
+from ase_gffmerge.runtime.distributed import by_first
 from ase_gffmerge.runtime.memory import Portions, memory_bound
 from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
 from ase_gffmerge.sampling.generic_frames import compound, generic_frames
@@ -186,7 +188,7 @@ def _refined(
         progress=part_of(progress, MERGE_SHARE, 1.0),
     )
     if checkpoint:
-        checkpoint.unlink(missing_ok=True)
+        by_first(partial(checkpoint.unlink, missing_ok=True))
     assert merged.merged is not None
     return merged, MergeReport.from_dict(merged.merged.report)
 

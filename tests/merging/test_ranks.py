@@ -1,10 +1,5 @@
 """A merge that several processes share equals that of one."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,24 +8,6 @@ from ase import Atoms
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.predict import predict_frames
 from helpers import ranks
-
-TESTS = Path(__file__).parents[1]
-
-
-def torchrun(folder: Path, n: int) -> subprocess.CompletedProcess:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-        "OMP_NUM_THREADS": "1",
-        "GFFMERGE_CACHE": str(folder / "cache"),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-    return subprocess.run(
-        [*command, str(TESTS / "helpers" / "ranks.py"), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def differences(one: ForceField, other: ForceField, frames: list[Atoms]) -> tuple[float, float]:
@@ -50,7 +27,7 @@ def test_two_ranks_equal_one(family, tmp_path, monkeypatch):
     specialists = family("painn", 2)
     for k, specialist in enumerate(specialists):
         specialist.save(tmp_path / f"specialist-{k}.safetensors")
-    done = torchrun(tmp_path, 2)
+    done = ranks.torchrun("merge", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("force") > 0
     assert done.stderr.count("written: ") == 1, "the first process alone talks"

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ase_gffmerge.inference.errors import Errors, evaluate
 from ase_gffmerge.merging.recipe import MERGE_VERSION
 from ase_gffmerge.methods import MergeInputs, MergeOutput, Method, Requirement
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.distributed import by_first
 from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.storage.results import Record, ResultStore
 from ase_gffmerge.workflows.cache import MergeCache
@@ -244,11 +246,12 @@ class RowStore:
 
     def find(self, keys: Sequence[str]) -> dict[str, Record]:
         """Finished rows of these keys, those that this version understands."""
-        return {key: row for key, row in self._results.find(keys).items() if _is_row(row)}
+        found = by_first(partial(self._results.find, keys))
+        return {key: row for key, row in found.items() if _is_row(row)}
 
     def keep(self, records: Mapping[str, Record]) -> None:
         """Write finished rows at once and atomically."""
-        self._results.keep(records, name="row")
+        by_first(partial(self._results.keep, records, name="row"))
 
 
 def _is_row(record: Record) -> bool:
