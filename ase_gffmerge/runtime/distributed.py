@@ -54,7 +54,16 @@ def _join() -> None:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    backend, of_torchrun = "cpu:gloo,cuda:nccl" if cuda else "gloo", os.environ
+    if (of_torchrun["TORCHELASTIC_USE_AGENT_STORE"], of_torchrun["GROUP_WORLD_SIZE"]) == ("True", "1"):
+        # one store for all tries on a machine: a process of the second would read addresses of those that died
+        address = of_torchrun["MASTER_ADDR"], int(of_torchrun["MASTER_PORT"])
+        store = dist.TCPStore(*address, is_master=False)  # type: ignore[attr-defined]
+        own = dist.PrefixStore(of_torchrun["TORCHELASTIC_RESTART_COUNT"], store)  # type: ignore[attr-defined]
+        rank, size = int(of_torchrun["RANK"]), int(of_torchrun["WORLD_SIZE"])
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend)
     atexit.register(dist.destroy_process_group)
 
 

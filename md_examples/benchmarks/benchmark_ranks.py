@@ -48,7 +48,7 @@ def rank(case, out, n, cells):
     with sharing():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         wall, processor = time.perf_counter(), time.process_time()
-        merged, report = merge(specialists, recipe, device="cpu")
+        _, report = merge(specialists, recipe, device="cpu")
         found = {
             "wall_s": time.perf_counter() - wall,
             "processor_s": time.process_time() - processor,

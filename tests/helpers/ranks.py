@@ -144,9 +144,12 @@ def commands(folder: Path) -> None:
     """Run the commands that share their work, and one that does not."""
     frames, model = str(folder / "frames.xyz"), str(folder / "trained.safetensors")
     sources = list(map(str, sorted(folder.glob("specialist-*.safetensors"))))
-    command("train", frames, "--out", model, "--init", sources[0], "--epochs", "2")
+    (folder / "options.yaml").write_text("{validation: 3, batch_size: 3}")
+    options = ["--init", sources[0], "--epochs", "2", "--config", str(folder / "options.yaml")]
+    command("train", frames, "--out", model, *options)
     command("distill", *sources, "--out", str(folder / "student.safetensors"), "--epochs", "2", *STUDENT)
-    labels = [word for option in ("--test", "--labels") for word in (option, frames, option, frames)]
+    tests = ["--test", str(folder / "tests.xyz")]
+    labels = [*tests, *tests, "--labels", frames, "--labels", frames]
     words = ["--methods", "mean,joint,gffmerge", "--base", str(folder / "base.safetensors"), "--json"]
     command("compare", *sources, *labels, *words)
 
@@ -156,7 +159,7 @@ STUDENT = ["--student", "painn", "--channels", "4", "--blocks", "1"]
 
 def command(*words: str) -> None:
     """Run ``gffmerge`` in this process."""
-    app(list(words), standalone_mode=False)
+    assert app(list(words), standalone_mode=False) is None
 
 
 def torchrun(task: str, folder: Path, n: int = 2, *options: str) -> subprocess.CompletedProcess:

@@ -27,8 +27,9 @@ def sources(folder: Path) -> list[ForceField]:
     for k, specialist in enumerate(specialists):
         specialist.save(folder / f"specialist-{k}.safetensors")
     toy("painn").save(folder / "base.safetensors")
-    frames = [labelled(atoms) for atoms in rattled("CH3CH2OH", 16, seed=9)]
-    write(folder / "frames.xyz", frames, format="extxyz")
+    for name, n, seed in (("frames", 16, 9), ("tests", 4, 10)):
+        frames = [labelled(atoms) for atoms in rattled("CH3CH2OH", n, seed=seed)]
+        write(folder / f"{name}.xyz", frames, format="extxyz")
     return specialists
 
 
