@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from ase_gffmerge.errors import RecipeError
 from ase_gffmerge.storage.documents import STRICT, Seed, Whole, explain, read_options, shown, with_text_keys
 
-MERGE_VERSION = 11
+MERGE_VERSION = 12
 """Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""
 
 
@@ -86,7 +86,8 @@ class DistillOptions(AugmentationOptions):
         Processor seconds that training may take; epochs, then frames, are cut to what fits by the time of a first batch, so
         the result depends on the machine. Default: all epochs, whatever they take; the same result on every CPU run.
     epochs, batch_size, learning_rate
-        Longest duration, frames per step, and the peak of the one-cycle schedule.
+        Longest duration, frames per step, and the peak of the one-cycle schedule; default: 2e-3, or less for a start that is
+        already near (:meth:`~ase_gffmerge.training.teachers.Teachers.suited_rate`).
     energy_weight, force_weight, stress_weight
         Weights of the mean absolute differences: eV/atom, eV/Å (norm of a force), and eV/Å^3.
     feature_weight
@@ -105,7 +106,7 @@ class DistillOptions(AugmentationOptions):
     budget: float | None = Field(default=None, gt=0)
     epochs: Whole = Field(default=3, ge=1)
     batch_size: Whole = Field(default=10, ge=1)
-    learning_rate: float = Field(default=2e-3, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
     energy_weight: float = Field(default=1.0, ge=0)
     force_weight: float = Field(default=1.0, ge=0)
     stress_weight: float = Field(default=1.0, ge=0)

@@ -111,7 +111,8 @@ def distill(
     teachers = prepare_teachers(
         student, specialists, options, frames=given, weights=merge_weights(merged, len(specialists))
     )
-    config = TrainConfig(**options.model_dump(include=set(TrainConfig.model_fields)))
+    chosen = options.model_dump(include=set(TrainConfig.model_fields))
+    config = TrainConfig(**chosen | {"learning_rate": options.learning_rate or teachers.suited_rate(student)})
     if options.feature_weight:
         _map_features(student, teachers)
     loss = distillation_loss(config, options.feature_weight)

@@ -24,10 +24,13 @@ from ase_gffmerge.merging.recipe import DistillOptions
 from ase_gffmerge.merging.selection import split_frames
 from ase_gffmerge.models import Potential
 from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames
-from ase_gffmerge.training.loss import LabeledGraph, weigh
+from ase_gffmerge.training.loss import LabeledGraph, relative_error_on, weigh
 
 STARTS = 4
 """Frames from which a specialist samples."""
+
+FULL_RATE, FAR = 2e-3, 0.1
+"""Peak of the learning rate for a start that misses some teacher's forces by at least this fraction."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,14 @@ class Teachers:
     training: list[list[LabeledGraph]]
     held_out: list[list[LabeledGraph]]
     energy_shifts: dict[str, dict[str, float]]
+
+    def suited_rate(self, student: Potential) -> float:
+        """Peak of the learning rate: the nearer the start on held-out frames, the lower, by the square root of its error.
+
+        A rate for far starts takes a near one away from its teachers first, and a few epochs do not bring it back.
+        """
+        worst = max(relative_error_on(student, graphs) for graphs in self.held_out)
+        return FULL_RATE * (worst / FAR) ** 0.5 if 0 < worst < FAR else FULL_RATE
 
 
 def prepare_teachers(

@@ -80,8 +80,8 @@ def main() -> None:
     inputs = Inputs(data=options.data, specialists=options.specialists, test_frames=options.test_frames)
     options.out.mkdir(parents=True, exist_ok=True)
     compared = {
-        name: compared_mixture(name, inputs, options.out, methods=options.methods)
-        for name in options.mixtures
+        name: compared_mixture(name, molecules, inputs, options.out, methods=options.methods)
+        for name, molecules in chosen_mixtures(options).items()
     }
     document = {name: comparison.to_dict() for name, comparison in compared.items()}
     document["growth"] = growth(compared)
@@ -99,14 +99,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for rows, tables and plots")
     parser.add_argument("--test-frames", type=int, default=300, help="per molecule [default: 300]")
     parser.add_argument("--mixtures", nargs="+", choices=MIXTURES, default=list(MIXTURES))
+    parser.add_argument("--molecules", nargs="+", help="one mixture of these in the place of --mixtures")
     parser.add_argument("--methods", nargs="+", help="default: all that need no training")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
 
 
-def compared_mixture(name: str, inputs: Inputs, out: Path, *, methods: Sequence[str] | None) -> Comparison:
+def chosen_mixtures(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+    """Molecules by mixture."""
+    if options.molecules:
+        return {" + ".join(options.molecules): tuple(options.molecules)}
+    return {name: MIXTURES[name] for name in options.mixtures}
+
+
+def compared_mixture(
+    name: str, molecules: Sequence[str], inputs: Inputs, out: Path, *, methods: Sequence[str] | None
+) -> Comparison:
     """All methods on one mixture; its table and plot go to ``out``."""
-    molecules = MIXTURES[name]
     merge_inputs = make_merge_inputs([inputs.specialist(molecule) for molecule in molecules], device="cpu")
     tests = [inputs.tests(molecule) for molecule in molecules]
     comparison = compare_methods(

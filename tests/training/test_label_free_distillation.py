@@ -22,9 +22,9 @@ from ase_gffmerge.models import build_potential
 from ase_gffmerge.training.checkpoint import History, checkpoint_path, stale
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.distill import distill, parameter_groups
-from ase_gffmerge.training.loss import labelled_graphs, weigh
+from ase_gffmerge.training.loss import LabeledGraph, labelled_graphs, relative_error_on, weigh
 from ase_gffmerge.training.soap import SOAP
-from ase_gffmerge.training.teachers import prepare_distillation_set
+from ase_gffmerge.training.teachers import prepare_distillation_set, prepare_teachers
 from ase_gffmerge.training.train import train_jointly
 from ase_gffmerge.workflows.merge import close_enough, merge
 from helpers.structures import OWN_ARCHITECTURES
@@ -340,6 +340,27 @@ def test_what_is_close_enough_depends_on_the_specialists_own_errors() -> None:
     mean = replace(report, trials=(), held_out=0.0029)
     assert close_enough(mean, QUICK, specialists)
     assert not close_enough(replace(mean, held_out=None), QUICK, specialists)
+
+
+def test_the_learning_rate_suits_how_near_the_start_is() -> None:
+    specialists = relatives("painn", size=0.05)
+    start = mean_of(specialists)
+
+    def rate(error: float) -> float:
+        teachers = prepare_teachers(start.potential, specialists, QUICK, frames=[(), ()], weights=(1.0, 1.0))
+        found = max(relative_error_on(start.potential, graphs) for graphs in teachers.held_out)
+        nearer = [  # targets between the prediction of the start and that of the teacher
+            [replace(g, forces=f + (g.forces - f) * error / found) for g, f in zip(graphs, own, strict=True)]
+            for graphs, own in zip(teachers.held_out, map(forces_of_start, teachers.held_out), strict=True)
+        ]
+        return replace(teachers, held_out=nearer).suited_rate(start.potential)
+
+    def forces_of_start(graphs: list[LabeledGraph]) -> list[torch.Tensor]:
+        return [predict(start.potential, graph).forces for graph in graphs]
+
+    assert rate(0.025) == pytest.approx(1e-3, rel=0.1)
+    assert rate(0.2) == 2e-3
+    assert rate(0.0) == 2e-3
 
 
 def test_an_interrupted_merge_is_continued(tmp_path: Path) -> None:
