@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Mapping
 from copy import deepcopy
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -52,6 +53,15 @@ class OrbAdapter(Adapter):
     architectures: ClassVar[dict[str, str]] = {
         "orb-package": "ase_gffmerge.integrations.orb.model:OrbPackage"
     }
+
+    def require_package(self) -> None:
+        """See :meth:`.Adapter.require_package`; modules of ``orb_models`` have other names since 0.6."""
+        super().require_package()
+        if find_spec("orb_models.forcefield.atomic_system") is None:
+            raise FileFormatError(
+                f"orb-models {version('orb-models')} is installed, built otherwise than 0.5, which "
+                "is read here; pip install 'orb-models>=0.5.5,<0.6'"
+            )
 
     def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
         """Convert a state dictionary, a published model by name, or a model in memory.
