@@ -125,10 +125,14 @@ def test_the_papers_table_has_a_row_for_every_start_and_method(script, data, mon
         "gap": 1,
         "n_test": 2,
         "n_calibration": 4,
+        "fine_steps": 4,
+        "fine_tests": 1,
+        "fine_rates": (1e-3, 1e-2),
     }
     size = replace(module.SMALL, hyper={**hyper, "three_body_cutoff": 3.0}, **tiny)
     monkeypatch.setattr(module, "SMALL", size)
-    arguments = [data, "--out", tmp_path, "--methods", "mean", "paper"]
+    monkeypatch.setattr(module, "STARTS", ("mean", "base"))
+    arguments = [data, "--out", tmp_path, "--methods", "mean", "paper", "--labels", "1", "3"]
     for _ in range(2):  # the second time from what is kept
         monkeypatch.setattr(sys, "argv", ["paper_table", *map(str, arguments), "--json"])
         module.main()
@@ -137,6 +141,9 @@ def test_the_papers_table_has_a_row_for_every_start_and_method(script, data, mon
     assert list(result["methods"]) == [*starts, "mean", "paper"]
     assert result["methods"]["paper"] != result["methods"]["paper, switched"]
     assert 0 < result["distances"]["gamma-Li3PS4"]["stages.1"] < 1
+    assert [row["steps"] for row in result["fine-tuning"]["mean"]["3"]] == [0, 6]
+    assert len({curve["3"][0]["force_mae"] for curve in result["fine-tuning"].values()}) == 2
+    assert (tmp_path / "finetuning.png").stat().st_size > 10_000
     monkeypatch.setattr(sys, "argv", ["paper_table", *map(str, arguments)])
     module.main()
     error = 1000 * result["methods"]["mean"]["gamma-Li3PS4"]["force_mae"]
