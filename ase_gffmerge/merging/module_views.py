@@ -1,6 +1,10 @@
-"""One module for every model that shares with the others whatever is merged, and has of its own what each model keeps."""
+"""One module for every model that shares with the others whatever is merged, and has of its own what each model keeps.
 
-from collections.abc import Mapping, Sequence
+And the module that needs no task, as it knows where the classes of all models lie in what enters the heads.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
@@ -9,6 +13,7 @@ from torch import Tensor, nn
 from ase_gffmerge.errors import ArgumentError, IncompatibleSpecialistsError
 from ase_gffmerge.merging.module_calls import solvable_layers
 from ase_gffmerge.merging.module_layers import is_within
+from ase_gffmerge.models.torch_layers import intercepted
 
 REFIT, KEPT = "refit", "kept"
 
@@ -141,3 +146,157 @@ def average_into(target: nn.Module, models: Sequence[nn.Module], *, own: tuple[s
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+# One module for all tasks
+
+MAX_ROWS = 20_000
+"""Rows of each model, evenly thinned, from which the places of classes are found."""
+
+SHRINKAGE, SWEEPS = 0.05, 5
+"""Relative ridge of the classes' covariance, and how often rows are dealt out anew where nobody says whose they are."""
+
+
+class SideBySide(nn.Module):
+    """Outputs of several modules on the same input, concatenated along the last dimension."""
+
+    def __init__(self, members: Sequence[nn.Module]):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """All outputs (n, sum of the members' widths)."""
+        return torch.cat([member(*args, **kwargs) for member in self.members], dim=-1)
+
+
+class AllClasses(nn.Module):
+    r"""Log-probabilities of the classes c of all models k, :math:`\log p(k|x) + \log p(c|k,x)`.
+
+    The second term is what the head of model k says, the first comes from :func:`class_regions`.
+    """
+
+    def __init__(self, body: nn.Module, sizes: Sequence[int]):
+        super().__init__()
+        self.body, self.sizes = body, list(sizes)
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """Log-probabilities (n, number of all classes)."""
+        heads, regions = self.body(*args, **kwargs).chunk(2, dim=-1)
+        found = []
+        for logits, own in zip(
+            heads.split(self.sizes, dim=-1), regions.log_softmax(-1).split(self.sizes, dim=-1), strict=True
+        ):
+            found.append(own.logsumexp(-1, keepdim=True) + logits.log_softmax(-1))
+        return torch.cat(found, dim=-1)
+
+
+def with_wide_head(body: nn.Module, name: str, heads: Sequence[nn.Linear]) -> nn.Module:
+    """Put linear layers side by side into the place of one.
+
+    Parameters
+    ----------
+    body, name
+        The module, which is changed, and the layer's name in it.
+    heads
+        The layers.
+    """
+    weights = torch.cat([head.weight.detach() for head in heads])
+    biases = [head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias for head in heads]
+    wide = nn.Linear(weights.shape[1], len(weights)).to(weights)
+    with torch.no_grad():
+        wide.weight.copy_(weights)
+        wide.bias.copy_(torch.cat(biases))
+    parent, _, leaf = name.rpartition(".")
+    setattr(body.get_submodule(parent), leaf, wide)
+    return body
+
+
+class HeadRows:
+    """What enters a head of the merged module on one model's examples, and what that model's own head gives there.
+
+    Attributes
+    ----------
+    features, logits : (n, d), (n, number of classes)
+        Of the rows that count.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.features, self.logits = torch.zeros(0, 0), torch.zeros(0, 0)
+        self._stride, self._ours, self._theirs = 1, torch.zeros(0), torch.zeros(0)
+
+    @property
+    def complete(self) -> bool:
+        """Whether there are rows of a linear head."""
+        return len(self.features) > 0
+
+    @contextmanager
+    def watching(self, view: nn.Module, model: nn.Module) -> Iterator[None]:
+        """Take note of what enters the heads of both modules while they evaluate an example."""
+        heads = view.get_submodule(self.name), model.get_submodule(self.name)
+        if not all(type(head) is nn.Linear for head in heads):
+            yield
+            return
+
+        def ours(args: tuple[object, ...]) -> None:
+            assert isinstance(args[0], Tensor)
+            self._ours = args[0].detach()
+
+        def theirs(args: tuple[object, ...]) -> None:
+            assert isinstance(args[0], Tensor)
+            self._theirs = heads[1](args[0]).detach()
+
+        with intercepted(heads[0], ours), intercepted(heads[1], theirs):
+            yield
+
+    def keep(self, mask: Tensor | None) -> None:
+        """Keep the rows of the last example that count; every second one of all, whenever they are too many."""
+        pair = [x.reshape(-1, x.shape[-1]) for x in (self._ours, self._theirs) if x.numel()]
+        if len(pair) < 2 or len(pair[0]) != len(pair[1]):
+            return
+        if mask is not None and len(mask) == len(pair[0]):
+            pair = [x[mask.to(x.device)] for x in pair]
+        held = (self.features, self.logits) if self.complete else [x[:0] for x in pair]
+        pair = [torch.cat([old, new[:: self._stride]]) for old, new in zip(held, pair, strict=True)]
+        while len(pair[0]) > MAX_ROWS:
+            pair, self._stride = [x[::2] for x in pair], 2 * self._stride
+        self.features, self.logits = pair
+        self._ours = self._theirs = torch.zeros(0)
+
+
+def class_regions(models: Sequence[HeadRows]) -> nn.Linear:
+    r"""Linear layer whose outputs are log-probabilities, up to a constant, of every class of every model.
+
+    Each class is a normal distribution of the features, with a covariance that all share; as many rows belong to it as its
+    model believes. Where all models have the same rows, nobody says whose they are: they are dealt out by the evidence
+    (logsumexp) of the models' logits, and then anew by the distributions found, a few times (expectation-maximization).
+    """
+    first, sizes = models[0].features, [own.logits.shape[1] for own in models]
+    features = [own.features.double() for own in models]
+    logits = [own.logits.double() for own in models]
+    if all(x.features.shape == first.shape and torch.equal(x.features, first) for x in models):
+        x, owners = features[0], torch.stack([y.logsumexp(1) for y in logits], 1).softmax(1)
+        beliefs = torch.cat([y.softmax(1) for y in logits], 1)
+        for _ in range(SWEEPS):
+            shares = owners.repeat_interleave(torch.tensor(sizes, device=x.device), dim=1)
+            theta = _normal_classes(x, beliefs * shares)
+            found = (x @ theta[:-1] + theta[-1]).split(sizes, dim=1)
+            owners = torch.stack([y.logsumexp(1) for y in found], 1).softmax(1)
+    else:
+        theta = _normal_classes(torch.cat(features), torch.block_diag(*[y.softmax(1) for y in logits]))
+    layer = nn.Linear(len(theta) - 1, theta.shape[1]).to(first)
+    with torch.no_grad():
+        layer.weight.copy_(theta[:-1].T)
+        layer.bias.copy_(theta[-1])
+    return layer
+
+
+def _normal_classes(x: Tensor, beliefs: Tensor) -> Tensor:
+    """Linear discriminants (d + 1, number of classes) of rows (n, d) that belong to classes with some probability."""
+    counts = beliefs.sum(0).clamp(min=1e-9)
+    means = x.T @ beliefs / counts
+    shares = counts / counts.sum()
+    within = (x.T * beliefs.sum(1)) @ x / counts.sum() - (means * shares) @ means.T
+    within.diagonal().add_(SHRINKAGE * within.diagonal().mean().clamp(min=1e-30))
+    weight = torch.linalg.solve(within, means)
+    return torch.cat([weight, (shares.log() - 0.5 * (means * weight).sum(0))[None]])

@@ -8,11 +8,12 @@ new, and their outputs are to be those of the model that they come from.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ase_gffmerge.errors import ArgumentError, IncompatibleSpecialistsError
 from ase_gffmerge.merging.module_calls import (
@@ -33,7 +34,18 @@ from ase_gffmerge.merging.module_layers import (
     execution_order,
     is_within,
 )
-from ase_gffmerge.merging.module_views import KEPT, REFIT, check_modules, own_modules, shared_views
+from ase_gffmerge.merging.module_views import (
+    KEPT,
+    REFIT,
+    AllClasses,
+    HeadRows,
+    SideBySide,
+    check_modules,
+    class_regions,
+    own_modules,
+    shared_views,
+    with_wide_head,
+)
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
 
@@ -87,6 +99,8 @@ class ModuleMerge:
         How mean and merged module differ from each model.
     channels
         ``joint`` or ``divided``: whether channels follow all models, or a single one each.
+    head_rows
+        What enters the heads, and what each model's own head says there; empty unless a head is one linear layer.
     """
 
     views: tuple[nn.Module, ...]
@@ -97,6 +111,7 @@ class ModuleMerge:
     unreached: tuple[str, ...]
     disagreements: tuple[ModuleDisagreement, ...]
     channels: str
+    head_rows: tuple[HeadRows, ...] = ()
 
     @property
     def module(self) -> nn.Module:
@@ -116,8 +131,15 @@ class ModuleMerge:
         """What model k keeps, by name."""
         return {name: deepcopy(self.views[k].get_submodule(name)) for name in self.heads}
 
-    def all_classes(self) -> nn.Module:
-        """Module whose output is that of all heads, side by side: no task has to be known.
+    def all_classes(self, *, calibrated: bool = True) -> nn.Module:
+        """Module whose outputs are those of all heads, side by side: no task has to be known.
+
+        Parameters
+        ----------
+        calibrated
+            Give log-probabilities: how probable it is that an input belongs to a model, times how probable the model's
+            classes are (:class:`.AllClasses`). Heads that are more than one linear layer give their outputs as they are.
+            ``False``: all do.
 
         Raises
         ------
@@ -128,11 +150,14 @@ class ModuleMerge:
             raise ArgumentError(
                 "the models have no heads of their own, so the merged module has all outputs already"
             )
-        body, *others = (self.for_model(k) for k in range(len(self.views)))
-        linear = [[view.get_submodule(name) for view in (body, *others)] for name in self.heads]
-        if len(linear) == 1 and all(type(head) is nn.Linear for head in linear[0]):
-            return _with_wide_head(body, self.heads[0], linear[0])
-        return SideBySide([body, *others])
+        views = [self.for_model(k) for k in range(len(self.views))]
+        linear = [view.get_submodule(self.heads[0]) for view in views]
+        if len(self.heads) > 1 or not all(type(head) is nn.Linear for head in linear):
+            return SideBySide(views)
+        if not calibrated or not self.head_rows:
+            return with_wide_head(views[0], self.heads[0], linear)
+        body = with_wide_head(views[0], self.heads[0], [*linear, class_regions(self.head_rows)])
+        return AllClasses(body, [head.out_features for head in linear])
 
     def summary(self) -> str:
         """A few lines for a terminal."""
@@ -151,30 +176,6 @@ class ModuleMerge:
             if names:
                 lines.append(f"  {what}: {', '.join(names)}")
         return "\n".join(lines)
-
-
-class SideBySide(nn.Module):
-    """Outputs of several modules on the same input, concatenated along the last dimension."""
-
-    def __init__(self, members: Sequence[nn.Module]):
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
-        """All outputs (n, sum of the members' widths)."""
-        return torch.cat([member(*args, **kwargs) for member in self.members], dim=-1)
-
-
-def _with_wide_head(body: nn.Module, name: str, heads: Sequence[nn.Module]) -> nn.Module:
-    weights = torch.cat([head.get_parameter("weight").detach() for head in heads])
-    wide = nn.Linear(weights.shape[1], len(weights), bias=heads[0].bias is not None).to(weights)
-    with torch.no_grad():
-        wide.weight.copy_(weights)
-        if heads[0].bias is not None:
-            wide.bias.copy_(torch.cat([head.get_parameter("bias").detach() for head in heads]))
-    parent, _, leaf = name.rpartition(".")
-    setattr(body.get_submodule(parent), leaf, wide)
-    return body
 
 
 def merge_modules(
@@ -269,6 +270,7 @@ def merge_modules(
                     "the examples call no layer that a merge knows; are these the modules that are evaluated, and not "
                     "compiled or copied ones?"
                 )
+            heads_seen = [HeadRows(*own) for _ in models] if len(own) == 1 else []
             found.append(
                 ModuleMerge(
                     views=tuple(views),
@@ -280,9 +282,15 @@ def merge_modules(
                     disagreements=tuple(
                         row
                         for k in range(len(models))
-                        for row in (of_mean[k], module_disagreement(problem, views, "merged", k))
+                        for row in (
+                            of_mean[k],
+                            module_disagreement(
+                                problem, views, "merged", k, seen=heads_seen[k] if heads_seen else None
+                            ),
+                        )
                     ),
                     channels=way,
+                    head_rows=tuple(found for found in heads_seen if found.complete),
                 )
             )
     progress(1.0, "done")
@@ -326,7 +334,7 @@ def averaged_names(
 
 @torch.no_grad()
 def module_disagreement(
-    problem: ModuleProblem, views: Sequence[nn.Module], kind: str, k: int
+    problem: ModuleProblem, views: Sequence[nn.Module], kind: str, k: int, *, seen: HeadRows | None = None
 ) -> ModuleDisagreement:
     """How one of the views differs from its model on the model's examples.
 
@@ -338,13 +346,19 @@ def module_disagreement(
         Of the merged module, and what it is called.
     k
         Index of the model.
+    seen
+        Takes note of what enters the heads.
     """
     difference = size = 0.0
     same, n = 0, 0
     for item in problem.examples[k]:
         mask = problem.mask(k, item)
-        theirs = outputs_of(problem.run(problem.models[k], item))
-        for i, (ours, own) in enumerate(zip(outputs_of(problem.run(views[k], item)), theirs, strict=True)):
+        with seen.watching(views[k], problem.models[k]) if seen else nullcontext():
+            theirs = outputs_of(problem.run(problem.models[k], item))
+            merged = outputs_of(problem.run(views[k], item))
+        if seen:
+            seen.keep(mask)
+        for i, (ours, own) in enumerate(zip(merged, theirs, strict=True)):
             if mask is not None and own.dim() and len(own) == len(mask):
                 ours, own = ours[mask.to(ours.device)], own[mask.to(own.device)]
             difference += float((ours - own).double().square().sum())

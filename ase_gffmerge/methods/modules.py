@@ -29,12 +29,12 @@ from ase_gffmerge.merging.module_layers import (
     is_within,
 )
 from ase_gffmerge.merging.module_views import check_modules, own_modules, shared_views
-from ase_gffmerge.merging.modules import RIDGE, merge_modules, module_disagreement
+from ase_gffmerge.merging.modules import RIDGE, ModuleMerge, merge_modules, module_disagreement
 from ase_gffmerge.methods.base import Requirement
 from ase_gffmerge.methods.task_arithmetic import SHARES
 from ase_gffmerge.methods.task_vectors import DENSITIES, SCALES, disjoint_mean, elect_signs, trim
 from ase_gffmerge.methods.weight_space import Settings, grid_of
-from ase_gffmerge.runtime.progress import Progress
+from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.runtime.registry import Registry
 
 Views = list[nn.Module]
@@ -172,7 +172,7 @@ def mean_and_heads(inputs: ModuleInputs, progress: Progress) -> Views:
 @module_method("sequential", citation="this package, after arXiv 2606.03232; heads stay")
 def sequential(inputs: ModuleInputs, progress: Progress) -> Views:
     """Every layer on the merged model's inputs; heads stay."""
-    return _merged(inputs, progress, {name: "kept" for name in inputs.own}, channels="joint")
+    return _views(inputs, progress, {name: "kept" for name in inputs.own}, channels="joint")
 
 
 @module_method(
@@ -180,17 +180,36 @@ def sequential(inputs: ModuleInputs, progress: Progress) -> Views:
 )
 def joint_channels(inputs: ModuleInputs, progress: Progress) -> Views:
     """Every layer on the merged model's inputs, heads included, channels joint."""
-    return _merged(inputs, progress, {name: "refit" for name in inputs.own}, channels="joint")
+    return _views(inputs, progress, {name: "refit" for name in inputs.own}, channels="joint")
 
 
 @module_method("gffmerge", citation="this package, after arXiv 2606.03232")
 def gffmerge(inputs: ModuleInputs, progress: Progress) -> Views:
     """Every layer on the merged model's inputs, heads included: :func:`.merge_modules`."""
-    return _merged(inputs, progress, {name: "refit" for name in inputs.own}, channels="auto")
+    return _views(inputs, progress, {name: "refit" for name in inputs.own}, channels="auto")
 
 
-def _merged(inputs: ModuleInputs, progress: Progress, heads: Mapping[str, str], *, channels: str) -> Views:
-    merged = merge_modules(
+def _views(inputs: ModuleInputs, progress: Progress, heads: Mapping[str, str], *, channels: str) -> Views:
+    return list(merged(inputs, progress, heads, channels=channels).views)
+
+
+def merged(
+    inputs: ModuleInputs,
+    progress: Progress = no_progress,
+    heads: str | Mapping[str, str] = "refit",
+    *,
+    channels: str = "auto",
+) -> ModuleMerge:
+    """:func:`.merge_modules` of the inputs of a method.
+
+    Parameters
+    ----------
+    inputs, progress
+        As every method gets them.
+    heads, channels
+        See :func:`.merge_modules`.
+    """
+    return merge_modules(
         inputs.models,
         inputs.examples,
         run=inputs.run,
@@ -200,7 +219,6 @@ def _merged(inputs: ModuleInputs, progress: Progress, heads: Mapping[str, str], 
         channels=channels,
         progress=progress,
     )
-    return list(merged.views)
 
 
 # Weights as vectors

@@ -158,7 +158,7 @@ def test_heads_are_refitted_kept_or_named():
         assert torch.equal(kept.head(k)["head"].weight, model.head.weight)
         assert errors(refitted, "merged")[k] < errors(kept, "merged")[k]
         assert outputs(refitted.for_model(k), data[k]).shape[1] == 2 + k
-    together = refitted.all_classes()
+    together = refitted.all_classes(calibrated=False)
     separate = torch.cat([outputs(refitted.for_model(k), data[0]) for k in range(3)], dim=1)
     torch.testing.assert_close(outputs(together, data[0]), separate)
     assert isinstance(together.head, nn.Linear)
@@ -169,6 +169,41 @@ def test_heads_are_refitted_kept_or_named():
     assert shared.heads == ()
     with pytest.raises(ArgumentError, match="no heads"):
         shared.all_classes()
+
+
+class Told(nn.Module):
+    """Two classes of a body that is the same for all models."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.body, self.head = nn.Linear(2, 2), nn.Linear(2, 2)
+        with torch.no_grad():
+            self.body.weight.copy_(torch.eye(2))
+            self.body.bias.zero_()
+            self.head.weight.copy_(weight)
+            self.head.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_whose_classes_they_are_is_found_from_where_they_lie(known):
+    """The second model is surer of everything; its heads side by side would take all rows."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.arange(4).repeat(100)
+    places = torch.tensor([[0.0, 5.0], [0.0, -5.0], [5.0, 0.0], [-5.0, 0.0]])
+    x = (places[truth] + torch.randn(400, 2, generator=generator)).double()
+    models = [Told(torch.tensor(rows)).double() for rows in ([[0.0, 1], [0, -1]], [[3.0, 1.2], [-3, -1.2]])]
+    result = merge_modules(models, [x[truth < 2], x[truth > 1]] if known else x)
+    plain, found = (result.all_classes(calibrated=how)(x) for how in (False, True))
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(400).double(), atol=1e-6, rtol=0)
+    right, before = ((x.argmax(1) == truth).double().mean() for x in (found, plain))
+    assert before < 0.6
+    assert right > (0.97 if known else before + 0.15)
+    for k in (0, 1):  # what a model says of its own classes stays
+        own = found[:, 2 * k : 2 * k + 2].log_softmax(1)
+        torch.testing.assert_close(own, result.for_model(k)(x).log_softmax(1))
 
 
 def test_rows_are_labelled_or_confident_nodes():

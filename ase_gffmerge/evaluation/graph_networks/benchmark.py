@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from ase_gffmerge.errors import BenchmarkError
+from ase_gffmerge.errors import BenchmarkError, FileFormatError
 from ase_gffmerge.evaluation.graph_networks.tasks import (
     CONVOLUTIONS,
     Network,
@@ -31,10 +31,10 @@ from ase_gffmerge.evaluation.graph_networks.tasks import (
 )
 from ase_gffmerge.merging.module_views import shared_views
 from ase_gffmerge.methods import Requirement
-from ase_gffmerge.methods.modules import MODULE_METHODS, ModuleInputs
+from ase_gffmerge.methods.modules import MODULE_METHODS, ModuleInputs, merged
 from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.storage.results import ResultStore
-from ase_gffmerge.storage.tensor_file import atomic_write
+from ase_gffmerge.storage.tensor_file import atomic_write, content_digest, read_file, write_file
 
 EPOCHS, SEEDS = 80, 3
 
@@ -70,6 +70,8 @@ KINDS_OF = {"git_rebasin": ("GCN", "SAGE", "GIN"), "gnnmerge": ("GCN", "SAGE")}
 
 ADAM = "Cora in two halves"
 """and only in this table."""
+
+OURS, WITHOUT = "gffmerge", "all classes"
 
 Row = dict[str, Any]
 """Scores of the tasks, score without task identity, processor seconds."""
@@ -136,7 +138,9 @@ class GraphBenchmark:
         keys = {name: json.dumps([table, kind, seed, self.epochs, name]) for name in rows_of(table, kind)}
         found = store.find(list(keys.values()))
         if missing := [name for name, key in keys.items() if key not in found]:
-            new = measure(table, kind, seed, missing, data=self.data, epochs=self.epochs)
+            new = measure(
+                table, kind, seed, missing, data=self.data, epochs=self.epochs, networks=self.out / "networks"
+            )
             store.keep({keys[name]: row for name, row in new.items()}, name=f"{kind}-{seed}")
             found |= {keys[name]: row for name, row in new.items()}
         return {name: dict(found[key]) for name, key in keys.items()}
@@ -154,7 +158,7 @@ def rows_of(table: str, kind: str) -> list[str]:
 
 
 def measure(
-    table: str, kind: str, seed: int, names: Sequence[str], *, data: Path, epochs: int
+    table: str, kind: str, seed: int, names: Sequence[str], *, data: Path, epochs: int, networks: Path
 ) -> dict[str, Row]:
     """Train specialists and a joint model, and merge the specialists.
 
@@ -170,19 +174,19 @@ def measure(
         Folder of the graphs.
     epochs
         Of every training.
+    networks
+        Folder of what was trained.
     """
     tasks = TABLES[table](data, seed)
     models, base = _initial_models(tasks, kind, seed, shared=table == SHARED)
     joint = shared_views(models, ("head",))
     for view, model in zip(joint, models, strict=True):
         view.load_state_dict(models[0].state_dict() | dict(model.head.state_dict(prefix="head.")))
-    start = time.process_time()
-    train(joint, tasks, epochs=epochs)
-    found = {"joint": _row(joint, tasks, time.process_time() - start)}
-    start = time.process_time()
-    for model, task in zip(models, tasks, strict=True):
-        train([model], [task], epochs=epochs)
-    found["specialists"] = _row(models, tasks, time.process_time() - start)
+    seconds = trained(joint, tasks, epochs=epochs, folder=networks)
+    found = {"joint": _row(joint, tasks, seconds)}
+    pairs = zip(models, tasks, strict=True)
+    seconds = sum(trained([model], [task], epochs=epochs, folder=networks) for model, task in pairs)
+    found["specialists"] = _row(models, tasks, seconds)
     links_only = any(task.links is not None for task in tasks)
     for name in (name for name in names if name in ROWS):
         method, rows = ROWS[name]
@@ -195,7 +199,42 @@ def measure(
         start = time.process_time()
         views = MODULE_METHODS[method].run(inputs)
         found[name] = _row(views, tasks, time.process_time() - start)
+        if method == OURS and found[name][WITHOUT] is not None:
+            found[name][WITHOUT] = score_without_task([merged(inputs).all_classes()], tasks)
     return found
+
+
+def trained(views: Sequence[nn.Module], tasks: Sequence[Task], *, epochs: int, folder: Path) -> float:
+    """Train modules, or take what was trained from the same start for the same tasks; gives the processor seconds.
+
+    Parameters
+    ----------
+    views, tasks, epochs
+        See :func:`.train`.
+    folder
+        Where trained modules are kept.
+    """
+    settings = {"kind": "trained", "epochs": epochs, "network": type(views[0].first).__name__}
+    start = {
+        f"{k}.{name}": value
+        for k, (view, task) in enumerate(zip(views, tasks, strict=True))
+        for name, value in (view.state_dict() | task.tensors()).items()
+    }
+    path = folder / f"{content_digest(settings, start)[:32]}.safetensors"
+    try:
+        metadata, held = read_file(path)
+    except FileFormatError:
+        before = time.process_time()
+        train(views, tasks, epochs=epochs)
+        metadata = settings | {"seconds": time.process_time() - before}
+        held = {
+            f"{k}.{name}": x.clone() for k, view in enumerate(views) for name, x in view.state_dict().items()
+        }
+        write_file(path, metadata, held)
+    for k, view in enumerate(views):
+        view.load_state_dict({name: held[f"{k}.{name}"] for name in view.state_dict()})
+        view.eval()
+    return float(metadata["seconds"])
 
 
 def _initial_models(
@@ -219,7 +258,7 @@ def _initial_models(
 def _row(views: Sequence[nn.Module], tasks: Sequence[Task], seconds: float) -> Row:
     return {
         "tasks": scores(views, tasks),
-        "all classes": score_without_task(deepcopy(list(views)), tasks),
+        WITHOUT: score_without_task(deepcopy(list(views)), tasks),
         "seconds": seconds,
     }
 
@@ -232,9 +271,9 @@ def summarize(rows: Mapping[tuple[str, str, int], dict[str, Row]]) -> dict[str, 
         document.setdefault(table, {})[kind] = {
             name: {
                 "score": _spread([float(np.mean(seed[name]["tasks"])) for seed in seeds]),
-                "all classes": None
-                if seeds[0][name]["all classes"] is None
-                else _spread([seed[name]["all classes"] for seed in seeds]),
+                WITHOUT: None
+                if seeds[0][name][WITHOUT] is None
+                else _spread([seed[name][WITHOUT] for seed in seeds]),
                 "seconds": float(np.mean([seed[name]["seconds"] for seed in seeds])),
             }
             for name in seeds[0]
@@ -264,7 +303,7 @@ def _cell(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "–"
     mean, deviation = found["score"]
-    without = f" ({found['all classes'][0]:.1f})" if found["all classes"] else ""
+    without = f" ({found[WITHOUT][0]:.1f})" if found[WITHOUT] else ""
     return f"{mean:.1f} ± {deviation:.1f}{without}"
 
 

@@ -79,6 +79,11 @@ class Task:
     classes: tuple[int, ...] = ()
     links: Links | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that training sees, by name."""
+        links = {} if self.links is None else {"pairs": self.links.pairs, "linked": self.links.linked}
+        return {str(key): value for key, value in self.data.to_dict().items()} | links
+
     def loss(self, output: Tensor, mask: Tensor) -> Tensor:
         """Cross-entropy of some nodes or pairs."""
         if self.links is None:
@@ -253,13 +258,20 @@ def scores(views: Sequence[nn.Module], tasks: Sequence[Task], mask: str = "test_
 
 @torch.no_grad()
 def score_without_task(views: Sequence[nn.Module], tasks: Sequence[Task]) -> float | None:
-    """Accuracy on the test nodes of all tasks when nobody says which task a node belongs to; one graph only."""
-    if any(task.data.x is not tasks[0].data.x or not task.classes for task in tasks):
+    """Accuracy on the test nodes of all tasks when nobody says which task a node belongs to; one graph only.
+
+    Parameters
+    ----------
+    views
+        Modules for each of the tasks, whose outputs are put side by side, or one with the classes of all.
+    tasks
+        The tasks.
+    """
+    data = tasks[0].data
+    if any(task.data.x is not data.x or not task.classes for task in tasks):
         return None
-    logits = torch.cat(
-        [view.eval()(task.data.x, task.data.edge_index) for view, task in zip(views, tasks)], dim=1
-    )
-    truth, test, first = torch.full_like(tasks[0].data.y, -1), torch.zeros_like(tasks[0].data.test_mask), 0
+    logits = torch.cat([view.eval()(data.x, data.edge_index) for view in views], dim=1)
+    truth, test, first = torch.full_like(data.y, -1), torch.zeros_like(data.test_mask), 0
     for task in tasks:
         own = task.data.y >= 0
         truth[own] = task.data.y[own] + first
