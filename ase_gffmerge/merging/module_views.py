@@ -201,7 +201,7 @@ def with_wide_head(body: nn.Module, name: str, heads: Sequence[nn.Linear]) -> nn
         The layers.
     """
     weights = torch.cat([head.weight.detach() for head in heads])
-    biases = [head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias for head in heads]
+    biases = [torch.zeros_like(h.weight[:, 0]) if h.bias is None else h.bias.detach() for h in heads]
     wide = nn.Linear(weights.shape[1], len(weights)).to(weights)
     with torch.no_grad():
         wide.weight.copy_(weights)
@@ -256,7 +256,7 @@ class HeadRows:
             return
         if mask is not None and len(mask) == len(pair[0]):
             pair = [x[mask.to(x.device)] for x in pair]
-        held = (self.features, self.logits) if self.complete else [x[:0] for x in pair]
+        held = [self.features, self.logits] if self.complete else [x[:0] for x in pair]
         pair = [torch.cat([old, new[:: self._stride]]) for old, new in zip(held, pair, strict=True)]
         while len(pair[0]) > MAX_ROWS:
             pair, self._stride = [x[::2] for x in pair], 2 * self._stride

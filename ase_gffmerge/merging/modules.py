@@ -151,8 +151,9 @@ class ModuleMerge:
                 "the models have no heads of their own, so the merged module has all outputs already"
             )
         views = [self.for_model(k) for k in range(len(self.views))]
-        linear = [view.get_submodule(self.heads[0]) for view in views]
-        if len(self.heads) > 1 or not all(type(head) is nn.Linear for head in linear):
+        heads = [view.get_submodule(self.heads[0]) for view in views]
+        linear = [head for head in heads if isinstance(head, nn.Linear) and type(head) is nn.Linear]
+        if len(self.heads) > 1 or len(linear) < len(heads):
             return SideBySide(views)
         if not calibrated or not self.head_rows:
             return with_wide_head(views[0], self.heads[0], linear)
