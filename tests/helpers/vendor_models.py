@@ -148,7 +148,7 @@ def merges(pair: list[ForceField], recipes: Mapping[str, Any]) -> dict[str, tupl
     return found
 
 
-def default_that_beats_paper_and_mean(pair: list[ForceField]) -> tuple[ForceField, Any]:
+def solves_that_beat_paper_and_mean(pair: list[ForceField]) -> tuple[ForceField, Any]:
     """The solves of the default recipe and their report: on their frames, errors are at most 0.7 times those of the others.
 
     Whether solves from so few frames are kept is left out: held-out frames may well say that the mean is better.

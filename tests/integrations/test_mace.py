@@ -13,8 +13,8 @@ from helpers.vendor_models import (
     assert_copies_have_the_constants_of,
     assert_copies_merge_into,
     assert_same,
-    default_that_beats_paper_and_mean,
     relatives,
+    solves_that_beat_paper_and_mean,
     structures,
 )
 
@@ -308,8 +308,8 @@ def test_copies_merge_into_the_original():
     assert_copies_merge_into(original.with_calibration(original.calibration[:2]))
 
 
-def test_the_default_beats_paper_and_mean(tmp_path):
-    merged, report = default_that_beats_paper_and_mean(relatives("mace", build_small, size=0.1))
+def test_the_solves_beat_paper_and_mean(tmp_path):
+    merged, report = solves_that_beat_paper_and_mean(relatives("mace", build_small, size=0.1))
     assert "embedding" in report.averaged
     assert any("skip_tp[O, 0e]" in row.name for row in report.layers)
     assert load_force_field(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint

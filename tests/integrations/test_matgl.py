@@ -18,10 +18,10 @@ from helpers.vendor_models import (
     Trap,
     assert_copies_merge_into,
     assert_same,
-    default_that_beats_paper_and_mean,
     merges,
     moved,
     relatives,
+    solves_that_beat_paper_and_mean,
     structures,
 )
 
@@ -243,9 +243,9 @@ def test_copies_merge_into_the_original(variant):
     assert_copies_merge_into(relatives("matgl", lambda: build(variant).double(), size=0.0)[0])
 
 
-def test_the_default_beats_paper_and_mean(tmp_path):
+def test_the_solves_beat_paper_and_mean(tmp_path):
     pair = relatives("matgl", lambda: build("m3gnet smooth").double(), size=0.1, n_frames=20)
-    merged, _ = default_that_beats_paper_and_mean(pair)
+    merged, _ = solves_that_beat_paper_and_mean(pair)
     with pytest.raises(FileFormatError, match="widened readout"):
         export(merged, tmp_path / "merged")
 

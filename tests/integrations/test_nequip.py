@@ -13,9 +13,9 @@ from helpers.vendor_models import (
     assert_copies_have_the_constants_of,
     assert_copies_merge_into,
     assert_same,
-    default_that_beats_paper_and_mean,
     moved,
     relatives,
+    solves_that_beat_paper_and_mean,
     structures,
 )
 
@@ -251,8 +251,8 @@ def test_copies_merge_into_the_original():
     assert_copies_merge_into(relatives("nequip", build_double, size=0.0)[0])
 
 
-def test_the_default_beats_paper_and_mean(tmp_path):
-    merged, report = default_that_beats_paper_and_mean(relatives("nequip", build_double, size=0.2))
+def test_the_solves_beat_paper_and_mean(tmp_path):
+    merged, report = solves_that_beat_paper_and_mean(relatives("nequip", build_double, size=0.2))
     assert report.averaged == ("embedding", "readout.scale")
     assert any("sc[O, 0e]" in row.name for row in report.layers)
     assert load_force_field(merged.save(tmp_path / "m.safetensors")).fingerprint == merged.fingerprint

@@ -10,8 +10,8 @@ from helpers.vendor_models import (
     Trap,
     assert_copies_merge_into,
     assert_same,
-    default_that_beats_paper_and_mean,
     relatives,
+    solves_that_beat_paper_and_mean,
     structures,
 )
 
@@ -216,8 +216,8 @@ def test_copies_merge_into_the_original():
     assert_copies_merge_into(relatives("orb", build_double, size=0.0)[0])
 
 
-def test_the_default_beats_paper_and_mean(tmp_path):
-    merged, report = default_that_beats_paper_and_mean(relatives("orb", build_double, size=0.1))
+def test_the_solves_beat_paper_and_mean(tmp_path):
+    merged, report = solves_that_beat_paper_and_mean(relatives("orb", build_double, size=0.1))
     assert "unused.decoder.node_fn.mlp.NN-0.weight" in report.averaged
     solved = {row.name for row in report.layers}
     assert {"stages.0.module.encoder._edge_fn.mlp.NN-0", "stages.2.module.network._send_attn"} <= solved

@@ -14,10 +14,10 @@ from helpers.vendor_models import (
     assert_copies_have_the_constants_of,
     assert_copies_merge_into,
     assert_same,
-    default_that_beats_paper_and_mean,
     merged_saved_cached_and_exported,
     moved,
     relatives,
+    solves_that_beat_paper_and_mean,
     structures,
 )
 
@@ -319,8 +319,8 @@ def test_copies_merge_into_the_original():
     assert_copies_merge_into(relatives("sevenn", build_double, size=0.0)[0])
 
 
-def test_the_default_beats_paper_and_mean(tmp_path):
-    merged, report = default_that_beats_paper_and_mean(relatives("sevenn", build_double, size=0.1))
+def test_the_solves_beat_paper_and_mean(tmp_path):
+    merged, report = solves_that_beat_paper_and_mean(relatives("sevenn", build_double, size=0.1))
     assert "stages.0.module.basis.coeffs" in report.averaged
     assert any("fc_tensor_product[O, 0e]" in row.name for row in report.layers)
     with pytest.raises(FileFormatError, match="widened readout"):
