@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ase_gffmerge.data.frames import geometry_fingerprint, hash_frames
 from ase_gffmerge.data.labels import require_labels
 from ase_gffmerge.data.readers import iter_frames, read_frames
-from ase_gffmerge.errors import FileFormatError, FramesError
+from ase_gffmerge.errors import FileFormatError, FramesError, LabelWarning
 
 KCAL = units.kcal / units.mol
 N = 4
@@ -333,7 +333,8 @@ def test_wrong_deepmd_folders(tmp_path: Path, what: str, message: str) -> None:
 
 def test_require_labels_says_which_frames_lack_what() -> None:
     frames = labelled() + [molecule("H2O") for _ in range(7)]
-    require_labels(frames[:N], "here", ("energy", "forces", "stress"))
+    with pytest.warns(LabelWarning, match="349 GPa"):  # drawn at random
+        require_labels(frames[:N], "here", ("energy", "forces", "stress"))
     with pytest.raises(
         FramesError, match=r"here: 7 of 11 frames lack energy \(frames 4, 5, 6, 7, 8, \.\.\.\)"
     ):
