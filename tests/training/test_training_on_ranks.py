@@ -84,6 +84,7 @@ def test_ranks_train_as_one_process_does(tmp_path, monkeypatch, n):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_commands_share_their_work(tmp_path):
     found = []
     for n in (1, 2):
