@@ -8,7 +8,7 @@ stated): keep FOLDER to yourself. Every model and every result in FOLDER is kept
 The setting is that of arXiv 2606.03232's solids: an M3GNet base, specialists that descend from it, energies to forces 1:10
 in the loss, learning rate 1e-3, least squares with a ridge of 1e-6, embeddings averaged (row ``paper``) or switched at
 evaluation (``paper, switched``). The authors train on 1250 frames per system for 75 epochs; ``--full`` does, as far as there
-are frames. The default is what one idle core trains in ten minutes: a small M3GNet, few frames for few epochs, one frame a
+are frames. The default is far smaller, for one core: a small M3GNet, few frames for few epochs, one frame a
 step and larger learning rates, with which it learns in so few steps. Frames are split by
 blocks of time, as in ``benchmark_lips20.py``, and errors are those of frames that no model and no merge has seen.
 
