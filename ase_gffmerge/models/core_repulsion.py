@@ -8,7 +8,7 @@ known frames and an inner one, :math:`r_i = 0.8\,r_o`. With :math:`t = (r - r_i)
 .. math::
 
    E_i = b_{Z_i}\bigl(E_i^{\rm net}(\{\rho(r_{ij})\,\hat{\mathbf r}_{ij}\})\bigr)
-       + \tfrac12\sum_j V(r_{ij})\,(1 - s(t_{ij})),\qquad
+       + \tfrac12\sum_{j:\,r_{ij} < r_o} \bigl[V(r_{ij}) - T(r_{ij})\bigr],\qquad
    \rho(r) = r_o - \int_r^{r_o} s(t(r'))\,dr' .
 
 1. V is the universal potential of Ziegler, Biersack and Littmark (The Stopping and Range of Ions in Solids, 1985),
@@ -16,7 +16,8 @@ known frames and an inner one, :math:`r_i = 0.8\,r_o`. With :math:`t = (r - r_i)
    .. math:: V(r) = \frac{e^2}{4\pi\varepsilon_0}\frac{Z_1 Z_2}{r}\,\varphi(r/a),\qquad
              a = \frac{0.46850\ \text{Å}}{Z_1^{0.23} + Z_2^{0.23}},
 
-   with φ a sum of four exponentials.
+   with φ a sum of four exponentials, and T its second-order Taylor polynomial about :math:`r_o`. The difference rises with
+   the cube of the way below :math:`r_o` and is convex; it is nowhere stiffer than V, and the usual time steps follow it.
 2. The network sees no distance below :math:`(r_o + r_i)/2`, where ρ has become constant: no repulsion outweighs what it may
    say of others.
 3. Its energy of an atom without the reference energy is bounded, with knees L below and U above the range among the atoms of
@@ -177,9 +178,15 @@ class CoreRepulsion(ExactBuffers):
         seen = outer * (1 - 0.5 * WIDTH + WIDTH * t**4 * (2.5 + t * (t - 3)))
         factor = torch.where(close, seen / lengths, 1.0).to(vectors.dtype)
         pairs = zbl_energy(lengths, self.atomic_numbers[sender], self.atomic_numbers[receiver])
-        halves = torch.where(close, 0.5 * pairs * (1 - t**3 * (10 + t * (6 * t - 15))), 0.0)
+        value, slope, curvature = (table[sender, receiver] for table in self.onsets())
+        way = lengths - outer
+        halves = torch.where(close, 0.5 * (pairs - value - way * (slope + 0.5 * way * curvature)), 0.0)
         energies = halves.new_zeros(len(species)).index_add(0, graph.edge_index[1], halves)
         return vectors * factor[:, None], energies
+
+    def onsets(self) -> list[Tensor]:
+        """V, V' and V'' at the outer radii, each (n_species, n_species), in eV, eV/Å and eV/Å²."""
+        return zbl_derivatives(self.outer, self.atomic_numbers[:, None], self.atomic_numbers)
 
     def bounded(self, energies: Tensor, references: Tensor, species: Tensor) -> Tensor:
         """Bound the network's energies.
@@ -219,6 +226,15 @@ def zbl_energy(lengths: Tensor, first: Tensor, second: Tensor) -> Tensor:
     x = lengths * (first**EXPONENT + second**EXPONENT) / SCREENING_LENGTH
     screening = torch.stack([a * torch.exp(-b * x) for a, b in SCREENING]).sum(dim=0)
     return COULOMB * first * second / lengths * screening
+
+
+def zbl_derivatives(lengths: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
+    """:func:`zbl_energy` and its first and second derivative with respect to the distance, in eV, eV/Å and eV/Å²."""
+    r, decay = torch.broadcast_tensors(lengths, (first**EXPONENT + second**EXPONENT) / SCREENING_LENGTH)
+    rates = torch.stack([b * decay for _, b in SCREENING])
+    terms = COULOMB * first * second * torch.stack([a * torch.exp(-b * decay * r) for a, b in SCREENING]) / r
+    factors = (torch.ones_like(rates), -rates - 1 / r, rates * (rates + 2 / r) + 2 / r**2)
+    return [(terms * factor).sum(dim=0) for factor in factors]
 
 
 @torch.no_grad()
