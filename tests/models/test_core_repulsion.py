@@ -94,9 +94,12 @@ def test_the_onset_is_no_stiffer_than_zbl(guarded) -> None:
     (curvature,) = torch.autograd.grad(slope.sum(), r)
     zbl = zbl_derivatives(r.detach(), torch.tensor(6.0), torch.tensor(8.0))[2]
     inside = r < outer
-    assert (energies[inside] > 0).all() and (slope[inside] < 0).all()
-    assert (curvature[inside] > 0).all() and (2 * curvature <= zbl).all()
-    assert not energies[~inside].any() and not curvature[~inside].any()
+    assert (energies[inside] > 0).all()
+    assert (slope[inside] < 0).all()
+    assert (curvature[inside] > 0).all()
+    assert (2 * curvature <= zbl).all()
+    assert not energies[~inside].any()
+    assert not curvature[~inside].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
