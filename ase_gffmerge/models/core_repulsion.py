@@ -229,7 +229,13 @@ def zbl_energy(lengths: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def zbl_derivatives(lengths: Tensor, first: Tensor, second: Tensor) -> list[Tensor]:
-    """:func:`zbl_energy` and its first and second derivative with respect to the distance, in eV, eV/Å and eV/Å²."""
+    """:func:`zbl_energy` and its first and second derivative with respect to the distance, in eV, eV/Å and eV/Å².
+
+    Parameters
+    ----------
+    lengths, first, second
+        As for :func:`zbl_energy`.
+    """
     r, decay = torch.broadcast_tensors(lengths, (first**EXPONENT + second**EXPONENT) / SCREENING_LENGTH)
     rates = torch.stack([b * decay for _, b in SCREENING])
     terms = COULOMB * first * second * torch.stack([a * torch.exp(-b * decay * r) for a, b in SCREENING]) / r
