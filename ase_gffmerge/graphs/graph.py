@@ -45,6 +45,20 @@ class Topology:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class TracedTopology(Topology):
+    """What a function that is compiled or recorded knows: numbers of atoms and edges, and no values of tensors.
+
+    Attributes
+    ----------
+    width
+        One more than the largest number of edges of an atom, for :attr:`.Potential.pads_neighborhoods`. Atoms with more are
+        padding, whose edges have no envelope.
+    """
+
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class AtomGraph(Topology):
     """One structure, or a batch of structures, as a graph of atoms and the edges between neighbors.
 

@@ -11,6 +11,7 @@ import threading
 import types
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from ase_gffmerge.errors import CompileWarning, first_line
 from ase_gffmerge.graphs.derivatives import EdgeDerivatives, EdgeFunction, differentiate
-from ase_gffmerge.graphs.graph import Topology
+from ase_gffmerge.graphs.graph import Topology, TracedTopology
 from ase_gffmerge.inference.cuda_graphs import (
+    Arguments,
     CapturedFunction,
     CudaGraphs,
     Size,
@@ -27,6 +29,7 @@ from ase_gffmerge.inference.cuda_graphs import (
     padding_graph,
 )
 from ase_gffmerge.models import Potential
+from ase_gffmerge.models.layers.neighborhoods import evaluated_whole
 from ase_gffmerge.runtime.devices import is_out_of_memory
 
 Compile = bool | Literal["auto"]
@@ -35,10 +38,10 @@ EAGER_STEPS = 200
 """Evaluations on a GPU before ``auto`` compiles: a relaxation is over by then."""
 
 
-TRACED = Size(211, 4099)
-"""Atoms and edges of what is traced. What is equal in it, torch takes to be equal in every structure; with a first structure
-of two or three atoms, like the components of a vector, it would have to trace again. And work of this size is worth sharing
-among threads."""
+TRACED = Size(211, 4099, 37)
+"""Atoms, edges and neighbors of what is traced. What is equal in it, torch takes to be equal in every structure; with a
+first structure of two or three atoms, like the components of a vector, it would have to trace again. And work of this size
+is worth sharing among threads."""
 
 
 class CompiledPotential:
@@ -88,12 +91,7 @@ class CompiledPotential:
         if not self._offers(graph):
             return differentiate(self._eager, vectors, graph)
         self._evaluations += 1
-        arguments = (
-            vectors.to(self.potential.dtype),
-            graph.edge_index.contiguous(),
-            graph.specialist,
-            graph.atomic_numbers,
-        )
+        arguments = traced_arguments(self.potential, vectors, graph)
         if not self._failed and (self.compile is True or self._evaluations > EAGER_STEPS):
             try:
                 result = self._evaluate("compiled", *arguments)
@@ -114,6 +112,8 @@ class CompiledPotential:
         """Whether it has more to offer than eager evaluation. Sizes of 0 and 1 would be compiled on their own."""
         if not self.worthwhile or os.getpid() != self._process:
             return False  # a forked process does not have the compiler's threads
+        if self.potential.pads_neighborhoods and not evaluated_whole(graph.n_edges, self.potential.device):
+            return False  # eager evaluation goes through its atoms in chunks, in less memory
         return min(len(graph), graph.n_edges) >= 2 and (self._on_gpu or not self._failed)
 
     @property
@@ -140,7 +140,8 @@ class CompiledPotential:
         padding_atom = self.potential.species[0], self.potential.hyper.cutoff
         if way == "compiled":
             function = compiled(self.potential, backend=self.backend)
-            function(*padding_graph(TRACED, padding_atom, like=self.potential.embedding))
+            size = TRACED if self.potential.pads_neighborhoods else replace(TRACED, width=0)
+            function(*padding_graph(size, padding_atom, like=self.potential.embedding))
         else:
             function = differentiated(self.potential)
         return (
@@ -168,7 +169,33 @@ class CompiledPotential:
         self._forget()
 
 
-def traced_topology(edge_index: Tensor, specialist: Tensor, atomic_numbers: Tensor) -> Topology:
+def traced_arguments(potential: Potential, vectors: Tensor, graph: Topology) -> Arguments:
+    """Give the tensors that a traced function of a potential takes.
+
+    Parameters
+    ----------
+    potential
+        Whose type is used, and that may pad its neighborhoods.
+    vectors
+        Edge vectors (n_edges, 3) in Å.
+    graph
+        One graph or a batch, with one edge or more.
+    """
+    arguments = (
+        vectors.to(potential.dtype),
+        graph.edge_index.contiguous(),
+        graph.specialist,
+        graph.atomic_numbers,
+    )
+    if not potential.pads_neighborhoods:
+        return arguments
+    width = 1 + int(torch.bincount(graph.edge_index[1]).max())
+    return *arguments, arguments[0].new_zeros(width)
+
+
+def traced_topology(
+    edge_index: Tensor, specialist: Tensor, atomic_numbers: Tensor, *widths: Tensor
+) -> TracedTopology:
     """Give what :attr:`.Potential.compilable` networks read of a graph; the rest is empty.
 
     Parameters
@@ -179,19 +206,22 @@ def traced_topology(edge_index: Tensor, specialist: Tensor, atomic_numbers: Tens
         Row of the embedding tables per atom (n_atoms,).
     atomic_numbers
         (n_atoms,).
+    widths
+        Nothing, or a tensor as long as neighborhoods are to be wide.
     """
     empty = edge_index.new_zeros(0)
-    return Topology(
+    return TracedTopology(
         atomic_numbers=atomic_numbers,
         specialist=specialist,
         edge_index=edge_index,
         shifts=empty,
         structure_index=empty,
+        width=sum(map(len, widths)),
     )
 
 
 def differentiated(potential: EdgeFunction) -> TensorFunction:
-    """Give ``(vectors, edge_index, specialist, atomic_numbers) -> EdgeDerivatives`` by reverse passes."""
+    """Give the function of :func:`traced_arguments` with its gradient by a reverse pass."""
 
     def evaluate(vectors: Tensor, *constants: Tensor) -> EdgeDerivatives:
         return differentiate(potential, vectors, traced_topology(*constants))

@@ -25,9 +25,12 @@ from ase_gffmerge.errors import CaptureWarning, first_line
 from ase_gffmerge.graphs.derivatives import EdgeDerivatives
 from ase_gffmerge.runtime.devices import is_out_of_memory
 
-Arguments = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Edge vectors (n_edges, 3), edge index (2, n_edges), specialist (n_atoms,) and atomic numbers (n_atoms,)."""
-TensorFunction = Callable[[Tensor, Tensor, Tensor, Tensor], EdgeDerivatives]
+Arguments = tuple[Tensor, ...]
+"""Edge vectors (n_edges, 3), edge index (2, n_edges), specialist (n_atoms,) and atomic numbers (n_atoms,); of networks that
+pad neighborhoods also a tensor whose length is their width (:class:`~ase_gffmerge.graphs.graph.TracedTopology`)."""
+PADDED = 0, 1, 0, 0, 0
+"""Dimension along which each of them is filled up."""
+TensorFunction = Callable[..., EdgeDerivatives]
 """An edge function and its gradient as a function of tensors alone, which can be traced and recorded."""
 
 PADDING_ATOMS = 8
@@ -45,15 +48,21 @@ MAX_EDGES = 50_000
 
 @dataclass(frozen=True)
 class Size:
-    """Numbers of atoms and edges of a recording, padding included."""
+    """Numbers of atoms and edges of a recording, padding included, and the width of its neighborhoods (0: not padded)."""
 
     n_atoms: int
     n_edges: int
+    width: int = 0
 
     @classmethod
-    def around(cls, n_atoms: int, n_edges: int) -> "Size":
-        """Give the least size with room for so many atoms and edges, and the padding."""
-        return cls(capacity(n_atoms + PADDING_ATOMS), capacity(n_edges))
+    def of(cls, arguments: Sequence[Tensor]) -> "Size":
+        """Give the size of arguments as they are."""
+        return cls(len(arguments[2]), len(arguments[0]), *map(len, arguments[4:]))
+
+    def padded(self) -> "Size":
+        """Give the least size of a recording with room for this one and the padding."""
+        width = capacity(self.width) if self.width else 0
+        return Size(capacity(self.n_atoms + PADDING_ATOMS), capacity(self.n_edges), width)
 
 
 def capacity(count: int) -> int:
@@ -81,7 +90,7 @@ class Recording:
         """Put a graph in the place of the first padding atoms, replay, and copy what belongs to it."""
         edges, atoms = slice(len(arguments[0])), slice(len(arguments[2]))
         for buffer, values, padding, dim in zip(
-            self.inputs, arguments, self.padding, (0, 1, 0, 0), strict=True
+            self.inputs, arguments, self.padding, PADDED[: len(arguments)], strict=True
         ):
             n = values.shape[dim]
             torch.cat([values, padding.narrow(dim, n, padding.shape[dim] - n)], dim=dim, out=buffer)
@@ -96,7 +105,7 @@ def padding_graph(size: Size, padding_atom: tuple[int, float], *, like: Tensor) 
     Parameters
     ----------
     size
-        Numbers of atoms and edges.
+        Numbers of atoms and edges, and width of neighborhoods.
     padding_atom
         Atomic number of the padding atoms, and the length of their edges in Å.
     like
@@ -107,7 +116,8 @@ def padding_graph(size: Size, padding_atom: tuple[int, float], *, like: Tensor) 
     vectors[:, 0] = distance
     atoms = size.n_atoms - 1 - torch.arange(size.n_edges, device=like.device) % PADDING_ATOMS
     specialist = atoms.new_zeros(size.n_atoms)
-    return vectors, atoms.repeat(2, 1), specialist, torch.full_like(specialist, number)
+    graph = vectors, atoms.repeat(2, 1), specialist, torch.full_like(specialist, number)
+    return (*graph, like.new_zeros(size.width)) if size.width else graph
 
 
 class CapturedFunction:
@@ -133,10 +143,10 @@ class CapturedFunction:
 
     def __call__(self, *arguments: Tensor) -> EdgeDerivatives:
         """Evaluate, by a recording where there is one."""
-        n_edges, n_atoms = len(arguments[0]), len(arguments[2])
-        if n_edges <= MAX_EDGES and self._failures < FAILURES:
+        size = Size.of(arguments)
+        if size.n_edges <= MAX_EDGES and self._failures < FAILURES:
             with self._lock:
-                recording = self._recording(Size.around(n_atoms, n_edges), arguments[0])
+                recording = self._recording(size.padded(), arguments[0])
                 if recording is not None:
                     self._take_turns(arguments[0].device)
                     return recording(arguments)
@@ -153,7 +163,7 @@ class CapturedFunction:
         if len(self._recordings) >= RECORDINGS:
             self._forget(next(iter(self._recordings)))
         padding = padding_graph(size, self.padding_atom, like=vectors)
-        inputs = (padding[0].clone(), padding[1].clone(), padding[2].clone(), padding[3].clone())
+        inputs = tuple(x.clone() for x in padding)
         try:
             outputs, replay = self.record(self.function, inputs)
         except Exception as error:  # whatever CUDA and the network may say

@@ -184,6 +184,8 @@ class Potential(ExactBuffers):
     Hyper: ClassVar[type[HyperParameters]]
     compilable: ClassVar[bool] = True
     """Whether it can be traced with the numbers of atoms and edges as symbols, which lists of angles cannot."""
+    pads_neighborhoods: ClassVar[bool] = False
+    """Whether it is then told the largest number of neighbours, too (:class:`.TracedTopology`)."""
     decomposition: ClassVar[Literal["stages", "halo", "none"]] = "stages"
     """How to cut a structure: exchange features between ``stages``, a ``halo`` of cutoff times blocks, or not at all."""
     node_entries: ClassVar[int] = 1

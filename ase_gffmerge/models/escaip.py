@@ -38,7 +38,7 @@ from e3nn.o3 import SphericalHarmonics
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from ase_gffmerge.graphs.graph import Topology
+from ase_gffmerge.graphs.graph import Topology, TracedTopology
 from ase_gffmerge.models.base import HyperParameters, Potential, State
 from ase_gffmerge.models.layers import eager_e3nn, keep_plain
 from ase_gffmerge.models.layers.linear import JoinedLinear
@@ -48,6 +48,7 @@ from ase_gffmerge.models.layers.neighborhoods import (
     NeighborhoodStage,
     Table,
     neighborhoods,
+    neighborhoods_of_width,
 )
 
 NORM_OFFSET = 1e-6
@@ -210,7 +211,7 @@ class EScAIP(Potential):
     """
 
     architecture: ClassVar[str] = "escaip"
-    compilable: ClassVar[bool] = False
+    pads_neighborhoods: ClassVar[bool] = True
     Hyper: ClassVar[type[HyperParameters]] = EScAIPHyper
     hyper: EScAIPHyper
 
@@ -246,7 +247,10 @@ class EScAIP(Potential):
         """Give every edge a slot in its receiver's neighbourhood."""
         sender, receiver = graph.edge_index
         radial, envelope, angular = self.edge_functions(vectors)
-        places = neighborhoods(receiver, len(graph))
+        if isinstance(graph, TracedTopology):
+            places = neighborhoods_of_width(receiver, len(graph), graph.width)
+        else:
+            places = neighborhoods(receiver, len(graph))
         l_max = len(self.hyper.frequency_list) - 1
         return NeighborhoodGeometry(sender, receiver, radial, envelope, angular, *places, len(graph), l_max)
 

@@ -10,7 +10,7 @@ class Rerun:
         self.sizes: list[Size] = []
 
     def __call__(self, function, inputs):
-        self.sizes.append(Size(len(inputs[2]), len(inputs[0])))
+        self.sizes.append(Size.of(inputs))
         outputs = function(*inputs)
 
         def replay():

@@ -149,6 +149,13 @@ CONTRACT = {
         "tensor_channels": 4,
         "radial_hidden": 8,
     },
+    "escaip": {
+        "channels": 8,
+        "n_blocks": 2,
+        "n_radial": 4,
+        "atten_num_heads": 2,
+        "frequency_list": (2, 2, 1),
+    },
 }
 
 

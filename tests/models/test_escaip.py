@@ -15,7 +15,9 @@ from scipy.special import eval_legendre
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge
 from ase_gffmerge.errors import FileFormatError, MergeWarning
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.graphs.derivatives import differentiate
 from ase_gffmerge.graphs.graph import edge_vectors
+from ase_gffmerge.inference.compiled import CompiledPotential
 from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.models.affine_maps import adjustable_maps
@@ -67,6 +69,34 @@ def test_every_edge_has_a_slot_of_its_own_in_its_receivers_neighbourhood(receive
     for edge in edges:  # the slots of a row belong to one atom
         for row in edge.tolist():
             assert len({receivers[e] for e in row if e < len(receivers)}) <= 1
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.integers(5, 8), st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_a_width_that_is_given_beforehand_leaves_padding_out_and_nothing_else(receivers, n_atoms, padding):
+    wide = max(map(receivers.count, receivers))
+    crowd = [n_atoms] * (wide + padding if padding else 0)  # more edges than there are slots
+    receiver = torch.tensor(receivers + crowd)
+    (edge,), slot = neighborhoods.neighborhoods_of_width(receiver, n_atoms + 1, wide + 1)
+    assert edge.shape == (n_atoms + 1, wide + 1)
+    assert bool((edge[:, 0] == len(receiver)).all())
+    seen = len(receiver) - padding
+    assert edge.flatten()[slot[:seen]].tolist() == list(range(seen))
+    assert int((edge < len(receiver)).sum()) == seen
+    assert (slot[:seen] // (wide + 1)).tolist() == receiver[:seen].tolist()
+    assert slot[seen:].tolist() == [n_atoms * (wide + 1)] * padding
+
+
+def test_what_is_evaluated_in_chunks_is_not_compiled(escaip, monkeypatch):
+    graph = build_graph(crystal(), 4.0)
+    compiled, vectors = CompiledPotential(escaip, compile=True), edge_vectors(graph)
+    assert compiled._offers(graph)
+    monkeypatch.setattr(neighborhoods, "chunk_size", lambda device: 20)
+    monkeypatch.setattr(torch, "compile", None)
+    for found, expected in zip(
+        compiled(vectors, graph)[:2], differentiate(escaip, vectors, graph)[:2], strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_legendre_polynomials(escaip):

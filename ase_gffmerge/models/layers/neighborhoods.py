@@ -77,9 +77,15 @@ class NeighborhoodGeometry(EdgeGeometry):
         """Sums (n_atoms, d) over the edges of every atom."""
         return x.new_zeros(self.n_atoms, x.shape[1]).index_add(0, self.receiver, x)
 
-    @cached_property
+    @property
     def tables(self) -> list[Table]:
-        """Envelope and angles in the slots of all tables."""
+        """Envelope and angles in the slots of all tables; made once for all blocks."""
+        if torch.compiler.is_compiling():  # which does not trace locks, and finds what is computed twice
+            return [self._table(edge) for edge in self.edges]
+        return self._tables
+
+    @cached_property
+    def _tables(self) -> list[Table]:
         return [self._table(edge) for edge in self.edges]
 
     def _table(self, edge: Tensor) -> Table:
@@ -125,6 +131,28 @@ def neighborhoods(receiver: Tensor, n_atoms: int) -> tuple[tuple[Tensor, ...], T
     return tuple(table.view(size) for table, size in tables), slot
 
 
+def neighborhoods_of_width(receiver: Tensor, n_atoms: int, width: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Give the same as one table of a given width, without a look at any value: it can be traced and recorded.
+
+    Parameters
+    ----------
+    receiver : (n_edges,)
+        Of all edges.
+    n_atoms, width
+        Shape of the table. Edges for which it is too narrow must be without envelope and of padding atoms, the last one
+        among them: no attention sees these edges, and they are given what its first slot holds.
+    """
+    count = torch.arange(len(receiver), device=receiver.device)
+    order = torch.argsort(receiver, stable=True)
+    counts = receiver.new_zeros(n_atoms).scatter_add(0, receiver, torch.ones_like(receiver))
+    first = counts.cumsum(0) - counts
+    place = torch.empty_like(receiver).scatter(0, order, count - first[receiver[order]] + 1)
+    slot = torch.where(place < width, receiver * width + place, (n_atoms - 1) * width)
+    edge = torch.full_like(receiver[:1], len(receiver)).repeat(n_atoms * width).scatter(0, slot, count)
+    edge = edge.view(n_atoms, width)
+    return (torch.cat([torch.full_like(edge[:, :1], len(receiver)), edge[:, 1:]], dim=1),), slot
+
+
 class NeighborhoodStage(Stage):
     """A stage in which an atom's features and those of its edges change by what its neighbourhood holds.
 
@@ -163,6 +191,11 @@ def chunk_size(device: torch.device) -> int:
 
 WHOLE = 3
 """Chunks up to which all edges are evaluated at once, which needs memory but no second pass."""
+
+
+def evaluated_whole(n_edges: int, device: torch.device) -> bool:
+    """Whether a structure is small enough for all of its edges to be evaluated at once."""
+    return n_edges <= WHOLE * chunk_size(device)
 
 
 @dataclass(frozen=True)
@@ -228,7 +261,7 @@ class InferenceStage(Stage):
 
     def forward(self, state: State, geometry: NeighborhoodGeometry) -> State:
         """Change features of atoms and edges."""
-        if len(geometry.sender) <= WHOLE * chunk_size(geometry.sender.device):
+        if evaluated_whole(len(geometry.sender), geometry.sender.device):
             changed: State = self.stage(state, geometry)
             return changed
         layer, channels = self.stage.hidden, state[0].shape[1]

@@ -20,7 +20,7 @@ from ase_gffmerge.errors import CaptureWarning, CompileWarning
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.graphs.derivatives import assemble
 from ase_gffmerge.graphs.graph import edge_vectors
-from ase_gffmerge.inference.compiled import EAGER_STEPS, CompiledPotential, differentiated
+from ase_gffmerge.inference.compiled import EAGER_STEPS, CompiledPotential, differentiated, traced_arguments
 from ase_gffmerge.inference.cuda_graphs import (
     BACKOFF,
     FAILURES,
@@ -39,7 +39,7 @@ from helpers.toys import random_force_field
 
 def arguments(potential, atoms):
     graph = build_graph(atoms, potential.hyper.cutoff)
-    return edge_vectors(graph).to(potential.dtype), graph.edge_index, graph.specialist, graph.atomic_numbers
+    return traced_arguments(potential, edge_vectors(graph), graph)
 
 
 def captured(potential, record) -> CapturedFunction:
@@ -61,6 +61,7 @@ def test_a_capacity_is_at_most_a_quarter_too_large(count) -> None:
     assert capacity(capacity(count)) == capacity(count)
 
 
+@pytest.mark.parametrize("architecture", ["painn", "nequip", "escaip"])
 def test_replays_are_what_the_network_gives_without_padding(architecture) -> None:
     potential = random_force_field(architecture).potential
     function = captured(potential, record := Rerun())
@@ -90,6 +91,7 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("architecture", ["painn", "nequip", "escaip"])
 def test_nothing_in_a_network_waits_for_the_device(architecture) -> None:
     """Numbers that come from the device or go there cannot be recorded; new tensors must be made where the others are."""
     potential = random_force_field(architecture).potential
