@@ -107,7 +107,7 @@ def distill(
             )
         with progress_bar("distilling") as progress:
             progress(0.0, "the specialists label their frames")
-            watch = EpochWatch(options.epochs, progress)
+            watch = EpochWatch(options.suited_epochs(len(loaded)), progress)
             try:
                 distilled, history = distill(
                     start,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from ase_gffmerge.errors import RecipeError
 from ase_gffmerge.storage.documents import STRICT, Seed, Whole, explain, read_options, shown, with_text_keys
 
-MERGE_VERSION = 12
+MERGE_VERSION = 13
 """Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""
 
 
@@ -86,8 +86,8 @@ class DistillOptions(AugmentationOptions):
         Processor seconds that training may take; epochs, then frames, are cut to what fits by the time of a first batch, so
         the result depends on the machine. Default: all epochs, whatever they take; the same result on every CPU run.
     epochs, batch_size, learning_rate
-        Longest duration, frames per step, and the peak of the one-cycle schedule; default: 2e-3, or less for a start that is
-        already near (:meth:`~ase_gffmerge.training.teachers.Teachers.suited_rate`).
+        Longest duration (default: :meth:`suited_epochs`), frames per step, and the peak of the one-cycle schedule; default:
+        2e-3, or less for a start that is already near (:meth:`~ase_gffmerge.training.teachers.Teachers.suited_rate`).
     energy_weight, force_weight, stress_weight
         Weights of the mean absolute differences: eV/atom, eV/Å (norm of a force), and eV/Å^3.
     feature_weight
@@ -104,7 +104,7 @@ class DistillOptions(AugmentationOptions):
 
     threshold: float | None = Field(default=None, ge=0)
     budget: float | None = Field(default=None, gt=0)
-    epochs: Whole = Field(default=3, ge=1)
+    epochs: Whole | None = Field(default=None, ge=1)
     batch_size: Whole = Field(default=10, ge=1)
     learning_rate: float | None = Field(default=None, gt=0)
     energy_weight: float = Field(default=1.0, ge=0)
@@ -119,6 +119,10 @@ class DistillOptions(AugmentationOptions):
     patience: Whole = Field(default=3, ge=1)
     ema_decay: float = Field(default=0.995, ge=0, lt=1)
     gradient_clip: float = Field(default=10.0, gt=0)
+
+    def suited_epochs(self, n_specialists: int) -> int:
+        """Epochs for so many specialists, if none are given: three for two, and one more for every two more."""
+        return self.epochs or 2 + (n_specialists + 1) // 2
 
 
 class TrajectoryOptions(BaseModel):

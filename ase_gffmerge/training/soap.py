@@ -31,6 +31,9 @@ from torch import Tensor
 LARGEST = 256
 """Longest side of a matrix that is rotated: an eigenbasis costs its third power."""
 
+TILT = 0.01
+"""Largest entry of the added diagonal, in units of the mean eigenvalue."""
+
 
 class SOAP(torch.optim.Optimizer):
     """Adam in slowly following eigenbases; about one and a half times the cost of Adam for small matrices.
@@ -106,8 +109,14 @@ def _initial_state(gradient: Tensor) -> dict[str, Tensor]:
 
 
 def _eigenvectors(product: Tensor) -> Tensor:
-    """Of a symmetric matrix, by ascending eigenvalues; products of gradients of dead units span more than float32 does."""
-    return torch.linalg.eigh(product.double()).eigenvectors.to(product.dtype)
+    """Of L or R, by ascending eigenvalues, in float64: products of gradients of dead units span more than float32 does.
+
+    A small and uneven diagonal is added. A gradient of low rank leaves directions whose eigenvalues are all zero, and round-off,
+    which differs between machines and numbers of processes, would choose a basis among them.
+    """
+    n, matrix = len(product), product.double()
+    uneven = torch.linspace(TILT, 0.0, n, dtype=matrix.dtype, device=matrix.device) * matrix.trace() / n
+    return torch.linalg.eigh(matrix + uneven.diag()).eigenvectors.to(product.dtype)
 
 
 def _outer_products(gradient: Tensor) -> dict[str, Tensor]:

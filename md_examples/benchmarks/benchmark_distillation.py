@@ -357,7 +357,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", MergeWarning)
     bench = open_bench(arguments.data, arguments.out, FULL)
-    runs = measure(bench, DistillOptions())
+    runs = measure(bench, DistillOptions(epochs=3))
     result = summary(bench, runs)
     text = table(runs, result["specialist"])
     (arguments.out / "table.md").write_text(text + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from ase_gffmerge.merging.merge import closed_form_merge
 from ase_gffmerge.merging.recipe import DistillOptions, load_recipe
 from ase_gffmerge.runtime.distributed import sharing
 from ase_gffmerge.runtime.progress import is_first
-from ase_gffmerge.training import loop, soap
+from ase_gffmerge.training import loop
 from ase_gffmerge.training.checkpoint import History
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.distill import distill
@@ -64,17 +64,10 @@ DISTILLATION = DistillOptions(
 """Batches of five frames of two kinds: the parts differ in size, and the last batch is smaller."""
 
 
-def decided(product: torch.Tensor) -> torch.Tensor:
-    """Eigenvectors of a symmetric matrix, also where it is zero: there round-off, which ranks change, would decide."""
-    ramp = 0.01 * product.trace() * torch.linspace(1, 0, len(product), dtype=product.dtype)
-    return torch.linalg.eigh((product + ramp.diag()).double()).eigenvectors.to(product.dtype)
-
-
 def trained(folder: Path) -> dict[str, tuple[ForceField, History]]:
     """Distil the specialists in a folder into their mean, and fine-tune the first on their labelled frames, in float64."""
     specialists = [ForceField.load(path) for path in sorted(folder.glob("specialist-*.safetensors"))]
     specialists = [specialist.to(dtype=torch.float64) for specialist in specialists]
-    soap._eigenvectors = decided
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         start, _ = closed_form_merge(specialists, load_recipe("mean"), device="cpu")

@@ -23,7 +23,7 @@ from ase_gffmerge.training.checkpoint import History, checkpoint_path, stale
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.distill import distill, parameter_groups
 from ase_gffmerge.training.loss import LabeledGraph, labelled_graphs, relative_error_on, weigh
-from ase_gffmerge.training.soap import SOAP
+from ase_gffmerge.training.soap import SOAP, _eigenvectors
 from ase_gffmerge.training.teachers import prepare_distillation_set, prepare_teachers
 from ase_gffmerge.training.train import train_jointly
 from ase_gffmerge.workflows.merge import close_enough, merge
@@ -512,6 +512,15 @@ def test_wide_readouts_learn_slowly() -> None:
     }
     assert len(plain["params"]) + len(slow["params"]) == len(list(wide.parameters()))
     assert len(parameter_groups(build_potential("painn", SHALLOW["painn"], (1, 6)))) == 1
+
+
+def test_round_off_chooses_no_basis() -> None:
+    """A gradient of rank one in eight rows: seven eigenvalues are zero, and noise of round-off's size turns nothing."""
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.outer(*torch.randn(2, 8, generator=generator, dtype=torch.float64))
+    noise = 1e-14 * torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    exact, noisy = (_eigenvectors(g @ g.mT) for g in (gradient, gradient + noise))
+    torch.testing.assert_close((exact.mT @ noisy).abs(), torch.eye(8, dtype=torch.float64), atol=1e-10, rtol=0)
 
 
 def test_eigenbases_of_gradients_with_dead_units_are_found() -> None:

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from ase_gffmerge.cli import app
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.runtime import distributed
-from ase_gffmerge.training import soap
 from helpers import ranks
 from helpers.faults import same_content
 from helpers.toys import family, labelled, rattled, toy
@@ -67,12 +66,11 @@ def test_a_command_that_is_not_shared_says_so_under_torchrun(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.nightly)])
-def test_ranks_train_as_one_process_does(tmp_path, monkeypatch, n):
+def test_ranks_train_as_one_process_does(tmp_path, n):
     sources(tmp_path)
     done = ranks.torchrun("train", tmp_path, n)
     assert done.returncode == 0, done.stderr[-3000:]
     (tmp_path / "distilled.checkpoint").unlink()
-    monkeypatch.setattr(soap, "_eigenvectors", soap._eigenvectors)  # which the next line replaces
     for name, (alone, history) in ranks.trained(tmp_path).items():
         rows = ast.literal_eval((tmp_path / f"{name}.txt").read_text())
         most = 1e-12 if name == "joint" else 1e-9
