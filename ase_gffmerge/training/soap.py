@@ -111,8 +111,8 @@ def _initial_state(gradient: Tensor) -> dict[str, Tensor]:
 def _eigenvectors(product: Tensor) -> Tensor:
     """Of L or R, by ascending eigenvalues, in float64: products of gradients of dead units span more than float32 does.
 
-    A small and uneven diagonal is added. A gradient of low rank leaves directions whose eigenvalues are all zero, and round-off,
-    which differs between machines and numbers of processes, would choose a basis among them.
+    A small and uneven diagonal is added. A gradient of low rank leaves directions whose eigenvalues are all zero, and
+    round-off, which differs between machines and numbers of processes, would choose a basis among them.
     """
     n, matrix = len(product), product.double()
     uneven = torch.linspace(TILT, 0.0, n, dtype=matrix.dtype, device=matrix.device) * matrix.trace() / n

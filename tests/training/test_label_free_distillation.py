@@ -520,7 +520,9 @@ def test_round_off_chooses_no_basis() -> None:
     gradient = torch.outer(*torch.randn(2, 8, generator=generator, dtype=torch.float64))
     noise = 1e-14 * torch.randn(8, 8, generator=generator, dtype=torch.float64)
     exact, noisy = (_eigenvectors(g @ g.mT) for g in (gradient, gradient + noise))
-    torch.testing.assert_close((exact.mT @ noisy).abs(), torch.eye(8, dtype=torch.float64), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        (exact.mT @ noisy).abs(), torch.eye(8, dtype=torch.float64), atol=1e-10, rtol=0
+    )
 
 
 def test_eigenbases_of_gradients_with_dead_units_are_found() -> None:
