@@ -111,12 +111,7 @@ def distill(
     teachers = prepare_teachers(
         student, specialists, options, frames=given, weights=merge_weights(merged, len(specialists))
     )
-    chosen = options.model_dump(include=set(TrainConfig.model_fields))
-    suited = {
-        "epochs": options.suited_epochs(len(specialists)),
-        "learning_rate": options.learning_rate or teachers.suited_rate(student),
-    }
-    config = TrainConfig(**chosen | suited)
+    config = teachers.suited_config(student, options)
     if options.feature_weight:
         _map_features(student, teachers)
     loss = distillation_loss(config, options.feature_weight)

@@ -24,6 +24,7 @@ from ase_gffmerge.merging.recipe import DistillOptions
 from ase_gffmerge.merging.selection import split_frames
 from ase_gffmerge.models import Potential
 from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames
+from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.loss import LabeledGraph, relative_error_on, weigh
 
 STARTS = 4
@@ -70,6 +71,14 @@ class Teachers:
         """
         worst = max(relative_error_on(student, graphs) for graphs in self.held_out)
         return FULL_RATE * (worst / FAR) ** 0.5 if 0 < worst < FAR else FULL_RATE
+
+    def suited_config(self, student: Potential, options: DistillOptions) -> TrainConfig:
+        """Training options; a learning rate and epochs that are not given suit the start and the number of teachers."""
+        chosen = options.model_dump(include=set(TrainConfig.model_fields))
+        rate = options.learning_rate or self.suited_rate(student)
+        return TrainConfig(
+            **chosen | {"learning_rate": rate, "epochs": options.suited_epochs(len(self.teachers))}
+        )
 
 
 def prepare_teachers(
