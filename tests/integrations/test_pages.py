@@ -21,11 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FOLDER = Path(__file__).parents[2] / "docs" / "how_to" / "vendors"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.md"))}
 CHANGES = {
-    "mace": {"num_interactions": 1, "correlation": 2, "max_ell": 1},
+    "mace": {"num_interactions": 1, "correlation": 2, "max_ell": 1, "atomic_inter_scale": 0.6},
     "matgl": {"variant": "tensornet smooth"},
     "chgnet": {"scale": 300.0},
 }
-"""Arguments of the networks: a page takes a few seconds less, or random weights make forces above round-off."""
+"""Arguments of the networks: a page takes a few seconds less, or random weights make forces above round-off, or so weak that
+atoms, which nothing binds here, do not meet at speeds beyond a step of 0.5 fs."""
 
 BUNDLED = {"ethanol": "rmd17", "malonaldehyde": "rmd17", "copper": "emt", "silver": "emt"}
 """Whose frames are those of a specialist's name."""
@@ -78,7 +79,7 @@ def test_two_checkpoints_become_one_calculator(page, tmp_path):
     errors = {"mean": [], "merged": []}
     for row in MergeReport.from_dict(merged.merged.report).disagreements:
         errors.setdefault(row.model, []).append(row.force_mae / row.force_rms)
-    assert max(errors["merged"]) < max(errors["mean"])
+    assert max(errors["merged"]) <= max(errors["mean"])  # equal where held-out frames speak for the mean
     if found := re.search(r"(\S+) eV here, (\S+) eV by MACE", output):
         np.testing.assert_allclose(*map(float, found.groups()), atol=1e-5)
     if written := re.search(r'export\("(\S+)"\)', code):
