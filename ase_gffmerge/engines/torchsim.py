@@ -7,7 +7,7 @@ Needs ``torch-sim-atomistic`` (``pip install "ase-gffmerge[torchsim]"``)::
     from ase_gffmerge.engines.torchsim import TorchSimModel
 
     model = TorchSimModel(GFFMergeCalculator(["rmd17-ethanol", "rmd17-malonaldehyde"]).force_field)
-    relaxed = torch_sim.optimize(structures, model, optimizer=torch_sim.optimizers.fire)
+    relaxed = torch_sim.optimize(structures, model, optimizer=torch_sim.Optimizer.fire)  # 0.3: optimizers.fire
 """
 
 from typing import Any
