@@ -192,3 +192,31 @@ def hessian(
             progress((i + 1) / size, f"Hessian, row {i + 1} of {size}")
     matrix = rows.double().numpy()
     return matrix if indices is not None else 0.5 * (matrix + matrix.T)
+
+
+def hessian_products(
+    function: EdgeFunction, graph: AtomGraph, directions: Tensor, *, differentiable: bool = False
+) -> Tensor:
+    r"""Products of every structure's Hessian with a direction, :math:`\sum_{jb} H_{ia,jb}\,u_{jb}` (n_atoms, 3) in eV/Å^2.
+
+    Parameters
+    ----------
+    function
+        A potential that can be differentiated twice, or three times for training.
+    graph
+        One graph or a batch.
+    directions
+        Displacements u (n_atoms, 3) without unit.
+    differentiable
+        Keep the graph of the derivative itself, for training on the products.
+    """
+    positions = graph.positions.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        energies, _ = function(edge_vectors(graph, positions), graph)
+        if not energies.requires_grad or graph.n_edges == 0:
+            return torch.zeros_like(directions)
+        (gradient,) = torch.autograd.grad(energies.sum(), positions, create_graph=True)
+        (products,) = torch.autograd.grad(
+            (gradient * directions).sum(), positions, create_graph=differentiable
+        )
+    return products

@@ -73,6 +73,9 @@ class ReadoutOptions(AugmentationOptions):
     directions: Whole = Field(default=6, ge=1)
 
 
+FeatureMatch = Literal["nodes", "vectors", "edges", "edges-to-nodes"]
+
+
 class DistillOptions(AugmentationOptions):
     """How a merged potential is fine-tuned on its specialists' own energies, forces and stresses.
 
@@ -91,7 +94,12 @@ class DistillOptions(AugmentationOptions):
     energy_weight, force_weight, stress_weight
         Weights of the mean absolute differences: eV/atom, eV/Å (norm of a force), and eV/Å^3.
     feature_weight
-        Weight of the difference between the node features of merged potential and specialist, in units of the latter's size.
+        Weight of the difference between features of student and specialist, in units of the latter's size.
+    feature_match
+        Which features: ``nodes``, the scalars of all blocks; ``vectors`` of the atoms, of PaiNN and NequIP; ``edges``, of
+        EScAIP and M3GNet; ``edges-to-nodes``, the specialist's edges summed over each atom, with the student's scalars.
+    hessian_weight
+        Weight of the difference between products of Hessians with random directions, one per frame, in units of their size.
     displacement, strain
         Every frame and copy has a twin with displaced atoms: the standard deviation in Å, and the largest strain of cells.
     sampled
@@ -111,6 +119,8 @@ class DistillOptions(AugmentationOptions):
     force_weight: float = Field(default=1.0, ge=0)
     stress_weight: float = Field(default=1.0, ge=0)
     feature_weight: float = Field(default=0.0, ge=0)
+    feature_match: FeatureMatch = "nodes"
+    hessian_weight: float = Field(default=0.0, ge=0)
     copies: Whole = Field(default=12, ge=0)
     interval: float = Field(default=10.0, gt=0)
     displacement: float = Field(default=0.03, gt=0)

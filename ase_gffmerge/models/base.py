@@ -267,6 +267,10 @@ class Potential(ExactBuffers):
         """Invariant features (n_atoms, channels) of a state."""
         raise NotImplementedError
 
+    def vectors(self, state: State) -> Tensor | None:
+        """Features (n_atoms, 3, d) of a state that turn like vectors, if it has any; distillation may match them."""
+        return None
+
     def embedded(self, graph: Topology) -> Tensor:
         """Rows of the embedding table (n_atoms, channels)."""
         table = graph.specialist if self.hyper.n_embeddings > 1 else torch.zeros_like(graph.specialist)
@@ -282,14 +286,7 @@ class Potential(ExactBuffers):
         return scalars
 
     def forward(self, vectors: Tensor, graph: Topology) -> tuple[Tensor, list[Tensor]]:
-        """Evaluate the potential, an :class:`~ase_gffmerge.graphs.derivatives.EdgeFunction`.
-
-        Parameters
-        ----------
-        vectors
-            Edge vectors (n_edges, 3) in Å, of any floating-point type.
-        graph
-            Elements, specialists and edges.
+        """Evaluate the potential, an :class:`~ase_gffmerge.graphs.derivatives.EdgeFunction`, in whatever type vectors have.
 
         Returns
         -------

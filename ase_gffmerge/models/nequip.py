@@ -295,6 +295,7 @@ class NequIP(Potential):
 
     architecture: ClassVar[str] = "nequip"
     Hyper: ClassVar[type[HyperParameters]] = NequIPHyper
+    hyper: NequIPHyper
 
     def __init__(self, hyper: NequIPHyper, species: tuple[int, ...]):
         super().__init__(hyper, species)
@@ -319,3 +320,11 @@ class NequIP(Potential):
     def scalars(self, state: State) -> Tensor:
         """Scalars after the gate (n_atoms, channels)."""
         return SILU_SCALE * silu(state[0][:, : self.hyper.channels])
+
+    def vectors(self, state: State) -> Tensor | None:
+        """Features of order 1 before the gate (n_atoms, 3, tensor_channels); the last block has none."""
+        features, hyper = state[0], self.hyper
+        first = hyper.channels + hyper.l_max * hyper.tensor_channels
+        if hyper.l_max == 0 or features.shape[1] <= first:
+            return None
+        return features[:, first : first + 3 * hyper.tensor_channels].unflatten(1, (-1, 3)).transpose(1, 2)

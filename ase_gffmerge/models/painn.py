@@ -280,3 +280,7 @@ class PaiNN(Potential):
     def scalars(self, state: State) -> Tensor:
         """Return the scalars s (n_atoms, channels)."""
         return state[0]
+
+    def vectors(self, state: State) -> Tensor:
+        """Return the vectors v (n_atoms, 3, channels)."""
+        return state[1]

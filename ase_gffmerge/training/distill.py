@@ -8,14 +8,17 @@ star and :math:`n_s` atoms per frame, the loss is
    L = w_E \Big\langle \omega_k\, \frac{|E_s - E^*_s|}{n_s} \Big\rangle_s
      + w_F \big\langle \omega_k\, \lVert \mathbf F_i - \mathbf F^*_i \rVert \big\rangle_i
      + w_\sigma \big\langle \omega_k\, |\sigma_{ab} - \sigma^*_{ab}| \big\rangle_{s,ab}
-     + w_h \frac{\langle \omega_k\, |h_{ic} - h^*_{ic}| \rangle_{i,c}}{\langle |h^*_{ic}| \rangle_{i,c}} ,
+     + w_h \frac{\langle \omega_k\, |h_{ic} - h^*_{ic}| \rangle_{i,c}}{\langle |h^*_{ic}| \rangle_{i,c}}
+     + w_H \frac{\langle \omega_k\, |(Hu - H^*u)_{ia}| \rangle_{i,a}}{\langle |(H^*u)_{ia}| \rangle_{i,a}} ,
    \qquad \omega_k \propto \frac{a_k}{\langle |F^*| \rangle_k\, N_k} ,
 
 with the mean over frames s, atoms i, Cartesian components and node features c; :math:`N_k` atoms of specialist k, its weight
 :math:`a_k` in the merge and its mean absolute force component, so that specialists with large forces or many atoms do
-not outweigh the others (:func:`~ase_gffmerge.training.loss.weigh`). Node features h are targets too (knowledge distillation
-of molecular graph networks: Ekström Kelvinius et al., arXiv 2306.14818); those of a student of another size are first mapped
-by a linear layer that is trained with it and not kept (node-to-node matching there).
+not outweigh the others (:func:`~ase_gffmerge.training.loss.weigh`). Features h may be targets too (knowledge distillation
+of molecular graph networks: Ekström Kelvinius et al., arXiv 2306.14818): scalars of atoms, vectors of atoms, features of
+edges, or the teacher's edges summed over each atom with the student's scalars; those of a student of another kind or size
+are first mapped by a linear layer that is trained with it and not kept. So may products of the Hessian H with a random
+direction u per frame (Amin et al., arXiv 2501.09009, match rows of it).
 """
 
 import time
@@ -34,7 +37,7 @@ from ase_gffmerge.errors import IncompatibleSpecialistsError, MergeWarning
 from ase_gffmerge.forcefield.force_field import ForceField, repelling
 from ase_gffmerge.forcefield.provenance import MergeRecord, Provenance
 from ase_gffmerge.forcefield.uncertainty import fit_uncertainty
-from ase_gffmerge.graphs import batch_graphs, predict
+from ase_gffmerge.graphs import batch_graphs
 from ase_gffmerge.merging.average import mean_potential
 from ase_gffmerge.merging.disagreement import diagnose
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe
@@ -46,12 +49,15 @@ from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
 from ase_gffmerge.training.checkpoint import History
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.loop import Callback, Loss, fit
-from ase_gffmerge.training.loss import LabeledGraph, loss_terms, relative_error_on
+from ase_gffmerge.training.loss import (
+    PROJECTION,
+    LabeledGraph,
+    add_projection,
+    distillation_loss,
+    relative_error_on,
+)
 from ase_gffmerge.training.soap import SOAP
 from ase_gffmerge.training.teachers import DistillationSet, Teachers, merge_weights, prepare_teachers
-
-PROJECTION = "projection"
-"""Name of the student's layer that maps its node features to those of its teachers, while it learns."""
 
 
 def distill(
@@ -113,8 +119,12 @@ def distill(
     )
     config = teachers.suited_config(student, options)
     if options.feature_weight:
-        _map_features(student, teachers)
-    loss = distillation_loss(config, options.feature_weight)
+        alike = {
+            _feature_size(potential) for potential in (student, *(t.potential for t in teachers.teachers))
+        }
+        graphs = [graph for group in teachers.training for graph in group]
+        add_projection(student, graphs, options.feature_match, alike=len(alike) == 1)
+    loss = distillation_loss(config, options)
     per_frame = _seconds_per_frame(student, teachers.training, config, loss)
     config, share = agreed(
         _within_budget(config, per_frame * sum(map(len, teachers.training)), options.budget)
@@ -233,40 +243,6 @@ def _distilled_force_field(
     return replace(merged, potential=potential, merged=record, extrapolation_grade=extrapolation_grade)
 
 
-def distillation_loss(config: TrainConfig, feature_weight: float) -> Loss:
-    """Errors of energies, forces and stresses, and of node features relative to their size."""
-
-    def loss(potential: Potential, batch: LabeledGraph, whole: LabeledGraph) -> torch.Tensor:
-        prediction = predict(potential, batch, differentiable=True)
-        terms = loss_terms(potential, batch, config, whole=whole, prediction=prediction)
-        if not feature_weight:
-            return terms
-        weight, features = (
-            batch.weight[batch.structure_index, None],
-            torch.cat(prediction.readout_inputs, dim=-1),
-        )
-        if PROJECTION in potential._modules:
-            features = potential.get_submodule(PROJECTION)(features)
-        mismatch = (weight * (features - batch.features).abs()).sum() / float(whole.features.abs().sum())
-        return terms + feature_weight * mismatch
-
-    return loss
-
-
-def _map_features(student: Potential, teachers: Teachers) -> None:
-    """Give a student whose node features are not of its teachers' kind a layer that maps them."""
-    if all(_feature_size(teacher.potential) == _feature_size(student) for teacher in teachers.teachers):
-        return
-    (size,) = {graph.features.shape[1] for graphs in teachers.training for graph in graphs}
-    own = student.hyper.n_blocks * student.hyper.channels
-    layer = torch.nn.Linear(own, size).to(dtype=student.dtype, device=student.device)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        layer.weight.copy_(torch.randn(size, own, generator=generator) / own**0.5)
-        layer.bias.zero_()
-    student.add_module(PROJECTION, layer)
-
-
 def parameter_groups(potential: Potential) -> list[dict[str, object]]:
     """All parameters, those of a widened readout with a rate as much lower as it has more features than the plain one.
 
@@ -311,9 +287,15 @@ def _check_student(
                 "the specialists"
             )
     sizes = {s.potential.hyper.n_blocks * s.potential.hyper.channels for s in specialists}
-    if options.feature_weight and len(sizes) > 1:
+    if options.feature_weight and options.feature_match == "nodes" and len(sizes) > 1:
         raise IncompatibleSpecialistsError(
             f"the node features of {known} differ in size; set feature_weight to 0"
+        )
+    cutoffs = {s.cutoff for s in (merged, *specialists)}
+    if options.feature_weight and options.feature_match == "edges" and len(cutoffs) > 1:
+        raise IncompatibleSpecialistsError(
+            f"edges of {merged.name!r} and {known} differ, as their cutoffs do ({sorted(cutoffs)} Å); set feature_match to "
+            "edges-to-nodes, or give the student the specialists' cutoff"
         )
 
 

@@ -1,21 +1,25 @@
-"""Targets on graphs, and the loss against them."""
+"""Targets on graphs, and the loss against them; features of a student that distillation matches with its teachers'."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
 import torch
 from ase import Atoms
-from torch import Tensor
+from torch import Tensor, nn
 
 from ase_gffmerge.data.labels import energy_label, force_labels, frame_weight, stress_label
+from ase_gffmerge.errors import IncompatibleSpecialistsError
 from ase_gffmerge.forcefield.conditioning import with_indices
 from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
-from ase_gffmerge.graphs.graph import AtomGraph
+from ase_gffmerge.graphs.derivatives import EdgeFunction, hessian_products
+from ase_gffmerge.graphs.graph import AtomGraph, Topology
 from ase_gffmerge.inference.errors import relative_error
 from ase_gffmerge.inference.predict import FramePredictions, predict_batches
+from ase_gffmerge.merging.recipe import DistillOptions, FeatureMatch
 from ase_gffmerge.models import Potential
+from ase_gffmerge.models.base import State
 from ase_gffmerge.runtime.distributed import add_up, dealt
 from ase_gffmerge.training.config import TrainConfig
 
@@ -33,8 +37,10 @@ class LabeledGraph(AtomGraph):
         NaN where it is not known.
     weight : (n_structures,)
         How much a structure counts in the loss.
-    features : (n_atoms, n_features)
-        Scalars after all blocks, which distillation may match; else without columns.
+    features : (n_atoms or n_edges, ..., n_features)
+        What distillation may match (:func:`with_features`); else without columns.
+    curvature : (n_atoms, 6)
+        A direction, and the product of the Hessian with it in eV/Å^2, which distillation may match; else without columns.
     """
 
     energy: Tensor
@@ -42,6 +48,7 @@ class LabeledGraph(AtomGraph):
     stress: Tensor
     weight: Tensor
     features: Tensor
+    curvature: Tensor
 
     @classmethod
     def of(
@@ -53,6 +60,7 @@ class LabeledGraph(AtomGraph):
         stress: Tensor,
         weight: float = 1.0,
         features: Tensor | None = None,
+        curvature: Tensor | None = None,
     ) -> Self:
         """Give a graph with targets.
 
@@ -60,7 +68,7 @@ class LabeledGraph(AtomGraph):
         ----------
         graph
             Without targets.
-        energy, forces, stress, features
+        energy, forces, stress, features, curvature
             As the attributes of the class.
         weight
             Of the one structure.
@@ -72,6 +80,7 @@ class LabeledGraph(AtomGraph):
             stress=stress,
             weight=torch.full_like(energy, weight),
             features=forces[:, :0] if features is None else features,
+            curvature=forces[:, :0] if curvature is None else curvature,
         )
 
 
@@ -180,6 +189,135 @@ def loss_terms(
             loss + config.stress_weight * (batch.weight[labelled, None, None] * stress).sum() / n_components
         )
     return loss
+
+
+PROJECTION = "projection"
+"""Name of the student's layer that maps its features to those of its teachers, while it learns."""
+
+
+def with_features(potential: Potential, match: FeatureMatch, *, summed: bool = False) -> EdgeFunction:
+    """Give a potential's energies, and behind the readout's inputs the features that distillation matches.
+
+    Parameters
+    ----------
+    potential
+        Of teacher or student.
+    match
+        See :class:`~ase_gffmerge.merging.recipe.DistillOptions`; edges and vectors are those of the last block that has any.
+    summed
+        Whether ``edges-to-nodes`` are sums over the edges of every atom, as of a teacher, or scalars, as of a student.
+
+    Raises
+    ------
+    IncompatibleSpecialistsError
+        When called, where the architecture has no such features.
+    """
+
+    def function(vectors: Tensor, graph: Topology) -> tuple[Tensor, list[Tensor]]:
+        states: list[State] = []
+        hooks = [
+            stage.register_forward_hook(lambda _, given, made: states.append(made))
+            for stage in potential.stages
+        ]
+        try:
+            energies, scalars = potential(vectors, graph)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if match == "nodes" or (match == "edges-to-nodes" and not summed):
+            return energies, [*scalars, torch.cat(scalars, dim=-1)]
+        if match == "vectors":
+            found = [x for x in map(potential.vectors, states) if x is not None]
+        else:
+            n = potential.node_entries
+            found = [state[n] for state in states if len(state) > n and len(state[n]) == graph.n_edges]
+        if not found:
+            kind = match.split("-")[0]
+            raise IncompatibleSpecialistsError(
+                f"a {potential.architecture} network has no features of {kind} to match; set feature_match to nodes, or "
+                "feature_weight to 0"
+            )
+        features = found[-1]
+        if match == "edges-to-nodes":
+            features = features.new_zeros(len(graph), features.shape[1]).index_add(
+                0, graph.edge_index[1], features
+            )
+        return energies, [*scalars, features]
+
+    return function
+
+
+def add_projection(
+    student: Potential, graphs: Sequence[LabeledGraph], match: FeatureMatch, *, alike: bool
+) -> None:
+    """Give a student a layer :data:`PROJECTION` that maps its features to those of its teachers.
+
+    Parameters
+    ----------
+    student
+        To be trained.
+    graphs
+        Of all teachers, with features.
+    match
+        Which features; those of vectors are mapped without a bias, so that they stay vectors.
+    alike
+        Whether student and teachers are of one kind and size: then features are compared as they are.
+
+    Raises
+    ------
+    IncompatibleSpecialistsError
+        When the teachers' features differ in size, or the student has none.
+    """
+    if alike and match != "edges-to-nodes":
+        return
+    size, *others = sorted({graph.features.shape[-1] for graph in graphs})
+    if others:
+        raise IncompatibleSpecialistsError(
+            f"features of the specialists differ in size ({[size, *others]}); set feature_weight to 0"
+        )
+    function = with_features(student, match)
+    own = predict(function, graphs[0].to(student.device)).readout_inputs[-1].shape[-1]
+    layer = nn.Linear(own, size, bias=match != "vectors").to(dtype=student.dtype, device=student.device)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / own**0.5)
+        if layer.bias is not None:
+            layer.bias.zero_()
+    student.add_module(PROJECTION, layer)
+
+
+def distillation_loss(
+    config: TrainConfig, options: DistillOptions
+) -> Callable[[Potential, LabeledGraph, LabeledGraph], Tensor]:
+    """Errors of energies, forces and stresses; of features, and of products of Hessians, relative to their size."""
+
+    def loss(potential: Potential, batch: LabeledGraph, whole: LabeledGraph) -> Tensor:
+        matching = options.feature_weight > 0
+        function = with_features(potential, options.feature_match) if matching else potential
+        prediction = predict(function, batch, differentiable=True)
+        terms = loss_terms(potential, batch, config, whole=whole, prediction=prediction)
+        atoms = batch.weight[batch.structure_index]
+        if matching:
+            features = prediction.readout_inputs[-1]
+            if PROJECTION in potential._modules:
+                features = potential.get_submodule(PROJECTION)(features)
+            weight = atoms[batch.edge_index[1]] if options.feature_match == "edges" else atoms
+            difference = (features - batch.features).abs().flatten(1).sum(dim=1)
+            terms = terms + options.feature_weight * (weight * difference).sum() / _size(whole.features)
+        if options.hessian_weight:
+            directions, products = batch.curvature.split(3, dim=1)
+            found = hessian_products(potential, batch, directions, differentiable=True)
+            difference = (found - products).abs().sum(dim=1)
+            terms = terms + options.hessian_weight * (atoms * difference).sum() / _size(
+                whole.curvature[:, 3:]
+            )
+        return terms
+
+    return loss
+
+
+def _size(targets: Tensor) -> float:
+    return float(targets.abs().sum()) or 1.0
 
 
 def validate(potential: Potential, graphs: Sequence[LabeledGraph], batch_size: int) -> dict[str, float]:

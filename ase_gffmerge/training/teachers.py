@@ -16,6 +16,7 @@ from ase_gffmerge.data.frames import bare, displaced
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.graphs.derivatives import EdgeFunction, hessian_products
 from ase_gffmerge.inference.errors import FORCE_FLOOR
 from ase_gffmerge.inference.predict import check_frames, edge_batches
 from ase_gffmerge.merging.augmentation import copies_per_frame, with_copies
@@ -25,7 +26,7 @@ from ase_gffmerge.merging.selection import split_frames
 from ase_gffmerge.models import Potential
 from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.loss import LabeledGraph, relative_error_on, weigh
+from ase_gffmerge.training.loss import LabeledGraph, relative_error_on, weigh, with_features
 
 STARTS = 4
 """Frames from which a specialist samples."""
@@ -114,7 +115,7 @@ def prepare_teachers(
     ]
     training, held_out = (
         [
-            _graphs_with_targets(teacher, student, chosen, index=k, features=options.feature_weight > 0)
+            _graphs_with_targets(teacher, student, chosen, index=k, options=options)
             for k, (teacher, chosen) in enumerate(zip(teachers, parts, strict=True))
         ]
         for parts in (
@@ -191,7 +192,7 @@ def _displaced_copies(frames: Sequence[Atoms], options: DistillOptions) -> list[
 
 
 def _graphs_with_targets(
-    teacher: ForceField, student: Potential, frames: Sequence[Atoms], *, index: int, features: bool
+    teacher: ForceField, student: Potential, frames: Sequence[Atoms], *, index: int, options: DistillOptions
 ) -> list[LabeledGraph]:
     """Graphs with the teacher's predictions as targets.
 
@@ -205,12 +206,15 @@ def _graphs_with_targets(
         Structures; whatever labels they carry is not looked at.
     index
         The specialist index of their atoms.
-    features
-        Also keep the teacher's scalars after all blocks, ``features`` (n_atoms, n_blocks · channels).
+    options
+        Whether features and products of Hessians are targets, too.
     """
     labelled: list[LabeledGraph] = []
     unknown = torch.full((1, 3, 3), torch.nan, dtype=student.dtype)
-    served = teacher.potential.for_inference()
+    served: EdgeFunction = teacher.potential.for_inference()
+    if options.feature_weight:
+        served = with_features(teacher.potential, options.feature_match, summed=True)
+    generator = torch.Generator().manual_seed(options.seed + index)
     prepared = [build_graph(atoms, teacher.cutoff, dtype=student.dtype, specialist=index) for atoms in frames]
     left = iter(frames)
     for own in edge_batches(prepared, device=student.device):
@@ -227,7 +231,16 @@ def _graphs_with_targets(
         stress = prediction.stress(batch.cell) if any(atoms.pbc.all() for atoms in group) else None
         sizes = [len(atoms) for atoms in group]
         forces = prediction.forces.split(sizes)
-        hidden = torch.cat(prediction.readout_inputs, dim=-1).split(sizes) if features else None
+        hidden = curvature = None
+        if options.feature_weight:
+            rows_of = [graph.n_edges for graph in own] if options.feature_match == "edges" else sizes
+            hidden = prediction.readout_inputs[-1].split(rows_of)
+        if options.hessian_weight:
+            directions = torch.randn(sum(sizes), 3, generator=generator, dtype=student.dtype).to(
+                batch.positions
+            )
+            products = hessian_products(teacher.potential, batch, directions)
+            curvature = torch.cat([directions, products], dim=1).split(sizes)
         for i, (graph, atoms) in enumerate(zip(graphs, group, strict=True)):
             labelled.append(
                 LabeledGraph.of(
@@ -236,6 +249,7 @@ def _graphs_with_targets(
                     forces=forces[i].cpu(),
                     stress=unknown if stress is None or not atoms.pbc.all() else stress[i : i + 1].cpu(),
                     features=None if hidden is None else hidden[i].cpu(),
+                    curvature=None if curvature is None else curvature[i].cpu(),
                 )
             )
     return labelled

@@ -21,15 +21,14 @@ from ase_gffmerge.merging.calibration import (
     stage_inputs,
 )
 from ase_gffmerge.merging.layerwise import align_layers
-from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.merging.recipe import DistillOptions, Recipe
 from ase_gffmerge.merging.tangents import Dual, pushforward
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.affine_maps import adjustable_maps
 from ase_gffmerge.models.base import Stage
 from ase_gffmerge.runtime.memory import PeakMemory
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.distill import distillation_loss
-from ase_gffmerge.training.loss import LabeledGraph
+from ase_gffmerge.training.loss import LabeledGraph, distillation_loss
 
 PROBED_EDGES = 400
 """Edges of the frames that are measured, at least one frame."""
@@ -155,7 +154,7 @@ def _training_bytes(potential: Potential, graph: AtomGraph) -> int:
         forces=torch.zeros_like(graph.positions),
         stress=torch.zeros_like(graph.cell),
     )
-    loss = distillation_loss(TrainConfig(stress_weight=0.0), 0.0)
+    loss = distillation_loss(TrainConfig(stress_weight=0.0), DistillOptions())
     with PeakMemory() as memory:
         loss(student, batch, batch).backward()
     return memory.peak

@@ -1,11 +1,14 @@
 """Measure compression in closed form and small students, for rMD17 ethanol and malonaldehyde.
 
-    python md_examples/benchmarks/benchmark_students.py DATA_FOLDER --out FOLDER [--only compression students pair] [--json]
+    python md_examples/benchmarks/benchmark_students.py DATA_FOLDER --out FOLDER [--only PART ...] [--escaip FILE] [--json]
 
 DATA_FOLDER holds the rMD17 files ``rmd17_<molecule>_test_01.npz``. Seconds are processor time on one thread.
 
 ``compression``: the bundled ethanol specialist with fewer channels and blocks, after every kind of solve.
 ``students``: 32 channels and 3 blocks taught from the compressed start, with node features too, and from random weights.
+``strategies``: the same student from random weights, with every kind of feature and with rows of Hessians, and the fraction
+of the gap that each closes: between the student that learns energies and forces alone, and its teacher. Edges are those of
+the EScAIP model of ethanol in FILE (``benchmark_escaip.py --only accuracy`` leaves one), which teaches PaiNN and EScAIP.
 ``pair``: the two bundled specialists, merged, compressed and distilled into one student.
 
 Milliseconds per energy and forces are given for every size at 9 and 243 atoms. A run takes a quarter of an hour;
@@ -17,6 +20,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "layers and stages": {"preset": "closed-form", "readout": None},
     "layers, stages and readout": {"preset": "closed-form", "readout": {"width": 512}},
 }
-EPOCHS = 10
+EPOCHS, FEATURE_WEIGHT = 10, 0.7
 
 
 def box(side: int) -> Atoms:
@@ -105,10 +109,10 @@ def compression(tests: dict[str, list[Atoms]]) -> list[dict[str, Any]]:
     return rows
 
 
-def random_student(teacher: ForceField) -> ForceField:
+def random_student(teacher: ForceField, architecture: str = "painn") -> ForceField:
     """32 x 3 with random weights."""
     hyper: dict[str, object] = {"channels": 32, "n_blocks": 3, "cutoff": teacher.cutoff}
-    potential = random_potential(TrainConfig(model="painn", hyper=hyper), teacher.species)
+    potential = random_potential(TrainConfig(model=architecture, hyper=hyper), teacher.species)
     potential.references.copy_(teacher.potential.references)
     return ForceField(name="random", potential=potential.eval(), calibration=teacher.calibration)
 
@@ -165,6 +169,49 @@ def students(tests: dict[str, list[Atoms]]) -> list[dict[str, Any]]:
     ]
 
 
+Row = dict[str, Any]
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "energies and forces": {},
+    "node-to-node": {"feature_match": "nodes", "feature_weight": FEATURE_WEIGHT},
+    "vector-to-vector": {"feature_match": "vectors", "feature_weight": FEATURE_WEIGHT},
+    "edge-to-node": {"feature_match": "edges-to-nodes", "feature_weight": FEATURE_WEIGHT},
+    "edge-to-edge": {"feature_match": "edges", "feature_weight": FEATURE_WEIGHT},
+    "rows of Hessians": {"hessian_weight": 0.1},
+}
+KINDS = {
+    ("painn", "painn"): ("energies and forces", "node-to-node", "vector-to-vector", "rows of Hessians"),
+    ("escaip", "painn"): ("energies and forces", "node-to-node", "edge-to-node", "rows of Hessians"),
+    ("escaip", "escaip"): ("energies and forces", "node-to-node", "edge-to-edge"),
+}
+"""Strategies by the architectures of teacher and student."""
+
+
+def strategies(tests: dict[str, list[Atoms]], escaip: Path | None = None) -> list[Row]:
+    """Every strategy that a pair of architectures allows; the first one is what the gap is measured from."""
+    teachers = {"painn": ForceField.load("rmd17-ethanol")}
+    if escaip:
+        teachers["escaip"] = ForceField.load(escaip)
+    rows: list[Row] = []
+    for (kind, architecture), names in KINDS.items():
+        if kind not in teachers:
+            continue
+        teacher = teachers[kind]
+        own = errors(teacher.potential, tests, ["ethanol"])
+        plain: Row | None = None
+        for name in names:
+            options = DistillOptions(epochs=EPOCHS, patience=EPOCHS, **STRATEGIES[name])
+            start = partial(random_student, teacher, architecture)
+            row = taught(start, [teacher], options, tests, ["ethanol"])
+            plain = plain or row
+            closed = {
+                key: (plain[key]["ethanol"] - row[key]["ethanol"])
+                / (plain[key]["ethanol"] - own[key]["ethanol"])
+                for key in own
+            }
+            rows.append({"run": f"{kind} to {architecture}, {name}", **row, "gap_closed": closed})
+    return rows
+
+
 def pair(tests: dict[str, list[Atoms]]) -> list[dict[str, Any]]:
     """Two specialists into one small force field."""
     specialists = [ForceField.load(f"rmd17-{name}") for name in MOLECULES]
@@ -182,14 +229,14 @@ def pair(tests: dict[str, list[Atoms]]) -> list[dict[str, Any]]:
     ]
 
 
-PARTS = {"compression": compression, "students": students, "pair": pair}
+PARTS = {"compression": compression, "students": students, "strategies": strategies, "pair": pair}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line per run."""
     lines = [
-        "| run | seconds | force MAE (meV/Å) | energy MAE (meV/atom) | ms at 9 / 243 atoms |",
-        "|---|---|---|---|---|",
+        "| run | seconds | force MAE (meV/Å) | energy MAE (meV/atom) | ms at 9 / 243 atoms | gap closed, forces / energy |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         force = " / ".join(f"{value:.1f}" for value in row["force_mae"].values())
@@ -200,7 +247,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             )
         speed = f"{row['ms_9']:.1f} / {row['ms_243']:.0f}" if "ms_9" in row else ""
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
-        lines.append(f"| {row['run']} | {seconds} | {force} | {energy} | {speed} |")
+        gap = " / ".join(f"{value:.0%}" for value in row.get("gap_closed", {}).values())
+        lines.append(f"| {row['run']} | {seconds} | {force} | {energy} | {speed} | {gap} |")
     return "\n".join(lines)
 
 
@@ -213,6 +261,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--tests", type=int, default=500, help="test frames per molecule")
+    parser.add_argument(
+        "--escaip", type=Path, help="EScAIP model of ethanol, a teacher of the part strategies"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -226,7 +277,8 @@ def main() -> None:
     for name in arguments.only:
         path = arguments.out / f"{name}.json"
         if not path.exists():
-            path.write_text(json.dumps(PARTS[name](tests), indent=1))
+            part = partial(strategies, escaip=arguments.escaip) if name == "strategies" else PARTS[name]
+            path.write_text(json.dumps(part(tests), indent=1))
         results[name] = json.loads(path.read_text())
     print(json.dumps(results, indent=1) if arguments.json else "\n\n".join(map(table, results.values())))
 

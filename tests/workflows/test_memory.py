@@ -17,7 +17,7 @@ from ase_gffmerge.errors import ArgumentError, DeviceMemoryError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.merging.merge import closed_form_merge
-from ase_gffmerge.merging.recipe import Recipe, load_recipe
+from ase_gffmerge.merging.recipe import DistillOptions, Recipe, load_recipe
 from ase_gffmerge.runtime.memory import VARIABLE, PeakMemory, Portions, memory_bound, n_bytes, written
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.loop import _gradient
@@ -119,7 +119,7 @@ def test_the_gradient_of_a_batch_is_the_sum_over_its_parts() -> None:
     crystal.rattle(0.1, seed=0)
     frames = [*teacher.calibration[:3], crystal]
     student = family("painn", 2, species=(1, 6, 8, 13))[1].potential.double().requires_grad_(True)
-    graphs = _graphs_with_targets(teacher, student, frames, index=0, features=False)
+    graphs = _graphs_with_targets(teacher, student, frames, index=0, options=DistillOptions())
     config = TrainConfig(stress_weight=10.0)
     found = []
     for max_edges in (None, 1):
