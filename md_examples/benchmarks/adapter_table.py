@@ -4,11 +4,12 @@
     python md_examples/benchmarks/adapter_table.py FOLDER --show      # all rows of all environments, as Markdown
     python md_examples/benchmarks/adapter_table.py FOLDER --json      # the same as JSON
 
-One JSON file per model stands in FOLDER; run it once in every environment that ``vendor_environments.py`` makes. Models are
-the published weights that a package ships, else random ones of a usual size. A step is energy, forces and stress of 64 atoms
-of rattled rock salt in single precision on one core, the best of several, atoms moved in between. A merge is of two
-relatives, whose weights were changed by a hundredth, by the preset ``fast`` on five frames each. Times are processor
-seconds, so that other work on the machine matters little.
+One JSON file per model stands in FOLDER, and a killed run continues; run it once in every environment that
+``vendor_environments.py`` makes. Models are the published weights that a package ships, else random ones of a usual size. A
+step is energy, forces and stress of 64 atoms of rattled rock salt in single precision on one core, the best of several,
+atoms moved in between. A merge is of two relatives, whose weights were changed by a hundredth, by the preset ``fast`` on
+five frames of eight atoms each; ``--no-merge`` leaves it out. Times are processor seconds, so that other work on the machine
+matters little.
 """
 
 import argparse
@@ -146,9 +147,9 @@ MODELS: dict[str, tuple[str, str, str, Callable[[], tuple[Model, Callable[[Model
 """Vendor, package in Python and for pip, and what makes the model and its calculator, by the name of the row."""
 
 
-def crystal(seed: int = 0) -> Atoms:
-    """64 atoms of rattled rock salt."""
-    atoms = bulk("NaCl", "rocksalt", 5.6, cubic=True).repeat(2)
+def crystal(seed: int = 0, *, repeat: int = 2) -> Atoms:
+    """Rattled rock salt, eight atoms to a cell."""
+    atoms = bulk("NaCl", "rocksalt", 5.6, cubic=True).repeat(repeat)
     atoms.rattle(0.1, seed=seed)
     return atoms
 
@@ -176,58 +177,70 @@ def step_seconds(calculators: Sequence[BaseCalculator]) -> list[float]:
     return [min(seconds[1:]) for seconds in found]
 
 
-def measured(name: str) -> dict[str, Any]:
-    """One row of the table."""
+def served(name: str) -> dict[str, Any]:
+    """Package and speed of a row."""
     vendor, _, distribution, make = MODELS[name]
     model, calculator = make()
-    pair = [
-        from_vendor(
-            vendor,
-            moved(model, seed),
-            calibration=[crystal(10 * seed + i) for i in range(FRAMES)],
-            name=f"relative {seed}",
-        )
-        for seed in (1, 2)
-    ]
     own = GFFMergeCalculator(from_vendor(vendor, model), device="cpu", dtype="float32")
     ours, theirs = step_seconds([own, calculator(model)])
-    torch.set_default_dtype(torch.float32)
-    started = time.process_time()
-    _, report = merge(pair, "fast", device="cpu")
     return {
         "vendor": vendor,
         "package": distribution,
         "version": version(distribution),
         "ms": [1000 * ours, 1000 * theirs],
         "speed": theirs / ours,
-        "merge seconds": time.process_time() - started,
-        "weights": sum(value.numel() for value in pair[0].potential.parameters()),
-        "averaged": list(report.averaged),
+        "weights": sum(value.numel() for value in own.force_field.potential.parameters()),
     }
+
+
+def merged(name: str) -> dict[str, Any]:
+    """Seconds of a merge, and what it averaged."""
+    vendor, _, _, make = MODELS[name]
+    model, _ = make()
+    pair = [
+        from_vendor(
+            vendor,
+            moved(model, seed),
+            calibration=[crystal(10 * seed + i, repeat=1) for i in range(FRAMES)],
+            name=f"relative {seed}",
+        )
+        for seed in (1, 2)
+    ]
+    torch.set_default_dtype(torch.float32)
+    started = time.process_time()
+    _, report = merge(pair, "fast", device="cpu")
+    return {"merge seconds": time.process_time() - started, "averaged": list(report.averaged)}
+
+
+def row_file(folder: Path, name: str) -> Path:
+    """File of a row."""
+    return folder / f"{name.replace(' ', '-').replace(',', '')}.json"
 
 
 def rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows that were measured, in any environment."""
     for name in MODELS:
-        path = folder / f"{name.replace(' ', '-').replace(',', '')}.json"
-        if path.exists():
+        if (path := row_file(folder, name)).exists():
             yield name, json.loads(path.read_text())
 
 
-def measure(folder: Path, chosen: list[str]) -> None:
-    """Measure the models whose packages are installed here and that have no row yet."""
+def measure(folder: Path, chosen: list[str], *, merges: bool = True) -> None:
+    """Measure what is missing in the rows of the models whose packages are installed here."""
     torch.set_num_threads(1)
-    done = dict(rows(folder))
+    found = dict(rows(folder))
     folder.mkdir(parents=True, exist_ok=True)
     for name, (_, package, *_) in MODELS.items():
-        if name in done or (chosen and name not in chosen) or find_spec(package) is None:
+        row = found.get(name, {})
+        if (chosen and name not in chosen) or find_spec(package) is None:
             continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            row = measured(name)
-        path = folder / f"{name.replace(' ', '-').replace(',', '')}.json"
-        path.write_text(json.dumps(row, indent=1))
-        print(f"{name}: {row['speed']:.2f}", flush=True)
+        for part, needed in ((served, "speed"), (merged, "merge seconds")):
+            if needed in row or (part is merged and not merges):
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                row |= part(name)
+            row_file(folder, name).write_text(json.dumps(row, indent=1))
+            print(f"{name}: {needed} {row[needed]:.2f}", flush=True)
 
 
 def shown(found: dict[str, dict[str, Any]]) -> str:
@@ -238,10 +251,13 @@ def shown(found: dict[str, dict[str, Any]]) -> str:
     ]
     for name, row in found.items():
         ours, theirs = row["ms"]
-        names = list(dict.fromkeys(part.split(".")[-1] for part in row["averaged"]))
+        names = list(dict.fromkeys(part.split(".")[-1] for part in row.get("averaged", ())))
+        of_merge = (
+            f"{row['merge seconds']:.0f} | {', '.join(names) or '–'}" if "merge seconds" in row else " | "
+        )
         lines.append(
             f"| {name} | `{row['package']}` {row['version']} | {row['weights']} | {ours:.0f} | {theirs:.0f} | "
-            f"{row['speed']:.2f} | {row['merge seconds']:.1f} | {', '.join(names) or '–'} |"
+            f"{row['speed']:.2f} | {of_merge} |"
         )
     return "\n".join(lines)
 
@@ -253,12 +269,13 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="folder of one JSON file per model")
     parser.add_argument("--models", nargs="+", default=[], choices=MODELS, metavar="NAME")
+    parser.add_argument("--no-merge", action="store_true", help="measure speeds alone")
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     assert {vendor for vendor, *_ in MODELS.values()} == set(ADAPTERS)
     if not (arguments.show or arguments.json):
-        measure(arguments.folder, arguments.models)
+        measure(arguments.folder, arguments.models, merges=not arguments.no_merge)
         return
     found = dict(rows(arguments.folder))
     print(json.dumps(found, indent=1) if arguments.json else shown(found))
