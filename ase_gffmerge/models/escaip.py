@@ -163,9 +163,8 @@ class Block(NeighborhoodStage):
 
     def attention(self, t: Tensor, geometry: NeighborhoodGeometry) -> Tensor:
         """Map t (n_edges, channels) to y (n_edges, channels)."""
-        qkv = self.qkv(t)
-        tables = [self.attend(geometry.padded(qkv, table.edge), table) for table in geometry.tables]
-        return geometry.from_slots(tables)
+        slots = zip(geometry.in_slots(self.qkv(t)), geometry.tables, strict=True)
+        return geometry.from_slots([self.attend(qkv, table) for qkv, table in slots])
 
     def attend(self, qkv: Tensor, table: Table) -> Tensor:
         """Map queries, keys and values (n, width, ...) to y (n, width, channels)."""

@@ -1,12 +1,15 @@
 """Structures of every periodicity, some of them awkward for neighbor lists; architectures that this project trains."""
 
 import numpy as np
+import pytest
 from ase import Atoms
 from ase.build import bulk, fcc111, molecule
 from ase.calculators.calculator import Calculator
 
 OWN_ARCHITECTURES = ("painn", "nequip")
 """Architectures that this project trains; those of other packages are tested in ``tests/integrations``."""
+WITH_ESCAIP = (*OWN_ARCHITECTURES, pytest.param("escaip", marks=[pytest.mark.slow, pytest.mark.nightly]))
+"""The same with EScAIP, whose tests take longer."""
 
 
 def rattled_slab() -> Atoms:

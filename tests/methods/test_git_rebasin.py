@@ -16,7 +16,7 @@ from ase_gffmerge.methods.git_rebasin import matched_orders
 from ase_gffmerge.models import build_potential
 from ase_gffmerge.models.affine_maps import affine_maps
 from ase_gffmerge.models.channel_groups import channel_groups, permuted
-from helpers.structures import OWN_ARCHITECTURES
+from helpers.structures import WITH_ESCAIP
 
 NEQUIP = {
     "channels": 5,
@@ -26,13 +26,23 @@ NEQUIP = {
     "cutoff": 4.0,
     "radial_hidden": 6,
 }
-HYPER = {"painn": {"channels": 6, "n_blocks": 2, "n_radial": 4, "cutoff": 4.0}, "nequip": NEQUIP}
+PAINN = {"channels": 6, "n_blocks": 2, "n_radial": 4, "cutoff": 4.0}
+HYPER = {
+    "painn": PAINN,
+    "nequip": NEQUIP,
+    "escaip": {**PAINN, "atten_num_heads": 2, "frequency_list": (2, 1)},
+}
 FRAMES = (molecule("CH3OH"), molecule("HCOOH"))
 
 
 def silent(fraction: float, text: str) -> None:
     assert 0 <= fraction <= 1
     assert text
+
+
+@pytest.fixture(params=WITH_ESCAIP)
+def architecture(request) -> str:
+    return request.param
 
 
 @cache
@@ -69,7 +79,7 @@ def test_every_affine_map_is_declared(architecture) -> None:
     assert set(maps) == set(affine_maps(potential))
 
 
-@pytest.mark.parametrize("kind", OWN_ARCHITECTURES)
+@pytest.mark.parametrize("kind", WITH_ESCAIP)
 @settings(deadline=None, max_examples=5)
 @given(seed=st.integers(0, 2**31), data=st.data())
 def test_permuted_channels_give_the_same_energies_and_forces(kind, seed, data) -> None:

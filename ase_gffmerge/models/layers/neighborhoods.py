@@ -64,10 +64,12 @@ class NeighborhoodGeometry(EdgeGeometry):
         """All neighbourhoods in chunks, as :class:`InferenceStage` takes them."""
         return list(chunks_of(self, chunk_size(self.slot.device)))
 
-    def padded(self, x: Tensor, edge: Tensor) -> Tensor:
-        """Put rows of edges (n_edges, d) into the slots (n, width, d) of a table, zeros where there is no edge."""
+    def in_slots(self, x: Tensor) -> list[Tensor]:
+        """Put rows of edges (n_edges, d) into the slots (n, width, d) of all tables, zeros where there is no edge."""
         rows = torch.cat([x, x.new_zeros(1, x.shape[1])])
-        return take_rows(rows, edge.flatten()).view(*edge.shape, x.shape[1])
+        taken = take_rows(rows, torch.cat([edge.flatten() for edge in self.edges]))
+        parts = taken.split([edge.numel() for edge in self.edges])
+        return [part.view(*edge.shape, x.shape[1]) for part, edge in zip(parts, self.edges, strict=True)]
 
     def from_slots(self, tables: Sequence[Tensor]) -> Tensor:
         """Collect rows of edges (n_edges, d) from the slots (n, width, d) of all tables."""
@@ -81,19 +83,23 @@ class NeighborhoodGeometry(EdgeGeometry):
     def tables(self) -> list[Table]:
         """Envelope and angles in the slots of all tables; made once for all blocks."""
         if torch.compiler.is_compiling():  # which does not trace locks, and finds what is computed twice
-            return [self._table(edge) for edge in self.edges]
+            return self._made()
         return self._tables
 
     @cached_property
     def _tables(self) -> list[Table]:
-        return [self._table(edge) for edge in self.edges]
+        return self._made()
 
-    def _table(self, edge: Tensor) -> Table:
-        envelope, directions = self.padded(self.envelope, edge).squeeze(2), self.padded(self.angular, edge)
-        present = envelope > 0
-        logarithm = torch.where(present, envelope, 1.0).log().masked_fill(~present, -torch.inf)
-        bias = torch.cat([torch.zeros_like(logarithm[:, :1]), logarithm[:, 1:]], dim=1)
-        return Table(edge, bias, legendre(directions @ directions.mT, self.l_max))
+    def _made(self) -> list[Table]:
+        parts = self.in_slots(torch.cat([self.envelope, self.angular], dim=1))
+        tables = []
+        for edge, part in zip(self.edges, parts, strict=True):
+            envelope, directions = part[:, :, 0], part[:, :, 1:]
+            present = envelope > 0
+            logarithm = torch.where(present, envelope, 1.0).log().masked_fill(~present, -torch.inf)
+            bias = torch.cat([torch.zeros_like(logarithm[:, :1]), logarithm[:, 1:]], dim=1)
+            tables.append(Table(edge, bias, legendre(directions @ directions.mT, self.l_max)))
+        return tables
 
 
 def legendre(x: Tensor, l_max: int) -> tuple[Tensor, ...]:
