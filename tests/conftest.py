@@ -15,7 +15,7 @@ from ase_gffmerge.errors import MergeWarning
 from ase_gffmerge.merging.recipe import load_recipe
 from ase_gffmerge.models import Potential, build_potential
 from ase_gffmerge.workflows.cache import MergeCache
-from helpers.structures import OWN_ARCHITECTURES, rattled_slab, skewed_crystal
+from helpers.structures import WITH_ESCAIP, rattled_slab, skewed_crystal
 
 torch.set_num_threads(1)
 
@@ -99,7 +99,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-@pytest.fixture(params=OWN_ARCHITECTURES)
+@pytest.fixture(params=WITH_ESCAIP)
 def architecture(request) -> str:
     return request.param
 

@@ -9,7 +9,7 @@ from ase.calculators.calculator import Calculator
 OWN_ARCHITECTURES = ("painn", "nequip")
 """Architectures that this project trains; those of other packages are tested in ``tests/integrations``."""
 WITH_ESCAIP = (*OWN_ARCHITECTURES, pytest.param("escaip", marks=[pytest.mark.slow, pytest.mark.nightly]))
-"""The same with EScAIP, whose tests take longer."""
+"""The same with EScAIP, whose tests take longer; those of merges take minutes and leave it out."""
 
 
 def rattled_slab() -> Atoms:

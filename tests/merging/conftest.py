@@ -3,6 +3,12 @@
 import pytest
 
 from helpers import toys
+from helpers.structures import OWN_ARCHITECTURES
+
+
+@pytest.fixture(params=OWN_ARCHITECTURES)
+def architecture(request) -> str:
+    return request.param
 
 
 @pytest.fixture

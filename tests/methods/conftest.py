@@ -10,6 +10,7 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.recipe import PRESETS, load_recipe
 from ase_gffmerge.methods import MergeInputs, fisher, task_arithmetic, task_vectors
 from ase_gffmerge.models import build_potential
+from helpers.structures import OWN_ARCHITECTURES
 from helpers.toys import rattled, relative, toy
 
 SMALL = {
@@ -33,6 +34,11 @@ def with_species(specialist: ForceField, species: Sequence[int], *, seed: int = 
         new.embedding[:, to] = old.embedding[:, fro]
         new.references[to] = old.references[fro]
     return replace(specialist, potential=new.eval().requires_grad_(False))
+
+
+@pytest.fixture(params=OWN_ARCHITECTURES)
+def architecture(request) -> str:
+    return request.param
 
 
 @pytest.fixture(autouse=True)

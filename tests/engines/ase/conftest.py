@@ -5,13 +5,8 @@ from ase import Atoms
 
 from ase_gffmerge import ForceField, GFFMergeCalculator
 from ase_gffmerge.workflows.merge import merge
-from helpers.structures import STRUCTURES, WITH_ESCAIP
+from helpers.structures import STRUCTURES
 from helpers.toys import random_force_field, stranger
-
-
-@pytest.fixture(params=WITH_ESCAIP)
-def architecture(request) -> str:
-    return request.param
 
 
 @pytest.fixture
