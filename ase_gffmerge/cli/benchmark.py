@@ -132,6 +132,12 @@ def benchmark_gnn(
             help="Convolutions: GCN, SAGE, GAT, GIN, Transformer; several values.", show_default="all"
         ),
     ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Lines of the tables, such as gffmerge and 'gnnmerge++'; several values.", show_default="all"
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Splits and initialisations.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Of every training.")] = 80,
     as_json: JsonOption = False,
@@ -139,7 +145,8 @@ def benchmark_gnn(
     """Train graph networks for different tasks, merge them by every method, and compare; a killed run goes on."""
     from ase_gffmerge.evaluation.graph_networks.benchmark import GraphBenchmark, markdown
 
-    chosen = {name: tuple(values) for name, values in {"tables": tables, "kinds": kinds}.items() if values}
+    options = {"tables": tables, "kinds": kinds, "methods": methods}
+    chosen = {name: tuple(values) for name, values in options.items() if values}
     bench = GraphBenchmark(data=data, out=out, seeds=seeds, epochs=epochs, **chosen)
     with progress_bar("graph networks") as progress:
         document = bench.run(progress)

@@ -6,9 +6,8 @@ neighborhood with its seed nodes first, or a tensor. All layers are watched from
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -168,8 +167,7 @@ def executed_layers(root: nn.Module, run: Callable[[], object]) -> dict[str, int
     return calls
 
 
-@dataclass(frozen=True)
-class Entering:
+class Entering(NamedTuple):
     """What enters a part of a layer in one call: ``x`` for its maps, and the node of each row where that is known."""
 
     x: Tensor

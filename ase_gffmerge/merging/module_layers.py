@@ -19,7 +19,7 @@ have their own of what every model keeps.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -39,7 +39,7 @@ from ase_gffmerge.merging.module_calls import (
 )
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.models.affine_maps import AffineMap, LayerKind, layer_parts, with_ones
-from ase_gffmerge.models.torch_layers import channels_last
+from ase_gffmerge.models.torch_layers import KeptOutputs, channels_last
 from ase_gffmerge.runtime.progress import Progress
 
 
@@ -71,6 +71,8 @@ class ModuleProblem:
         Rows of a layer that are kept of one example, chosen at random; ``None`` for all.
     divided
         Whether every channel follows a single model.
+    kept
+        Outputs of layers on the examples that need not be computed again; default: none.
     """
 
     models: Sequence[nn.Module]
@@ -84,6 +86,7 @@ class ModuleProblem:
     derivative_weight: float = 1.0
     max_rows: int | None = None
     divided: bool = False
+    kept: KeptOutputs = field(default_factory=KeptOutputs)
 
     def shared(self, name: str) -> bool:
         """Whether a layer is merged, and not every model's own."""
@@ -110,7 +113,9 @@ def execution_order(problem: ModuleProblem) -> list[Step]:
     for k, (view, examples) in enumerate(zip(problem.views, problem.examples, strict=True)):
         found: dict[str, int] = {}
         for item in examples:
-            for name, n in executed_layers(view, partial(problem.run, view, item)).items():
+            with problem.kept.replayed(view, item):
+                calls_here = executed_layers(view, partial(problem.run, view, item))
+            for name, n in calls_here.items():
                 found[name] = max(n, found.get(name, 0))
             if not isinstance(examples, Sequence):
                 break  # a loader: what its first batch calls, all do
@@ -169,8 +174,12 @@ def align_modules(
     reports: list[LayerReport] = []
     recalibrated: list[str] = []
     steps = execution_order(problem) if steps is None else steps
+    once = all(step.n_calls == 1 for step in steps) and not any(map(_is_tied, problem.views))
     for i, step in enumerate(steps):
         progress(i / len(steps), step.name)
+        if i and once:
+            for k in steps[i - 1].members:
+                problem.kept.settle(problem.views[k], [steps[i - 1].name])
         if not solved(step.name):
             continue
         if recalibrates(problem.views[step.members[0]].get_submodule(step.name)):
@@ -187,9 +196,9 @@ def align_modules(
     )
 
 
-def is_within(name: str, ancestor: str) -> bool:
-    """Whether a submodule is another one or lies inside it."""
-    return name == ancestor or name.startswith(f"{ancestor}.")
+def _is_tied(root: nn.Module) -> bool:
+    """Whether layers have a parameter in common, so that solving one changes what another returns."""
+    return len(list(root.parameters())) < len(list(root.named_parameters(remove_duplicate=False)))
 
 
 def recalibrates(layer: nn.Module) -> bool:
@@ -252,15 +261,22 @@ def _statistics(
     values = [_gram(affine_map, *_nothing(affine_map)) for affine_map in maps]
     derivatives = list(values)
 
-    def enter(item: Item) -> list[tuple[Entering, Entering]]:
-        ours = entering(layer, part, partial(problem.run, view, item), n_calls=step.n_calls)
-        own = entering(original, part, partial(problem.run, model, item), n_calls=step.n_calls)
+    def enter(item: Item, kept: KeptOutputs) -> list[tuple[Entering, Entering]]:
+        runs = [partial(problem.run, module, item) for module in (view, model)]
+        with kept.replayed(view, item, but=step.name), kept.replayed(model, item, but=step.name):
+            ours = entering(layer, part, runs[0], n_calls=step.n_calls)
+            own = kept.of(
+                model,
+                item,
+                (step.name, part.part),
+                lambda: entering(original, part, runs[1], n_calls=step.n_calls),
+            )
         return list(zip(ours, own, strict=False))
 
     for i, item in enumerate(problem.examples[k]):
         mask = problem.mask(k, item)
-        here = enter(item)
-        there = enter(problem.twin(item, i)) if problem.twin else []
+        here = enter(item, problem.kept)
+        there = enter(problem.twin(item, i), KeptOutputs()) if problem.twin else []
         for n, (ours, own) in enumerate(here):
             for j, (affine_map, their) in enumerate(zip(maps, theirs, strict=True)):
                 rows, targets = _equations(affine_map, their, ours, own)
@@ -343,9 +359,8 @@ def _recalibrate(problem: ModuleProblem, step: Step) -> None:
         own, n = [torch.zeros_like(first), torch.zeros_like(first)], 0
         view = problem.views[k]
         for item in problem.examples[k]:
-            calls = arguments(
-                view.get_submodule(step.name), partial(problem.run, view, item), n_calls=step.n_calls
-            )
+            with problem.kept.replayed(view, item, but=step.name):
+                calls = arguments(norm, partial(problem.run, view, item), n_calls=step.n_calls)
             mask = problem.mask(k, item)
             for x, *_ in calls:
                 assert isinstance(x, Tensor)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ase_gffmerge.errors import ArgumentError, IncompatibleSpecialistsError
 from ase_gffmerge.merging.module_calls import solvable_layers
-from ase_gffmerge.merging.module_layers import is_within
-from ase_gffmerge.models.torch_layers import intercepted
+from ase_gffmerge.models.torch_layers import intercepted, is_within
 
 REFIT, KEPT = "refit", "kept"
 

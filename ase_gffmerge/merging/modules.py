@@ -10,13 +10,14 @@ new, and their outputs are to be those of the model that they come from.
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ase_gffmerge.errors import ArgumentError, IncompatibleSpecialistsError
 from ase_gffmerge.merging.module_calls import (
+    Item,
     Rows,
     Run,
     as_examples,
@@ -32,7 +33,6 @@ from ase_gffmerge.merging.module_layers import (
     ModuleProblem,
     align_modules,
     execution_order,
-    is_within,
 )
 from ase_gffmerge.merging.module_views import (
     KEPT,
@@ -47,9 +47,13 @@ from ase_gffmerge.merging.module_views import (
     with_wide_head,
 )
 from ase_gffmerge.merging.report import LayerReport
+from ase_gffmerge.models.torch_layers import KeptOutputs, is_within
 from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
 
 JOINT, DIVIDED = "joint", "divided"
+
+MAX_KEPT = 2**29
+"""Bytes of what layers return that are kept for examples in lists."""
 
 RIDGE = 1e-3
 """Relative ridge: larger than for potentials, as graphs of a few thousand nodes meet layers of hundreds of channels."""
@@ -243,23 +247,34 @@ def merge_modules(
     kept = [name for name, how in own.items() if how == KEPT]
     ways = (JOINT, DIVIDED) if channels == "auto" else (channels,)
     found: list[ModuleMerge] = []
+    held = all(isinstance(group, list | tuple) for group in groups)
+    memory = KeptOutputs(MAX_KEPT if held else 0)  # a loader's items are new every time
+    for model in (*models, *mean):
+        memory.settle(model, solvable_layers(model))
+
+    def evaluate_model(model: nn.Module, item: Item) -> object:
+        with memory.replayed(model, item):
+            return evaluate(model, item)
+
     with evaluating([*models, *mean]):
-        mask = row_masks(rows, models, run=evaluate)
+        mask = row_masks(rows, models, run=evaluate_model)
+        problem = ModuleProblem(
+            models=models,
+            views=mean,
+            examples=groups,
+            run=evaluate,
+            mask=mask,
+            weights=say,
+            ridge=ridge,
+            kept=memory,
+        )
+        steps = execution_order(problem)
+        of_mean = [module_disagreement(problem, mean, "mean", k) for k in range(len(models))]
+        for view in mean:
+            memory.forget(view)
         for i, way in enumerate(ways):
             views = deepcopy(mean)
-            problem = ModuleProblem(
-                models=models,
-                views=views,
-                examples=groups,
-                run=evaluate,
-                mask=mask,
-                weights=say,
-                ridge=ridge,
-                divided=way == DIVIDED,
-            )
-            if not i:
-                steps = execution_order(problem)
-                of_mean = [module_disagreement(problem, mean, "mean", k) for k in range(len(models))]
+            problem = replace(problem, views=views, divided=way == DIVIDED)
             alignment = align_modules(
                 problem,
                 steps=steps,
@@ -271,6 +286,8 @@ def merge_modules(
                     "the examples call no layer that a merge knows; are these the modules that are evaluated, and not "
                     "compiled or copied ones?"
                 )
+            for view in views:  # what is said of the result was computed with all of it
+                memory.forget(view)
             heads_seen = [HeadRows(*own) for _ in models] if len(own) == 1 else []
             found.append(
                 ModuleMerge(
@@ -354,7 +371,9 @@ def module_disagreement(
     same, n = 0, 0
     for item in problem.examples[k]:
         mask = problem.mask(k, item)
-        with seen.watching(views[k], problem.models[k]) if seen else nullcontext():
+        watched = seen.watching(views[k], problem.models[k]) if seen else nullcontext()
+        replays = [problem.kept.replayed(module, item) for module in (problem.models[k], views[k])]
+        with replays[0], replays[1], watched:
             theirs = outputs_of(problem.run(problem.models[k], item))
             merged = outputs_of(problem.run(views[k], item))
         if seen:

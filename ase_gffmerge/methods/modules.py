@@ -23,17 +23,14 @@ from ase_gffmerge.merging.module_calls import (
     row_masks,
     run_module,
 )
-from ase_gffmerge.merging.module_layers import (
-    ModuleProblem,
-    align_modules,
-    is_within,
-)
+from ase_gffmerge.merging.module_layers import ModuleProblem, align_modules
 from ase_gffmerge.merging.module_views import check_modules, own_modules, shared_views
 from ase_gffmerge.merging.modules import RIDGE, ModuleMerge, merge_modules, module_disagreement
 from ase_gffmerge.methods.base import Requirement
 from ase_gffmerge.methods.task_arithmetic import SHARES
 from ase_gffmerge.methods.task_vectors import DENSITIES, SCALES, disjoint_mean, elect_signs, trim
 from ase_gffmerge.methods.weight_space import Settings, grid_of
+from ase_gffmerge.models.torch_layers import is_within
 from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.runtime.registry import Registry
 

@@ -27,7 +27,7 @@ from ase_gffmerge.merging.module_calls import (
     outputs_of,
     select,
 )
-from ase_gffmerge.merging.module_layers import ModuleProblem, Step, execution_order, is_within
+from ase_gffmerge.merging.module_layers import ModuleProblem, Step, execution_order
 from ase_gffmerge.merging.module_views import shared_views
 from ase_gffmerge.methods.git_rebasin import POWERS, matched_orders, similarities
 from ase_gffmerge.methods.modules import ModuleInputs, Views, least_disagreement, module_method
@@ -35,6 +35,7 @@ from ase_gffmerge.methods.procrustes import turned
 from ase_gffmerge.methods.regmean import ALPHAS, regression_mean
 from ase_gffmerge.methods.weight_space import grid_of
 from ase_gffmerge.models.affine_maps import AffineMap, layer_parts
+from ase_gffmerge.models.torch_layers import is_within
 from ase_gffmerge.runtime.progress import Progress
 
 STEPS, LEARNING_RATE = 1000, 0.05

@@ -5,14 +5,17 @@ per channel; in evaluation a batch normalization is nothing else. A table of emb
 them are *parts* of layers, which modules of any kind are merged by (:mod:`ase_gffmerge.merging.modules`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
 from torch_geometric.nn import norm as graph_norm
 
 from ase_gffmerge.models.affine_maps import AffineMap, flat_rows, register_layer
@@ -55,6 +58,94 @@ def intercepted(layer: nn.Module, seen: Callable[[tuple[object, ...]], object]) 
 
     with replaced_forward(layer, forward):
         yield
+
+
+class KeptOutputs:
+    """Outputs of layers that no longer change, so that evaluations of a module on the same input compute none of them twice.
+
+    Outputs with gradients, or with anything but tensors in them, are computed every time.
+
+    Parameters
+    ----------
+    most
+        Bytes that are kept; what comes after them is computed every time.
+    """
+
+    def __init__(self, most: int = 0):
+        self._left = most
+        self._found: dict[tuple[int, ...], dict[Hashable, Any]] = {}
+        self._settled: dict[nn.Module, list[str]] = {}
+
+    def settle(self, root: nn.Module, names: Iterable[str]) -> None:
+        """Keep what these layers of a module return from now on: neither they change any more, nor what enters them."""
+        if self._left:
+            self._settled.setdefault(root, []).extend(names)
+
+    def forget(self, root: nn.Module) -> None:
+        """Keep nothing of a module any more."""
+        self._settled.pop(root, None)
+        for key in [key for key in self._found if key[0] == id(root)]:
+            self._left += sum(map(_size, self._found.pop(key).values()))
+
+    @contextmanager
+    def replayed(self, root: nn.Module, item: object, *, but: str = "") -> Iterator[None]:
+        """Let settled layers answer with what they returned before.
+
+        Parameters
+        ----------
+        root, item
+            The module, and what it is evaluated on, which is alive for as long as this: objects themselves are compared.
+        but
+            A layer that is seen at work, and so are those inside and around it.
+        """
+        calls: Counter[str] = Counter()
+
+        def answering(name: str, original: Callable[..., object]) -> Callable[..., object]:
+            def forward(*args: object, **kwargs: object) -> object:
+                calls[name] += 1
+                return self.of(root, item, (name, calls[name]), lambda: original(*args, **kwargs))
+
+            return forward
+
+        with ExitStack() as stack:
+            for name in self._settled.get(root, ()):
+                if not but or not (is_within(name, but) or is_within(but, name)):
+                    layer = root.get_submodule(name)
+                    stack.enter_context(replaced_forward(layer, answering(name, layer.forward)))
+            yield
+
+    def of(self, root: nn.Module, item: object, what: Hashable, compute: Callable[[], Any]) -> Any:
+        """What was computed before, or is now, as a copy, which may be changed in place.
+
+        Parameters
+        ----------
+        root, item, what
+            Tell it from others.
+        compute
+            Gives tensors in tuples, lists and dictionaries.
+        """
+        found = self._found.get((id(root), id(item)), {})
+        if what not in found:
+            value = compute()
+            leaves = [leaf for leaf in tree_leaves(value) if leaf is not None]
+            if not all(isinstance(leaf, Tensor) and not leaf.requires_grad for leaf in leaves):
+                return value
+            if _size(value) > self._left:
+                return value
+            self._left -= _size(value)
+            found[what] = value
+            self._found[id(root), id(item)] = found
+        return tree_map(lambda leaf: leaf if leaf is None else leaf.clone(), found[what])
+
+
+def _size(value: object) -> int:
+    """Bytes of tensors."""
+    return sum(x.numel() * x.element_size() for x in tree_leaves(value) if isinstance(x, Tensor))
+
+
+def is_within(name: str, ancestor: str) -> bool:
+    """Whether a submodule is another one or lies inside it."""
+    return name == ancestor or name.startswith(f"{ancestor}.")
 
 
 def recorded(layer: nn.Module, names: Sequence[str], args: tuple[object, ...]) -> dict[str, Tensor]:

@@ -41,6 +41,8 @@ def test_every_table_of_the_benchmark(folder, gffmerge, monkeypatch):
         assert ("gnnmerge" in rows) == (table == benchmark.ADAM)
         assert all(0 <= row["score"][0] <= 100 for row in rows.values())
         assert (rows["gffmerge"]["all classes"] is None) == ("+" in table)
+    few = gffmerge(*command, "--kinds", "GCN", "--methods", "regmean", "--json").json()
+    assert all(list(kinds["GCN"]) == ["joint", "specialists", "regmean"] for kinds in few.values())
     monkeypatch.setattr(benchmark, "measure", None)  # everything is there: nothing is measured again
     assert "| gffmerge |" in gffmerge(*command, "--kinds", "GCN").out
     assert (folder / "out" / "gnnmerge.png").stat().st_size > 1000
@@ -50,6 +52,7 @@ def test_every_table_of_the_benchmark(folder, gffmerge, monkeypatch):
     ("options", "said"),
     [
         (("--kinds", "LSTM"), "there is no kind 'LSTM'; choose from: GCN, SAGE"),
+        (("--methods", "SWA"), "there is no method 'SWA'; choose from: mean, mean+heads"),
         (("--tables", "Cora"), "there is no table 'Cora'; choose from: Cora in two halves"),
         (("--kinds", "GCN"), "put cora.npz of shchur/gnn-benchmark there"),
     ],

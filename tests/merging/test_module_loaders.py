@@ -1,16 +1,17 @@
 """Graphs that come in pieces: sampled neighborhoods with their seeds first, batches of graphs, and what is read once."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch_geometric.nn as geometric
-from torch import Tensor
+from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 from torch_geometric.utils import k_hop_subgraph
 
 from ase_gffmerge import merge_modules
-from helpers.graph_networks import NODES, Net, built, graph, moved
+from helpers.graph_networks import CONVOLUTIONS, HIDDEN, NODES, Net, built, graph, moved
 
 
 class Neighborhoods:
@@ -85,3 +86,83 @@ def test_batches_and_iterators_are_lists_of_graphs():
     once = merge_modules(models, [iter(data), iter(data)])
     torch.testing.assert_close(weights(together), weights(one_by_one), rtol=1e-8, atol=1e-10)
     assert torch.equal(weights(once), weights(one_by_one))
+
+
+class InPlace(Net):
+    """A network that changes what its layers return, and normalizes batches."""
+
+    def __init__(self):
+        super().__init__(geometric.SAGEConv)
+        self.between = nn.Sequential(nn.BatchNorm1d(HIDDEN), nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        x = self.between(self.first(x, edge_index))
+        return self.head(self.second(x, edge_index).relu_().mul_(2))
+
+
+class Twice(Net):
+    """A layer whose first call comes before another layer, and its second call after it."""
+
+    def __init__(self):
+        super().__init__(geometric.SAGEConv)
+        self.between = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x, edge_index))
+        x = torch.tanh(self.between(torch.tanh(self.second(x, edge_index))))
+        return self.head(torch.tanh(self.second(x, edge_index)))
+
+
+class Tied(Twice):
+    """A layer whose weight is that of a later one, and another layer between the two."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.before.weight = self.second.lin_l.weight
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        x = torch.tanh(self.before(torch.tanh(self.first(x, edge_index))))
+        return self.head(torch.tanh(self.second(torch.tanh(self.between(x)), edge_index)))
+
+
+class Loader:
+    """Graphs that could be others whenever they are read."""
+
+    def __init__(self, graphs: list[Data]):
+        self.graphs = graphs
+
+    def __iter__(self) -> Iterator[Data]:
+        return iter(self.graphs)
+
+
+@pytest.mark.parametrize("rows", [None, "confidence"])
+@pytest.mark.parametrize(
+    "make",
+    [*(CONVOLUTIONS[kind] for kind in ("gat, edges", "gin", "transformer")), InPlace, Twice, Tied],
+)
+def test_what_layers_return_on_a_list_is_kept_and_changes_nothing(make, rows):
+    models = moved(built(make))
+    data = [[graph(0), graph(2)], [graph(1)]]
+    kept = merge_modules(models, data, rows=rows)
+    again = merge_modules(models, [Loader(graphs) for graphs in data], rows=rows)
+    assert torch.equal(weights(kept), weights(again))
+    assert kept.disagreements == again.disagreements
+    for ours, other in zip(kept.head_rows, again.head_rows, strict=True):
+        assert torch.equal(ours.features, other.features)
+        assert torch.equal(ours.logits, other.logits)
+
+
+def test_a_model_evaluates_each_layer_once_for_its_outputs_and_once_for_its_inputs(monkeypatch):
+    calls: Counter[int] = Counter()
+    original = geometric.SAGEConv.propagate
+
+    def propagate(self, *args, **kwargs):
+        calls[id(self)] += 1
+        return original(self, *args, **kwargs)
+
+    models = moved(built(lambda: Net(geometric.SAGEConv)))
+    monkeypatch.setattr(geometric.SAGEConv, "propagate", propagate)
+    merge_modules(models, [graph(0), graph(1)], channels="auto")
+    assert [calls[id(layer)] for model in models for layer in (model.first, model.second)] == [2, 2, 2, 2]
+    assert max(calls.values()) == 3  # a merged layer has one more for what is said of it

@@ -89,6 +89,8 @@ class GraphBenchmark:
         Folder of the results; finished rows in it are not measured again.
     tables, kinds
         Names in :data:`TABLES` and :data:`~.tasks.CONVOLUTIONS`.
+    methods
+        Lines of the tables, beside those of joint training and the specialists: names in :data:`ROWS`.
     seeds
         Number of splits and initialisations.
     epochs
@@ -99,11 +101,16 @@ class GraphBenchmark:
     out: Path
     tables: tuple[str, ...] = tuple(TABLES)
     kinds: tuple[str, ...] = tuple(CONVOLUTIONS)
+    methods: tuple[str, ...] = tuple(ROWS)
     seeds: int = SEEDS
     epochs: int = EPOCHS
 
     def __post_init__(self) -> None:
-        for what, names, known in (("table", self.tables, TABLES), ("kind", self.kinds, CONVOLUTIONS)):
+        for what, names, known in (
+            ("table", self.tables, TABLES),
+            ("kind", self.kinds, CONVOLUTIONS),
+            ("method", self.methods, ROWS),
+        ):
             if unknown := [name for name in names if name not in known]:
                 raise BenchmarkError(f"there is no {what} {unknown[0]!r}; choose from: {', '.join(known)}")
 
@@ -135,7 +142,10 @@ class GraphBenchmark:
 
     def _rows(self, store: ResultStore, table: str, kind: str, seed: int) -> dict[str, Row]:
         """Lines of one column of a table for one seed, those of earlier runs with the same number of epochs included."""
-        keys = {name: json.dumps([table, kind, seed, self.epochs, name]) for name in rows_of(table, kind)}
+        keys = {
+            name: json.dumps([table, kind, seed, self.epochs, name])
+            for name in rows_of(table, kind, self.methods)
+        }
         found = store.find(list(keys.values()))
         if missing := [name for name, key in keys.items() if key not in found]:
             new = measure(
@@ -146,10 +156,17 @@ class GraphBenchmark:
         return {name: dict(found[key]) for name, key in keys.items()}
 
 
-def rows_of(table: str, kind: str) -> list[str]:
-    """Names of the lines of one column of a table."""
+def rows_of(table: str, kind: str, methods: Sequence[str] = tuple(ROWS)) -> list[str]:
+    """Names of the lines of one column of a table.
+
+    Parameters
+    ----------
+    table, kind, methods
+        Names in :data:`TABLES`, :data:`~.tasks.CONVOLUTIONS` and :data:`ROWS`.
+    """
     names = ["joint", "specialists"]
-    for name, (method, _) in ROWS.items():
+    for name in methods:
+        method, _ = ROWS[name]
         no_base = Requirement.BASE in MODULE_METHODS[method].needs and table != SHARED
         too_long = method == "gnnmerge" and table != ADAM
         if kind in KINDS_OF.get(method, CONVOLUTIONS) and not no_base and not too_long:
@@ -295,7 +312,9 @@ def markdown(document: Mapping[str, Any]) -> str:
             cells = [_cell(own.get(name)) for own in kinds.values()]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
-        lines += ["seconds: " + "; ".join(f"{kind} {_timing(own)}" for kind, own in kinds.items()), ""]
+        timings = [f"{kind} {_timing(own)}" for kind, own in kinds.items() if OURS in own]
+        if timings:
+            lines += ["seconds: " + "; ".join(timings), ""]
     return "\n".join(lines)
 
 
@@ -303,12 +322,12 @@ def _cell(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "–"
     mean, deviation = found["score"]
-    without = f" ({found[WITHOUT][0]:.1f})" if found[WITHOUT] else ""
+    without = " ({:.1f} ± {:.1f})".format(*found[WITHOUT]) if found[WITHOUT] else ""
     return f"{mean:.1f} ± {deviation:.1f}{without}"
 
 
 def _timing(own: Mapping[str, Any]) -> str:
-    merge, joint = own["gffmerge"]["seconds"], own["joint"]["seconds"]
+    merge, joint = own[OURS]["seconds"], own["joint"]["seconds"]
     return f"{merge:.2f} against {joint:.1f} of joint training ({joint / merge:.0f} times)"
 
 
@@ -333,6 +352,7 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
         axes.set_xticks(range(len(kinds)), list(kinds))
         axes.set_title(table)
         axes.set_ylabel("score in %")
-        axes.set_ylim(bottom=max(0, min(own["mean"]["score"][0] for own in kinds.values()) - 5))
+        lowest = min(own[name]["score"][0] for own in kinds.values() for name in shown if name in own)
+        axes.set_ylim(bottom=max(0, lowest - 5))
     panels[0].legend(ncols=4, fontsize="small")
     figure.savefig(path, dpi=120)
