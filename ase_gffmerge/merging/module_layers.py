@@ -360,7 +360,8 @@ def _recalibrate(problem: ModuleProblem, step: Step) -> None:
         view = problem.views[k]
         for item in problem.examples[k]:
             with problem.kept.replayed(view, item, but=step.name):
-                calls = arguments(norm, partial(problem.run, view, item), n_calls=step.n_calls)
+                own_norm = view.get_submodule(step.name)
+                calls = arguments(own_norm, partial(problem.run, view, item), n_calls=step.n_calls)
             mask = problem.mask(k, item)
             for x, *_ in calls:
                 assert isinstance(x, Tensor)

@@ -152,8 +152,8 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 MAX_ROWS = 20_000
 """Rows of each model, evenly thinned, from which the places of classes are found."""
 
-SHRINKAGE, SWEEPS = 0.05, 5
-"""Relative ridge of the classes' covariance, and how often rows are dealt out anew where nobody says whose they are."""
+SHRINKAGE = 0.05
+"""Relative ridge of the classes' covariance."""
 
 
 class SideBySide(nn.Module):
@@ -267,20 +267,17 @@ def class_regions(models: Sequence[HeadRows]) -> nn.Linear:
     r"""Linear layer whose outputs are log-probabilities, up to a constant, of every class of every model.
 
     Each class is a normal distribution of the features, with a covariance that all share; as many rows belong to it as its
-    model believes. Where all models have the same rows, nobody says whose they are: they are dealt out by the evidence
-    (logsumexp) of the models' logits, and then anew by the distributions found, a few times (expectation-maximization).
+    model believes. Where all models have the same rows, nobody says whose they are: they are dealt out once by the evidence
+    (logsumexp) of every model's logits in units of their standard deviation, as one model may be surer of everything.
     """
     first, sizes = models[0].features, [own.logits.shape[1] for own in models]
     features = [own.features.double() for own in models]
     logits = [own.logits.double() for own in models]
     if all(x.features.shape == first.shape and torch.equal(x.features, first) for x in models):
-        x, owners = features[0], torch.stack([y.logsumexp(1) for y in logits], 1).softmax(1)
-        beliefs = torch.cat([y.softmax(1) for y in logits], 1)
-        for _ in range(SWEEPS):
-            shares = owners.repeat_interleave(torch.tensor(sizes, device=x.device), dim=1)
-            theta = _normal_classes(x, beliefs * shares)
-            found = (x @ theta[:-1] + theta[-1]).split(sizes, dim=1)
-            owners = torch.stack([y.logsumexp(1) for y in found], 1).softmax(1)
+        evidence = [y.logsumexp(1) / y.std(correction=0).clamp(min=1e-30) for y in logits]
+        owners = torch.stack(evidence, 1).softmax(1)
+        shares = owners.repeat_interleave(torch.tensor(sizes, device=first.device), dim=1)
+        theta = _normal_classes(features[0], torch.cat([y.softmax(1) for y in logits], 1) * shares)
     else:
         theta = _normal_classes(torch.cat(features), torch.block_diag(*[y.softmax(1) for y in logits]))
     layer = nn.Linear(len(theta) - 1, theta.shape[1]).to(first)
