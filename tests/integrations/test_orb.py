@@ -1,5 +1,7 @@
 """Orb of the package orb_models: the vendor's results, the vendor's files, and merges."""
 
+from inspect import signature
+
 import numpy as np
 import pytest
 import torch
@@ -19,8 +21,13 @@ pytest.importorskip("orb_models", reason="needs the package orb_models: pip inst
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 from orb_models.forcefield import pretrained  # noqa: E402
-from orb_models.forcefield.atomic_system import SystemConfig  # noqa: E402
-from orb_models.forcefield.calculator import ORBCalculator  # noqa: E402
+
+try:
+    from orb_models.forcefield.forcefield_adapter import ForcefieldAtomsAdapter as SystemConfig
+    from orb_models.forcefield.inference.calculator import ORBCalculator
+except ModuleNotFoundError:  # 0.5
+    from orb_models.forcefield.atomic_system import SystemConfig
+    from orb_models.forcefield.calculator import ORBCalculator
 
 from ase_gffmerge import GFFMergeCalculator, merge, merge_calculators  # noqa: E402
 from ase_gffmerge.cli import app  # noqa: E402
@@ -30,6 +37,8 @@ from ase_gffmerge.integrations.load import export, from_vendor, load_force_field
 from ase_gffmerge.testing import check_calculator, check_integration  # noqa: E402
 
 NAME = "orb-v3-conservative-20-omat"
+BESIDE = "atoms_adapter" if "atoms_adapter" in signature(ORBCalculator).parameters else None
+"""The calculator's argument that says which neighbours an atom attends to, since 0.6."""
 SMALL = {
     "latent_dim": 16,
     "base_mlp_hidden_dim": 16,
@@ -48,7 +57,10 @@ def build(kind: str = "conservative", *, seed: int = 0, limit: int = 120, scale:
     make = getattr(pretrained, f"orb_v3_{kind}_architecture")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = make(**{**SMALL, **changes}, system_config=SystemConfig(6.0, limit)).eval()
+        model = make(**{**SMALL, **changes}).eval()
+    configure(model, SystemConfig(6.0, limit))
+    if hasattr(model, "pair_repulsion_fn"):
+        model.pair_repulsion_fn.node_aggregation = "mean"  # as loaders of published models do since 0.6
     statistics = model.heads["energy"].normalizer.bn
     statistics.running_mean.fill_(-0.4)
     statistics.running_var.fill_(2.5)
@@ -59,8 +71,25 @@ def build(kind: str = "conservative", *, seed: int = 0, limit: int = 120, scale:
     return model
 
 
-def vendor_calculator(model) -> ORBCalculator:
-    return ORBCalculator(model, device="cpu")
+def configure(model, config) -> None:
+    """The model's own in 0.5; since 0.6 the vendor's loaders return it beside the model, which is tested by itself."""
+    setattr(model, "_system_config" if BESIDE is None else "system_config", config)
+
+
+def vendor_calculator(model, **options) -> ORBCalculator:
+    if BESIDE is not None:
+        options[BESIDE] = model.system_config
+    return ORBCalculator(model, device="cpu", **options)
+
+
+def test_model_and_what_its_loader_returns_beside_it():
+    model = build(limit=20)
+    expected, config = from_vendor("orb", model).fingerprint, model.system_config
+    configure(model, None)
+    assert from_vendor("orb", (model, config)).fingerprint == expected
+    model.pair_repulsion_fn.node_aggregation = "sum"
+    with pytest.raises(FileFormatError, match="no mean over the atoms"):
+        from_vendor("orb", (model, config))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -77,7 +106,7 @@ def test_all_that_is_kept_decides():
     """What the vendor's calculator and model say beside the weights."""
     atoms = structures()[1]
     model = build(limit=20)
-    limited = ORBCalculator(model, max_num_neighbors=7, device="cpu")
+    limited = vendor_calculator(model, max_num_neighbors=7)
     energies = []
     for source in (model, limited, build(limit=20, seed=1)):
         specialist = from_vendor("orb", source)
@@ -174,7 +203,7 @@ def test_what_is_not_read_is_refused(tmp_path, capsys):
     summed = build()
     summed.heads["energy"].atom_avg = False
     homeless = build()
-    homeless._system_config = None
+    configure(homeless, None)
     objects = {
         "directly": direct,
         "charge and spin": charged,

@@ -1,4 +1,4 @@
-"""Orb v3 (Rhodes et al., arXiv 2504.06231) of the package ``orb_models``, version 0.5: conservative models, in and out.
+"""Orb v3 (Rhodes et al., arXiv 2504.06231) of the package ``orb_models`` (0.5 to 0.7): conservative models, in and out.
 
 What its training saves is a state dictionary, which tells everything but the number of neighbours that an atom attends to:
 the vendor, too, loads it by the name of the published model that was fine-tuned.
@@ -57,10 +57,10 @@ class OrbAdapter(Adapter):
     def require_package(self) -> None:
         """See :meth:`.Adapter.require_package`; modules of ``orb_models`` have other names since 0.6."""
         super().require_package()
-        if find_spec("orb_models.forcefield.atomic_system") is None:
+        if not any(map(find_spec, ("orb_models.common", "orb_models.forcefield.atomic_system"))):
             raise FileFormatError(
-                f"orb-models {version('orb-models')} is installed, built otherwise than 0.5, which "
-                "is read here; pip install 'orb-models>=0.5.5,<0.6'"
+                f"orb-models {version('orb-models')} is installed, built otherwise than 0.5 to 0.7, which "
+                "are read here; pip install 'orb-models>=0.5.5,<0.8'"
             )
 
     def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
@@ -76,7 +76,8 @@ class OrbAdapter(Adapter):
             * that name alone: its weights, which the vendor's package downloads;
             * a path: a dictionary ``{"architecture": ..., "state_dict": ...}``, whose architecture is such a name or has the
               key ``max_num_neighbors`` and perhaps ``radius`` (default 6 Å) and ``activation`` (default ``silu``);
-            * an ``ORBCalculator`` or a ``ConservativeForcefieldRegressor``.
+            * an ``ORBCalculator``; a ``ConservativeForcefieldRegressor`` of 0.5; since 0.6 a tuple of model and atoms
+              adapter, which the vendor's loaders return.
         trust
             Execute code that the file may contain.
 
@@ -199,23 +200,28 @@ def _from_object(source: VendorObject) -> "tuple[nn.Module, OrbPackageHyper]":
     """An uncompiled copy of a network in memory, and its hyper-parameters."""
     from ase_gffmerge.integrations.orb.model import hyper_of, network_of
 
-    network = source if hasattr(source, "heads") else getattr(source, "model", None)
+    network, config = source if isinstance(source, tuple) and len(source) == 2 else (source, None)
+    network = network if hasattr(network, "heads") else getattr(network, "model", None)
     if not isinstance(network, nn.Module) or not hasattr(network, "heads"):
         raise FileFormatError(
-            f"a {type(source).__name__} is no Orb model; give a file, an ORBCalculator or its model"
+            f"a {type(source).__name__} is no Orb model; give a file, an ORBCalculator, or (model, atoms_adapter)"
         )
     direct = getattr(source, "conservative", None) is False
     _require_readable({} if direct else network.state_dict(), "this Orb model", direct=direct)
-    if (config := source.system_config) is None:
+    for name in ("adapter", "system_config"):
+        config = config or getattr(source, name, None)
+    if config is None:
         raise FileFormatError(
             "this Orb model has no system_config, which says to how many neighbours an atom attends; give an ORBCalculator "
-            "that was made with one"
+            "that was made with one, or since orb-models 0.6 (model, atoms_adapter)"
         )
     copy: VendorObject = deepcopy(network).cpu().eval()
     state, head = copy.state_dict(), copy.heads["energy"]
     try:
         if not head.atom_avg:
             raise ValueError("its energy is not n times a function of the mean latent")
+        if copy.pair_repulsion and copy.pair_repulsion_fn.node_aggregation != "mean":
+            raise ValueError("its repulsion is no mean over the atoms, as that of the published models is")
         hyper = hyper_of(
             state,
             cutoff=float(config.radius),
@@ -264,15 +270,17 @@ def _convert(network: nn.Module, hyper: "OrbPackageHyper") -> "OrbPackage":
 
 def _vendor_energies(network: VendorObject, graph: AtomGraph, hyper: "OrbPackageHyper") -> Tensor:
     """Equal parts of the energy by the network itself, and the atoms' references."""
-    from orb_models.forcefield.atomic_system import SystemConfig, ase_atoms_to_atom_graphs
+    numbers, cpu = graph.atomic_numbers, torch.device("cpu")
+    atoms = Atoms(numbers.numpy(), positions=graph.positions.double().numpy())
+    dtype, limits = next(network.parameters()).dtype, (hyper.cutoff, hyper.max_neighbors)
+    try:
+        from orb_models.forcefield.forcefield_adapter import ForcefieldAtomsAdapter
 
-    numbers = graph.atomic_numbers
-    batch = ase_atoms_to_atom_graphs(
-        Atoms(numbers.numpy(), positions=graph.positions.double().numpy()),
-        SystemConfig(hyper.cutoff, hyper.max_neighbors),
-        device=torch.device("cpu"),
-        output_dtype=next(network.parameters()).dtype,
-    )
+        batch = ForcefieldAtomsAdapter(*limits).from_ase_atoms(atoms, device=cpu, output_dtype=dtype)
+    except ModuleNotFoundError:  # 0.5
+        from orb_models.forcefield.atomic_system import SystemConfig, ase_atoms_to_atom_graphs
+
+        batch = ase_atoms_to_atom_graphs(atoms, SystemConfig(*limits), device=cpu, output_dtype=dtype)
     with torch.enable_grad():
         energy = network.predict(batch)["energy"].detach().double()
     references = network.heads["energy"].reference.linear.weight.flatten().double()[numbers]

@@ -24,7 +24,6 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
-from orb_models.forcefield.nn_util import build_mlp, get_cutoff
 from orb_models.forcefield.pretrained import orb_v3_conservative_architecture
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
@@ -34,6 +33,11 @@ from ase_gffmerge.integrations.base import VendorObject
 from ase_gffmerge.integrations.wrapped import ChainPotential, Entries, ModuleStage
 from ase_gffmerge.models.base import HyperParameters, State
 from ase_gffmerge.models.layers import package_mode
+
+try:
+    from orb_models.common.models.nn_util import build_mlp, get_cutoff
+except ModuleNotFoundError:  # 0.5
+    from orb_models.forcefield.nn_util import build_mlp, get_cutoff
 
 STATE = ("nodes", "edges")
 
@@ -75,8 +79,8 @@ class OrbPackageHyper(HyperParameters):
 
 
 def build_network(hyper: OrbPackageHyper) -> VendorObject:
-    """The package's network with random weights."""
-    return orb_v3_conservative_architecture(
+    """The package's network with random weights, and the repulsion of the published ones, which new releases sum up."""
+    network = orb_v3_conservative_architecture(
         latent_dim=hyper.channels,
         base_mlp_hidden_dim=hyper.mlp_width,
         base_mlp_depth=hyper.mlp_depth,
@@ -86,6 +90,8 @@ def build_network(hyper: OrbPackageHyper) -> VendorObject:
         activation=hyper.activation,
         device="cpu",
     )
+    network.pair_repulsion_fn.node_aggregation = "mean"
+    return network
 
 
 class Encode(nn.Module):
