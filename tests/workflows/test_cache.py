@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from copy import deepcopy
 from dataclasses import replace
@@ -61,9 +60,7 @@ def test_a_hit_equals_a_miss_bitwise(specialists, build, tmp_path, folder):
     cache = MergeCache(tmp_path / folder)
     fresh = build()
     missed, first = cache.get_or_build(specialists, RECIPE, build)
-    started = time.process_time()
     found, second = cache.get_or_build(specialists, RECIPE, build)
-    assert time.process_time() - started < 1
     assert (first, second, build.count) == (False, True, 2)
     assert same_bits(missed, found)
     assert all(torch.equal(a, b) for a, b in zip(fresh.potential.parameters(), found.potential.parameters()))

@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from contextlib import suppress
 from types import SimpleNamespace
@@ -64,9 +63,7 @@ def test_several_specialists_are_merged_once(relatives, tmp_path, monkeypatch):
     assert heard[-1] == 1.0
     assert first.specialist_names == ("ethanol", "methanol")
     assert first.report.verdict in ("good", "fair", "failed")
-    started = time.process_time()
     second = GFFMergeCalculator(relatives, progress=lambda *_: pytest.fail("merged again"), **options)
-    assert time.process_time() - started < 1.0
     assert energy(first) == energy(second)
     assert first.report.to_dict() == second.report.to_dict()
 
