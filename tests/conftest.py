@@ -40,6 +40,14 @@ HYPER = {
         "three_body_cutoff": 3.0,
     },
     "tensornet": {"cutoff": 4.0, "channels": 8, "n_blocks": 2, "n_radial": 6},
+    "mattersim": {
+        "cutoff": 4.0,
+        "channels": 8,
+        "n_blocks": 2,
+        "n_radial": 3,
+        "l_max": 2,
+        "three_body_cutoff": 3.0,
+    },
 }
 
 CACHE = os.environ.get("GFFMERGE_CACHE")

@@ -265,6 +265,7 @@ ADAPTERS: Registry[Adapter] = Registry(
         "orb": "ase_gffmerge.integrations.orb.convert:ADAPTER",
         "mace": "ase_gffmerge.integrations.mace.convert:ADAPTER",
         "matgl": "ase_gffmerge.integrations.matgl:ADAPTER",
+        "mattersim": "ase_gffmerge.integrations.mattersim:ADAPTER",
     },
     name_of=lambda found: found.vendor if isinstance(found, Adapter) else None,
     error=FileFormatError,

@@ -342,6 +342,7 @@ ARCHITECTURES: Registry[type[Potential]] = Registry(
         "escaip": "ase_gffmerge.models.escaip:EScAIP",
         "m3gnet": "ase_gffmerge.models.m3gnet:M3GNet",
         "tensornet": "ase_gffmerge.models.tensornet:TensorNet",
+        "mattersim": "ase_gffmerge.models.m3gnet:MatterSim",
     },
     name_of=_name_of,
     error=FileFormatError,

@@ -268,7 +268,8 @@ class TensorNet(Potential):
 
     def own_readout(self) -> nn.Module:
         """Gated network with three hidden layers."""
-        return GatedReadout(self.hyper.channels, self.hyper.channels)
+        n = self.hyper.channels
+        return GatedReadout((n, n, n, n, 1))
 
     def embed(self, graph: Topology) -> State:
         """Element embeddings; the first stage makes matrices of them."""

@@ -45,6 +45,14 @@ SMALL = {
         "width": 8,
     },
     "tensornet": {"channels": 8, "n_blocks": 2, "n_radial": 6, "cutoff": 4.0},
+    "mattersim": {
+        "channels": 8,
+        "n_blocks": 2,
+        "cutoff": 4.0,
+        "three_body_cutoff": 3.0,
+        "n_radial": 3,
+        "l_max": 1,
+    },
 }
 """Hyperparameters of networks that are evaluated in milliseconds and merged in a second."""
 SHALLOW = {name: {**hyper, "n_blocks": 1} for name, hyper in SMALL.items()}

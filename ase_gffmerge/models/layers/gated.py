@@ -63,21 +63,22 @@ def _through(layers: nn.ModuleList, x: Tensor | Sequence[Part]) -> Tensor:
 
 
 class GatedReadout(nn.Module):
-    """Energies of the last scalars by a gated network.
+    """Energies of the last scalars by a gated network, times a factor per element where ``n_species`` is given.
 
     Parameters
     ----------
-    channels
-        Scalars per atom.
-    width
-        Of the two layers before the last.
+    widths
+        Of scalars, hidden layers and the energy, which is 1.
+    n_species
+        Number of elements.
     """
 
-    def __init__(self, channels: int, width: int):
+    def __init__(self, widths: Sequence[int], n_species: int | None = None):
         super().__init__()
-        self.network = GatedNetwork((channels, channels, width, width, 1), activate_last=False)
+        self.network = GatedNetwork(widths, activate_last=False)
+        self.scale = None if n_species is None else nn.Parameter(torch.ones(n_species))
 
     def forward(self, scalars: Sequence[Tensor], species: Tensor) -> Tensor:
-        """Map L tensors (n_atoms, channels) to energies (n_atoms,) in eV."""
+        """Map L tensors (n_atoms, channels) and element rows (n_atoms,) to energies (n_atoms,) in eV."""
         energies: Tensor = self.network(scalars[-1]).squeeze(-1)
-        return energies
+        return energies if self.scale is None else energies * self.scale[species]

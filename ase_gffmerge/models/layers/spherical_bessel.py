@@ -5,6 +5,7 @@ same in double precision.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -92,19 +93,28 @@ class SphericalBesselBasis(ExactBuffers):
         Roots of every order.
     l_max
         Largest order.
+    factors
+        Of :math:`1/|z_{ln}j_{l+1}(z_{ln})|` by order and root, where a package has them rounded in a way of its own.
     """
 
     roots: Tensor
     factors: Tensor
 
-    def __init__(self, cutoff: float, n_radial: int, l_max: int):
+    def __init__(
+        self, cutoff: float, n_radial: int, l_max: int, *, factors: Sequence[Sequence[float]] | None = None
+    ):
         super().__init__()
         self.cutoff = cutoff
         roots = torch.tensor(bessel_roots(l_max, n_radial), dtype=torch.float32)
         scale = math.sqrt(2.0 / cutoff**3)
-        factors = [scale / spherical_bessel(order + 1, row).abs() for order, row in enumerate(roots)]
+        if factors is None:
+            found = torch.stack(
+                [scale / spherical_bessel(order + 1, row).abs() for order, row in enumerate(roots)]
+            )
+        else:
+            found = scale * torch.tensor(factors, dtype=torch.float64) * roots.double()
         self.register_buffer("roots", roots.double(), persistent=False)
-        self.register_buffer("factors", torch.stack(factors).double(), persistent=False)
+        self.register_buffer("factors", found.double(), persistent=False)
 
     def forward(self, lengths: Tensor) -> Tensor:
         """Map lengths (n_edges,) in Å to (n_edges, (l_max + 1) · n_radial), orders one after the other."""
