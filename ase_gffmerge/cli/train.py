@@ -38,7 +38,8 @@ def train(
     model: Annotated[
         str | None,
         typer.Option(
-            help="painn, nequip, escaip, m3gnet, tensornet or mattersim.", show_default="of --init, else painn"
+            help="painn, nequip, escaip, m3gnet, tensornet or mattersim.",
+            show_default="of --init, else painn",
         ),
     ] = None,
     init: Annotated[

@@ -1,6 +1,7 @@
 """MatterSim (Yang et al., arXiv 2405.04967) of the package ``mattersim``, version 1: checkpoints (``.pth``).
 
-The package is not needed: what it saves are tensors and arguments, which :class:`~ase_gffmerge.models.m3gnet.MatterSim` takes.
+The package is not needed: what it saves are tensors and arguments, which
+:class:`~ase_gffmerge.models.m3gnet.MatterSim` takes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -49,9 +50,7 @@ class MatterSimAdapter(Adapter):
     """Reads and writes potentials of ``mattersim``."""
 
     vendor, models, package = "mattersim", "MatterSim", ""
-    architectures: ClassVar[dict[str, str]] = {
-        MatterSim.architecture: "ase_gffmerge.models.m3gnet:MatterSim"
-    }
+    architectures: ClassVar[dict[str, str]] = {MatterSim.architecture: "ase_gffmerge.models.m3gnet:MatterSim"}
 
     def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
         """Convert a checkpoint, or a ``MatterSimCalculator``, ``Potential`` or its network in memory.
@@ -65,7 +64,7 @@ class MatterSimAdapter(Adapter):
             content = load_checkpoint(Path(source), trust=trust, source=f"mattersim:{source}")
             origin = str(source)
         else:
-            network = getattr(source, "potential", source)
+            network: VendorObject = getattr(source, "potential", source)
             network = getattr(network, "model", network)
             if not hasattr(network, "model_args") or not hasattr(network, "state_dict"):
                 raise FileFormatError(

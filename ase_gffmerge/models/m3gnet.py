@@ -127,7 +127,7 @@ MATTERSIM_FACTORS = (
     (1.04807944170731, 1.01861796359391, 1.01002272174988, 1.00628955560036),
     (1.06942831392075, 1.0292173312802, 1.01650804843248, 1.01069656069999),
 )
-""":math:`1/|z_{ln}\,j_{l+1}(z_{ln})|` as MatterSim has them, in single precision, by order l and root n."""
+r""":math:`1/|z_{ln}\,j_{l+1}(z_{ln})|` as MatterSim has them, in single precision, by order l and root n."""
 
 
 class EdgeEmbedding(Stage):
@@ -232,7 +232,7 @@ class ThreeBodyPotential(Potential):
     Attributes
     ----------
     radial
-        Maps lengths (n_edges,) in Å to radial functions: first those that weigh messages, last those of the three-body terms.
+        Maps lengths (n_edges,) in Å to functions: first those that weigh messages, last those of the three-body terms.
     """
 
     hyper: ThreeBodyHyper
@@ -300,7 +300,7 @@ class M3GNet(ThreeBodyPotential):
 
 
 class BothRadialFunctions(nn.Module):
-    """Radial functions of MatterSim: smooth ones that weigh messages, and spherical Bessel functions of the three-body terms."""
+    """Radial functions of MatterSim: smooth ones that weigh messages, and spherical ones of the three-body terms."""
 
     def __init__(self, hyper: MatterSimHyper):
         super().__init__()

@@ -135,11 +135,21 @@ def matgl(kind: str) -> tuple[Model, Callable[[Model], BaseCalculator]]:
     return Potential(network).eval(), lambda model: PESCalculator(model, stress_unit="eV/A3", use_voigt=True)
 
 
+def mattersim() -> tuple[Model, Callable[[Model], BaseCalculator]]:
+    """A network of the default size."""
+    from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
+    from mattersim.forcefield.potential import MatterSimCalculator, Potential
+
+    model = M3Gnet(device="cpu").eval()
+    return model, lambda network: MatterSimCalculator(Potential(network, device="cpu").eval(), device="cpu")
+
+
 MODELS: dict[str, tuple[str, str, str, Callable[[], tuple[Model, Callable[[Model], BaseCalculator]]]]] = {
     "CHGNet 0.3.0": ("chgnet", "chgnet", "chgnet", chgnet),
     "MACE, 64 channels": ("mace", "mace", "mace-torch", mace),
     "M3GNet": ("matgl", "matgl", "matgl", lambda: matgl("M3GNet")),
     "TensorNet": ("matgl", "matgl", "matgl", lambda: matgl("TensorNet")),
+    "MatterSim, 128 channels": ("mattersim", "mattersim", "mattersim", mattersim),
     "NequIP, 32 features": ("nequip", "nequip", "nequip", nequip),
     "Orb v3, 20 neighbours": ("orb", "orb_models", "orb-models", orb),
     "SevenNet 7net-0": ("sevenn", "sevenn", "sevenn", sevennet),

@@ -24,7 +24,7 @@ from helpers.lammps_domains import (
     toy_with_everything,
 )
 
-OF_ONE_CUTOFF = ("painn", "nequip", "escaip", "m3gnet", "tensornet")
+OF_ONE_CUTOFF = ("painn", "nequip", "escaip", "m3gnet", "mattersim", "tensornet")
 CASES = [
     ("painn", [0, 11]),
     ("painn", [0, 5, 11]),
