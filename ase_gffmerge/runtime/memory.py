@@ -1,13 +1,18 @@
-"""Memory: sizes as people write them, what a process holds, the bound that a user sets, and the peak of a computation."""
+"""Memory: sizes as people write them, what a process holds, the bound that a user sets, and the peak of a computation.
+
+What a process frees between two steps, and needs again at once.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +26,47 @@ VARIABLE = "GFFMERGE_MAX_MEMORY"
 """Environment variable with the bound of merges that are given none."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Numbers of ``mallopt``'s parameters."""
+
+_KEPT, _LARGEST, _USUAL = 2**30, 2**25, 2**26
+"""Bytes that may stay free while work lasts; of a block from the operating system; that may stay free otherwise."""
+
+_working = 0
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Keep memory that is freed for the next step, for as long as the context lasts; only the time changes.
+
+    Glibc gives the end of its heap back whenever much of it is free, which is after every step of a training; the next
+    step then waits for the operating system to clear it again. Where ``MALLOC_TRIM_THRESHOLD_`` is set, and with other
+    C libraries, nothing is done.
+    """
+    global _working
+    library = _glibc()
+    if library is None:
+        yield
+        return
+    _working += 1
+    library.mallopt(_MMAP_THRESHOLD, _LARGEST)
+    library.mallopt(_TRIM_THRESHOLD, _KEPT)
+    try:
+        yield
+    finally:
+        _working -= 1
+        if not _working:
+            library.mallopt(_TRIM_THRESHOLD, _USUAL)
+            library.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux" or "MALLOC_TRIM_THRESHOLD_" in os.environ:
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
 
 
 def n_bytes(size: str | float) -> int:

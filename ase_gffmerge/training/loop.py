@@ -20,6 +20,7 @@ from ase_gffmerge.graphs import batch_graphs
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.devices import chunks, memory_errors
 from ase_gffmerge.runtime.distributed import add_up_gradients, by_first, dealt
+from ase_gffmerge.runtime.memory import freed_memory_kept
 from ase_gffmerge.runtime.progress import Progress, no_progress
 from ase_gffmerge.training.checkpoint import History, TrainingState, can_resume, stale
 from ase_gffmerge.training.config import TrainConfig
@@ -158,10 +159,13 @@ def fit(
         optimizer, config.learning_rate, steps=config.epochs * steps, done=len(history.rows) * steps
     )
     while len(history.rows) < config.epochs and not (patience and stale(history, config, patience)):
-        with memory_errors(
-            f"a batch of {config.batch_size} frames",
-            device=potential.device,
-            remedy="use a smaller batch_size",
+        with (
+            freed_memory_kept(),
+            memory_errors(
+                f"a batch of {config.batch_size} frames",
+                device=potential.device,
+                remedy="use a smaller batch_size",
+            ),
         ):
             row = _train_epoch(state, schedule, training, loss, config, max_edges, progress)
         if validation:

@@ -4,18 +4,19 @@ Specialists label any structure for free. Their frames are calibration frames, f
 sampled by their own dynamics, and displaced copies of all these.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 import torch
 from ase import Atoms
+from torch import Tensor
 
 from ase_gffmerge.data.frames import bare, displaced
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.forcefield.force_field import ForceField
-from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.graphs import AtomGraph, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.derivatives import EdgeFunction, hessian_products
 from ase_gffmerge.inference.errors import FORCE_FLOOR
 from ase_gffmerge.inference.predict import check_frames, edge_batches
@@ -24,6 +25,7 @@ from ase_gffmerge.merging.average import align_references, working_copies
 from ase_gffmerge.merging.recipe import DistillOptions
 from ase_gffmerge.merging.selection import split_frames
 from ase_gffmerge.models import Potential
+from ase_gffmerge.runtime.distributed import gathered, is_mine
 from ase_gffmerge.sampling.calibration_frames import SampleOptions, sample_frames
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.loss import LabeledGraph, relative_error_on, weigh, with_features
@@ -209,47 +211,78 @@ def _graphs_with_targets(
     options
         Whether features and products of Hessians are targets, too.
     """
-    labelled: list[LabeledGraph] = []
-    unknown = torch.full((1, 3, 3), torch.nan, dtype=student.dtype)
     served: EdgeFunction = teacher.potential.for_inference()
     if options.feature_weight:
         served = with_features(teacher.potential, options.feature_match, summed=True)
     generator = torch.Generator().manual_seed(options.seed + index)
     prepared = [build_graph(atoms, teacher.cutoff, dtype=student.dtype, specialist=index) for atoms in frames]
-    left = iter(frames)
-    for own in edge_batches(prepared, device=student.device):
-        group, graphs = list(islice(left, len(own))), own
+    left, graphs, labels = iter(frames), list[list[AtomGraph]](), dict[int, dict[str, Tensor]]()
+    for k, own in enumerate(edge_batches(prepared, device=student.device)):
+        group = list(islice(left, len(own)))
+        graphs.append(own)
         if student.hyper.cutoff != teacher.cutoff:
             cutoff = student.hyper.cutoff
-            graphs = [build_graph(atoms, cutoff, dtype=student.dtype, specialist=index) for atoms in group]
-        batch = batch_graphs(own).to(student.device)
-        prediction = predict(served, batch)
-        rows = student.species_row[batch.atomic_numbers]
-        reduced = prediction.energy.index_add(0, batch.structure_index, -student.references[rows]).to(
-            student.dtype
-        )
-        stress = prediction.stress(batch.cell) if any(atoms.pbc.all() for atoms in group) else None
-        sizes = [len(atoms) for atoms in group]
-        forces = prediction.forces.split(sizes)
-        hidden = curvature = None
-        if options.feature_weight:
-            rows_of = [graph.n_edges for graph in own] if options.feature_match == "edges" else sizes
-            hidden = prediction.readout_inputs[-1].split(rows_of)
+            graphs[-1] = [build_graph(a, cutoff, dtype=student.dtype, specialist=index) for a in group]
+        directions = None
         if options.hessian_weight:
-            directions = torch.randn(sum(sizes), 3, generator=generator, dtype=student.dtype).to(
-                batch.positions
-            )
-            products = hessian_products(teacher.potential, batch, directions)
-            curvature = torch.cat([directions, products], dim=1).split(sizes)
-        for i, (graph, atoms) in enumerate(zip(graphs, group, strict=True)):
-            labelled.append(
-                LabeledGraph.of(
-                    graph,
-                    energy=reduced[i : i + 1].cpu(),
-                    forces=forces[i].cpu(),
-                    stress=unknown if stress is None or not atoms.pbc.all() else stress[i : i + 1].cpu(),
-                    features=None if hidden is None else hidden[i].cpu(),
-                    curvature=None if curvature is None else curvature[i].cpu(),
-                )
-            )
-    return labelled
+            n_atoms = sum(map(len, group))
+            directions = torch.randn(n_atoms, 3, generator=generator, dtype=student.dtype)
+        if is_mine(k):
+            labels[k] = _labels(served, teacher.potential, student, own, directions)
+            labels[k]["stress"][[not atoms.pbc.all() for atoms in group]] = torch.nan
+            if not options.feature_weight:
+                del labels[k]["features"]
+    per_edge = options.feature_match == "edges"
+    return [
+        LabeledGraph.of(graph, **dict(zip(found, targets, strict=True)))
+        for batch, found in zip(graphs, gathered(labels), strict=True)
+        for graph, *targets in zip(batch, *_by_structure(found, batch, per_edge=per_edge), strict=True)
+    ]
+
+
+def _labels(
+    served: EdgeFunction,
+    teacher: Potential,
+    student: Potential,
+    graphs: Sequence[AtomGraph],
+    directions: Tensor | None,
+) -> dict[str, Tensor]:
+    """Targets of a batch by their names in :class:`~ase_gffmerge.training.loss.LabeledGraph`, on the CPU.
+
+    Parameters
+    ----------
+    served
+        The teacher, as fast as it can be, with its features as inputs of the readout where they are targets.
+    teacher, student
+        As for :func:`_graphs_with_targets`.
+    graphs
+        With the teacher's neighbors.
+    directions : (n_atoms, 3)
+        With which products of Hessians are taken, where they are targets.
+    """
+    batch = batch_graphs(graphs).to(student.device)
+    prediction = predict(served, batch)
+    references = student.references[student.species_row[batch.atomic_numbers]]
+    reduced = prediction.energy.index_add(0, batch.structure_index, -references)
+    found = {
+        "energy": reduced.to(student.dtype),
+        "forces": prediction.forces,
+        "stress": prediction.stress(batch.cell),
+        "features": prediction.readout_inputs[-1],
+    }
+    if directions is not None:
+        directions = directions.to(batch.positions)
+        products = hessian_products(teacher, batch, directions)
+        found["curvature"] = torch.cat([directions, products], dim=1)
+    return {name: tensor.cpu() for name, tensor in found.items()}
+
+
+def _by_structure(
+    found: Mapping[str, Tensor], graphs: Sequence[AtomGraph], *, per_edge: bool
+) -> list[tuple[Tensor, ...]]:
+    """Every tensor of a batch as one per structure; features may belong to edges."""
+    n_atoms, n_edges = [len(graph) for graph in graphs], [graph.n_edges for graph in graphs]
+    rows = {"energy": [1] * len(graphs), "stress": [1] * len(graphs)}
+    if per_edge:
+        rows["features"] = n_edges
+    return [tensor.split(rows.get(name, n_atoms)) for name, tensor in found.items()]

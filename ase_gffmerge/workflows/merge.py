@@ -17,7 +17,7 @@ from ase_gffmerge.merging.recipe import DistillOptions, Recipe, load_recipe
 from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.merging.selection import check_ancestor, known_ancestor
 from ase_gffmerge.runtime.distributed import by_first
-from ase_gffmerge.runtime.memory import Portions, memory_bound
+from ase_gffmerge.runtime.memory import Portions, freed_memory_kept, memory_bound
 from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
 from ase_gffmerge.sampling.generic_frames import compound, generic_frames
 from ase_gffmerge.training.distill import distill
@@ -92,15 +92,16 @@ def merge(
         joined.append(_with_structures(base, recipe, level_of_theory=specialists[0].level_of_theory))
         weights = (*recipe.weights, 1.0) if recipe.weights else None
         inner = recipe.model_copy(update={"weights": weights})
-    merged, report = _refined(
-        joined,
-        inner,
-        base=base,
-        checkpoint=checkpoint,
-        device=device,
-        bound=memory_bound(max_memory),
-        progress=progress,
-    )
+    with freed_memory_kept():
+        merged, report = _refined(
+            joined,
+            inner,
+            base=base,
+            checkpoint=checkpoint,
+            device=device,
+            bound=memory_bound(max_memory),
+            progress=progress,
+        )
     merged = _on_record(merged, recipe, len(specialists))
     if base is None or not (recipe.keep_base or base.provenance.origin) or recipe.conditioning != "shared":
         return merged, report

@@ -1,6 +1,7 @@
 """Memory of merges: counted, estimated beforehand, and kept within a bound without changing the result."""
 
 import json
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,16 @@ from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.merging.merge import closed_form_merge
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe, load_recipe
-from ase_gffmerge.runtime.memory import VARIABLE, PeakMemory, Portions, memory_bound, n_bytes, written
+from ase_gffmerge.runtime.memory import (
+    VARIABLE,
+    PeakMemory,
+    Portions,
+    _glibc,
+    freed_memory_kept,
+    memory_bound,
+    n_bytes,
+    written,
+)
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.loop import _gradient
 from ase_gffmerge.training.loss import loss_terms
@@ -68,6 +78,22 @@ def test_the_environment_bounds_what_is_given_no_bound(monkeypatch) -> None:
     monkeypatch.setenv(VARIABLE, "3GB")
     assert memory_bound(None) == 3 * 10**9
     assert memory_bound("2GB") == 2 * 10**9
+
+
+def page_faults_of_a_step() -> int:
+    """Pages that the system has to clear for a step that allocates, uses and frees 64 MB, as the last of a few."""
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.ones(2**18) for _ in range(64)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(_glibc() is None, reason="another C library, or told what to do by the environment")
+def test_freed_memory_is_there_for_the_next_step() -> None:
+    with freed_memory_kept(), freed_memory_kept():
+        faults = page_faults_of_a_step()
+    assert faults < 64 * 2**20 / resource.getpagesize() / 10
 
 
 def test_live_and_peak_bytes_are_counted() -> None:
