@@ -266,6 +266,7 @@ ADAPTERS: Registry[Adapter] = Registry(
         "mace": "ase_gffmerge.integrations.mace.convert:ADAPTER",
         "matgl": "ase_gffmerge.integrations.matgl:ADAPTER",
         "mattersim": "ase_gffmerge.integrations.mattersim:ADAPTER",
+        "metatrain": "ase_gffmerge.integrations.metatrain:ADAPTER",
     },
     name_of=lambda found: found.vendor if isinstance(found, Adapter) else None,
     error=FileFormatError,

@@ -57,6 +57,31 @@ def undirected(edge_index: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
     return bond, edge
 
 
+def reversed_edges(edge_index: Tensor, shifts: Tensor) -> Tensor:
+    """Edge i -> j of every edge j -> i (n_edges,); an edge without one is given itself.
+
+    Parameters
+    ----------
+    edge_index : (2, n_edges)
+        Sender and receiver.
+    shifts : (n_edges, 3)
+        Cell shifts of the senders, whole numbers.
+    """
+    sender, receiver = edge_index
+    if not len(sender):
+        return sender
+    shifts, n = shifts.long(), int(edge_index.max()) + 1
+    span = 2 * int(shifts.abs().max()) + 1
+    code = (shifts[:, 0] * span + shifts[:, 1]) * span + shifts[:, 2]
+    own, other = (
+        (sender * n + receiver) * (2 * span**3) + code,
+        (receiver * n + sender) * (2 * span**3) - code,
+    )
+    ordered, order = own.sort()
+    found = order[torch.searchsorted(ordered, other).clamp(max=len(own) - 1)]
+    return torch.where(own[found] == other, found, torch.arange(len(own), device=own.device))
+
+
 def angles_between(receiver: Tensor, edges: Tensor) -> Tensor:
     """Ordered pairs (2, n_angles) of different edges that have the same receiver.
 

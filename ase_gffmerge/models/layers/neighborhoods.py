@@ -66,14 +66,11 @@ class NeighborhoodGeometry(EdgeGeometry):
 
     def in_slots(self, x: Tensor) -> list[Tensor]:
         """Put rows of edges (n_edges, d) into the slots (n, width, d) of all tables, zeros where there is no edge."""
-        rows = torch.cat([x, x.new_zeros(1, x.shape[1])])
-        taken = take_rows(rows, torch.cat([edge.flatten() for edge in self.edges]))
-        parts = taken.split([edge.numel() for edge in self.edges])
-        return [part.view(*edge.shape, x.shape[1]) for part, edge in zip(parts, self.edges, strict=True)]
+        return in_slots(x, self.edges)
 
     def from_slots(self, tables: Sequence[Tensor]) -> Tensor:
         """Collect rows of edges (n_edges, d) from the slots (n, width, d) of all tables."""
-        return take_rows(torch.cat([x.flatten(0, 1) for x in tables]), self.slot)
+        return from_slots(tables, self.slot)
 
     def sums(self, x: Tensor) -> Tensor:
         """Sums (n_atoms, d) over the edges of every atom."""
@@ -100,6 +97,19 @@ class NeighborhoodGeometry(EdgeGeometry):
             bias = torch.cat([torch.zeros_like(logarithm[:, :1]), logarithm[:, 1:]], dim=1)
             tables.append(Table(edge, bias, legendre(directions @ directions.mT, self.l_max)))
         return tables
+
+
+def in_slots(x: Tensor, edges: Sequence[Tensor]) -> list[Tensor]:
+    """Put rows of edges (n_edges, d) into slots (n, width, d), see :meth:`NeighborhoodGeometry.in_slots`."""
+    rows = torch.cat([x, x.new_zeros(1, x.shape[1])])
+    taken = take_rows(rows, torch.cat([edge.flatten() for edge in edges]))
+    parts = taken.split([edge.numel() for edge in edges])
+    return [part.view(*edge.shape, x.shape[1]) for part, edge in zip(parts, edges, strict=True)]
+
+
+def from_slots(tables: Sequence[Tensor], slot: Tensor) -> Tensor:
+    """Collect rows of edges (n_edges, d) from slots (n, width, d), see :meth:`NeighborhoodGeometry.from_slots`."""
+    return take_rows(torch.cat([x.flatten(0, 1) for x in tables]), slot)
 
 
 def legendre(x: Tensor, l_max: int) -> tuple[Tensor, ...]:
