@@ -182,7 +182,7 @@ def _convert(model: VendorObject, target: str) -> PET:
         species = tuple(int(z) for z in model.atomic_types)
         state = _weights(model.backend)
         return converted(
-            lambda: PET(hyper, species),
+            lambda: PET(hyper, species).double(),  # for products with the scale
             lambda potential: _copy_weights(potential, model, state, target),
             dtype=state["edge_embedder.weight"].dtype,
             vendor_energies=lambda graph: _vendor_energies(model, target, graph),

@@ -156,7 +156,7 @@ METHODS: Registry[Method] = Registry(
         "ensemble": "ase_gffmerge.methods.references:ensemble",
         "mean": "ase_gffmerge.methods.closed_form:mean",
         "karcher": "ase_gffmerge.methods.karcher:karcher",
-        "task_arithmetic": "ase_gffmerge.methods.task_arithmetic:task_arithmetic",
+        "task_arithmetic": "ase_gffmerge.methods.task_vectors:task_arithmetic",
         "ties": "ase_gffmerge.methods.task_vectors:ties",
         "dare": "ase_gffmerge.methods.task_vectors:dare",
         "fisher": "ase_gffmerge.methods.fisher:fisher",

@@ -27,8 +27,7 @@ from ase_gffmerge.merging.module_layers import ModuleProblem, align_modules
 from ase_gffmerge.merging.module_views import check_modules, own_modules, shared_views
 from ase_gffmerge.merging.modules import RIDGE, ModuleMerge, merge_modules, module_disagreement
 from ase_gffmerge.methods.base import Requirement
-from ase_gffmerge.methods.task_arithmetic import SHARES
-from ase_gffmerge.methods.task_vectors import DENSITIES, SCALES, disjoint_mean, elect_signs, trim
+from ase_gffmerge.methods.task_vectors import DENSITIES, MULTIPLES, SCALES, disjoint_mean, elect_signs, trim
 from ase_gffmerge.methods.weight_space import Settings, grid_of
 from ase_gffmerge.models.torch_layers import is_within
 from ase_gffmerge.runtime.progress import Progress, no_progress
@@ -286,7 +285,7 @@ def _vectors(inputs: ModuleInputs) -> tuple[Tensor, Tensor, Callable[[Tensor], V
 def task_arithmetic(inputs: ModuleInputs, progress: Progress) -> Views:
     """Task arithmetic with λ of least disagreement; heads stay."""
     origin, task_vectors, build = _vectors(inputs)
-    scales = [share / len(task_vectors) for share in SHARES]
+    scales = [share / len(task_vectors) for share in MULTIPLES]
     return least_disagreement(
         inputs,
         lambda scale: build(origin + scale * task_vectors.sum(0)),

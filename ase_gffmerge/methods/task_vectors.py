@@ -1,4 +1,10 @@
-r"""Methods that edit task vectors before adding them to the base: TIES, DARE and EMR-Merging.
+r"""Methods that add task vectors to the base, as they are or edited: task arithmetic, TIES, DARE and EMR-Merging.
+
+Task arithmetic: the base plus a multiple of the sum of the task vectors.
+
+.. math:: w = w_0 + \lambda \sum_k \tau_k
+
+(Ilharco et al., "Editing models with task arithmetic", arXiv 2212.04089). At :math:`\lambda = 1/K` this is the mean.
 
 TIES: task vectors trimmed, their signs elected, and the mean of those that agree.
 
@@ -45,6 +51,28 @@ from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, met
 from ase_gffmerge.methods.weight_space import grid_of, tune, weight_space
 from ase_gffmerge.models import Potential
 from ase_gffmerge.runtime.progress import Progress
+
+MULTIPLES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+"""Values of K λ that are tried."""
+
+
+@method(
+    "task_arithmetic",
+    citation="Ilharco et al., arXiv 2212.04089",
+    needs=(Requirement.FRAMES, Requirement.BASE),
+)
+def task_arithmetic(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
+    """Task arithmetic with λ of least disagreement."""
+    space = weight_space(merge_inputs)
+    scales = [share / len(space.specialists) for share in MULTIPLES]
+
+    def build(scale: float) -> Potential:
+        return space.potential(space.task_arithmetic(scale))
+
+    with torch.no_grad():
+        metric = DisagreementMetric.of(space.specialists)
+        return tune(build, grid_of(scale=scales), metric, progress=progress).merge_output()
+
 
 DENSITIES = (0.1, 0.2, 0.5, 0.8, 1.0)
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)

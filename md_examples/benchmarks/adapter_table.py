@@ -144,12 +144,30 @@ def mattersim() -> tuple[Model, Callable[[Model], BaseCalculator]]:
     return model, lambda network: MatterSimCalculator(Potential(network, device="cpu").eval(), device="cpu")
 
 
+def metatrain() -> tuple[Model, Callable[[Model], BaseCalculator]]:
+    """A PET of the default size."""
+    from ase_gffmerge.integrations.metatrain import quiet_package
+
+    with quiet_package():
+        from metatomic_ase import MetatomicCalculator
+        from metatrain.pet import __model__ as kind
+    from metatrain.utils.architectures import get_default_hypers
+    from metatrain.utils.data import DatasetInfo
+    from metatrain.utils.data.target_info import get_energy_target_info
+
+    energy = get_energy_target_info("energy", {"quantity": "energy", "unit": "eV"})
+    info = DatasetInfo(length_unit="angstrom", atomic_types=[11, 17], targets={"energy": energy})
+    model = kind(get_default_hypers("pet")["model"], info).eval()
+    return model, lambda network: MetatomicCalculator(network.export(), device="cpu")
+
+
 MODELS: dict[str, tuple[str, str, str, Callable[[], tuple[Model, Callable[[Model], BaseCalculator]]]]] = {
     "CHGNet 0.3.0": ("chgnet", "chgnet", "chgnet", chgnet),
     "MACE, 64 channels": ("mace", "mace", "mace-torch", mace),
     "M3GNet": ("matgl", "matgl", "matgl", lambda: matgl("M3GNet")),
     "TensorNet": ("matgl", "matgl", "matgl", lambda: matgl("TensorNet")),
     "MatterSim, 128 channels": ("mattersim", "mattersim", "mattersim", mattersim),
+    "PET, 128 and 256 features": ("metatrain", "metatrain", "metatrain", metatrain),
     "NequIP, 32 features": ("nequip", "nequip", "nequip", nequip),
     "Orb v3, 20 neighbours": ("orb", "orb_models", "orb-models", orb),
     "SevenNet 7net-0": ("sevenn", "sevenn", "sevenn", sevennet),

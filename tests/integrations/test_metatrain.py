@@ -74,7 +74,7 @@ def build(variant: str = "usual", seed: int = 0, targets: tuple[str, ...] = ("en
             ("", model.scaler.model.scales),
             ("_per_target", model.scaler.model.per_target_scales),
         ):
-            scales[name].block().values[:] = 2.0 + k
+            scales[name].block().values[:] = 3.0 + k
             model.scaler.register_buffer(f"{name}{suffix}_scaler_buffer", mts.save_buffer(scales[name]))
     return model.eval()
 
@@ -95,7 +95,9 @@ def served(path):
 
 def checkpoint(path, model):
     """What the package saves."""
-    torch.save(model.get_checkpoint(), path)
+    content = model.get_checkpoint()
+    content["best_model_state_dict"] = content["model_state_dict"]
+    torch.save(content, path)
     return f"metatrain:{path}"
 
 
