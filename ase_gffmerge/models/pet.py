@@ -227,7 +227,17 @@ class Attention(nn.Module):
         return new_nodes, new_edges
 
     def attend(self, tokens: Tensor, bias: list[Tensor], geometry: TokenGeometry) -> Tensor:
-        """Map all tokens (n, d_pet) to what the attention gives (n, d_pet)."""
+        """Attend among the tokens of every atom.
+
+        Parameters
+        ----------
+        tokens : (n_atoms + n_edges, d_pet)
+            Of all atoms, then of all edges.
+        bias
+            Logarithms of the cutoff factors in all slots.
+        geometry
+            Slots of the tokens.
+        """
         tables = []
         for table, own in zip(in_slots(self.input_linear(tokens), geometry.slots), bias, strict=True):
             q, k, v = table.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
