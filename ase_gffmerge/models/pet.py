@@ -215,29 +215,19 @@ class Attention(nn.Module):
         tokens = torch.cat([contracted, edges])
         sizes = (len(nodes), len(edges))
         if self.before:
-            new_nodes, new_edges = self.attend(self.norm_attention(tokens), bias, geometry).split(sizes)
+            new_nodes, new_edges = self._attend(self.norm_attention(tokens), bias, geometry).split(sizes)
             new_edges = edges + new_edges
             new_edges = new_edges + self.mlp(self.norm_mlp(new_edges))
         else:
-            tokens = self.norm_attention(tokens + self.attend(tokens, bias, geometry))
+            tokens = self.norm_attention(tokens + self._attend(tokens, bias, geometry))
             new_nodes, new_edges = self.norm_mlp(tokens + self.mlp(tokens)).split(sizes)
         if self.expanded:
             new_nodes = nodes + self.center_expansion(new_nodes)
             new_nodes = new_nodes + self.center_mlp(self.norm_center_features(new_nodes))
         return new_nodes, new_edges
 
-    def attend(self, tokens: Tensor, bias: list[Tensor], geometry: TokenGeometry) -> Tensor:
-        """Attend among the tokens of every atom.
-
-        Parameters
-        ----------
-        tokens : (n_atoms + n_edges, d_pet)
-            Of all atoms, then of all edges.
-        bias
-            Logarithms of the cutoff factors in all slots.
-        geometry
-            Slots of the tokens.
-        """
+    def _attend(self, tokens: Tensor, bias: list[Tensor], geometry: TokenGeometry) -> Tensor:
+        """Map all tokens (n_atoms + n_edges, d_pet) to what the attention gives."""
         tables = []
         for table, own in zip(in_slots(self.input_linear(tokens), geometry.slots), bias, strict=True):
             q, k, v = table.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

@@ -8,7 +8,7 @@ import torch
 
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.merging.recipe import PRESETS, load_recipe
-from ase_gffmerge.methods import MergeInputs, fisher, task_arithmetic, task_vectors
+from ase_gffmerge.methods import MergeInputs, fisher, task_vectors
 from ase_gffmerge.models import build_potential
 from helpers.structures import OWN_ARCHITECTURES
 from helpers.toys import rattled, relative, toy
@@ -48,7 +48,7 @@ def _coarse_grids(monkeypatch) -> None:
     monkeypatch.setattr(task_vectors, "SCALES", (1.0,))
     monkeypatch.setattr(task_vectors, "RATES", (0.3,))
     monkeypatch.setattr(task_vectors, "SHARES", (0.5, 1.0))
-    monkeypatch.setattr(task_arithmetic, "SHARES", (0.5, 1.0, 1.5))
+    monkeypatch.setattr(task_vectors, "MULTIPLES", (0.5, 1.0, 1.5))
     monkeypatch.setattr(fisher, "FLOORS", (1e-2, 1.0))
     small = load_recipe(
         {"preset": "closed-form", "readout": {"width": 16, "blocks": 2, "copies": 1}, "directions": 1}
