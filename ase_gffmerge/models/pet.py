@@ -37,6 +37,12 @@ from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.models.base import HyperParameters, Potential, Stage, State
 from ase_gffmerge.models.layers.linear import reversed_edges, take_rows
 from ase_gffmerge.models.layers.neighborhoods import from_slots, in_slots, neighborhoods
+from ase_gffmerge.models.layers.readout import (
+    LinearReadouts,
+    adaptive_cutoffs,
+    bump_cutoff,
+    cosine_cutoff,
+)
 
 NORMS = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}
 CHOICES = {
@@ -45,6 +51,7 @@ CHOICES = {
     "transformer_type": ("PreLN", "PostLN"),
     "featurizer_type": ("feedforward", "residual"),
     "cutoff_function": ("Bump", "Cosine"),
+    "adaptive_cutoff_method": ("solver", "grid"),
 }
 OFFSET, LEAST_FACTOR = 1e-15, 1e-15
 """Added to the squares of lengths; and least factor of an edge in the attention."""
@@ -70,6 +77,9 @@ class PETHyper(HyperParameters):
         ``feedforward``: the last layer is read; ``residual``: every layer, which begins from elements.
     cutoff_function, cutoff_width
         ``Bump`` or ``Cosine``, and over which length (Å) it falls.
+    num_neighbors_adaptive, adaptive_cutoff_method, cutoff_width_adaptive
+        About how many neighbours every atom has, by a cutoff of its own; how it is found, ``solver`` or ``grid``, and over
+        which length (Å) a neighbour is counted in part. ``None``: those within ``cutoff``.
     """
 
     cutoff: float = 4.5
@@ -89,6 +99,9 @@ class PETHyper(HyperParameters):
     featurizer_type: str = "feedforward"
     cutoff_function: str = "Bump"
     cutoff_width: float = 0.5
+    num_neighbors_adaptive: int | None = None
+    adaptive_cutoff_method: str = "solver"
+    cutoff_width_adaptive: float = 1.0
 
     def __post_init__(self) -> None:
         """Raise ``TypeError`` or ``ValueError`` for values that make no network."""
@@ -98,6 +111,8 @@ class PETHyper(HyperParameters):
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        if self.num_neighbors_adaptive is not None and not self.num_neighbors_adaptive > 0:
+            raise ValueError(f"num_neighbors_adaptive must be positive, not {self.num_neighbors_adaptive!r}")
         if self.d_pet % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide d_pet {self.d_pet}")
 
@@ -146,29 +161,39 @@ class TokenGeometry:
         return (self.vectors.square().sum(dim=1, keepdim=True) + OFFSET).sqrt()
 
 
-def cutoff_factors(lengths: Tensor, hyper: PETHyper) -> Tensor:
-    """Cutoff function of lengths in Å; it falls from 1 to exactly 0 at the cutoff."""
-    x = (lengths - (hyper.cutoff - hyper.cutoff_width)) / hyper.cutoff_width
-    if hyper.cutoff_function == "Cosine":
-        return 0.5 * (1 + torch.cos(math.pi * x.clamp(0.0, 1.0)))
-    return 0.5 * (1 + torch.tanh(1 / torch.tan(math.pi * x.clamp(1e-6, 1 - 1e-6))))
+def cutoff_factors(geometry: TokenGeometry, hyper: PETHyper) -> Tensor:
+    """Cutoff function of the lengths (n_edges, 1); that of an edge ends at the mean of its atoms' cutoffs."""
+    lengths, cutoff = geometry.lengths, hyper.cutoff
+    function = cosine_cutoff if hyper.cutoff_function == "Cosine" else bump_cutoff
+    if hyper.num_neighbors_adaptive is None:
+        return function(lengths, cutoff, hyper.cutoff_width)
+    own = adaptive_cutoffs(
+        lengths,
+        geometry.receiver,
+        len(geometry.species),
+        neighbors=hyper.num_neighbors_adaptive,
+        cutoff=cutoff,
+        width=hyper.cutoff_width_adaptive,
+        method=hyper.adaptive_cutoff_method,
+    )
+    mean = 0.5 * (take_rows(own, geometry.receiver) + take_rows(own, geometry.sender))
+    return function(lengths, mean, hyper.cutoff_width)
 
 
 class Start(Stage):
     """First features of the edges, by the elements of their senders, and cutoff factors."""
 
     emits_scalars = False
-    gathers = False
 
     def __init__(self, hyper: PETHyper, n_species: int):
         super().__init__()
-        self.hyper = hyper
+        self.hyper, self.gathers = hyper, hyper.num_neighbors_adaptive is not None
         self.elements = nn.Parameter(torch.randn(n_species, hyper.d_pet))
 
     def forward(self, state: State, geometry: TokenGeometry) -> State:
         """Add m and f to the atoms' features."""
         messages = take_rows(self.elements, geometry.species[geometry.sender])
-        return state[0], messages, cutoff_factors(geometry.lengths, self.hyper)
+        return state[0], messages, cutoff_factors(geometry, self.hyper)
 
 
 class FeedForward(nn.Module):
@@ -238,17 +263,7 @@ class Attention(nn.Module):
 
 
 class Layer(Stage):
-    """Attention among an atom and its edges, and what the reversed edges bring.
-
-    Parameters
-    ----------
-    hyper
-        Hyper-parameters.
-    n_species
-        Number of elements.
-    first
-        Whether it is the first layer, whose messages tell elements already.
-    """
+    """Attention among an atom and its edges, and what the reversed edges bring; messages of the ``first`` tell elements."""
 
     emits_scalars = False
 
@@ -316,19 +331,6 @@ class Heads(Stage):
         weighted = factors * torch.cat([edges, torch.ones_like(factors)], dim=1)
         sums = weighted.new_zeros(len(nodes), weighted.shape[1]).index_add(0, geometry.receiver, weighted)
         return torch.cat([nodes, sums], dim=1), *rest
-
-
-class LinearReadouts(nn.Module):
-    """Energies linear in the scalars of every block."""
-
-    def __init__(self, channels: int, n_blocks: int):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(channels, 1) for _ in range(n_blocks))
-
-    def forward(self, scalars: list[Tensor], species: Tensor) -> Tensor:
-        """Map L tensors (n_atoms, channels) to energies (n_atoms,) in eV."""
-        terms = [layer(x).squeeze(-1) for layer, x in zip(self.layers, scalars, strict=True)]
-        return torch.stack(terms).sum(dim=0)
 
 
 class PET(Potential):

@@ -44,6 +44,8 @@ VARIANTS = {
     "usual": {},
     "of one width": {"d_node": 8, "num_gnn_layers": 1},
     "of the first PET-MAD": {**OLD, "featurizer_type": "residual", "cutoff_function": "Cosine", "d_node": 8},
+    "adaptive": {"num_neighbors_adaptive": 4},
+    "adaptive by a grid": {"num_neighbors_adaptive": 4, "adaptive_cutoff_method": "grid"},
     "residual": {"featurizer_type": "residual", "num_gnn_layers": 3, "attention_temperature": 1.5},
 }
 

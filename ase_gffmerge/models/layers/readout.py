@@ -1,6 +1,6 @@
 r"""From distances to radial functions, and from node features to per-atom energies.
 
-Both readouts take the scalar features :math:`x_1,\dots,x_L` that the L interaction blocks leave on each atom.
+The readouts take the scalar features :math:`x_1,\dots,x_L` that the L interaction blocks leave on each atom.
 
 Radial basis and cutoff, smooth enough that energy, force and stress vanish continuously at the cutoff.
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from ase_gffmerge.models.layers.linear import SparseLinear
+from ase_gffmerge.models.layers.linear import SparseLinear, take_rows
 
 
 class MLPReadout(nn.Module):
@@ -29,6 +29,19 @@ class MLPReadout(nn.Module):
     def forward(self, scalars: Sequence[Tensor], species: Tensor) -> Tensor:
         """Map L tensors (n_atoms, channels) to energies (n_atoms,) in eV."""
         return self.out(silu(self.hidden(scalars[-1]))).squeeze(-1)
+
+
+class LinearReadouts(nn.Module):
+    """Energies linear in the scalars of every block."""
+
+    def __init__(self, channels: int, n_blocks: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(channels, 1) for _ in range(n_blocks))
+
+    def forward(self, scalars: Sequence[Tensor], species: Tensor) -> Tensor:
+        """Map L tensors (n_atoms, channels) to energies (n_atoms,) in eV."""
+        terms = [layer(x).squeeze(-1) for layer, x in zip(self.layers, scalars, strict=True)]
+        return torch.stack(terms).sum(dim=0)
 
 
 class RandomFeatureReadout(nn.Module):
@@ -98,6 +111,108 @@ def polynomial_cutoff(lengths: Tensor, cutoff: float) -> Tensor:
     """
     x = (lengths / cutoff).clamp(max=1.0)
     return 1 + x**3 * (-10 + x * (15 - 6 * x))
+
+
+def bump_cutoff(lengths: Tensor, cutoff: Tensor | float, width: float) -> Tensor:
+    r"""Envelope :math:`\tfrac12(1+\tanh\cot\pi x)` with :math:`x=(r-r_c)/w+1`; all derivatives vanish at its ends.
+
+    Parameters
+    ----------
+    lengths
+        Å.
+    cutoff
+        Radius in Å, or one for every length; beyond it the envelope is exactly zero.
+    width
+        Over which it falls from one, in Å.
+    """
+    x = ((lengths - cutoff) / width + 1).clamp(1e-6, 1 - 1e-6)
+    return 0.5 * (1 + torch.tanh(1 / torch.tan(math.pi * x)))
+
+
+def cosine_cutoff(lengths: Tensor, cutoff: Tensor | float, width: float) -> Tensor:
+    r"""Envelope :math:`\tfrac12(1+\cos\pi x)`, see :func:`bump_cutoff`; one derivative vanishes.
+
+    Parameters
+    ----------
+    lengths, cutoff, width
+        Å.
+    """
+    return 0.5 * (1 + torch.cos(math.pi * ((lengths - cutoff) / width + 1).clamp(0.0, 1.0)))
+
+
+def adaptive_cutoffs(
+    lengths: Tensor,
+    receiver: Tensor,
+    n_atoms: int,
+    *,
+    neighbors: float,
+    cutoff: float,
+    width: float,
+    method: str = "solver",
+) -> Tensor:
+    """Radii (n_atoms, 1) in Å within which atoms have about so many neighbours, those of a uniform density added.
+
+    Parameters
+    ----------
+    lengths : (n_edges, 1)
+        Å.
+    receiver : (n_edges,)
+        Atom whose neighbour an edge brings.
+    n_atoms
+        How many there are.
+    neighbors
+        Per atom; without any the radius is ``cutoff``.
+    cutoff, width
+        Largest radius, and over which length a neighbour is counted in part, in Å.
+    method
+        ``solver``: the radius itself, ``grid``: a mean of radii, weighed by their numbers of
+        neighbours.
+    """
+    find = {"solver": _solved, "grid": _probed}[method]
+    return find(lengths, receiver, n_atoms, neighbors, cutoff, width)
+
+
+def _solved(
+    lengths: Tensor, receiver: Tensor, n_atoms: int, target: float, cutoff: float, width: float
+) -> Tensor:
+    """Ten steps of Newton's method within brackets, and one that has derivatives."""
+
+    def count(radius: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        x = math.pi * ((lengths - take_rows(radius, receiver)) / width + 1).clamp(1e-6, 1 - 1e-6)
+        height = torch.tanh(1 / torch.tan(x))
+        slope = math.pi / (2 * width) * (1 - height.square()) / torch.sin(x).square()
+        both = torch.cat([0.5 * (1 + height), slope], dim=1)
+        number, slope = both.new_zeros(n_atoms, 2).index_add(0, receiver, both).split(1, dim=1)
+        return number + target * (radius / cutoff) ** 3, slope + 3 * target * radius**2 / cutoff**3
+
+    fixed = lengths.detach()
+    low, high = fixed.new_zeros(n_atoms, 1), fixed.new_full((n_atoms, 1), cutoff)
+    radius = 0.5 * high
+    for _ in range(10):
+        number, slope = count(radius, fixed)
+        below = number <= target
+        low, high = torch.where(below, radius, low), torch.where(below, high, radius)
+        step = radius - (number - target) / slope.clamp(min=1e-6)
+        radius = torch.where((step >= low) & (step <= high), step, 0.5 * (low + high))
+    slope = count(radius, fixed)[1].clamp(min=1e-6)
+    return (radius - (count(radius, lengths)[0] - target) / slope).clamp(cutoff / 16, cutoff)
+
+
+def _probed(
+    lengths: Tensor, receiver: Tensor, n_atoms: int, target: float, cutoff: float, width: float
+) -> Tensor:
+    """Means of probes, weighed by how near their numbers of neighbours are."""
+    probes = torch.arange(0.5, cutoff, width / 4, device=lengths.device, dtype=lengths.dtype)
+    bumps = bump_cutoff(lengths, probes, width)
+    difference = bumps.new_zeros(n_atoms, len(probes)).index_add(0, receiver, bumps) - target
+    difference = (
+        difference + target * torch.linspace(0, 1, len(probes), device=probes.device, dtype=probes.dtype) ** 3
+    )
+    inner = 0.5 * (difference[:, 2:] - difference[:, :-2])
+    ends = [difference[:, 1:2] - difference[:, :1], inner, difference[:, -1:] - difference[:, -2:-1]]
+    spread = torch.cat(ends, dim=1).abs().clamp(min=1e-12)
+    weights = torch.softmax(-0.5 * (difference / spread) ** 2, dim=1)
+    return (weights * probes).sum(dim=1, keepdim=True)
 
 
 class ExactBuffers(nn.Module):
