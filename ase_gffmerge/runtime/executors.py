@@ -139,6 +139,10 @@ def _run_on(
                     deaths = 0
                 except BrokenExecutor:
                     lost.append(futures[future])
+                except Exception as error:
+                    if type(error).__name__ != "KilledWorker":  # Dask's, which has tried several workers
+                        raise
+                    raise _deadly(futures[future], what) from error
         except BrokenExecutor as error:
             raise EvaluationFailed(
                 f"a worker died, and {type(executor).__name__} does not replace it; give a new executor, and the same store "
@@ -149,12 +153,15 @@ def _run_on(
                 future.cancel()
         deaths += 1
         if lost and deaths == MOST_DEATHS:
-            raise EvaluationFailed(
-                f"workers died {deaths} times without finishing one of the {len(lost)} tasks that remain, among them {what} "
-                f"{min(lost)[0]} to {min(lost)[-1]}: memory is the usual cause; in a script, the call belongs below "
-                "if __name__ == '__main__'"
-            )
+            raise _deadly(min(lost), what)
         parts = sorted(lost, reverse=parts == sorted(parts))
+
+
+def _deadly(part: Sequence[int], what: str) -> EvaluationFailed:
+    return EvaluationFailed(
+        f"workers died again and again over tasks that remain, among them {what} {part[0]} to {part[-1]}: memory is the "
+        "usual cause; in a script, the call belongs below if __name__ == '__main__'"
+    )
 
 
 @dataclass(frozen=True)

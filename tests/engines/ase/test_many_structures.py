@@ -38,6 +38,13 @@ def expected_of(folder: Path, structures):
     return [{name: calculator.get_property(name, atoms) for name in names} for atoms in structures]
 
 
+@pytest.fixture
+def tests_for_workers(monkeypatch):
+    """Processes that import nothing of this one find what the tests share."""
+    tests = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent)]))
+
+
 # -- without processes --
 
 
@@ -166,9 +173,12 @@ def test_a_killed_worker_is_replaced_and_nothing_finished_repeated(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.nightly
-def test_a_structure_that_always_kills_is_named(tmp_path):
+@pytest.mark.parametrize("kind", ["local", "dask"])
+def test_a_structure_that_always_kills_is_named(tmp_path, tests_for_workers, kind):
+    if kind == "dask":
+        pytest.importorskip("distributed")
     structures = molecules(12)
-    with LocalProcesses(2) as workers, pytest.raises(EvaluationFailed, match="among them structures "):
+    with open_executor(kind, 2) as workers, pytest.raises(EvaluationFailed, match="among them structures "):
         evaluate_many(
             structures,
             maker(tmp_path, fatal=4, always=True),
@@ -255,13 +265,6 @@ def test_a_killed_driver_loses_nothing_that_was_finished(tmp_path, kind):
     assert (tmp_path / "ended").exists()
     assert len(seen(tmp_path)) - before == 2000 - kept, "what was kept is not evaluated again"
     assert sorted(set(seen(tmp_path))) == list(range(2000))
-
-
-@pytest.fixture
-def tests_for_workers(monkeypatch):
-    """Processes that import nothing of this one find what the tests share."""
-    tests = Path(__file__).parents[2]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent)]))
 
 
 @pytest.mark.slow
