@@ -7,6 +7,7 @@ DATA_FOLDER holds the rMD17 files ``rmd17_<molecule>_{train,test}_01.npz``. Seco
 ``cost``: energy and forces of random weights at 9, 243, 1125 and 4608 atoms (boxes of ethanol), and the largest memory of a
 process that does nothing else, less that of one at 9 atoms. With ``--device cuda``, wall time and the GPU's memory.
 ``accuracy``: PaiNN and EScAIP trained on 950 frames of ethanol for the same epochs.
+``aspirin``: the same on aspirin.
 ``equal-time``: PaiNN trained as long as EScAIP.
 ``drift``: energy drift in NVE dynamics of both after that training.
 ``pair``: a base on both molecules, two specialists from it and their default merge, for both architectures.
@@ -102,13 +103,15 @@ def cost(data: Path, out: Path, device: str) -> list[dict[str, Any]]:
     return rows
 
 
-def trained(data: Path, out: Path, architecture: str, epochs: int) -> tuple[ForceField, float]:
-    """A model of ethanol and the seconds of its training; continued if it was killed."""
-    path = out / f"{architecture}-{epochs}.safetensors"
+def trained(
+    data: Path, out: Path, architecture: str, epochs: int, molecule: str = "ethanol"
+) -> tuple[ForceField, float]:
+    """A model of a molecule and the seconds of its training; continued if it was killed."""
+    path = out / f"{architecture}-{epochs}{'' if molecule == 'ethanol' else f'-{molecule}'}.safetensors"
     clock = path.with_suffix(".seconds")
     if not path.exists():
-        frames = out / "ethanol.extxyz"
-        write_frames(frames, read_frames(data / "rmd17_ethanol_train_01.npz")[:FRAMES])
+        frames = out / f"{molecule}.extxyz"
+        write_frames(frames, read_frames(data / f"rmd17_{molecule}_train_01.npz")[:FRAMES])
         start = time.process_time()
         config = TrainConfig(model=architecture, epochs=epochs, validation=0)
         train([frames], path, config, device="cpu")
@@ -127,11 +130,19 @@ def equal_time(data: Path, out: Path, device: str) -> list[dict[str, Any]]:
     return [measured(data, out, "painn", round(EPOCHS * escaip / painn))]
 
 
-def measured(data: Path, out: Path, architecture: str, epochs: int) -> dict[str, Any]:
-    """Errors of a model of ethanol on test frames."""
-    made, seconds = trained(data, out, architecture, epochs)
-    found = evaluate(made.potential, read_frames(data / "rmd17_ethanol_test_01.npz")[:TESTS])
+def aspirin(data: Path, out: Path, device: str) -> list[dict[str, Any]]:
+    """Equal epochs on a larger molecule."""
+    return [measured(data, out, architecture, EPOCHS, "aspirin") for architecture in ("painn", "escaip")]
+
+
+def measured(
+    data: Path, out: Path, architecture: str, epochs: int, molecule: str = "ethanol"
+) -> dict[str, Any]:
+    """Errors of a model of a molecule on test frames."""
+    made, seconds = trained(data, out, architecture, epochs, molecule)
+    found = evaluate(made.potential, read_frames(data / f"rmd17_{molecule}_test_01.npz")[:TESTS])
     row = {
+        "molecule": molecule,
         "architecture": architecture,
         "epochs": epochs,
         "seconds": seconds,
@@ -209,7 +220,14 @@ def pair(data: Path, out: Path, device: str) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS = {"cost": cost, "accuracy": accuracy, "drift": drift, "pair": pair, "equal-time": equal_time}
+PARTS = {
+    "cost": cost,
+    "accuracy": accuracy,
+    "equal-time": equal_time,
+    "aspirin": aspirin,
+    "drift": drift,
+    "pair": pair,
+}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

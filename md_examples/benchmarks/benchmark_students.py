@@ -6,9 +6,11 @@ DATA_FOLDER holds the rMD17 files ``rmd17_<molecule>_test_01.npz``. Seconds are 
 
 ``compression``: the bundled ethanol specialist with fewer channels and blocks, after every kind of solve.
 ``students``: 32 channels and 3 blocks taught from the compressed start, with node features too, and from random weights.
-``strategies``: the same student from random weights, with every kind of feature and with rows of Hessians, and the fraction
-of the gap that each closes: between the student that learns energies and forces alone, and its teacher. Edges are those of
-the EScAIP model of ethanol in FILE (``benchmark_escaip.py --only accuracy`` leaves one), which teaches PaiNN and EScAIP.
+``strategies``: the same student from random weights, with every kind of feature, with rows of Hessians and on other frames,
+and the fraction of the gap that each closes: between the student that learns energies and forces alone, and its teacher.
+Frames of a second half are made of the calibration frames by the student of the first half: displaced to where it is worst
+(up the gradient of its squared force error), or visited by its dynamics. Edges are those of the EScAIP model of ethanol in
+FILE (``benchmark_escaip.py --only accuracy`` leaves one), which teaches PaiNN and EScAIP.
 ``pair``: the two bundled specialists, merged, compressed and distilled into one student.
 
 Milliseconds per energy and forces are given for every size at 9 and 243 atoms. A run takes a quarter of an hour;
@@ -20,6 +22,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +34,14 @@ from ase.build import molecule
 from training_plan import say
 
 from ase_gffmerge import ForceField, compress, distill, merge
+from ase_gffmerge.data.frames import bare
 from ase_gffmerge.data.readers import read_frames
 from ase_gffmerge.errors import MergeWarning
-from ase_gffmerge.graphs import build_graph, predict
+from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.graphs.derivatives import hessian_products
 from ase_gffmerge.inference.errors import evaluate
-from ase_gffmerge.merging.recipe import DistillOptions
+from ase_gffmerge.merging.augmentation import with_copies
+from ase_gffmerge.merging.recipe import AugmentationOptions, DistillOptions
 from ase_gffmerge.models import Potential
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.initialization import random_potential
@@ -49,6 +55,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "layers, stages and readout": {"preset": "closed-form", "readout": {"width": 512}},
 }
 EPOCHS, FEATURE_WEIGHT = 10, 0.7
+
+
+Row = dict[str, Any]
 
 
 def box(side: int) -> Atoms:
@@ -169,7 +178,58 @@ def students(tests: dict[str, list[Atoms]]) -> list[dict[str, Any]]:
     ]
 
 
-Row = dict[str, Any]
+def adversarial(student: ForceField, teacher: ForceField) -> list[Atoms]:
+    r"""Calibration frames, displaced up the gradient of the squared force error: :math:`-2 (H - H^*) (F - F^*)`."""
+    moved = [bare(atoms) for atoms in teacher.calibration]
+    for _ in range(ASCENTS):
+        errors: list[torch.Tensor] = []
+        batches = []
+        for model in (student, teacher):
+            graphs = [build_graph(a, model.cutoff, dtype=model.potential.dtype) for a in moved]
+            batches.append((model.potential, batch_graphs(graphs)))
+            errors.append(predict(*batches[-1]).forces)
+        error = errors[0] - errors[1].to(errors[0].dtype)
+        own, other = (hessian_products(model, batch, error.to(model.dtype)) for model, batch in batches)
+        uphill = (other.to(own.dtype) - own).split([len(atoms) for atoms in moved])
+        for atoms, step in zip(moved, uphill, strict=True):
+            atoms.positions += ASCENT * (step / step.square().mean().sqrt()).double().numpy()
+    return moved
+
+
+def visited(student: ForceField, teacher: ForceField) -> list[Atoms]:
+    """What the student's dynamics at 500 K reaches within 50 fs from the calibration frames, where it stays whole."""
+    options = AugmentationOptions(interval=50.0)
+    starts = [bare(atoms) for atoms in teacher.calibration]
+    return with_copies(student, starts, options, n_copies=1)[len(starts) :]
+
+
+def in_halves(
+    second: Callable[[ForceField, ForceField], Sequence[Atoms]],
+    start: ForceField,
+    teacher: ForceField,
+    tests: dict[str, list[Atoms]],
+) -> Row:
+    """Half of the epochs, then the other half on frames that the student chose, too; as many frames in both."""
+    begin = time.process_time()
+    half = DistillOptions(epochs=EPOCHS // 2, patience=EPOCHS)
+    student, _ = distill(start, [teacher], half, device="cpu")
+    student = replace(student, merged=None)
+    frames = second(student, teacher)
+    copies = (half.copies + 1) * len(teacher.calibration) // (len(teacher.calibration) + len(frames)) - 1
+    options = half.model_copy(update={"copies": copies, "seed": 1})
+    made, _ = distill(student, [teacher], options, frames=[frames], device="cpu")
+    row = {"seconds": time.process_time() - begin, **errors(made.potential, tests, ["ethanol"])}
+    say(str(row))
+    return row
+
+
+ASCENTS, ASCENT = 5, 0.02
+"""Steps of an adversarial displacement, and the root mean square of each component of a step, Å."""
+SECOND_HALVES: dict[str, Callable[[ForceField, ForceField], Sequence[Atoms]]] = {
+    "in halves": lambda student, teacher: (),
+    "adversarial frames in the second half": adversarial,
+    "frames of the student's dynamics in the second half": visited,
+}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "energies and forces": {},
     "node-to-node": {"feature_match": "nodes", "feature_weight": FEATURE_WEIGHT},
@@ -177,9 +237,17 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "edge-to-node": {"feature_match": "edges-to-nodes", "feature_weight": FEATURE_WEIGHT},
     "edge-to-edge": {"feature_match": "edges", "feature_weight": FEATURE_WEIGHT},
     "rows of Hessians": {"hessian_weight": 0.1},
+    "rattled by 0.06 Å instead of dynamics": {"temperature": 0.0, "displacement": 0.06},
 }
 KINDS = {
-    ("painn", "painn"): ("energies and forces", "node-to-node", "vector-to-vector", "rows of Hessians"),
+    ("painn", "painn"): (
+        "energies and forces",
+        "node-to-node",
+        "vector-to-vector",
+        "rows of Hessians",
+        "rattled by 0.06 Å instead of dynamics",
+        *SECOND_HALVES,
+    ),
     ("escaip", "painn"): ("energies and forces", "node-to-node", "edge-to-node", "rows of Hessians"),
     ("escaip", "escaip"): ("energies and forces", "node-to-node", "edge-to-edge"),
 }
@@ -199,9 +267,12 @@ def strategies(tests: dict[str, list[Atoms]], escaip: Path | None = None) -> lis
         own = errors(teacher.potential, tests, ["ethanol"])
         plain: Row | None = None
         for name in names:
-            options = DistillOptions(epochs=EPOCHS, patience=EPOCHS, **STRATEGIES[name])
             start = partial(random_student, teacher, architecture)
-            row = taught(start, [teacher], options, tests, ["ethanol"])
+            if name in SECOND_HALVES:
+                row = in_halves(SECOND_HALVES[name], start(), teacher, tests)
+            else:
+                options = DistillOptions(epochs=EPOCHS, patience=EPOCHS, **STRATEGIES[name])
+                row = taught(start, [teacher], options, tests, ["ethanol"])
             plain = plain or row
             closed = {
                 key: (plain[key]["ethanol"] - row[key]["ethanol"])
