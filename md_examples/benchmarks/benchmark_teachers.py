@@ -6,8 +6,8 @@ DATA_FOLDER holds the folder ``rmd17`` with ``rmd17_ethanol_{train,test}_01.npz`
 processor time on one thread; those of a student include all that its teacher computes.
 
 ``nequip``: a NequIP network (l = 2) trained on 950 frames of ethanol teaches PaiNN (32 channels, 3 blocks, random weights)
-on 100 of these frames without their labels. Beside it, the same student trained for the same seconds on the labels of the same
-100 frames, and on those of all 950.
+on 100 of these frames without their labels. Beside it, the same student trained for the same seconds on the labels of the
+same 100 frames, and on those of all 950.
 ``chgnet``: the same for CHGNet 0.3.0 fine-tuned to 120 frames of ethanol (``foundation_models.py``), and these 120 frames.
 ``md``: dynamics of both students, 20 ps at 500 K with five seeds, and 10 ps at constant energy.
 
