@@ -55,6 +55,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "layers, stages and readout": {"preset": "closed-form", "readout": {"width": 512}},
 }
 EPOCHS, FEATURE_WEIGHT = 10, 0.7
+STRATEGY_EPOCHS = 6
+"""Of every run of the part ``strategies``."""
 
 
 Row = dict[str, Any]
@@ -211,7 +213,7 @@ def in_halves(
 ) -> Row:
     """Half of the epochs, then the other half on frames that the student chose, too; as many frames in both."""
     begin = time.process_time()
-    half = DistillOptions(epochs=EPOCHS // 2, patience=EPOCHS)
+    half = DistillOptions(epochs=STRATEGY_EPOCHS // 2, patience=STRATEGY_EPOCHS)
     student, _ = distill(start, [teacher], half, device="cpu")
     student = replace(student, merged=None)
     frames = second(student, teacher)
@@ -271,7 +273,7 @@ def strategies(tests: dict[str, list[Atoms]], escaip: Path | None = None) -> lis
             if name in SECOND_HALVES:
                 row = in_halves(SECOND_HALVES[name], start(), teacher, tests)
             else:
-                options = DistillOptions(epochs=EPOCHS, patience=EPOCHS, **STRATEGIES[name])
+                options = DistillOptions(epochs=STRATEGY_EPOCHS, patience=STRATEGY_EPOCHS, **STRATEGIES[name])
                 row = taught(start, [teacher], options, tests, ["ethanol"])
             plain = plain or row
             closed = {
@@ -280,6 +282,7 @@ def strategies(tests: dict[str, list[Atoms]], escaip: Path | None = None) -> lis
                 for key in own
             }
             rows.append({"run": f"{kind} to {architecture}, {name}", **row, "gap_closed": closed})
+            say(f"{rows[-1]['run']}: {closed}")
     return rows
 
 

@@ -76,7 +76,8 @@ def from_labels(frames: Sequence[Atoms], path: Path, seconds: float) -> tuple[Fo
         return time.process_time() - start
 
     per_epoch = run(TRIAL_EPOCHS, path.with_name("trial.safetensors")) / TRIAL_EPOCHS
-    return ForceField.load(path), run(max(round(seconds / per_epoch), 1), path)
+    spent = run(max(round(seconds / per_epoch), 1), path)
+    return ForceField.load(path), spent
 
 
 def compared(
