@@ -41,6 +41,7 @@ from torch.nn.functional import gelu
 from ase_gffmerge.graphs.graph import Topology, TracedTopology
 from ase_gffmerge.models.base import HyperParameters, Potential, State
 from ase_gffmerge.models.layers import eager_e3nn, keep_plain
+from ase_gffmerge.models.layers.attention import Attention
 from ase_gffmerge.models.layers.linear import JoinedLinear
 from ase_gffmerge.models.layers.neighborhoods import (
     InferenceStage,
@@ -155,8 +156,12 @@ class Block(NeighborhoodStage):
     def update(self, state: State, joined: Tensor, geometry: NeighborhoodGeometry) -> State:
         """Change h and e; the last block gives h alone."""
         nodes, edges = state
-        y = self.attention(self.norm(gelu(joined)), geometry)
-        nodes = self.ffn_node(nodes + self.out_node(geometry.sums(y * geometry.envelope)))
+        if geometry.scratch is None:
+            y = self.attention(self.norm(gelu(joined)), geometry)
+            summed = geometry.sums(y * geometry.envelope)
+        else:
+            y, summed = Attention.apply(self, geometry, joined, geometry.envelope, geometry.angular)
+        nodes = self.ffn_node(nodes + self.out_node(summed))
         if self.out_edge is None or self.ffn_edge is None:
             return (nodes,)
         return nodes, self.ffn_edge(edges + self.out_edge(y))

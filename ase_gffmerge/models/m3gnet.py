@@ -33,9 +33,14 @@ from torch.nn.functional import silu
 from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.models.base import EdgeGeometry, HyperParameters, Potential, Stage, State
 from ase_gffmerge.models.layers import eager_e3nn
-from ase_gffmerge.models.layers.gated import ACTIVATIONS, GatedNetwork, GatedReadout
 from ase_gffmerge.models.layers.linear import Part, take_rows
-from ase_gffmerge.models.layers.readout import ExactBuffers, polynomial_cutoff
+from ase_gffmerge.models.layers.readout import (
+    ACTIVATIONS,
+    ExactBuffers,
+    GatedNetwork,
+    GatedReadout,
+    polynomial_cutoff,
+)
 from ase_gffmerge.models.layers.spherical_bessel import SmoothBesselBasis, SphericalBesselBasis
 
 

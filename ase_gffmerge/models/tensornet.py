@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.models.base import EdgeGeometry, HyperParameters, Potential, Stage, State
-from ase_gffmerge.models.layers.gated import ACTIVATIONS, GatedReadout
 from ase_gffmerge.models.layers.linear import JoinedLinear, take_rows, undirected
-from ase_gffmerge.models.layers.readout import ExactBuffers
+from ase_gffmerge.models.layers.readout import ACTIVATIONS, ExactBuffers, GatedReadout
 from ase_gffmerge.models.layers.spherical_bessel import RADIAL, radial_basis
 
 KINDS = (1, 3, 5)

@@ -170,9 +170,12 @@ def test_widths_of_neighbourhoods_leave_no_trace(escaip, monkeypatch, size):
 
 
 @pytest.mark.parametrize("size", [1, 20, 150])
-def test_chunks_of_atoms_leave_no_trace(escaip, monkeypatch, size):
+@pytest.mark.parametrize("frequencies", [(8, 4, 4), (6,), (4, 0, 3, 2)])
+def test_chunks_of_atoms_leave_no_trace(monkeypatch, size, frequencies):
     monkeypatch.setattr(neighborhoods, "chunk_size", lambda device: size)
     monkeypatch.setattr(neighborhoods, "WHOLE", 0)
+    hyper = SMALL["escaip"] | {"frequency_list": frequencies}
+    escaip = build_potential("escaip", hyper, (1, 6, 8, 13, 29)).double().requires_grad_(False).eval()
     graph = batch_graphs([build_graph(atoms, 4.0) for atoms in (molecule("CH4"), Atoms("H"), crystal())])
     order = torch.randperm(graph.n_edges, generator=torch.Generator().manual_seed(0))
     graph = replace(graph, edge_index=graph.edge_index[:, order], shifts=graph.shifts[order])

@@ -4,6 +4,7 @@ A stage whose features change by what a neighbourhood holds needs, of other atom
 therefore be evaluated for some atoms after the other (:class:`InferenceStage`), in memory that does not grow with them.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from ase_gffmerge.models.base import EdgeGeometry, Stage, State
 from ase_gffmerge.models.layers.linear import JoinedLinear, take_rows
@@ -38,6 +40,20 @@ class Table:
     legendre: tuple[Tensor, ...]
 
 
+class Scratch:
+    """Memory for intermediate results, used again by one chunk after the other so that it stays in the cache."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Give an uninitialised tensor in memory of this name, whose last content is lost."""
+        size, found = math.prod(shape), self.buffers.get(name)
+        if found is None or len(found) < size:
+            found = self.buffers[name] = like.new_empty(size)
+        return found[:size].view(shape)
+
+
 @dataclass(frozen=True)
 class NeighborhoodGeometry(EdgeGeometry):
     """Edges, and the slots that they take in padded neighbourhoods; ``angular`` are unit vectors.
@@ -52,12 +68,15 @@ class NeighborhoodGeometry(EdgeGeometry):
         How many neighbourhoods there are.
     l_max
         Largest order of Legendre polynomials.
+    scratch
+        Of one chunk, whose derivatives are taken once and backwards with weights that stay as they are; else ``None``.
     """
 
     edges: tuple[Tensor, ...]
     slot: Tensor
     n_atoms: int
     l_max: int
+    scratch: "Scratch | None" = None
 
     @cached_property
     def chunks(self) -> "list[Chunk]":
@@ -124,10 +143,13 @@ EDGES_PER_TABLE, TABLES = 2500, 4
 """Edges of a structure per width of its neighbourhoods, and the largest number of widths: each costs some operations."""
 
 
-def neighborhoods(receiver: Tensor, n_atoms: int) -> tuple[tuple[Tensor, ...], Tensor]:
+def neighborhoods(
+    receiver: Tensor, n_atoms: int, *, n_tables: int | None = None
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """Give ``edges`` and ``slot`` of :class:`NeighborhoodGeometry` for the receivers (n_edges,) of all edges.
 
-    Atoms with similar numbers of neighbours share a table, so that few slots of large structures stay empty.
+    Atoms with similar numbers of neighbours share a table, so that few slots of large structures stay empty; ``n_tables``
+    (default: by the number of edges) says how many there are.
     """
     n_edges, device = len(receiver), receiver.device
     order = torch.argsort(receiver, stable=True)
@@ -136,7 +158,8 @@ def neighborhoods(receiver: Tensor, n_atoms: int) -> tuple[tuple[Tensor, ...], T
     place = torch.empty_like(receiver)
     place[order] = torch.arange(n_edges, device=device) - first[receiver[order]] + 1
     start, shape = torch.empty_like(counts), list[tuple[int, int]]()
-    for atoms in torch.argsort(counts, stable=True).tensor_split(min(1 + n_edges // EDGES_PER_TABLE, TABLES)):
+    n_tables = n_tables or min(1 + n_edges // EDGES_PER_TABLE, TABLES)
+    for atoms in torch.argsort(counts, stable=True).tensor_split(n_tables):
         width = 1 + (int(counts[atoms].max()) if len(atoms) else 0)
         start[atoms] = sum(n * m for n, m in shape) + width * torch.arange(len(atoms), device=device)
         shape.append((len(atoms), width))
@@ -206,7 +229,7 @@ def chunk_size(device: torch.device) -> int:
 
 
 WHOLE = 3
-"""Chunks up to which all edges are evaluated at once, which needs memory but no second pass."""
+"""Chunks up to which all edges are evaluated at once, which needs more memory and less time."""
 
 
 def evaluated_whole(n_edges: int, device: torch.device) -> bool:
@@ -220,50 +243,54 @@ class Chunk:
 
     Attributes
     ----------
-    atoms
-        Consecutive ones.
+    atoms : (n_atoms,)
+        Atoms with similar numbers of edges.
     edges : (n,)
         Their edges, neighbourhood by neighbourhood.
     sender : (n,)
         Of these edges, among all atoms.
     receiver : (n,)
-        Of these edges, counted from the first atom of the chunk.
+        Of these edges, counted within the chunk.
     tables, slot
-        ``edges`` and ``slot`` of :class:`NeighborhoodGeometry`, counted within the chunk.
+        ``edges`` and ``slot`` of :class:`NeighborhoodGeometry`, counted within the chunk; one table.
     """
 
-    atoms: slice
+    atoms: Tensor
     edges: Tensor
     sender: Tensor
     receiver: Tensor
     tables: tuple[Tensor, ...]
     slot: Tensor
 
-    def rows(self, part: int) -> slice | Tensor:
+    def rows(self, part: int) -> Tensor:
         """Places of its part of a state: of its atoms in the first part, of its edges in others."""
         return self.edges if part else self.atoms
 
 
 def chunks_of(geometry: NeighborhoodGeometry, size: int) -> Iterator[Chunk]:
-    """Cut all neighbourhoods into chunks of about ``size`` edges."""
-    order = torch.argsort(geometry.receiver, stable=True)
+    """Cut all neighbourhoods, in the order of their numbers of edges, into chunks of about ``size`` edges."""
     counts = torch.bincount(geometry.receiver, minlength=geometry.n_atoms)
+    atoms = torch.argsort(counts, stable=True)
+    rank = torch.empty_like(atoms)
+    rank[atoms] = torch.arange(geometry.n_atoms, device=atoms.device)
+    rank, counts = rank[geometry.receiver], counts[atoms]
     number = torch.div(counts.cumsum(0) - counts, size, rounding_mode="floor")
-    sizes = torch.bincount(number).tolist()
-    n_edges = torch.zeros(len(sizes), dtype=torch.long, device=number.device).index_add(0, number, counts)
+    _, number, sizes = torch.unique_consecutive(number, return_inverse=True, return_counts=True)
+    n_edges = torch.zeros_like(sizes).index_add(0, number, counts)
+    of_edges = torch.argsort(rank, stable=True).split(n_edges.tolist())
     start = 0
-    for n, edges in zip(sizes, order.split(n_edges.tolist()), strict=True):
-        receiver = geometry.receiver[edges] - start
-        tables, slot = neighborhoods(receiver, n)
-        yield Chunk(slice(start, start + n), edges, geometry.sender[edges], receiver, tables, slot)
-        start += n
+    for own, edges in zip(atoms.split(sizes.tolist()), of_edges, strict=True):
+        receiver = rank[edges] - start
+        tables, slot = neighborhoods(receiver, len(own), n_tables=1)
+        yield Chunk(own, edges, geometry.sender[edges], receiver, tables, slot)
+        start += len(own)
 
 
 class InferenceStage(Stage):
-    """The same for weights that stay as they are; what is kept between the two passes is the state, and no more.
+    """The same for weights that stay as they are, and derivatives that are taken once.
 
-    Intermediate results exist for a chunk of atoms at a time, which fits the processor's cache, and are made again for the
-    derivatives.
+    Intermediate results exist for a chunk of atoms at a time, which fits the processor's cache. What the derivatives need of
+    all chunks is kept, but for what attention makes of pairs of edges: that is made again.
 
     Parameters
     ----------
@@ -294,59 +321,75 @@ class _Chunks(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stage: NeighborhoodStage, own: Tensor, geometry: NeighborhoodGeometry, *entering: Tensor
+        ctx: Any,
+        stage: NeighborhoodStage,
+        own: Tensor,
+        geometry: NeighborhoodGeometry,
+        nodes: Tensor,
+        receiving: Tensor,
+        sending: Tensor,
+        *of_edges: Tensor,
     ) -> State:
-        ctx.save_for_backward(*entering)
-        ctx.stage, ctx.own, ctx.geometry = stage, own, geometry
+        ctx.own, ctx.geometry, ctx.kept = own, geometry, []
+        scratch = Scratch()
+        ctx.shapes = [x.shape for x in (nodes, receiving, sending, *of_edges)]
         sizes, whole = (geometry.n_atoms, len(geometry.sender)), list[Tensor]()
         for chunk in geometry.chunks:
-            after = _chunk(stage, own, geometry, chunk, _taken(chunk, entering))
+            radial, envelope, angular, *edges = (x.index_select(0, chunk.edges) for x in of_edges)
+            joined = torch.cat([radial, *edges], dim=1) @ own
+            joined += receiving.index_select(0, chunk.atoms).index_select(0, chunk.receiver)
+            joined += sending.index_select(0, chunk.sender)
+            entering = nodes.index_select(0, chunk.atoms), joined, envelope, angular, *edges
+            with torch.enable_grad():
+                inputs = tuple(x.detach().requires_grad_() for x in entering)
+                local = _within(chunk, geometry, inputs, scratch)
+                after = stage.update((inputs[0], *inputs[4:]), inputs[1], local)
             whole = whole or [x.new_empty(n, x.shape[1]) for x, n in zip(after, sizes)]
             for i, (total, part) in enumerate(zip(whole, after, strict=False)):
-                total[chunk.rows(i)] = part
+                total[chunk.rows(i)] = part.detach()
+            ctx.kept.append((inputs, [get_gradient_edge(x) for x in after]))
         return tuple(whole)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        entering: State = ctx.saved_tensors
-        totals = [torch.zeros_like(x) for x in entering]
-        for chunk in ctx.geometry.chunks:
-            inputs = tuple(x.detach().requires_grad_() for x in _taken(chunk, entering))
-            with torch.enable_grad():
-                after = _chunk(ctx.stage, ctx.own, ctx.geometry, chunk, inputs)
-            own = [gradient[chunk.rows(i)] for i, gradient in enumerate(gradients)]
-            found = torch.autograd.grad(after, inputs, own, allow_unused=True)
-            for i, (total, part) in enumerate(zip(totals, found, strict=True)):
-                if part is not None and i == 2:
-                    total.index_add_(0, chunk.sender, part)
-                elif part is not None:
-                    total[chunk.rows(i // 3)] = part
-        return None, None, None, *totals
+        nodes, receiving, sending, radial, envelope, angular, *edges = (
+            gradients[0].new_zeros(shape) for shape in ctx.shapes
+        )
+        widths = [radial.shape[1], *(x.shape[1] for x in edges)]
+        for chunk in reversed(ctx.geometry.chunks):
+            inputs, after = ctx.kept.pop()
+            own = [gradient.index_select(0, chunk.rows(i)) for i, gradient in enumerate(gradients)]
+            of_nodes, joined, *others = torch.autograd.grad(after, inputs, own, allow_unused=True)
+            nodes[chunk.atoms] = of_nodes
+            receiving[chunk.atoms] = joined.new_zeros(len(chunk.atoms), joined.shape[1]).index_add_(
+                0, chunk.receiver, joined
+            )
+            sending.index_add_(0, chunk.sender, joined)
+            of_radial, *through = (joined @ ctx.own.T).split(widths, dim=1)
+            radial[chunk.edges] = of_radial
+            for total, part in zip((envelope, angular), others, strict=False):
+                if part is not None:
+                    total[chunk.edges] = part
+            for total, part, direct in zip(edges, through, others[2:], strict=True):
+                total[chunk.edges] = part if direct is None else part + direct
+        return None, None, None, nodes, receiving, sending, radial, envelope, angular, *edges
 
 
-def _taken(chunk: Chunk, entering: State) -> State:
-    """Rows of a chunk: of its atoms, of the senders of its edges, and of its edges."""
-    nodes, receiving, sending, *of_edges = entering
-    rows = [x[chunk.atoms] for x in (nodes, receiving)]
-    return *rows, sending[chunk.sender], *(x[chunk.edges] for x in of_edges)
-
-
-def _chunk(
-    stage: NeighborhoodStage, own: Tensor, geometry: NeighborhoodGeometry, chunk: Chunk, rows: State
-) -> State:
-    nodes, receiving, sending, radial, envelope, angular, *edges = rows
-    n_atoms = chunk.atoms.stop - chunk.atoms.start
-    local = NeighborhoodGeometry(
+def _within(
+    chunk: Chunk, geometry: NeighborhoodGeometry, inputs: State, scratch: Scratch
+) -> NeighborhoodGeometry:
+    """Geometry of a chunk alone, without radial functions: they have been used."""
+    envelope, angular = inputs[2:4]
+    return NeighborhoodGeometry(
         chunk.sender,
         chunk.receiver,
-        radial,
+        envelope.new_empty(len(envelope), 0),
         envelope,
         angular,
         chunk.tables,
         chunk.slot,
-        n_atoms,
+        len(chunk.atoms),
         geometry.l_max,
+        scratch=scratch,
     )
-    joined = torch.cat([radial, *edges], dim=1) @ own + receiving.index_select(0, chunk.receiver) + sending
-    return stage.update((nodes, *edges), joined, local)
