@@ -64,7 +64,7 @@ class Attention(Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         block: AttentionLayers,
         geometry: NeighborhoodGeometry,
@@ -72,6 +72,7 @@ class Attention(Function):
         envelope: Tensor,
         directions: Tensor,
     ) -> tuple[Tensor | None, Tensor]:
+        """Evaluate, and keep what enters."""
         ctx.save_for_backward(joined, envelope, directions)
         ctx.block, ctx.geometry = block, geometry
         heads = Heads.of(block, geometry, block.norm(gelu(joined)), envelope, directions)
@@ -83,9 +84,8 @@ class Attention(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # noqa: D102
-        ctx: Any, of_y: Tensor | None, of_sum: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_y: Tensor | None, of_sum: Tensor) -> tuple[Tensor | None, ...]:
+        """Evaluate again up to the softmax, and apply the chain rule."""
         joined, envelope, directions = ctx.saved_tensors
         (edge,), slot = ctx.geometry.edges, ctx.geometry.slot
         with torch.enable_grad():
