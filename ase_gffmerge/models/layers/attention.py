@@ -48,7 +48,15 @@ def legendre_slopes(polynomials: Sequence[Tensor]) -> list[Tensor | float]:
 
 
 def by_head(x: Tensor, heads: int, d: int) -> Tensor:
-    """Rows of queries, keys and values (2 heads · d + channels, m) head by head, and d^-1/2 in the queries."""
+    """Rows of queries, keys and values (2 heads · d + channels, m) head by head, and d^-1/2 in the queries.
+
+    Parameters
+    ----------
+    x
+        Weights or offsets of the layer.
+    heads, d
+        Number of heads, channels of q and k per head.
+    """
     q, k, v = (
         part.unflatten(0, (heads, -1)) for part in x.split([heads * d, heads * d, len(x) - 2 * heads * d])
     )
@@ -72,7 +80,17 @@ class Attention(Function):
         envelope: Tensor,
         directions: Tensor,
     ) -> tuple[Tensor | None, Tensor]:
-        """Evaluate, and keep what enters."""
+        """Evaluate, and keep what enters.
+
+        Parameters
+        ----------
+        block, geometry
+            Whose attention, and where; with one table.
+        joined : (n_edges, channels)
+            What the block's hidden layer gives.
+        envelope, directions : (n_edges, 1), (n_edges, 3)
+            Of the geometry; derivatives are taken by them.
+        """
         ctx.save_for_backward(joined, envelope, directions)
         ctx.block, ctx.geometry = block, geometry
         heads = Heads.of(block, geometry, block.norm(gelu(joined)), envelope, directions)
@@ -162,10 +180,10 @@ class Heads:
         t, envelope, directions
             Of all edges.
         """
-        (edge,), scratch = geometry.edges, geometry.scratch or Scratch()
+        (edge,), scratch = geometry.edges, geometry.scratch or Scratch(t)
         (n, width), h, d = edge.shape, block.heads, block.d_logits
         matrix, offset = (by_head(x, h, d) for x in (block.qkv.weight, block.qkv.bias[:, None]))
-        slots = scratch.take("slots", (n, len(matrix), width), t)
+        slots = scratch.take("slots", (n, len(matrix), width))
         torch.baddbmm(offset, matrix.expand(n, -1, -1), in_slots(t, [edge])[0].mT, out=slots)
         slots[:, :, 0] = 0.0
         slots = slots.view(n * h, -1, width)
@@ -177,13 +195,13 @@ class Heads:
         polynomials, shape = legendre(vectors @ vectors.mT, geometry.l_max), (n * h, width, width)
         parts = zip(q.split(block.frequencies, 1), k.split(block.frequencies, 1), strict=True)
         logits, *products = (
-            torch.bmm(q_l.mT, k_l, out=scratch.take(f"products {order}", shape, t)).view(n, h, width, width)
+            torch.bmm(q_l.mT, k_l, out=scratch.take(f"products {order}", shape)).view(n, h, width, width)
             for order, (q_l, k_l) in enumerate(parts)
         )
         logits += bias[:, None, None]
         for p_l, product in zip(polynomials, products, strict=True):
             logits.addcmul_(p_l[:, None], product)
-        weights = torch.softmax(logits.view(shape), dim=-1, out=scratch.take("weights", shape, t))
+        weights = torch.softmax(logits.view(shape), dim=-1, out=scratch.take("weights", shape))
         return cls(
             matrix,
             q,
@@ -218,13 +236,13 @@ class Heads:
         of_bias : (n, width)
         of_cosines : (n, width, width)
         """
-        n, width, d, like = len(self.envelope), self.envelope.shape[1], self.q.shape[1], self.weights
+        n, width, d = len(self.envelope), self.envelope.shape[1], self.q.shape[1]
         shape = n, len(of_y) // n, width, width
-        of_qkv = self.scratch.take("of slots", (len(of_y), 2 * d + of_y.shape[1], width), like)
+        of_qkv = self.scratch.take("of slots", (len(of_y), 2 * d + of_y.shape[1], width))
         of_qkv[:, 2 * d :] = of_y @ self.weights
-        of_logits = torch.bmm(of_y.mT, self.v, out=self.scratch.take("of logits", tuple(like.shape), like))
+        of_logits = torch.bmm(of_y.mT, self.v, out=self.scratch.take("of logits", tuple(self.weights.shape)))
         of_logits.sub_((of_y * y).sum(dim=1)[:, :, None]).mul_(self.weights)
-        by_atom, product = of_logits.view(shape), self.scratch.take("products 0", shape, like)
+        by_atom, product = of_logits.view(shape), self.scratch.take("products 0", shape)
         of_cosines, first = torch.zeros_like(self.weights[:n]), 0
         for order, (size, slope) in enumerate(zip(self.sizes, legendre_slopes(self.legendre), strict=False)):
             of_product = of_logits

@@ -41,16 +41,16 @@ class Table:
 
 
 class Scratch:
-    """Memory for intermediate results, used again by one chunk after the other so that it stays in the cache."""
+    """Memory for intermediate results of the kind of ``like``, for one chunk after the other: it stays in the cache."""
 
-    def __init__(self) -> None:
-        self.buffers: dict[str, Tensor] = {}
+    def __init__(self, like: Tensor):
+        self.like, self.buffers = like, dict[str, Tensor]()
 
-    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Give an uninitialised tensor in memory of this name, whose last content is lost."""
         size, found = math.prod(shape), self.buffers.get(name)
         if found is None or len(found) < size:
-            found = self.buffers[name] = like.new_empty(size)
+            found = self.buffers[name] = self.like.new_empty(size)
         return found[:size].view(shape)
 
 
@@ -143,13 +143,10 @@ EDGES_PER_TABLE, TABLES = 2500, 4
 """Edges of a structure per width of its neighbourhoods, and the largest number of widths: each costs some operations."""
 
 
-def neighborhoods(
-    receiver: Tensor, n_atoms: int, *, n_tables: int | None = None
-) -> tuple[tuple[Tensor, ...], Tensor]:
+def neighborhoods(receiver: Tensor, n_atoms: int) -> tuple[tuple[Tensor, ...], Tensor]:
     """Give ``edges`` and ``slot`` of :class:`NeighborhoodGeometry` for the receivers (n_edges,) of all edges.
 
-    Atoms with similar numbers of neighbours share a table, so that few slots of large structures stay empty; ``n_tables``
-    (default: by the number of edges) says how many there are.
+    Atoms with similar numbers of neighbours share a table, so that few slots of large structures stay empty.
     """
     n_edges, device = len(receiver), receiver.device
     order = torch.argsort(receiver, stable=True)
@@ -158,8 +155,7 @@ def neighborhoods(
     place = torch.empty_like(receiver)
     place[order] = torch.arange(n_edges, device=device) - first[receiver[order]] + 1
     start, shape = torch.empty_like(counts), list[tuple[int, int]]()
-    n_tables = n_tables or min(1 + n_edges // EDGES_PER_TABLE, TABLES)
-    for atoms in torch.argsort(counts, stable=True).tensor_split(n_tables):
+    for atoms in torch.argsort(counts, stable=True).tensor_split(min(1 + n_edges // EDGES_PER_TABLE, TABLES)):
         width = 1 + (int(counts[atoms].max()) if len(atoms) else 0)
         start[atoms] = sum(n * m for n, m in shape) + width * torch.arange(len(atoms), device=device)
         shape.append((len(atoms), width))
@@ -281,9 +277,9 @@ def chunks_of(geometry: NeighborhoodGeometry, size: int) -> Iterator[Chunk]:
     start = 0
     for own, edges in zip(atoms.split(sizes.tolist()), of_edges, strict=True):
         receiver = rank[edges] - start
-        tables, slot = neighborhoods(receiver, len(own), n_tables=1)
-        yield Chunk(own, edges, geometry.sender[edges], receiver, tables, slot)
         start += len(own)
+        tables, slot = neighborhoods_of_width(receiver, len(own), 1 + int(counts[start - 1]))
+        yield Chunk(own, edges, geometry.sender[edges], receiver, tables, slot)
 
 
 class InferenceStage(Stage):
@@ -331,7 +327,7 @@ class _Chunks(Function):
         *of_edges: Tensor,
     ) -> State:
         ctx.own, ctx.geometry, ctx.kept = own, geometry, []
-        scratch = Scratch()
+        scratch = Scratch(nodes.detach())
         ctx.shapes = [x.shape for x in (nodes, receiving, sending, *of_edges)]
         sizes, whole = (geometry.n_atoms, len(geometry.sender)), list[Tensor]()
         for chunk in geometry.chunks:
