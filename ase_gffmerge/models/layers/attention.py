@@ -102,8 +102,10 @@ class Attention(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_y: Tensor | None, of_sum: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Evaluate again up to the softmax, and apply the chain rule."""
+        of_y, of_sum = gradients
+        assert of_sum is not None
         joined, envelope, directions = ctx.saved_tensors
         (edge,), slot = ctx.geometry.edges, ctx.geometry.slot
         with torch.enable_grad():
