@@ -155,6 +155,9 @@ MAX_ROWS = 20_000
 SHRINKAGE = 0.05
 """Relative ridge of the classes' covariance."""
 
+SURENESS = 2.0
+"""Logarithm of the odds that a row belongs to a model for every standard deviation by which its evidence is larger."""
+
 
 class SideBySide(nn.Module):
     """Outputs of several modules on the same input, concatenated along the last dimension."""
@@ -189,25 +192,47 @@ class AllClasses(nn.Module):
         return torch.cat(found, dim=-1)
 
 
-def with_wide_head(body: nn.Module, name: str, heads: Sequence[nn.Linear]) -> nn.Module:
-    """Put linear layers side by side into the place of one.
+class HeadsAndRegions(nn.Module):
+    """Outputs of a linear layer, and of another one on the signed square roots of the same input, side by side."""
+
+    def __init__(self, heads: nn.Linear, regions: nn.Linear):
+        super().__init__()
+        self.heads, self.regions = heads, regions
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Both outputs (..., sum of their widths) of inputs (..., d)."""
+        return torch.cat([self.heads(x), self.regions(_tamed(x))], dim=-1)
+
+
+def _tamed(x: Tensor) -> Tensor:
+    """Signed square roots: nearer to normal than sums over neighbors, which are large where there are many."""
+    return x.sign() * x.abs().sqrt()
+
+
+def with_head(body: nn.Module, name: str, head: nn.Module) -> nn.Module:
+    """Put a head into the place of another one.
 
     Parameters
     ----------
     body, name
-        The module, which is changed, and the layer's name in it.
-    heads
-        The layers.
+        The module, which is changed, and the head's name in it.
+    head
+        The new one.
     """
+    parent, _, leaf = name.rpartition(".")
+    setattr(body.get_submodule(parent), leaf, head)
+    return body
+
+
+def wide_head(heads: Sequence[nn.Linear]) -> nn.Linear:
+    """One linear layer with the outputs of several side by side."""
     weights = torch.cat([head.weight.detach() for head in heads])
     biases = [torch.zeros_like(h.weight[:, 0]) if h.bias is None else h.bias.detach() for h in heads]
     wide = nn.Linear(weights.shape[1], len(weights)).to(weights)
     with torch.no_grad():
         wide.weight.copy_(weights)
         wide.bias.copy_(torch.cat(biases))
-    parent, _, leaf = name.rpartition(".")
-    setattr(body.get_submodule(parent), leaf, wide)
-    return body
+    return wide
 
 
 class HeadRows:
@@ -266,16 +291,18 @@ class HeadRows:
 def class_regions(models: Sequence[HeadRows]) -> nn.Linear:
     r"""Linear layer whose outputs are log-probabilities, up to a constant, of every class of every model.
 
-    Each class is a normal distribution of the features, with a covariance that all share; as many rows belong to it as its
-    model believes. Where all models have the same rows, nobody says whose they are: they are dealt out once by the evidence
-    (logsumexp) of every model's logits in units of their standard deviation, as one model may be surer of everything.
+    Its inputs are the square roots of the features (:class:`HeadsAndRegions`). Each class is a normal distribution of them,
+    with a covariance that all share; as many rows belong to it as its model believes. Where all models have the same rows,
+    nobody says whose they are: they are dealt out once by the evidence (logsumexp) of every model's logits, in standard
+    deviations from its mean over the rows, as one model may be surer of everything.
     """
     first, sizes = models[0].features, [own.logits.shape[1] for own in models]
-    features = [own.features.double() for own in models]
+    features = [_tamed(own.features.double()) for own in models]
     logits = [own.logits.double() for own in models]
     if all(x.features.shape == first.shape and torch.equal(x.features, first) for x in models):
-        evidence = [y.logsumexp(1) / y.std(correction=0).clamp(min=1e-30) for y in logits]
-        owners = torch.stack(evidence, 1).softmax(1)
+        evidence = torch.stack([y.logsumexp(1) for y in logits], 1)
+        spread = evidence.std(0, correction=0).clamp(min=1e-30)
+        owners = (SURENESS * (evidence - evidence.mean(0)) / spread).softmax(1)
         shares = owners.repeat_interleave(torch.tensor(sizes, device=first.device), dim=1)
         theta = _normal_classes(features[0], torch.cat([y.softmax(1) for y in logits], 1) * shares)
     else:

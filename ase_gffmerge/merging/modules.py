@@ -39,12 +39,14 @@ from ase_gffmerge.merging.module_views import (
     REFIT,
     AllClasses,
     HeadRows,
+    HeadsAndRegions,
     SideBySide,
     check_modules,
     class_regions,
     own_modules,
     shared_views,
-    with_wide_head,
+    wide_head,
+    with_head,
 )
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.models.torch_layers import KeptOutputs, is_within
@@ -160,9 +162,9 @@ class ModuleMerge:
         if len(self.heads) > 1 or len(linear) < len(heads):
             return SideBySide(views)
         if not calibrated or not self.head_rows:
-            return with_wide_head(views[0], self.heads[0], linear)
-        body = with_wide_head(views[0], self.heads[0], [*linear, class_regions(self.head_rows)])
-        return AllClasses(body, [head.out_features for head in linear])
+            return with_head(views[0], self.heads[0], wide_head(linear))
+        both = HeadsAndRegions(wide_head(linear), class_regions(self.head_rows))
+        return AllClasses(with_head(views[0], self.heads[0], both), [head.out_features for head in linear])
 
     def summary(self) -> str:
         """A few lines for a terminal."""

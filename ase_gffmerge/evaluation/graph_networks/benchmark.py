@@ -214,10 +214,11 @@ def measure(
             base=base,
         )
         start = time.process_time()
-        views = MODULE_METHODS[method].run(inputs)
+        result = merged(inputs) if method == OURS else None
+        views = list(result.views) if result else MODULE_METHODS[method].run(inputs)
         found[name] = _row(views, tasks, time.process_time() - start)
-        if method == OURS and found[name][WITHOUT] is not None:
-            found[name][WITHOUT] = score_without_task([merged(inputs).all_classes()], tasks)
+        if result and found[name][WITHOUT] is not None:
+            found[name][WITHOUT] = score_without_task([result.all_classes()], tasks)
     return found
 
 
