@@ -37,7 +37,6 @@ from ase_gffmerge.merging.pruning import channel_moments
 from ase_gffmerge.merging.recipe import PRESETS
 from ase_gffmerge.methods.base import MergeInputs, MergeOutput, Requirement, method
 from ase_gffmerge.methods.weight_space import aligned_copies, grid_of, tune
-from ase_gffmerge.models import Potential
 from ase_gffmerge.models.channel_groups import permuted
 from ase_gffmerge.runtime.devices import chunks
 from ase_gffmerge.runtime.progress import Progress
@@ -62,27 +61,39 @@ Similarities = Mapping[str, Tensor]
 @torch.no_grad()
 def git_rebasin(merge_inputs: MergeInputs, progress: Progress) -> MergeOutput:
     """Mean of the specialists after their hidden channels were brought into one order."""
+    moved, settings = in_one_order(merge_inputs, progress)
+    return MergeOutput(potentials=(mean_potential(moved, PRESETS["mean"]),), settings=settings)
+
+
+@torch.no_grad()
+def in_one_order(
+    merge_inputs: MergeInputs, progress: Progress
+) -> tuple[list[ForceField], dict[str, float | str]]:
+    """Copies of the specialists that compute the same with their hidden channels in one order, and what was chosen."""
     specialists = aligned_copies(merge_inputs)
     progress(0.0, "activations on the frames of all specialists")
     graphs = [graph for specialist in _with_common_frames(specialists) for graph in _batches(specialist)]
     moments = channel_moments([specialist.potential for specialist in specialists], graphs)
 
-    def build(power: float) -> Potential:
+    def moved(power: float) -> list[ForceField]:
         _, orders = matched_orders(similarities(moments, len(specialists), power=power))
-        moved = [
+        return [
             replace(specialist, potential=permuted(specialist.potential, order))
             for specialist, order in zip(specialists, orders, strict=True)
         ]
-        return mean_potential(moved, PRESETS["mean"])
 
-    metric = DisagreementMetric.of(specialists)
-    trial = tune(build, grid_of(power=POWERS), metric, progress=lambda x, text: progress(0.5 + 0.5 * x, text))
+    trial = tune(
+        lambda power: mean_potential(moved(power), PRESETS["mean"]),
+        grid_of(power=POWERS),
+        DisagreementMetric.of(specialists),
+        progress=lambda x, text: progress(0.5 + 0.5 * x, text),
+    )
     reference, orders = matched_orders(similarities(moments, len(specialists), **trial.settings))
     found: dict[str, float | str] = {
         "reference": specialists[reference].name,
         "moved": _fraction_moved(orders),
     }
-    return MergeOutput(potentials=(trial.potential,), settings=found | dict(trial.settings))
+    return moved(**trial.settings), found | dict(trial.settings)
 
 
 def matched_orders(similarity: Similarities) -> tuple[int, list[dict[str, Tensor]]]:
