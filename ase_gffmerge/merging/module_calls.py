@@ -339,3 +339,12 @@ def select(entered: Entering, rows: Tensor, mask: Tensor | None, item: Item) -> 
     if isinstance(edges, Tensor) and edges.dim() == 2 and edges.shape[1] == len(rows):
         return mask[edges[1].to(rows.device)]
     return everything
+
+
+def thinned(selected: Tensor, most: int | None) -> Tensor:
+    """Indices of selected rows, at most so many, chosen at random; always the same choice."""
+    indices = selected.nonzero()[:, 0]
+    if most is None or len(indices) <= most:
+        return indices
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:most]
+    return indices[order.to(indices.device)]

@@ -36,11 +36,14 @@ from ase_gffmerge.merging.module_calls import (
     entering,
     executed_layers,
     select,
+    thinned,
 )
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.models.affine_maps import AffineMap, LayerKind, layer_parts, with_ones
 from ase_gffmerge.models.torch_layers import KeptOutputs, channels_last
-from ase_gffmerge.runtime.progress import Progress
+from ase_gffmerge.runtime.progress import Clock, Progress
+
+ALIGNED, EVALUATED = "aligned", "evaluated"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,8 @@ class ModuleProblem:
         Whether every channel follows a single model.
     kept
         Outputs of layers on the examples that need not be computed again; default: none.
+    clock
+        Times evaluations of modules, and the alignment of layers, which holds them.
     """
 
     models: Sequence[nn.Module]
@@ -87,6 +92,7 @@ class ModuleProblem:
     max_rows: int | None = None
     divided: bool = False
     kept: KeptOutputs = field(default_factory=KeptOutputs)
+    clock: Clock = field(default_factory=Clock)
 
     def shared(self, name: str) -> bool:
         """Whether a layer is merged, and not every model's own."""
@@ -188,7 +194,8 @@ def align_modules(
         for _ in range(
             min(step.n_calls, 2)
         ):  # what enters a later call of a shared layer depends on the layer
-            found = _solve_step(problem, step, divided=problem.divided and step is not steps[-1])
+            with problem.clock(ALIGNED):
+                found = _solve_step(problem, step, divided=problem.divided and step is not steps[-1])
         reports += found
     reached = dict.fromkeys(step.name for step in steps)
     return Alignment(
@@ -263,7 +270,11 @@ def _statistics(
 
     def enter(item: Item, kept: KeptOutputs) -> list[tuple[Entering, Entering]]:
         runs = [partial(problem.run, module, item) for module in (view, model)]
-        with kept.replayed(view, item, but=step.name), kept.replayed(model, item, but=step.name):
+        with (
+            problem.clock(EVALUATED),
+            kept.replayed(view, item, but=step.name),
+            kept.replayed(model, item, but=step.name),
+        ):
             ours = entering(layer, part, runs[0], n_calls=step.n_calls)
             own = kept.of(
                 model,
@@ -280,7 +291,7 @@ def _statistics(
         for n, (ours, own) in enumerate(here):
             for j, (affine_map, their) in enumerate(zip(maps, theirs, strict=True)):
                 rows, targets = _equations(affine_map, their, ours, own)
-                chosen = _chosen(select(ours, rows, mask, item), problem.max_rows)
+                chosen = thinned(select(ours, rows, mask, item), problem.max_rows)
                 rows, targets = rows[chosen], targets[chosen]
                 values[j] += _gram(affine_map, rows, targets)
                 if (
@@ -308,15 +319,6 @@ def _equations(ours: AffineMap, theirs: AffineMap, entered: Entering, own: Enter
     if rows.device.type == "mps":  # without float64
         rows, targets = rows.cpu(), targets.cpu()
     return rows, targets
-
-
-def _chosen(selected: Tensor, most: int | None) -> Tensor:
-    """Indices of the rows that are kept; always the same choice."""
-    indices = selected.nonzero()[:, 0]
-    if most is None or len(indices) <= most:
-        return indices
-    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:most]
-    return indices[order.to(indices.device)]
 
 
 def _nothing(affine_map: AffineMap) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,11 @@ Modules that every model keeps, such as the heads of different tasks, are fitted
 new, and their outputs are to be those of the model that they come from.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -29,6 +30,8 @@ from ase_gffmerge.merging.module_calls import (
     solvable_layers,
 )
 from ase_gffmerge.merging.module_layers import (
+    ALIGNED,
+    EVALUATED,
     Alignment,
     ModuleProblem,
     align_modules,
@@ -50,7 +53,7 @@ from ase_gffmerge.merging.module_views import (
 )
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.models.torch_layers import KeptOutputs, is_within
-from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
+from ase_gffmerge.runtime.progress import Clock, Progress, no_progress, part_of
 
 JOINT, DIVIDED = "joint", "divided"
 
@@ -107,6 +110,8 @@ class ModuleMerge:
         ``joint`` or ``divided``: whether channels follow all models, or a single one each.
     head_rows
         What enters the heads, and what each model's own head says there; empty unless a head is one linear layer.
+    seconds
+        Processor time of the whole merge, ``total``, and of Gram matrices and solves in it, ``layers``.
     """
 
     views: tuple[nn.Module, ...]
@@ -118,6 +123,7 @@ class ModuleMerge:
     disagreements: tuple[ModuleDisagreement, ...]
     channels: str
     head_rows: tuple[HeadRows, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def module(self) -> nn.Module:
@@ -211,10 +217,8 @@ def merge_modules(
         ``run(model, item)`` evaluates a model on one example. Default: a graph's attributes are passed as the arguments of
         their names, tuples as positional and dictionaries as keyword arguments.
     rows
-        Which nodes of an example count, see :func:`.row_masks`: ``None`` (all), ``"labelled"``, ``"confidence"`` (a node
-        belongs to the model with the largest logsumexp of its logits), a mask, a mask for each model, the name of an
-        attribute, or a function of the model's index and the example. If all models have the same graph, they must differ
-        in their rows, or the first layer can be nothing but the mean.
+        Which nodes of an example count (:func:`.row_masks`): ``None`` (all), ``"labelled"``, ``"confidence"``, a mask, one
+        for each model, the name of an attribute, or a function of the model's index and the example.
     heads
         Submodules of which every model keeps its own: ``"refit"`` (fitted again on the merged body) or ``"kept"`` (as they
         are) for those whose parameters differ in shape between the models, or else a last linear layer named ``head``;
@@ -238,6 +242,7 @@ def merge_modules(
         When examples are missing, or do not fit the models.
     """
     check_modules(models)
+    clock, start = Clock(time.process_time), time.process_time()
     evaluate, groups = run or run_module, as_examples(examples, len(models))
     if channels not in ("auto", JOINT, DIVIDED):
         raise ArgumentError(f"channels={channels!r}: there are 'auto', 'joint' and 'divided'")
@@ -269,6 +274,7 @@ def merge_modules(
             weights=say,
             ridge=ridge,
             kept=memory,
+            clock=clock,
         )
         steps = execution_order(problem)
         of_mean = [module_disagreement(problem, mean, "mean", k) for k in range(len(models))]
@@ -317,7 +323,8 @@ def merge_modules(
     result = min(found, key=lambda merge: merge.relative_disagreement)
     for view in result.views:
         view.eval()
-    return result
+    layers = clock.seconds.get(ALIGNED, 0.0) - clock.seconds.get(EVALUATED, 0.0)
+    return replace(result, seconds={"total": time.process_time() - start, "layers": layers})
 
 
 def averaged_names(
@@ -360,12 +367,10 @@ def module_disagreement(
 
     Parameters
     ----------
-    problem
-        With models and examples.
+    problem, k
+        With models and examples, and the index of the model.
     views, kind
         Of the merged module, and what it is called.
-    k
-        Index of the model.
     seen
         Takes note of what enters the heads.
     """

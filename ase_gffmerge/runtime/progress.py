@@ -67,7 +67,12 @@ def in_notebook() -> bool:
 
 
 class Clock:
-    """Wall time of the phases of a computation: ``with clock("solve"): ...``.
+    """Time of the phases of a computation: ``with clock("solve"): ...``.
+
+    Parameters
+    ----------
+    now
+        Gives the time in seconds; default: wall time.
 
     Attributes
     ----------
@@ -75,12 +80,13 @@ class Clock:
         Per phase, in the order of their first use; repeated phases add up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Time a phase."""
-        start = time.perf_counter()
+        start = self.now()
         yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
