@@ -30,7 +30,7 @@ ALIGNED = ", channels in one order"
 PLAIN, AFTER = ("mean", "procrustes", "paper", "closed-form"), ("mean", "paper", "closed-form")
 """Methods on the specialists as they are, and after the alignment, where the mean is Git Re-Basin."""
 HYPER: dict[str, object] = {"channels": 32, "n_blocks": 2, "norm_offset": 1e-3}
-N_TRAIN, N_TEST, EPOCHS = 200, 100, 30
+N_TRAIN, N_VALIDATION, N_TEST, EPOCHS = 200, 50, 100, 30
 
 Rows = dict[str, list[float]]
 """Force MAE in meV/Å on every molecule, by method."""
@@ -61,9 +61,13 @@ def specialist(molecule: str, seed: int, data: Path, out: Path) -> ForceField:
     """A small PaiNN with an initialisation of its own."""
     frames = out / f"{molecule}.xyz"
     if not frames.exists():
-        write_frames(frames, read_frames(data / f"rmd17_{molecule}_train_01.npz")[: N_TRAIN + 50])
+        write_frames(frames, read_frames(data / f"rmd17_{molecule}_train_01.npz")[: N_TRAIN + N_VALIDATION])
     config = TrainConfig(
-        epochs=EPOCHS, seed=2 * seed + MOLECULES.index(molecule), hyper=HYPER, level_of_theory="PBE/def2-SVP"
+        epochs=EPOCHS,
+        validation=N_VALIDATION,
+        seed=2 * seed + MOLECULES.index(molecule),
+        hyper=HYPER,
+        level_of_theory="PBE/def2-SVP",
     )
     return trained(TrainingPlan(name=f"{molecule}-{seed}", training=(frames,), config=config), out)
 

@@ -162,6 +162,7 @@ def test_heads_are_refitted_kept_or_named():
     separate = torch.cat([outputs(refitted.for_model(k), data[0]) for k in range(3)], dim=1)
     torch.testing.assert_close(outputs(together, data[0]), separate)
     assert isinstance(together.head, nn.Linear)
+    assert set(refitted.seconds) == {"total", "layers"}
     named = merge_modules(models, data, heads={"head": "kept", "second": "refit"})
     assert named.heads == ("head", "second")
     assert outputs(named.all_classes(), data[0]).shape == (NODES, 9)
@@ -204,6 +205,19 @@ def test_whose_classes_they_are_is_found_from_where_they_lie(known):
     for k in (0, 1):  # what a model says of its own classes stays
         own = found[:, 2 * k : 2 * k + 2].log_softmax(1)
         torch.testing.assert_close(own, result.for_model(k)(x).log_softmax(1))
+
+
+def test_neither_constants_in_the_logits_nor_long_tails_hide_whose_classes_they_are():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.arange(4).repeat(100)
+    places = torch.tensor([[0.0, 5.0], [0.0, -5.0], [5.0, 0.0], [-5.0, 0.0]])
+    sizes = torch.randn(400, 1, generator=generator).exp()  # as nodes have neighbors: few have many
+    x = (sizes * (places[truth] + torch.randn(400, 2, generator=generator))).double()
+    models = [Told(torch.tensor(rows)).double() for rows in ([[0.0, 1], [0, -1]], [[1.0, 0], [-1.0, 0]])]
+    with torch.no_grad():
+        models[1].head.bias.fill_(30.0)
+    found = merge_modules(models, x).all_classes()(x)
+    assert (found.argmax(1) == truth).double().mean() > 0.95
 
 
 def test_rows_are_labelled_or_confident_nodes():
