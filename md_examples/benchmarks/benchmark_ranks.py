@@ -2,8 +2,8 @@
 
     python md_examples/benchmarks/benchmark_ranks.py --json
 
-The bundled pair by the default recipe, distillation included; then in closed form on large periodic frames, for memory. One
-thread per process; wall seconds mean something on an idle machine only, with a core for each.
+The bundled pair by the default recipe, distillation included; then in closed form on large periodic frames, for memory, with the
+wide readout and without. One thread per process; wall seconds mean something on an idle machine only, with a core for each.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from ase_gffmerge import load_force_field, merge
 from ase_gffmerge.runtime.distributed import sharing
 
 NAMES = ("rmd17-ethanol", "rmd17-malonaldehyde")
-CASES = ("default", "large")
+CASES = {"default": "gffmerge", "large": "closed-form", "large, plain readout": "fast"}
+"""Recipes."""
 
 
 def large_frames(specialist, n, cells):
@@ -42,13 +43,13 @@ def rank(case, out, n, cells):
     """Merge with the other processes, and write down what it took this one."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    specialists, recipe = [load_force_field(name) for name in NAMES], "gffmerge"
-    if case == "large":
-        specialists, recipe = [large_frames(one, n, cells) for one in specialists], "closed-form"
+    specialists = [load_force_field(name) for name in NAMES]
+    if case.startswith("large"):
+        specialists = [large_frames(one, n, cells) for one in specialists]
     with sharing():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         wall, processor = time.perf_counter(), time.process_time()
-        _, report = merge(specialists, recipe, device="cpu")
+        _, report = merge(specialists, CASES[case], device="cpu")
         found = {
             "wall_s": time.perf_counter() - wall,
             "processor_s": time.process_time() - processor,
