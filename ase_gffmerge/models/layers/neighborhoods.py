@@ -221,10 +221,10 @@ class NeighborhoodStage(Stage):
 
 def chunk_size(device: torch.device) -> int:
     """Edges that are evaluated at a time; on a GPU more, for the work to fill it."""
-    return 4096 if device.type == "cpu" else 65536
+    return 3072 if device.type == "cpu" else 65536
 
 
-WHOLE = 3
+WHOLE = 4
 """Chunks up to which all edges are evaluated at once, which needs more memory and less time."""
 
 
@@ -342,7 +342,8 @@ class _Chunks(Function):
                 after = stage.update((inputs[0], *inputs[4:]), inputs[1], local)
             whole = whole or [x.new_empty(n, x.shape[1]) for x, n in zip(after, sizes)]
             for i, (total, part) in enumerate(zip(whole, after, strict=False)):
-                total[chunk.rows(i)] = part.detach()
+                total.index_copy_(0, chunk.rows(i), part.detach())
+            inputs = inputs if len(after) > 1 else inputs[:4]  # nothing reads features of edges any more
             ctx.kept.append((inputs, [get_gradient_edge(x) for x in after]))
         return tuple(whole)
 
@@ -357,18 +358,16 @@ class _Chunks(Function):
             inputs, after = ctx.kept.pop()
             own = [gradient.index_select(0, chunk.rows(i)) for i, gradient in enumerate(gradients)]
             of_nodes, joined, *others = torch.autograd.grad(after, inputs, own, allow_unused=True)
-            nodes[chunk.atoms] = of_nodes
-            receiving[chunk.atoms] = joined.new_zeros(len(chunk.atoms), joined.shape[1]).index_add_(
-                0, chunk.receiver, joined
-            )
+            nodes.index_copy_(0, chunk.atoms, of_nodes)
+            of_atoms = joined.new_zeros(len(chunk.atoms), joined.shape[1])
+            receiving.index_copy_(0, chunk.atoms, of_atoms.index_add_(0, chunk.receiver, joined))
             sending.index_add_(0, chunk.sender, joined)
-            of_radial, *through = (joined @ ctx.own.T).split(widths, dim=1)
-            radial[chunk.edges] = of_radial
-            for total, part in zip((envelope, angular), others, strict=False):
+            parts = [*(joined @ ctx.own.T).split(widths, dim=1), *others[:2]]
+            for part, direct in zip(parts[1 : 1 + len(edges)], others[2:], strict=False):
+                part += direct
+            for total, part in zip((radial, *edges, envelope, angular), parts, strict=True):
                 if part is not None:
-                    total[chunk.edges] = part
-            for total, part, direct in zip(edges, through, others[2:], strict=True):
-                total[chunk.edges] = part if direct is None else part + direct
+                    total.index_copy_(0, chunk.edges, part)
         return None, None, None, nodes, receiving, sending, radial, envelope, angular, *edges
 
 
