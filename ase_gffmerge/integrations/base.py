@@ -213,7 +213,13 @@ TRUST = "load_force_field(..., trust=True), or gffmerge convert {source} FILE.sa
 
 
 def load_checkpoint(
-    path: Path, *, trust: bool, source: str, tensors: str = "", names: Collection[str] = ()
+    path: Path,
+    *,
+    trust: bool,
+    source: str,
+    tensors: str = "",
+    names: Collection[str] = (),
+    kinds: tuple[type, ...] = (nn.Module,),
 ) -> VendorObject:
     """Read a ``torch.save`` file: a dictionary of tensors, arrays and plain containers, or a model if it is trusted.
 
@@ -226,6 +232,8 @@ def load_checkpoint(
     source, tensors, names
         For messages: ``vendor:path``; how weights are saved without anything else, where the package has a way; and names
         that may stand for a path.
+    kinds
+        Classes of what a trusted file may hold beside a dictionary.
 
     Raises
     ------
@@ -248,7 +256,7 @@ def load_checkpoint(
             ) from None
         advice = "write it again" if trust else f"it is damaged, or holds Python objects: {yours}"
         raise FileFormatError(f"{path} cannot be read as tensors: {first_line(error)}; {advice}") from None
-    if not isinstance(content, (dict, nn.Module) if trust else dict):
+    if not isinstance(content, (dict, *kinds) if trust else dict):
         raise FileFormatError(
             f"{path} holds a {type(content).__name__}, not a dictionary of weights; give the checkpoint of its training"
         )
@@ -261,11 +269,12 @@ ADAPTERS: Registry[Adapter] = Registry(
     own={
         "chgnet": "ase_gffmerge.integrations.chgnet:ADAPTER",
         "nequip": "ase_gffmerge.integrations.nequip.convert:ADAPTER",
-        "sevenn": "ase_gffmerge.integrations.sevennet.convert:ADAPTER",
-        "orb": "ase_gffmerge.integrations.orb.convert:ADAPTER",
-        "mace": "ase_gffmerge.integrations.mace.convert:ADAPTER",
+        "sevenn": "ase_gffmerge.integrations.sevennet:ADAPTER",
+        "orb": "ase_gffmerge.integrations.orb:ADAPTER",
+        "mace": "ase_gffmerge.integrations.mace:ADAPTER",
         "matgl": "ase_gffmerge.integrations.matgl:ADAPTER",
         "mattersim": "ase_gffmerge.integrations.mattersim:ADAPTER",
+        "fairchem": "ase_gffmerge.integrations.fairchem:ADAPTER",
         "metatrain": "ase_gffmerge.integrations.metatrain:ADAPTER",
     },
     name_of=lambda found: found.vendor if isinstance(found, Adapter) else None,
