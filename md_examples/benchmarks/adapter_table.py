@@ -135,6 +135,32 @@ def matgl(kind: str) -> tuple[Model, Callable[[Model], BaseCalculator]]:
     return Potential(network).eval(), lambda model: PESCalculator(model, stress_unit="eV/A3", use_voigt=True)
 
 
+def fairchem() -> tuple[Model, Callable[[Model], BaseCalculator]]:
+    """A small conservative eSEN of 32 channels, l up to 2 and two layers, 5 Å."""
+    import tempfile
+
+    from fairchem.core import FAIRChemCalculator
+    from fairchem.core.units.mlip_unit import load_predict_unit
+    from fairchem.core.units.mlip_unit.api.inference import InferenceSettings
+
+    from ase_gffmerge.integrations.fairchem import ARGUMENTS
+    from ase_gffmerge.integrations.fairchem.model import ESENPackage, build_backbone
+    from ase_gffmerge.integrations.wrapped import PackageHyper
+
+    sizes = {"sphere_channels": 32, "hidden_channels": 32, "edge_channels": 32, "num_distance_basis": 64}
+    backbone = build_backbone(
+        {**sizes, "ff_type": "spectral", "use_dataset_embedding": False, "max_num_elements": 20}
+    )
+    config = {"backbone": {name: getattr(backbone, name) for name in ARGUMENTS}, "spin": 1, "dataset": "omol"}
+    hyper = PackageHyper(channels=32, n_blocks=1, config=json.dumps(config))
+    potential = ESENPackage(hyper, tuple(range(1, 20))).eval().requires_grad_(False)
+    path = ADAPTERS["fairchem"].write(potential, Path(tempfile.mkdtemp()) / "esen.pt")
+    unit = load_predict_unit(
+        str(path), device="cpu", inference_settings=InferenceSettings(activation_checkpointing=False)
+    )
+    return unit.model.module, lambda network: FAIRChemCalculator(unit, task_name="omol")
+
+
 def mattersim() -> tuple[Model, Callable[[Model], BaseCalculator]]:
     """A network of the default size."""
     from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
@@ -163,6 +189,7 @@ def metatrain() -> tuple[Model, Callable[[Model], BaseCalculator]]:
 
 MODELS: dict[str, tuple[str, str, str, Callable[[], tuple[Model, Callable[[Model], BaseCalculator]]]]] = {
     "CHGNet 0.3.0": ("chgnet", "chgnet", "chgnet", chgnet),
+    "eSEN, 32 channels": ("fairchem", "fairchem.core", "fairchem-core", fairchem),
     "MACE, 64 channels": ("mace", "mace", "mace-torch", mace),
     "M3GNet": ("matgl", "matgl", "matgl", lambda: matgl("M3GNet")),
     "TensorNet": ("matgl", "matgl", "matgl", lambda: matgl("TensorNet")),
@@ -259,7 +286,7 @@ def measure(folder: Path, chosen: list[str], *, merges: bool = True) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, (_, package, *_) in MODELS.items():
         row = found.get(name, {})
-        if (chosen and name not in chosen) or find_spec(package) is None:
+        if (chosen and name not in chosen) or find_spec(package.split(".")[0]) is None:
             continue
         for part, needed in ((served, "speed"), (merged, "merge seconds")):
             if needed in row or (part is merged and not merges):

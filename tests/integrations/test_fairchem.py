@@ -1,6 +1,8 @@
 """eSEN of the package fairchem-core: the vendor's results, the vendor's files, and merges."""
 
 import logging
+from pathlib import Path
+from tempfile import mkdtemp
 
 import numpy as np
 import pytest
@@ -98,6 +100,21 @@ def written(path, variant="spectral", seed=0, *, size=0.0, tasks=TASKS, kind="eS
     )
     torch.save(content, path)
     return path
+
+
+def build(size=0.1):
+    """A calculator whose network the page's test moves; its file is written by :func:`checkpoint`."""
+    return served(written(Path(mkdtemp()) / "base.pt", size=size)).predictor.model.module
+
+
+def checkpoint(path, model):
+    """The same with the weights of a network."""
+    written(path)
+    content = torch.load(path, weights_only=False)
+    content.model_state_dict = model.state_dict()
+    content.ema_state_dict |= {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save(content, path)
+    return f"fairchem:{path}"
 
 
 def served(path, *, double=False, task_name="omol"):

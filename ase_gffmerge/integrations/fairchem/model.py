@@ -77,7 +77,7 @@ class Start(Stage):
         ]
         x_edge = torch.cat([given["radial"], *ends], dim=1)
         x = self.degree(x, x_edge, receiver, given["wigner_inv"])
-        return x, system.expand(len(nodes), -1), x_edge
+        return x, system.repeat(len(nodes), 1), x_edge
 
 
 class Block(Stage):
