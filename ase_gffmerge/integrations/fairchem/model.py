@@ -34,6 +34,10 @@ PREFIX = "fairchem.core."
 class CalledLinear(nn.Linear):
     """A linear layer that the package's convolutions call, as they do with all but plain ones, whose weights they take."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., d_in) to (..., d_out) by one product of matrices, as the package does for weights that are fixed."""
+        return super().forward(input.flatten(0, -2)).unflatten(0, input.shape[:-1])
+
 
 def build_backbone(arguments: Mapping[str, VendorObject]) -> VendorObject:
     """The package's backbone with random weights, for energies and their derivatives."""
