@@ -8,7 +8,7 @@ the potential and does not know where it comes from. What all adapters do alike 
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -213,13 +213,7 @@ TRUST = "load_force_field(..., trust=True), or gffmerge convert {source} FILE.sa
 
 
 def load_checkpoint(
-    path: Path,
-    *,
-    trust: bool,
-    source: str,
-    tensors: str = "",
-    names: Collection[str] = (),
-    kinds: tuple[type, ...] = (nn.Module,),
+    path: Path, *, trust: bool, source: str, tensors: str = "", names: Collection[str] = ()
 ) -> VendorObject:
     """Read a ``torch.save`` file: a dictionary of tensors, arrays and plain containers, or a model if it is trusted.
 
@@ -232,8 +226,6 @@ def load_checkpoint(
     source, tensors, names
         For messages: ``vendor:path``; how weights are saved without anything else, where the package has a way; and names
         that may stand for a path.
-    kinds
-        Classes of what a trusted file may hold beside a dictionary.
 
     Raises
     ------
@@ -256,7 +248,9 @@ def load_checkpoint(
             ) from None
         advice = "write it again" if trust else f"it is damaged, or holds Python objects: {yours}"
         raise FileFormatError(f"{path} cannot be read as tensors: {first_line(error)}; {advice}") from None
-    if not isinstance(content, (dict, *kinds) if trust else dict):
+    if not isinstance(content, dict) and not (
+        trust and (isinstance(content, nn.Module) or is_dataclass(content))
+    ):
         raise FileFormatError(
             f"{path} holds a {type(content).__name__}, not a dictionary of weights; give the checkpoint of its training"
         )

@@ -102,8 +102,8 @@ ADAPTER = FairchemAdapter()
 
 def _loaded(path: Path, *, trust: bool) -> tuple[VendorObject, list[VendorObject]]:
     """Network with the averaged weights that the package serves, and tasks of a checkpoint."""
-    kind = import_module(f"{PREFIX}units.mlip_unit.api.inference").MLIPInferenceCheckpoint
-    content = load_checkpoint(path, trust=trust, source=f"fairchem:{path}", kinds=(kind,))
+    import_module(f"{PREFIX}units.mlip_unit.api.inference")  # whose class it is of
+    content = load_checkpoint(path, trust=trust, source=f"fairchem:{path}")
     if not hasattr(content, "model_config"):
         raise FileFormatError(f"{path} is no checkpoint that fairchem-core loads; give one for inference")
     _require_esen(str(content.model_config["backbone"]["model"]).rpartition(".")[2])
