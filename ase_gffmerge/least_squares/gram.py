@@ -43,10 +43,19 @@ class Gram:
     n_rows: float
 
     @classmethod
-    def of(cls, rows: Tensor, targets: Tensor) -> Self:
-        """Statistics of rows (n, d) and targets (n, m)."""
+    def of(cls, rows: Tensor, targets: Tensor, *, products: "SymmetricProducts | None" = None) -> Self:
+        r"""Statistics of rows (n, d) and targets (n, m).
+
+        Parameters
+        ----------
+        rows, targets
+            X and Y.
+        products
+            Knows :math:`X^\top X` of rows that were seen before; nobody may change it in place.
+        """
         x, y = rows.double(), targets.double()
-        return cls(symmetric_product(x), x.T @ y, float(y.square().sum()), float(len(x)))
+        xx = products(x) if products else symmetric_product(x)
+        return cls(xx, x.T @ y, float(y.square().sum()), float(len(x)))
 
     @classmethod
     def zero(cls, d: int, m: int, *, device: torch.device | str = "cpu") -> Self:
@@ -110,6 +119,32 @@ def symmetric_product(x: Tensor, *, block: int = 1024) -> Tensor:
     if d <= block:
         return x.T @ x
     return add_symmetric_product(x.new_zeros(d, d), x, block=block)
+
+
+class SymmetricProducts:
+    """Gives :func:`symmetric_product`, of the matrices seen last without computing it: the same rows enter several layers.
+
+    Parameters
+    ----------
+    most
+        Matrices that are remembered.
+    max_entries
+        Larger ones are not.
+    """
+
+    def __init__(self, *, most: int = 8, max_entries: int = 2**22):
+        self._most, self._max_entries = most, max_entries
+        self._held: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Product xᵀ x (d, d) for x (n, d)."""
+        for held, product in self._held:
+            if held.device == x.device and torch.equal(held, x):
+                return product
+        product = symmetric_product(x)
+        if 0 < x.numel() <= self._max_entries:
+            self._held = [(x, product), *self._held][: self._most]
+        return product
 
 
 def add_symmetric_product(total: Tensor, x: Tensor, *, block: int = 1024) -> Tensor:

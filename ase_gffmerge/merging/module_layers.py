@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ase_gffmerge.least_squares.gram import Gram, normalized_sum
+from ase_gffmerge.least_squares.gram import Gram, SymmetricProducts, normalized_sum
 from ase_gffmerge.least_squares.ridge import Solution, ridge_solve
 from ase_gffmerge.merging.module_calls import (
     Entering,
@@ -62,10 +62,8 @@ class ModuleProblem:
         Evaluates a module on an example.
     mask
         Which nodes of model k's example count; ``None`` for all.
-    weights
-        a_k.
-    ridge
-        λ.
+    weights, ridge
+        a_k and λ.
     twin
         A slightly displaced copy of an example, or ``None``: differences between both are rows of derivatives.
     derivative_weight
@@ -78,6 +76,8 @@ class ModuleProblem:
         Outputs of layers on the examples that need not be computed again; default: none.
     clock
         Times evaluations of modules, and the alignment of layers, which holds them.
+    products
+        Of rows that enter several layers or models.
     """
 
     models: Sequence[nn.Module]
@@ -93,6 +93,7 @@ class ModuleProblem:
     divided: bool = False
     kept: KeptOutputs = field(default_factory=KeptOutputs)
     clock: Clock = field(default_factory=Clock)
+    products: SymmetricProducts = field(default_factory=SymmetricProducts)
 
     def shared(self, name: str) -> bool:
         """Whether a layer is merged, and not every model's own."""
@@ -293,7 +294,7 @@ def _statistics(
                 rows, targets = _equations(affine_map, their, ours, own)
                 chosen = thinned(select(ours, rows, mask, item), problem.max_rows)
                 rows, targets = rows[chosen], targets[chosen]
-                values[j] += _gram(affine_map, rows, targets)
+                values[j] += _gram(affine_map, rows, targets, problem.products)
                 if (
                     n < len(there)
                     and there[n][0].x.shape == ours.x.shape
@@ -327,10 +328,12 @@ def _nothing(affine_map: AffineMap) -> tuple[Tensor, Tensor]:
     return theta.new_zeros(0, width), theta.new_zeros(0, theta.shape[1])
 
 
-def _gram(affine_map: AffineMap, rows: Tensor, targets: Tensor) -> Gram:
+def _gram(
+    affine_map: AffineMap, rows: Tensor, targets: Tensor, products: SymmetricProducts | None = None
+) -> Gram:
     """Statistics of rows [x 1]; a scale and shift per channel are the unknowns of one problem with a single output."""
     if not affine_map.per_channel:
-        return Gram.of(rows, targets)
+        return Gram.of(rows, targets, products=products)
     square, product = rows.square().sum(0), (rows * targets).sum(0)
     yy, n = float(targets.square().sum()), float(rows.numel())
     if not affine_map.has_bias:

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ase_gffmerge.least_squares import gram
 from ase_gffmerge.least_squares.gram import Gram, normalized_sum, symmetric_product
 from ase_gffmerge.least_squares.ridge import ridge_solve
 
@@ -144,3 +145,21 @@ def test_small_targets_count_like_large_ones() -> None:
         normalized_sum([small, small], [1.0, 1.0]),
     )
     torch.testing.assert_close(first.xx, second.xx)
+
+
+def test_products_of_the_matrices_seen_last_are_not_computed_again(monkeypatch):
+    products, calls = gram.SymmetricProducts(most=2, max_entries=20), []
+    original = gram.symmetric_product
+    monkeypatch.setattr(gram, "symmetric_product", lambda x: calls.append(len(x)) or original(x))
+    rows = [torch.randn(n, 3, dtype=torch.float64) for n in (2, 3, 4, 7)]
+    for i in (
+        0,
+        1,
+        0,
+        2,
+        0,
+        3,
+        3,
+    ):  # the fifth has forgotten the first, the last two are too large to be kept
+        torch.testing.assert_close(products(rows[i].clone()), rows[i].T @ rows[i])
+    assert calls == [2, 3, 4, 2, 7, 7]
