@@ -24,9 +24,10 @@ from helpers.vendor_models import (
 )
 
 INSTALLED = find_spec("metatrain") is not None
+WHY = "needs the package metatrain: pip install metatrain"
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(not INSTALLED, reason="needs the package metatrain: pip install metatrain"),
+    pytest.mark.skipif(not INSTALLED, reason=WHY),
 ]
 
 TYPES = (1, 6, 8)
@@ -55,6 +56,8 @@ ROUND_OFF = 2e-5
 
 def build(variant: str = "usual", seed: int = 0, targets: tuple[str, ...] = ("energy",), **changes):
     """A model of the package with random weights, a scale, and energies of elements."""
+    if not INSTALLED:
+        pytest.skip(WHY)
     with quiet_package():
         import metatensor.torch as mts
         from metatrain.pet import __model__ as kind
