@@ -2,8 +2,9 @@
 
     python md_examples/benchmarks/benchmark_ranks.py --json
 
-The bundled pair by the default recipe, distillation included; then in closed form on large periodic frames, for memory, with the
-wide readout and without. One thread per process; wall seconds mean something on an idle machine only, with a core for each.
+The bundled pair by the default recipe, distillation included; then in closed form on large periodic frames, for memory,
+with the wide readout and without. One thread per process; wall seconds mean something on an idle machine only, with a core
+for each.
 """
 
 import argparse
