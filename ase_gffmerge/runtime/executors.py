@@ -274,7 +274,10 @@ def _context() -> BaseContext:
 def _begin_worker() -> None:
     import torch
 
+    from ase_gffmerge.runtime.memory import freed_memory_kept
+
     torch.set_num_threads(1)
+    freed_memory_kept().__enter__()  # for all tasks
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
