@@ -278,7 +278,7 @@ class SharedByAll(Pairs):
 
     def evaluate(self, atoms):
         type(self).scratch = atoms
-        time.sleep(0.002)
+        time.sleep(0.05)
         return super().evaluate(type(self).scratch)
 
 
