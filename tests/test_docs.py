@@ -20,7 +20,7 @@ HERE = [page for page in RUN if "/vendors/" not in page.name and not page.name.e
 
 NIGHTLY = (
     *("docs/how_to/choose_a_method.md", "docs/how_to/trust.md", "docs/how_to/small_and_fast.md"),
-    *("docs/how_to/calibration_frames.md", "docs/tutorials/md_two_molecules.md"),
+    *("docs/how_to/calibration_frames.md", "docs/how_to/convert.md", "docs/tutorials/md_two_molecules.md"),
 )
 """Too long for ``.ci/run``."""
 
