@@ -11,7 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_all_start_methods, get_context, parent_process
@@ -271,13 +271,17 @@ def _context() -> BaseContext:
     return context
 
 
+_worker = ExitStack()
+"""What a worker enters at its start, and leaves with its end: nobody else holds it."""
+
+
 def _begin_worker() -> None:
     import torch
 
     from ase_gffmerge.runtime.memory import freed_memory_kept
 
     torch.set_num_threads(1)
-    freed_memory_kept().__enter__()  # for all tasks
+    _worker.enter_context(freed_memory_kept())
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

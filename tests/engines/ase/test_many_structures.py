@@ -19,6 +19,7 @@ from ase.calculators.emt import EMT
 from ase_gffmerge import GFFMergeCalculator, evaluate_many
 from ase_gffmerge.errors import ArgumentError, EvaluationFailed
 from ase_gffmerge.runtime.executors import LocalProcesses, open_executor
+from ase_gffmerge.runtime.memory import _glibc
 from helpers.counting import KILLED, MADE, SEEN, Counting, maker, molecules, seen
 from helpers.toys import toy
 
@@ -193,6 +194,14 @@ def test_a_structure_that_always_kills_is_named(tmp_path, tests_for_workers, kin
         store=tmp_path / "store",
     )
     assert len(finished) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_glibc() is None, reason="another C library, or told what to do by the environment")
+def test_workers_keep_freed_memory_from_task_to_task():
+    with LocalProcesses(1) as workers:
+        found = workers.submit(eval, "__import__('sys').modules['ase_gffmerge.runtime.memory']._working")
+        assert found.result() == 1
 
 
 @pytest.mark.slow
