@@ -162,6 +162,11 @@ def test_one_check_that_raises_does_not_stop_the_rest():
     assert {result.name for result in report.failed} == {"spawns", "works_in_threads"}
 
 
+def test_no_calculator_is_ever_in_two_threads():
+    report = check_calculator(pairs.OneThreadAtATime(), crystal(), points=[11])
+    assert outcome(report, "works_in_threads").outcome == "passed", str(report)
+
+
 def test_report():
     report = check_calculator(Pairs(), crystal(), points=[5, 2])
     document = json.loads(json.dumps(report.to_dict()))
