@@ -184,6 +184,34 @@ def test_chunks_of_atoms_leave_no_trace(monkeypatch, size, frequencies):
         torch.testing.assert_close(getattr(served, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
 
 
+def test_an_envelope_that_round_off_takes_below_zero_is_none(escaip, monkeypatch):
+    single = escaip.float()
+    atoms = Atoms(
+        "O5", [[0, 0, 0], *(r * np.eye(3)[i % 3] for i, r in enumerate((1.5, 3.992, 3.994, 3.996)))]
+    )
+    graph = build_graph(atoms, 4.0, dtype=torch.float32)
+    assert float(single.geometry(edge_vectors(graph), graph).envelope.min()) < 0
+    expected = predict(single, graph)
+    monkeypatch.setattr(neighborhoods, "chunk_size", lambda device: 2)
+    monkeypatch.setattr(neighborhoods, "WHOLE", 0)
+    served = predict(single.for_inference(), graph)
+    torch.testing.assert_close(served.forces, expected.forces, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(served.energy, expected.energy, rtol=1e-6, atol=1e-6)
+
+
+def test_derivatives_of_several_results_are_taken_of_one_evaluation(escaip, monkeypatch):
+    monkeypatch.setattr(neighborhoods, "chunk_size", lambda device: 20)
+    monkeypatch.setattr(neighborhoods, "WHOLE", 0)
+    graph, found = build_graph(crystal(), 4.0), list[list[torch.Tensor]]()
+    for potential in (escaip, escaip.for_inference()):
+        vectors = edge_vectors(graph).detach().requires_grad_()
+        energies, _ = potential(vectors, graph)
+        parts = (energies[:3].sum(), energies[3:].sum())
+        found.append([torch.autograd.grad(part, vectors, retain_graph=True)[0] for part in parts])
+    for served, expected in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(served, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_scales_of_the_norms_are_corrected_with_a_block(escaip):
     maps = adjustable_maps(escaip.stages[1])
     scale = maps["norm"]

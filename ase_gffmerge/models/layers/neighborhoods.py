@@ -354,10 +354,11 @@ class _Chunks(Function):
             gradients[0].new_zeros(shape) for shape in ctx.shapes
         )
         widths = [radial.shape[1], *(x.shape[1] for x in edges)]
-        for chunk in reversed(ctx.geometry.chunks):
-            inputs, after = ctx.kept.pop()
+        for chunk, (inputs, after) in zip(ctx.geometry.chunks, ctx.kept, strict=True):
             own = [gradient.index_select(0, chunk.rows(i)) for i, gradient in enumerate(gradients)]
-            of_nodes, joined, *others = torch.autograd.grad(after, inputs, own, allow_unused=True)
+            of_nodes, joined, *others = torch.autograd.grad(
+                after, inputs, own, allow_unused=True, retain_graph=True
+            )
             nodes.index_copy_(0, chunk.atoms, of_nodes)
             of_atoms = joined.new_zeros(len(chunk.atoms), joined.shape[1])
             receiving.index_copy_(0, chunk.atoms, of_atoms.index_add_(0, chunk.receiver, joined))
