@@ -20,6 +20,9 @@ from ase_gffmerge.errors import EvaluationFailed, StructureError
 
 MAX_BINS = 100_000  # of side ``cutoff`` in matscipy's grid; a cell with more that are mostly empty is searched by a tree
 
+MAX_COMPARED = 200
+"""Atoms of a molecule of which all pairs are compared; a grid is faster for more."""
+
 MAX_IMAGES = 10_000
 """Of an atom within the cutoff, by the heights of the cell: real cells have a few hundred."""
 
@@ -58,8 +61,8 @@ def find_neighbors(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]
     """
     check_geometry(atoms, cutoff)
     positions = atoms.get_positions()
-    if len(atoms) == 0:
-        return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3), dtype=np.int64)
+    if not atoms.pbc.any() and len(atoms) <= MAX_COMPARED:
+        return _compared(positions, cutoff)
     origin, box = enclosing_box(atoms, cutoff)
     bins = np.prod(np.floor(1 / (cutoff * np.linalg.norm(np.linalg.inv(box), axis=0))).clip(1))
     inside, cells = wrap_positions(positions, box, origin=origin, pbc=atoms.pbc)
@@ -71,6 +74,15 @@ def find_neighbors(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray]
             "ijS", cutoff=cutoff, positions=near, cell=box, pbc=atoms.pbc, cell_origin=origin
         )
     return _ordered(receiver, sender, shifts + cells[receiver] - cells[sender])
+
+
+def _compared(positions: np.ndarray, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
+    """Edges of a molecule, by the distances of all pairs of its atoms; they come in order."""
+    vectors = positions[:, None] - positions
+    near = np.einsum("ijk,ijk->ij", vectors, vectors) < cutoff**2
+    np.fill_diagonal(near, val=False)
+    receiver, sender = np.nonzero(near)
+    return np.stack([sender, receiver]), np.zeros((len(sender), 3), dtype=np.int64)
 
 
 def _ordered(receiver: np.ndarray, sender: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -243,6 +255,8 @@ def _check_reach(atoms: Atoms) -> None:
 
 def _check_images(atoms: Atoms, cutoff: float) -> None:
     """Refuse cells so flat or so skewed that a search over their periodic images would not end."""
+    if not atoms.pbc.any():
+        return
     box = complete_cell(np.where(atoms.pbc[:, None], atoms.cell.array, 0.0))
     with np.errstate(over="ignore"):
         reach = cutoff * np.linalg.norm(np.linalg.inv(box), axis=0)[atoms.pbc]

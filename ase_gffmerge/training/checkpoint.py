@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from ase_gffmerge.errors import CheckpointWarning, FileFormatError, first_line
 from ase_gffmerge.models import Potential
@@ -46,16 +45,10 @@ class TrainingState:
     """
 
     potential: Potential
-    average: AveragedModel
+    average: Potential
     best: Potential | None
     optimizer: torch.optim.Optimizer
     history: History = field(default_factory=History)
-
-    @property
-    def averaged(self) -> Potential:
-        """The average as a potential."""
-        assert isinstance(self.average.module, Potential)
-        return self.average.module
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -66,7 +59,7 @@ class TrainingState:
     @property
     def result(self) -> Potential:
         """The weights to use."""
-        return (self.averaged if self.best is None else self.best).eval().requires_grad_(False)
+        return (self.average if self.best is None else self.best).eval().requires_grad_(False)
 
     def save(self, path: Path, run: Mapping[str, object]) -> None:
         """Write a checkpoint of the training identified by ``run``."""
@@ -88,7 +81,7 @@ class TrainingState:
         """Enter the losses of an epoch, and keep its weights if they are the best."""
         self.history.rows.append(row)
         if self.best is not None and _improved(_validation_scores(self.history, config)):
-            self.best.load_state_dict(self.averaged.state_dict())
+            self.best.load_state_dict(self.average.state_dict())
 
 
 def _validation_scores(history: History, config: TrainConfig) -> list[float]:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import AveragedModel
 
 from ase_gffmerge.errors import TrainingError
 from ase_gffmerge.graphs import batch_graphs
@@ -33,8 +32,6 @@ Callback = Callable[[int, dict[str, float]], None]
 Loss = Callable[[Potential, LabeledGraph, LabeledGraph], Tensor]
 """``loss(potential, part, whole)``: what a part of a batch adds to the loss of the whole batch."""
 
-Tensors = tuple[Tensor, ...] | list[Tensor]
-
 
 def _shuffled_batches(
     graphs: Sequence[LabeledGraph], config: TrainConfig, epoch: int
@@ -49,17 +46,6 @@ def _shuffled_batches(
     order = np.argsort(place, kind="stable")
     for start in range(0, len(order), config.batch_size):
         yield [graphs[i] for i in order[start : start + config.batch_size]]
-
-
-def _averaged(potential: Potential, decay: float) -> AveragedModel:
-    """Exponential moving average of the weights, of shorter memory in the first steps: decay n / (9 + n) after n of them."""
-
-    def update(average: Tensors, current: Tensors, n: Tensor | int) -> None:
-        torch._foreach_lerp_(average, current, 1 - min(decay, int(n) / (9 + int(n))))
-
-    average = AveragedModel(potential, multi_avg_fn=update)
-    average.n_averaged.fill_(1)  # the initial weights count
-    return average
 
 
 def one_cycle(optimizer: torch.optim.Optimizer, peak: float, *, steps: int, done: int = 0) -> OneCycleLR:
@@ -146,7 +132,7 @@ def fit(
     """
     loss = loss or (lambda model, batch, whole: loss_terms(model, batch, config, whole=whole))
     optimizer = optimizer or torch.optim.Adam(potential.parameters(), lr=config.learning_rate)
-    average = _averaged(potential, config.ema_decay)
+    average = deepcopy(potential).requires_grad_(False)
     best = deepcopy(potential) if patience is not None else None
     state = TrainingState(potential, average, best, optimizer)
     history = state.history
@@ -169,7 +155,7 @@ def fit(
         ):
             row = _train_epoch(state, schedule, training, loss, config, max_edges, progress)
         if validation:
-            row |= validate(state.averaged, validation, config.batch_size)
+            row |= validate(state.average, validation, config.batch_size)
         state.add(row, config)
         if checkpoint:
             by_first(partial(state.save, checkpoint, run or {}))
@@ -189,19 +175,23 @@ def _train_epoch(
 ) -> dict[str, float]:
     potential, optimizer, epoch = state.potential, state.optimizer, len(state.history.rows)
     losses, share = list[float](), config.batch_size / len(graphs)
+    parameters, averages = tuple(potential.parameters()), tuple(state.average.parameters())
+    before = epoch * -(-len(graphs) // config.batch_size)
     for batch in _shuffled_batches(graphs, config, epoch):
         if len(losses) % PROGRESS_EVERY == 0:
             done = (epoch + len(losses) * share) / config.epochs
             progress(done, _where(state.history, epoch + 1, config.epochs))
         optimizer.zero_grad()
         value = _gradient(potential, batch, loss, max_edges)
-        norm = torch.nn.utils.clip_grad_norm_(potential.parameters(), config.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
         if not torch.isfinite(norm + value):
             raise _diverged(epoch + 1, value, config)
         optimizer.step()
         schedule.step()
-        state.average.update_parameters(potential)
         losses.append(value)
+        n = before + len(losses)  # of short memory in the first steps
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, parameters, 1 - min(config.ema_decay, n / (9 + n)))
     return {"loss": float(np.mean(losses))}
 
 

@@ -22,7 +22,7 @@ Q_L, Q_R                  ``left_basis``, ``right_basis``
 A side longer than ``LARGEST``, or of length 1, is not rotated; without any rotation this is Adam.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,14 +78,17 @@ class SOAP(torch.optim.Optimizer):
         """Update all parameters that have a gradient; ``closure`` is not supported."""
         assert closure is None, "SOAP takes gradients as they are"
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    gradient = _as_matrix(parameter.grad)
-                    state = self.state[parameter]
-                    if not state:
-                        state.update(_initial_state(gradient))
-                    direction = _direction(state, gradient, group)
-                    parameter.add_(direction.view_as(parameter), alpha=-group["lr"])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            gradients = [_as_matrix(parameter.grad) for parameter in parameters]
+            states = [self.state[parameter] for parameter in parameters]
+            for state, gradient in zip(states, gradients, strict=True):
+                if not state:
+                    state.update(_initial_state(gradient))
+            directions = _directions(states, gradients, group)
+            shaped = [d.view_as(p) for d, p in zip(directions, parameters, strict=True)]
+            torch._foreach_add_(parameters, shaped, alpha=-group["lr"])
 
 
 def _as_matrix(gradient: Tensor) -> Tensor:
@@ -125,19 +128,27 @@ def _outer_products(gradient: Tensor) -> dict[str, Tensor]:
     return {side: g @ g.mT for side, g in sides.items() if 1 < len(g) <= LARGEST}
 
 
-def _direction(state: dict[str, Tensor], gradient: Tensor, options: Mapping[str, Any]) -> Tensor:
-    """Update the moments, in place, and return the direction to step against (same shape as ``gradient``)."""
+def _directions(
+    states: Sequence[dict[str, Tensor]], gradients: Sequence[Tensor], options: Mapping[str, Any]
+) -> Sequence[Tensor]:
+    """Update all moments, in place, and return the directions to step against, shaped as the ``gradients``."""
     beta1, beta2 = options["betas"]
-    state["step"] += 1
-    n = int(state["step"])
-    rotated = _rotate(gradient, state)
-    state["first"].lerp_(rotated, 1 - beta1)
-    state["second"].mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
-    scale = (state["second"] / (1 - beta2**n)).sqrt_().add_(options["eps"])
-    direction = _rotate_back(state["first"] / scale, state) / (1 - beta1**n)
-    if "left" in state or "right" in state:
+    firsts, seconds, steps = ([state[key] for state in states] for key in ("first", "second", "step"))
+    torch._foreach_add_(steps, 1)
+    counts = [int(step) for step in steps]
+    rotated = [_rotate(gradient, state) for gradient, state in zip(gradients, states, strict=True)]
+    torch._foreach_lerp_(firsts, rotated, 1 - beta1)
+    torch._foreach_mul_(seconds, beta2)
+    torch._foreach_addcmul_(seconds, rotated, rotated, 1 - beta2)
+    scales = torch._foreach_div(seconds, [1 - beta2**n for n in counts])
+    torch._foreach_sqrt_(scales)
+    torch._foreach_add_(scales, options["eps"])
+    scaled = torch._foreach_div(firsts, scales)
+    directions = [_rotate_back(one, state) for one, state in zip(scaled, states, strict=True)]
+    torch._foreach_div_(directions, [1 - beta1**n for n in counts])
+    for state, gradient, n in zip(states, gradients, counts, strict=True):
         _update_bases(state, gradient, options["shampoo_beta"], refresh=n % options["refresh"] == 0)
-    return direction
+    return directions
 
 
 def _rotate(matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -156,7 +167,8 @@ def _rotate_back(matrix: Tensor, state: dict[str, Tensor]) -> Tensor:
 
 def _update_bases(state: dict[str, Tensor], gradient: Tensor, decay: float, *, refresh: bool) -> None:
     """Update L and R and, if asked for, their eigenbases by one step of orthogonal iteration."""
-    for side, product in _outer_products(gradient).items():
+    products = _outer_products(gradient) if len(gradient) > 1 else {}
+    for side, product in products.items():
         covariance, basis = state[side], state[f"{side}_basis"]
         covariance.lerp_(product, 1 - decay)
         if refresh:
