@@ -7,6 +7,7 @@ neighborhood with its seed nodes first, or a tensor. All layers are watched from
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import Parameter, signature
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -107,6 +108,32 @@ def as_examples(examples: object, n_models: int) -> list[Iterable[Item]]:
             raise FramesError(f"model {k} has no examples; give it at least one graph of those that it knows")
         found.append(group)
     return found
+
+
+def require_outputs(k: int, n_values: int, size: float) -> None:
+    """Refuse examples on which a model says nothing.
+
+    Parameters
+    ----------
+    k
+        Index of the model.
+    n_values, size
+        Outputs that count, and the sum of their squares.
+
+    Raises
+    ------
+    FramesError
+        Where there are none, or some are NaN or infinite.
+    """
+    if not n_values:
+        raise FramesError(
+            f"not a single row of model {k}'s examples counts, so that a merge would hold nothing of it; give it other "
+            "examples, or other rows"
+        )
+    if not isfinite(size):
+        raise FramesError(
+            f"model {k} returns NaN or infinity on its examples; look for values in them that are not finite"
+        )
 
 
 @contextmanager

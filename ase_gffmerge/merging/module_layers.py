@@ -38,6 +38,7 @@ from ase_gffmerge.merging.module_calls import (
     select,
     thinned,
 )
+from ase_gffmerge.merging.module_views import weighted_mean
 from ase_gffmerge.merging.report import LayerReport
 from ase_gffmerge.models.affine_maps import AffineMap, LayerKind, layer_parts, with_ones
 from ase_gffmerge.models.torch_layers import KeptOutputs, channels_last
@@ -192,9 +193,7 @@ def align_modules(
         if recalibrates(problem.views[step.members[0]].get_submodule(step.name)):
             _recalibrate(problem, step)
             recalibrated.append(step.name)
-        for _ in range(
-            min(step.n_calls, 2)
-        ):  # what enters a later call of a shared layer depends on the layer
+        for _ in range(min(step.n_calls, 2)):  # what enters a later call of a layer depends on the layer
             with problem.clock(ALIGNED):
                 found = _solve_step(problem, step, divided=problem.divided and step is not steps[-1])
         reports += found
@@ -393,7 +392,8 @@ def _recalibrate(problem: ModuleProblem, step: Step) -> None:
             o.get_parameter("bias").double() - o.get_buffer("running_mean").double() * a
             for o, a in zip(originals, slopes)
         ]
-        slope, shift = torch.stack(slopes).mean(0), torch.stack(shifts).mean(0)
+        share = [problem.weights[k] for k in step.members]
+        slope, shift = weighted_mean(slopes, share), weighted_mean(shifts, share)
         norm.weight.copy_(slope * (variance + norm.eps).sqrt())
         norm.bias.copy_(shift + slope * mean)
     norm.running_mean.copy_(mean)

@@ -6,6 +6,7 @@ And the module that needs no task, as it knows where the classes of all models l
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,35 @@ def check_modules(models: Sequence[nn.Module]) -> None:
         raise IncompatibleSpecialistsError(
             f"a merge needs at least two models, got {len(models)}; use a single one as it is"
         )
+
+
+def checked_weights(weights: Sequence[float] | None, n_models: int) -> tuple[float, ...]:
+    """How much each model counts, ones where nothing is given.
+
+    Raises
+    ------
+    ArgumentError
+        For another number of weights than of models, or weights that are not positive and finite.
+    """
+    found = (1.0,) * n_models if weights is None else tuple(weights)
+    if len(found) != n_models:
+        raise ArgumentError(f"there are {n_models} models and {len(found)} weights; give one for each")
+    if not all(isinstance(weight, Real) and 0 < weight < float("inf") for weight in found):
+        raise ArgumentError(f"weights={list(found)} must be positive numbers, one for each model")
+    return tuple(map(float, found))
+
+
+def checked_ridge(ridge: float) -> float:
+    """A relative ridge.
+
+    Raises
+    ------
+    ArgumentError
+        For anything but a finite number that is not negative.
+    """
+    if not isinstance(ridge, Real) or not 0 <= ridge < float("inf"):
+        raise ArgumentError(f"ridge={ridge!r} is no relative ridge; give a small number such as 1e-3")
+    return float(ridge)
 
 
 def own_modules(
@@ -104,10 +134,18 @@ def _differing(models: Sequence[nn.Module]) -> list[str]:
 
 
 @torch.no_grad()
-def shared_views(models: Sequence[nn.Module], own: tuple[str, ...]) -> list[nn.Module]:
-    """Copies of the models that share one tensor, the mean, for every parameter and buffer that is not their own."""
+def shared_views(
+    models: Sequence[nn.Module], own: tuple[str, ...], *, weights: Sequence[float] | None = None
+) -> list[nn.Module]:
+    """Copies of the models that share one tensor, the mean, for every parameter and buffer that is not their own.
+
+    Parameters
+    ----------
+    models, own, weights
+        As for :func:`average_into`.
+    """
     views = [deepcopy(model) for model in models]
-    alike = average_into(views[0], models, own=own)
+    alike = average_into(views[0], models, own=own, weights=weights)
     tensors = _state(views[0])
     for view in views[1:]:
         state = _state(view)
@@ -119,7 +157,13 @@ def shared_views(models: Sequence[nn.Module], own: tuple[str, ...]) -> list[nn.M
 
 
 @torch.no_grad()
-def average_into(target: nn.Module, models: Sequence[nn.Module], *, own: tuple[str, ...] = ()) -> list[str]:
+def average_into(
+    target: nn.Module,
+    models: Sequence[nn.Module],
+    *,
+    own: tuple[str, ...] = (),
+    weights: Sequence[float] | None = None,
+) -> list[str]:
     """Set parameters and buffers of real numbers to their mean over the models; returns their names.
 
     Parameters
@@ -130,6 +174,8 @@ def average_into(target: nn.Module, models: Sequence[nn.Module], *, own: tuple[s
         The models.
     own
         Submodules that are left as they are.
+    weights
+        How much each model counts; default: all the same.
     """
     states = [_state(model) for model in models]
     averaged = []
@@ -138,9 +184,18 @@ def average_into(target: nn.Module, models: Sequence[nn.Module], *, own: tuple[s
             continue
         found = [state[name] for state in states if name in state and state[name].shape == tensor.shape]
         if len(found) == len(models):
-            tensor.copy_(torch.stack([x.detach().double().cpu() for x in found]).mean(0))
+            tensor.copy_(weighted_mean([x.detach().double().cpu() for x in found], weights))
             averaged.append(name)
     return averaged
+
+
+def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """Mean of tensors of one shape, each of which counts as much as its weight says."""
+    stacked = torch.stack(list(tensors))
+    if weights is None or len(set(weights)) == 1:
+        return stacked.mean(0)
+    share = torch.tensor(weights, dtype=stacked.dtype, device=stacked.device)
+    return torch.tensordot(share / share.sum(), stacked, dims=1)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -288,6 +343,20 @@ class HeadRows:
         self._ours = self._theirs = torch.zeros(0)
 
 
+def complete_rows(seen: Sequence[HeadRows | None]) -> tuple[HeadRows, ...]:
+    """Rows of all models; none where one of them has none, as the places of its classes are not known then."""
+    found = tuple(rows for rows in seen if rows is not None and rows.complete)
+    return found if len(found) == len(seen) else ()
+
+
+ALIKE = 1e-4
+"""Relative difference of rows that are the same: sums on a GPU are not added up in the same order every time."""
+
+
+def _same_rows(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and bool((x - y).norm() <= ALIKE * y.norm())
+
+
 def class_regions(models: Sequence[HeadRows]) -> nn.Linear:
     r"""Linear layer whose outputs are log-probabilities, up to a constant, of every class of every model.
 
@@ -299,7 +368,7 @@ def class_regions(models: Sequence[HeadRows]) -> nn.Linear:
     first, sizes = models[0].features, [own.logits.shape[1] for own in models]
     features = [_tamed(own.features.double()) for own in models]
     logits = [own.logits.double() for own in models]
-    if all(x.features.shape == first.shape and torch.equal(x.features, first) for x in models):
+    if all(_same_rows(own.features, first) for own in models):
         evidence = torch.stack([y.logsumexp(1) for y in logits], 1)
         spread = evidence.std(0, correction=0).clamp(min=1e-30)
         owners = (SURENESS * (evidence - evidence.mean(0)) / spread).softmax(1)

@@ -25,6 +25,7 @@ from ase_gffmerge.merging.module_calls import (
     covered_parameters,
     evaluating,
     outputs_of,
+    require_outputs,
     row_masks,
     run_module,
     solvable_layers,
@@ -45,7 +46,10 @@ from ase_gffmerge.merging.module_views import (
     HeadsAndRegions,
     SideBySide,
     check_modules,
+    checked_ridge,
+    checked_weights,
     class_regions,
+    complete_rows,
     own_modules,
     shared_views,
     wide_head,
@@ -109,7 +113,7 @@ class ModuleMerge:
     channels
         ``joint`` or ``divided``: whether channels follow all models, or a single one each.
     head_rows
-        What enters the heads, and what each model's own head says there; empty unless a head is one linear layer.
+        What enters the heads, and what each model's own head says there; empty unless every head is one linear layer.
     seconds
         Processor time of the whole merge, ``total``, and of Gram matrices and solves in it, ``layers``.
     """
@@ -224,7 +228,7 @@ def merge_modules(
         are) for those whose parameters differ in shape between the models, or else a last linear layer named ``head``;
         or their names, or one of the two words for each name.
     weights
-        How much each model counts; default: all the same.
+        How much each model counts, in solves and means; positive, default: all the same.
     ridge
         Relative ridge, anchored at the mean of the weights.
     channels
@@ -239,18 +243,16 @@ def merge_modules(
     IncompatibleSpecialistsError
         For fewer than two models, for models of different architecture, or if no layer is called that a merge knows.
     FramesError
-        When examples are missing, or do not fit the models.
+        When examples are missing, do not fit the models, or none of their rows counts.
     """
     check_modules(models)
+    say, ridge = checked_weights(weights, len(models)), checked_ridge(ridge)
     clock, start = Clock(time.process_time), time.process_time()
     evaluate, groups = run or run_module, as_examples(examples, len(models))
     if channels not in ("auto", JOINT, DIVIDED):
         raise ArgumentError(f"channels={channels!r}: there are 'auto', 'joint' and 'divided'")
     own = own_modules(models, heads)
-    mean = shared_views(models, tuple(own))
-    say = (1.0,) * len(models) if weights is None else tuple(weights)
-    if len(say) != len(models):
-        raise ArgumentError(f"there are {len(models)} models and {len(say)} weights; give one for each")
+    mean = shared_views(models, tuple(own), weights=say)
     kept = [name for name, how in own.items() if how == KEPT]
     ways = (JOINT, DIVIDED) if channels == "auto" else (channels,)
     found: list[ModuleMerge] = []
@@ -264,13 +266,12 @@ def merge_modules(
             return evaluate(model, item)
 
     with evaluating([*models, *mean]):
-        mask = row_masks(rows, models, run=evaluate_model)
         problem = ModuleProblem(
             models=models,
             views=mean,
             examples=groups,
             run=evaluate,
-            mask=mask,
+            mask=row_masks(rows, models, run=evaluate_model),
             weights=say,
             ridge=ridge,
             kept=memory,
@@ -296,7 +297,8 @@ def merge_modules(
                 )
             for view in views:  # what is said of the result was computed with all of it
                 memory.forget(view)
-            heads_seen = [HeadRows(*own) for _ in models] if len(own) == 1 else []
+            seen = [HeadRows(*own) if len(own) == 1 else None for _ in models]
+            of_merged = [module_disagreement(problem, views, "merged", k, seen=h) for k, h in enumerate(seen)]
             found.append(
                 ModuleMerge(
                     views=tuple(views),
@@ -305,18 +307,9 @@ def merge_modules(
                     averaged=averaged_names(models, views[0], alignment, own=tuple(own)),
                     recalibrated=alignment.recalibrated,
                     unreached=tuple(n for n in solvable_layers(views[0]) if n not in alignment.reached),
-                    disagreements=tuple(
-                        row
-                        for k in range(len(models))
-                        for row in (
-                            of_mean[k],
-                            module_disagreement(
-                                problem, views, "merged", k, seen=heads_seen[k] if heads_seen else None
-                            ),
-                        )
-                    ),
+                    disagreements=tuple(row for pair in zip(of_mean, of_merged, strict=True) for row in pair),
                     channels=way,
-                    head_rows=tuple(found for found in heads_seen if found.complete),
+                    head_rows=complete_rows(seen),
                 )
             )
     progress(1.0, "done")
@@ -373,9 +366,14 @@ def module_disagreement(
         Of the merged module, and what it is called.
     seen
         Takes note of what enters the heads.
+
+    Raises
+    ------
+    FramesError
+        When none of the model's outputs counts, or some are not finite.
     """
     difference = size = 0.0
-    same, n = 0, 0
+    same, n, n_values = 0, 0, 0
     for item in problem.examples[k]:
         mask = problem.mask(k, item)
         watched = seen.watching(views[k], problem.models[k]) if seen else nullcontext()
@@ -388,10 +386,12 @@ def module_disagreement(
         for i, (ours, own) in enumerate(zip(merged, theirs, strict=True)):
             if mask is not None and own.dim() and len(own) == len(mask):
                 ours, own = ours[mask.to(ours.device)], own[mask.to(own.device)]
+            n_values += own.numel()
             difference += float((ours - own).double().square().sum())
             size += float(own.double().square().sum())
             if not i and own.dim() == 2 and own.shape[1] > 1:
                 same, n = same + int((ours.argmax(1) == own.argmax(1)).sum()), n + len(own)
+    require_outputs(k, n_values, size)
     return ModuleDisagreement(
         specialist=k,
         model=kind,

@@ -12,6 +12,7 @@ from torch_geometric.data import Data, HeteroData
 
 from ase_gffmerge import merge_modules
 from ase_gffmerge.errors import ArgumentError, FramesError, IncompatibleSpecialistsError
+from ase_gffmerge.merging.module_views import HeadRows, class_regions
 from helpers.graph_networks import CONVOLUTIONS, HIDDEN, IN, NODES, Net, built, graph, mlp, moved, outputs
 
 
@@ -220,6 +221,43 @@ def test_neither_constants_in_the_logits_nor_long_tails_hide_whose_classes_they_
     assert (found.argmax(1) == truth).double().mean() > 0.95
 
 
+def test_rows_that_differ_in_round_off_are_the_same_rows():
+    """Sums on a GPU are not added up in the same order every time."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 3, generator=generator)
+    seen = [HeadRows("head") for _ in range(2)]
+    for k, rows in enumerate(seen):
+        rows.features = x * (1 + k * 1e-7 * torch.randn(x.shape, generator=generator))
+        rows.logits = torch.cat([x[:, :1], -x[:, :1]], 1) if k == 0 else torch.cat([x[:, 1:2], -x[:, 1:2]], 1)
+    rough = class_regions(seen)
+    assert not torch.equal(seen[0].features, seen[1].features)
+    seen[1].features = x.clone()
+    exact = class_regions(seen)
+    torch.testing.assert_close(rough.weight, exact.weight, rtol=1e-3, atol=1e-3)
+    seen[1].features = x.flip(0)
+    assert not torch.allclose(class_regions(seen).weight, exact.weight, rtol=1e-2, atol=1e-2)
+
+
+def test_weights_count_in_means_and_solves():
+    class Scaled(Told):
+        def __init__(self, weight: Tensor):
+            super().__init__(weight)
+            self.scale, self.norm = nn.Parameter(weight[0, :1].clone()), nn.BatchNorm1d(2)
+            nn.init.constant_(self.norm.weight, float(weight[0, 0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.norm(self.body(x))) * self.scale)
+
+    models = [Scaled(torch.eye(2) * size).double() for size in (1.0, 2.0)]
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first = merge_modules(models, x, heads=(), weights=[1e6, 1.0])
+    assert "scale" in first.averaged
+    torch.testing.assert_close(first.module.scale, models[0].scale, rtol=1e-4, atol=0)
+    assert errors(first, "merged")[0] < 1e-2 < errors(first, "merged")[1]
+    third = merge_modules(models, x, heads=(), weights=[2, 1])
+    torch.testing.assert_close(third.module.scale, torch.full_like(models[0].scale, 4 / 3))
+
+
 def test_rows_are_labelled_or_confident_nodes():
     models = moved(built(CONVOLUTIONS["sage"]), size=1.0)
     data = graph(0)
@@ -300,6 +338,17 @@ def test_bad_input_is_refused():
         merge_modules(models, data, channels="split")
     with pytest.raises(ArgumentError, match="3 weights"):
         merge_modules(models, data, weights=[1, 1, 1])
+    for weights in ([1, 0], [1, -1], [1, float("nan")], ["1", 1]):
+        with pytest.raises(ArgumentError, match="must be positive numbers"):
+            merge_modules(models, data, weights=weights)
+    for ridge in (-1.0, float("nan"), "small"):
+        with pytest.raises(ArgumentError, match="no relative ridge"):
+            merge_modules(models, data, ridge=ridge)
+    with pytest.raises(FramesError, match="model 1 returns NaN"):
+        merge_modules(models, [data, Data(**data.to_dict() | {"x": data.x * torch.nan})])
+    nobody = torch.zeros(NODES, dtype=torch.bool)
+    with pytest.raises(FramesError, match="not a single row of model 1"):
+        merge_modules(models, data, rows=[~nobody, nobody])
     other = built(lambda: Net(lambda a, b: geometric.GCNConv(a, b, bias=False)))
     other.first = geometric.GCNConv(IN, 9).double()
     with pytest.raises(IncompatibleSpecialistsError, match="first difference: first"):
