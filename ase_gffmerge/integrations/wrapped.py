@@ -7,6 +7,7 @@ of the package together with the names of the entries that it reads and writes.
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -18,6 +19,7 @@ from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.integrations.base import VendorObject
 from ase_gffmerge.models.base import HyperParameters, Potential, Stage, State
 from ase_gffmerge.models.layers import keep_plain
+from ase_gffmerge.models.layers.equivariant import replaced
 from ase_gffmerge.models.layers.linear import ElementLinear
 
 Entries = dict[str, Tensor]
@@ -155,6 +157,23 @@ class ChainPotential(Potential):
             dtype = self.dtype if exact.is_floating_point() else exact.dtype
             setattr(self.get_submodule(owner), key, exact.to(device=self.device, dtype=dtype))
         return self
+
+    def for_inference(self) -> Self:
+        """Give a copy that shares the weights; on a CPU its messages are summed block by block (:class:`.EdgeSums`)."""
+        stages = replaced(self.stages, self.served) if self.device.type == "cpu" else self.stages
+        if stages is self.stages:
+            return self
+        twin = copy(self)
+        twin._modules = {**self._modules, "stages": stages}
+        kept = {name for name, _ in twin.named_buffers()}
+        twin._constants = {name: value for name, value in self._constants.items() if name in kept}
+        twin._stored = tuple(name for name in self._stored if name in kept)
+        return twin
+
+    @staticmethod
+    def served(part: nn.Module) -> nn.Module | None:
+        """What stands for a part of a stage where first derivatives are taken alone; ``None`` where it stays."""
+        return None
 
     def embed(self, graph: Topology) -> State:
         """Rows of the embedding."""

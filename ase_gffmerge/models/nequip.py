@@ -41,19 +41,21 @@ This is e3nn's ``TensorProduct`` in mode ``uvu`` with ``path_normalization="none
 summation; its constants stay in float64, whatever happens to the weights.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from itertools import product
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from e3nn import o3
 from e3nn.nn import FullyConnectedNet
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ase_gffmerge.graphs.graph import Topology
 from ase_gffmerge.models.base import EdgeGeometry, HyperParameters, Potential, Stage, State
 from ase_gffmerge.models.layers import eager_e3nn, keep_plain
+from ase_gffmerge.models.layers.equivariant import EdgeSums
 from ase_gffmerge.models.layers.linear import take_rows
 from ase_gffmerge.models.layers.readout import ExactBuffers
 
@@ -159,6 +161,20 @@ class Convolution:
         products = self.products(features, coupled)
         per_path = weights.split(self.weight_channels, dim=1)
         return torch.cat([(products[i] * per_path[i][:, :, None]).flatten(1) for i in self.order], dim=1)
+
+    def as_product(self) -> o3.TensorProduct:
+        """E3nn's module for the same products of features with harmonics."""
+        results = [(self.channels[path.l1], (path.l3, (-1) ** path.l3)) for path in self.paths]
+        paths = [(path.l1, path.l2, self.order.index(i), "uvu", True) for i, path in enumerate(self.paths)]
+        with eager_e3nn():
+            return o3.TensorProduct(
+                natural(self.channels),
+                natural((1,) * (self.l_max + 1)),
+                o3.Irreps([results[i] for i in self.order]),
+                paths,
+                shared_weights=False,
+                path_normalization="none",
+            )
 
     def products(self, features: Tensor, coupled: Tensor) -> list[Tensor]:
         """(x ⊗ Y)_p (n_edges, channels, 2 l3 + 1) for every path."""
@@ -271,15 +287,42 @@ class Interaction(Stage):
     def forward(self, state: State, geometry: EdgeGeometry) -> State:
         """Map pre-gate features (n_atoms, dim) of one block to those of the next."""
         features = self.gate(state[0]) if self.gate else state[0]
-        messages = self.messages(self.linear_up(features), geometry)
-        zeros = messages.new_zeros(len(features), messages.shape[1])
-        summed = self.normalisation * zeros.index_add(0, geometry.receiver, messages)
+        summed = self.normalisation * self.summed(self.linear_up(features), geometry)
         return (self.linear_down(summed) + self.skip(features),)
+
+    def summed(self, features: Tensor, geometry: EdgeGeometry) -> Tensor:
+        """Sums of messages (n_atoms, irreps.dim)."""
+        messages = self.messages(features, geometry)
+        zeros = messages.new_zeros(len(features), messages.shape[1])
+        return zeros.index_add(0, geometry.receiver, messages)
 
     def messages(self, features: Tensor, geometry: EdgeGeometry) -> Tensor:
         """Messages on edges (n_edges, irreps.dim)."""
         weights = self.radial(geometry.radial) * geometry.envelope
         return self.convolution(take_rows(features, geometry.sender), geometry.angular, weights)
+
+
+class InferenceInteraction(Interaction):
+    """The same on a CPU for weights that stay as they are, with harmonics for angular functions: see :class:`.EdgeSums`.
+
+    Parameters
+    ----------
+    interaction
+        Whose weights are shared.
+    """
+
+    def __init__(self, interaction: Interaction):
+        nn.Module.__init__(self)
+        vars(self).update({**vars(interaction), "_modules": {**interaction._modules}})
+        self.sums = EdgeSums(interaction.convolution.as_product())
+
+    def summed(self, features: Tensor, geometry: EdgeGeometry) -> Tensor:
+        """Sums of messages (n_atoms, irreps.dim)."""
+        weights = self.radial(geometry.radial) * geometry.envelope
+        found: Tensor = self.sums(
+            features, geometry.angular, weights, torch.stack([geometry.sender, geometry.receiver])
+        )
+        return found
 
 
 class NequIP(Potential):
@@ -308,6 +351,16 @@ class NequIP(Potential):
                 self.stages.append(Interaction(hyper, gate=gate, channels_out=channels_out))
                 gate = Gate(channels_out)
         keep_plain(self)
+
+    def for_inference(self) -> Self:
+        """Give a copy that sums messages block by block on a CPU, which shares the weights."""
+        if self.device.type != "cpu":
+            return self
+        twin = copy(self)
+        stages = [InferenceInteraction(stage) for stage in self.stages if isinstance(stage, Interaction)]
+        twin._modules = {**self._modules, "coupled_harmonics": self.coupled_harmonics.harmonics}
+        twin.stages = nn.ModuleList(stages).train(self.training)
+        return twin
 
     def embed(self, graph: Topology) -> State:
         """Element embeddings."""

@@ -10,7 +10,7 @@ Weights of a MACE of the package ``mace-torch``: into a potential, and back into
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import ClassVar
 
 import numpy as np
@@ -30,6 +30,7 @@ from ase_gffmerge.integrations.wrapped import (
 )
 from ase_gffmerge.models.base import HyperParameters, State
 from ase_gffmerge.models.layers import package_mode
+from ase_gffmerge.models.layers.equivariant import EdgeSums, SymmetricPowers
 from ase_gffmerge.models.layers.linear import ElementLinear, element_weights, write_product
 
 with redirect_stdout(sys.stderr):  # on which the package tells at import what it does not find
@@ -252,6 +253,23 @@ class MACEPackage(ChainPotential):
             own += [name for name, _ in self.named_parameters() if ".symmetric_contractions." in name]
         return (*super().element_parameters(), *own)
 
+    @staticmethod
+    def served(part: nn.Module) -> nn.Module | None:
+        """Interactions, which hand a sum over neighbours to one module as the package provides for, and contractions."""
+        contractions: VendorObject = getattr(part, "contractions", ())
+        if contractions and all(c.correlation <= 3 for c in contractions):
+            return SymmetricPowers(
+                [[_symbols(c, power) for power in range(1, c.correlation + 1)] for c in contractions],
+                [[*reversed(list(c.weights)), c.weights_max] for c in contractions],
+            )
+        product = getattr(part, "conv_tp", None)
+        if product is None or not EdgeSums.can_replace(product):
+            return None
+        twin: VendorObject = copy(part)
+        twin._modules = {**part._modules, "conv_tp": EdgeSums(product)}
+        twin.conv_fusion = True
+        return twin
+
     def indices(self, vectors: Tensor, graph: Topology) -> Entries:
         """Elements and edges, from sender to receiver as in the package."""
         return {"edge_index": graph.edge_index, "atomic_numbers": graph.atomic_numbers}
@@ -263,6 +281,12 @@ class MACEPackage(ChainPotential):
     def repulsion_energies(self, vectors: Tensor, graph: Topology) -> Tensor | None:
         """The package's, times the scale of the energies."""
         return None if self.repulsion is None else self.repulsion(vectors, graph)
+
+
+def _symbols(contraction: VendorObject, power: int) -> Tensor:
+    """Coupling tensor of a power (2 l + 1, n, ..., n, n_weights)."""
+    tensor: Tensor = contraction.U_tensors(power)
+    return tensor if tensor.ndim == power + 2 else tensor[None]
 
 
 def _replace_empty_parameters(root: nn.Module) -> None:

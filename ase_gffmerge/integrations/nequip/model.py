@@ -34,6 +34,7 @@ from ase_gffmerge.integrations.wrapped import (
 from ase_gffmerge.models.base import HyperParameters, State
 from ase_gffmerge.models.chgnet import envelope
 from ase_gffmerge.models.layers import package_mode
+from ase_gffmerge.models.layers.equivariant import EdgeSums
 from ase_gffmerge.models.layers.linear import ElementLinear, element_weights, write_product
 
 FEATURES = ("node_features",)
@@ -116,6 +117,24 @@ class Repulsion(nn.Module):
         return found["atomic_energy"].squeeze(-1)
 
 
+class SummedProduct(EdgeSums):
+    """:class:`.EdgeSums` with the arguments of the package's ``TensorProductScatter``."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, edge_attr: Tensor, edge_weight: Tensor, edge_dst: Tensor, edge_src: Tensor
+    ) -> Tensor:
+        """Messages (n_atoms, irreps_out.dim).
+
+        Parameters
+        ----------
+        x, edge_attr, edge_weight
+            Features of the atoms, harmonics and weights of the edges.
+        edge_dst, edge_src
+            Receivers and senders (n_edges,).
+        """
+        return super().forward(x, edge_attr, edge_weight, torch.stack([edge_src, edge_dst]))
+
+
 class NequIPPackage(ChainPotential):
     """A NequIP of the package ``nequip``.
 
@@ -163,6 +182,12 @@ class NequIPPackage(ChainPotential):
                 forward_weight_init=True,
             )
         return ScaledReadout(network, len(self.species))
+
+    @staticmethod
+    def served(part: nn.Module) -> nn.Module | None:
+        """Tensor products that are summed over neighbours."""
+        product = getattr(part, "tp", None)
+        return SummedProduct(product) if product is not None and EdgeSums.can_replace(product) else None
 
     def indices(self, vectors: Tensor, graph: Topology) -> Entries:
         """Elements in the place of their attributes; the package's edges run from the receiving atom."""

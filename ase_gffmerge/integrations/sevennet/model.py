@@ -32,6 +32,7 @@ from ase_gffmerge.integrations.wrapped import (
 )
 from ase_gffmerge.models.base import HyperParameters, State
 from ase_gffmerge.models.layers import package_mode
+from ase_gffmerge.models.layers.equivariant import EdgeSums
 from ase_gffmerge.models.layers.linear import ElementLinear, element_weights, write_product
 
 BLOCK = (
@@ -80,6 +81,26 @@ class RadialFunctions(nn.Module):
         """Add the entry ``edge_embedding`` (n_edges, n_radial)."""
         lengths = data["edge_vec"].square().sum(dim=1).sqrt()
         return {**data, "edge_embedding": self.basis(lengths) * self.cutoff(lengths)[:, None]}
+
+
+class SummedConvolution(nn.Module):
+    """A convolution of the package by :class:`.EdgeSums`.
+
+    Parameters
+    ----------
+    convolution
+        Whose weights are shared.
+    """
+
+    def __init__(self, convolution: VendorObject):
+        super().__init__()
+        self.radial, self.denominator = convolution.weight_nn, convolution.denominator
+        self.sums = EdgeSums(convolution.convolution)
+
+    def forward(self, data: Entries) -> Entries:
+        """Replace the entry ``x``."""
+        weights, edge_index = self.radial(data["edge_embedding"]), data["edge_index"].flip(0)
+        return {**data, "x": self.sums(data["x"], data["edge_attr"], weights, edge_index) / self.denominator}
 
 
 class SevenNetPackage(ChainPotential):
@@ -134,6 +155,13 @@ class SevenNetPackage(ChainPotential):
                     Linear(f"{channels}x0e", hidden, biases=biases), Linear(hidden, "1x0e", biases=biases)
                 )
         return ScaledReadout(network, len(self.species))
+
+    @staticmethod
+    def served(part: nn.Module) -> nn.Module | None:
+        """Convolutions."""
+        product = getattr(part, "convolution", None)
+        fits = hasattr(part, "weight_nn") and product is not None and EdgeSums.can_replace(product)
+        return SummedConvolution(part) if fits else None
 
     def indices(self, vectors: Tensor, graph: Topology) -> Entries:
         """Elements in the place of their one-hot vectors; the package's edges run from the receiving atom."""
