@@ -69,8 +69,8 @@ def _glibc() -> ctypes.CDLL | None:
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
 
 
-def n_bytes(size: str | float) -> int:
-    """Turn ``4GB``, ``500 MiB`` or a number of bytes into bytes.
+def n_bytes(size: str | float, name: str = "max_memory") -> int:
+    """Turn ``4GB``, ``500 MiB`` or a number of bytes into bytes; ``name`` is that of the option, for messages.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def n_bytes(size: str | float) -> int:
     except (KeyError, ValueError):
         value = 0.0
     if not 1 <= value < float("inf"):
-        raise ArgumentError(f"max_memory={size!r} is no size; give one such as '4GB' or '500MB'")
+        raise ArgumentError(f"{name}={size!r} is no size; give one such as '4GB' or '500MB'")
     return int(value)
 
 
@@ -94,8 +94,10 @@ def written(size: float) -> str:
 
 def memory_bound(given: str | float | None) -> int | None:
     """Bound in bytes that a call was given, else that of the environment, else none."""
-    size = os.environ.get(VARIABLE) if given is None else given
-    return n_bytes(size) if size else None
+    if given is not None:
+        return n_bytes(given)
+    size = os.environ.get(VARIABLE)
+    return n_bytes(size, VARIABLE) if size else None
 
 
 def resident(device: torch.device) -> int:

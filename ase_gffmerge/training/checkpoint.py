@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ase_gffmerge.errors import CheckpointWarning, FileFormatError, first_line
 from ase_gffmerge.models import Potential
-from ase_gffmerge.storage.tensor_file import read_file, write_file
+from ase_gffmerge.storage.tensor_file import read_file, read_metadata, write_file
 from ase_gffmerge.training.config import TrainConfig
 
 
@@ -163,6 +163,14 @@ def _load_checkpoint(
         raise FileFormatError(
             f"{path} does not belong to this training ({first_line(error)}); delete it"
         ) from None
+
+
+def saved_run(path: Path | None) -> dict[str, object]:
+    """Identity of the run that a checkpoint belongs to; empty where there is none that can be read."""
+    try:
+        return dict(read_metadata(path)["checkpoint"]["run"]) if path and path.exists() else {}
+    except (FileFormatError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def can_resume(path: Path, run: Mapping[str, object]) -> bool:

@@ -43,10 +43,10 @@ from ase_gffmerge.merging.disagreement import diagnose
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe
 from ase_gffmerge.merging.report import MergeReport, Trial
 from ase_gffmerge.models import Potential
-from ase_gffmerge.runtime.devices import resolve_device
+from ase_gffmerge.runtime.devices import chunks, resolve_device
 from ase_gffmerge.runtime.distributed import agreed, n_ranks
 from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
-from ase_gffmerge.training.checkpoint import History
+from ase_gffmerge.training.checkpoint import History, differences, saved_run
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.loop import Callback, Loss, fit
 from ase_gffmerge.training.loss import (
@@ -125,10 +125,13 @@ def distill(
         graphs = [graph for group in teachers.training for graph in group]
         add_projection(student, graphs, options.feature_match, alike=len(alike) == 1)
     loss = distillation_loss(config, options)
-    per_frame = _seconds_per_frame(student, teachers.training, config, loss)
-    config, share = agreed(
-        _within_budget(config, per_frame * sum(map(len, teachers.training)), options.budget)
+    per_frame = _seconds_per_frame(student, teachers.training, config, loss, max_edges)
+    identity = _run_identity(merged, specialists, options, teachers.distillation_sets)
+    epochs, share = agreed(
+        _saved_plan(checkpoint, identity)
+        or _within_budget(config, per_frame * sum(map(len, teachers.training)), options.budget)
     )
+    config = config.model_copy(update={"epochs": epochs})
     training = [
         graph for group in teachers.training for graph in spread(group, max(round(share * len(group)), 1))
     ]
@@ -143,10 +146,7 @@ def distill(
         optimizer=SOAP(parameter_groups(student), lr=config.learning_rate),
         patience=options.patience,
         checkpoint=checkpoint,
-        run={
-            **_run_identity(merged, specialists, options, teachers.distillation_sets),
-            "plan": [config.epochs, len(training)],
-        },
+        run={**identity, "plan": [epochs, share]},
         callback=callback,
         max_edges=max_edges,
         progress=part_of(progress, 0.0, 1.0, prefix="distilling, "),
@@ -172,24 +172,45 @@ OPTIMIZER_SHARE = 0.4
 
 
 def _seconds_per_frame(
-    student: Potential, groups: Sequence[Sequence[LabeledGraph]], config: TrainConfig, loss: Loss
+    student: Potential,
+    groups: Sequence[Sequence[LabeledGraph]],
+    config: TrainConfig,
+    loss: Loss,
+    max_edges: int | None,
 ) -> float:
-    """Processor seconds (on other devices: seconds) that training takes for a frame, by a batch of everybody's frames."""
+    """Processor seconds (on other devices: seconds) that training takes for a frame, by a batch of everybody's frames.
+
+    Parameters
+    ----------
+    student, groups, config, loss, max_edges
+        As for :func:`~ase_gffmerge.training.loop.fit`; frames of every teacher.
+    """
     clock = time.process_time if student.device.type == "cpu" else time.perf_counter
     frames = [graph for group in groups for graph in spread(group, max(config.batch_size // len(groups), 1))]
-    batch, seconds = batch_graphs(frames).to(student.device), 0.0
+    parts = list(chunks(frames, max_edges, size=lambda graph: graph.n_edges)) if max_edges else [frames]
+    batches, seconds = [batch_graphs(part).to(student.device) for part in parts], 0.0
     for _ in range(2):  # the first time things are allocated
         start = clock()
-        torch.autograd.grad(loss(student, batch, batch), list(student.parameters()), allow_unused=True)
+        for batch in batches:
+            torch.autograd.grad(loss(student, batch, batch), list(student.parameters()), allow_unused=True)
         seconds = clock() - start
     return seconds * (1 + OPTIMIZER_SHARE) / len(frames)
 
 
-def _within_budget(config: TrainConfig, epoch: float, budget: float | None) -> tuple[TrainConfig, float]:
-    """Fewer epochs, and the share of the frames where a single one of ``epoch`` seconds is too long."""
+def _within_budget(config: TrainConfig, epoch: float, budget: float | None) -> tuple[int, float]:
+    """How many epochs, and what share of the frames, where a single one of ``epoch`` seconds is too long."""
     if budget is None or config.epochs * epoch <= budget:
-        return config, 1.0
-    return config.model_copy(update={"epochs": max(int(budget / epoch), 1)}), min(budget / epoch, 1.0)
+        return config.epochs, 1.0
+    return max(int(budget / epoch), 1), min(budget / epoch, 1.0)
+
+
+def _saved_plan(checkpoint: Path | None, identity: Mapping[str, object]) -> tuple[int, float] | None:
+    """Epochs and share of the frames that an interrupted run began with, which may have found the machine less busy."""
+    saved = saved_run(checkpoint)
+    match saved.pop("plan", None):
+        case [int(epochs), float(share)] if not differences(saved, identity):
+            return epochs, share
+    return None
 
 
 def _distilled_force_field(
@@ -314,10 +335,7 @@ def _run_identity(
         "options": options.model_dump(mode="json"),
         "merged": merged.fingerprint,
         "specialists": [specialist.fingerprint for specialist in specialists],
-        "frames": [
-            hash_frames((*distillation_set.training, *distillation_set.held_out))
-            for distillation_set in distillation_sets
-        ],
+        "frames": [hash_frames((*own.training, *own.held_out)) for own in distillation_sets],
     }
 
 

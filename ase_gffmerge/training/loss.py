@@ -16,7 +16,7 @@ from ase_gffmerge.graphs import Prediction, batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.derivatives import EdgeFunction, hessian_products
 from ase_gffmerge.graphs.graph import AtomGraph, Topology
 from ase_gffmerge.inference.errors import relative_error
-from ase_gffmerge.inference.predict import FramePredictions, predict_batches
+from ase_gffmerge.inference.predict import FramePredictions, edge_batches, predict_batches
 from ase_gffmerge.merging.recipe import DistillOptions, FeatureMatch
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.base import State
@@ -330,12 +330,13 @@ def validate(potential: Potential, graphs: Sequence[LabeledGraph], batch_size: i
     graphs
         At least one.
     batch_size
-        Graphs per batch.
+        Most graphs per batch; fewer of many edges (:func:`.edge_batches`).
     """
     sums = torch.zeros(4, dtype=torch.float64)
     own = dealt(graphs, size=lambda graph: graph.n_edges)
-    for start in range(0, len(own), batch_size):
-        batch = batch_graphs(own[start : start + batch_size]).to(potential.device)
+    batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+    for part in (part for batch in batches for part in edge_batches(batch, device=potential.device)):
+        batch = batch_graphs(part).to(potential.device)
         prediction = predict(potential, batch)
         n_atoms = torch.bincount(batch.structure_index)
         error = (_reduced_energy(potential, batch, prediction) - batch.energy).abs() / n_atoms

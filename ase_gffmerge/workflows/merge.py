@@ -139,8 +139,10 @@ def _with_forgetting(
     shown = {compound(atoms) for specialist in joined for atoms in specialist.calibration}
     frames = generic_frames(base.species, NEW_COMPOUNDS, periodic=_periodic(base), seed=NEW_SEED)
     frames = [atoms for atoms in frames if compound(atoms) not in shown]
-    specialists = [s for s in joined if s.fingerprint != base.fingerprint]
-    models = {"merged": merged, **{s.name: s for s in specialists}}
+    names = zip(
+        report.specialists, joined, strict=True
+    )  # those of the report differ, if the specialists' own do not
+    models = {"merged": merged, **{name: s for name, s in names if s.fingerprint != base.fingerprint}}
     found = forgetting(base, {name: model.potential for name, model in models.items()}, frames)
     new = replace(report, forgetting=found)
     if new.verdict != report.verdict:
@@ -251,17 +253,23 @@ def close_enough(report: MergeReport, options: DistillOptions, specialists: Sequ
     if not kept and report.held_out is None:
         return False
     found = kept[-1] if kept else (report.held_out or 0.0,) * len(specialists)
-    for error, specialist in zip(found, specialists, strict=True):
-        limit = _limit(specialist, report) if options.threshold is None else options.threshold
+    for error, name, specialist in zip(found, report.specialists, specialists, strict=True):
+        limit = _limit(specialist, name, report) if options.threshold is None else options.threshold
         if not error < limit:
             return False
     return True
 
 
-def _limit(specialist: ForceField, report: MergeReport) -> float:
-    """Relative error against a specialist that is small beside its own on labelled test frames."""
+def _limit(specialist: ForceField, name: str, report: MergeReport) -> float:
+    """Relative error against a specialist that is small beside its own on labelled test frames.
+
+    Parameters
+    ----------
+    specialist, name
+        It, and what the report calls it.
+    report
+        With the size of its forces.
+    """
     own = specialist.provenance.errors.get("force_rmse")
-    rms = max(
-        (row.force_rms for row in report.disagreements if row.specialist == specialist.name), default=0.0
-    )
+    rms = max((row.force_rms for row in report.disagreements if row.specialist == name), default=0.0)
     return ADDED * own / rms if own and rms > FORCE_FLOOR else UNKNOWN

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import molecule
 
+from ase_gffmerge import GFFMergeCalculator
+from ase_gffmerge.errors import ArgumentError
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.graphs.derivatives import hessian
 from ase_gffmerge.models import Potential
@@ -51,3 +54,15 @@ def test_gradients_may_be_off_outside(potential: Potential) -> None:
     pair = Atoms("CO", positions=[[0, 0, 0], [0, 0, 1.1]])
     with torch.no_grad():
         assert np.abs(hessian(potential, build_graph(pair, potential.hyper.cutoff))).max() > 0
+
+
+def test_atoms_are_chosen_as_numpy_does() -> None:
+    calc, atoms = GFFMergeCalculator("rmd17-ethanol", device="cpu", dtype="float64"), molecule("CH4")
+    first = calc.get_hessian(atoms, indices=[4])
+    mask = np.arange(5) == 4
+    for indices in ([-1], mask, np.array([4])):
+        np.testing.assert_array_equal(calc.get_hessian(atoms, indices=indices), first)
+    assert calc.get_hessian(atoms, indices=[]).shape == (0, 15)
+    for indices in ([5], [True, False], [0.5]):
+        with pytest.raises(ArgumentError, match="not those of 5 atoms"):
+            calc.get_hessian(atoms, indices=indices)

@@ -131,7 +131,9 @@ def test_a_base_is_found_by_its_fingerprint(monkeypatch) -> None:
     monkeypatch.setattr(selection, "shipped", lambda architecture: iter([toy("painn", seed=1), base]))
     assert known_ancestor(pair) is None
     assert known_ancestor(vendors) is base
-    assert merge(vendors, "mean", device="cpu")[1].forgetting
+    alike = [replace(s, name="best") for s in vendors]  # files of one name in two folders
+    _, report = merge(alike, "mean", device="cpu")
+    assert [row.model for row in report.forgetting] == ["merged", "best", "best-2"]
 
 
 def test_the_calculator_keeps_a_base_that_it_is_given(tmp_path) -> None:

@@ -13,7 +13,13 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from ase_gffmerge import GFFMergeCalculator
-from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError, MergeWarning, RecipeError
+from ase_gffmerge.errors import (
+    CheckpointWarning,
+    FramesError,
+    IncompatibleSpecialistsError,
+    MergeWarning,
+    RecipeError,
+)
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import build_graph, predict
 from ase_gffmerge.merging.recipe import DistillOptions, ReadoutOptions, Recipe, load_recipe
@@ -334,6 +340,15 @@ def test_what_is_close_enough_depends_on_the_specialists_own_errors() -> None:
 
     assert close(0.24)
     assert not close(0.26)
+    alike = [replace(s, name="best") for s in specialists]  # files of one name in two folders
+    _, of_alike = merge(alike, "fast", device="cpu")
+    known = [
+        replace(s, provenance=replace(s.provenance, errors={"force_rmse": error * size / 0.24}))
+        for s, error, size in zip(alike, errors, sizes.values(), strict=True)
+    ]
+    assert of_alike.specialists == ("best", "best-2")
+    assert close_enough(of_alike, QUICK, known)
+    assert not close_enough(of_alike, QUICK, [known[0], specialists[1]])
     assert not close_enough(report, QUICK, specialists)  # no errors on record, and more than 0.3 % away
     assert close(0.26, QUICK.model_copy(update={"threshold": 1.01 * max(errors)}))
     assert not close(0.24, QUICK.model_copy(update={"threshold": 0.99 * max(errors)}))
@@ -396,6 +411,49 @@ def test_a_budget_cuts_epochs_then_frames(monkeypatch: pytest.MonkeyPatch) -> No
     distilled, history = distill(start, specialists, options, device="cpu")
     assert len(history.rows) < 6
     assert distilled.provenance.n_train * len(history.rows) * 0.2 <= 10.0
+
+
+def test_a_run_with_a_budget_is_continued_on_a_machine_of_another_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ase_gffmerge.training import distill as module
+
+    specialists, options = relatives("painn"), QUICK.model_copy(update={"epochs": 6, "budget": 10.0})
+    start, checkpoint = mean_of(specialists), checkpoint_path(tmp_path / "a.safetensors")
+    monkeypatch.setattr(module, "_seconds_per_frame", lambda *_: 0.08)
+    whole, history = distill(start, specialists, options, device="cpu")
+    assert 1 < len(history.rows) < 6
+    with pytest.raises(Stop):
+        distill(start, specialists, options, checkpoint=checkpoint, device="cpu", callback=stop_after(1))
+    monkeypatch.setattr(module, "_seconds_per_frame", lambda *_: 0.5)
+    resumed, again = distill(start, specialists, options, checkpoint=checkpoint, device="cpu")
+    assert again.rows == history.rows
+    assert resumed.fingerprint == whole.fingerprint
+    other = options.model_copy(update={"seed": 1})
+    with pytest.warns(CheckpointWarning, match=r"options\.seed was 0, is 1"):
+        _, fresh = distill(start, specialists, other, checkpoint=checkpoint, device="cpu")
+    assert len(fresh.rows) == 1
+
+
+def test_no_pass_takes_more_edges_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither that which tells how long it will take, nor those of the validation."""
+    from ase_gffmerge.inference import predict as inference
+    from ase_gffmerge.training import loss as module
+
+    specialists = relatives("painn")
+    start, seen = mean_of(specialists), list[int]()
+
+    def counting(potential: object, batch: LabeledGraph, **options: bool) -> object:
+        if options.get("differentiable") or len(batch.energy) > 1:
+            seen.append(batch.n_edges)
+        return predict(potential, batch, **options)
+
+    monkeypatch.setattr(module, "predict", counting)
+    monkeypatch.setitem(inference.MAX_EDGES, "cpu", 70)
+    options = QUICK.model_copy(update={"epochs": 1})
+    distill(start, specialists, options, device="cpu", max_edges=70)
+    assert seen
+    assert max(seen) <= 70
 
 
 def test_verdict_is_told() -> None:

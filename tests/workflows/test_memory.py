@@ -78,6 +78,11 @@ def test_the_environment_bounds_what_is_given_no_bound(monkeypatch) -> None:
     monkeypatch.setenv(VARIABLE, "3GB")
     assert memory_bound(None) == 3 * 10**9
     assert memory_bound("2GB") == 2 * 10**9
+    with pytest.raises(ArgumentError, match="max_memory=0 is no size"):
+        memory_bound(0)
+    monkeypatch.setenv(VARIABLE, "all")
+    with pytest.raises(ArgumentError, match="GFFMERGE_MAX_MEMORY='all' is no size"):
+        memory_bound(None)
 
 
 def page_faults_of_a_step() -> int:

@@ -49,6 +49,18 @@ def weight_tuple(weights: Sequence[float] | None) -> tuple[float, ...] | None:
         raise ArgumentError(f"weights={weights!r} is not a list of numbers, one per specialist") from None
 
 
+def atom_indices(indices: Sequence[int] | None, n_atoms: int) -> list[int] | None:
+    """Indices of atoms from 0 on; a mask and negative ones are read as numpy does."""
+    if indices is None:
+        return None
+    wanted = np.asarray(indices)
+    try:
+        chosen: list[int] = np.arange(n_atoms)[wanted if wanted.size else []].tolist()
+    except IndexError:
+        raise ArgumentError(f"indices={indices!r:.80} are not those of {n_atoms} atoms") from None
+    return chosen
+
+
 def compile_choice(compile: Any) -> Compile:
     """``auto``, ``True`` or ``False``."""
     if isinstance(compile, bool | np.bool_):

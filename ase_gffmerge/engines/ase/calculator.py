@@ -14,6 +14,7 @@ from ase.calculators.calculator import Calculator, all_changes
 
 from ase_gffmerge.engines.ase.arguments import (
     DTYPES,
+    atom_indices,
     compile_choice,
     dispersion_choice,
     dtype_name,
@@ -353,7 +354,7 @@ class GFFMergeCalculator(Calculator):
         progress
             Called with a fraction (0 to 1) and a description.
         """
-        structure = require_structure(atoms)
+        structure, indices = require_structure(atoms), atom_indices(indices, len(atoms))
         prepared = self.force_field.prepared(structure, specialist=self.parameters.get(KEY))
         with isolated_torch(), computing(structure, self.force_field.potential.device):
             graph = self._neighbors.fresh().graph(prepared)

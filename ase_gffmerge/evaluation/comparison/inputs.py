@@ -1,6 +1,6 @@
 """What a comparison of methods needs: specialists with their base, labelled frames for each, none of them seen before."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,11 +166,17 @@ def frames_seen(merge_inputs: MergeInputs, labelled: Sequence[LabelledSet] = ())
     """Keys of all frames that specialists, base and training labels hold, by a description of where they are."""
     models = [*merge_inputs.specialists, *([merge_inputs.base] if merge_inputs.base else [])]
     seen: dict[str, Set[str]] = {}
+    found: list[tuple[str, Iterable[str]]] = []
     for model in models:
-        seen[f"the training frames of {model.name!r} or its ancestors"] = set(model.provenance.seen_frames)
-        seen[f"the calibration frames of {model.name!r}"] = set(geometry_keys(model.calibration))
-    for known in labelled:
-        seen[f"the labelled training frames in {known.source}"] = set(geometry_keys(known.frames))
+        found += [
+            (f"the training frames of {model.name!r} or its ancestors", model.provenance.seen_frames),
+            (f"the calibration frames of {model.name!r}", geometry_keys(model.calibration)),
+        ]
+    found += [
+        (f"the labelled training frames in {known.source}", geometry_keys(known.frames)) for known in labelled
+    ]
+    for where, keys in found:  # a base and a specialist may have one name
+        seen[where] = {*seen.get(where, ()), *keys}
     return seen
 
 
