@@ -84,7 +84,6 @@ class Adapter(ABC):
     choice: ClassVar[str] = ""
     architectures: ClassVar[Mapping[str, str]]
 
-    @abstractmethod
     def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
         """Convert a vendor's model, its file, or a name of pretrained weights.
 
@@ -101,20 +100,25 @@ class Adapter(ABC):
             When the package is not installed, there is no such file, it holds code and is not trusted, a model with parts
             that are not known here, or several force fields of which none is chosen.
         """
+        return self._read(source, None, trust=trust)
 
     def read_chosen(self, source: VendorObject, name: str, *, trust: bool = False) -> ConvertedModel:
         """Convert one of the force fields that a file holds, by its name; see :attr:`choice` and :meth:`read`.
 
         Parameters
         ----------
-        source
-            Path or object of the vendor's class, as for :meth:`read`.
+        source, trust
+            As for :meth:`read`.
         name
             Of the chosen one, after ``#choice=``.
-        trust
-            Execute code that the file may contain.
         """
-        raise FileFormatError(f"{self.models} files hold one force field each; give {source} without #")
+        if not self.choice:
+            raise FileFormatError(f"{self.models} files hold one force field each; give {source} without #")
+        return self._read(source, name, trust=trust)
+
+    def _read(self, source: VendorObject, name: str | None, *, trust: bool) -> ConvertedModel:
+        """Convert a model or the chosen one of several; for adapters that do not have a :meth:`read` of their own."""
+        raise NotImplementedError
 
     @abstractmethod
     def vendor_content(self, potential: Potential) -> VendorObject:
@@ -243,14 +247,12 @@ def load_checkpoint(
     except Exception as error:  # a damaged pickle can raise anything
         yours = f"for a file of your own there is {TRUST.format(source=source)}{f', or {tensors}' if tensors else ''}"
         if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
-            raise FileFormatError(
-                f"{path} holds Python objects ({found[1]}), whose loading executes code; {yours}"
-            ) from None
+            message = f"{path} holds Python objects ({found[1]}), whose loading executes code; {yours}"
+            raise FileFormatError(message) from None
         advice = "write it again" if trust else f"it is damaged, or holds Python objects: {yours}"
         raise FileFormatError(f"{path} cannot be read as tensors: {first_line(error)}; {advice}") from None
-    if not isinstance(content, dict) and not (
-        trust and (isinstance(content, nn.Module) or is_dataclass(content))
-    ):
+    model = isinstance(content, nn.Module) or is_dataclass(content)
+    if not (isinstance(content, dict) or (trust and model)):
         raise FileFormatError(
             f"{path} holds a {type(content).__name__}, not a dictionary of weights; give the checkpoint of its training"
         )
@@ -350,7 +352,11 @@ def converted(
     with torch.no_grad():
         copy_weights(potential)
     potential.to(dtype).eval().requires_grad_(False)
-    _require_same(potential, vendor_energies, vendor=vendor)
+    if difference := _energy_difference(potential, vendor_energies):
+        raise FileFormatError(
+            f"this {vendor} model has a part that is not known here: converted, its energies differ by {difference:.2g} eV "
+            "per atom from its own; leave it out of the merge"
+        )
     return potential
 
 
@@ -363,17 +369,6 @@ def per_element(values: Tensor, species: Sequence[int]) -> Tensor:
     """One number for all elements or one for each, in the order of atomic numbers, float64."""
     ones = torch.ones(len(species), dtype=torch.float64)
     return (ones * values.flatten().double())[rows_of_elements(species)]
-
-
-def _require_same(
-    potential: Potential, vendor_energies: Callable[[AtomGraph], Tensor], *, vendor: str
-) -> None:
-    """Raise :class:`FileFormatError` when a converted network's energies are not its own."""
-    if difference := _energy_difference(potential, vendor_energies):
-        raise FileFormatError(
-            f"this {vendor} model has a part that is not known here: converted, its energies differ by {difference:.2g} eV "
-            "per atom from its own; leave it out of the merge"
-        )
 
 
 def require_energies(again: Potential, potential: Potential) -> None:

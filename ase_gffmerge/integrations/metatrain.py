@@ -52,36 +52,12 @@ class MetatrainAdapter(Adapter):
     vendor, models, package, choice = "metatrain", "PET", "metatrain", "target"
     architectures: ClassVar[dict[str, str]] = {PET.architecture: "ase_gffmerge.models.pet:PET"}
 
-    def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
-        """Convert a checkpoint, which has to be trusted, or a ``PET`` or what its ``export`` gives in memory.
-
-        Raises
-        ------
-        FileFormatError
-            When the package is not installed, there is no such file, it is not trusted, it holds no PET, one with parts that
-            are not known here, or several energies of which none is chosen.
-        """
-        return self._read(source, None, trust=trust)
-
-    def read_chosen(self, source: VendorObject, name: str, *, trust: bool = False) -> ConvertedModel:
-        """Convert one of several energies; see :meth:`read`.
-
-        Parameters
-        ----------
-        source
-            Path or object of the vendor's class, as for :meth:`read`.
-        name
-            Of the target, as in the training's options: ``energy/pbe``, say.
-        trust
-            Execute code that the file may contain.
-        """
-        return self._read(source, name, trust=trust)
-
     def potential_class(self, architecture: str) -> type[Potential]:
         """Class of PET, which needs nothing of the package."""
         return PET
 
-    def _read(self, source: VendorObject, target: str | None, *, trust: bool) -> ConvertedModel:
+    def _read(self, source: VendorObject, name: str | None, *, trust: bool) -> ConvertedModel:
+        """A checkpoint, which has to be trusted, or a ``PET`` or what its ``export`` gives in memory."""
         self.require_package()
         with quiet_package():
             files = import_module("metatrain.utils.io")
@@ -95,7 +71,7 @@ class MetatrainAdapter(Adapter):
                         "the .ckpt of a training"
                     ) from None
             model = _pet(source)
-            potential = _convert(model, _target(model, target))
+            potential = _convert(model, _target(model, name))
         return ConvertedModel(potential=potential, vendor=self.vendor, version=version("metatrain"))
 
     def vendor_content(self, potential: Potential) -> dict[str, VendorObject]:

@@ -14,11 +14,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import TypeAdapter, ValidationError
 
+from ase_gffmerge import __version__
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.inference.errors import Scales
 
@@ -254,7 +254,7 @@ class MergeReport:
     elements: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
     forgetting: tuple[Forgetting, ...] = ()
-    version: str = field(default_factory=lambda: version("ase-gffmerge"))
+    version: str = field(default=__version__)
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property

@@ -228,10 +228,9 @@ def _graphs_with_targets(
             n_atoms = sum(map(len, group))
             directions = torch.randn(n_atoms, 3, generator=generator, dtype=student.dtype)
         if is_mine(k):
-            labels[k] = _labels(served, teacher.potential, student, own, directions)
+            features = bool(options.feature_weight)
+            labels[k] = _labels(served, teacher.potential, student, own, directions, features=features)
             labels[k]["stress"][[not atoms.pbc.all() for atoms in group]] = torch.nan
-            if not options.feature_weight:
-                del labels[k]["features"]
     per_edge = options.feature_match == "edges"
     return [
         LabeledGraph.of(graph, **dict(zip(found, targets, strict=True)))
@@ -246,6 +245,8 @@ def _labels(
     student: Potential,
     graphs: Sequence[AtomGraph],
     directions: Tensor | None,
+    *,
+    features: bool,
 ) -> dict[str, Tensor]:
     """Targets of a batch by their names in :class:`~ase_gffmerge.training.loss.LabeledGraph`, on the CPU.
 
@@ -259,6 +260,8 @@ def _labels(
         With the teacher's neighbors.
     directions : (n_atoms, 3)
         With which products of Hessians are taken, where they are targets.
+    features
+        Whether the teacher's features are targets.
     """
     batch = batch_graphs(graphs).to(student.device)
     prediction = predict(served, batch)
@@ -268,8 +271,9 @@ def _labels(
         "energy": reduced.to(student.dtype),
         "forces": prediction.forces,
         "stress": prediction.stress(batch.cell),
-        "features": prediction.readout_inputs[-1],
     }
+    if features:
+        found["features"] = prediction.readout_inputs[-1]
     if directions is not None:
         directions = directions.to(batch.positions)
         products = hessian_products(teacher, batch, directions)

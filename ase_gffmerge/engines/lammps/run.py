@@ -7,14 +7,13 @@ As soon as the script's box exists, ``pair_style zero``, which makes LAMMPS keep
 """
 
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ase_gffmerge.engines.lammps.external import LOG, ExternalForceField, Lammps
 from ase_gffmerge.engines.lammps.external import MPI as MPI
-from ase_gffmerge.engines.lammps.external import ExternalForceField, Lammps
 from ase_gffmerge.engines.lammps.mliap import MLIAPModel
 from ase_gffmerge.engines.lammps.snapshot import Costs
 from ase_gffmerge.errors import ArgumentError, DynamicsError
@@ -169,7 +168,7 @@ def _guarded(execute: Callable[[str], object], argument: str, comm: MPI.Intracom
         execute(argument)
     except Exception as error:  # all that LAMMPS raises is of this class
         if type(error).__name__ == "MPIAbortException" and comm.size > 1:  # other processes do not know
-            print(f"gffmerge: error: LAMMPS, rank {comm.rank}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+            LOG.error("gffmerge: error: LAMMPS, rank %d: %s", comm.rank, error)
             comm.Abort(1)
         text = " ".join(str(error).split())
         raise DynamicsError(f"LAMMPS stopped: {text}; correct the script") from None

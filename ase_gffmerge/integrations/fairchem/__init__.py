@@ -44,32 +44,8 @@ class FairchemAdapter(Adapter):
         ESENPackage.architecture: "ase_gffmerge.integrations.fairchem.model:ESENPackage"
     }
 
-    def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
-        """Convert a checkpoint for inference, which has to be trusted, or a ``FAIRChemCalculator`` in memory.
-
-        Raises
-        ------
-        FileFormatError
-            When the package is not installed, there is no such file, it is not trusted, it holds no eSEN or one with parts
-            that are not known here, or energies of several tasks of which none is chosen.
-        """
-        return self._read(source, getattr(source, "task_name", None), trust=trust)
-
-    def read_chosen(self, source: VendorObject, name: str, *, trust: bool = False) -> ConvertedModel:
-        """Convert the energies of one task; see :meth:`read`.
-
-        Parameters
-        ----------
-        source
-            Path or object of the vendor's class, as for :meth:`read`.
-        name
-            Of the data set: ``omol``, say.
-        trust
-            Execute code that the file may contain.
-        """
-        return self._read(source, name, trust=trust)
-
     def _read(self, source: VendorObject, name: str | None, *, trust: bool) -> ConvertedModel:
+        """A checkpoint for inference, which has to be trusted, or a ``FAIRChemCalculator`` in memory."""
         self.require_package()
         model: VendorObject
         if isinstance(source, str | Path):
@@ -84,7 +60,7 @@ class FairchemAdapter(Adapter):
                 )
             tasks = list(model.tasks.values())
         with torch.random.fork_rng(devices=[]):  # which draws the angle about every edge
-            potential = _convert(model, *_task(tasks, name))
+            potential = _convert(model, *_task(tasks, name or getattr(source, "task_name", None)))
         return ConvertedModel(potential=potential, vendor="fairchem-core", version=version("fairchem-core"))
 
     def vendor_content(self, potential: Potential) -> VendorObject:

@@ -34,38 +34,14 @@ class MACEAdapter(Adapter):
         "mace-package": "ase_gffmerge.integrations.mace.model:MACEPackage"
     }
 
-    def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
-        """Convert a file, a ``MACECalculator`` or a model in memory.
-
-        Raises
-        ------
-        FileFormatError
-            When the package is not installed, there is no such file, it holds code and is not trusted, a model with parts
-            that are not known here, or several heads of which none is chosen.
-        """
-        return self._read(source, None, trust=trust)
-
-    def read_chosen(self, source: VendorObject, name: str, *, trust: bool = False) -> ConvertedModel:
-        """Convert a model with one of its heads; see :meth:`read`.
-
-        Parameters
-        ----------
-        source
-            Path or object of the vendor's class, as for :meth:`read`.
-        name
-            Of the head.
-        trust
-            Execute code that the file may contain.
-        """
-        return self._read(source, name, trust=trust)
-
-    def _read(self, source: VendorObject, head: str | None, *, trust: bool) -> ConvertedModel:
+    def _read(self, source: VendorObject, name: str | None, *, trust: bool) -> ConvertedModel:
+        """A file, a ``MACECalculator`` or a model in memory."""
         self.require_package()
         from ase_gffmerge.integrations.mace.io import find_network, load_network
 
         if isinstance(source, str | Path):
             source = load_network(Path(source), trust=trust)
-        network, row = find_network(source, head)
+        network, row = find_network(source, name)
         return ConvertedModel(
             potential=_convert(network, row), vendor="mace-torch", version=version("mace-torch")
         )

@@ -44,32 +44,9 @@ class SevenNetAdapter(Adapter):
         "sevennet-package": "ase_gffmerge.integrations.sevennet.model:SevenNetPackage"
     }
 
-    def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:
-        """Convert a checkpoint (``.pth``), a name of weights in the package, or a calculator or model in memory.
-
-        Raises
-        ------
-        FileFormatError
-            When the package is not installed, there is no such file, it holds code and is not trusted, a model with parts
-            that are not known here, or several modalities of which none is chosen.
-        """
-        return self._read(source, getattr(source, "modal", None), trust=trust)
-
-    def read_chosen(self, source: VendorObject, name: str, *, trust: bool = False) -> ConvertedModel:
-        """Convert one modality; see :meth:`read`.
-
-        Parameters
-        ----------
-        source
-            Path or object of the vendor's class, as for :meth:`read`.
-        name
-            Of the modality.
-        trust
-            Execute code that the file may contain.
-        """
-        return self._read(source, name, trust=trust)
-
-    def _read(self, source: VendorObject, modality: str | None, *, trust: bool) -> ConvertedModel:
+    def _read(self, source: VendorObject, name: str | None, *, trust: bool) -> ConvertedModel:
+        """A checkpoint (``.pth``), a name of weights in the package, or a calculator or model in memory."""
+        modality = name or getattr(source, "modal", None)
         self.require_package()
         theory = modality or "unknown"
         if not isinstance(source, str | Path):
