@@ -94,6 +94,7 @@ class CoreRepulsion(ExactBuffers):
     outer: Tensor
     bounds: Tensor
     atomic_numbers: Tensor
+    onsets: Tensor
 
     def __init__(self, species: Sequence[int], shortest: Tensor, outer: Tensor, bounds: Tensor):
         super().__init__()
@@ -101,6 +102,7 @@ class CoreRepulsion(ExactBuffers):
         self.register_buffer("outer", outer.double())
         self.register_buffer("bounds", bounds.double())
         self.register_buffer("atomic_numbers", torch.tensor(list(species)).double(), persistent=False)
+        self.register_buffer("onsets", self._onsets(), persistent=False)
 
     @classmethod
     def blank(cls, species: Sequence[int]) -> Self:
@@ -178,15 +180,23 @@ class CoreRepulsion(ExactBuffers):
         seen = outer * (1 - 0.5 * WIDTH + WIDTH * t**4 * (2.5 + t * (t - 3)))
         factor = torch.where(close, seen / lengths, 1.0).to(vectors.dtype)
         pairs = zbl_energy(lengths, self.atomic_numbers[sender], self.atomic_numbers[receiver])
-        value, slope, curvature = (table[sender, receiver] for table in self.onsets())
+        value, slope, curvature = self.onsets[:, sender, receiver]
         way = lengths - outer
         halves = torch.where(close, 0.5 * (pairs - value - way * (slope + 0.5 * way * curvature)), 0.0)
         energies = halves.new_zeros(len(species)).index_add(0, graph.edge_index[1], halves)
         return vectors * factor[:, None], energies
 
-    def onsets(self) -> list[Tensor]:
-        """V, V' and V'' at the outer radii, each (n_species, n_species), in eV, eV/Å and eV/Å²."""
-        return zbl_derivatives(self.outer, self.atomic_numbers[:, None], self.atomic_numbers)
+    def _onsets(self) -> Tensor:
+        """V, V' and V'' at the outer radii (3, n_species, n_species), in eV, eV/Å and eV/Å²; at 1 Å for blank tables."""
+        radii = torch.where(self.outer > 0, self.outer, 1.0)
+        return torch.stack(zbl_derivatives(radii, self.atomic_numbers[:, None], self.atomic_numbers))
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Tensor], prefix: str, *arguments: object
+    ) -> None:
+        """Let the onsets be those of the tables that were loaded."""
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self.onsets = self._onsets()
 
     def bounded(self, energies: Tensor, references: Tensor, species: Tensor) -> Tensor:
         """Bound the network's energies.

@@ -305,3 +305,13 @@ def test_training_and_distillation_end_with_it(tmp_path) -> None:
     core, expected = merged.potential.core_repulsion, repelling(merged.potential, pair).core_repulsion
     assert torch.equal(core.shortest, expected.shortest)
     torch.testing.assert_close(core.bounds, expected.bounds)
+
+
+def test_what_is_known_of_the_onsets_follows_the_tables(guarded) -> None:
+    core = guarded.potential.core_repulsion
+    again = type(core).blank(guarded.species)
+    assert again.onsets.isfinite().all()
+    again.load_state_dict(core.state_dict())
+    assert torch.equal(again.float().onsets, core.onsets)
+    radii, first, second = core.outer, core.atomic_numbers[:, None], core.atomic_numbers
+    torch.testing.assert_close(core.onsets[0], zbl_energy(radii, first, second), rtol=1e-12, atol=0)
