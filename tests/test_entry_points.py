@@ -2,9 +2,13 @@
 
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+
+from ase_gffmerge import __version__
+from ase_gffmerge.runtime.registry import own_version
 
 CODE = """
 import torch
@@ -118,3 +122,12 @@ def test_entry_points_add_to_the_tables(folder: Path) -> None:
     assert "no method 'lost'; did you mean 'last'?" in lost
     assert "architecture 'broken' of tiny-plugin 1.2 cannot be imported" in broken
     assert "No module named 'tiny_plugin_without_module'" in broken
+
+
+def test_without_metadata_the_version_is_unknown(monkeypatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    assert own_version() == __version__
+    monkeypatch.setattr("ase_gffmerge.runtime.registry.version", missing)
+    assert own_version() == "unknown"

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from ase_gffmerge import __version__
 from ase_gffmerge.errors import FileFormatError
 from ase_gffmerge.inference.errors import Scales
+from ase_gffmerge.runtime.registry import own_version
 
 if TYPE_CHECKING:
     from ase_gffmerge.least_squares.ridge import Solution
@@ -254,7 +254,7 @@ class MergeReport:
     elements: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
     forgetting: tuple[Forgetting, ...] = ()
-    version: str = field(default=__version__)
+    version: str = field(default_factory=own_version)
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property

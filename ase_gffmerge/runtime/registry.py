@@ -9,7 +9,7 @@ Another package adds to a table by an entry point, for example a method in its `
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from difflib import get_close_matches
 from functools import cached_property
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from typing import Generic, TypeVar
 
 from ase_gffmerge.errors import GFFMergeError, first_line
@@ -109,3 +109,11 @@ class Registry(MutableMapping[str, T], Generic[T]):
 def _owner(place: EntryPoint) -> str:
     """The distribution of an entry point."""
     return "ase-gffmerge" if place.dist is None else f"{place.dist.name} {place.dist.version}"
+
+
+def own_version() -> str:
+    """Version of this package; ``unknown`` where it runs without its metadata, as a checkout or in a bundle."""
+    try:
+        return version("ase-gffmerge")
+    except PackageNotFoundError:
+        return "unknown"
