@@ -9,6 +9,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
+from hypothesis import HealthCheck, settings
 
 from ase_gffmerge import ForceField, load_force_field, merge
 from ase_gffmerge.errors import MergeWarning
@@ -18,6 +19,11 @@ from ase_gffmerge.workflows.cache import MergeCache
 from helpers.structures import WITH_ESCAIP, rattled_slab, skewed_crystal
 
 torch.set_num_threads(1)
+settings.register_profile(
+    "same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("same")
+"""The same examples everywhere, and none fails because a machine is busy; ``--hypothesis-profile default`` draws new."""
 
 HYPER = {
     "painn": {"cutoff": 4.0, "channels": 8, "n_blocks": 2, "n_radial": 6},

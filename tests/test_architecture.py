@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 PACKAGE = Path(__file__).parents[1] / "ase_gffmerge"
 ROOMS = (
@@ -274,3 +275,9 @@ def test_relative_and_lazy_imports_are_seen() -> None:
     top = {f"{prefix}models.painn", f"{prefix}graphs.graph", f"{prefix}cli"}
     assert everything == top | {"ase_gffmerge", f"{prefix}errors"}
     assert {name for _, name in imports(module, anywhere=False)} == top
+
+
+def test_no_example_is_random_or_fails_because_a_machine_is_busy() -> None:
+    assert settings.default is not None
+    assert settings.default.derandomize
+    assert settings.default.deadline is None

@@ -91,7 +91,8 @@ class MatGLAdapter(Adapter):
             arguments, state, kind = _load(Path(source), trust=trust)
             origin = str(source)
         elif hasattr(source, "_init_args") and hasattr(source, "state_dict"):
-            arguments, state, kind = dict(source._init_args), dict(source.state_dict()), type(source).__name__
+            state = {name: value.detach().cpu() for name, value in source.state_dict().items()}
+            arguments, kind = dict(source._init_args), type(source).__name__
             origin = "the model given"
         else:
             raise FileFormatError(

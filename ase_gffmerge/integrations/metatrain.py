@@ -28,6 +28,7 @@ from ase_gffmerge.integrations.base import (
     per_element,
     rows_of_elements,
 )
+from ase_gffmerge.integrations.wrapped import on_cpu
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.pet import PET, PETHyper
 
@@ -145,6 +146,7 @@ def _target(model: VendorObject, name: str | None) -> str:
 
 def _convert(model: VendorObject, target: str) -> PET:
     """A potential with the network's weights that was seen to compute the same."""
+    model = on_cpu(model)
     hypers = model.hypers
     refused = [words for name, words in REFUSED.items() if hypers.get(name)]
     if hypers["long_range"]["enable"]:
@@ -203,7 +205,7 @@ def _copy_weights(potential: PET, model: VendorObject, state: Mapping[str, Tenso
 def _composition(model: VendorObject, target: str) -> Tensor:
     """Energies (n_elements, 1) in eV by the composition."""
     found: Tensor = model.additive_models[0].model.weights[target].block().values
-    return found
+    return found.cpu()  # itself, where it is there
 
 
 def _vendor_energies(model: VendorObject, target: str, graph: AtomGraph) -> Tensor:

@@ -7,7 +7,7 @@ of the package together with the names of the entries that it reads and writes.
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -23,6 +23,12 @@ from ase_gffmerge.models.layers.equivariant import replaced
 from ase_gffmerge.models.layers.linear import ElementLinear
 
 Entries = dict[str, Tensor]
+
+
+def on_cpu(network: nn.Module) -> nn.Module:
+    """A network in memory, or its copy on the CPU if it is elsewhere: what is read of it is compared with it there."""
+    there = any(x.device.type != "cpu" for x in (*network.parameters(), *network.buffers()))
+    return deepcopy(network).cpu() if there else network
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,8 +62,8 @@ class Frames:
 
     Attributes
     ----------
-    n
-        Frames that are fitted.
+    n, given
+        Frames that are fitted, and all.
     edges, atoms
         Mean per frame.
     largest
@@ -71,6 +71,7 @@ class Frames:
     """
 
     n: int
+    given: int
     edges: float
     atoms: float
     largest: float
@@ -80,11 +81,12 @@ class Frames:
         """Count edges on eight frames, evenly spread, and the frame of most atoms; a mean of weights needs none."""
         frames = specialist.calibration
         if not frames:
-            return cls(n=0, edges=0.0, atoms=0.0, largest=0.0)
+            return cls(n=0, given=0, edges=0.0, atoms=0.0, largest=0.0)
         seen = [*spread(frames, 8), max(frames, key=len)]
         edges = [build_graph(bare(atoms), specialist.cutoff).n_edges for atoms in seen]
         return cls(
             n=min(n or len(frames), len(frames)),
+            given=len(frames),
             edges=float(np.mean(edges[:-1])),
             atoms=float(np.mean([len(atoms) for atoms in frames])),
             largest=float(max(edges)),
@@ -136,6 +138,7 @@ def estimate_memory(
     *,
     device: str | torch.device = "auto",
     bound: int | None = None,
+    base_joined: bool = False,
 ) -> MemoryEstimate:
     """Estimate the memory of a merge, which takes about a second, without merging.
 
@@ -145,6 +148,8 @@ def estimate_memory(
         As for :func:`~ase_gffmerge.workflows.merge.merge`.
     bound
         Bytes to stay within, by computing less at once; default: none.
+    base_joined
+        Whether the last one is the base that is kept, all of whose frames are fitted.
 
     Raises
     ------
@@ -154,7 +159,7 @@ def estimate_memory(
         As the merge does.
     """
     check_compatible(specialists, recipe)
-    model = MemoryModel(specialists, recipe, resolve_device(device))
+    model = MemoryModel(specialists, recipe, resolve_device(device), base_joined=base_joined)
     return model.estimate() if bound is None else model.within(bound)
 
 
@@ -169,15 +174,26 @@ class MemoryModel:
         What will be done.
     device
         Where.
+    base_joined
+        See :func:`estimate_memory`.
     """
 
-    def __init__(self, specialists: Sequence[ForceField], recipe: Recipe, device: torch.device):
+    def __init__(
+        self,
+        specialists: Sequence[ForceField],
+        recipe: Recipe,
+        device: torch.device,
+        *,
+        base_joined: bool = False,
+    ):
         self._recipe, self._device = recipe, device
         self._frames = [Frames.of(specialist, recipe.frames) for specialist in specialists]
+        if base_joined:
+            self._frames[-1] = Frames.of(specialists[-1], None)
         self._resident = resident(device)
         first = specialists[0].potential
         self._parameters = [tuple(p.shape) for p in first.parameters()]
-        self._item = first.embedding.element_size()
+        self._item = max(s.potential.embedding.element_size() for s in specialists)
         n_copies = len(specialists) + 5  # mean, start, merged and best so far, and their twins in float64
         self._networks = n_copies * self._item * sum(p.numel() for p in first.parameters()) + LIBRARIES
         self._elements = len({int(z) for s in specialists for atoms in s.calibration for z in atoms.numbers})
@@ -263,9 +279,9 @@ class MemoryModel:
         weights = sum(m * n for m, n in sides)
         batch = max(one.edges for one in self._frames) * options.batch_size
         part = min(batch, max(limit, max(one.largest for one in self._frames)))
-        n_frames = sum(2 * one.n * (options.copies + 1) for one in self._frames)
+        n_frames = sum(2 * one.given * (options.copies + 1) for one in self._frames)
         stored = sum(
-            min(2 * one.n * one.edges * (options.copies + 1), 4 * options.max_copied_edges)
+            min(2 * one.given * one.edges * (options.copies + 1), 4 * options.max_copied_edges)
             for one in self._frames
         )
         graphs = stored * (16 + 3 * self._item) + 4000 * n_frames

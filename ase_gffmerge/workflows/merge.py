@@ -164,7 +164,9 @@ def _refined(
     """Merge, and distil the result where held-out frames show more than the recipe's threshold."""
     portions = Portions()
     if bound is not None:
-        portions = estimate_memory(specialists, recipe, device=device, bound=bound).portions
+        joined = bool(recipe.keep_base)
+        estimate = estimate_memory(specialists, recipe, device=device, bound=bound, base_joined=joined)
+        portions = estimate.portions
     if recipe.refine is None:
         return _solved(specialists, recipe, base=base, device=device, portions=portions, progress=progress)
     with warnings.catch_warnings(record=True) as caught:

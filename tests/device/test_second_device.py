@@ -77,3 +77,25 @@ def test_what_a_gpu_refuses_the_second_device_refuses_too() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("are on the CPU") == 4
     assert done.stdout.endswith("4.0\n")
+
+
+IN_MEMORY = """
+import torch
+from ase_gffmerge.integrations.wrapped import on_cpu
+from helpers.second_device import second_device
+
+with second_device() as device:
+    network = torch.nn.BatchNorm1d(2).eval()
+    assert on_cpu(network) is network
+    there = torch.nn.BatchNorm1d(2).eval().to(device)
+    copy = on_cpu(there)
+    assert there.weight.device.type == "second"
+    assert torch.equal(copy(torch.ones(3, 2)), network(torch.ones(3, 2)))
+"""
+
+
+def test_networks_in_memory_are_compared_on_the_cpu() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IN_MEMORY], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -187,6 +187,17 @@ def test_a_bound_makes_portions_smaller_and_is_met_by_the_estimate() -> None:
     assert "of memory, most of it for" in str(bounded)
 
 
+def test_all_frames_count_that_are_in_memory() -> None:
+    """A distillation takes all frames, whatever the solves take, and so does the base that is kept."""
+    pair = family("painn", 2, frames=12)
+    wide, narrow = (load_recipe({"preset": "gffmerge", "frames": n}) for n in (12, 2))
+    one, two = (estimate_memory(pair, recipe, device="cpu").phases for recipe in (wide, narrow))
+    assert two["the layers"] < one["the layers"]
+    assert two["the distillation"] == pytest.approx(one["the distillation"], rel=0.02)
+    joined = estimate_memory(pair, narrow, device="cpu", base_joined=True).phases
+    assert two["the layers"] < joined["the layers"] < one["the layers"]
+
+
 CHILD = """
 import json, re, sys, warnings
 from pathlib import Path

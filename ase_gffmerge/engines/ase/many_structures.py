@@ -19,6 +19,7 @@ from ase_gffmerge.engines.ase.dispersion import Results
 from ase_gffmerge.engines.ase.results import has_volume, listed
 from ase_gffmerge.errors import ArgumentError, EvaluationFailed, GFFMergeError, first_line
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.integrations.load import describe
 from ase_gffmerge.runtime.executors import CHUNK, Failure, LocalProcesses, OncePerWorker, run_chunks
 from ase_gffmerge.runtime.progress import Progress, progress_bar
 from ase_gffmerge.storage.results import ResultStore
@@ -119,8 +120,7 @@ def _once_per_worker(calculator: Source) -> tuple[OncePerWorker[BaseCalculator],
         given = GFFMergeCalculator(calculator)
         return OncePerWorker.of(given), given
     if isinstance(calculator, str | Path):
-        path = Path(calculator)
-        make = partial(GFFMergeCalculator, str(path.absolute()) if path.is_file() else str(calculator))
+        make = partial(GFFMergeCalculator, describe(calculator))  # by its absolute path
         return OncePerWorker(make), make()
     made = calculator() if callable(calculator) else calculator
     if not isinstance(made, BaseCalculator):

@@ -21,7 +21,7 @@ from ase_gffmerge.integrations.base import (
     load_checkpoint,
 )
 from ase_gffmerge.integrations.fairchem.model import PREFIX, ESENPackage
-from ase_gffmerge.integrations.wrapped import PackageHyper
+from ase_gffmerge.integrations.wrapped import PackageHyper, on_cpu
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.layers import package_mode
 
@@ -124,6 +124,7 @@ def _task(tasks: list[VendorObject], name: str | None) -> tuple[VendorObject, st
 
 def _convert(model: VendorObject, task: VendorObject, dataset: str) -> ESENPackage:
     """A potential with the network's weights that was seen to compute the same."""
+    model = on_cpu(model)
     backbone, heads = model.backbone, list(model.output_heads.values())
     _require_esen(type(backbone).__name__)
     config = backbone.regress_config

@@ -23,7 +23,7 @@ from ase_gffmerge.integrations.base import (
     converted,
 )
 from ase_gffmerge.integrations.nequip.io import find_network, layers_of, load_network
-from ase_gffmerge.integrations.wrapped import one_number_of_scalars
+from ase_gffmerge.integrations.wrapped import on_cpu, one_number_of_scalars
 from ase_gffmerge.models import Potential
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def _convert(network: VendorObject) -> "NequIPPackage":
     """A potential with the network's weights that was seen to compute the same."""
     from ase_gffmerge.integrations.nequip.model import NequIPPackage, NequIPPackageHyper, copy_weights
 
+    network = on_cpu(network)
     names = list(network.per_type_energy_scale_shift.type_names)
     if unknown := [name for name in names if name not in NUMBERS]:
         raise FileFormatError(

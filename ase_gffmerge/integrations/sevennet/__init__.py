@@ -20,7 +20,7 @@ from ase_gffmerge.integrations.base import (
     converted,
     load_checkpoint,
 )
-from ase_gffmerge.integrations.wrapped import one_number_of_scalars
+from ase_gffmerge.integrations.wrapped import on_cpu, one_number_of_scalars
 from ase_gffmerge.models import Potential
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def _convert(network: VendorObject, modality: str | None) -> "SevenNetPackage":
         raise FileFormatError(
             f"a {type(network).__name__} is no SevenNet model; give a checkpoint, a SevenNetCalculator or its model"
         )
+    network = on_cpu(network)
     known = getattr(network, "modal_map", None) or {}
     if known and modality not in known:
         first, unknown = next(iter(known)), f" and no {modality}" if modality else ""

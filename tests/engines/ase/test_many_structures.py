@@ -148,6 +148,18 @@ def test_no_structures(threads):
     assert evaluate_many([], EMT, executor=threads) == []
 
 
+def test_files_of_other_packages_are_found_from_any_folder(tmp_path, monkeypatch):
+    from ase_gffmerge.engines.ase.many_structures import _once_per_worker
+    from ase_gffmerge.integrations import adapter_for
+
+    adapter_for("mattersim").write(toy("mattersim").potential, tmp_path / "m.pth")
+    monkeypatch.chdir(tmp_path)
+    made, _ = _once_per_worker("mattersim:m.pth")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert made().get_property("energy", molecule("H2O")) < 1e3
+
+
 # -- with processes that are killed --
 
 
@@ -228,7 +240,8 @@ DRIVER = """
     if __name__ == "__main__":
         folder = Path(sys.argv[1])
         with open_executor(sys.argv[2], 2) as workers:
-            evaluate_many(molecules(2000), maker(folder), executor=workers, chunk=50, store=folder / "store")
+            make = maker(folder, pause=float(sys.argv[3]))
+            evaluate_many(molecules(2000), make, executor=workers, chunk=50, store=folder / "store")
         tell(folder / "ended", "well")
 """
 
@@ -253,10 +266,11 @@ def test_a_killed_driver_loses_nothing_that_was_finished(tmp_path, kind):
         "OMP_NUM_THREADS": "1",
     }
 
-    def start() -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, str(script), str(tmp_path), kind], env=environment)
+    def start(pause: float) -> subprocess.Popen:
+        command = [sys.executable, str(script), str(tmp_path), kind, str(pause)]
+        return subprocess.Popen(command, env=environment)
 
-    driver = start()
+    driver = start(0.01)  # ten seconds, of which it is given one or two, however late the kill is
     while len(list((tmp_path / "store").glob("*.safetensors"))) < 5:
         assert driver.poll() is None, "it ended too soon"
         time.sleep(0.002)
@@ -270,7 +284,7 @@ def test_a_killed_driver_loses_nothing_that_was_finished(tmp_path, kind):
     kept = 50 * len(list((tmp_path / "store").glob("*.safetensors")))
     assert 250 <= kept < 2000
     before = len(seen(tmp_path))
-    assert start().wait() == 0
+    assert start(0.0).wait() == 0
     assert (tmp_path / "ended").exists()
     assert len(seen(tmp_path)) - before == 2000 - kept, "what was kept is not evaluated again"
     assert sorted(set(seen(tmp_path))) == list(range(2000))
