@@ -46,13 +46,19 @@ def messages_only_in(*wanted: str) -> SolveStage:
 
 
 def walked(
-    solve_stage: SolveStage = standard_stage, *, sweeps: int = 1, **options: Any
+    solve_stage: SolveStage = standard_stage, *, sweeps: int = 1, anchor: str = "mean", **options: Any
 ) -> Callable[[Bench], MergeOutput]:
     """A trunk of its own, then the cheap readout."""
     recipe = Recipe(**options)
     return lambda bench: fitted(
-        build_trunk(bench.specialists, recipe, solve_stage=solve_stage, sweeps=sweeps), Setting()
+        build_trunk(bench.specialists, recipe, solve_stage=solve_stage, sweeps=sweeps, anchor=anchor),
+        Setting(),
     )
+
+
+def anchored_at_specialist(k: int) -> Callable[[Bench], MergeOutput]:
+    """Solves that begin at a specialist and are pulled to it."""
+    return lambda bench: walked(anchor=bench.specialists[k].name)(bench)
 
 
 def messages_in_last_block(bench: Bench) -> MergeOutput:
@@ -68,6 +74,10 @@ def trials() -> list[Trial]:
     rows: list[tuple[str, str, Callable[[Bench], MergeOutput], int]] = [
         ("filters", "filter network as a further closing map", walked(filters_too), 21),
         ("two sweeps", "second sweep anchored at the first", walked(sweeps=2), 22),
+        ("anchor base", "solves start at the base, to which the ridge pulls", walked(anchor="base"), 23),
+        ("anchor task arithmetic", "the same with task arithmetic", walked(anchor="task arithmetic"), 23),
+        ("anchor first specialist", "the same with the first specialist", anchored_at_specialist(0), 23),
+        ("anchor second specialist", "the same with the second specialist", anchored_at_specialist(1), 23),
         ("messages none", "no message-level solves", walked(messages=False), 55),
         ("messages last", "message-level solves in the last block only", messages_in_last_block, 56),
         ("slopes off", "layers agree in values only", walked(directions=0), 57),

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from ase_gffmerge.merging.calibration import (
 )
 from ase_gffmerge.merging.layerwise import align_layers
 from ase_gffmerge.merging.recipe import Recipe
+from ase_gffmerge.merging.selection import known_ancestor, starting_points
 from ase_gffmerge.merging.tangents import Dual, Tensors, pushforward
 from ase_gffmerge.models import Potential
 from ase_gffmerge.models.base import Stage
@@ -58,12 +60,28 @@ def build_trunk(
     *,
     solve_stage: SolveStage = standard_stage,
     sweeps: int = 1,
+    anchor: str = "mean",
 ) -> Trunk:
-    """Walk the stages, ``sweeps`` times; every sweep is anchored at the weights that the one before left."""
+    """Walk the stages, ``sweeps`` times; every sweep is anchored at the weights that the one before left.
+
+    Parameters
+    ----------
+    specialists, recipe
+        What is merged, and the options of steps 1-4.
+    solve_stage
+        What happens at every stage.
+    sweeps
+        How often all stages are walked.
+    anchor
+        Starting point of the first sweep, to which the ridge pulls: the first whose name begins so
+        (:func:`~ase_gffmerge.merging.selection.starting_points`).
+    """
     start = time.process_time()
     parents = working_copies(specialists, torch.device("cpu"))
     align_references(parents)
-    potential = mean_potential(parents, recipe)
+    mean = mean_potential(parents, recipe)
+    points = starting_points(mean, parents, None if anchor == "mean" else known_ancestor(specialists))
+    potential = deepcopy(next(point for name, point in points if name.startswith(anchor)))
     weights = recipe.weights or (1.0,) * len(parents)
     for _ in range(sweeps):
         calibration_sets = build_calibration(parents, potential, weights, directions=recipe.directions)
