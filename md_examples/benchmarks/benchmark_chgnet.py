@@ -50,7 +50,7 @@ METHODS = ("mean", "task_arithmetic", "paper")
 MERGES: dict[str, Any] = {
     "closed form, plain readout": {"preset": "closed-form", "readout": None},
     "closed-form": "closed-form",
-    "default": "gffmerge",
+    "gffmerge": "gffmerge",
 }
 """Recipes: solves with the plain readout, which CHGNet's own format can hold, with the wide one, and the default."""
 DISTILLATION = DistillOptions(epochs=1, batch_size=2, copies=0, learning_rate=5e-4, stress_weight=20.0)

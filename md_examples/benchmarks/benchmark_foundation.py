@@ -88,7 +88,7 @@ def made(row: str, model: str, out: Path) -> Potential:
     recipe = MERGES[row]
     if isinstance(recipe, Mapping) and "keep_base" in recipe:
         recipe = {**recipe, "keep_base": size.base_frames}
-    path = model_path(out, file_name(row))
+    path = model_path(out, f"{file_name(row)}-{MERGE_VERSION}")
     if not path.exists() or not is_merge(ForceField.load(path), recipe, specialists):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MergeWarning)

@@ -37,7 +37,7 @@ RECIPES: dict[str, Any] = {
     "mean": "mean",
     "paper": {"preset": "paper"},
     "closed form, plain readout": {"preset": "closed-form", "readout": None},
-    "default": "gffmerge",
+    "gffmerge": "gffmerge",
 }
 
 

@@ -12,6 +12,7 @@ from ase.spacegroup import crystal
 from ase_gffmerge.data.frames import displaced
 from ase_gffmerge.dynamics.batched_md import run_replicas
 from ase_gffmerge.inference.predict import FramePredictions, predict_frames
+from ase_gffmerge.merging.recipe import DistillOptions
 from ase_gffmerge.models import Potential
 from ase_gffmerge.sampling.generic_frames import RATTLE, STRAIN, generic_frames
 
@@ -26,14 +27,28 @@ TEMPERATURES = (300.0, 1000.0)
 
 
 def new_compounds() -> dict[str, Atoms]:
-    """Compounds in structures and with lattice constants from experiment (Å), and three molecules."""
+    """Compounds in structures and with lattice constants from experiment (Å), and molecules."""
     rutile = {"spacegroup": 136, "cellpar": [4.594, 4.594, 2.959, 90, 90, 90]}
     corundum = {"spacegroup": 167, "cellpar": [4.759, 4.759, 12.991, 90, 90, 120], "primitive_cell": True}
     layered = {"spacegroup": 166, "cellpar": [2.816, 2.816, 14.05, 90, 90, 120], "primitive_cell": True}
     perovskite = {"spacegroup": 221, "cellpar": [3.905, 3.905, 3.905, 90, 90, 90]}
     quartz = {"spacegroup": 154, "cellpar": [4.913, 4.913, 5.405, 90, 90, 120]}
     corners = [(0, 0, 0), (0.5, 0.5, 0.5), (0.5, 0.5, 0)]
+    cuprite = {"spacegroup": 224, "cellpar": [4.27, 4.27, 4.27, 90, 90, 90]}
+    auricupride = {"spacegroup": 221, "cellpar": [3.75, 3.75, 3.75, 90, 90, 90]}
     return {
+        "Cu2O": crystal("CuO", [(0.25, 0.25, 0.25), (0, 0, 0)], **cuprite),
+        "Cu3Au": crystal(["Au", "Cu"], [(0, 0, 0), (0, 0.5, 0.5)], **auricupride),
+        "NiAl": bulk("NiAl", "cesiumchloride", a=2.88).repeat(2),
+        "TiC": bulk("TiC", "rocksalt", a=4.33, cubic=True),
+        "KCl": bulk("KCl", "rocksalt", a=6.29, cubic=True),
+        "PbTe": bulk("PbTe", "rocksalt", a=6.46, cubic=True),
+        "SiC": bulk("SiC", "zincblende", a=4.36, cubic=True),
+        "InP": bulk("InP", "zincblende", a=5.87, cubic=True),
+        "CdTe": bulk("CdTe", "zincblende", a=6.48, cubic=True),
+        "GaN": bulk("GaN", "wurtzite", a=3.19, c=5.19).repeat((2, 2, 1)),
+        "CaF2": bulk("CaF2", "fluorite", a=5.46, cubic=True),
+        "CeO2": bulk("CeO2", "fluorite", a=5.41, cubic=True),
         "NaCl": bulk("NaCl", "rocksalt", a=5.64, cubic=True),
         "MgO": bulk("MgO", "rocksalt", a=4.21, cubic=True),
         "Si": bulk("Si", cubic=True),
@@ -53,6 +68,8 @@ def new_compounds() -> dict[str, Atoms]:
         "CO2": molecule("CO2"),
         "H2O": molecule("H2O"),
         "C6H6": molecule("C6H6"),
+        "C7NH5": molecule("C7NH5"),
+        "biphenyl": molecule("biphenyl"),
     }
 
 
@@ -63,18 +80,20 @@ def in_box(slab: Atoms) -> Atoms:
 
 
 def probe_frames(species: Sequence[int], n_seen: int) -> dict[str, list[Atoms]]:
-    """Displaced structures: of compounds that a merge with the base is shown, displaced anew, and of others.
+    """Displaced structures: of compounds that every merge with the base is shown, displaced anew, and of others.
+
+    The others are in no merge, in no refinement either.
 
     Parameters
     ----------
     species
         Elements of the foundation model.
     n_seen
-        How many structures such a merge is shown.
+        How many structures such a merge is shown; a refinement of it, so many more as it makes copies of other frames.
     """
     rng = np.random.default_rng(1)
     shown = generic_frames(species, n_seen)
-    formulas = {formula(atoms) for atoms in shown}
+    formulas = {formula(atoms) for atoms in generic_frames(species, n_seen * (1 + DistillOptions().copies))}
     known = set(species)
     others = [
         atoms
