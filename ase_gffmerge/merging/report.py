@@ -295,8 +295,10 @@ class MergeReport:
     @property
     def advice(self) -> str:
         """What to do with a potential of this verdict."""
-        forgetful = self.verdict != "good" and "base" in self._worst[2]
-        return "merge with keep_base, or keep to its own systems" if forgetful else ADVICE[self.verdict]
+        if self.verdict == "good" or "base" not in self._worst[2]:
+            return ADVICE[self.verdict]
+        kept = any(f"{row.base} (base)" in self.specialists for row in self.forgetting)
+        return f"{'keep_base with more structures' if kept else 'merge with keep_base'}, or keep to its own systems"
 
     def __repr__(self) -> str:
         """One line; :meth:`summary` is longer."""
@@ -328,9 +330,8 @@ class MergeReport:
         FileFormatError
             For a dictionary that is no report.
         """
-        derived = ("verdict", "relative_disagreement")
         try:
-            known = {k: v for k, v in data.items() if k not in derived}
+            known = {k: v for k, v in data.items() if k not in ("verdict", "relative_disagreement")}
             return TypeAdapter(cls).validate_python({"version": "", "date": "", **known})
         except ValidationError as error:
             finding = error.errors()[0]
@@ -343,8 +344,8 @@ class MergeReport:
         """A few lines for a terminal."""
         value, quantity, whose = self._worst
         of = " from its base on new compounds" if "base" in whose else ""
-        error = f"  relative disagreement in {quantity} {100 * value:.1f} %{of}"
-        lines = [f"merge of {', '.join(self.specialists)}: {self.verdict}", error]
+        lines = [f"merge of {', '.join(self.specialists)}: {self.verdict}"]
+        lines.append(f"  relative disagreement in {quantity} {100 * value:.1f} %{of}")
         for row in self.disagreements:
             lines.append(
                 f"  {row.specialist}: {row.model} differs by {1000 * row.force_mae:.1f} meV/Å, "
@@ -366,8 +367,7 @@ class MergeReport:
         if self.averaged:
             lines.append(f"  as in the starting point, as no solve covers them: {_listed(self.averaged)}")
         lines.append("  " + ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items()))
-        if self.closed_loop:
-            lines += ["on its own trajectories", *_rounds(self.closed_loop)]
+        lines += ["on its own trajectories", *_rounds(self.closed_loop)] if self.closed_loop else []
         return "\n".join(lines)
 
 

@@ -163,6 +163,8 @@ def starting_points(
             yield f"task arithmetic, λ {scale:.3g}", _with_tables(mean, arithmetic)
         yield f"base {base.name}", _with_tables(mean, space.potential(space.origin))
     for s, vector, known in zip(specialists, space.vectors, space.known, strict=True):
+        if base is not None and s.fingerprint == base.fingerprint:  # it has joined, and was tried already
+            continue
         yield s.name, _with_tables(mean, space.potential(torch.where(known, vector, unknown)))
 
 

@@ -18,7 +18,7 @@ from ase_gffmerge.merging.report_plot import report_html
 from ase_gffmerge.merging.selection import known_ancestor
 from ase_gffmerge.models.affine_maps import affine_maps
 from ase_gffmerge.sampling.generic_frames import MAX_ATOMS, compound, generic_frames
-from helpers.toys import SHALLOW, family, toy
+from helpers.toys import SHALLOW, family, rattled, relative, toy
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
 MANY = (1, 3, 6, 7, 8, 9, 13, 14, 16, 29, 47, 78)
@@ -63,6 +63,14 @@ def test_what_the_base_knew_is_kept() -> None:
         return float(np.abs(ours - theirs).mean())
 
     assert forgotten({"keep_base": 20}) < 0.7 * forgotten({})
+
+
+def test_a_base_that_joins_is_tried_as_a_start_once() -> None:
+    base = toy("painn", SHALLOW["painn"], MANY)
+    pair = [relative(base, f"s{k}", rattled("CH3OH", 2, seed=k), seed=k) for k in range(2)]
+    recipe = {"preset": "fast", "messages": False, "keep_base": 6}
+    _, report = merge(pair, recipe, base=base, device="cpu")
+    assert [trial.name for trial in report.trials if "base" in trial.name] == ["base base"]
 
 
 def test_a_base_that_is_not_at_hand() -> None:
@@ -119,7 +127,11 @@ def test_the_report_tells_what_was_forgotten() -> None:
     assert "compounds that were not in the merge" in report_html(merged)
     worse = replace(report, forgetting=(replace(first, relative=5.0),))
     assert worse.verdict == "failed"
-    assert "misses on new compounds its base's forces by 500 %" in worse.warning
+    assert (
+        "misses on new compounds its base's forces by 500 %; keep_base with more structures, or"
+        in worse.warning
+    )
+    assert "500 %; merge with keep_base, or" in replace(worse, specialists=("s0", "s1")).warning
     shown = {compound(atoms) for atoms in generic_frames(base.species, 6)}
     assert first.worst_compound not in shown
 
