@@ -24,6 +24,10 @@ ANIONS = (7, 8, 9, 16, 17, 35)
 RATTLE, STRAIN = 0.05, 0.03
 """Standard deviation of displacements in Å, and the largest strain of a cell."""
 
+DENSEST = 0.176
+"""Atoms per Å³ that no crystal exceeds: those of diamond. Covalent radii alone would press hydrogen or helium far beyond,
+where nothing is known and every atom has thousands of neighbors."""
+
 Rng = np.random.Generator
 
 
@@ -36,7 +40,7 @@ def generic_frames(
     zinc blende, fluorite and perovskite, one is a slab and two are molecules of ASE's collection g2, as far as there
     are some of the elements. Every element has its turn before one comes again; every other compound is one with a common
     anion. Bonds are as long as the sum of covalent radii (Cordero et al., doi:10.1039/b801115j), elements as in ASE's table
-    of reference states.
+    of reference states, and no crystal is denser than diamond.
 
     Parameters
     ----------
@@ -80,7 +84,7 @@ def generic_frames(
         made = makers[turns[attempt % len(turns)]]()
         if made is not None:
             strain = STRAIN if made.pbc.all() else 0.0
-            frames.append(displaced(made, rattle=RATTLE, strain=strain, rng=rng))
+            frames.append(displaced(_no_denser(made), rattle=RATTLE, strain=strain, rng=rng))
     return frames
 
 
@@ -94,6 +98,14 @@ def _in_turn(elements: Sequence[int], rng: Rng) -> Iterator[int]:
     order = [int(z) for z in rng.permutation(elements)]
     while True:
         yield from order
+
+
+def _no_denser(atoms: Atoms) -> Atoms:
+    """The structure itself, its crystal expanded to the density of diamond where it is denser."""
+    if atoms.pbc.all():
+        excess = len(atoms) / atoms.get_volume() / DENSEST
+        atoms.set_cell(max(excess, 1.0) ** (1 / 3) * atoms.cell.array, scale_atoms=True)
+    return atoms
 
 
 def _repeated(atoms: Atoms) -> Atoms:

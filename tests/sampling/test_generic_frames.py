@@ -17,7 +17,7 @@ from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.merging.report_plot import report_html
 from ase_gffmerge.merging.selection import known_ancestor
 from ase_gffmerge.models.affine_maps import affine_maps
-from ase_gffmerge.sampling.generic_frames import MAX_ATOMS, compound, generic_frames
+from ase_gffmerge.sampling.generic_frames import DENSEST, MAX_ATOMS, STRAIN, compound, generic_frames
 from helpers.toys import SHALLOW, family, rattled, relative, toy
 
 pytestmark = pytest.mark.filterwarnings("ignore::ase_gffmerge.errors.MergeWarning")
@@ -37,6 +37,13 @@ def test_structures_of_many_compounds(periodic) -> None:
         first, second, distance = neighbor_list("ijd", atoms, 3.0)
         bonds = covalent_radii[atoms.numbers[first]] + covalent_radii[atoms.numbers[second]]
         assert (distance > 0.6 * bonds).all()
+
+
+def test_no_crystal_is_denser_than_diamond() -> None:
+    """Of all elements; helium by its covalent radius would have 900 neighbors within 3 Å, a million angles per atom."""
+    for atoms in generic_frames(range(1, 95), 200, periodic=True):
+        assert len(atoms) / atoms.get_volume() < DENSEST * (1 + STRAIN) ** 3
+        assert len(neighbor_list("i", atoms, 3.0)) < 50 * len(atoms)
 
 
 @pytest.mark.parametrize("species", [(29,), (8,), (2,), (6, 8)])
