@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from ase_gffmerge.errors import RecipeError
 from ase_gffmerge.storage.documents import STRICT, Seed, Whole, explain, read_options, shown, with_text_keys
 
-MERGE_VERSION = 13
+MERGE_VERSION = 14
 """Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""
 
 

@@ -34,7 +34,7 @@ from foundation_models import (
     make_frames,
     specialist,
 )
-from foundation_probes import contacts, dynamics, forgetting, probe_frames
+from foundation_probes import contacts, dynamics, forgetting, new_compounds, probe_frames
 from method_table import Column, table
 from training_plan import model_path, say
 
@@ -152,7 +152,11 @@ def rows(names: list[str], model: str, out: Path) -> dict[str, dict[str, Any]]:
     spawned = multiprocessing.get_context("spawn")
     for name in names:
         path = out / "rows" / f"{file_name(name)}.json"
-        identity = {"merge_version": MERGE_VERSION if name in MERGES else None, "size": repr(SIZES[model])}
+        identity = {
+            "merge_version": MERGE_VERSION if name in MERGES else None,
+            "size": repr(SIZES[model]),
+            "new": list(new_compounds()),
+        }
         if not path.exists() or json.loads(path.read_text())["identity"] != identity:
             say(f"{name} ...")
             with ProcessPoolExecutor(1, mp_context=spawned) as pool:
