@@ -176,6 +176,26 @@ def test_layers_with_unit_weights_are_the_products(research, bench):
     assert stage is not ours
 
 
+@pytest.mark.parametrize("anchor", ["mean", "base", "task arithmetic", NAMES[1]])
+def test_where_the_solves_start(research, bench, anchor):
+    """Without a step towards the specialists, the trunk is its starting point."""
+    trunk = research("trunk").build_trunk(
+        bench.specialists, Recipe(), solve_stage=lambda name, stage, *rest: stage, anchor=anchor
+    )
+    base = ForceField.load("rmd17-base", dtype=torch.float64)
+    models = [base.potential, *(s.potential for s in bench.specialists)]
+    weights = [model.stages[2].out.weight for model in models]
+    expected = {"mean": (weights[1] + weights[2]) / 2, "base": weights[0], NAMES[1]: weights[2]}
+    found = trunk.potential.stages[2].out.weight
+    if anchor in expected:
+        torch.testing.assert_close(found, expected[anchor])
+    else:
+        change, (one, other) = found - weights[0], [w - weights[0] for w in weights[1:]]
+        scale = (change * (one + other)).sum() / (one + other).square().sum()
+        torch.testing.assert_close(change, scale * (one + other))
+        assert scale > 0
+
+
 @pytest.mark.parametrize("index", [2, 3])
 def test_a_stage_with_random_hidden_features_starts_as_it_was(research, bench, index):
     potential, hidden = bench.trunk.potential, research("hidden_width")
@@ -189,6 +209,15 @@ def test_a_stage_with_random_hidden_features_starts_as_it_was(research, bench, i
         torch.testing.assert_close(wide(state, edges), stage(state, edges))
         wide.out.weight[:, -7:] = 0.1
         assert not torch.allclose(wide(state, edges)[0], stage(state, edges)[0])
+
+
+def test_widened_stages_are_solved_to_their_end(research, bench):
+    trunk = research("trunk").build_trunk(
+        bench.specialists, Recipe(), solve_stage=research("hidden_width").with_random_hidden(4)
+    )
+    kinds = [type(stage).__name__ for stage in trunk.potential.stages]
+    assert kinds == ["Message", "WideUpdate", *["WideMessage", "WideUpdate"] * 2]
+    assert all(torch.isfinite(p).all() for p in trunk.potential.parameters())
 
 
 def test_low_rank_corrections_have_that_rank(research, bench):

@@ -18,6 +18,11 @@ CLOSING = {"Message": ("out",), "Update": ("out",), "Interaction": ("linear_down
 """Affine layers in which a stage's output is linear, by stage."""
 
 
+def closing_maps(stage: Stage) -> Sequence[str]:
+    """Affine layers in which a stage's output is linear; those of what it descends from."""
+    return next(CLOSING[kind.__name__] for kind in type(stage).__mro__ if kind.__name__ in CLOSING)
+
+
 def align_messages(
     name: str,
     merged: Stage,
@@ -50,7 +55,7 @@ def align_messages(
     ]
     scales = [_part_scales(dual, t.weight, recipe) for dual, t in zip(targets, calibration_sets, strict=True)]
     reports = []
-    for layer in closing or CLOSING[type(merged).__name__]:
+    for layer in closing or closing_maps(merged):
         for problem in layer_maps(layer, merged.get_submodule(layer)):
             terms = [
                 MessageTerm(_output_of(merged, layer, problem, scene), dual.value + dual.tangent, scale)

@@ -8,7 +8,7 @@ from ase_gffmerge.merging.layerwise import align_layers
 from ase_gffmerge.merging.recipe import Recipe
 from ase_gffmerge.models.base import Stage
 from research.bench import Bench, MergeOutput, Trial
-from research.closing_maps import CLOSING, align_messages
+from research.closing_maps import align_messages, closing_maps
 from research.readout_fit import Setting, fitted
 from research.trunk import SolveStage, build_trunk, standard_stage
 
@@ -24,7 +24,7 @@ def filters_too(
 ) -> Stage:
     """Message-level solves for ``out`` and then for the filter network, in which PaiNN's messages are linear too."""
     align_layers(name, stage, originals, calibration_sets, recipe, run=run_stage, inputs=stage_inputs)
-    closing = CLOSING[type(stage).__name__] + ("filters",) * hasattr(stage, "filters")
+    closing = (*closing_maps(stage), *("filters",) * hasattr(stage, "filters"))
     align_messages(name, stage, originals, calibration_sets, recipe, closing=closing)
     return stage
 
