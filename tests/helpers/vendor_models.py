@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from ase.calculators.calculator import Calculator
 
 from ase_gffmerge import ForceField, GFFMergeCalculator, merge
 from ase_gffmerge.integrations.load import export, from_vendor
+from ase_gffmerge.merging.report import MergeReport
 from ase_gffmerge.models import Potential
 
 QUICK = {"preset": "closed-form", "readout": {"width": 64, "copies": 1}, "directions": 1}
@@ -64,6 +65,31 @@ def assert_same(ours: Calculator, theirs: Calculator, atoms: Atoms, *, tolerance
     np.testing.assert_allclose(own.get_forces(), atoms.get_forces(), atol=size)
     if atoms.pbc.any():
         np.testing.assert_allclose(own.get_stress(), atoms.get_stress(), atol=size)
+
+
+def assert_results_are_the_vendors(
+    vendor: str,
+    model: torch.nn.Module,
+    calculator: Callable[[Any], Calculator],
+    *,
+    tolerance: float,
+    dtype: Literal["float32", "float64"] = "float32",
+) -> None:
+    """A model in memory is served with the results of its own calculator, for all :func:`structures`."""
+    ours = GFFMergeCalculator(from_vendor(vendor, model), dtype=dtype, device="cpu")
+    for atoms in structures():
+        assert_same(ours, calculator(model), atoms, tolerance=tolerance)
+
+
+def merged_files(sources: Sequence[str], folder: Path) -> GFFMergeCalculator:
+    """Two files of a package merged at once, each with one of the :func:`structures`."""
+    return GFFMergeCalculator(
+        sources,
+        calibration=[[atoms] for atoms in structures()],
+        recipe={"preset": "closed-form", "readout": None, "messages": False, "directions": 0},
+        cache_dir=folder,
+        device="cpu",
+    )
 
 
 def moved(model: torch.nn.Module, *, seed: int, size: float) -> torch.nn.Module:
@@ -158,3 +184,10 @@ def solves_that_beat_paper_and_mean(pair: list[ForceField]) -> tuple[ForceField,
     errors = {name: error for name, (_, _, error) in found.items()}
     assert errors["default"] < 0.7 * min(errors["mean"], errors["paper"]), errors
     return found["default"][:2]
+
+
+def assert_the_default_beats_the_mean(pair: list[ForceField]) -> MergeReport:
+    """Less than 0.9 times its force error; gives the report."""
+    found = merges(pair, {"mean": "mean", "default": "gffmerge"})
+    assert found["default"][2] < 0.9 * found["mean"][2]
+    return found["default"][1]

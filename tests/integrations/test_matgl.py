@@ -17,8 +17,10 @@ from ase_gffmerge.testing import check_calculator, check_integration
 from helpers.vendor_models import (
     Trap,
     assert_copies_merge_into,
+    assert_results_are_the_vendors,
     assert_same,
-    merges,
+    assert_the_default_beats_the_mean,
+    merged_files,
     moved,
     relatives,
     solves_that_beat_paper_and_mean,
@@ -97,17 +99,12 @@ def own(architecture: str = "m3gnet") -> ForceField:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_results_are_the_vendors_in_double_precision(variant, double):
     model = build(variant).double()
-    ours = GFFMergeCalculator(from_vendor("matgl", model), dtype="float64", device="cpu")
-    for atoms in structures():
-        assert_same(ours, calculator(model), atoms, tolerance=1e-9)
+    assert_results_are_the_vendors("matgl", model, calculator, tolerance=1e-9, dtype="float64")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_results_are_the_vendors(variant):
-    model = build(variant)
-    ours = GFFMergeCalculator(from_vendor("matgl", model), device="cpu")
-    for atoms in structures():
-        assert_same(ours, calculator(model), atoms, tolerance=3e-6)
+    assert_results_are_the_vendors("matgl", build(variant), calculator, tolerance=3e-6)
 
 
 def test_atoms_in_line_are_the_vendors_to_its_clamp(double):
@@ -220,14 +217,7 @@ def test_vendor_folders_are_merged_served_and_exported(tmp_path):
     sources = [
         checkpoint(tmp_path / f"{k}", moved(build("tensornet smooth"), seed=k, size=0.1)) for k in range(2)
     ]
-    recipe = {"preset": "closed-form", "readout": None, "messages": False, "directions": 0}
-    calc = GFFMergeCalculator(
-        sources,
-        calibration=[[atoms] for atoms in structures()],
-        recipe=recipe,
-        cache_dir=tmp_path,
-        device="cpu",
-    )
+    calc = merged_files(sources, tmp_path)
     path = export(calc.force_field, tmp_path / "merged")
     about = json.loads((path / "model.json").read_text())
     assert about["kwargs"]["model"]["init_args"]["element_types"] == ["H", "C", "O"]
@@ -252,6 +242,4 @@ def test_the_solves_beat_paper_and_mean(tmp_path):
 
 def test_the_default_beats_the_mean_of_tensornets():
     pair = relatives("matgl", lambda: build("tensornet smooth").double(), size=0.1)
-    found = merges(pair, {"mean": "mean", "default": "gffmerge"})
-    assert found["default"][2] < 0.9 * found["mean"][2]
-    assert found["default"][1].averaged == ()
+    assert assert_the_default_beats_the_mean(pair).averaged == ()

@@ -15,8 +15,9 @@ from ase_gffmerge.integrations.metatrain import quiet_package
 from ase_gffmerge.testing import check_integration
 from helpers.vendor_models import (
     assert_copies_merge_into,
+    assert_results_are_the_vendors,
     assert_same,
-    merges,
+    assert_the_default_beats_the_mean,
     moved,
     relatives,
     solves_that_beat_paper_and_mean,
@@ -109,17 +110,12 @@ def checkpoint(path, model):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_results_are_the_vendors_in_double_precision(variant):
     model = build(variant).double()
-    ours = GFFMergeCalculator(from_vendor("metatrain", model), dtype="float64", device="cpu")
-    for atoms in structures():
-        assert_same(ours, calculator(model), atoms, tolerance=1e-9)
+    assert_results_are_the_vendors("metatrain", model, calculator, tolerance=1e-9, dtype="float64")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_results_are_the_vendors(variant):
-    model = build(variant)
-    ours = GFFMergeCalculator(from_vendor("metatrain", model), device="cpu")
-    for atoms in structures():
-        assert_same(ours, calculator(model), atoms, tolerance=ROUND_OFF)
+    assert_results_are_the_vendors("metatrain", build(variant), calculator, tolerance=ROUND_OFF)
 
 
 def test_the_adapter_does_what_its_users_rely_on():
@@ -235,5 +231,4 @@ def test_the_solves_beat_paper_and_mean(tmp_path):
 
 def test_the_default_beats_the_mean():
     pair = relatives("metatrain", build_double, size=0.1)
-    found = merges(pair, {"mean": "mean", "default": "gffmerge"})
-    assert found["default"][2] < 0.9 * found["mean"][2]
+    assert_the_default_beats_the_mean(pair)

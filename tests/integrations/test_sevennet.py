@@ -14,6 +14,7 @@ from helpers.vendor_models import (
     assert_copies_have_the_constants_of,
     assert_copies_merge_into,
     assert_same,
+    merged_files,
     merged_saved_cached_and_exported,
     moved,
     relatives,
@@ -298,14 +299,7 @@ def test_vendor_files_are_merged_served_and_exported(tmp_path):
         checkpoint(tmp_path / f"{k}.pth", moved(build(**change), seed=k, size=0.1), **change)
         for k, change in enumerate(changes)
     ]
-    recipe = {"preset": "closed-form", "readout": None, "messages": False, "directions": 0}
-    calc = GFFMergeCalculator(
-        sources,
-        calibration=[[atoms] for atoms in structures()],
-        recipe=recipe,
-        cache_dir=tmp_path,
-        device="cpu",
-    )
+    calc = merged_files(sources, tmp_path)
     path = export(calc.force_field, tmp_path / "merged.pth")
     for atoms in structures():
         assert_same(calc, SevenNetCalculator(path, device="cpu"), atoms, tolerance=3e-6)
