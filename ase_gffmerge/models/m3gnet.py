@@ -223,7 +223,7 @@ class Convolution(Stage):
         atoms, edges = state
         radial = geometry.radial[:, : self.n_weights]
         ends: list[Part] = [(atoms, geometry.receiver), (atoms, geometry.sender)]
-        edges = edges + self.edge_network([*ends, (edges, None)]) * self.edge_weights(radial)
+        edges = torch.addcmul(edges, self.edge_network([*ends, (edges, None)]), self.edge_weights(radial))
         weights = self.atom_weights(radial)
         if self.activated:
             weights = silu(weights)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from ase import Atoms, units
 from ase.build import molecule
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.md import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from benchmark_students import box
 from training_plan import say, write_frames
@@ -161,7 +161,7 @@ def drift(data: Path, out: Path, device: str) -> list[dict[str, Any]]:
         made, _ = trained(data, out, architecture, EPOCHS)
         atoms = molecule("CH3CH2OH")
         atoms.calc = GFFMergeCalculator(made, device="cpu")
-        MaxwellBoltzmannDistribution(atoms, temperature_K=600, rng=np.random.default_rng(0))
+        thermalize_momenta(atoms, 600, rng=np.random.default_rng(0))
         energies: list[float] = []
         dynamics = VelocityVerlet(atoms, 0.5 * units.fs)
         dynamics.attach(lambda found=energies, a=atoms: found.append(a.get_total_energy()), interval=20)

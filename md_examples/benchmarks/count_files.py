@@ -26,7 +26,7 @@ from types import CodeType, FrameType
 import numpy as np
 import torch
 from ase import units
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.md import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 
 import ase_gffmerge
@@ -79,7 +79,7 @@ def measure(recipe: str) -> dict[str, dict[str, list[str]]]:
         cases = {"miss": files_of(build), "hit": files_of(build)}
         atoms = ase_gffmerge.ForceField.load(PAIR[0]).calibration[0].copy()
         atoms.calc = build()
-        MaxwellBoltzmannDistribution(atoms, temperature_K=300, rng=np.random.RandomState(0))
+        thermalize_momenta(atoms, 300, rng=np.random.default_rng(0))
         dynamics = VelocityVerlet(atoms, 0.1 * units.fs)
         dynamics.run(5)
         return {**cases, "step": files_of(lambda: dynamics.run(1))}

@@ -213,8 +213,12 @@ class JoinedLinear(nn.Linear):
         weights = self.weight.split([features.shape[-1] for features, _ in parts], dim=1)
         total: Tensor = self.bias
         for (features, rows), weight in zip(parts, weights, strict=True):
-            product = features @ weight.T
-            total = (product if rows is None else take_rows(product, rows)) + total
+            if rows is None:
+                total = torch.addmm(total, features, weight.T)
+            elif total is self.bias:
+                total = take_rows(features @ weight.T + total, rows)
+            else:
+                total = take_rows(features @ weight.T, rows) + total
         return total
 
     def entering(self, parts: Sequence[Part]) -> Tensor:
