@@ -248,11 +248,13 @@ def check_compatible(specialists: Sequence[ForceField], recipe: Recipe) -> None:
         _check_alone(specialist, recipe)
     for first, second in combinations(specialists, 2):
         _check_pair(first, second, recipe)
-    weights = recipe.weights
-    if weights is not None and (len(weights) != len(specialists) or min(weights) <= 0):
-        raise RecipeError(
-            f"weights {list(weights)} must be {len(specialists)} positive numbers, one per specialist"
-        )
+    check_weights(recipe.weights, len(specialists))
+
+
+def check_weights(weights: Sequence[float] | None, n: int) -> None:
+    """Raise :class:`RecipeError` for weights that are not ``n`` positive numbers."""
+    if weights is not None and (len(weights) != n or min(weights) <= 0):
+        raise RecipeError(f"weights {list(weights)} must be {n} positive numbers, one per specialist")
 
 
 def _check_alone(specialist: ForceField, recipe: Recipe) -> None:

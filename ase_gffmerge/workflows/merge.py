@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ase_gffmerge.errors import MergeWarning, RecipeError
+from ase_gffmerge.errors import IncompatibleSpecialistsError, MergeWarning, RecipeError
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.inference.errors import FORCE_FLOOR
+from ase_gffmerge.merging.average import check_weights
 from ase_gffmerge.merging.disagreement import forgetting
 from ase_gffmerge.merging.merge import closed_form_merge
 from ase_gffmerge.merging.recipe import DistillOptions, Recipe, load_recipe
@@ -89,7 +90,8 @@ def merge(
         base = known_ancestor(specialists)
     joined, inner = list(specialists), recipe
     if recipe.keep_base:
-        joined.append(_with_structures(base, recipe, level_of_theory=specialists[0].level_of_theory))
+        check_weights(recipe.weights, len(specialists))  # that of the base is added
+        joined.append(_with_structures(base, recipe, specialists))
         weights = (*recipe.weights, 1.0) if recipe.weights else None
         inner = recipe.model_copy(update={"weights": weights})
     with freed_memory_kept():
@@ -114,16 +116,23 @@ def _asks_for_base(recipe: Recipe, first: ForceField) -> bool:
     return bool(recipe.keep_base or begins or first.provenance.origin)
 
 
-def _with_structures(base: ForceField | None, recipe: Recipe, *, level_of_theory: str) -> ForceField:
+def _with_structures(
+    base: ForceField | None, recipe: Recipe, specialists: Sequence[ForceField]
+) -> ForceField:
     """The base as one more specialist, with structures of many compounds among its calibration frames."""
     if base is None:
         raise RecipeError(
             "keep_base keeps what the specialists' common base knew, and neither a bundled model nor an installed package's "
             "weights are on record as that base; give it as base=..., with --base FILE, or leave keep_base out"
         )
+    for specialist in specialists:
+        if specialist.fingerprint == base.fingerprint and not recipe.allow_identical:
+            raise IncompatibleSpecialistsError(
+                f"{specialist.name!r} is the base of keep_base, which joins by itself; leave it out of the specialists"
+            )
     frames = generic_frames(base.species, recipe.keep_base, periodic=_periodic(base))
     kept = base.with_calibration((*base.calibration, *frames))
-    return replace(kept, name=f"{base.name} (base)", level_of_theory=level_of_theory)
+    return replace(kept, name=f"{base.name} (base)", level_of_theory=specialists[0].level_of_theory)
 
 
 def _periodic(base: ForceField) -> bool | None:

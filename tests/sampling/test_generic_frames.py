@@ -8,7 +8,7 @@ from ase.data import covalent_radii
 from ase.neighborlist import neighbor_list
 
 from ase_gffmerge import GFFMergeCalculator, merge
-from ase_gffmerge.errors import ArgumentError, RecipeError
+from ase_gffmerge.errors import ArgumentError, IncompatibleSpecialistsError, RecipeError
 from ase_gffmerge.forcefield.provenance import Provenance
 from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.merging import selection
@@ -141,6 +141,15 @@ def test_the_report_tells_what_was_forgotten() -> None:
     assert "500 %; merge with keep_base, or" in replace(worse, specialists=("s0", "s1")).warning
     shown = {compound(atoms) for atoms in generic_frames(base.species, 6)}
     assert first.worst_compound not in shown
+
+
+def test_what_does_not_go_with_a_base_that_is_kept() -> None:
+    base, pair = toy("painn"), family("painn", 2, frames=2)
+    with pytest.raises(RecipeError, match=r"weights \[1.0, 2.0, 3.0\] must be 2 positive numbers"):
+        merge(pair, {"preset": "fast", "weights": [1, 2, 3]}, base=base, keep_base=2, device="cpu")
+    own = [pair[0], base.with_calibration(pair[1].calibration)]
+    with pytest.raises(IncompatibleSpecialistsError, match="joins by itself; leave it out"):
+        merge(own, "fast", base=base, keep_base=2, device="cpu")
 
 
 def test_a_base_is_found_by_its_fingerprint(monkeypatch) -> None:
