@@ -140,7 +140,12 @@ def identity_of(calculator: BaseCalculator, options: object) -> str:
         ]
     else:
         what = [f"{type(calculator).__module__}.{type(calculator).__qualname__}", calculator.parameters]
-    return json.dumps([what, options], sort_keys=True, default=repr)
+    return json.dumps([what, options], sort_keys=True, default=_in_full)
+
+
+def _in_full(value: object) -> object:
+    """What JSON does not know: arrays with all of their numbers, which their repr leaves out."""
+    return [str(value.dtype), value.tolist()] if isinstance(value, np.ndarray) else repr(value)
 
 
 def structure_key(identity: str, atoms: Atoms) -> str:
@@ -151,7 +156,7 @@ def structure_key(identity: str, atoms: Atoms) -> str:
         array = np.ascontiguousarray(arrays[name])
         sha.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
         sha.update(array.tobytes())
-    sha.update(json.dumps(atoms.info, sort_keys=True, default=repr).encode())
+    sha.update(json.dumps(atoms.info, sort_keys=True, default=_in_full).encode())
     return sha.hexdigest()
 
 

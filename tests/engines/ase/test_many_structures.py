@@ -148,6 +148,20 @@ def test_no_structures(threads):
     assert evaluate_many([], EMT, executor=threads) == []
 
 
+def test_long_arrays_count_with_all_of_their_numbers():
+    from ase_gffmerge.engines.ase.many_structures import identity_of, structure_key
+
+    atoms, other = molecule("H2O"), molecule("H2O")
+    atoms.info["specialist"], other.info["specialist"] = np.zeros(3000, dtype=int), np.zeros(3000, dtype=int)
+    assert structure_key("same", atoms) == structure_key("same", other)
+    other.info["specialist"][1500] = 1
+    assert structure_key("same", atoms) != structure_key("same", other)
+    calculators = [EMT(), EMT()]
+    for calc, last in zip(calculators, (0.0, 1.0), strict=True):
+        calc.parameters["table"] = np.append(np.zeros(3000), [last, *np.zeros(3000)])
+    assert identity_of(calculators[0], None) != identity_of(calculators[1], None)
+
+
 def test_files_of_other_packages_are_found_from_any_folder(tmp_path, monkeypatch):
     from ase_gffmerge.engines.ase.many_structures import _once_per_worker
     from ase_gffmerge.integrations import adapter_for
