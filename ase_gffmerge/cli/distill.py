@@ -75,6 +75,7 @@ def distill(
     from ase_gffmerge.training.checkpoint import checkpoint_path
     from ase_gffmerge.training.distill import distill
     from ase_gffmerge.training.student import make_student
+    from ase_gffmerge.workflows.memory import estimate_distillation
 
     chosen = load_recipe(recipe)
     plain = DistillOptions(feature_weight=0.0) if student else DistillOptions()
@@ -105,6 +106,11 @@ def distill(
                 seed=options.seed,
                 device=device,
             )
+        everything = [
+            teacher.with_calibration([*teacher.calibration, *more])
+            for teacher, more in zip(loaded, extra, strict=True)
+        ]
+        note(str(estimate_distillation(start, everything, options, device=device)))
         with progress_bar("distilling") as progress:
             progress(0.0, "the specialists label their frames")
             watch = EpochWatch(options.suited_epochs(len(loaded)), progress)

@@ -41,7 +41,7 @@ from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.runtime.distributed import alone
 from ase_gffmerge.runtime.memory import Portions, resident, written
 from ase_gffmerge.training.soap import LARGEST
-from ase_gffmerge.workflows.memory_per_edge import PerEdge, measured
+from ase_gffmerge.workflows.memory_per_edge import PerEdge, inference_bytes, measured
 
 OVERHEAD = 1.25
 """Memory of the process over that of its tensors: what allocators keep, and operations use inside."""
@@ -163,6 +163,41 @@ def estimate_memory(
     return model.estimate() if bound is None else model.within(bound)
 
 
+def estimate_distillation(
+    student: ForceField,
+    teachers: Sequence[ForceField],
+    options: DistillOptions,
+    *,
+    device: str | torch.device = "auto",
+) -> MemoryEstimate:
+    """Estimate the memory of a distillation, which takes about a second, without beginning it.
+
+    Matching of features or Hessians is not in it.
+
+    Parameters
+    ----------
+    student
+        What is trained: a merge, or a smaller force field, of any architecture.
+    teachers
+        With all the frames that they will label.
+    options, device
+        As for :func:`~ase_gffmerge.training.distill.distill`.
+    """
+    resolved, recipe = resolve_device(device), Recipe(messages=False, select=False, refine=options)
+    model = MemoryModel([student.with_calibration(t.calibration) for t in teachers], recipe, resolved)
+    found = model.estimate()
+    sizes = [Frames.of(teacher, None) for teacher in teachers]
+    labels = max(
+        inference_bytes(teacher, resolved) * min(2 * one.n * one.edges, augmentation.MAX_EDGES)
+        for teacher, one in zip(teachers, sizes, strict=True)
+    )
+    phases = {
+        "labels": model.networks + OVERHEAD * labels,
+        "the distillation": found.phases["the distillation"],
+    }
+    return MemoryEstimate(resident=found.resident, phases=phases, portions=found.portions)
+
+
 class MemoryModel:
     """Memory of a merge as a function of how much is computed at once.
 
@@ -176,6 +211,11 @@ class MemoryModel:
         Where.
     base_joined
         See :func:`estimate_memory`.
+
+    Attributes
+    ----------
+    networks
+        Bytes of all copies of the network, and of the libraries.
     """
 
     def __init__(
@@ -195,7 +235,7 @@ class MemoryModel:
         self._parameters = [tuple(p.shape) for p in first.parameters()]
         self._item = max(s.potential.embedding.element_size() for s in specialists)
         n_copies = len(specialists) + 5  # mean, start, merged and best so far, and their twins in float64
-        self._networks = n_copies * self._item * sum(p.numel() for p in first.parameters()) + LIBRARIES
+        self.networks = n_copies * self._item * sum(p.numel() for p in first.parameters()) + LIBRARIES
         self._elements = len({int(z) for s in specialists for atoms in s.calibration for z in atoms.numbers})
         self._periodic = any(atoms.cell.rank == 3 for s in specialists for atoms in spread(s.calibration, 8))
         densest = max(range(len(specialists)), key=lambda k: self._frames[k].edges)
@@ -206,7 +246,7 @@ class MemoryModel:
     def estimate(self, portions: Portions | None = None) -> MemoryEstimate:
         """Estimate all phases of the recipe."""
         portions = portions or Portions()
-        phases = {name: self._networks + OVERHEAD * size for name, size in self._phases(portions)}
+        phases = {name: self.networks + OVERHEAD * size for name, size in self._phases(portions)}
         return MemoryEstimate(resident=self._resident, phases=phases, portions=portions)
 
     def within(self, bound: int) -> MemoryEstimate:

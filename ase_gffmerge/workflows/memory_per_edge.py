@@ -96,8 +96,6 @@ def measured(specialist: ForceField, recipe: Recipe, device: torch.device) -> Pe
                     batch.target_scalars.append(pushforward(lambda *x: potential.scalars(x), batch.target))
     frames = batch_graphs([batch.graph for batch in one.batches])
     passes = [_pass_bytes(potential, frames, n) for n in (1, 3)] if recipe.readout else [0, 0]
-    with PeakMemory() as inference:
-        predict(potential.for_inference(), frames)
     return PerEdge(
         held=sum(map(_held_bytes, one.batches)) / n_edges,
         layer=layer / n_edges,
@@ -106,8 +104,33 @@ def measured(specialist: ForceField, recipe: Recipe, device: torch.device) -> Pe
         pass_value=(passes[0] - (passes[1] - passes[0]) / 2) / n_edges,
         pass_direction=(passes[1] - passes[0]) / 2 / n_edges,
         training=_training_bytes(potential, frames) / n_edges if recipe.refine else 0.0,
-        inference=inference.peak / n_edges,
+        inference=_inference_bytes(potential, frames),
     )
+
+
+def inference_bytes(specialist: ForceField, device: torch.device) -> float:
+    """Count the bytes per edge of energies and forces on a few frames of a force field; 0 where it has none.
+
+    Parameters
+    ----------
+    specialist
+        With calibration frames.
+    device
+        Where.
+    """
+    if not specialist.calibration:
+        return 0.0
+    few = _few(specialist)
+    (own,) = working_copies([specialist.with_calibration(few)], device)
+    dtype = own.potential.dtype
+    graphs = [build_graph(atoms, own.cutoff, dtype=dtype) for atoms in few]
+    return _inference_bytes(own.potential, batch_graphs(graphs).to(device))
+
+
+def _inference_bytes(potential: Potential, graph: AtomGraph) -> float:
+    with PeakMemory() as memory:
+        predict(potential.for_inference(), graph)
+    return memory.peak / (graph.n_edges or 1)
 
 
 def _few(specialist: ForceField) -> list[Atoms]:

@@ -33,7 +33,7 @@ from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.loop import _gradient
 from ase_gffmerge.training.loss import loss_terms
 from ase_gffmerge.training.teachers import _graphs_with_targets
-from ase_gffmerge.workflows.memory import estimate_memory
+from ase_gffmerge.workflows.memory import estimate_distillation, estimate_memory
 from ase_gffmerge.workflows.merge import merge
 from helpers.toys import family
 
@@ -198,6 +198,22 @@ def test_all_frames_count_that_are_in_memory() -> None:
     assert two["the layers"] < joined["the layers"] < one["the layers"]
 
 
+def test_a_distillation_is_estimated_with_its_own_student_and_teachers() -> None:
+    pair = family("painn", 2, frames=6, hyper=HYPER["painn"])
+    wide = family("painn", 1, frames=6, hyper=HYPER["painn"] | {"channels": 32})[0]
+    few, many = DistillOptions(batch_size=2), DistillOptions(batch_size=6)
+    small = estimate_distillation(pair[0], pair, few, device="cpu")
+    assert set(small.phases) == {"labels", "the distillation"}
+    assert "of memory, most of it for" in str(small)
+    more = estimate_distillation(pair[0], pair, many, device="cpu")
+    assert more.phases["the distillation"] > small.phases["the distillation"]
+    large = estimate_distillation(wide, pair, few, device="cpu")
+    assert large.phases["the distillation"] > small.phases["the distillation"]
+    taught = estimate_distillation(pair[0], [wide], few, device="cpu")
+    assert taught.phases["labels"] > small.phases["labels"]
+    assert estimate_distillation(pair[0], [pair[1].with_calibration([])], few, device="cpu").peak > 0
+
+
 CHILD = """
 import json, re, sys, warnings
 from pathlib import Path
@@ -205,7 +221,7 @@ warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
 from ase_gffmerge.merging.recipe import load_recipe
-from ase_gffmerge.workflows.memory import estimate_memory
+from ase_gffmerge.workflows.memory import estimate_distillation, estimate_memory
 from ase_gffmerge.workflows.merge import merge
 from ase_gffmerge.merging.blockwise import align_block
 from helpers.toys import family
