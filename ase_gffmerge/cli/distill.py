@@ -43,7 +43,7 @@ def distill(
     student: Annotated[
         str | None,
         typer.Option(
-            help="Teach a student of this architecture, painn, nequip or escaip: the compressed merge, or a new one.",
+            help="Teach a student of this architecture (painn, nequip, escaip, ...): the compressed merge, or a new one.",
             show_default="the merge itself",
         ),
     ] = None,

@@ -33,7 +33,7 @@ GOOD, USABLE = 0.12, 0.30
 
 ADVICE: dict[Verdict, str] = {
     "good": "test it on frames of your own, then run it",
-    "usable after distillation": "distil it on the specialists' own predictions before relying on it",
+    "usable after distillation": "distill it on the specialists' own predictions before relying on it",
     "failed": "do not use it; do the specialists share a base, and do the calibration frames cover what they know?",
 }
 """What to do after each verdict."""

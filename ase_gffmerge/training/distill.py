@@ -246,7 +246,7 @@ def _distilled_force_field(
     )
     if report.verdict != "good":
         warnings.warn(
-            f"the distilled potential is {report.verdict}: {report.missed}; distil it longer or on more frames",
+            f"verdict on the distilled potential: {report.verdict}; {report.missed}; distill it longer or on more frames",
             MergeWarning,
             stacklevel=3,
         )

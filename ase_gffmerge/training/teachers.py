@@ -165,7 +165,7 @@ def prepare_distillation_set(
     given = [bare(atoms) for atoms in (*specialist.calibration, *extra)]
     if not given:
         raise FramesError(
-            f"{specialist.name!r} has no frames to distil from; give some, or make some with `gffmerge sample`"
+            f"{specialist.name!r} has no frames to distill from; give some, or make some with `gffmerge sample`"
         )
     n = len(specialist.calibration)
     where = [

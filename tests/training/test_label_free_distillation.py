@@ -264,7 +264,7 @@ def test_refusals() -> None:
         distill(start, specialists[:2], QUICK, frames=[[]])
     with pytest.raises(IncompatibleSpecialistsError, match="other elements"):
         distill(relatives("painn", ("Cu", "Al"))[0], specialists[:2], QUICK)
-    with pytest.raises(FramesError, match="has no frames to distil from"):
+    with pytest.raises(FramesError, match="has no frames to distill from"):
         distill(start, [s.with_calibration(()) for s in specialists[:2]], QUICK)
     matching = QUICK.model_copy(update={"feature_weight": 1.0})
     with pytest.raises(IncompatibleSpecialistsError, match="feature_weight"):
@@ -459,7 +459,7 @@ def test_no_pass_takes_more_edges_than_the_bound(monkeypatch: pytest.MonkeyPatch
 def test_verdict_is_told() -> None:
     specialists = relatives("painn")
     options = QUICK.model_copy(update={"epochs": 1, "learning_rate": 1e-6})
-    with pytest.warns(MergeWarning, match="distil it longer"):
+    with pytest.warns(MergeWarning, match="distill it longer"):
         distill(mean_of(specialists), specialists, options, device="cpu")
 
 
