@@ -148,10 +148,8 @@ def _with_forgetting(
     shown = {compound(atoms) for specialist in joined for atoms in specialist.calibration}
     frames = generic_frames(base.species, NEW_COMPOUNDS, periodic=_periodic(base), seed=NEW_SEED)
     frames = [atoms for atoms in frames if compound(atoms) not in shown]
-    names = zip(
-        report.specialists, joined, strict=True
-    )  # those of the report differ, if the specialists' own do not
-    models = {"merged": merged, **{name: s for name, s in names if s.fingerprint != base.fingerprint}}
+    named = zip(report.specialists, joined, strict=True)  # by names that differ
+    models = {"merged": merged, **{name: s for name, s in named if s.fingerprint != base.fingerprint}}
     found = forgetting(base, {name: model.potential for name, model in models.items()}, frames)
     new = replace(report, forgetting=found)
     if new.verdict != report.verdict:
