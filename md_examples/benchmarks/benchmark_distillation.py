@@ -180,7 +180,7 @@ def joint(bench: Bench) -> dict[str, Any]:
     return {"seconds": rows[-1]["seconds"], **bench.errors(potential), "curve": rows}
 
 
-AVERAGE = "average.module."
+AVERAGE = "average."
 """How names of averaged weights begin in a checkpoint."""
 
 
