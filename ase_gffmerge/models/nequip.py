@@ -43,6 +43,7 @@ summation; its constants stay in float64, whatever happens to the weights.
 
 from copy import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import ClassVar, NamedTuple, Self
 
@@ -147,7 +148,7 @@ class Convolution:
     """
 
     def __init__(self, channels: tuple[int, ...], *, l_max: int, l_out: int):
-        self.channels, self.l_max = channels, l_max
+        self.channels, self.l_max, self.l_out = channels, l_max, l_out
         self.paths = coupling_paths(len(channels) - 1, l_max, l_out)
         self.weight_channels = [channels[path.l1] for path in self.paths]
         self.order = sorted(range(len(self.paths)), key=lambda i: self.paths[i].l3)
@@ -302,6 +303,12 @@ class Interaction(Stage):
         return self.convolution(take_rows(features, geometry.sender), geometry.angular, weights)
 
 
+@lru_cache(maxsize=32)
+def _edge_sums(channels: tuple[int, ...], l_max: int, l_out: int) -> EdgeSums:
+    """Sums of the messages of a :class:`Convolution`, which hold no weights and take e3nn a while to make."""
+    return EdgeSums(Convolution(channels, l_max=l_max, l_out=l_out).as_product())
+
+
 class InferenceInteraction(Interaction):
     """The same on a CPU for weights that stay as they are, with harmonics for angular functions: see :class:`.EdgeSums`.
 
@@ -314,7 +321,8 @@ class InferenceInteraction(Interaction):
     def __init__(self, interaction: Interaction):
         nn.Module.__init__(self)
         vars(self).update({**vars(interaction), "_modules": {**interaction._modules}})
-        self.sums = EdgeSums(interaction.convolution.as_product())
+        convolution = interaction.convolution
+        self.sums = _edge_sums(convolution.channels, convolution.l_max, convolution.l_out)
 
     def summed(self, features: Tensor, geometry: EdgeGeometry) -> Tensor:
         """Sums of messages (n_atoms, irreps.dim)."""

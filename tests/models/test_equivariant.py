@@ -139,3 +139,14 @@ def test_nequip_is_served_alike() -> None:
         torch.testing.assert_close(getattr(served, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
     own = {p.data_ptr() for p in potential.parameters()}
     assert {p.data_ptr() for p in potential.for_inference().parameters()} == own
+
+
+def test_tables_without_weights_are_made_once() -> None:
+    """A served network is made anew for every prediction, so that changed weights count; e3nn's tables are not."""
+    toy_hyper = NequIP.Hyper(channels=4, tensor_channels=2, n_blocks=2, n_radial=4, cutoff=4.0)
+    first, second = (NequIP(toy_hyper, (1, 8)).eval().requires_grad_(False) for _ in range(2))
+    made, again, other = first.for_inference(), first.for_inference(), second.for_inference()
+    for one, twin, foreign in zip(made.stages, again.stages, other.stages, strict=True):
+        assert one.sums is twin.sums is foreign.sums
+        assert not list(one.sums.parameters())
+        assert one.linear_up is twin.linear_up is not foreign.linear_up

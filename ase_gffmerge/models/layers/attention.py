@@ -192,9 +192,8 @@ class Heads:
         q, k, v = slots.split([d, d, slots.shape[1] - 2 * d], dim=1)
         places = in_slots(torch.cat([envelope, directions], dim=1), [edge])[0]
         envelope, vectors = places[:, :, 0].contiguous(), places[:, :, 1:]
-        bias = envelope.clamp(
-            min=0.0
-        ).log()  # minus infinity without an edge, and where round-off is below zero
+        # minus infinity without an edge, and where round-off is below zero
+        bias = envelope.clamp(min=0.0).log()
         bias[:, 0] = 0.0
         polynomials, shape = legendre(vectors @ vectors.mT, geometry.l_max), (n * h, width, width)
         parts = zip(q.split(block.frequencies, 1), k.split(block.frequencies, 1), strict=True)

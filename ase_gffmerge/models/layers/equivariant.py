@@ -24,6 +24,7 @@ The coefficients P are made once for every element that occurs, and atoms of one
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -151,6 +152,7 @@ class EdgeSums(ExactBuffers):
         return torch.cat([part for _, part in sorted(found, key=lambda entry: entry[0])], dim=1)
 
 
+@lru_cache(maxsize=256)
 def _symbols(harmonics: Irreps, i: int, ir_in: Any, ir_out: Any) -> Tensor:
     """Wigner's symbols (n_harmonics, 2 l3 + 1, 2 l1 + 1), zero for other harmonics than those of index ``i``."""
     table = torch.zeros(harmonics.dim, ir_out.dim, ir_in.dim, dtype=torch.float64)
