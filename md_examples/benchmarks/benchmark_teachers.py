@@ -1,15 +1,16 @@
-"""Measure small PaiNN students of other architectures' force fields: of a NequIP network, and of a fine-tuned CHGNet.
+"""Measure small PaiNN students of other architectures' force fields: a NequIP network, fine-tuned foundation models.
 
     python md_examples/benchmarks/benchmark_teachers.py DATA_FOLDER --out FOLDER [--only PART ...] [--json]
 
-DATA_FOLDER holds the folder ``rmd17`` with ``rmd17_ethanol_{train,test}_01.npz``, and for CHGNet ``lips20``. Seconds are
-processor time on one thread; those of a student include all that its teacher computes.
+DATA_FOLDER holds the folder ``rmd17`` with ``rmd17_ethanol_{train,test}_01.npz``, and for foundation models ``lips20``.
+Seconds are processor time on one thread; those of a student include all that its teacher computes.
 
 ``nequip``: a NequIP network (l = 2) trained on 950 frames of ethanol teaches PaiNN (32 channels, 3 blocks, random weights)
 on 100 of these frames without their labels. Beside it, the same student trained for the same seconds on the labels of the
 same 100 frames, and on those of all 950.
-``chgnet``: the same for CHGNet 0.3.0 fine-tuned for 24 epochs to 120 frames of ethanol, and these 120 frames.
-``md``: dynamics of both students, 20 ps at 500 K with five seeds, and 10 ps at constant energy.
+``chgnet``, ``7net-0``: the same for CHGNet 0.3.0 and SevenNet-0, fine-tuned for 24 epochs to 120 frames of ethanol, and
+these 120 frames; their packages are needed (``pip install chgnet``, ``pip install sevenn``).
+``md``: dynamics of the students that are there, 20 ps at 500 K with five seeds, and 10 ps at constant energy.
 
 Finished parts and models are kept in FOLDER (delete one to measure it again).
 """
@@ -21,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,13 @@ FRAMES, TESTS, SHARED = 950, 500, 100
 NEQUIP = TrainConfig(
     model="nequip", hyper={"channels": 32, "tensor_channels": 16, "n_blocks": 3}, epochs=24, validation=0
 )
-CHGNET = replace(SIZES["chgnet"], epochs=(6, 24), learning_rate=1e-3)
-"""A teacher is fine-tuned longer than the specialists that are merged."""
+FOUNDATIONS = {
+    name: replace(
+        size, train=(size.train[0], 120), test=(size.test[0], 100), epochs=(6, 24), learning_rate=1e-3
+    )
+    for name, size in SIZES.items()
+}
+"""Teachers see more frames, and are fine-tuned longer, than the specialists that are merged."""
 EPOCHS, TRIAL_EPOCHS, LEAST = 10, 4, 0.95
 STUDENT: dict[str, object] = {"channels": 32, "n_blocks": 3, "cutoff": 5.0}
 PROTOCOL = Protocol(temperature=500.0, picoseconds=20.0, seeds=5)
@@ -124,11 +131,11 @@ def nequip(data: Path, out: Path) -> list[Row]:
     )
 
 
-def chgnet(data: Path, out: Path) -> list[Row]:
-    """A fine-tuned CHGNet as the teacher."""
-    folder = out / "chgnet"
-    make_frames(data / "rmd17", data / "lips20", folder, CHGNET)
-    teacher = replace(specialist(MOLECULE, folder, CHGNET), name="chgnet")
+def foundation(name: str, data: Path, out: Path) -> list[Row]:
+    """A fine-tuned foundation model as the teacher."""
+    folder, size = out / name, FOUNDATIONS[name]
+    make_frames(data / "rmd17", data / "lips20", folder, size)
+    teacher = replace(specialist(MOLECULE, folder, size), name=name)
     frames, tests = (read_frames(frame_file(folder, MOLECULE, part)) for part in ("train", "test"))
     return compared(out, teacher, tests, {f"labels of the same {len(frames)} frames": frames})
 
@@ -137,7 +144,7 @@ def md(data: Path, out: Path) -> list[Row]:
     """Stability of the students."""
     starts = spread(read_frames(data / "rmd17" / "rmd17_ethanol_test_01.npz"), PROTOCOL.seeds)
     rows: list[Row] = []
-    for name in ("nequip", "chgnet"):
+    for name in ("nequip", *FOUNDATIONS):
         path = model_path(out, f"{name}-student")
         if not path.exists():
             continue
@@ -157,7 +164,11 @@ def md(data: Path, out: Path) -> list[Row]:
     return rows
 
 
-PARTS: dict[str, Callable[[Path, Path], list[Row]]] = {"nequip": nequip, "chgnet": chgnet, "md": md}
+PARTS: dict[str, Callable[[Path, Path], list[Row]]] = {
+    "nequip": nequip,
+    **{name: partial(foundation, name) for name in FOUNDATIONS},
+    "md": md,
+}
 
 
 def table(rows: Sequence[Row]) -> str:
