@@ -143,7 +143,7 @@ def benchmark_gnn(
     as_json: JsonOption = False,
 ) -> None:
     """Train graph networks for different tasks, merge them by every method, and compare; a killed run goes on."""
-    from ase_gffmerge.evaluation.graph_networks.benchmark import GraphBenchmark, markdown
+    from ase_gffmerge.evaluation.benchmark.graph_networks import GraphBenchmark, markdown
 
     options = {"tables": tables, "kinds": kinds, "methods": methods}
     chosen = {name: tuple(values) for name, values in options.items() if values}

@@ -20,6 +20,7 @@ and for the whole:
 
 :mod:`.report` compares the result with every specialist and gives the verdict. :mod:`.paper` is the
 reference method, which the steps differ from; :mod:`.recipe` holds all options; :mod:`.average` says who may be
-merged. :mod:`.modules` merges graph neural networks of any kind (:mod:`.module_layers`, :mod:`.module_calls`,
-:mod:`.module_views`), and :mod:`.external_calculators` with it the networks inside other packages' calculators.
+merged. :mod:`.modules` merges graph neural networks of any kind (:mod:`.module_inputs`, :mod:`.module_calls`,
+:mod:`.module_layers`, :mod:`.module_views`), and :mod:`.external_calculators` with it the networks inside other packages'
+calculators.
 """

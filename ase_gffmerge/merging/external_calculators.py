@@ -21,10 +21,10 @@ from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.inference.predict import FramePredictions
 from ase_gffmerge.integrations.base import adapters_by_architecture
 from ase_gffmerge.merging.disagreement import disagreement
-from ase_gffmerge.merging.module_calls import evaluating
+from ase_gffmerge.merging.module_calls import averaged_names, evaluating
+from ase_gffmerge.merging.module_inputs import check_modules
 from ase_gffmerge.merging.module_layers import ModuleProblem, align_modules
-from ase_gffmerge.merging.module_views import average_into, check_modules, own_modules
-from ase_gffmerge.merging.modules import averaged_names
+from ase_gffmerge.merging.module_views import average_into, own_modules
 from ase_gffmerge.merging.report import Disagreement, LayerReport
 from ase_gffmerge.runtime.progress import Progress, no_progress, part_of
 
@@ -136,7 +136,9 @@ def merge_calculators(
     return HookedMerge(
         calculator=merged,
         layers=found.reports,
-        averaged=averaged_names(networks, target, found, own=()),
+        averaged=averaged_names(
+            networks, target, reached=found.reached, recalibrated=found.recalibrated, own=()
+        ),
         disagreements=disagreements,
     )
 

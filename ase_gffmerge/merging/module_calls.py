@@ -1,34 +1,29 @@
-"""How modules of any kind are evaluated on examples, what enters their layers there, and which rows count.
+"""How modules of any kind are evaluated on examples, what enters their layers there, and which rows of it count.
 
 An example is anything that ``run(module, item)`` can evaluate: a graph of torch_geometric, a batch of graphs, a sampled
 neighborhood with its seed nodes first, or a tensor. All layers are watched from outside while the module evaluates itself.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import Parameter, signature
-from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch_geometric.data import Data
+from torch_geometric.data import HeteroData
 from torch_geometric.data.data import BaseData
 
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.models import graph_layers  # noqa: F401 registers the layers of torch_geometric
 from ase_gffmerge.models.affine_maps import LayerKind, layer_parts
-from ase_gffmerge.models.torch_layers import intercepted, replaced_forward
+from ase_gffmerge.models.torch_layers import intercepted, is_within, replaced_forward
 
 Item = Any
 """One example, of whichever kind the modules are evaluated on."""
 
 Run = Callable[[nn.Module, Item], object]
-
-Rows = None | str | Tensor | Sequence[Tensor] | Callable[[int, Item], Tensor | None]
-"""Which nodes count: see :func:`row_masks`."""
-
 
 SEEDS = "batch_size"
 """Attribute of a sampled neighborhood with the number of its seed nodes, which come first."""
@@ -39,9 +34,17 @@ class _Reached(Exception):
 
 
 def run_module(module: nn.Module, item: Item) -> object:
-    """Evaluate a module without gradients: :func:`call_module`."""
-    with torch.no_grad():
-        return call_module(module, item)
+    """Evaluate a module without gradients (:func:`call_module`); convolutions with ``cached=True`` keep no graph of it."""
+    kept = [
+        (part, {key: x for key, x in vars(part).items() if key.startswith("_cached_")})
+        for part in module.modules()
+    ]
+    try:
+        with torch.no_grad():
+            return call_module(module, item)
+    finally:
+        for part, held in kept:
+            part.__dict__.update(held)
 
 
 def call_module(module: nn.Module, item: Item) -> object:
@@ -52,19 +55,31 @@ def call_module(module: nn.Module, item: Item) -> object:
     FramesError
         When a graph lacks what the module's ``forward`` asks for.
     """
-    if isinstance(item, dict):
-        return module(**item)
     if not isinstance(item, BaseData):
-        return module(*item) if isinstance(item, tuple | list) else module(item)
+        args = tuple(item) if isinstance(item, tuple | list) else () if isinstance(item, dict) else (item,)
+        named = item if isinstance(item, dict) else {}
+        try:
+            signature(module.forward).bind(*args, **named)
+        except TypeError as error:
+            raise FramesError(
+                f"an example does not fit the module's forward: {error}; a tuple holds its positional and a dictionary its "
+                "keyword arguments, and several models take a list with the examples of each"
+            ) from None
+        return module(*args, **named)
     wanted = [
         p
         for p in signature(module.forward).parameters.values()
         if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD) and p.name != SEEDS
     ]
-    held = {p.name: value for p in wanted if (value := _held(item, p.name)) is not None}
+    held = {p.name: value for p in wanted if (value := held_by(item, p.name)) is not None}
     missing = [p.name for p in wanted if p.default is Parameter.empty and p.name not in held]
-    if len(wanted) == 1 and missing:
+    if len(missing) == 1 and not held:
         return module(item)
+    if not wanted:
+        raise FramesError(
+            "the module's forward names no arguments (is it compiled, or a wrapper of another one?), so that nobody knows "
+            "what of a graph it takes; give the module inside, or run=lambda model, item: model(...)"
+        )
     if missing:
         raise FramesError(
             f"the module's forward takes {missing[0]!r}, which the graph does not have (it has "
@@ -73,67 +88,13 @@ def call_module(module: nn.Module, item: Item) -> object:
     return module(**held)
 
 
-def _held(graph: BaseData, name: str) -> object:
-    """An attribute of a graph, or of all node or edge types of a heterogeneous one, such as ``x_dict``."""
-    if name in graph:
-        return graph[name]
-    return getattr(graph, name, None) if name.endswith("_dict") else None
-
-
-def as_examples(examples: object, n_models: int) -> list[Iterable[Item]]:
-    """Examples of every model, each of which can be read again and again.
-
-    One graph or loader for all models, or a list of one for each.
-
-    Raises
-    ------
-    FramesError
-        When their number does not fit, or a model has none.
-    """
-    if isinstance(examples, BaseData | Tensor | dict) or not isinstance(examples, Sequence):
-        groups = n_models * [examples]
-    else:
-        groups = list(examples)
-    if len(groups) != n_models:
-        raise FramesError(
-            f"there are {n_models} models and examples for {len(groups)}; give one graph, list or loader for each model"
-        )
-    found: list[Iterable[Item]] = []
-    for k, group in enumerate(groups):
-        if isinstance(group, BaseData | Tensor | dict | tuple):
-            group = [group]
-        elif isinstance(group, Iterator):
-            group = list(group)
-        if not isinstance(group, Iterable) or (isinstance(group, Sequence) and not len(group)):
-            raise FramesError(f"model {k} has no examples; give it at least one graph of those that it knows")
-        found.append(group)
-    return found
-
-
-def require_outputs(k: int, n_values: int, size: float) -> None:
-    """Refuse examples on which a model says nothing.
-
-    Parameters
-    ----------
-    k
-        Index of the model.
-    n_values, size
-        Outputs that count, and the sum of their squares.
-
-    Raises
-    ------
-    FramesError
-        Where there are none, or some are NaN or infinite.
-    """
-    if not n_values:
-        raise FramesError(
-            f"not a single row of model {k}'s examples counts, so that a merge would hold nothing of it; give it other "
-            "examples, or other rows"
-        )
-    if not isfinite(size):
-        raise FramesError(
-            f"model {k} returns NaN or infinity on its examples; look for values in them that are not finite"
-        )
+def held_by(graph: BaseData, name: str) -> object:
+    """An attribute of a graph, or of all node or edge types of a heterogeneous one, such as ``x_dict`` (or ``x``)."""
+    if not isinstance(graph, HeteroData):
+        return graph.get(name)
+    if name in graph._global_store:  # graph[name] would make a kind of nodes of that name
+        return graph._global_store[name]
+    return graph.collect(name.removesuffix("_dict"), allow_empty=True) or None
 
 
 @contextmanager
@@ -169,6 +130,65 @@ def covered_parameters(layer: nn.Module) -> set[str]:
     """Names of the parameters that a layer's maps hold."""
     maps = (affine_map for part in layer_parts(layer) for affine_map in part.maps("", layer))
     return {key for affine_map in maps for key in affine_map.parameters(affine_map.read())}
+
+
+def averaged_names(
+    models: Sequence[nn.Module],
+    view: nn.Module,
+    *,
+    reached: Collection[str],
+    recalibrated: Collection[str],
+    own: tuple[str, ...],
+) -> tuple[str, ...]:
+    """Parameters that no problem covers, and buffers that differ between the models: both are the mean of the models'.
+
+    Parameters
+    ----------
+    models
+        The models.
+    view
+        The merged module.
+    reached, recalibrated
+        Names of layers that were solved, and of those whose statistics were taken anew.
+    own
+        Names of what every model keeps.
+    """
+    solved = {
+        id(view.get_submodule(name).get_parameter(key))
+        for name in reached
+        if not any(is_within(name, head) for head in own)
+        for key in covered_parameters(view.get_submodule(name))
+    }
+    names = [name for name, parameter in view.named_parameters() if id(parameter) not in solved]
+    theirs = [dict(model.named_buffers()) for model in models]
+    for name, buffer in view.named_buffers():
+        fresh = any(is_within(name, norm) for norm in recalibrated)
+        others = [held[name] for held in theirs if name in held and held[name].shape == buffer.shape]
+        if has_mean(buffer) and not fresh and any(not torch.equal(o, others[0]) for o in others):
+            names.append(name)
+    return tuple(name for name in names if not any(is_within(name, head) for head in own))
+
+
+def own_buffers(models: Sequence[nn.Module], own: tuple[str, ...]) -> tuple[str, ...]:
+    """Buffers outside of the heads that differ between the models and have no mean: integers, and other shapes.
+
+    Counters of batches do not matter.
+    """
+    theirs = [dict(model.named_buffers()) for model in models]
+    found = []
+    for name in dict.fromkeys(name for held in theirs for name in held):
+        if name.endswith("num_batches_tracked") or any(is_within(name, head) for head in own):
+            continue
+        here = [held.get(name) for held in theirs]
+        alike = all(x is not None and here[0] is not None and x.shape == here[0].shape for x in here)
+        if not alike or not (has_mean(here[0]) or all(x.equal(here[0]) for x in here)):  # type: ignore[arg-type,union-attr]
+            found.append(name)
+    return tuple(found)
+
+
+def has_mean(tensor: Tensor) -> bool:
+    """Whether it holds real or complex numbers, and not integers."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def executed_layers(root: nn.Module, run: Callable[[], object]) -> dict[str, int]:
@@ -262,84 +282,6 @@ def outputs_of(result: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-# Which rows count
-
-
-def row_masks(rows: Rows, models: Sequence[nn.Module], *, run: Run) -> Callable[[int, Item], Tensor | None]:
-    """Function of a model's index and an example that gives the mask of the nodes that count, or ``None`` for all.
-
-    Parameters
-    ----------
-    rows
-        ``None``: all, or the seed nodes of a sampled neighborhood. ``"labelled"``: those in ``train_mask``, or that have a
-        label in ``y`` (neither negative nor NaN). ``"confidence"``: those on which a model has the largest logsumexp of its
-        logits among all models. Another string: that attribute of the graph. A mask for all models, one mask for each, or a
-        function of the model's index and the example.
-    models, run
-        The models, and how they are evaluated.
-    """
-
-    def mask(k: int, item: Item) -> Tensor | None:
-        if callable(rows):
-            return rows(k, item)
-        if isinstance(rows, Tensor):
-            return rows
-        if isinstance(rows, str):
-            if rows == "confidence":
-                return _most_confident(models, run, item) == k
-            return _labelled(item) if rows == "labelled" else _attribute(item, rows)
-        return None if rows is None else rows[k]
-
-    return lambda k, item: _seeds_of(item, _fitting(item, mask(k, item)))
-
-
-def _fitting(item: Item, mask: Tensor | None) -> Tensor | None:
-    """A mask of as many nodes (or graphs) as an example has."""
-    if mask is None or not isinstance(item, Data) or item.num_nodes is None:
-        return mask
-    sizes = {int(item.num_nodes), getattr(item, "num_graphs", None)}
-    if len(mask) not in sizes:
-        raise FramesError(
-            f"a mask of {len(mask)} rows does not fit a graph of {item.num_nodes} nodes; give rows= the name of an "
-            "attribute of the graphs, or a function of the model's index and the example"
-        )
-    return mask
-
-
-def _attribute(item: Item, name: str) -> Tensor:
-    value = item[name] if isinstance(item, BaseData) and name in item else None
-    if not isinstance(value, Tensor):
-        raise FramesError(
-            f"rows={name!r} asks for an attribute that an example does not have; give the graphs a mask of that name, or "
-            "rows='labelled', 'confidence', a mask, or a function of the model's index and the example"
-        )
-    return value.bool()
-
-
-def _labelled(item: Item) -> Tensor:
-    if isinstance(item, BaseData) and "train_mask" not in item and isinstance(item.get("y"), Tensor):
-        y: Tensor = item["y"].reshape(len(item["y"]), -1)[:, 0]
-        return ~y.isnan() if y.is_floating_point() else y >= 0
-    return _attribute(item, "train_mask")
-
-
-def _most_confident(models: Sequence[nn.Module], run: Run, item: Item) -> Tensor:
-    """The model with the largest logsumexp of its logits, for every row of the outputs."""
-    evidence = [outputs_of(run(model, item))[0].double().logsumexp(dim=-1) for model in models]
-    return torch.stack(evidence).argmax(0)
-
-
-def _seeds_of(item: Item, mask: Tensor | None) -> Tensor | None:
-    """A mask without the nodes that a sampled neighborhood holds for their neighbors' sake only."""
-    if not isinstance(item, Data) or not isinstance(item.get(SEEDS), int):
-        return mask
-    n = int(item.num_nodes or 0)
-    seeds = torch.arange(n) < item[SEEDS]
-    if mask is None:
-        return seeds
-    return seeds.to(mask.device) & mask if len(mask) == n else mask
-
-
 def select(entered: Entering, rows: Tensor, mask: Tensor | None, item: Item) -> Tensor:
     """Which of the rows (n, d) count (n,): those of the mask's nodes, or of the edges that end there.
 
@@ -362,7 +304,7 @@ def select(entered: Entering, rows: Tensor, mask: Tensor | None, item: Item) -> 
         return mask[entered.nodes.to(rows.device)]
     if len(rows) == len(mask):
         return mask
-    edges = item.get("edge_index") if isinstance(item, BaseData) else None
+    edges = held_by(item, "edge_index") if isinstance(item, BaseData) else None
     if isinstance(edges, Tensor) and edges.dim() == 2 and edges.shape[1] == len(rows):
         return mask[edges[1].to(rows.device)]
     return everything

@@ -6,65 +6,15 @@ And the module that needs no task, as it knows where the classes of all models l
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from ase_gffmerge.errors import ArgumentError, IncompatibleSpecialistsError
-from ase_gffmerge.merging.module_calls import solvable_layers
+from ase_gffmerge.merging.module_calls import has_mean, solvable_layers
 from ase_gffmerge.models.torch_layers import intercepted, is_within
 
 REFIT, KEPT = "refit", "kept"
-
-
-def check_modules(models: Sequence[nn.Module]) -> None:
-    """Refuse what cannot be merged.
-
-    Raises
-    ------
-    IncompatibleSpecialistsError
-        For fewer than two models, or for what is no module.
-    """
-    for model in models:
-        if not isinstance(model, nn.Module):
-            raise IncompatibleSpecialistsError(
-                f"a {type(model).__name__} is not a torch network; give the modules themselves (of a calculator, with "
-                "module=lambda calc: calc.model)"
-            )
-    if len(models) < 2:
-        raise IncompatibleSpecialistsError(
-            f"a merge needs at least two models, got {len(models)}; use a single one as it is"
-        )
-
-
-def checked_weights(weights: Sequence[float] | None, n_models: int) -> tuple[float, ...]:
-    """How much each model counts, ones where nothing is given.
-
-    Raises
-    ------
-    ArgumentError
-        For another number of weights than of models, or weights that are not positive and finite.
-    """
-    found = (1.0,) * n_models if weights is None else tuple(weights)
-    if len(found) != n_models:
-        raise ArgumentError(f"there are {n_models} models and {len(found)} weights; give one for each")
-    if not all(isinstance(weight, Real) and 0 < weight < float("inf") for weight in found):
-        raise ArgumentError(f"weights={list(found)} must be positive numbers, one for each model")
-    return tuple(map(float, found))
-
-
-def checked_ridge(ridge: float) -> float:
-    """A relative ridge.
-
-    Raises
-    ------
-    ArgumentError
-        For anything but a finite number that is not negative.
-    """
-    if not isinstance(ridge, Real) or not 0 <= ridge < float("inf"):
-        raise ArgumentError(f"ridge={ridge!r} is no relative ridge; give a small number such as 1e-3")
-    return float(ridge)
 
 
 def own_modules(
@@ -106,6 +56,11 @@ def own_modules(
             f"the models hold different networks (first difference: {rest[0]}); give models of one architecture, or name in "
             "heads= what every module may keep"
         )
+    if found and all(any(is_within(name, own) for own in found) for name, _ in models[0].named_parameters()):
+        raise IncompatibleSpecialistsError(
+            f"outside of what every model keeps ({', '.join(found)}) they have nothing in common that could be merged; "
+            "give models of one architecture, or name less in heads="
+        )
     return found
 
 
@@ -144,7 +99,13 @@ def shared_views(
     models, own, weights
         As for :func:`average_into`.
     """
-    views = [deepcopy(model) for model in models]
+    try:
+        views = [deepcopy(model) for model in models]
+    except RuntimeError as error:
+        raise IncompatibleSpecialistsError(
+            f"a model cannot be copied ({error}); take out what it computes weights with, such as "
+            "torch.nn.utils.remove_weight_norm(layer), or tensors with gradients that it keeps"
+        ) from error
     alike = average_into(views[0], models, own=own, weights=weights)
     tensors = _state(views[0])
     for view in views[1:]:
@@ -164,7 +125,7 @@ def average_into(
     own: tuple[str, ...] = (),
     weights: Sequence[float] | None = None,
 ) -> list[str]:
-    """Set parameters and buffers of real numbers to their mean over the models; returns their names.
+    """Set parameters and buffers of real or complex numbers to their mean over the models; returns their names.
 
     Parameters
     ----------
@@ -180,11 +141,12 @@ def average_into(
     states = [_state(model) for model in models]
     averaged = []
     for name, tensor in _state(target).items():
-        if not tensor.is_floating_point() or any(is_within(name, head) for head in own):
+        if not has_mean(tensor) or any(is_within(name, head) for head in own):
             continue
         found = [state[name] for state in states if name in state and state[name].shape == tensor.shape]
         if len(found) == len(models):
-            tensor.copy_(weighted_mean([x.detach().double().cpu() for x in found], weights))
+            exact = torch.promote_types(tensor.dtype, torch.float64)
+            tensor.copy_(weighted_mean([x.detach().cpu().to(exact) for x in found], weights))
             averaged.append(name)
     return averaged
 
@@ -210,6 +172,9 @@ MAX_ROWS = 20_000
 SHRINKAGE = 0.05
 """Relative ridge of the classes' covariance."""
 
+SAME = 0.01
+"""Relative difference of logits that are the same in numbers of half precision."""
+
 SURENESS = 2.0
 """Logarithm of the odds that a row belongs to a model for every standard deviation by which its evidence is larger."""
 
@@ -223,7 +188,13 @@ class SideBySide(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         """All outputs (n, sum of the members' widths)."""
-        return torch.cat([member(*args, **kwargs) for member in self.members], dim=-1)
+        found = [member(*args, **kwargs) for member in self.members]
+        if not all(isinstance(own, Tensor) for own in found):
+            raise ArgumentError(
+                f"these networks return a {type(found[0]).__name__}, and only single tensors can stand side by side; "
+                "evaluate for_model(k) for each k, and put together what belongs together"
+            )
+        return torch.cat(found, dim=-1)
 
 
 class AllClasses(nn.Module):
@@ -303,11 +274,12 @@ class HeadRows:
         self.name = name
         self.features, self.logits = torch.zeros(0, 0), torch.zeros(0, 0)
         self._stride, self._ours, self._theirs = 1, torch.zeros(0), torch.zeros(0)
+        self._last = True
 
     @property
     def complete(self) -> bool:
-        """Whether there are rows of a linear head."""
-        return len(self.features) > 0
+        """Whether there are rows of a linear head of several classes, which has the last word but for a log-softmax."""
+        return self._last and len(self.features) > 0 and self.logits.shape[1] > 1
 
     @contextmanager
     def watching(self, view: nn.Module, model: nn.Module) -> Iterator[None]:
@@ -328,8 +300,17 @@ class HeadRows:
         with intercepted(heads[0], ours), intercepted(heads[1], theirs):
             yield
 
-    def keep(self, mask: Tensor | None) -> None:
-        """Keep the rows of the last example that count; every second one of all, whenever they are too many."""
+    def keep(self, mask: Tensor | None, result: object) -> None:
+        """Keep the rows of the last example that count; every second one of all, whenever they are too many.
+
+        Parameters
+        ----------
+        mask
+            Of the rows that count.
+        result
+            What the model returned.
+        """
+        self._last = self._last and is_log_softmax_of(self._theirs, result)
         pair = [x.reshape(-1, x.shape[-1]) for x in (self._ours, self._theirs) if x.numel()]
         if len(pair) < 2 or len(pair[0]) != len(pair[1]):
             return
@@ -341,6 +322,14 @@ class HeadRows:
             pair, self._stride = [x[::2] for x in pair], 2 * self._stride
         self.features, self.logits = pair
         self._ours = self._theirs = torch.zeros(0)
+
+
+def is_log_softmax_of(logits: Tensor, result: object) -> bool:
+    """Whether a result is a head's output (n, number of classes), but for a constant of every row."""
+    if not isinstance(result, Tensor) or result.shape != logits.shape:
+        return False
+    rest, spread = (x.double() - x.double().mean(-1, keepdim=True) for x in (result - logits, logits))
+    return bool(rest.norm() <= SAME * spread.norm())
 
 
 def complete_rows(seen: Sequence[HeadRows | None]) -> tuple[HeadRows, ...]:

@@ -19,21 +19,26 @@ from torch import nn
 from ase_gffmerge.errors import ArgumentError, IncompatibleSpecialistsError
 from ase_gffmerge.merging.module_calls import (
     Item,
-    Rows,
     Run,
-    as_examples,
-    covered_parameters,
+    averaged_names,
     evaluating,
     outputs_of,
-    require_outputs,
-    row_masks,
+    own_buffers,
     run_module,
     solvable_layers,
+)
+from ase_gffmerge.merging.module_inputs import (
+    Rows,
+    as_examples,
+    check_modules,
+    checked_ridge,
+    checked_weights,
+    require_outputs,
+    row_masks,
 )
 from ase_gffmerge.merging.module_layers import (
     ALIGNED,
     EVALUATED,
-    Alignment,
     ModuleProblem,
     align_modules,
     execution_order,
@@ -45,9 +50,6 @@ from ase_gffmerge.merging.module_views import (
     HeadRows,
     HeadsAndRegions,
     SideBySide,
-    check_modules,
-    checked_ridge,
-    checked_weights,
     class_regions,
     complete_rows,
     own_modules,
@@ -113,7 +115,10 @@ class ModuleMerge:
     channels
         ``joint`` or ``divided``: whether channels follow all models, or a single one each.
     head_rows
-        What enters the heads, and what each model's own head says there; empty unless every head is one linear layer.
+        What enters the heads, and what each model's own head says there; empty unless every head is one linear layer of
+        several classes, and no more than a log-softmax comes after it.
+    kept
+        Buffers outside of the heads that differ and have no mean, such as integers; every model keeps its own.
     seconds
         Processor time of the whole merge, ``total``, and of Gram matrices and solves in it, ``layers``.
     """
@@ -127,6 +132,7 @@ class ModuleMerge:
     disagreements: tuple[ModuleDisagreement, ...]
     channels: str
     head_rows: tuple[HeadRows, ...] = ()
+    kept: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -141,6 +147,8 @@ class ModuleMerge:
 
     def for_model(self, k: int) -> nn.Module:
         """The merged module with the heads of model k, called as that model was."""
+        if not 0 <= k < len(self.views):
+            raise ArgumentError(f"there is no model {k}; the {len(self.views)} models are counted from 0")
         return deepcopy(self.views[k])
 
     def head(self, k: int) -> dict[str, nn.Module]:
@@ -154,8 +162,8 @@ class ModuleMerge:
         ----------
         calibrated
             Give log-probabilities: how probable it is that an input belongs to a model, times how probable the model's
-            classes are (:class:`.AllClasses`). Heads that are more than one linear layer give their outputs as they are.
-            ``False``: all do.
+            classes are (:class:`.AllClasses`). Heads that are more than one linear layer, have one output, or do not have
+            the last word but for a log-softmax, give the networks' outputs as they are. ``False``: all do.
 
         Raises
         ------
@@ -168,10 +176,10 @@ class ModuleMerge:
             )
         views = [self.for_model(k) for k in range(len(self.views))]
         heads = [view.get_submodule(self.heads[0]) for view in views]
-        linear = [head for head in heads if isinstance(head, nn.Linear) and type(head) is nn.Linear]
-        if len(self.heads) > 1 or len(linear) < len(heads):
+        linear = [head for head in heads if type(head) is nn.Linear]
+        if not self.head_rows:
             return SideBySide(views)
-        if not calibrated or not self.head_rows:
+        if not calibrated:
             return with_head(views[0], self.heads[0], wide_head(linear))
         both = HeadsAndRegions(wide_head(linear), class_regions(self.head_rows))
         return AllClasses(with_head(views[0], self.heads[0], both), [head.out_features for head in linear])
@@ -185,7 +193,7 @@ class ModuleMerge:
             same = "" if row.agreement is None else f", same choice in {100 * row.agreement:.1f} %"
             lines.append(f"  model {row.specialist}: {row.model} differs by {100 * row.relative:.1f} %{same}")
         for what, names in (
-            ("own of every model", self.heads),
+            ("own of every model", (*self.heads, *self.kept)),
             ("averaged, as no solve covers them", self.averaged),
             ("statistics taken anew", self.recalibrated),
             ("never called as modules", self.unreached),
@@ -245,6 +253,7 @@ def merge_modules(
     FramesError
         When examples are missing, do not fit the models, or none of their rows counts.
     """
+    models = list(models)
     check_modules(models)
     say, ridge = checked_weights(weights, len(models)), checked_ridge(ridge)
     clock, start = Clock(time.process_time), time.process_time()
@@ -304,7 +313,14 @@ def merge_modules(
                     views=tuple(views),
                     heads=tuple(own),
                     layers=alignment.reports,
-                    averaged=averaged_names(models, views[0], alignment, own=tuple(own)),
+                    averaged=averaged_names(
+                        models,
+                        views[0],
+                        reached=alignment.reached,
+                        recalibrated=alignment.recalibrated,
+                        own=tuple(own),
+                    ),
+                    kept=own_buffers(models, tuple(own)),
                     recalibrated=alignment.recalibrated,
                     unreached=tuple(n for n in solvable_layers(views[0]) if n not in alignment.reached),
                     disagreements=tuple(row for pair in zip(of_mean, of_merged, strict=True) for row in pair),
@@ -318,38 +334,6 @@ def merge_modules(
         view.eval()
     layers = clock.seconds.get(ALIGNED, 0.0) - clock.seconds.get(EVALUATED, 0.0)
     return replace(result, seconds={"total": time.process_time() - start, "layers": layers})
-
-
-def averaged_names(
-    models: Sequence[nn.Module], view: nn.Module, found: Alignment, *, own: tuple[str, ...]
-) -> tuple[str, ...]:
-    """Parameters that no problem covers, and buffers that differ between the models: both are the mean of the models'.
-
-    Parameters
-    ----------
-    models
-        The models.
-    view
-        The merged module.
-    found
-        What was solved.
-    own
-        Names of what every model keeps.
-    """
-    solved = {
-        id(view.get_submodule(name).get_parameter(key))
-        for name in found.reached
-        if not any(is_within(name, head) for head in own)
-        for key in covered_parameters(view.get_submodule(name))
-    }
-    names = [name for name, parameter in view.named_parameters() if id(parameter) not in solved]
-    theirs = [dict(model.named_buffers()) for model in models]
-    for name, buffer in view.named_buffers():
-        fresh = any(is_within(name, norm) for norm in found.recalibrated)
-        others = [held[name] for held in theirs if name in held and held[name].shape == buffer.shape]
-        if buffer.is_floating_point() and not fresh and any(not torch.equal(o, others[0]) for o in others):
-            names.append(name)
-    return tuple(name for name in names if not any(is_within(name, head) for head in own))
 
 
 @torch.no_grad()
@@ -379,10 +363,10 @@ def module_disagreement(
         watched = seen.watching(views[k], problem.models[k]) if seen else nullcontext()
         replays = [problem.kept.replayed(module, item) for module in (problem.models[k], views[k])]
         with replays[0], replays[1], watched:
-            theirs = outputs_of(problem.run(problem.models[k], item))
-            merged = outputs_of(problem.run(views[k], item))
+            said = problem.run(problem.models[k], item)
+            theirs, merged = outputs_of(said), outputs_of(problem.run(views[k], item))
         if seen:
-            seen.keep(mask)
+            seen.keep(mask, said)
         for i, (ours, own) in enumerate(zip(merged, theirs, strict=True)):
             if mask is not None and own.dim() and len(own) == len(mask):
                 ours, own = ours[mask.to(ours.device)], own[mask.to(own.device)]

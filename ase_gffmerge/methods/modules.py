@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from ase_gffmerge.errors import IncompatibleSpecialistsError, RecipeError
 from ase_gffmerge.merging.module_calls import (
     Item,
-    Rows,
     Run,
-    as_examples,
     call_module,
     evaluating,
     outputs_of,
-    row_masks,
     run_module,
 )
+from ase_gffmerge.merging.module_inputs import Rows, as_examples, check_modules, row_masks
 from ase_gffmerge.merging.module_layers import ModuleProblem, align_modules
-from ase_gffmerge.merging.module_views import check_modules, own_modules, shared_views
+from ase_gffmerge.merging.module_views import own_modules, shared_views
 from ase_gffmerge.merging.modules import RIDGE, ModuleMerge, merge_modules, module_disagreement
 from ase_gffmerge.methods.base import Requirement
 from ase_gffmerge.methods.task_vectors import DENSITIES, MULTIPLES, SCALES, disjoint_mean, elect_signs, trim

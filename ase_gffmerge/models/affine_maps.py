@@ -24,10 +24,13 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm
+from torch.nn.utils.parametrize import is_parametrized
 from torch_geometric.nn import Linear as GeometricLinear
 
 from ase_gffmerge.models.layers import EquivariantLinear, FullyConnectedNet
 from ase_gffmerge.models.layers.linear import ElementLinear, JoinedLinear
+
+_LINEAR = (nn.Linear.forward, GeometricLinear.forward, JoinedLinear.forward)
 
 MAX_ELEMENTS = 16
 """Elements up to which an :class:`.ElementLinear` is solved: its rows are repeated for each of them."""
@@ -150,8 +153,14 @@ def _kind(module: nn.Module) -> LayerKind | None:
 
 
 def layer_parts(module: nn.Module) -> list[LayerKind]:
-    """The kinds of which a layer is one, as a whole or with its parts."""
+    """The kinds of which a layer is one, as a whole or with its parts.
+
+    Of a linear layer with a ``forward`` of its own, and of weights that are computed from others, nobody knows them.
+    """
     parts = {kind.part: kind for kind in _KINDS[::-1] if kind.matches(module)}
+    unknown = isinstance(module, nn.Linear | GeometricLinear) and type(module).forward not in _LINEAR
+    if not parts or unknown or any(map(is_parametrized, module.modules())):
+        return []
     return list(parts.values())
 
 

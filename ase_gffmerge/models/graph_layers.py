@@ -77,13 +77,12 @@ def _sum_map(name: str, layer: nn.Module) -> Iterator[AffineMap]:
 def _per_relation(layer: nn.Module, *args: object) -> Tensor:
     """Aggregates of every relation (or basis), and the node's own features, side by side."""
     blocks, d, _ = layer.get_parameter("weight").shape
-    root = layer.root is not None
-    total = (blocks + root) * d
+    total = blocks * d + (len(layer.get_parameter("root")) if layer.root is not None else 0)
     eye = torch.eye(total).to(layer.get_parameter("weight"))
     values = {"weight": eye[: blocks * d].view(blocks, d, total), "bias": eye.new_zeros(total)}
     width, layer.out_channels = layer.out_channels, total  # type: ignore[assignment]
     try:
-        return with_parameters(layer, values | ({"root": eye[blocks * d :]} if root else {}), args)
+        return with_parameters(layer, values | {"root": eye[blocks * d :]}, args)
     finally:
         layer.out_channels = width
 
@@ -110,6 +109,8 @@ def _sent(layer: nn.Module, x: Pair, *_: object) -> Tensor:
 
 def _received(layer: nn.Module, x: Pair, *_: object) -> Tensor:
     own = x if isinstance(x, Tensor) else x[1]
+    if own is None:  # receivers without features have no part in the attention
+        return layer.get_parameter("att_dst").new_zeros(0, layer.heads, layer.out_channels)  # type: ignore[call-overload]
     return _heads(layer, (layer.lin if layer.lin is not None else layer.lin_dst)(own))  # type: ignore[operator]
 
 
@@ -211,11 +212,7 @@ def _added(layer: nn.Module) -> list[str]:
 
 
 def _adds_to_its_output(layer: nn.Module) -> bool:
-    known = isinstance(
-        layer, graph_conv.GATConv | graph_conv.GATv2Conv | graph_conv.NNConv | graph_conv.SuperGATConv
-    )
-    known = known or isinstance(layer, graph_conv.TransformerConv)
-    return known and bool(_added(layer))
+    return same_forward(*_SKIPS, graph_conv.SuperGATConv)(layer) and bool(_added(layer))
 
 
 def _skipped_and_rest(layer: nn.Module, *args: object) -> Tensor:

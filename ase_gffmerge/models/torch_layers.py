@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ def same_forward(*classes: type[nn.Module]) -> Callable[[nn.Module], bool]:
 
 @contextmanager
 def replaced_forward(layer: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
-    """Let a function stand for a layer's ``forward``."""
+    """Let a function stand for a layer's ``forward``, whose signature it shows."""
+    if isinstance(forward, FunctionType):
+        forward.__signature__ = signature(layer.forward)  # type: ignore[attr-defined]
     own = {key: value for key, value in layer.__dict__.items() if key == "forward"}
     layer.__dict__["forward"] = forward
     try:
@@ -88,7 +91,7 @@ class KeptOutputs:
             self._left += sum(map(_size, self._found.pop(key).values()))
 
     @contextmanager
-    def replayed(self, root: nn.Module, item: object, *, but: str = "") -> Iterator[None]:
+    def replayed(self, root: nn.Module, item: object, *, but: str | None = None) -> Iterator[None]:
         """Let settled layers answer with what they returned before.
 
         Parameters
@@ -109,7 +112,7 @@ class KeptOutputs:
 
         with ExitStack() as stack:
             for name in self._settled.get(root, ()):
-                if not but or not (is_within(name, but) or is_within(but, name)):
+                if but is None or not (is_within(name, but) or is_within(but, name)):
                     layer = root.get_submodule(name)
                     stack.enter_context(replaced_forward(layer, answering(name, layer.forward)))
             yield
@@ -144,8 +147,8 @@ def _size(value: object) -> int:
 
 
 def is_within(name: str, ancestor: str) -> bool:
-    """Whether a submodule is another one or lies inside it."""
-    return name == ancestor or name.startswith(f"{ancestor}.")
+    """Whether a submodule is another one or lies inside it, as all do in the module itself, whose name is empty."""
+    return not ancestor or name == ancestor or name.startswith(f"{ancestor}.")
 
 
 def recorded(layer: nn.Module, names: Sequence[str], args: tuple[object, ...]) -> dict[str, Tensor]:
@@ -283,6 +286,7 @@ _NORMS = (
         nn.BatchNorm1d,
         nn.BatchNorm2d,
         nn.BatchNorm3d,
+        nn.SyncBatchNorm,
         nn.LayerNorm,
         nn.RMSNorm,
         nn.GroupNorm,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ase_gffmerge.evaluation.graph_networks import benchmark
+from ase_gffmerge.evaluation.benchmark import graph_networks as benchmark
 
 
 @pytest.fixture
@@ -46,6 +46,26 @@ def test_every_table_of_the_benchmark(folder, gffmerge, monkeypatch):
     monkeypatch.setattr(benchmark, "measure", None)  # everything is there: nothing is measured again
     assert "| gffmerge |" in gffmerge(*command, "--kinds", "GCN").out
     assert (folder / "out" / "gnnmerge.png").stat().st_size > 1000
+
+
+def test_lines_of_another_version_are_measured_again(tmp_path, monkeypatch):
+    asked = []
+
+    def measure(table, kind, seed, names, **_):
+        asked.append(names)
+        return {name: {"tasks": [50.0], "all classes": 20.0, "seconds": 1.0} for name in names}
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    table = ("Cora in two halves",)
+    bench = benchmark.GraphBenchmark(
+        data=tmp_path, out=tmp_path, tables=table, kinds=("GCN",), methods=("mean",), seeds=1
+    )
+    for _ in range(2):
+        bench.run()
+    assert asked == [["joint", "specialists", "mean"]]
+    monkeypatch.setattr(benchmark, "MERGE_VERSION", -1)
+    bench.run()
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(

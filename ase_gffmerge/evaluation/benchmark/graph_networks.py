@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ase_gffmerge.errors import BenchmarkError, FileFormatError
-from ase_gffmerge.evaluation.graph_networks.tasks import (
+from ase_gffmerge.evaluation.benchmark.graph_tasks import (
     CONVOLUTIONS,
     Network,
     Task,
@@ -30,6 +30,7 @@ from ase_gffmerge.evaluation.graph_networks.tasks import (
     train,
 )
 from ase_gffmerge.merging.module_views import shared_views
+from ase_gffmerge.merging.recipe import MERGE_VERSION
 from ase_gffmerge.methods import Requirement
 from ase_gffmerge.methods.modules import MODULE_METHODS, ModuleInputs, merged
 from ase_gffmerge.runtime.progress import Progress, no_progress
@@ -92,7 +93,7 @@ class GraphBenchmark:
     out
         Folder of the results; finished rows in it are not measured again.
     tables, kinds
-        Names in :data:`TABLES` and :data:`~.tasks.CONVOLUTIONS`.
+        Names in :data:`TABLES` and :data:`~.graph_tasks.CONVOLUTIONS`.
     methods
         Lines of the tables, beside those of joint training and the specialists: names in :data:`ROWS`.
     seeds
@@ -146,9 +147,9 @@ class GraphBenchmark:
         return document
 
     def _rows(self, store: ResultStore, table: str, kind: str, seed: int) -> dict[str, Row]:
-        """Lines of one column of a table for one seed, those of earlier runs with the same number of epochs included."""
+        """Lines of one column of a table for one seed, those of earlier runs of as many epochs and this version included."""
         keys = {
-            name: json.dumps([table, kind, seed, self.epochs, name])
+            name: json.dumps([table, kind, seed, self.epochs, name, MERGE_VERSION])
             for name in rows_of(table, kind, self.methods)
         }
         found = store.find(list(keys.values()))
@@ -167,7 +168,7 @@ def rows_of(table: str, kind: str, methods: Sequence[str] = tuple(ROWS)) -> list
     Parameters
     ----------
     table, kind, methods
-        Names in :data:`TABLES`, :data:`~.tasks.CONVOLUTIONS` and :data:`ROWS`.
+        Names in :data:`TABLES`, :data:`~.graph_tasks.CONVOLUTIONS` and :data:`ROWS`.
     """
     names = ["joint", "specialists"]
     for name in methods:
@@ -187,7 +188,7 @@ def measure(
     Parameters
     ----------
     table, kind
-        Names in :data:`TABLES` and :data:`~.tasks.CONVOLUTIONS`.
+        Names in :data:`TABLES` and :data:`~.graph_tasks.CONVOLUTIONS`.
     seed
         Of the split and of all initialisations.
     names

@@ -1,1 +1,0 @@
-"""Merges of graph neural networks for node classification and link prediction, method beside method."""
