@@ -12,6 +12,7 @@ from ase_gffmerge.cli.options import (
     CalibrationOption,
     DeviceOption,
     JsonOption,
+    MaxMemoryOption,
     OverwriteOption,
     SpecialistsArgument,
     load_specialists,
@@ -21,7 +22,7 @@ from ase_gffmerge.runtime.progress import is_first, progress_bar
 
 if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField
-    from ase_gffmerge.merging.recipe import Recipe
+    from ase_gffmerge.workflows.load_or_merge import MergeOptions
 
 
 def distill(
@@ -56,6 +57,7 @@ def distill(
             help="gffmerge, closed-form, fast, paper, mean, or a YAML file (its refine holds the options)."
         ),
     ] = "gffmerge",
+    max_memory: MaxMemoryOption = None,
     device: DeviceOption = "auto",
     cache_dir: CacheDirOption = None,
     overwrite: OverwriteOption = False,
@@ -71,13 +73,16 @@ def distill(
     from ase_gffmerge.integrations.load import format_of, load_force_field, write_force_field
     from ase_gffmerge.merging.recipe import DistillOptions, load_recipe
     from ase_gffmerge.runtime.distributed import sharing
+    from ase_gffmerge.runtime.memory import memory_bound
     from ase_gffmerge.sampling.on_request import file_of_frames
     from ase_gffmerge.training.checkpoint import checkpoint_path
     from ase_gffmerge.training.distill import distill
     from ase_gffmerge.training.student import make_student
+    from ase_gffmerge.workflows.load_or_merge import MergeOptions
     from ase_gffmerge.workflows.memory import estimate_distillation
+    from ase_gffmerge.workflows.merge import without_refinement
 
-    chosen = load_recipe(recipe)
+    bound, chosen = memory_bound(max_memory), load_recipe(recipe)
     plain = DistillOptions(feature_weight=0.0) if student else DistillOptions()
     options = (chosen.refine or plain).model_copy(update={"epochs": epochs} if epochs else {})
     chosen = chosen.model_copy(update={"refine": options})
@@ -94,7 +99,8 @@ def distill(
         extra = [
             () if named is kept else named.calibration for kept, named in zip(loaded, given, strict=True)
         ]
-        start = begun or _start(loaded, chosen, student=student, device=device, cache_dir=cache_dir)
+        merging = MergeOptions(recipe=without_refinement(chosen), cache_dir=cache_dir, max_memory=max_memory)
+        start = begun or _start(loaded, merging, student=student, device=device)
         if student:
             start = make_student(
                 start,
@@ -110,7 +116,8 @@ def distill(
             teacher.with_calibration([*teacher.calibration, *more])
             for teacher, more in zip(loaded, extra, strict=True)
         ]
-        note(str(estimate_distillation(start, everything, options, device=device)))
+        estimate = estimate_distillation(start, everything, options, device=device, bound=bound)
+        note(str(estimate))
         with progress_bar("distilling") as progress:
             progress(0.0, "the specialists label their frames")
             watch = EpochWatch(options.suited_epochs(len(loaded)), progress)
@@ -123,6 +130,7 @@ def distill(
                     checkpoint=checkpoint_path(out),
                     device=device,
                     callback=watch,
+                    max_edges=estimate.portions.edges,
                 )
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(watch.farewell()) from None
@@ -136,38 +144,23 @@ def distill(
 
 
 def _start(
-    specialists: "Sequence[ForceField]",
-    recipe: "Recipe",
-    *,
-    student: str | None,
-    device: str,
-    cache_dir: Path | None,
+    specialists: "Sequence[ForceField]", merging: "MergeOptions", *, student: str | None, device: str
 ) -> "ForceField":
-    """What is distilled, or what a student is made of: the first specialist where there is nothing to merge."""
-    if student and (len(specialists) == 1 or {s.potential.architecture for s in specialists} != {student}):
-        return specialists[0]
-    return _merged_start(specialists, recipe, device=device, cache_dir=cache_dir)
+    """What is distilled, or what a student is made of: the first specialist where there is nothing to merge.
 
-
-def _merged_start(
-    specialists: "Sequence[ForceField]", recipe: "Recipe", *, device: str, cache_dir: Path | None
-) -> "ForceField":
-    """Merge through the cache; the verdict on this start does not matter."""
+    A merge goes through the cache; the verdict on it does not matter.
+    """
     from ase_gffmerge.errors import MergeWarning
     from ase_gffmerge.merging.average import check_compatible
     from ase_gffmerge.runtime.devices import resolve_device
-    from ase_gffmerge.workflows.load_or_merge import MergeOptions, resolve
-    from ase_gffmerge.workflows.merge import without_refinement
+    from ase_gffmerge.workflows.load_or_merge import resolve
 
-    check_compatible(specialists, recipe)
+    if student and (len(specialists) == 1 or {s.potential.architecture for s in specialists} != {student}):
+        return specialists[0]
+    check_compatible(specialists, merging.load_recipe())
     with progress_bar("merging") as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)
-        return resolve(
-            specialists,
-            MergeOptions(recipe=without_refinement(recipe), cache_dir=cache_dir),
-            device=resolve_device(device),
-            progress=progress,
-        ).force_field
+        return resolve(specialists, merging, device=resolve_device(device), progress=progress).force_field
 
 
 def _report(

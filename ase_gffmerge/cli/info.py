@@ -31,7 +31,7 @@ def describe(force_field: "ForceField") -> dict[str, Any]:
     elements = [chemical_symbols[number] for number in potential.species]
     return {
         "name": force_field.name,
-        "kind": "merged" if force_field.merged else "specialist",
+        "kind": _kind(force_field),
         "architecture": potential.architecture,
         "hyper": potential.hyper.to_dict(),
         "species": elements,
@@ -46,6 +46,14 @@ def describe(force_field: "ForceField") -> dict[str, Any]:
         "fingerprint": force_field.fingerprint,
         "merged": merge_record(force_field),
     }
+
+
+def _kind(force_field: "ForceField") -> str:
+    from ase_gffmerge.merging.report import MergeReport
+
+    if force_field.merged is None:
+        return "specialist"
+    return "student" if MergeReport.from_dict(force_field.merged.report).is_student else "merged"
 
 
 def merge_record(force_field: "ForceField") -> dict[str, Any] | None:
@@ -76,8 +84,11 @@ def readable(document: dict[str, Any]) -> dict[str, Any]:
         rows["references"] = _pairs(document["references"]) + " (eV)"
     rows["calibration frames"] = document["calibration_frames"]
     if merged:
-        rows["merged from"] = ", ".join(merged["specialists"])
-        rows |= {"recipe": _recipe(merged["recipe"]), "verdict": merged["verdict"]}
+        student = document["kind"] == "student"
+        rows["taught by" if student else "merged from"] = ", ".join(merged["specialists"])
+        if not student:
+            rows["recipe"] = _recipe(merged["recipe"])
+        rows["verdict"] = merged["verdict"]
     else:
         size = f"{training['n_train']} frames, {training['epochs']} epochs"
         rows["trained on"] = f"{training['data_set']} ({size})"

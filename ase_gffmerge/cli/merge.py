@@ -11,6 +11,7 @@ from ase_gffmerge.cli.options import (
     CoreRepulsionChoice,
     DeviceOption,
     JsonOption,
+    MaxMemoryOption,
     OverwriteOption,
     SpecialistsArgument,
     load_specialists,
@@ -75,12 +76,7 @@ def merge(
         int,
         typer.Option(help="Rounds of merging again with frames from the merged potential's own dynamics."),
     ] = 0,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Most memory to take, such as 4GB.", show_default="$GFFMERGE_MAX_MEMORY, else no bound"
-        ),
-    ] = None,
+    max_memory: MaxMemoryOption = None,
     loop_temperature: Annotated[float, typer.Option(help="Of that dynamics, K.")] = 500.0,
     report: Annotated[Path | None, typer.Option(help="Also write the report as a web page (HTML).")] = None,
     overwrite: OverwriteOption = False,

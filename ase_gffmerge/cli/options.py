@@ -79,6 +79,12 @@ FixOption = Annotated[
     str | None, typer.Option(help="Atoms that do not move, counted from 0, for example 0-35,40.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+MaxMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Most memory to take, such as 4GB.", show_default="$GFFMERGE_MAX_MEMORY, else no bound"
+    ),
+]
 SpecialistOption = Annotated[
     str | None, typer.Option(help="Which specialist the structure belongs to (per-specialist conditioning).")
 ]

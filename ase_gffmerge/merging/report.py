@@ -25,7 +25,6 @@ from ase_gffmerge.runtime.registry import own_version
 if TYPE_CHECKING:
     from ase_gffmerge.least_squares.ridge import Solution
 
-
 Verdict = Literal["good", "usable after distillation", "failed"]
 
 GOOD, USABLE = 0.12, 0.30
@@ -72,10 +71,8 @@ class LayerReport:
 
         Parameters
         ----------
-        name, kind
-            See the attributes.
-        solution
-            With its diagnosis.
+        name, kind, solution
+            See the attributes; the solution has its diagnosis.
         before
             In the place of the anchor's residual.
         """
@@ -258,6 +255,11 @@ class MergeReport:
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
+    def is_student(self) -> bool:
+        """Whether it was taught by the specialists without a merge before."""
+        return set(self.seconds) == {"distillation"}
+
+    @property
     def relative_disagreement(self) -> float:
         """Largest error of the merged model against a specialist, relative to the specialist's own forces.
 
@@ -344,12 +346,13 @@ class MergeReport:
         """A few lines for a terminal."""
         value, quantity, whose = self._worst
         of = " from its base on new compounds" if "base" in whose else ""
-        lines = [f"merge of {', '.join(self.specialists)}: {self.verdict}"]
+        kind, who = ("student", "student") if self.is_student else ("merge", "merged")
+        lines = [f"{kind} of {', '.join(self.specialists)}: {self.verdict}"]
         lines.append(f"  relative disagreement in {quantity} {100 * value:.1f} %{of}")
         for row in self.disagreements:
             lines.append(
-                f"  {row.specialist}: {row.model} differs by {1000 * row.force_mae:.1f} meV/Å, "
-                f"{1000 * row.energy_mae:.2f} meV/atom"
+                f"  {row.specialist}: {who if row.model == 'merged' else row.model} differs by "
+                f"{1000 * row.force_mae:.1f} meV/Å, {1000 * row.energy_mae:.2f} meV/atom"
             )
         if self.forgetting:
             first = self.forgetting[0]
@@ -374,27 +377,21 @@ class MergeReport:
 def _trials(trials: Sequence[Trial]) -> Iterator[str]:
     """A line for each candidate."""
     for trial in trials:
-        mark = " (kept)" if trial.kept else ""
-        yield f"    {trial.name}: {100 * trial.overall:.1f} %{mark}"
+        yield f"    {trial.name}: {100 * trial.overall:.1f} %{' (kept)' if trial.kept else ''}"
 
 
 def _rounds(loop: Mapping[str, Any]) -> Iterator[str]:
     """A line for each round of a closed loop."""
     for k, entry in enumerate(loop["rounds"]):
         went = entry["trajectories"]
-        parts = [
-            f"{t['specialist']} {1000 * t['disagreement']['force_mae']:.1f} meV/Å"
-            if t["disagreement"]
-            else f"{t['specialist']} broke"
-            for t in went
-        ]
+        missed = [(t["specialist"], t["disagreement"]) for t in went]
+        parts = [f"{who} {1000 * d['force_mae']:.1f} meV/Å" if d else f"{who} broke" for who, d in missed]
         total = sum(t["n_replicas"] for t in went)
-        held = total - sum(sum(t["stopped"].values()) for t in went)
-        mark = " (chosen)" if k == loop["chosen"] else ""
-        yield f"  round {k}: differs by {', '.join(parts)}; {held} of {total} replicas held{mark}"
+        left = total - sum(sum(t["stopped"].values()) for t in went)
+        held = f"{left} of {total} replicas held{' (chosen)' if k == loop['chosen'] else ''}"
+        yield f"  round {k}: differs by {', '.join(parts)}; {held}"
 
 
 def _listed(names: tuple[str, ...], *, shown: int = 3) -> str:
     """The first few names and how many there are."""
-    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + rest
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -154,7 +154,7 @@ def report_html(merged: ForceField) -> str:
     if record is None:
         raise ValueError(f"{merged.name!r} is no merge and has no report; merge specialists first")
     report = MergeReport.from_dict(record.report)
-    title = html.escape(f"Merge of {', '.join(report.specialists)}")
+    title = _title(report)
     return (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"
         f"</head><body><h1>{title}</h1>{_verdict(report)}{_facts(merged, record, report)}{_picture(report)}"
@@ -166,9 +166,12 @@ def report_html(merged: ForceField) -> str:
 
 def report_card(report: MergeReport) -> str:
     """A part of a web page, for notebooks: specialists, elements, verdict and figure."""
-    names = html.escape(" + ".join(report.specialists))
     known = f"<p>Elements: {html.escape(', '.join(report.elements))}</p>" if report.elements else ""
-    return f"<div><h4>Merge of {names}</h4>{known}{_verdict(report)}{_picture(report)}</div>"
+    return f"<div><h4>{_title(report)}</h4>{known}{_verdict(report)}{_picture(report)}</div>"
+
+
+def _title(report: MergeReport) -> str:
+    return html.escape(f"{'Student' if report.is_student else 'Merge'} of {', '.join(report.specialists)}")
 
 
 def _verdict(report: MergeReport) -> str:

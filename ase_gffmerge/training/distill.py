@@ -156,7 +156,7 @@ def distill(
     distilled = _distilled_force_field(merged, specialists, options, teachers, potential, seconds=seconds)
     progress(1.0, "distilled")
     provenance = Provenance(
-        data_set="merged and distilled",
+        data_set="merged and distilled" if merged.merged else "distilled from teachers",
         lineage=tuple(s.fingerprint for s in specialists),
         n_train=len(training),
         epochs=len(history.rows),

@@ -41,7 +41,7 @@ from ase_gffmerge.runtime.devices import resolve_device
 from ase_gffmerge.runtime.distributed import alone
 from ase_gffmerge.runtime.memory import Portions, resident, written
 from ase_gffmerge.training.soap import LARGEST
-from ase_gffmerge.workflows.memory_per_edge import PerEdge, inference_bytes, measured
+from ase_gffmerge.workflows.memory_per_edge import PerEdge, labelling_bytes, measured
 
 OVERHEAD = 1.25
 """Memory of the process over that of its tensors: what allocators keep, and operations use inside."""
@@ -169,10 +169,9 @@ def estimate_distillation(
     options: DistillOptions,
     *,
     device: str | torch.device = "auto",
+    bound: int | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory of a distillation, which takes about a second, without beginning it.
-
-    Matching of features or Hessians is not in it.
 
     Parameters
     ----------
@@ -182,20 +181,18 @@ def estimate_distillation(
         With all the frames that they will label.
     options, device
         As for :func:`~ase_gffmerge.training.distill.distill`.
+    bound
+        Bytes to stay within, by fewer edges in a part of a training step; default: none.
+
+    Raises
+    ------
+    DeviceMemoryError
+        When that cannot be done, which says what to lower.
+    IncompatibleSpecialistsError
+        When features are matched that a network does not have.
     """
-    resolved, recipe = resolve_device(device), Recipe(messages=False, select=False, refine=options)
-    model = MemoryModel([student.with_calibration(t.calibration) for t in teachers], recipe, resolved)
-    found = model.estimate()
-    sizes = [Frames.of(teacher, None) for teacher in teachers]
-    labels = max(
-        inference_bytes(teacher, resolved) * min(2 * one.n * one.edges, augmentation.MAX_EDGES)
-        for teacher, one in zip(teachers, sizes, strict=True)
-    )
-    phases = {
-        "labels": model.networks + OVERHEAD * labels,
-        "the distillation": found.phases["the distillation"],
-    }
-    return MemoryEstimate(resident=found.resident, phases=phases, portions=found.portions)
+    model = DistillationModel(student, teachers, options, resolve_device(device))
+    return model.estimate() if bound is None else model.within(bound)
 
 
 class MemoryModel:
@@ -217,6 +214,8 @@ class MemoryModel:
     networks
         Bytes of all copies of the network, and of the libraries.
     """
+
+    what = "merge"
 
     def __init__(
         self,
@@ -242,6 +241,11 @@ class MemoryModel:
         with alone():
             some = specialists[densest]
             self._unit = measured(some, recipe, device) if some.calibration else PerEdge(**NOTHING)
+            options = recipe.refine
+            matched = options and (options.feature_weight or options.hessian_weight)
+            self._labelling, self._targets = self._unit.inference, 0.0
+            if options and matched:
+                self._labelling, self._targets = labelling_bytes(some, options, device)
 
     def estimate(self, portions: Portions | None = None) -> MemoryEstimate:
         """Estimate all phases of the recipe."""
@@ -266,7 +270,7 @@ class MemoryModel:
             return estimate
         phase = max(estimate.phases, key=lambda name: estimate.phases[name])
         raise DeviceMemoryError(
-            f"this merge needs about {written(estimate.peak)} even in the smallest portions, more than max_memory="
+            f"this {self.what} needs about {written(estimate.peak)} even in the smallest portions, more than max_memory="
             f"{written(bound)}: {phase} takes most; {self._remedy(phase)}, or raise max_memory"
         )
 
@@ -290,7 +294,10 @@ class MemoryModel:
         recipe, unit, frames = self._recipe, self._unit, self._frames
         limit = portions.edges or np.inf
         at_once = [max(min(one.batch, limit), min(one.largest, one.batch)) for one in frames]
-        yield "labels", unit.inference * max(min(one.n * one.edges, augmentation.MAX_EDGES) for one in frames)
+        yield (
+            "labels",
+            self._labelling * max(min(one.n * one.edges, augmentation.MAX_EDGES) for one in frames),
+        )
         if recipe.method == "mean":
             return
         held = unit.held * sum(one.all_batches for one in frames)
@@ -324,7 +331,7 @@ class MemoryModel:
             min(2 * one.given * one.edges * (options.copies + 1), 4 * options.max_copied_edges)
             for one in self._frames
         )
-        graphs = stored * (16 + 3 * self._item) + 4000 * n_frames
+        graphs = stored * (16 + 3 * self._item + self._targets) + 4000 * n_frames
         return self._item * (7 * weights + rotations) + graphs + self._unit.training * part
 
     def _remedy(self, phase: str) -> str:
@@ -336,3 +343,46 @@ class MemoryModel:
             "the wide readout": "lower the width of the readout in the recipe, or take the recipe gffmerge",
             "the distillation": "lower copies under refine in the recipe, or give frames of fewer atoms",
         }[phase]
+
+
+class DistillationModel(MemoryModel):
+    """Memory of a distillation as a function of how many edges are differentiated at once.
+
+    Parameters
+    ----------
+    student, teachers, options, device
+        See :func:`estimate_distillation`.
+    """
+
+    what = "distillation"
+
+    def __init__(
+        self,
+        student: ForceField,
+        teachers: Sequence[ForceField],
+        options: DistillOptions,
+        device: torch.device,
+    ):
+        recipe = Recipe(messages=False, select=False, readout=None, refine=options)
+        super().__init__([student.with_calibration(t.calibration) for t in teachers], recipe, device)
+        self._options, sizes = options, [Frames.of(teacher, None) for teacher in teachers]
+        with alone():
+            found = [labelling_bytes(teacher, options, device) for teacher in teachers]
+        self._labels = max(
+            peak * min(2 * one.n * one.edges, augmentation.MAX_EDGES)
+            for (peak, _), one in zip(found, sizes, strict=True)
+        )
+        self._targets = max(kept for _, kept in found)
+        weights = (p for teacher in teachers for p in teacher.potential.parameters())
+        self.networks += self._item * sum(p.numel() for p in weights)
+
+    def _smaller(self) -> Iterator[Portions]:
+        smallest = max(frames.largest for frames in self._frames)
+        edges = max(frames.edges for frames in self._frames) * self._options.batch_size
+        while edges > smallest:
+            edges = max(edges / 2, smallest)
+            yield Portions(edges=max(int(edges), 1))
+
+    def _phases(self, portions: Portions) -> Iterator[tuple[str, float]]:
+        yield "labels", self._labels
+        yield "the distillation", self._distillation(self._options, portions.edges or np.inf)

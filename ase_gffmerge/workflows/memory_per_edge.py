@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from ase import Atoms
+from torch import Tensor
 
 from ase_gffmerge.data.frames import bare, spread
 from ase_gffmerge.forcefield.force_field import ForceField
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
+from ase_gffmerge.graphs.derivatives import hessian_products
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.merging.average import working_copies
 from ase_gffmerge.merging.blockwise import LinearizedBlock
@@ -28,7 +30,7 @@ from ase_gffmerge.models.affine_maps import adjustable_maps
 from ase_gffmerge.models.base import Stage
 from ase_gffmerge.runtime.memory import PeakMemory
 from ase_gffmerge.training.config import TrainConfig
-from ase_gffmerge.training.loss import LabeledGraph, distillation_loss
+from ase_gffmerge.training.loss import LabeledGraph, distillation_loss, with_features
 
 PROBED_EDGES = 400
 """Edges of the frames that are measured, at least one frame."""
@@ -49,7 +51,7 @@ class PerEdge:
     pass_value, pass_direction
         Of a pass through the network with derivatives: by itself, and for every direction.
     training, inference
-        Gradient of a loss on forces; energies and forces.
+        Gradient of a loss, of features and products of Hessians too where they are matched; energies and forces.
     """
 
     held: float
@@ -103,28 +105,50 @@ def measured(specialist: ForceField, recipe: Recipe, device: torch.device) -> Pe
         product=product / n_edges,
         pass_value=(passes[0] - (passes[1] - passes[0]) / 2) / n_edges,
         pass_direction=(passes[1] - passes[0]) / 2 / n_edges,
-        training=_training_bytes(potential, frames) / n_edges if recipe.refine else 0.0,
+        training=_training_bytes(potential, frames, recipe.refine) / n_edges if recipe.refine else 0.0,
         inference=_inference_bytes(potential, frames),
     )
 
 
-def inference_bytes(specialist: ForceField, device: torch.device) -> float:
-    """Count the bytes per edge of energies and forces on a few frames of a force field; 0 where it has none.
+def labelling_bytes(
+    specialist: ForceField, options: DistillOptions, device: torch.device
+) -> tuple[float, float]:
+    """Count the bytes per edge while a teacher labels a few frames, and those of features and products that are kept.
 
     Parameters
     ----------
     specialist
-        With calibration frames.
+        The teacher; 0 for one without calibration frames.
+    options
+        Which features it gives, and whether products of Hessians.
     device
         Where.
     """
     if not specialist.calibration:
-        return 0.0
+        return 0.0, 0.0
     few = _few(specialist)
     (own,) = working_copies([specialist.with_calibration(few)], device)
-    dtype = own.potential.dtype
-    graphs = [build_graph(atoms, own.cutoff, dtype=dtype) for atoms in few]
-    return _inference_bytes(own.potential, batch_graphs(graphs).to(device))
+    graphs = [build_graph(atoms, own.cutoff, dtype=own.potential.dtype) for atoms in few]
+    graph, kept = batch_graphs(graphs).to(device), 0
+    found = [_inference_bytes(own.potential, graph)]
+    if options.feature_weight:
+        with PeakMemory() as memory:
+            features = _features(own.potential, graph, options, summed=True)
+        kept += features.numel() * features.element_size()
+        found.append(memory.peak / (graph.n_edges or 1))
+    if options.hessian_weight:
+        with PeakMemory() as memory:
+            products = hessian_products(own.potential, graph, torch.ones_like(graph.positions))
+        kept += 2 * products.numel() * products.element_size()
+        found.append(memory.peak / (graph.n_edges or 1))
+    return max(found), kept / (graph.n_edges or 1)
+
+
+def _features(
+    potential: Potential, graph: AtomGraph, options: DistillOptions, *, summed: bool = False
+) -> Tensor:
+    function = with_features(potential, options.feature_match, summed=summed)
+    return predict(function, graph).readout_inputs[-1]
 
 
 def _inference_bytes(potential: Potential, graph: AtomGraph) -> float:
@@ -169,15 +193,18 @@ def _pass_bytes(potential: Potential, graph: AtomGraph, n_directions: int) -> in
     return memory.peak
 
 
-def _training_bytes(potential: Potential, graph: AtomGraph) -> int:
+def _training_bytes(potential: Potential, graph: AtomGraph, options: DistillOptions) -> int:
+    """Bytes of a gradient; what teachers' features take beyond the student's own is left out."""
     student = deepcopy(potential.with_core_repulsion(None)).requires_grad_(True)
     batch = LabeledGraph.of(
         graph,
         energy=graph.cell.new_zeros(graph.n_structures),
         forces=torch.zeros_like(graph.positions),
         stress=torch.zeros_like(graph.cell),
+        features=_features(student, graph, options) if options.feature_weight else None,
+        curvature=graph.positions.repeat(1, 2) if options.hessian_weight else None,
     )
-    loss = distillation_loss(TrainConfig(stress_weight=0.0), DistillOptions())
+    loss = distillation_loss(TrainConfig(stress_weight=0.0), options)
     with PeakMemory() as memory:
         loss(student, batch, batch).backward()
     return memory.peak

@@ -1,13 +1,16 @@
 """``gffmerge distill``: from specialists to a distilled file; resumable; refuses what it cannot use."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.runtime.memory import Portions
 from ase_gffmerge.storage.tensor_file import read_file
 from ase_gffmerge.training import distill as distillation
 from ase_gffmerge.training.checkpoint import checkpoint_path
+from ase_gffmerge.workflows import memory
 
 PAIR = ("methanol.safetensors", "water.safetensors")
 RECIPE = """
@@ -56,6 +59,30 @@ def test_frames_epochs_and_a_start_of_ones_own(gffmerge, recipe: Path) -> None:
     assert distilled.merged is not None
     assert distilled.merged.recipe["method"] == "mean"
     assert (distilled.provenance.epochs, distilled.provenance.n_train) == (1, 2 * 11 * 2)
+
+
+def test_a_bound_of_the_memory_reaches_merge_and_training(gffmerge, recipe: Path, monkeypatch) -> None:
+    bounds, parts = [], []
+
+    def interrupted(*arguments, max_edges: int | None, **options) -> None:
+        parts.append(max_edges)
+        raise KeyboardInterrupt
+
+    def merged(specialists, options, **more):
+        bounds.append(options.max_memory)
+        return SimpleNamespace(force_field=ForceField.load("methanol.safetensors"))
+
+    monkeypatch.setattr(distillation, "distill", interrupted)
+    monkeypatch.setattr("ase_gffmerge.workflows.load_or_merge.resolve", merged)
+    command = ("distill", *PAIR, "--recipe", recipe, "--device", "cpu", "--out", "a.safetensors")
+    assert "more than max_memory=10 MB" in gffmerge(*command, "--max-memory", "10MB").error()
+    gffmerge(*command, "--max-memory", "100GB")
+    estimate = memory.DistillationModel.estimate
+    few = Portions(edges=40)
+    monkeypatch.setattr(memory.DistillationModel, "estimate", lambda self, _=None: estimate(self, few))
+    gffmerge(*command)
+    assert bounds == ["10MB", "100GB", None]
+    assert parts == [None, 40]
 
 
 def test_specialists_without_frames_learn_from_those_that_are_named(gffmerge, recipe: Path) -> None:

@@ -46,7 +46,9 @@ def test_masks_of_any_kind_choose_the_same_nodes():
         found = merge_modules(models, data, channels="joint", rows=rows)
         assert torch.equal(parameters(found), parameters(expected))
         assert relative(found) == relative(expected)
-    assert merge_modules(models, data, channels="joint", rows=[None, np.ones(NODES)]).layers[0].rows == 2 * NODES
+    assert (
+        merge_modules(models, data, channels="joint", rows=[None, np.ones(NODES)]).layers[0].rows == 2 * NODES
+    )
     with pytest.raises(FramesError, match="2 models and 1 masks"):
         merge_modules(models, data, channels="joint", rows=[mask])
     with pytest.raises(FramesError, match="indices of nodes"):

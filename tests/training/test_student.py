@@ -11,11 +11,14 @@ from typer.testing import CliRunner
 
 from ase_gffmerge import ForceField, distill
 from ase_gffmerge.cli import app
+from ase_gffmerge.cli.info import describe, readable
 from ase_gffmerge.errors import FramesError, IncompatibleSpecialistsError
 from ase_gffmerge.graphs import batch_graphs, build_graph, predict
 from ase_gffmerge.graphs.derivatives import hessian, hessian_products
 from ase_gffmerge.inference.predict import predict_frames
 from ase_gffmerge.merging.recipe import DistillOptions
+from ase_gffmerge.merging.report import MergeReport
+from ase_gffmerge.merging.report_plot import report_html
 from ase_gffmerge.storage.tensor_file import read_file
 from ase_gffmerge.training.config import TrainConfig
 from ase_gffmerge.training.loss import PROJECTION, add_projection, distillation_loss, with_features
@@ -52,6 +55,14 @@ def test_a_smaller_student_is_the_teacher_compressed_and_learns_from_it():
     assert taught.merged.fingerprints == (teacher.fingerprint,)
     assert taught.extrapolation_grade is not None
     assert history.rows
+    summary = MergeReport.from_dict(taught.merged.report).summary()
+    assert summary.startswith("student of painn-CH3CH2OH: ")
+    assert "painn-CH3CH2OH: student differs by" in summary
+    assert "merge" not in summary
+    assert "<h1>Student of painn-CH3CH2OH</h1>" in report_html(taught)
+    rows = readable({"path": "", **describe(taught)})
+    assert (rows["kind"], rows["taught by"]) == ("student", teacher.name)
+    assert "recipe" not in rows
 
 
 def test_a_student_of_another_architecture_and_cutoff_is_shown_what_its_teacher_sees():

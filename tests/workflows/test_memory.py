@@ -214,6 +214,35 @@ def test_a_distillation_is_estimated_with_its_own_student_and_teachers() -> None
     assert estimate_distillation(pair[0], [pair[1].with_calibration([])], few, device="cpu").peak > 0
 
 
+@pytest.mark.parametrize("more", [{"feature_weight": 1.0}, {"hessian_weight": 1.0}])
+def test_what_a_distillation_matches_beside_forces_is_in_its_estimate(more) -> None:
+    pair = family("painn", 2, frames=6, hyper=HYPER["painn"])
+    plain, matched = (
+        estimate_distillation(pair[0], pair, DistillOptions(**o), device="cpu") for o in ({}, more)
+    )
+    assert matched.phases["the distillation"] > plain.phases["the distillation"]
+    assert matched.phases["labels"] >= plain.phases["labels"]
+    recipe = load_recipe("gffmerge")
+    assert recipe.refine is not None
+    with_it = recipe.model_copy(update={"refine": recipe.refine.model_copy(update=more)})
+    merges = [
+        estimate_memory(pair, one, device="cpu").phases["the distillation"] for one in (recipe, with_it)
+    ]
+    assert merges[1] > merges[0]
+
+
+def test_a_bound_makes_the_parts_of_a_distillation_smaller() -> None:
+    pair = family("painn", 2, frames=6, hyper=HYPER["painn"] | {"channels": 64})
+    options = DistillOptions(batch_size=20, copies=0)
+    free = estimate_distillation(pair[0], pair, options, device="cpu")
+    assert free.portions.edges is None
+    bounded = estimate_distillation(pair[0], pair, options, device="cpu", bound=int(free.peak - 1e6))
+    assert bounded.peak < free.peak
+    assert bounded.portions.edges
+    with pytest.raises(DeviceMemoryError, match=r"this distillation needs about .* or raise max_memory"):
+        estimate_distillation(pair[0], pair, options, device="cpu", bound=10**7)
+
+
 CHILD = """
 import json, re, sys, warnings
 from pathlib import Path
