@@ -81,7 +81,8 @@ def readable(document: dict[str, Any]) -> dict[str, Any]:
     rows["parameters"] = f"{document['n_parameters']} ({document['dtype']})"
     rows["level of theory"] = document["level_of_theory"]
     if len(document["references"]) <= MANY:
-        rows["references"] = _pairs(document["references"]) + " (eV)"
+        energies = {symbol: f"{value:.4f}" for symbol, value in document["references"].items()}
+        rows["references"] = _pairs(energies) + " (eV)"
     rows["calibration frames"] = document["calibration_frames"]
     if merged:
         student = document["kind"] == "student"

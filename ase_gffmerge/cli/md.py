@@ -182,7 +182,7 @@ def md(
             )
             raise KeyboardInterrupt(f"interrupted; {done}") from None
     document: dict[str, object] = {**result.to_dict(), "trajectory": str(out)}
-    if monitor is not None:
+    if monitor is not None and monitor.n_calls:  # none where a run that is over was continued
         document |= {"extrapolation_largest": monitor.largest, "extrapolation_beyond": monitor.n_beyond}
     if as_json:
         print_json(document)
@@ -192,7 +192,8 @@ def md(
     if as_json:
         return
     document |= {"broken_bonds": len(result.broken_bonds)}
-    print_values({LABELS.get(key, key): value for key, value in document.items() if value is not None})
+    labels = LABELS | ({key: f"{LABELS[key]} since the restart" for key in OF_THE_MONITOR} if restart else {})
+    print_values({labels.get(key, key): value for key, value in document.items() if value is not None})
     note(
         f"written: {', '.join(str(path) for path in (out, log) if path)}; "
         "the same command with more --steps and --restart goes on"
@@ -218,6 +219,8 @@ LABELS = {
     "extrapolation_largest": "largest extrapolation grade",
     "extrapolation_beyond": "samples above the threshold",
 }
+OF_THE_MONITOR = ("extrapolation_largest", "extrapolation_beyond")
+"""What is known of the steps of this process alone."""
 
 
 def describe(sample: "Sample", steps: int) -> str:

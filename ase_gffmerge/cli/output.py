@@ -69,10 +69,14 @@ def print_values(values: Mapping[str, object]) -> None:
     """Print names and values in two columns."""
     from ase_gffmerge.evaluation.table import Table
 
-    written = {
-        name: value if isinstance(value, str | float | int) else str(value) for name, value in values.items()
-    }
-    print_table(Table.of_values(written))
+    print_table(Table.of_values({name: _written(name, value) for name, value in values.items()}))
+
+
+def _written(name: str, value: object) -> str | float | int:
+    """Energies with digits behind the point, however large those of all electrons are."""
+    if name.endswith("(eV)") and isinstance(value, float):
+        return f"{value:.5f}"
+    return value if isinstance(value, str | float | int) else str(value)
 
 
 def require_outputs(

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from ase import Atoms, units
@@ -85,7 +86,7 @@ def run_md(
     Raises
     ------
     DynamicsError
-        For impossible options, a restart file of another run, or when the energy is not finite any more.
+        For impossible options, a restart file of another run or force field, or when the energy is not finite any more.
     StructureError
         For ``npt`` without a cell in three directions.
     """
@@ -122,7 +123,7 @@ def run_md(
             )
             stack.callback(logger.close)
         freedom = degrees_of_freedom(atoms, at_rest=thermalize and conditions.ensemble == "nve")
-        began = perf_counter()
+        began = perf_counter() - (point.seconds if point else 0.0)
         for done in _sampled_steps(steps, interval, after=samples[-1].step if samples else -1):
             if done:
                 before = samples[-1].step
@@ -142,6 +143,7 @@ def run_md(
                     broken_bonds=list(broken),
                     rng=rng,
                     n_frames=write.n_frames,
+                    seconds=perf_counter() - began,
                 ).save(restart)
             if on_sample:
                 on_sample(samples[-1])
@@ -178,8 +180,23 @@ def _identity(
 ) -> dict[str, object]:
     """What a resumed run must have in common with the one before; the number of steps only where it decides a ramp."""
     ramp = {} if conditions.final_temperature is None else {"steps": steps}
-    fixed = {"formula": atoms.get_chemical_formula("reduce"), "seed": seed, "interval": interval}
-    return {**asdict(conditions), **fixed, **ramp}
+    fixed = {
+        "formula": atoms.get_chemical_formula("reduce"),
+        "periodic directions": atoms.pbc.tolist(),
+        "constraints": "; ".join(str(c.todict() or type(c).__name__) for c in atoms.constraints) or "none",
+        "seed": seed,
+        "interval": interval,
+    }
+    return {**asdict(conditions), **fixed, **_source_of_forces(atoms.calc), **ramp}
+
+
+def _source_of_forces(calculator: Any) -> dict[str, object]:
+    """Class of a calculator; of ours the force field, and the options that decide its forces."""
+    force_field = getattr(calculator, "force_field", None)
+    if force_field is None:
+        return {"calculator": type(calculator).__name__}
+    options = {name: calculator.parameters.get(name) for name in ("dtype", "specialist", "dispersion")}
+    return {"force field": f"{force_field.name} ({force_field.fingerprint[:12]})", **options}
 
 
 def _named(restart: Path | None) -> Path:

@@ -256,6 +256,8 @@ class RestartPoint:
         State of the random numbers.
     n_frames
         Frames of the trajectory file so far.
+    seconds
+        Wall time so far.
     """
 
     identity: Mapping[str, object]
@@ -269,6 +271,7 @@ class RestartPoint:
     integrator: Mapping[str, np.ndarray]
     random: Mapping[str, object]
     n_frames: int
+    seconds: float
 
     @property
     def step(self) -> int:
@@ -286,6 +289,7 @@ class RestartPoint:
         broken_bonds: Sequence[tuple[int, int]],
         rng: np.random.Generator,
         n_frames: int,
+        seconds: float,
     ) -> Self:
         """Take down the present moment of a run.
 
@@ -293,7 +297,7 @@ class RestartPoint:
         ----------
         dynamics
             The integrator, with its structure.
-        identity, samples, broken_bonds, n_frames
+        identity, samples, broken_bonds, n_frames, seconds
             See the attributes.
         start
             The first structure.
@@ -313,6 +317,7 @@ class RestartPoint:
             integrator=inner_state(dynamics),
             random=rng.bit_generator.state,
             n_frames=n_frames,
+            seconds=seconds,
         )
 
     def place(self, atoms: Atoms) -> None:
@@ -338,6 +343,7 @@ class RestartPoint:
             "restart": dict(self.identity),
             "random": dict(self.random),
             "n_frames": self.n_frames,
+            "seconds": self.seconds,
         }
         write_file(path, metadata, {name: torch.as_tensor(value) for name, value in arrays.items()})
 
@@ -352,6 +358,11 @@ class RestartPoint:
         DynamicsError
             When it belongs to a run of another structure or other conditions; the differences are named.
         """
+        if not path.exists():
+            raise FileFormatError(
+                f"there is no restart file {path}, and so no run to continue; check the name, or begin the run without "
+                "restart"
+            )
         metadata, tensors = read_file(path)
         if "restart" not in metadata:
             raise FileFormatError(f"{path} is no restart file of molecular dynamics")
@@ -378,5 +389,6 @@ class RestartPoint:
             integrator=inner,
             random=metadata["random"],
             n_frames=int(metadata["n_frames"]),
+            seconds=float(metadata["seconds"]),
             **arrays,
         )

@@ -82,7 +82,7 @@ class Trajectory:
         Bonds of the first structure that were longer than 1.5 times their initial length in a frame of a run that did
         not stop for them.
     seconds
-        Wall time of the integration, recording included; of the whole batch for replicas.
+        Wall time of the integration, recording and what was before a restart included; of the whole batch for replicas.
     """
 
     start: Atoms
@@ -146,7 +146,7 @@ class Trajectory:
     @property
     def steps_per_second(self) -> float:
         """Integration steps per second of wall time."""
-        return self.steps / max(self.seconds, 1e-9)
+        return self.duration / self.timestep / max(self.seconds, 1e-9)
 
     @property
     def mean_temperature(self) -> float:

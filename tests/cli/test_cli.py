@@ -409,6 +409,7 @@ def test_md(gffmerge, files: Path) -> None:
     assert nvt.code == 0, nvt.err
     assert "mean temperature (K)" in nvt.out
     assert "energy drift" not in nvt.out
+    assert re.search(r"^total energy \(eV\) +-?\d+\.\d{5}$", nvt.out, re.MULTILINE)
     assert "stopped" not in nvt.out
     assert nvt.err.endswith("written: nvt.xyz; the same command with more --steps and --restart goes on\n")
     assert len(read("nvt.xyz", ":")) == 5

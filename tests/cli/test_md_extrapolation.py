@@ -49,6 +49,15 @@ def test_warns_by_default_where_the_model_can_tell(run) -> None:
     assert "extrapolation_largest" not in silent.json()
 
 
+def test_a_continued_run_speaks_of_what_it_saw(run) -> None:
+    assert run("graded", "whole").code == 0
+    longer = run("graded", "whole", "--restart", "--steps", 6)
+    assert "largest extrapolation grade since the restart" in longer.out
+    nothing = run("graded", "whole", "--restart", "--steps", 6)  # is left to do
+    assert nothing.code == 0
+    assert "extrapolation" not in nothing.out
+
+
 def test_stop_keeps_the_trajectory_so_far(run, tmp_path: Path) -> None:
     assert "extrapolation grade" in run("graded", "torn", "--extrapolation", "stop").error()
     assert len(read(tmp_path / "out.traj", ":")) == 1

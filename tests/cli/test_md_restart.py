@@ -48,12 +48,14 @@ def test_a_run_is_continued_as_if_it_had_not_stopped(run, way: tuple[str, ...]) 
     assert len(Path("run.log").read_text().splitlines()) == 6
     refused = run(*nvt, "--steps", 20, "--out", "run.traj", "--restart", "--seed", 3).error()
     assert "seed was 0, now 3" in refused
+    refused = run(*nvt, "--steps", 20, "--out", "run.traj", "--restart", model="stiff").error()
+    assert "force field was water (" in refused
+    assert "now stiff (" in refused
 
 
 def test_without_a_run_there_is_nothing_to_continue(run) -> None:
-    assert (
-        "run.traj.restart" in run("--ensemble", "nve", "--steps", 5, "--out", "run.traj", "--restart").error()
-    )
+    refused = run("--ensemble", "nve", "--steps", 5, "--out", "run.traj", "--restart").error()
+    assert "there is no restart file run.traj.restart" in refused
 
 
 def test_frames_are_appended_or_replaced(run) -> None:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
 from ase.io import read
 
 from ase_gffmerge import GFFMergeCalculator
@@ -131,10 +133,38 @@ def test_other_conditions_are_refused(changes: dict, message: str, tmp_path: Pat
         run_md(copper(), conditions("langevin", **changes), **options, resume=True)
 
 
+def test_other_forces_constraints_and_boundaries_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.traj"
+    options = {"steps": 10, "interval": 5, "trajectory": path, "restart": restart_path(path)}
+    run_md(copper(), conditions("langevin"), **options)
+    held, slab, other = copper(), copper(), copper()
+    held.set_constraint(FixAtoms([0]))
+    slab.pbc = (True, True, False)
+    other.calc = EMT()
+    for atoms, message in (
+        (held, "constraints was none, now .*FixAtoms"),
+        (slab, "periodic directions was"),
+        (other, "calculator was Pairs, now EMT"),
+    ):
+        with pytest.raises(DynamicsError, match=message):
+            run_md(atoms, conditions("langevin"), **options, resume=True)
+
+
+def test_speed_counts_the_steps_that_were_done_in_the_time_they_took(tmp_path: Path) -> None:
+    path = tmp_path / "run.traj"
+    options = {"interval": 5, "trajectory": path, "restart": restart_path(path)}
+    first = run_md(copper(), conditions("nve"), steps=20, **options)
+    again = run_md(copper(), conditions("nve"), steps=20, **options, resume=True)  # nothing is left to do
+    assert again.seconds >= 0.5 * first.seconds
+    assert again.steps_per_second <= 2 * first.steps_per_second
+    burst = run_md(copper(), conditions("nve", timestep=60.0), steps=400, interval=1)
+    assert burst.steps_per_second * burst.seconds == pytest.approx(len(burst.times) - 1)
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     path = tmp_path / "run.traj"
     options = {"steps": 10, "interval": 5, "trajectory": path, "restart": restart_path(path)}
-    with pytest.raises(FileFormatError, match="restart"):
+    with pytest.raises(FileFormatError, match="and so no run to continue"):
         run_md(copper(), conditions("langevin"), **options, resume=True)
     run_md(copper(), conditions("langevin"), **options)
     path.unlink()
