@@ -42,7 +42,7 @@ def compress(
     from ase_gffmerge.merging.recipe import load_recipe
 
     chosen = load_recipe(recipe) if recipe else RECIPE
-    require_outputs(out, inputs=[source, *(calibration or ())], overwrite=overwrite)
+    require_outputs(model=out, inputs=[source, *(calibration or ())], overwrite=overwrite)
     loaded = load_force_field(source)
     if adapter := format_of(out, loaded.potential.architecture):
         adapter.require_exportable(loaded.potential)

@@ -49,7 +49,7 @@ def convert(
     from ase_gffmerge.sampling.on_request import file_of_frames
 
     frames_file = None if calibration is None else file_of_frames(calibration)
-    require_outputs(out, inputs=[source, frames_file], overwrite=overwrite)
+    require_outputs(model=out, inputs=[source, frames_file], overwrite=overwrite)
     specialist = load_force_field(source, trust=trust, name=name, level_of_theory=level_of_theory)
     if adapter := format_of(out, specialist.potential.architecture):
         adapter.require_exportable(specialist.potential)

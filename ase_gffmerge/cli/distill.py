@@ -88,7 +88,7 @@ def distill(
     chosen = chosen.model_copy(update={"refine": options})
     curve = out.with_name(f"{out.name.removesuffix('.safetensors')}.png")
     frames = map(file_of_frames, calibration or ())
-    require_outputs(out, curve, inputs=[*specialists, *frames, init], overwrite=overwrite)
+    require_outputs(curve, model=out, inputs=[*specialists, *frames, init], overwrite=overwrite)
     with sharing():
         own = [load_force_field(source) for source in specialists]
         begun = load_force_field(init) if init else None
@@ -130,6 +130,7 @@ def distill(
                     checkpoint=checkpoint_path(out),
                     device=device,
                     callback=watch,
+                    on_plan=watch.plan,
                     max_edges=estimate.portions.edges,
                 )
             except KeyboardInterrupt:

@@ -97,6 +97,7 @@ def merge(
     from ase_gffmerge.training.checkpoint import checkpoint_path
     from ase_gffmerge.workflows.memory import estimate_memory
     from ase_gffmerge.workflows.merge import merge as merge_specialists
+    from ase_gffmerge.workflows.merge import with_base
 
     if exportable and conditioning == Conditioning.per_specialist:
         raise typer.BadParameter(
@@ -112,17 +113,22 @@ def merge(
         closed_loop=validated(ClosedLoopOptions, loop, source="--closed-loop") if closed_loop else None,
     )
     frames = map(file_of_frames, calibration or ())
-    require_outputs(out, report, inputs=[*specialists, *frames, base], overwrite=overwrite)
+    require_outputs(report, model=out, inputs=[*specialists, *frames, base], overwrite=overwrite)
     given = [load_force_field(source) for source in specialists]
     chosen = recipe_for(out, given, chosen, exportable=exportable)
+    if keep_base:
+        chosen = load_recipe(chosen, keep_base=chosen.keep_base or True)
     with sharing(), progress_bar("merging") as progress:
         loaded = load_specialists(given, calibration, device=device)
-        note(str(estimate_memory(loaded, chosen, device=device, bound=memory_bound(max_memory))))
+        ancestor, joined, inner = load_force_field(base) if base else None, loaded, chosen
+        if chosen.keep_base:
+            joined, inner, ancestor = with_base(loaded, chosen, ancestor)
+        kept, bound = bool(chosen.keep_base), memory_bound(max_memory)
+        note(str(estimate_memory(joined, inner, device=device, bound=bound, base_joined=kept)))
         merged, result = merge_specialists(
             loaded,
             chosen,
-            base=load_force_field(base) if base else None,
-            keep_base=(chosen.keep_base or True) if keep_base else None,
+            base=ancestor,
             checkpoint=checkpoint_path(out),
             device=device,
             max_memory=max_memory,

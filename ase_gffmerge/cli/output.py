@@ -81,6 +81,7 @@ def _written(name: str, value: object) -> str | float | int:
 
 def require_outputs(
     *paths: Path | None,
+    model: Path | None = None,
     plot: Path | None = None,
     inputs: Sequence[str | Path | None] = (),
     overwrite: bool = False,
@@ -91,6 +92,8 @@ def require_outputs(
     ----------
     *paths
         Files to be written; ``None`` is left out.
+    model
+        A force field to be written, which is a folder in the format of some packages.
     plot
         A further one, whose ending says how a figure is written.
     inputs
@@ -104,7 +107,7 @@ def require_outputs(
         For the first that must not or cannot be written.
     """
     from ase_gffmerge.errors import FileFormatError
-    from ase_gffmerge.integrations.load import file_of
+    from ase_gffmerge.integrations.load import file_of, holds_model
     from ase_gffmerge.storage.tensor_file import require_writable
 
     if plot:
@@ -112,14 +115,15 @@ def require_outputs(
 
         figure_format(plot)
     read = [file for known in inputs if known is not None and (file := file_of(known)) and file.exists()]
-    for path in filter(None, (*paths, plot)):
+    for path in filter(None, (model, *paths, plot)):
         if any(path.exists() and path.samefile(file) for file in read):
             raise FileFormatError(
                 f"cannot write {path}: it is the input, which would be lost; choose another name"
             )
-        if path.is_file() and not overwrite:
+        folder = path == model and holds_model(path)
+        if (folder or path.is_file()) and not overwrite:
             raise FileFormatError(f"{path} exists; choose another name, or replace it with --overwrite")
-        require_writable(path)
+        require_writable(path.with_name(f"{path.name}.new") if folder else path)
 
 
 def recipe_for(
@@ -181,6 +185,10 @@ class EpochWatch:
 
     def __init__(self, epochs: int, progress: Progress):
         self.epochs, self.progress, self.done = epochs, progress, 0
+
+    def plan(self, epochs: int) -> None:
+        """Take note that so many epochs are to come at most, fewer perhaps than were asked for."""
+        self.epochs = epochs
 
     def __call__(self, epoch: int, losses: dict[str, float]) -> None:
         """Show the losses of ``epoch`` (from 1)."""

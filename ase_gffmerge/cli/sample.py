@@ -29,14 +29,14 @@ def sample(
     attach: Annotated[
         Path | None, typer.Option(help="Force field to write with these calibration frames (.safetensors).")
     ] = None,
-    frames: Annotated[int, typer.Option(help="Frames wanted.")] = 100,
+    frames: Annotated[int, typer.Option(help="Frames wanted.", min=1)] = 100,
     temperatures: Annotated[
         list[float] | None, typer.Option(help="Ladder in K; several values.", show_default="300 500 700")
     ] = None,
     time: Annotated[
         float, typer.Option(help="Longest time that a replica gives frames, after equilibration, ps.")
     ] = 5.0,
-    copies: Annotated[int, typer.Option(help="Replicas per structure and temperature.")] = 2,
+    copies: Annotated[int, typer.Option(help="Replicas per structure and temperature.", min=1)] = 2,
     relax: Annotated[
         bool, typer.Option("--relax/--no-relax", help="Cool the structures to rest first.")
     ] = True,

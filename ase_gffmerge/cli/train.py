@@ -91,7 +91,7 @@ def train(
     repulsion = core_repulsion.value if core_repulsion else None
     options = load_config(config, model=model, epochs=epochs, seed=seed, core_repulsion=repulsion)
     curve = out.with_name(f"{out.name.removesuffix('.safetensors')}.png")
-    require_outputs(out, curve, inputs=[*frames, *(test or ()), init], overwrite=overwrite)
+    require_outputs(curve, model=out, inputs=[*frames, *(test or ()), init], overwrite=overwrite)
     started = perf_counter()
     with sharing(), progress_bar("training") as progress:
         watch = EpochWatch(options.epochs, progress)

@@ -110,10 +110,8 @@ class Table:
         """
         from rich.console import Console
 
-        console = Console(file=StringIO(), width=width or 100_000, color_system=None)
-        console.print(self.to_rich())
-        file = console.file
-        assert isinstance(file, StringIO)
+        file = StringIO()
+        Console(file=file, width=width or 100_000, color_system=None).print(self.to_rich())
         lines = [line.rstrip() for line in file.getvalue().strip("\n").splitlines()]
         return "\n".join([*lines, *self.footnotes])
 

@@ -74,6 +74,8 @@ class Adapter(ABC):
         Names of weights that come with the package.
     choice
         What one of several force fields in a file is chosen by, in ``FILE#choice=NAME``; empty where a file holds one.
+    files
+        Names of the files in the folder that :meth:`write` makes; empty where it makes a single file.
     """
 
     vendor: ClassVar[str]
@@ -82,6 +84,7 @@ class Adapter(ABC):
     distribution: ClassVar[str] = ""
     shipped: ClassVar[tuple[str, ...]] = ()
     choice: ClassVar[str] = ""
+    files: ClassVar[tuple[str, ...]] = ()
     architectures: ClassVar[Mapping[str, str]]
 
     def read(self, source: VendorObject, *, trust: bool = False) -> ConvertedModel:

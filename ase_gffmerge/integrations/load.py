@@ -185,9 +185,18 @@ def format_of(path: Path, architecture: str) -> Adapter | None:
     Raises
     ------
     FileFormatError
-        When no package but this one has potentials of that architecture.
+        When no package but this one has potentials of that architecture, or a folder is where a file is to be.
     """
-    return None if path.suffix == SUFFIX else adapter_for(architecture)
+    adapter = None if path.suffix == SUFFIX else adapter_for(architecture)
+    if path.is_dir() and not (adapter and adapter.files):
+        raise FileFormatError(f"cannot write {path}: it is a folder; give the name of a file")
+    return adapter
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds the files of one force field of another package, and nothing else."""
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    return bool(names) and any(names == set(adapter.files) for adapter in adapters_by_architecture().values())
 
 
 def _own(path: Path, *, device: str | torch.device, dtype: torch.dtype | None) -> ForceField:

@@ -73,7 +73,7 @@ class SavedNetwork(NamedTuple):
 class MatGLAdapter(Adapter):
     """Reads and writes potentials of ``matgl``."""
 
-    vendor, models, package = "matgl", "MatGL", ""
+    vendor, models, package, files = "matgl", "MatGL", "", FILES
     architectures: ClassVar[dict[str, str]] = {
         M3GNet.architecture: "ase_gffmerge.models.m3gnet:M3GNet",
         TensorNet.architecture: "ase_gffmerge.models.tensornet:TensorNet",
@@ -142,17 +142,20 @@ class MatGLAdapter(Adapter):
         return dict(zip(FILES, (arguments, state, json.dumps(about, indent=4)), strict=True))
 
     def write(self, potential: Potential, path: Path) -> Path:
-        """Write a new folder that ``matgl.load_model`` loads, once it was read back.
+        """Write a folder that ``matgl.load_model`` loads, once it was read back; it replaces one of the same files.
 
         Raises
         ------
         FileFormatError
-            When the potential has more than the format, what was written does not have its energies, or the folder exists.
+            When the potential has more than the format, what was written does not have its energies, or something else is
+            there.
         """
         self.require_exportable(potential)
         content = self.vendor_content(potential)
-        if path.exists():
-            raise FileFormatError(f"{path} exists; MatGL's format is a folder, choose a new one")
+        if path.exists() and not (path.is_dir() and {file.name for file in path.iterdir()} == set(FILES)):
+            raise FileFormatError(
+                f"{path} exists and is no model of MatGL, whose format is a folder; choose another name"
+            )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}", dir=path.parent))
@@ -166,7 +169,7 @@ class MatGLAdapter(Adapter):
                     torch.save(value, temporary / name)
             require_energies(self.read_back(temporary, potential), potential)
             temporary.chmod(0o755)
-            temporary.rename(path)
+            _move_into_place(temporary, path)
         except OSError as error:
             raise FileFormatError(f"cannot write {path}: {error.strerror}; choose another folder") from None
         finally:
@@ -175,6 +178,21 @@ class MatGLAdapter(Adapter):
 
 
 ADAPTER = MatGLAdapter()
+
+
+def _move_into_place(new: Path, path: Path) -> None:
+    """Give a folder its name; one of that name is deleted only then, and stays where that fails."""
+    before = new.with_name(f"{new.name}.before")
+    if path.exists():
+        path.rename(before)
+    try:
+        new.rename(path)
+    except OSError:
+        if before.exists():
+            before.rename(path)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
 
 EMBEDDING = {"M3GNet": "embedding.layer_node_embedding.weight", "TensorNet": "tensor_embedding.emb.weight"}
 """Names of the tables of elements."""

@@ -4,7 +4,7 @@ Hyper-parameters are chosen by disagreement with the specialists on their own ca
 (:mod:`ase_gffmerge.merging.disagreement`): no labels, no test frames.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -78,15 +78,15 @@ def tune(
     progress
         Called with a fraction (0 to 1) and the settings.
     """
-    best: Trial | None = None
-    for i, settings in enumerate(grid):
-        progress(i / len(grid), ", ".join(f"{name} {value:g}" for name, value in settings.items()))
-        potential = build(**settings)
-        disagreement = metric.disagreement(potential)
-        if best is None or disagreement < best.disagreement:
-            best = Trial(settings=settings, potential=potential, disagreement=disagreement)
-    assert best is not None
-    return best
+
+    def trials() -> Iterator[Trial]:
+        """One after the other, since only the best so far is kept."""
+        for i, settings in enumerate(grid):
+            progress(i / len(grid), ", ".join(f"{name} {value:g}" for name, value in settings.items()))
+            potential = build(**settings)
+            yield Trial(settings=settings, potential=potential, disagreement=metric.disagreement(potential))
+
+    return min(trials(), key=lambda trial: trial.disagreement)
 
 
 def grid_of(**values: Sequence[float]) -> list[Settings]:

@@ -393,6 +393,6 @@ def _architecture(name: str) -> type[Potential]:
     if name not in adapters:
         raise FileFormatError(
             f"unknown architecture {name!r}; this version knows {', '.join(dict.fromkeys((*ARCHITECTURES, *adapters)))}. "
-            "A newer file may need a newer ase-gffmerge, or the package that adds the architecture to it."
+            "Choose one of them; a file that names another one needs a newer ase-gffmerge, or the package that adds it."
         )
     return adapters[name].potential_class(name)

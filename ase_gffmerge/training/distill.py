@@ -23,7 +23,7 @@ direction u per frame (Amin et al., arXiv 2501.09009, match rows of it).
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +69,7 @@ def distill(
     checkpoint: Path | None = None,
     device: str | torch.device = "auto",
     callback: Callback | None = None,
+    on_plan: Callable[[int], object] | None = None,
     max_edges: int | None = None,
     progress: Progress = no_progress,
 ) -> tuple[ForceField, History]:
@@ -91,6 +92,8 @@ def distill(
         Where to compute.
     callback
         Called after every epoch with its number and losses.
+    on_plan
+        Called once, before training, with the number of epochs at most, which the budget may have cut.
     max_edges, progress
         See :func:`~ase_gffmerge.training.loop.fit`; called with a fraction (0 to 1) and a description, which says beforehand
         about how long it will take.
@@ -119,9 +122,8 @@ def distill(
     )
     config = teachers.suited_config(student, options)
     if options.feature_weight:
-        alike = {
-            _feature_size(potential) for potential in (student, *(t.potential for t in teachers.teachers))
-        }
+        networks = (student, *(t.potential for t in teachers.teachers))
+        alike = {(p.architecture, p.hyper.n_blocks, p.hyper.channels) for p in networks}
         graphs = [graph for group in teachers.training for graph in group]
         add_projection(student, graphs, options.feature_match, alike=len(alike) == 1)
     loss = distillation_loss(config, options)
@@ -132,6 +134,8 @@ def distill(
         or _within_budget(config, per_frame * sum(map(len, teachers.training)), options.budget)
     )
     config = config.model_copy(update={"epochs": epochs})
+    if on_plan is not None:
+        on_plan(epochs)
     training = [
         graph for group in teachers.training for graph in spread(group, max(round(share * len(group)), 1))
     ]
@@ -318,10 +322,6 @@ def _check_student(
             f"edges of {merged.name!r} and {known} differ, as their cutoffs do ({sorted(cutoffs)} Å); set feature_match to "
             "edges-to-nodes, or give the student the specialists' cutoff"
         )
-
-
-def _feature_size(potential: Potential) -> tuple[str, int, int]:
-    return potential.architecture, potential.hyper.n_blocks, potential.hyper.channels
 
 
 def _run_identity(

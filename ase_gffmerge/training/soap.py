@@ -76,7 +76,8 @@ class SOAP(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient; ``closure`` is not supported."""
-        assert closure is None, "SOAP takes gradients as they are"
+        if closure is not None:
+            raise NotImplementedError("SOAP takes gradients as they are; call step() without a closure")
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:

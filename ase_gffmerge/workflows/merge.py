@@ -84,16 +84,7 @@ def merge(
         With the reason and the remedy.
     """
     recipe = load_recipe(recipe, keep_base=keep_base)
-    if base is not None:  # vendors' files do not say what they descend from
-        check_ancestor(base, [s for s in specialists if s.provenance.lineage])
-    if base is None and _asks_for_base(recipe, specialists[0]):
-        base = known_ancestor(specialists)
-    joined, inner = list(specialists), recipe
-    if recipe.keep_base:
-        check_weights(recipe.weights, len(specialists))  # that of the base is added
-        joined.append(_with_structures(base, recipe, specialists))
-        weights = (*recipe.weights, 1.0) if recipe.weights else None
-        inner = recipe.model_copy(update={"weights": weights})
+    joined, inner, base = with_base(specialists, recipe, base)
     with freed_memory_kept():
         merged, report = _refined(
             joined,
@@ -108,6 +99,35 @@ def merge(
     if base is None or not (recipe.keep_base or base.provenance.origin) or recipe.conditioning != "shared":
         return merged, report
     return _with_forgetting(merged, report, joined, base)
+
+
+def with_base(
+    specialists: Sequence[ForceField], recipe: Recipe, base: ForceField | None
+) -> tuple[list[ForceField], Recipe, ForceField | None]:
+    """What is merged: the specialists, with the base as one more if it is kept, the recipe for all of them, and the base.
+
+    Parameters
+    ----------
+    specialists, recipe
+        What was asked for.
+    base
+        Their common ancestor; default: the one on record, if it is of use.
+
+    Raises
+    ------
+    IncompatibleSpecialistsError, RecipeError
+        For a base that is none, is missing, or is among the specialists, and for weights of another number.
+    """
+    if base is not None:  # vendors' files do not say what they descend from
+        check_ancestor(base, [s for s in specialists if s.provenance.lineage])
+    if base is None and _asks_for_base(recipe, specialists[0]):
+        base = known_ancestor(specialists)
+    if not recipe.keep_base:
+        return list(specialists), recipe, base
+    check_weights(recipe.weights, len(specialists))  # that of the base is added
+    joined = [*specialists, _with_structures(base, recipe, specialists)]
+    weights = (*recipe.weights, 1.0) if recipe.weights else None
+    return joined, recipe.model_copy(update={"weights": weights}), base
 
 
 def _asks_for_base(recipe: Recipe, first: ForceField) -> bool:

@@ -20,6 +20,7 @@ from ase_gffmerge import __version__
 from ase_gffmerge.cli import EXAMPLES, VERBS, app
 from ase_gffmerge.engines.ase.dispersion import Dispersion
 from ase_gffmerge.forcefield.force_field import ForceField
+from ase_gffmerge.workflows import memory
 from helpers.toys import labelled
 
 
@@ -383,6 +384,24 @@ def test_info(gffmerge, merged: Path) -> None:
         line for line in gffmerge("info", "methanol.safetensors").out.splitlines() if "test errors" in line
     )
     assert errors.split(maxsplit=2)[2] == "force MAE 100 meV/Å"
+
+
+def test_a_base_that_is_kept_counts_in_the_memory(
+    gffmerge, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (files / "kept.yaml").write_text("preset: mean\nkeep_base: 2\n")
+    seen: list[tuple[int, bool]] = []
+
+    def estimate(models, *args: object, base_joined: bool = False, **options: object) -> str:
+        seen.append((len(models), base_joined))
+        return "about 1 MB"
+
+    monkeypatch.setattr(memory, "estimate_memory", estimate)
+    pair = ("merge", "methanol.safetensors", "water.safetensors", "--base", "base.safetensors")
+    for recipe, options in (("kept.yaml", ()), ("mean", ("--keep-base",)), ("mean", ())):
+        done = gffmerge(*pair, "--recipe", recipe, *options, "--out", "m.safetensors", "--overwrite")
+        assert done.code == 0, done.err
+    assert seen == [(3, True), (3, True), (2, False)]
 
 
 def test_md(gffmerge, files: Path) -> None:

@@ -46,6 +46,13 @@ def test_merges_distils_and_reports(gffmerge, recipe: Path) -> None:
     assert merged["held_out"] == document["held_out"]
 
 
+def test_epochs_are_counted_that_the_budget_allows(gffmerge, files: Path) -> None:
+    (files / "short.yaml").write_text(RECIPE.replace("refine: {", "refine: {budget: 1.0e-6, "))
+    done = gffmerge("distill", *PAIR, "--out", "a.safetensors", "--recipe", "short.yaml", "--device", "cpu")
+    assert done.code == 0, done.err
+    assert "epoch 1/1 " in done.err
+
+
 def test_frames_epochs_and_a_start_of_ones_own(gffmerge, recipe: Path) -> None:
     gffmerge("merge", *PAIR, "--out", "mean.safetensors", "--recipe", "mean", "--device", "cpu")
     done = gffmerge(

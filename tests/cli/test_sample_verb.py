@@ -36,7 +36,7 @@ def test_bad_requests_are_refused_in_one_line(gffmerge, ethanol):
     assert ".extxyz" in gffmerge("sample", "rmd17-ethanol", ethanol, "--out", "frames.npz").error()
     assert ".safetensors" in gffmerge("sample", "rmd17-ethanol", ethanol, "--attach", "frames.xyz").error()
     wrong = gffmerge("sample", "rmd17-ethanol", ethanol, "--out", "f.xyz", "--frames", 0)
-    assert "n: Input should be greater than or equal to 1" in wrong.error()
+    assert "'--frames': Input should be greater than or equal to 1" in wrong.error()
     cold = gffmerge(
         "sample", "rmd17-ethanol", ethanol, "--out", "f.xyz", "--temperatures=300", "--temperatures=-5"
     )

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ase_gffmerge.dynamics.trajectory import energy_slope, harmonic_temperature
+from ase_gffmerge.errors import ArgumentError
 from ase_gffmerge.evaluation.analysis import (
     Distribution,
     diffusion_coefficient,
@@ -253,3 +254,16 @@ def test_harmonic_modes_tell_the_temperature(periodic: bool, modes: int) -> None
     mean = {t: 0.5 * units.kB * t * np.square(coordinates).sum(axis=1).mean() for t in (500.0, 700.0)}
     found = harmonic_temperature(500.0, mean[700.0] - mean[500.0], n_atoms=9, periodic=periodic)
     assert found == pytest.approx(700, rel=0.01)
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    one, other = (Distribution(np.linspace(0, 1, n + 1), np.ones(n)) for n in (4, 5))
+    with pytest.raises(ArgumentError, match="different bins"):
+        distribution_mae(one, other)
+    with pytest.raises(ArgumentError, match="fewer than 10"):
+        diffusion_coefficient(np.zeros((20, 3, 3)), interval=0.1, n_blocks=4)
+    with pytest.raises(ArgumentError, match="5 lags need as many frames, and there are 4"):
+        velocity_autocorrelation(np.zeros((4, 2, 3)), np.ones(2), n_lags=5)
+    short, long = (vibrational_spectrum(np.ones(n), interval=1.0) for n in (4, 5))
+    with pytest.raises(ArgumentError, match="different wavenumbers"):
+        spectral_overlap(short, long)

@@ -148,8 +148,15 @@ def test_what_is_written_is_read_without_the_package(architecture, tmp_path):
     weights = force_field.potential.state_dict()
     for name, value in again.potential.state_dict().items():
         torch.testing.assert_close(value, weights[name], rtol=0, atol=0)
-    with pytest.raises(FileFormatError, match="exists"):
-        export(force_field, path)
+
+
+def test_a_folder_is_replaced_only_if_it_is_a_model(tmp_path):
+    path = export(own("tensornet"), tmp_path / "written")
+    assert load_force_field(f"matgl:{export(own('m3gnet'), path)}").potential.architecture == "m3gnet"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["written"]
+    (path / "notes.txt").write_text("years of work")
+    with pytest.raises(FileFormatError, match="no model of MatGL"):
+        export(own("m3gnet"), path)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -36,6 +36,8 @@ from ase.data import chemical_symbols
 from ase.geometry import find_mic
 from matscipy.neighbours import neighbour_list
 
+from ase_gffmerge.errors import ArgumentError
+
 
 @dataclass(frozen=True)
 class Distribution:
@@ -125,9 +127,12 @@ def pair_distances(
 def distribution_mae(first: Distribution, second: Distribution) -> float:
     """Integral of the absolute difference: no unit (0 to 2) for h(r), Å for g(r).
 
-    The bins of both must be the same; wider bins average out noise and give smaller values.
+    The bins of both must be the same (else :class:`ArgumentError`); wider bins average out noise and give smaller values.
     """
-    assert np.array_equal(first.edges, second.edges)
+    if not np.array_equal(first.edges, second.edges):
+        raise ArgumentError(
+            "the two distributions have different bins; compute both with the same r_max and width"
+        )
     return float(np.abs(first.values - second.values) @ np.diff(first.edges))
 
 
@@ -265,7 +270,11 @@ def diffusion_coefficient(
         trajectory. They should lie beyond the ballistic and caged motion: the curve is there to be looked at.
     """
     length = len(positions) // n_blocks
-    assert length >= 10, "at least ten frames per block"
+    if length < 10:
+        raise ArgumentError(
+            f"{len(positions)} frames in {n_blocks} blocks are {length} in each, fewer than 10; give a longer trajectory "
+            "or fewer blocks"
+        )
     window = slice(round(fit[0] * length), round(fit[1] * length) + 1)
     blocks = [positions[k * length : (k + 1) * length] for k in range(n_blocks)]
     lags = interval * np.arange(len(positions))
@@ -323,7 +332,10 @@ def velocity_autocorrelation(velocities: np.ndarray, masses: np.ndarray, n_lags:
         Lags from 0 to ``n_lags - 1`` frames, at most ``n_frames``.
     """
     n_frames = len(velocities)
-    assert n_lags <= n_frames
+    if n_lags > n_frames:
+        raise ArgumentError(
+            f"{n_lags} lags need as many frames, and there are {n_frames}; ask for fewer lags"
+        )
     weighted = (np.sqrt(masses)[:, None] * velocities).reshape(n_frames, -1)
     return summed_correlation(weighted, n_lags) / np.arange(n_frames, n_frames - n_lags, -1)
 
@@ -344,6 +356,12 @@ def vibrational_spectrum(autocorrelation: np.ndarray, *, interval: float) -> Spe
 
 
 def spectral_overlap(first: Spectrum, second: Spectrum) -> float:
-    """Area under both spectra, integral of min(D1, D2): 1 for equal ones, 0 for ones without common lines."""
-    assert np.array_equal(first.wavenumbers, second.wavenumbers)
+    """Area under both spectra, integral of min(D1, D2): 1 for equal ones, 0 for ones without common lines.
+
+    Both must have the same wavenumbers (else :class:`ArgumentError`).
+    """
+    if not np.array_equal(first.wavenumbers, second.wavenumbers):
+        raise ArgumentError(
+            "the two spectra have different wavenumbers; compute both with the same interval and number of lags"
+        )
     return float(np.minimum(first.density, second.density).sum() * first.wavenumbers[1])
