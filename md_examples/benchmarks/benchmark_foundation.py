@@ -55,10 +55,12 @@ MERGES: dict[str, Any] = {
     "gffmerge": "gffmerge",
     "fast, keep_base": {"preset": "fast", "keep_base": True},
     "gffmerge, keep_base": {"preset": "gffmerge", "keep_base": True},
+    "gffmerge, keep_base 150": {"preset": "gffmerge", "keep_base": 150},
     "closed-form": "closed-form",
     "closed-form, keep_base": {"preset": "closed-form", "keep_base": True},
 }
-"""Recipes by row. Solves alone (``fast``) and the default hold a plain readout, as the vendors' formats do."""
+"""Recipes by row; ``True`` stands for the size's number of structures of the base. Solves alone (``fast``) and the default
+hold a plain readout, as the vendors' formats do."""
 ARITHMETIC = "task arithmetic"
 ROWS = (
     "base",
@@ -86,7 +88,7 @@ def made(row: str, model: str, out: Path) -> Potential:
         inputs = make_merge_inputs(specialists, base=base, device="cpu")
         return METHODS["task_arithmetic"].run(inputs, lambda *_: None).potentials[0]
     recipe = MERGES[row]
-    if isinstance(recipe, Mapping) and "keep_base" in recipe:
+    if isinstance(recipe, Mapping) and recipe.get("keep_base") is True:
         recipe = {**recipe, "keep_base": size.base_frames}
     path = model_path(out, f"{file_name(row)}-{MERGE_VERSION}")
     if not path.exists() or not is_merge(ForceField.load(path), recipe, specialists):
