@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ase_gffmerge.forcefield.force_field import ForceField
     from ase_gffmerge.workflows.load_or_merge import MergeOptions
 
+CHANNELS, BLOCKS = 32, 3
+"""Size of a student by default."""
+
 
 def distill(
     specialists: SpecialistsArgument,
@@ -48,8 +51,12 @@ def distill(
             show_default="the merge itself",
         ),
     ] = None,
-    channels: Annotated[int, typer.Option(help="Scalar features per atom of the student.")] = 32,
-    blocks: Annotated[int, typer.Option(help="Interaction blocks of the student.")] = 3,
+    channels: Annotated[
+        int | None, typer.Option(help="Scalar features per atom of the student.", show_default=str(CHANNELS))
+    ] = None,
+    blocks: Annotated[
+        int | None, typer.Option(help="Interaction blocks of the student.", show_default=str(BLOCKS))
+    ] = None,
     calibration: CalibrationOption = None,
     recipe: Annotated[
         str,
@@ -82,6 +89,10 @@ def distill(
     from ase_gffmerge.workflows.memory import estimate_distillation
     from ase_gffmerge.workflows.merge import without_refinement
 
+    if not student and (channels is not None or blocks is not None):
+        raise typer.BadParameter(
+            "--channels and --blocks are those of a student; give --student, such as --student painn."
+        )
     bound, chosen = memory_bound(max_memory), load_recipe(recipe)
     plain = DistillOptions(feature_weight=0.0) if student else DistillOptions()
     options = (chosen.refine or plain).model_copy(update={"epochs": epochs} if epochs else {})
@@ -106,8 +117,8 @@ def distill(
                 start,
                 loaded,
                 architecture=student,
-                channels=channels,
-                blocks=blocks,
+                channels=CHANNELS if channels is None else channels,
+                blocks=BLOCKS if blocks is None else blocks,
                 frames=extra,
                 seed=options.seed,
                 device=device,

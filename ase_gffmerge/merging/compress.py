@@ -12,6 +12,7 @@ and blocks every residual is zero, and the force field is what it was.
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,11 @@ def smaller_hyper(
     """
     old = potential.hyper
     n_blocks = old.n_blocks if blocks is None else blocks
+    for name, size in (("channels", channels), ("blocks", n_blocks)):
+        if not isinstance(size, Integral) or isinstance(size, bool):
+            raise RecipeError(
+                f"{name}={size!r} is no number of {name}; give a whole one, such as 32 channels"
+            )
     if not (1 <= channels <= old.channels and min(2, old.n_blocks) <= n_blocks <= old.n_blocks):
         raise RecipeError(
             f"{channels} channels and {n_blocks} blocks cannot be left of {old.channels} and {old.n_blocks}: "

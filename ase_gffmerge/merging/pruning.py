@@ -15,11 +15,20 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ase_gffmerge.errors import RecipeError
 from ase_gffmerge.graphs.graph import AtomGraph, edge_vectors
 from ase_gffmerge.merging.calibration import layer_inputs
 from ase_gffmerge.models import Potential, build_potential
 from ase_gffmerge.models.affine_maps import layer_maps
-from ase_gffmerge.models.channel_groups import Places, channel_groups, places, renamed, write_channels
+from ase_gffmerge.models.channel_groups import (
+    Channels,
+    Ends,
+    Places,
+    channel_groups,
+    places,
+    renamed,
+    write_channels,
+)
 from ase_gffmerge.models.layers.readout import RandomFeatureReadout
 
 
@@ -166,12 +175,18 @@ class Pruned:
             Batches of typical structures.
         sizes
             Hyper-parameters of the smaller one.
+
+        Raises
+        ------
+        RecipeError
+            When they differ in more than numbers of channels and blocks.
         """
         plain = plain_potential(teacher)
         student = build_potential(plain.architecture, dict(sizes), plain.species)
         student = student.to(dtype=plain.dtype, device=plain.device).requires_grad_(False).eval()
         blocks = kept_blocks(plain, graphs, student.hyper.n_blocks)
         names = names_of_blocks(student, plain, blocks)
+        _require_same_ends(student, plain, names)
         wanted = {renamed(group, names): n for group, n in channel_groups(student).sizes.items()}
         kept, lost = chosen_channels(plain, graphs, wanted)
         write_channels(student, plain, kept, names=names)
@@ -188,6 +203,29 @@ class Pruned:
     def state(self, stage: str) -> list[Tensor]:
         """For every part of the state after a stage of the larger potential the places of the kept columns."""
         return [places(side, self.kept) for side in channel_groups(self.teacher).states[stage]]
+
+
+def _require_same_ends(student: Potential, teacher: Potential, names: Mapping[str, str]) -> None:
+    """Refuse another cutoff, and other numbers of what is no channel, such as radial functions."""
+
+    def fixed(ends: Ends) -> list[Channels]:
+        return [own for side in ends for own in side if own.group is None]
+
+    theirs = channel_groups(teacher).maps
+    same = all(
+        fixed(ends) == fixed(theirs[renamed(name, names)])
+        for name, ends in channel_groups(student).maps.items()
+    )
+    if not same or student.hyper.cutoff != teacher.hyper.cutoff:
+        old, new = (own.hyper.to_dict() for own in (teacher, student))
+        sizes = ("channels", "n_blocks")
+        changed = ", ".join(
+            f"{key} {old[key]} -> {new[key]}" for key in old if old[key] != new[key] and key not in sizes
+        )
+        raise RecipeError(
+            f"a compression leaves channels and blocks out, and more would change here ({changed}); keep hyper to what "
+            "grows with the channels, or teach a student of that size: gffmerge distill --student"
+        )
 
 
 def plain_potential(potential: Potential) -> Potential:

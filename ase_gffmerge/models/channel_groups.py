@@ -243,7 +243,7 @@ def _radial_maps(name: str, stage: Interaction, up: tuple[Channels, ...]) -> dic
 
 
 def _readout_maps(scalars: Channels) -> dict[str, Ends]:
-    hidden = Channels("readout.hidden", scalars.size // 2)
+    hidden = Channels("readout.hidden", max(scalars.size // 2, 1))
     return {
         "readout.hidden": Ends((scalars,), (hidden,)),
         "readout.out": Ends((hidden,), (Channels(None, 1),)),
@@ -280,7 +280,7 @@ def _escaip_channels(potential: Potential) -> ChannelGroups:
             maps[f"{name}.out_edge"] = Ends(values, (edges,))
             maps |= _feed_forward_maps(f"{name}.ffn_edge", stage.ffn_edge.hidden, edges)
     for block in range(potential.hyper.n_blocks):
-        hidden = (Channels(f"readout.hidden.{block}", channels // 2),)
+        hidden = (Channels(f"readout.hidden.{block}", max(channels // 2, 1)),)
         norms[f"readout.norm.{block}"] = (nodes,)
         maps[f"readout.hidden.{block}"] = Ends((nodes,), hidden)
         maps[f"readout.out.{block}"] = Ends(hidden, (Channels(None, 1),))

@@ -191,8 +191,9 @@ class BlockReadouts(nn.Module):
     def __init__(self, channels: int, n_blocks: int):
         super().__init__()
         self.norm = nn.ModuleList(nn.RMSNorm(channels, eps=NORM_OFFSET) for _ in range(n_blocks))
-        self.hidden = nn.ModuleList(nn.Linear(channels, channels // 2) for _ in range(n_blocks))
-        self.out = nn.ModuleList(nn.Linear(channels // 2, 1, bias=i == 0) for i in range(n_blocks))
+        width = max(channels // 2, 1)
+        self.hidden = nn.ModuleList(nn.Linear(channels, width) for _ in range(n_blocks))
+        self.out = nn.ModuleList(nn.Linear(width, 1, bias=i == 0) for i in range(n_blocks))
 
     def forward(self, scalars: list[Tensor], species: Tensor) -> Tensor:
         """Map L tensors (n_atoms, channels) to energies (n_atoms,) in eV."""

@@ -284,7 +284,7 @@ def parameter_groups(potential: Potential) -> list[dict[str, object]]:
         (wide if is_wide else plain).append(parameter)
     if not wide:
         return [{"params": plain}]
-    scale = min(1.0, potential.hyper.channels // 2 / potential.hyper.readout_width)
+    scale = min(1.0, max(potential.hyper.channels // 2, 1) / potential.hyper.readout_width)
     return [{"params": plain}, {"params": wide, "lr_scale": scale}]
 
 

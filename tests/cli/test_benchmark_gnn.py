@@ -1,9 +1,13 @@
 """``gffmerge benchmark gnn`` on tiny graphs: it runs through, goes on, and says what it measured."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
+import torch
 
 from ase_gffmerge.evaluation.benchmark import graph_networks as benchmark
+from ase_gffmerge.evaluation.benchmark import graph_tasks
 
 
 @pytest.fixture
@@ -66,6 +70,18 @@ def test_lines_of_another_version_are_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "MERGE_VERSION", -1)
     bench.run()
     assert len(asked) == 2
+
+
+def test_training_is_the_same_whatever_was_trained_before(folder):
+    task = graph_tasks.split_classes(folder / "cora.npz", 2, seed=0)[0]
+    start = graph_tasks.Network("GCN", task.data.num_features, task.n_out)
+    found = []
+    for seed in (0, 1):
+        model = deepcopy(start)
+        torch.manual_seed(seed)
+        benchmark.trained([model], [task], epochs=3, folder=folder / str(seed))
+        found.append(model.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,7 @@ def test_interrupted_run_says_how_to_go_on_and_does(
         ((*PAIR, "--out", "a.safetensors", "--epochs", "0"), "epochs"),
         ((*PAIR, "--out", "a.safetensors", "--recipe", "broken.yaml"), "did you mean 'epochs'"),
         ((*PAIR, "--out", "tiny.yaml/a.safetensors"), "cannot write"),
+        ((*PAIR, "--out", "a.safetensors", "--channels", "16"), "give --student"),
     ],
 )
 def test_bad_input_is_one_line(gffmerge, recipe: Path, arguments: tuple[str, ...], said: str) -> None:

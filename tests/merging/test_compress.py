@@ -141,6 +141,19 @@ def test_what_cannot_be_left_is_refused(sizes, recipe):
         compress(teacher("painn"), recipe=recipe, **sizes)
 
 
+@pytest.mark.parametrize("hyper", [{"cutoff": 3.0}, {"n_radial": 3}])
+def test_what_is_no_channel_cannot_be_left_out(hyper):
+    teacher = toy("painn", SMALL["painn"]).with_calibration(rattled("CH4", 2))
+    with pytest.raises(RecipeError, match=f"would change here .{next(iter(hyper))} "):
+        compress(teacher, channels=4, hyper=hyper, recipe={"readout": None})
+
+
+def test_a_single_channel_is_enough():
+    teacher = toy("painn", SMALL["painn"]).with_calibration(rattled("CH4", 2))
+    small, _ = compress(teacher, channels=1, recipe={"readout": None})
+    assert np.isfinite(predict_frames(small.potential, teacher.calibration).energies).all()
+
+
 def test_architectures_without_declared_channels_are_refused():
     given = replace(toy("chgnet"), calibration=rattled("CH3CH2OH", 2))
     with pytest.raises(IncompatibleSpecialistsError, match="chgnet"):

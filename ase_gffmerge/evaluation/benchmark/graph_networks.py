@@ -251,7 +251,9 @@ def trained(views: Sequence[nn.Module], tasks: Sequence[Task], *, epochs: int, f
         metadata, held = read_file(path)
     except FileFormatError:
         before = time.process_time()
-        train(views, tasks, epochs=epochs)
+        with torch.random.fork_rng(devices=[]):  # dropout is the same, whatever was trained before
+            torch.manual_seed(int(path.stem[:8], 16))
+            train(views, tasks, epochs=epochs)
         metadata = settings | {"seconds": time.process_time() - before}
         held = {
             f"{k}.{name}": x.clone() for k, view in enumerate(views) for name, x in view.state_dict().items()

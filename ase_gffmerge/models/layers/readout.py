@@ -26,8 +26,8 @@ class MLPReadout(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.hidden = nn.Linear(channels, channels // 2)
-        self.out = nn.Linear(channels // 2, 1)
+        self.hidden = nn.Linear(channels, max(channels // 2, 1))
+        self.out = nn.Linear(max(channels // 2, 1), 1)
 
     def forward(self, scalars: Sequence[Tensor], species: Tensor) -> Tensor:
         """Map L tensors (n_atoms, channels) to energies (n_atoms,) in eV."""
