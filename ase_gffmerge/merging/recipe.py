@@ -15,7 +15,7 @@ MERGE_VERSION = 14
 """Raised whenever the numbers of a merge change, so that cached potentials are rebuilt."""
 
 
-BASE_FRAMES = 100
+BASE_FRAMES = 200
 """Structures of different compounds that the base joins with where ``keep_base`` is ``true``."""
 
 
@@ -217,7 +217,7 @@ class Recipe(BaseModel):
     keep_base
         Do not forget what the common base knew: it joins as one more specialist, with its own calibration frames and this
         many structures of different compounds of its elements (:mod:`ase_gffmerge.sampling.generic_frames`), and the ridge
-        pulls to its weights. ``true`` stands for 100 structures, ``false`` for none: the base does not join.
+        pulls to its weights. ``true`` stands for 200 structures, ``false`` for none: the base does not join.
     weights
         How much each specialist counts; default 1 each.
     allow_unrelated, allow_mixed_theory, allow_identical

@@ -59,7 +59,7 @@ def merge(
         Their common ancestor, one of the starting points, and what ``keep_base`` keeps; default: the bundled model, or the
         weights in an installed package, that their lineages name, if any.
     keep_base
-        Keep what the base knew, with how many structures of different compounds (``True``: 100); default: of the recipe.
+        Keep what the base knew, with how many structures of different compounds (``True``: 200); default: of the recipe.
     checkpoint
         File that a distillation rewrites after every epoch and continues from when the same call is made again; it is
         removed at the end.

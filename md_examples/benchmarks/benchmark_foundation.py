@@ -56,6 +56,7 @@ MERGES: dict[str, Any] = {
     "fast, keep_base": {"preset": "fast", "keep_base": True},
     "gffmerge, keep_base": {"preset": "gffmerge", "keep_base": True},
     "gffmerge, keep_base 150": {"preset": "gffmerge", "keep_base": 150},
+    "gffmerge, keep_base 200": {"preset": "gffmerge", "keep_base": 200},
     "closed-form": "closed-form",
     "closed-form, keep_base": {"preset": "closed-form", "keep_base": True},
 }

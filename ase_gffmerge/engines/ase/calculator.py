@@ -90,7 +90,7 @@ class GFFMergeCalculator(Calculator):
         Relative weight of each specialist in the merge; merge also those without a common base, with bad forces.
     keep_base
         Do not forget what the specialists' common base knew: ``True`` where it is found by its fingerprint (bundled or in an
-        installed package), else the base itself, a source like theirs; a number says with how many structures (100).
+        installed package), else the base itself, a source like theirs; a number says with how many structures (200).
     core_repulsion
         ``auto``: atoms closer than in all calibration frames repel each other; ``none``: not. Default: of recipe or file.
     specialist
