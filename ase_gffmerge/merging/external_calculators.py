@@ -137,7 +137,7 @@ def merge_calculators(
         calculator=merged,
         layers=found.reports,
         averaged=averaged_names(
-            networks, target, reached=found.reached, recalibrated=found.recalibrated, own=()
+            networks, target, reached=found.solved, recalibrated=found.recalibrated, own=()
         ),
         disagreements=disagreements,
     )

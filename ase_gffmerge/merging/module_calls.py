@@ -17,7 +17,7 @@ from torch_geometric.data.data import BaseData
 
 from ase_gffmerge.errors import FramesError
 from ase_gffmerge.models import graph_layers  # noqa: F401 registers the layers of torch_geometric
-from ase_gffmerge.models.affine_maps import LayerKind, layer_parts
+from ase_gffmerge.models.affine_maps import AffineMap, LayerKind, layer_parts
 from ase_gffmerge.models.torch_layers import intercepted, is_within, replaced_forward
 
 Item = Any
@@ -130,6 +130,20 @@ def covered_parameters(layer: nn.Module) -> set[str]:
     """Names of the parameters that a layer's maps hold."""
     maps = (affine_map for part in layer_parts(layer) for affine_map in part.maps("", layer))
     return {key for affine_map in maps for key in affine_map.parameters(affine_map.read())}
+
+
+def is_tied(root: nn.Module) -> bool:
+    """Whether layers have a parameter in common, so that solving one changes what another returns."""
+    return len(list(root.parameters())) < len(list(root.named_parameters(remove_duplicate=False)))
+
+
+def channel_owners(affine_map: AffineMap, n_models: int) -> Tensor | None:
+    """The model (d_out,) that each output of a map follows; ``None`` where a layer has fewer channels than models."""
+    block, n_blocks = affine_map.block
+    width = affine_map.read().shape[1]
+    if width * n_blocks < n_models:
+        return None
+    return (block * width + torch.arange(width)) * n_models // (width * n_blocks)
 
 
 def averaged_names(

@@ -33,8 +33,11 @@ from ase_gffmerge.merging.module_calls import (
     Item,
     Run,
     arguments,
+    channel_owners,
+    covered_parameters,
     entering,
     executed_layers,
+    is_tied,
     select,
     thinned,
 )
@@ -152,11 +155,14 @@ class Alignment:
         Names of all layers that the examples call.
     recalibrated
         Names of the batch normalizations whose statistics were taken anew.
+    solved
+        Names of the layers that are called, but for those that have a parameter of an earlier one.
     """
 
     reports: tuple[LayerReport, ...]
     reached: tuple[str, ...]
     recalibrated: tuple[str, ...]
+    solved: tuple[str, ...]
 
 
 def align_modules(
@@ -179,10 +185,10 @@ def align_modules(
     progress
         Called with a fraction (0 to 1) and the name of a layer.
     """
-    reports: list[LayerReport] = []
-    recalibrated: list[str] = []
+    reports, recalibrated, tied = list[LayerReport](), list[str](), list[str]()
+    first: dict[int, str] = {}
     steps = execution_order(problem) if steps is None else steps
-    once = all(step.n_calls == 1 for step in steps) and not any(map(_is_tied, problem.views))
+    once = all(step.n_calls == 1 for step in steps) and not any(map(is_tied, problem.views))
     for i, step in enumerate(steps):
         progress(i / len(steps), step.name)
         if i and once:
@@ -190,7 +196,12 @@ def align_modules(
                 problem.kept.settle(problem.views[k], [steps[i - 1].name])
         if not solved(step.name):
             continue
-        if recalibrates(problem.views[step.members[0]].get_submodule(step.name)):
+        layer = problem.views[step.members[0]].get_submodule(step.name)
+        own = [id(layer.get_parameter(key)) for key in covered_parameters(layer)]
+        if any(first.setdefault(key, step.name) != step.name for key in own):
+            tied.append(step.name)  # another solution would undo that of the layer before
+            continue
+        if recalibrates(layer):
             _recalibrate(problem, step)
             recalibrated.append(step.name)
         for _ in range(min(step.n_calls, 2)):  # what enters a later call of a layer depends on the layer
@@ -199,13 +210,11 @@ def align_modules(
         reports += found
     reached = dict.fromkeys(step.name for step in steps)
     return Alignment(
-        reports=tuple(reports), reached=tuple(reached), recalibrated=tuple(dict.fromkeys(recalibrated))
+        reports=tuple(reports),
+        reached=tuple(reached),
+        recalibrated=tuple(dict.fromkeys(recalibrated)),
+        solved=tuple(name for name in reached if name not in tied),
     )
-
-
-def _is_tied(root: nn.Module) -> bool:
-    """Whether layers have a parameter in common, so that solving one changes what another returns."""
-    return len(list(root.parameters())) < len(list(root.named_parameters(remove_duplicate=False)))
 
 
 def recalibrates(layer: nn.Module) -> bool:
@@ -227,15 +236,6 @@ def _solve_step(problem: ModuleProblem, step: Step, *, divided: bool) -> list[La
                 found = _solved(problem, affine_map, own, owners=owners)
                 reports += [LayerReport.of(affine_map.name + suffix, "layer", solution) for solution in found]
     return reports
-
-
-def channel_owners(affine_map: AffineMap, n_models: int) -> Tensor | None:
-    """The model (d_out,) that each output of a map follows; ``None`` where a layer has fewer channels than models."""
-    block, n_blocks = affine_map.block
-    width = affine_map.read().shape[1]
-    if width * n_blocks < n_models:
-        return None
-    return (block * width + torch.arange(width)) * n_models // (width * n_blocks)
 
 
 def _solved(

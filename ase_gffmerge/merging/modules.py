@@ -316,7 +316,7 @@ def merge_modules(
                     averaged=averaged_names(
                         models,
                         views[0],
-                        reached=alignment.reached,
+                        reached=alignment.solved,
                         recalibrated=alignment.recalibrated,
                         own=tuple(own),
                     ),

@@ -90,6 +90,10 @@ def test_training_is_the_same_whatever_was_trained_before(folder):
         (("--kinds", "LSTM"), "there is no kind 'LSTM'; choose from: GCN, SAGE"),
         (("--methods", "SWA"), "there is no method 'SWA'; choose from: mean, mean+heads"),
         (("--tables", "Cora"), "there is no table 'Cora'; choose from: Cora in two halves"),
+        (
+            ("--kinds", "GAT", "--methods", "gnnmerge"),
+            "gnnmerge only in 'Cora in two halves' with GCN and SAGE",
+        ),
         (("--kinds", "GCN"), "put cora.npz of shchur/gnn-benchmark there"),
     ],
 )

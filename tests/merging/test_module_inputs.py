@@ -202,6 +202,30 @@ def test_senders_of_another_width_and_receivers_without_features():
     assert "attention.lin_dst" in result.unreached
 
 
+class Tied(nn.Module):
+    """A head with the weight of the layer before."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(IN, IN), nn.Linear(IN, IN)
+        self.head.weight = self.body.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x)))
+
+
+def test_a_weight_of_two_layers_is_solved_once():
+    """A solution for the second would undo that for the first, and one for every head that of the others."""
+    models, examples = moved(built(Tied)), [graph(0).x, graph(1).x]
+    result = merge_modules(models, examples)
+    assert [layer.name for layer in result.layers] == ["body"]
+    assert max(relative(result)) < 1.1 * max(relative(result, "mean"))
+    without = merge_modules(models, examples, heads=())
+    assert without.averaged == ("head.bias",)
+    assert without.unreached == ()
+    assert max(relative(merge_modules([models[0], models[0]], examples))) < 1e-10
+
+
 class Last(Net):
     """Something comes after the head."""
 

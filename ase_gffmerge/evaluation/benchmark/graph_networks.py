@@ -119,6 +119,14 @@ class GraphBenchmark:
             if unknown := [name for name in names if name not in known]:
                 raise BenchmarkError(f"there is no {what} {unknown[0]!r}; choose from: {', '.join(known)}")
 
+        found = {name for t in self.tables for k in self.kinds for name in rows_of(t, k, self.methods)}
+        if self.methods != tuple(ROWS) and (left := [name for name in self.methods if name not in found]):
+            raise BenchmarkError(
+                f"{left[0]} is not measured in these tables with these kinds: methods that need a base are only in "
+                f"{SHARED!r}, gnnmerge only in {ADAM!r} with {' and '.join(KINDS_OF['gnnmerge'])}, git_rebasin only with "
+                f"{', '.join(KINDS_OF['git_rebasin'])}"
+            )
+
     def run(self, progress: Progress = no_progress) -> dict[str, Any]:
         """Measure what is missing; write gnnmerge.json, gnnmerge.md and gnnmerge.png.
 
