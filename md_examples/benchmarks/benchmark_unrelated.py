@@ -1,16 +1,16 @@
 """What aligning channels brings before force fields of independent initialisations are merged.
 
-    python md_examples/benchmarks/benchmark_unrelated.py DATA --out FOLDER [--seeds N] [--methods M ...] [--json]
+    python md_examples/benchmarks/benchmark_unrelated.py DATA --out FOLDER [--size large] [--seeds N] [--methods M ...]
 
-DATA holds the rMD17 files of ethanol and malonaldehyde. For every seed two small PaiNNs are trained, one on each molecule,
-from initialisations of their own, and merged as they are and after their channels were brought into one order by their
+DATA holds the rMD17 files of ethanol and malonaldehyde. For every seed two PaiNNs are trained, one on each molecule, from
+initialisations of their own, and merged as they are and after their channels were brought into one order by their
 activations (Git Re-Basin), which changes nothing of what they compute. Models and rows are kept in FOLDER.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,24 @@ MOLECULES = ("ethanol", "malonaldehyde")
 ALIGNED = ", channels in one order"
 PLAIN, AFTER = ("mean", "procrustes", "paper", "closed-form"), ("mean", "paper", "closed-form")
 """Methods on the specialists as they are, and after the alignment, where the mean is Git Re-Basin."""
-HYPER: dict[str, object] = {"channels": 32, "n_blocks": 2, "norm_offset": 1e-3}
-N_TRAIN, N_VALIDATION, N_TEST, EPOCHS = 200, 50, 100, 30
+N_VALIDATION, N_TEST = 50, 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Of a PaiNN and its training: frames, epochs, and where models and rows lie in the folder."""
+
+    channels: int
+    n_blocks: int
+    n_train: int
+    epochs: int
+    folder: str = ""
+
+
+SIZES = {
+    "small": Size(channels=32, n_blocks=2, n_train=200, epochs=30),
+    "large": Size(channels=64, n_blocks=3, n_train=900, epochs=60, folder="large"),
+}
 
 Rows = dict[str, list[float]]
 """Force MAE in meV/Å on every molecule, by method."""
@@ -40,9 +56,12 @@ def main() -> None:
     """Train, merge, measure, print."""
     options = arguments()
     torch.set_num_threads(1)
-    found = [measured(seed, options.data, options.out, options.methods) for seed in range(options.seeds)]
+    size = SIZES[options.size]
+    out = options.out / size.folder
+    out.mkdir(parents=True, exist_ok=True)
+    found = [measured(seed, size, options.data, out, options.methods) for seed in range(options.seeds)]
     document = {name: [rows[name] for rows in found] for name in found[0] if all(name in r for r in found)}
-    (options.out / "unrelated.json").write_text(json.dumps(document, indent=1))
+    (out / "unrelated.json").write_text(json.dumps(document, indent=1))
     print(json.dumps(document, indent=1) if options.json else table(document))
 
 
@@ -51,30 +70,33 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, help="folder of the rMD17 files of split 01")
     parser.add_argument("--out", type=Path, required=True, help="folder for models and rows")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the networks [default: small]")
     parser.add_argument("--seeds", type=int, default=3, help="pairs of initialisations [default: 3]")
     parser.add_argument("--methods", nargs="+", help="also these, before and after the alignment", default=[])
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
 
 
-def specialist(molecule: str, seed: int, data: Path, out: Path) -> ForceField:
-    """A small PaiNN with an initialisation of its own."""
+def specialist(molecule: str, seed: int, size: Size, data: Path, out: Path) -> ForceField:
+    """A PaiNN with an initialisation of its own."""
     frames = out / f"{molecule}.xyz"
     if not frames.exists():
-        write_frames(frames, read_frames(data / f"rmd17_{molecule}_train_01.npz")[: N_TRAIN + N_VALIDATION])
+        write_frames(
+            frames, read_frames(data / f"rmd17_{molecule}_train_01.npz")[: size.n_train + N_VALIDATION]
+        )
     config = TrainConfig(
-        epochs=EPOCHS,
+        epochs=size.epochs,
         validation=N_VALIDATION,
         seed=2 * seed + MOLECULES.index(molecule),
-        hyper=HYPER,
+        hyper={"channels": size.channels, "n_blocks": size.n_blocks, "norm_offset": 1e-3},
         level_of_theory="PBE/def2-SVP",
     )
     return trained(TrainingPlan(name=f"{molecule}-{seed}", training=(frames,), config=config), out)
 
 
-def measured(seed: int, data: Path, out: Path, more: Sequence[str]) -> Rows:
+def measured(seed: int, size: Size, data: Path, out: Path, more: Sequence[str]) -> Rows:
     """Errors of the specialists and of every method before and after the alignment."""
-    models = [specialist(molecule, seed, data, out) for molecule in MOLECULES]
+    models = [specialist(molecule, seed, size, data, out) for molecule in MOLECULES]
     tests = [tests_of(data, molecule) for molecule in MOLECULES]
     inputs = make_merge_inputs(models, device="cpu")
     moved, _ = in_one_order(inputs, lambda fraction, text: None)
