@@ -31,12 +31,12 @@ def data(tmp_path):
 @pytest.mark.slow
 def test_every_row_is_measured_and_kept(script, data, monkeypatch):
     module = script("benchmark_unrelated")
-    monkeypatch.setattr(module, "HYPER", {"channels": 8, "n_blocks": 1, "cutoff": 3.0})
-    for name, value in {"N_TRAIN": 20, "N_VALIDATION": 4, "N_TEST": 4, "EPOCHS": 2}.items():
-        monkeypatch.setattr(module, name, value)
+    size = module.Size(channels=8, n_blocks=1, n_train=20, epochs=2)
+    for name in ("N_VALIDATION", "N_TEST"):
+        monkeypatch.setattr(module, name, 4)
     for name in ("PLAIN", "AFTER"):
         monkeypatch.setattr(module, name, ("mean", "paper"))
-    rows = module.measured(0, data, data / "out", [])
+    rows = module.measured(0, size, data, data / "out", [])
     assert list(rows) == [
         "specialist",
         "mean",
@@ -46,5 +46,5 @@ def test_every_row_is_measured_and_kept(script, data, monkeypatch):
     ]
     assert all(error > 0 for errors in rows.values() for error in errors)
     assert rows["mean"] != rows["mean, channels in one order"]
-    assert module.measured(0, data, data / "out", []) == rows
+    assert module.measured(0, size, data, data / "out", []) == rows
     assert "| mean |" in module.table({name: [errors] for name, errors in rows.items()})
