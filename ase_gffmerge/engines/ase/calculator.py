@@ -87,7 +87,7 @@ class GFFMergeCalculator(Calculator):
     cache_dir
         Folder of merged force fields; default: ``GFFMERGE_CACHE``, else the user's cache folder.
     weights, allow_unrelated
-        Relative weight of each specialist in the merge; merge also those without a common base, with bad forces.
+        Relative weight of each specialist in the merge; merge also those without a common base.
     keep_base
         Do not forget what the specialists' common base knew: ``True`` where it is found by its fingerprint (bundled or in an
         installed package), else the base itself, a source like theirs; a number says with how many structures (200).
