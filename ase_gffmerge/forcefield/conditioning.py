@@ -130,9 +130,15 @@ def _numbered(values: np.ndarray, names: Sequence[str | None]) -> np.ndarray:
             f"'specialist' holds {values.dtype} values; give names or whole numbers: {known}"
         )
     distinct, inverse = np.unique(values, return_inverse=True)
-    for name in distinct.tolist():
-        if list(names).count(name) != 1:
-            what = "several specialists" if name in names else "no specialist"
-            raise StructureError(f"this potential has {what} called {name!r}; {known}")
-    rows = np.array([list(names).index(name) for name in distinct.tolist()], dtype=np.int64)
+    rows = np.array([_index(name, list(names)) for name in distinct.tolist()], dtype=np.int64)
     return rows[inverse].reshape(values.shape)
+
+
+def _index(text: str, names: list[str | None]) -> int:
+    """Index of the specialist of a name; what is no name may be a number, as command lines and files write it."""
+    if names.count(text) == 1:
+        return names.index(text)
+    if text not in names and text.isdecimal() and int(text) < len(names):
+        return int(text)
+    what = "several specialists" if text in names else "no specialist"
+    raise StructureError(f"this potential has {what} called {text!r}; {_known(names)}")

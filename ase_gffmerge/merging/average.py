@@ -310,8 +310,8 @@ def _check_pair(first: ForceField, second: ForceField, recipe: Recipe) -> None:
     if not recipe.allow_unrelated and not related(first, second):
         raise IncompatibleSpecialistsError(
             f"{pair} do not descend from a common base (no shared ancestor on record, and their weights are "
-            f"{weight_distance(first, second):.2f} times their own size apart), so averages of them mean "
-            "nothing and the solves start from afar; fine-tune both from one base, or allow it by --allow-unrelated, in Python "
+            f"{weight_distance(first, second):.2f} times their own size apart), so averages of them mean nothing and the "
+            "solves start from afar; fine-tune both from one base, or allow it by --allow-unrelated, in Python "
             "allow_unrelated=True, with the default recipe, which refines, and look at the report"
         )
 

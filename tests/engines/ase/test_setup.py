@@ -118,12 +118,12 @@ def test_per_specialist_embeddings(conditioned, via_file, tmp_path):
 def test_per_atom_specialists(conditioned):
     calc = GFFMergeCalculator(conditioned, dtype="float64", device="cpu")
     energies = []
-    for array in ([0, 0, 0, 1, 1, 1], np.array(["ethanol"] * 3 + ["methanol"] * 3)):
+    for array in ([0, 0, 0, 1, 1, 1], list("000111"), np.array(["ethanol"] * 3 + ["methanol"] * 3)):
         atoms = cluster()
         atoms.arrays["specialist"] = np.array(array)
         atoms.calc = calc
         energies.append(atoms.get_potential_energy())
-    assert energies[0] == energies[1]
+    assert energies[0] == energies[1] == energies[2]
     assert energies[0] not in (energy(calc, specialist=0), energy(calc, specialist=1))
 
 
@@ -131,6 +131,7 @@ def test_per_atom_specialists(conditioned):
     ("choice", "message"),
     [
         ("propanol", r"no specialist called 'propanol'.*0 = 'ethanol'"),
+        ("2", "no specialist called '2'"),
         (2, "no specialist number 2"),
         (-1, "no specialist number -1"),
         (0.5, "float64 values"),
