@@ -179,7 +179,9 @@ def test_report_is_complete_round_trips_and_shows(family, architecture, tmp_path
     assert "\n" not in repr(report)
     assert len(repr(report)) < 120
     card = report._repr_html_()
-    assert all(word in card for word in ("s0 + s1", ", ".join(report.elements), report.verdict, "<img "))
+    assert all(
+        word in card for word in ("Merge of s0, s1", ", ".join(report.elements), report.verdict, "<img ")
+    )
     assert save_figure(report, tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
